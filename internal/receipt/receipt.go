@@ -1,0 +1,357 @@
+// Package receipt owns the signed statement that a node makes about each
+// result: its EIP-712 type, its hash, its JSON form and its verification.
+//
+// The rule it keeps: a receipt is checked with the node's address and nothing
+// else. The JSON form is what eth_signTypedData_v4 takes, so a wallet, ethers.js
+// or a contract with ecrecover reaches the same verdict as [Verify].
+package receipt
+
+import (
+	"bytes"
+	"crypto/rand"
+	"encoding/binary"
+	"encoding/hex"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"io"
+	"strconv"
+
+	"github.com/resultity/node/internal/digest"
+	"github.com/resultity/node/internal/evm"
+)
+
+// JobID names one job for ever, across nodes, retries and restarts: 16 random
+// bytes, printed as 32 lower-case hexadecimal digits.
+type JobID [16]byte
+
+// NewJobID makes a job id from the system's randomness.
+func NewJobID() JobID {
+	var id JobID
+	_, _ = rand.Read(id[:]) // crypto/rand never fails: it ends the program instead
+	return id
+}
+
+// ParseJobID reads the one spelling of a job id.
+func ParseJobID(s string) (JobID, error) {
+	var id JobID
+	b, err := hex.DecodeString(s)
+	if err != nil || len(b) != len(id) || hex.EncodeToString(b) != s {
+		return JobID{}, fmt.Errorf("job id %.40q: want %d lower-case hexadecimal digits", s, 2*len(id))
+	}
+	copy(id[:], b)
+	if id == (JobID{}) {
+		return JobID{}, errors.New("job id: all zero")
+	}
+	return id, nil
+}
+
+// String prints the one spelling.
+func (id JobID) String() string { return hex.EncodeToString(id[:]) }
+
+// MarshalText implements [encoding.TextMarshaler].
+func (id JobID) MarshalText() ([]byte, error) { return []byte(id.String()), nil }
+
+// UnmarshalText implements [encoding.TextUnmarshaler].
+func (id *JobID) UnmarshalText(b []byte) error {
+	v, err := ParseJobID(string(b))
+	if err != nil {
+		return err
+	}
+	*id = v
+	return nil
+}
+
+// Receipt is what a node states about one result.
+type Receipt struct {
+	Job              JobID
+	Node             evm.Address
+	ConfigDigest     digest.Digest // the configuration snapshot the job was accepted under
+	ImageDigest      digest.Digest // manifest of the runtime's image
+	ModelDigest      digest.Digest // manifest of the model's files
+	RequestHash      digest.Digest // SHA-256 of the HTTP request body, byte for byte
+	ResponseHash     digest.Digest // SHA-256 of the HTTP response body, byte for byte
+	PromptTokens     uint64
+	CompletionTokens uint64
+	StartedAt        uint64 // Unix milliseconds, by the node's clock
+	FinishedAt       uint64 // Unix milliseconds, by the node's clock
+}
+
+const (
+	domainName    = "Resultity"
+	domainVersion = "1"
+	primaryType   = "Receipt"
+)
+
+type field struct {
+	Name string `json:"name"`
+	Type string `json:"type"`
+}
+
+var (
+	domainFields  = []field{{"name", "string"}, {"version", "string"}, {"chainId", "uint256"}}
+	receiptFields = []field{
+		{"job", "bytes16"}, {"node", "address"},
+		{"configDigest", "bytes32"}, {"imageDigest", "bytes32"}, {"modelDigest", "bytes32"},
+		{"requestHash", "bytes32"}, {"responseHash", "bytes32"},
+		{"promptTokens", "uint64"}, {"completionTokens", "uint64"},
+		{"startedAt", "uint64"}, {"finishedAt", "uint64"},
+	}
+	domainTypeHash  = evm.Keccak([]byte(encodeType("EIP712Domain", domainFields)))
+	receiptTypeHash = evm.Keccak([]byte(encodeType(primaryType, receiptFields)))
+	nameHash        = evm.Keccak([]byte(domainName))
+	versionHash     = evm.Keccak([]byte(domainVersion))
+)
+
+func encodeType(name string, fields []field) string {
+	var b bytes.Buffer
+	b.WriteString(name + "(")
+	for i, f := range fields {
+		if i > 0 {
+			b.WriteByte(',')
+		}
+		b.WriteString(f.Type + " " + f.Name)
+	}
+	b.WriteByte(')')
+	return b.String()
+}
+
+func word(v uint64) []byte {
+	var w [32]byte
+	binary.BigEndian.PutUint64(w[24:], v)
+	return w[:]
+}
+
+// Hash returns the EIP-712 hash that a node of the chain signs.
+func (r *Receipt) Hash(chainID uint64) evm.Hash {
+	separator := evm.Keccak(domainTypeHash[:], nameHash[:], versionHash[:], word(chainID))
+	var job, node [32]byte
+	copy(job[:], r.Job[:])     // bytesN is padded on the right,
+	copy(node[12:], r.Node[:]) // an address on the left
+	sums := [5][32]byte{r.ConfigDigest.Sum(), r.ImageDigest.Sum(), r.ModelDigest.Sum(), r.RequestHash.Sum(), r.ResponseHash.Sum()}
+	message := evm.Keccak(receiptTypeHash[:], job[:], node[:],
+		sums[0][:], sums[1][:], sums[2][:], sums[3][:], sums[4][:],
+		word(r.PromptTokens), word(r.CompletionTokens), word(r.StartedAt), word(r.FinishedAt))
+	return evm.Keccak([]byte{0x19, 0x01}, separator[:], message[:])
+}
+
+// Sign makes the signed form. The key must be r.Node's.
+func (r *Receipt) Sign(chainID uint64, key *evm.Key) (Signed, error) {
+	if key.Address() != r.Node {
+		return Signed{}, fmt.Errorf("receipt of %s cannot be signed by %s", r.Node, key.Address())
+	}
+	sig, err := key.Sign(r.Hash(chainID))
+	if err != nil {
+		return Signed{}, err
+	}
+	return Signed{receipt: *r, chainID: chainID, sig: sig}, nil
+}
+
+// Signed is a receipt whose signature has been checked, or made here. Only
+// [Receipt.Sign] and [Verify] make one. As JSON it is
+//
+//	{"typedData": …, "signature": "0x…", "node": "0x…"}
+//
+// where typedData is exactly the argument of eth_signTypedData_v4.
+type Signed struct {
+	receipt Receipt
+	chainID uint64
+	sig     evm.Signature
+}
+
+// Receipt returns what was signed.
+func (s *Signed) Receipt() Receipt { return s.receipt }
+
+// ChainID returns the EIP-155 chain id of the signature's domain.
+func (s *Signed) ChainID() uint64 { return s.chainID }
+
+// Signature returns the signature over [Receipt.Hash].
+func (s *Signed) Signature() evm.Signature { return s.sig }
+
+// The JSON form. 64-bit numbers are decimal strings: a JavaScript number loses
+// digits above 2^53, and wallets take both.
+type signedJSON struct {
+	TypedData typedData     `json:"typedData"`
+	Signature evm.Signature `json:"signature"`
+	Node      string        `json:"node"`
+}
+
+type typedData struct {
+	Types struct {
+		Domain  []field `json:"EIP712Domain"`
+		Receipt []field `json:"Receipt"`
+	} `json:"types"`
+	PrimaryType string `json:"primaryType"`
+	Domain      struct {
+		Name    string      `json:"name"`
+		Version string      `json:"version"`
+		ChainID json.Number `json:"chainId"`
+	} `json:"domain"`
+	Message message `json:"message"`
+}
+
+type message struct {
+	Job              string `json:"job"`
+	Node             string `json:"node"`
+	ConfigDigest     string `json:"configDigest"`
+	ImageDigest      string `json:"imageDigest"`
+	ModelDigest      string `json:"modelDigest"`
+	RequestHash      string `json:"requestHash"`
+	ResponseHash     string `json:"responseHash"`
+	PromptTokens     string `json:"promptTokens"`
+	CompletionTokens string `json:"completionTokens"`
+	StartedAt        string `json:"startedAt"`
+	FinishedAt       string `json:"finishedAt"`
+}
+
+// MarshalJSON implements [json.Marshaler].
+func (s Signed) MarshalJSON() ([]byte, error) {
+	var j signedJSON
+	j.TypedData.Types.Domain, j.TypedData.Types.Receipt = domainFields, receiptFields
+	j.TypedData.PrimaryType = primaryType
+	j.TypedData.Domain.Name, j.TypedData.Domain.Version = domainName, domainVersion
+	j.TypedData.Domain.ChainID = json.Number(strconv.FormatUint(s.chainID, 10))
+	r := &s.receipt
+	u := func(v uint64) string { return strconv.FormatUint(v, 10) }
+	j.TypedData.Message = message{
+		Job: "0x" + r.Job.String(), Node: r.Node.Hex(),
+		ConfigDigest: "0x" + r.ConfigDigest.Hex(), ImageDigest: "0x" + r.ImageDigest.Hex(), ModelDigest: "0x" + r.ModelDigest.Hex(),
+		RequestHash: "0x" + r.RequestHash.Hex(), ResponseHash: "0x" + r.ResponseHash.Hex(),
+		PromptTokens: u(r.PromptTokens), CompletionTokens: u(r.CompletionTokens), StartedAt: u(r.StartedAt), FinishedAt: u(r.FinishedAt),
+	}
+	j.Signature, j.Node = s.sig, r.Node.Hex()
+	return json.Marshal(j)
+}
+
+// UnmarshalJSON implements [json.Unmarshaler]; it is [Verify].
+func (s *Signed) UnmarshalJSON(b []byte) error {
+	v, err := Verify(b)
+	if err != nil {
+		return err
+	}
+	*s = v
+	return nil
+}
+
+// ErrInvalid says that a receipt is malformed or its signature does not hold.
+var ErrInvalid = errors.New("invalid receipt")
+
+// MaxSize bounds the JSON form, in bytes.
+const MaxSize = 16 << 10
+
+// Verify reads the JSON form and checks it: the types are exactly ours, every
+// value has its one spelling, and the signature is by the node that both the
+// envelope and the message name. It needs no network and no other file. Errors
+// wrap [ErrInvalid].
+func Verify(b []byte) (Signed, error) {
+	s, err := verify(b)
+	if err != nil {
+		return Signed{}, fmt.Errorf("%w: %w", ErrInvalid, err)
+	}
+	return s, nil
+}
+
+func verify(b []byte) (Signed, error) {
+	if len(b) > MaxSize {
+		return Signed{}, fmt.Errorf("%d bytes, at most %d", len(b), MaxSize)
+	}
+	var j signedJSON
+	dec := json.NewDecoder(bytes.NewReader(b))
+	dec.DisallowUnknownFields()
+	if err := dec.Decode(&j); err != nil {
+		return Signed{}, err
+	}
+	if _, err := dec.Token(); err != io.EOF {
+		return Signed{}, errors.New("something follows the receipt")
+	}
+	t := &j.TypedData
+	switch {
+	case !equal(t.Types.Domain, domainFields), !equal(t.Types.Receipt, receiptFields), t.PrimaryType != primaryType:
+		return Signed{}, errors.New("types are not those of a Resultity receipt")
+	case t.Domain.Name != domainName || t.Domain.Version != domainVersion:
+		return Signed{}, fmt.Errorf("domain is %.40q version %.40q, want %q version %q", t.Domain.Name, t.Domain.Version, domainName, domainVersion)
+	}
+	var p parser
+	s := Signed{chainID: p.number("chainId", t.Domain.ChainID.String()), sig: j.Signature}
+	m := &t.Message
+	s.receipt = Receipt{
+		Job: p.job(m.Job), Node: p.address("message.node", m.Node),
+		ConfigDigest: p.digest("configDigest", m.ConfigDigest), ImageDigest: p.digest("imageDigest", m.ImageDigest), ModelDigest: p.digest("modelDigest", m.ModelDigest),
+		RequestHash: p.digest("requestHash", m.RequestHash), ResponseHash: p.digest("responseHash", m.ResponseHash),
+		PromptTokens: p.number("promptTokens", m.PromptTokens), CompletionTokens: p.number("completionTokens", m.CompletionTokens),
+		StartedAt: p.number("startedAt", m.StartedAt), FinishedAt: p.number("finishedAt", m.FinishedAt),
+	}
+	if node := p.address("node", j.Node); p.err == nil && node != s.receipt.Node {
+		p.err = fmt.Errorf("envelope names node %s, message names %s", node, s.receipt.Node)
+	}
+	if p.err != nil {
+		return Signed{}, p.err
+	}
+	return s, s.check()
+}
+
+func (s *Signed) check() error {
+	signer, err := evm.Recover(s.receipt.Hash(s.chainID), s.sig)
+	if err != nil {
+		return err
+	}
+	if signer != s.receipt.Node {
+		return fmt.Errorf("%w: by %s, not by node %s; a field may have been changed", evm.ErrSignature, signer, s.receipt.Node)
+	}
+	return nil
+}
+
+func equal(a, b []field) bool {
+	if len(a) != len(b) {
+		return false
+	}
+	for i := range a {
+		if a[i] != b[i] {
+			return false
+		}
+	}
+	return true
+}
+
+// parser keeps the first error, so that a row of fields reads as a row.
+type parser struct{ err error }
+
+func (p *parser) fail(name string, err error) {
+	if p.err == nil && err != nil {
+		p.err = fmt.Errorf("%s: %w", name, err)
+	}
+}
+
+func (p *parser) number(name, s string) uint64 {
+	v, err := strconv.ParseUint(s, 10, 64)
+	if err == nil && strconv.FormatUint(v, 10) != s {
+		err = fmt.Errorf("%.30q: want a decimal number without sign or leading zero", s)
+	}
+	p.fail(name, err)
+	return v
+}
+
+func (p *parser) digest(name, s string) digest.Digest {
+	d, err := digest.ParseHex(hexPart(s))
+	p.fail(name, err)
+	return d
+}
+
+func (p *parser) address(name, s string) evm.Address {
+	a, err := evm.ParseAddress(s)
+	p.fail(name, err)
+	return a
+}
+
+func (p *parser) job(s string) JobID {
+	id, err := ParseJobID(hexPart(s))
+	p.fail("job", err)
+	return id
+}
+
+func hexPart(s string) string {
+	if len(s) < 2 || s[:2] != "0x" {
+		return "" // refused by every parser that is given it
+	}
+	return s[2:]
+}

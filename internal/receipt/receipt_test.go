@@ -1,0 +1,169 @@
+package receipt
+
+import (
+	"bytes"
+	"encoding/json"
+	"errors"
+	"math/rand/v2"
+	"strings"
+	"testing"
+
+	"github.com/ethereum/go-ethereum/signer/core/apitypes"
+
+	"github.com/resultity/node/internal/digest"
+	"github.com/resultity/node/internal/evm"
+)
+
+func sample(t testing.TB) (*evm.Key, Receipt) {
+	t.Helper()
+	key, err := evm.NewKey()
+	if err != nil {
+		t.Fatal(err)
+	}
+	d := func() digest.Digest { return digest.Of([]byte{byte(rand.N(256)), byte(rand.N(256))}) }
+	return key, Receipt{
+		Job: NewJobID(), Node: key.Address(),
+		ConfigDigest: d(), ImageDigest: d(), ModelDigest: d(), RequestHash: d(), ResponseHash: d(),
+		PromptTokens: rand.Uint64(), CompletionTokens: rand.Uint64(), StartedAt: rand.Uint64(), FinishedAt: rand.Uint64(),
+	}
+}
+
+// The oracle is go-ethereum's own EIP-712 code, fed with our JSON.
+func TestHashEqualsGoEthereum(t *testing.T) {
+	for range 50 {
+		key, r := sample(t)
+		chain := rand.Uint64N(1 << 53)
+		s, err := r.Sign(chain, key)
+		if err != nil {
+			t.Fatal(err)
+		}
+		raw, err := json.Marshal(s)
+		if err != nil {
+			t.Fatal(err)
+		}
+		var outer struct {
+			TypedData apitypes.TypedData `json:"typedData"`
+		}
+		if err := json.Unmarshal(raw, &outer); err != nil {
+			t.Fatal(err)
+		}
+		want, _, err := apitypes.TypedDataAndHash(outer.TypedData)
+		if err != nil {
+			t.Fatal(err)
+		}
+		if got := r.Hash(chain); !bytes.Equal(got[:], want) {
+			t.Fatalf("hash %x, go-ethereum says %x", got, want)
+		}
+		back, err := Verify(raw)
+		if err != nil || back != s {
+			t.Fatalf("Verify = %+v, %v", back, err)
+		}
+	}
+}
+
+// Every value of the JSON form is changed in turn; none may survive.
+func TestVerifyRefusesEveryChange(t *testing.T) {
+	key, r := sample(t)
+	s, err := r.Sign(31337, key)
+	if err != nil {
+		t.Fatal(err)
+	}
+	raw, err := json.Marshal(s)
+	if err != nil {
+		t.Fatal(err)
+	}
+	var tree any
+	dec := json.NewDecoder(bytes.NewReader(raw))
+	dec.UseNumber()
+	if err := dec.Decode(&tree); err != nil {
+		t.Fatal(err)
+	}
+	changed := 0
+	var walk func(path string, v any, set func(any))
+	walk = func(path string, v any, set func(any)) {
+		switch v := v.(type) {
+		case map[string]any:
+			for k, x := range v {
+				walk(path+"."+k, x, func(y any) { v[k] = y })
+			}
+		case []any:
+			for i, x := range v {
+				walk(path, x, func(y any) { v[i] = y })
+			}
+		case string:
+			set(strings.TrimSuffix(v, v[len(v)-1:]) + string("0123456789abcdef1"[strings.IndexByte("0123456789abcdef", v[len(v)-1])+1]))
+		case json.Number:
+			set(v + "1")
+		}
+		if _, ok := v.(map[string]any); ok {
+			return
+		}
+		if _, ok := v.([]any); ok {
+			return
+		}
+		bad, err := json.Marshal(tree)
+		if err != nil {
+			t.Fatal(err)
+		}
+		if _, err := Verify(bad); !errors.Is(err, ErrInvalid) {
+			t.Errorf("%s changed: Verify = %v, want ErrInvalid", path, err)
+		}
+		changed++
+		set(v)
+	}
+	walk("", tree, nil)
+	if changed < 40 {
+		t.Fatalf("only %d values were tried", changed)
+	}
+	for name, bad := range map[string][]byte{
+		"truncated": raw[:len(raw)-1], "trailing": append(bytes.Clone(raw), "{}"...), "empty": nil,
+		"unknown field": bytes.Replace(raw, []byte(`"node"`), []byte(`"x":1,"node"`), 1), "huge": bytes.Repeat([]byte(" "), MaxSize+1),
+	} {
+		if _, err := Verify(bad); !errors.Is(err, ErrInvalid) {
+			t.Errorf("%s: Verify = %v, want ErrInvalid", name, err)
+		}
+	}
+}
+
+func TestSignRefusesAnotherNodesReceipt(t *testing.T) {
+	_, r := sample(t)
+	other, _ := sample(t)
+	if _, err := r.Sign(1, other); err == nil {
+		t.Fatal("signed a receipt that names another node")
+	}
+}
+
+func FuzzVerify(f *testing.F) {
+	key, r := sample(f)
+	s, err := r.Sign(1, key)
+	if err != nil {
+		f.Fatal(err)
+	}
+	raw, err := json.Marshal(s)
+	if err != nil {
+		f.Fatal(err)
+	}
+	f.Add(raw)
+	f.Fuzz(func(t *testing.T, b []byte) {
+		s, err := Verify(b)
+		if err != nil {
+			return
+		}
+		again, err := json.Marshal(s)
+		if err != nil {
+			t.Fatal(err)
+		}
+		if back, err := Verify(again); err != nil || back != s {
+			t.Fatalf("does not survive printing: %v", err)
+		}
+	})
+}
+
+func BenchmarkSign(b *testing.B) {
+	key, r := sample(b)
+	for b.Loop() {
+		if _, err := r.Sign(31337, key); err != nil {
+			b.Fatal(err)
+		}
+	}
+}
