@@ -1,0 +1,119 @@
+// Package wire owns the protocol between a node and its network: the exact
+// bytes that are signed, the messages, and their bounds. It does no I/O.
+//
+// The rule it keeps: a message leaves [Opener.Open] only after its signature,
+// its session, its direction, its place in the order and its time have been
+// checked over the very bytes that arrived.
+//
+// # Specification, version 1
+//
+// Terms. A node is known by its address, the EVM address of its secp256k1 key.
+// A network signs with message keys, whose addresses stand in its configuration
+// snapshot. keccak is Keccak-256; a signature is r ‖ s ‖ v, 65 bytes, v 27 or
+// 28, s in the lower half of the group order. ‖ is concatenation. JSON is
+// UTF-8; unknown fields are refused; byte strings are base64 with padding;
+// digests are "sha256:" and 64 lower-case hexadecimal digits; addresses are
+// "0x" and 40 hexadecimal digits. All connections are TLS 1.3.
+//
+// # Registration
+//
+// POST /node/v1/register with Content-Type application/octet-stream and the
+// body signature ‖ JSON, where the signature is the node's, over
+//
+//	keccak("resultity.v1 register\n" ‖ JSON)
+//
+// and the JSON is a [Registration]. The time must be within the network's
+// clock window. The reply, 200, has the same form with a [Registered], signed
+// by a message key. Registering again answers the same and changes nothing;
+// the enrolment token is looked at only the first time. 400 malformed or
+// wrong clock, 401 wrong signer, 403 token unknown, used up or expired, 409
+// another network's name; the body of an error is text for people.
+//
+// # Session
+//
+// A node holds one WebSocket (RFC 6455), GET /node/v1/session, subprotocol
+// "resultity.v1", no compression. The request carries
+//
+//	Resultity-Network: NAME
+//	Resultity-Node: 0x…
+//	Resultity-Nonce: 64 hexadecimal digits, random
+//
+// and the 101 reply Resultity-Nonce, 64 digits of the network's. Both compute
+//
+//	session = keccak("resultity.v1 session\n" ‖ keccak(NAME) ‖ node ‖ node's nonce ‖ network's nonce)
+//
+// 403 says that the node is not registered, 409 that the network has another
+// name. A second session of a node ends the first.
+//
+// # Frames
+//
+// Every message is one binary WebSocket message of at most 24 MiB:
+//
+//	frame = signature ‖ body
+//	signature over keccak("resultity.v1 frame\n" ‖ session ‖ direction ‖ body)
+//
+// direction is one byte, 1 to the network and 2 to the node. The body is
+//
+//	{"seq": 1, "time": 1767225600000, "type": "hello", "data": {…}}
+//
+// seq starts at 1 in each direction and rises by one. time is the sender's
+// clock in Unix milliseconds and must be within the clock window of the
+// snapshot. The first frames are [Hello] and [Welcome]. A frame that is too
+// large, malformed, signed by another key, out of sequence or off in time ends
+// the session: the receiver closes with status 1008 (1009 for size) and counts
+// it. Whatever is received is checked over the received bytes; nothing is
+// serialised again before checking. WebSocket pings keep the connection known
+// to be alive; they carry no meaning.
+//
+// # Messages
+//
+// The type of a message is its struct's name in lower case.
+//
+// From the node: [Hello], [Heartbeat], [Accept], [Refuse], [Chunk], [Result],
+// [Bye]. From the network: [Welcome], [Status], [Job], [Cancel], [Ack],
+// [Update].
+//
+// The life of a job:
+//
+//	network                                   node
+//	  Job ────────────────────────────────────▶ checks, writes it down (synced)
+//	  ◀───────────────────────────── Accept | Refuse
+//	  ◀──────────────────── Chunk, Chunk, …       only if stream
+//	  ◀──────────────────────────────── Result    written down (synced) before it is sent
+//	  stores it (synced)
+//	  Ack ────────────────────────────────────▶ forgets it
+//
+// A node accepts a job id at most once at a time. When a job arrives that it
+// is working on, it answers Accept again; when it has the result, it sends
+// the Result again. After a reconnect the node first sends every unacknowledged
+// result. The network counts the first valid result of a job and acknowledges
+// any further one without counting it, so delivery is at least once and the
+// effect exactly once.
+//
+// A job is dispatched under a configuration: [Job.Config] is the digest of the
+// snapshot, and a node that is on another refuses with config_mismatch.
+//
+// Chunk.Offset is the place of its bytes in the response body, so that a
+// stream can go on from another node or from the result: bytes that were
+// passed on already are skipped if they are equal. [Result.Response] is always
+// the whole body.
+//
+// # Response bodies
+//
+// A node asks its engine to stream, checks every event, and writes the body
+// itself: for chat a "chat.completion" object or "chat.completion.chunk"
+// events, for completion a "text_completion" object or events. id is
+// "chatcmpl-" or "cmpl-" and the job id, created is Job.Created, model is
+// Job.Model, so that two nodes that compute the same tokens write the same
+// bytes. A streamed body is the whole text/event-stream including its last
+// "data: [DONE]" and the blank line.
+//
+// # Receipts
+//
+// A result carries a receipt (package receipt) whose requestHash is SHA-256 of
+// Job.Request and whose responseHash is SHA-256 of Result.Response: the bytes
+// that the client sent and got. The network checks both, the signer, and that
+// configuration, image and model are those of the snapshot, before it
+// acknowledges. A result that fails this check is a protocol violation: it ends
+// the session, is counted, and the job goes to another node.
+package wire

@@ -1,0 +1,265 @@
+package wire
+
+import (
+	"encoding/json"
+	"fmt"
+
+	"github.com/resultity/node/internal/digest"
+	"github.com/resultity/node/internal/evm"
+	"github.com/resultity/node/internal/receipt"
+)
+
+// Type names a message.
+type Type string
+
+// Message is the data of one frame: one of the exported structs below.
+type Message interface {
+	Type() Type
+	// direction says who may send it.
+	direction() Direction
+}
+
+// Code says why a job was refused or failed, or what an order met. Codes are
+// part of the protocol; texts beside them are for people.
+type Code string
+
+// The codes. A refusal with a retryable code moves the job to another node.
+const (
+	CodeBadRequest   Code = "bad_request"     // the request is not valid; no node will take it
+	CodeUnknownModel Code = "unknown_model"   // not the active model of this node
+	CodeLimit        Code = "limit"           // over a limit of the snapshot
+	CodeDeadline     Code = "deadline"        // past its deadline, or it cannot be met
+	CodeDuplicate    Code = "duplicate"       // this node has the job already
+	CodeBusy         Code = "busy"            // no free slot
+	CodeDraining     Code = "draining"        // takes no new jobs
+	CodeNotReady     Code = "not_ready"       // no active deployment
+	CodeConfig       Code = "config_mismatch" // accepted under another configuration
+	CodeEngine       Code = "engine_failed"   // the engine ended, hung or refused
+	CodeOutput       Code = "engine_output"   // the engine's output is not what its API promises
+	CodeCancelled    Code = "cancelled"       // the network asked for it
+	CodeStorage      Code = "storage"         // could not be written down
+	CodeInternal     Code = "internal"        // see the node's journal
+)
+
+// Retryable reports whether another node may do better.
+func (c Code) Retryable() bool {
+	switch c {
+	case CodeBadRequest, CodeLimit, CodeDeadline, CodeCancelled:
+		return false
+	}
+	return true
+}
+
+// Kind is the API a job's request belongs to.
+type Kind string
+
+// The kinds of job.
+const (
+	KindChat       Kind = "chat"       // POST /v1/chat/completions
+	KindCompletion Kind = "completion" // POST /v1/completions
+)
+
+// Registration is the body of a registration request, signed by the node.
+type Registration struct {
+	Network string      `json:"network"`
+	Node    evm.Address `json:"node"`
+	Token   string      `json:"token"` // enrolment token, opaque to the node
+	Time    int64       `json:"time"`  // Unix milliseconds
+	Agent   string      `json:"agent"` // version of the agent
+}
+
+// Registered is the reply, signed by a message key of the network.
+type Registered struct {
+	Network string      `json:"network"`
+	Node    evm.Address `json:"node"`
+	Account string      `json:"account"`
+	Time    int64       `json:"time"` // Unix milliseconds of the first registration
+}
+
+// Hello is the node's first frame.
+type Hello struct {
+	Agent  string        `json:"agent"`
+	Config digest.Digest `json:"config"` // digest of the verified snapshot, or ""
+}
+
+// Welcome is the network's first frame.
+type Welcome struct {
+	Session string `json:"session"`
+	Server  string `json:"server"` // version of the network service
+}
+
+// Heartbeat is the node's state, sent at the interval of the snapshot and at
+// every change that matters to dispatch.
+type Heartbeat struct {
+	Config   digest.Digest `json:"config"`
+	Models   []ModelState  `json:"models"`
+	Runtime  RuntimeState  `json:"runtime"`
+	Hardware Hardware      `json:"hardware"`
+	Slots    int           `json:"slots"` // jobs it can run at once
+	Busy     int           `json:"busy"`  // jobs it runs now
+	Outbox   int           `json:"outbox"`
+	Draining bool          `json:"draining"`
+}
+
+// ModelState is one model of a heartbeat.
+type ModelState struct {
+	Name    string        `json:"name"`
+	Version string        `json:"version"`
+	Digest  digest.Digest `json:"digest"`
+	State   string        `json:"state"` // pending, active, inactive, failed, archived
+}
+
+// RuntimeState is the runtime of a heartbeat.
+type RuntimeState struct {
+	State    string        `json:"state"` // stopped, starting, validating, active, failed
+	Engine   string        `json:"engine"`
+	Image    digest.Digest `json:"image"`
+	Restarts int           `json:"restarts"`
+}
+
+// Hardware is what a node says about its machine: claims, not proofs.
+type Hardware struct {
+	Arch    string   `json:"arch"`
+	CPUs    int      `json:"cpus"`
+	Memory  int64    `json:"memory"` // bytes
+	Disk    int64    `json:"disk"`   // bytes free in the model store
+	GPUs    []string `json:"gpus"`   // CDI names
+	OS      string   `json:"os"`
+	Kernel  string   `json:"kernel"`
+	Podman  string   `json:"podman"`
+	Systemd string   `json:"systemd"`
+}
+
+// Status is the network's own word about the node, sent after each heartbeat
+// that changed it.
+type Status struct {
+	Routable bool   `json:"routable"`
+	Reason   string `json:"reason"` // why not, for people
+}
+
+// Job is one piece of work. Request is the client's HTTP body, byte for byte.
+type Job struct {
+	ID       receipt.JobID `json:"id"`
+	Model    string        `json:"model"`
+	Kind     Kind          `json:"kind"`
+	Stream   bool          `json:"stream"` // the response is an event stream
+	Request  []byte        `json:"request"`
+	Seed     uint32        `json:"seed"`     // used where the request names none, so that the job can be repeated
+	Created  int64         `json:"created"`  // Unix seconds, repeated in the response
+	Deadline int64         `json:"deadline"` // Unix milliseconds
+	Config   digest.Digest `json:"config"`   // the snapshot it is dispatched under
+}
+
+// Accept says that the job is written down and will end in a result.
+type Accept struct {
+	Job receipt.JobID `json:"job"`
+}
+
+// Refuse says that the job was not taken and leaves no trace on the node.
+type Refuse struct {
+	Job     receipt.JobID `json:"job"`
+	Code    Code          `json:"code"`
+	Message string        `json:"message"`
+}
+
+// Chunk is a part of a streamed response as soon as it is there.
+type Chunk struct {
+	Job    receipt.JobID `json:"job"`
+	Offset int64         `json:"offset"` // of Data in the response body
+	Data   []byte        `json:"data"`
+}
+
+// Result ends an accepted job. It is kept by the node and sent again until
+// the network acknowledges it.
+type Result struct {
+	Job      receipt.JobID   `json:"job"`
+	Code     Code            `json:"code,omitempty"` // why it failed; then nothing below Message is set
+	Message  string          `json:"message,omitempty"`
+	Response []byte          `json:"response,omitempty"` // the whole HTTP response body
+	Receipt  *receipt.Signed `json:"receipt,omitempty"`
+}
+
+// Ack says that the network has stored these jobs' results (or needs none):
+// the node may forget them.
+type Ack struct {
+	Jobs []receipt.JobID `json:"jobs"`
+}
+
+// Cancel asks to stop working on a job; the node answers with a result.
+type Cancel struct {
+	Job    receipt.JobID `json:"job"`
+	Reason string        `json:"reason"`
+}
+
+// Update says that a new configuration has been published.
+type Update struct {
+	Version int64 `json:"version"` // of the targets metadata
+}
+
+// Bye announces an orderly end of the session.
+type Bye struct {
+	Reason string `json:"reason"`
+}
+
+// Type and direction of each message.
+
+func (*Hello) Type() Type     { return "hello" }
+func (*Welcome) Type() Type   { return "welcome" }
+func (*Heartbeat) Type() Type { return "heartbeat" }
+func (*Status) Type() Type    { return "status" }
+func (*Job) Type() Type       { return "job" }
+func (*Accept) Type() Type    { return "accept" }
+func (*Refuse) Type() Type    { return "refuse" }
+func (*Chunk) Type() Type     { return "chunk" }
+func (*Result) Type() Type    { return "result" }
+func (*Ack) Type() Type       { return "ack" }
+func (*Cancel) Type() Type    { return "cancel" }
+func (*Update) Type() Type    { return "update" }
+func (*Bye) Type() Type       { return "bye" }
+
+func (*Hello) direction() Direction     { return ToNetwork }
+func (*Welcome) direction() Direction   { return ToNode }
+func (*Heartbeat) direction() Direction { return ToNetwork }
+func (*Status) direction() Direction    { return ToNode }
+func (*Job) direction() Direction       { return ToNode }
+func (*Accept) direction() Direction    { return ToNetwork }
+func (*Refuse) direction() Direction    { return ToNetwork }
+func (*Chunk) direction() Direction     { return ToNetwork }
+func (*Result) direction() Direction    { return ToNetwork }
+func (*Ack) direction() Direction       { return ToNode }
+func (*Cancel) direction() Direction    { return ToNode }
+func (*Update) direction() Direction    { return ToNode }
+func (*Bye) direction() Direction       { return ToNetwork }
+
+// messages makes an empty value of each type; the one list of them.
+var messages = func() map[Type]func() Message {
+	m := map[Type]func() Message{}
+	for _, f := range []func() Message{
+		func() Message { return new(Hello) }, func() Message { return new(Welcome) }, func() Message { return new(Heartbeat) },
+		func() Message { return new(Status) }, func() Message { return new(Job) }, func() Message { return new(Accept) },
+		func() Message { return new(Refuse) }, func() Message { return new(Chunk) }, func() Message { return new(Result) },
+		func() Message { return new(Ack) }, func() Message { return new(Cancel) }, func() Message { return new(Update) },
+		func() Message { return new(Bye) },
+	} {
+		m[f().Type()] = f
+	}
+	return m
+}()
+
+func decode(t Type, d Direction, data json.RawMessage) (Message, error) {
+	f, ok := messages[t]
+	if !ok {
+		return nil, fmt.Errorf("%w: unknown type %.40q", ErrMalformed, t)
+	}
+	m := f()
+	if m.direction() != d {
+		return nil, fmt.Errorf("%w: %s goes the other way", ErrMalformed, t)
+	}
+	if len(data) == 0 || data[0] != '{' {
+		return nil, fmt.Errorf("%w: data of %s is not an object", ErrMalformed, t)
+	}
+	if err := strict(data, m); err != nil {
+		return nil, fmt.Errorf("%s: %w", t, err)
+	}
+	return m, nil
+}
