@@ -1,0 +1,191 @@
+// Package contract is what the agent and the bridge agree upon: the bridge's
+// command line, its exit codes, and what it tells about itself. It holds no
+// behaviour, so that both sides can import it.
+//
+// # Start
+//
+// The bridge is PID 1 of the sealed runtime container. The agent renders its
+// command line with [Options.Args] and the bridge reads it with [Parse], which
+// takes nothing else. The unit around it must say:
+//
+//   - Notify=true, so that NOTIFY_SOCKET reaches the bridge;
+//   - WatchdogSec= with the same value as --watchdog (WATCHDOG_USEC is not
+//     passed into containers);
+//   - a stop time-out of the container of at least --stop-grace and five
+//     seconds, and TimeoutStopSec= above that;
+//   - RestartPreventExitStatus=77 78, since no restart cures those;
+//   - the directory of --socket mounted read-write, alone and not shared with
+//     anything else.
+//
+// TimeoutStartSec= may be short: while the engine starts the bridge asks for
+// more time every few seconds (EXTEND_TIMEOUT_USEC), up to --start-timeout.
+//
+// # Order
+//
+// The bridge inspects its sandbox, and does not start the engine when one
+// check differs. It starts the engine, polls --health until it answers 200,
+// waits for one completion of one token (the canary), binds --socket with
+// mode 0666, and only then says READY=1. From there on it sends WATCHDOG=1
+// three times in each --watchdog, but only while the engine is alive.
+//
+// # Alive
+//
+// The engine owes bytes from the moment a request is with it until the answer
+// ends, except while the caller is the one who is slow to read. It is hung
+// when it has owed them for longer than --stall. Comment lines of an event
+// stream do not count as bytes: they come from the engine's HTTP side and say
+// nothing about the model. A request that its caller gave up while the engine
+// was silent leaves the silence on record until the engine proves itself on
+// another one. With no request in flight the engine has to answer a canary
+// each --canary-every; only a 200 with a choice in it counts. Canaries never
+// overlap, and are not sent while requests are in flight.
+//
+// Two consequences for the caller: --max-in-flight must not exceed what the
+// engine works on at once (a request that waits in the engine's own queue
+// receives nothing), and answers that take long should be streamed.
+//
+// When the engine is hung the bridge stops its watchdog messages and says why
+// in STATUS= and in one line on stderr. systemd does the rest.
+//
+// # HTTP
+//
+// On the socket these are answered, and everything else is 404 with an error
+// body in OpenAI's shape. The request target must be exactly this, without a
+// query:
+//
+//	POST /v1/chat/completions   to the engine
+//	POST /v1/completions        to the engine
+//	POST /v1/embeddings         to the engine
+//	GET  /v1/models             to the engine
+//	GET  /health                to the engine
+//	GET  /metrics               to the engine
+//	GET  /.bridge/sandbox       [Sandbox]
+//	GET  /.bridge/status        [Status]
+//
+// A request body is read in full before the engine sees any of it: 413 above
+// --max-body, 408 when it takes too long to come, 503 with Retry-After above
+// --max-in-flight. Of the headers only Content-Type and Accept go to the
+// engine, only Content-Type, Content-Length and Retry-After come back. Answers
+// are passed on as they arrive, flushed at each read. An answer that the
+// engine cuts short is cut short for the caller too, never ended neatly. An
+// engine that does not speak HTTP is a 502. A caller that hangs up ends the
+// request at the engine.
+//
+// # Stop
+//
+// On SIGTERM or SIGINT the bridge says STOPPING=1, takes no new connection and
+// waits up to --stop-grace for the requests in flight (a second signal ends
+// the waiting). Then the engine gets SIGTERM, two seconds later a second one,
+// two seconds later SIGKILL. An ordered stop ends with exit code 0, however
+// the engine took it. An engine that ends by itself ends the bridge at once,
+// with the codes below.
+package contract
+
+// Version is the version of [Sandbox] and [Status]. A reader refuses others.
+const Version = 1
+
+// Exit codes of the bridge.
+const (
+	// ExitStopped: stopped because it was told to.
+	ExitStopped = 0
+	// ExitEngine: the engine ended by itself with code 0, or with one of the
+	// codes below that are the bridge's own. Any other code of the engine is
+	// passed on; an engine that died of signal N is 128+N.
+	ExitEngine = 1
+	// ExitNotReady: the engine did not answer within --start-timeout.
+	ExitNotReady = 69
+	// ExitInternal: the bridge itself failed, for example to bind its socket.
+	ExitInternal = 70
+	// ExitSandbox: the sandbox is not the one that was ordered. The engine
+	// was not started.
+	ExitSandbox = 77
+	// ExitConfig: the command line is wrong, names an engine that cannot be
+	// executed, or a socket path that holds something else. The engine was
+	// not started.
+	ExitConfig = 78
+)
+
+// Paths of the bridge's own answers on the socket.
+const (
+	SandboxPath = "/.bridge/sandbox"
+	StatusPath  = "/.bridge/status"
+)
+
+// Sandbox is what the bridge found when it looked around before it started the
+// engine. It is complete also when OK is false, but then nobody can ask for it
+// over the socket: the failed checks are on stderr and in the unit's status.
+type Sandbox struct {
+	Version int     `json:"version"`
+	OK      bool    `json:"ok"`     // every check is
+	Checks  []Check `json:"checks"` // always all of them, in a fixed order
+
+	// What follows is not judged here. The agent compares it with what it sees
+	// from outside.
+
+	UID        int               `json:"uid"` // inside
+	GID        int               `json:"gid"`
+	Groups     []int             `json:"groups"`
+	UIDMap     []IDRange         `json:"uidMap"`
+	GIDMap     []IDRange         `json:"gidMap"`
+	Namespaces map[string]string `json:"namespaces"` // "net" to "net:[4026532000]", and so on
+	Label      string            `json:"label"`      // of the security module, "" without one
+	Mounts     []Mount           `json:"mounts"`     // all, in the kernel's order
+}
+
+// Check is one thing that the sandbox must be.
+type Check struct {
+	Name string `json:"name"` // fixed, or "read-only PATH"
+	Want string `json:"want"`
+	Got  string `json:"got"`
+	OK   bool   `json:"ok"`
+}
+
+// IDRange is one line of /proc/self/uid_map: Size ids from Inside on are those
+// from Outside on in the user namespace around this one.
+type IDRange struct {
+	Inside  uint32 `json:"inside"`
+	Outside uint32 `json:"outside"`
+	Size    uint32 `json:"size"`
+}
+
+// Mount is one mount of the container, without what it says about the host's
+// paths.
+type Mount struct {
+	Point    string `json:"point"`
+	Type     string `json:"type"` // of file system
+	ReadOnly bool   `json:"readOnly"`
+	Allowed  bool   `json:"allowed"` // may be writable: a --writable path or the socket's directory
+	// Writable lists what this user could write below Point although the mount
+	// is not on the list of those that may be written; at most a few.
+	Writable []string `json:"writable,omitempty"`
+}
+
+// State is what the bridge is doing.
+type State string
+
+// The states that can be seen over the socket. It is bound only once the
+// engine has answered.
+const (
+	Serving  State = "serving"
+	Hung     State = "hung"     // no watchdog messages are being sent
+	Stopping State = "stopping" // requests in flight may still end
+)
+
+// Status is a moment's account of the bridge. Counters run since its start.
+type Status struct {
+	Version  int    `json:"version"`
+	State    State  `json:"state"`
+	Reason   string `json:"reason,omitempty"` // why the engine counts as hung
+	Model    string `json:"model"`
+	StartMS  int64  `json:"startMs"`  // from the engine's start to its first completion
+	InFlight int    `json:"inFlight"` // requests with the engine, canaries not counted
+	SilentMS int64  `json:"silentMs"` // how long the engine has owed bytes; 0 when it owes none
+	ProofMS  int64  `json:"proofMs"`  // since it last proved alive
+
+	Answered uint64 `json:"answered"` // requests answered in full by the engine, whatever its status code
+	Failed   uint64 `json:"failed"`   // cut short, garbled or refused by the engine
+	Canceled uint64 `json:"canceled"` // given up by the caller
+	Busy     uint64 `json:"busy"`     // 503 because of --max-in-flight
+	Canaries uint64 `json:"canaries"` // answered
+	Withheld uint64 `json:"withheld"` // watchdog messages not sent because the engine was hung
+}
