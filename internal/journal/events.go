@@ -1,0 +1,98 @@
+package journal
+
+//go:generate go run ./catalog ../../units/resultity.catalog
+
+import (
+	"fmt"
+	"io"
+	"log/slog"
+	"strings"
+)
+
+// Event is something that an operator may want to look up: it has an entry in
+// the journal's catalog (journalctl -x), generated from this list.
+type Event struct {
+	ID      string // MESSAGE_ID: 32 hexadecimal digits, for ever
+	Name    string
+	Subject string // what happened, in one line
+	Text    string // why it matters and what to do; @FIELD@ is replaced by the journal
+}
+
+// Attr makes the event part of a record.
+func (e *Event) Attr() slog.Attr { return slog.Any("event", e) }
+
+// The events. Identifiers are never used again for anything else.
+var (
+	AgentReady       = event("7c1f2a2f6f8e4d6a9a4a5d1e0b7c3f01", "agent-ready", "The agent runs", "The agent has opened its store and its control socket. Whether the node gets jobs is another question: `resultityctl status` answers it.")
+	AgentStopping    = event("7c1f2a2f6f8e4d6a9a4a5d1e0b7c3f02", "agent-stopping", "The agent stops", "No new jobs are taken; running ones are finished within the unit's stop time. Results that the network has not acknowledged are kept and sent at the next start.")
+	ConfigInvalid    = event("7c1f2a2f6f8e4d6a9a4a5d1e0b7c3f03", "config-invalid", "The configuration file cannot be used", "The message names the file, the key and what was expected. The agent ends with status 78 and is not restarted: mend the file, then `systemctl --user restart resultity-agent`.")
+	IdentityCreated  = event("7c1f2a2f6f8e4d6a9a4a5d1e0b7c3f04", "identity-created", "A new node identity was made", "The node had no key, so one was made. Its address is the node's name in the network: @RESULTITY_NODE@. Back up the identity directory; whoever has it is this node.")
+	IdentityRefused  = event("7c1f2a2f6f8e4d6a9a4a5d1e0b7c3f05", "identity-refused", "The node's key cannot be used", "Either its file may be read or written by others, or it belongs to somebody else, or the passphrase does not open it. The message says which. Nothing is changed; the agent ends with status 78.")
+	Registered       = event("7c1f2a2f6f8e4d6a9a4a5d1e0b7c3f06", "registered", "The node is registered", "The network @RESULTITY_NETWORK@ knows this node now, for account @RESULTITY_ACCOUNT@. This happens once.")
+	RegisterRefused  = event("7c1f2a2f6f8e4d6a9a4a5d1e0b7c3f07", "register-refused", "The network refused the registration", "Usually the enrolment token is missing, used up or expired. Get a new one from the network's operator, put it into the file that network.enrolment_token names, and restart the agent.")
+	SnapshotVerified = event("7c1f2a2f6f8e4d6a9a4a5d1e0b7c3f08", "snapshot-verified", "A new configuration was verified", "The network's configuration version @RESULTITY_VERSION@ carries enough valid signatures and is newer than the last. It is applied next.")
+	SnapshotRefused  = event("7c1f2a2f6f8e4d6a9a4a5d1e0b7c3f09", "snapshot-refused", "A configuration was refused", "What the network serves is not signed as it must be, is older than what this node has seen, has expired, or asks for something this agent does not know. The node goes on with the last good one. If it persists, ask the network's operator; if the text says expired, check this machine's clock first.")
+	SnapshotStale    = event("7c1f2a2f6f8e4d6a9a4a5d1e0b7c3f0a", "snapshot-stale", "The network's configuration cannot be fetched", "The node goes on with the last verified configuration. Check the network connection and network.url; the message has the cause.")
+	ImageReady       = event("7c1f2a2f6f8e4d6a9a4a5d1e0b7c3f0b", "image-ready", "The runtime image is verified and stored", "Its signature was checked before the pull by the agent and during it by Podman's policy.")
+	ImageRefused     = event("7c1f2a2f6f8e4d6a9a4a5d1e0b7c3f0c", "image-refused", "The runtime image was refused", "The image @RESULTITY_IMAGE@ is not signed by a key of the configuration, or the signature is for other content or another repository. It was not run. The network's operator has to sign and publish it properly.")
+	ModelReady       = event("7c1f2a2f6f8e4d6a9a4a5d1e0b7c3f0d", "model-ready", "A model is complete and verified", "Every byte of @RESULTITY_MODEL@ was hashed while it arrived and matches the configuration.")
+	ModelRefused     = event("7c1f2a2f6f8e4d6a9a4a5d1e0b7c3f0e", "model-refused", "A model's bytes are wrong", "A source delivered something that does not match the configuration's hash. The bytes were thrown away and never got their final name. Other sources are tried; if all fail the same way, the network's operator has to look.")
+	ModelFailed      = event("7c1f2a2f6f8e4d6a9a4a5d1e0b7c3f0f", "model-failed", "A model could not be fetched", "The message has the cause: no source answers, the disk is full, or the directory is not writable. The agent tries again; what arrived is kept and resumed.")
+	RuntimeStarting  = event("7c1f2a2f6f8e4d6a9a4a5d1e0b7c3f10", "runtime-starting", "The runtime is being started", "The unit was written and systemd asked to start it.")
+	RuntimeActive    = event("7c1f2a2f6f8e4d6a9a4a5d1e0b7c3f11", "runtime-active", "The runtime is active", "Started, sealed as required, and its validation requests have given the expected answers. The node takes jobs.")
+	RuntimeLost      = event("7c1f2a2f6f8e4d6a9a4a5d1e0b7c3f12", "runtime-lost", "The runtime ended or hung", "systemd restarts it. Until it is validated again the node takes no jobs; jobs that ran move to other nodes. The unit's own messages say why: journalctl _SYSTEMD_USER_UNIT=resultity-runtime.service")
+	RuntimeFailed    = event("7c1f2a2f6f8e4d6a9a4a5d1e0b7c3f13", "runtime-failed", "The runtime could not be brought up", "The message has the cause: an unsound unit, a start that timed out, an engine that ended. The agent goes back to the last good deployment where there is one, and tries this one again only when the configuration changes or after a pause.")
+	SandboxRefused   = event("7c1f2a2f6f8e4d6a9a4a5d1e0b7c3f14", "sandbox-refused", "The runtime is not sealed as it must be", "The effective state of the container, seen from inside or outside, differs from the rules. The engine was not used. The message names each difference.")
+	ValidationFailed = event("7c1f2a2f6f8e4d6a9a4a5d1e0b7c3f15", "validation-failed", "The model gave a wrong answer", "A validation request of the configuration did not give the expected text, so this deployment does not become active. Text is never logged; the message has lengths and digests.")
+	SessionOpened    = event("7c1f2a2f6f8e4d6a9a4a5d1e0b7c3f16", "session-opened", "Connected to the network", "The session is authenticated in both directions.")
+	SessionClosed    = event("7c1f2a2f6f8e4d6a9a4a5d1e0b7c3f17", "session-closed", "The connection to the network ended", "The agent connects again by itself, waiting longer each time. Accepted jobs go on; their results are kept until they can be delivered.")
+	Routable         = event("7c1f2a2f6f8e4d6a9a4a5d1e0b7c3f18", "routable", "The network sends jobs to this node", "All gates are open.")
+	NotRoutable      = event("7c1f2a2f6f8e4d6a9a4a5d1e0b7c3f19", "not-routable", "The network sends no jobs to this node", "The network gave the reason: @RESULTITY_REASON@")
+	JobDone          = event("7c1f2a2f6f8e4d6a9a4a5d1e0b7c3f1a", "job-done", "A job was finished", "Its result and receipt are stored and will be sent until the network acknowledges them.")
+	JobFailed        = event("7c1f2a2f6f8e4d6a9a4a5d1e0b7c3f1b", "job-failed", "A job failed", "The network was told, with code @RESULTITY_CODE@, and may give the job to another node.")
+	JobRefused       = event("7c1f2a2f6f8e4d6a9a4a5d1e0b7c3f1c", "job-refused", "A job was refused", "Code @RESULTITY_CODE@. A refused job leaves no trace on the node.")
+	Draining         = event("7c1f2a2f6f8e4d6a9a4a5d1e0b7c3f1d", "draining", "The node takes no new jobs", "Asked for by the operator; `resultityctl resume` ends it.")
+	Resumed          = event("7c1f2a2f6f8e4d6a9a4a5d1e0b7c3f1e", "resumed", "The node takes jobs again", "Asked for by the operator.")
+	StorageFailed    = event("7c1f2a2f6f8e4d6a9a4a5d1e0b7c3f1f", "storage-failed", "The store cannot be written", "The disk is full or read-only. New jobs are refused until it can be written again; nothing accepted is lost. Free some space: df -h on the state directory.")
+	ClockWrong       = event("7c1f2a2f6f8e4d6a9a4a5d1e0b7c3f20", "clock-wrong", "This machine's clock and the network's differ too much", "Frames outside of the protocol's window are refused, since they could be replays. Turn on time synchronisation: timedatectl set-ntp true")
+)
+
+// Events lists all events, in the order of their ids.
+var Events []*Event
+
+func event(id, name, subject, text string) *Event {
+	e := &Event{ID: id, Name: name, Subject: subject, Text: text}
+	Events = append(Events, e)
+	return e
+}
+
+// WriteCatalog writes the journal catalog of all events
+// (https://systemd.io/CATALOG).
+func WriteCatalog(w io.Writer) error {
+	var b strings.Builder
+	b.WriteString("# Generated from internal/journal by `go generate ./internal/journal`; edit there.\n")
+	for _, e := range Events {
+		fmt.Fprintf(&b, "\n-- %s\nSubject: %s\nDefined-By: Resultity\nDocumentation: man:resultity-agent(8)\n\n%s\n", e.ID, e.Subject, wrap(e.Text, 78))
+	}
+	_, err := io.WriteString(w, b.String())
+	return err
+}
+
+func wrap(s string, width int) string {
+	var b strings.Builder
+	n := 0
+	for _, word := range strings.Fields(s) {
+		switch {
+		case n == 0:
+		case n+1+len(word) > width:
+			b.WriteByte('\n')
+			n = 0
+		default:
+			b.WriteByte(' ')
+			n++
+		}
+		b.WriteString(word)
+		n += len(word)
+	}
+	return b.String()
+}

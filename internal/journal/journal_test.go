@@ -1,0 +1,70 @@
+package journal
+
+import (
+	"bytes"
+	"log/slog"
+	"os"
+	"regexp"
+	"strings"
+	"testing"
+
+	"github.com/coreos/go-systemd/v22/journal"
+)
+
+func TestRecordBecomesFields(t *testing.T) {
+	var got map[string]string
+	var message string
+	var prio journal.Priority
+	log := slog.New(&handler{level: slog.LevelInfo, send: func(m string, p journal.Priority, f map[string]string) error {
+		message, prio, got = m, p, f
+		return nil
+	}})
+	log.With("network", "testnet").WithGroup("job").Warn("done", JobDone.Attr(), "id", "ab", slog.Group("t", "out-put", 3), "ünicode", true)
+	want := map[string]string{
+		"MESSAGE_ID": JobDone.ID, "RESULTITY_EVENT": "job-done", "RESULTITY_NETWORK": "testnet",
+		"RESULTITY_JOB_ID": "ab", "RESULTITY_JOB_T_OUT_PUT": "3", "RESULTITY_JOB__NICODE": "true",
+	}
+	if message != "done" || prio != journal.PriWarning || len(got) != len(want) {
+		t.Fatalf("%q %v %v, want %v", message, prio, got, want)
+	}
+	valid := regexp.MustCompile(`^[A-Z][A-Z0-9_]*$`)
+	for k, v := range want {
+		if got[k] != v || !valid.MatchString(k) {
+			t.Errorf("%s = %q, want %q", k, got[k], v)
+		}
+	}
+	got = nil
+	if log.Debug("hidden"); got != nil {
+		t.Error("a record below the level was sent")
+	}
+}
+
+func TestEventsAreSound(t *testing.T) {
+	ids, names := map[string]bool{}, map[string]bool{}
+	hex := regexp.MustCompile(`^[0-9a-f]{32}$`)
+	for _, e := range Events {
+		if !hex.MatchString(e.ID) || ids[e.ID] || names[e.Name] || e.Subject == "" || e.Text == "" {
+			t.Errorf("event %s: bad or repeated id, name or text", e.Name)
+		}
+		ids[e.ID], names[e.Name] = true, true
+	}
+}
+
+func TestCatalogIsCurrent(t *testing.T) {
+	var want bytes.Buffer
+	if err := WriteCatalog(&want); err != nil {
+		t.Fatal(err)
+	}
+	got, err := os.ReadFile("../../units/resultity.catalog")
+	if err != nil || !bytes.Equal(got, want.Bytes()) {
+		t.Fatalf("units/resultity.catalog is not current (%v): run go generate ./internal/journal", err)
+	}
+}
+
+func TestTextNamesEvents(t *testing.T) {
+	var b strings.Builder
+	slog.New(Text(&b, slog.LevelInfo)).Info("x", JobDone.Attr())
+	if !strings.Contains(b.String(), "event=job-done") {
+		t.Errorf("line %q does not name its event", b.String())
+	}
+}
