@@ -1,0 +1,224 @@
+// Package config owns the agent's local configuration file.
+//
+// The rule it keeps: reading is strict. An unknown key, a wrong type or a value
+// that cannot work is an error that names file, key and what was expected, so
+// that a typing error never becomes a silent default. What the network decides
+// is in its snapshot, never here.
+package config
+
+import (
+	"errors"
+	"fmt"
+	"io/fs"
+	"log/slog"
+	"net/url"
+	"os"
+	"path/filepath"
+	"reflect"
+	"regexp"
+	"slices"
+	"strings"
+
+	"github.com/go-viper/mapstructure/v2"
+	"github.com/knadh/koanf/parsers/toml/v2"
+	"github.com/knadh/koanf/providers/rawbytes"
+	"github.com/knadh/koanf/v2"
+)
+
+// Config is a checked configuration. The example file, agent.toml beside this
+// package, documents every key; a test holds the two together.
+type Config struct {
+	Network  Network  `koanf:"network"`
+	Identity Identity `koanf:"identity"`
+	Paths    Paths    `koanf:"paths"`
+	Log      Log      `koanf:"log"`
+}
+
+// Network says which network the node belongs to and how it is reached.
+type Network struct {
+	Name           string `koanf:"name"`            // as in the network's snapshot
+	URL            string `koanf:"url"`             // https://host[:port]
+	Root           string `koanf:"root"`            // file: the network's first TUF root
+	CA             string `koanf:"ca"`              // file: PEM certificates trusted instead of the system's; "" for the system's
+	EnrolmentToken string `koanf:"enrolment_token"` // file: token for the first registration; "" for none
+}
+
+// Identity says how the node's key is protected.
+type Identity struct {
+	Passphrase string `koanf:"passphrase"` // file; "" for the credential "resultity-passphrase", or one made at first start
+}
+
+// Paths are where things are; all absolute. Empty ones are filled in from the
+// service manager's environment.
+type Paths struct {
+	State   string `koanf:"state"`   // $STATE_DIRECTORY, else $XDG_STATE_HOME/resultity
+	Runtime string `koanf:"runtime"` // $RUNTIME_DIRECTORY, else $XDG_RUNTIME_DIR/resultity
+	Units   string `koanf:"units"`   // $XDG_RUNTIME_DIR/containers/systemd
+	Podman  string `koanf:"podman"`  // Podman's API socket, $XDG_RUNTIME_DIR/resultity-podman/podman.sock
+	Bridge  string `koanf:"bridge"`  // /usr/libexec/resultity/resultity-bridge
+}
+
+// Log says how much is logged.
+type Log struct {
+	Level string `koanf:"level"` // debug, info, warn or error
+}
+
+// SlogLevel returns the level in slog's terms.
+func (l Log) SlogLevel() slog.Level {
+	var v slog.Level
+	_ = v.UnmarshalText([]byte(l.Level)) // checked by Load
+	return v
+}
+
+// maxFile bounds a configuration file, in bytes.
+const maxFile = 1 << 20
+
+// Load reads file and the *.toml drop-ins of file.d in the order of their
+// names; later ones win key by key. env is os.Getenv.
+func Load(file string, env func(string) string) (*Config, error) {
+	files := []string{file}
+	drop, err := os.ReadDir(file + ".d")
+	if err != nil && !errors.Is(err, fs.ErrNotExist) {
+		return nil, fmt.Errorf("drop-in directory: %w", err)
+	}
+	for _, d := range drop {
+		if strings.HasSuffix(d.Name(), ".toml") && !strings.HasPrefix(d.Name(), ".") {
+			files = append(files, filepath.Join(file+".d", d.Name()))
+		}
+	}
+	c := Config{Log: Log{Level: "info"}, Paths: Paths{Bridge: "/usr/libexec/resultity/resultity-bridge"}}
+	from := map[string]string{} // key → file that set it last
+	for _, f := range files {
+		if err := c.merge(f, from); err != nil {
+			return nil, fmt.Errorf("%s: %w", f, err)
+		}
+	}
+	c.Paths.fill(env)
+	if key, err := c.check(); err != nil {
+		where := from[key]
+		if where == "" {
+			where = file
+		}
+		return nil, fmt.Errorf("%s: %s: %w", where, key, err)
+	}
+	return &c, nil
+}
+
+// merge decodes one file over c. Each file is decoded on its own, so that an
+// error can name it.
+func (c *Config) merge(file string, from map[string]string) error {
+	st, err := os.Stat(file)
+	if err != nil {
+		if errors.Is(err, fs.ErrNotExist) {
+			return errors.New("does not exist; copy the example from /usr/share/doc/resultity-agent/agent.toml and fill in [network]")
+		}
+		return err
+	}
+	if st.Size() > maxFile {
+		return fmt.Errorf("%d bytes, at most %d", st.Size(), maxFile)
+	}
+	raw, err := os.ReadFile(file)
+	if err != nil {
+		return err
+	}
+	k := koanf.New(".")
+	if err := k.Load(rawbytes.Provider(raw), toml.Parser()); err != nil {
+		return err
+	}
+	for _, key := range k.Keys() {
+		if m, ok := k.Get(key).(map[string]any); ok && len(m) == 0 && sections[key] {
+			continue // a section with nothing in it
+		}
+		if !known[key] {
+			return fmt.Errorf("%s: unknown key; known are %s", key, strings.Join(Keys(), ", "))
+		}
+		if _, ok := k.Get(key).(string); !ok {
+			return fmt.Errorf("%s: want a string in quotes, got %v", key, k.Get(key))
+		}
+		from[key] = file
+	}
+	return k.UnmarshalWithConf("", c, koanf.UnmarshalConf{DecoderConfig: &mapstructure.DecoderConfig{Result: c, TagName: "koanf", ErrorUnused: true}})
+}
+
+// known has every key, sections every section. All values are strings, so that
+// the two are all there is to check before decoding.
+var known, sections = func() (keys, sections map[string]bool) {
+	keys, sections = map[string]bool{}, map[string]bool{}
+	t := reflect.TypeFor[Config]()
+	for s := range t.NumField() {
+		name := t.Field(s).Tag.Get("koanf")
+		sections[name] = true
+		for f := range t.Field(s).Type.NumField() {
+			keys[name+"."+t.Field(s).Type.Field(f).Tag.Get("koanf")] = true
+		}
+	}
+	return keys, sections
+}()
+
+// Keys returns every key, sorted.
+func Keys() []string {
+	var ks []string
+	for k := range known {
+		ks = append(ks, k)
+	}
+	slices.Sort(ks)
+	return ks
+}
+
+func (p *Paths) fill(env func(string) string) {
+	or := func(v *string, alternatives ...string) {
+		for _, a := range alternatives {
+			if *v == "" {
+				*v = a
+			}
+		}
+	}
+	below := func(dir, name string) string {
+		if dir == "" {
+			return ""
+		}
+		return filepath.Join(dir, name)
+	}
+	run := env("XDG_RUNTIME_DIR")
+	or(&p.State, env("STATE_DIRECTORY"), below(env("XDG_STATE_HOME"), "resultity"), below(env("HOME"), ".local/state/resultity"))
+	or(&p.Runtime, env("RUNTIME_DIRECTORY"), below(run, "resultity"))
+	or(&p.Units, below(run, "containers/systemd"))
+	or(&p.Podman, below(run, "resultity-podman/podman.sock"))
+}
+
+var namePattern = regexp.MustCompile(`^[a-z0-9][a-z0-9._-]{0,63}$`)
+
+// check returns the first key whose value cannot work.
+func (c *Config) check() (key string, err error) {
+	n := &c.Network
+	switch u, err := url.Parse(n.URL); {
+	case !namePattern.MatchString(n.Name):
+		return "network.name", fmt.Errorf("%.80q: want the network's name, e.g. \"testnet\" (%s)", n.Name, namePattern)
+	case err != nil || u.Scheme != "https" || u.Host == "" || u.User != nil || (u.Path != "" && u.Path != "/") || u.RawQuery != "" || u.Fragment != "":
+		return "network.url", fmt.Errorf("%.200q: want https://host or https://host:port", n.URL)
+	}
+	n.URL = strings.TrimSuffix(n.URL, "/")
+	for _, f := range []struct {
+		key, value string
+		needed     bool
+		what       string
+	}{
+		{"network.root", n.Root, true, "the absolute path of the network's first TUF root"},
+		{"network.ca", n.CA, false, "the absolute path of a PEM file"},
+		{"network.enrolment_token", n.EnrolmentToken, false, "the absolute path of a file with the token"},
+		{"identity.passphrase", c.Identity.Passphrase, false, "the absolute path of a file with the passphrase"},
+		{"paths.state", c.Paths.State, true, "an absolute path (or run under a service manager that sets STATE_DIRECTORY)"},
+		{"paths.runtime", c.Paths.Runtime, true, "an absolute path (or a login session that sets XDG_RUNTIME_DIR)"},
+		{"paths.units", c.Paths.Units, true, "an absolute path (or a login session that sets XDG_RUNTIME_DIR)"},
+		{"paths.podman", c.Paths.Podman, true, "an absolute path (or a login session that sets XDG_RUNTIME_DIR)"},
+		{"paths.bridge", c.Paths.Bridge, true, "an absolute path"},
+	} {
+		if (f.value != "" || f.needed) && (!filepath.IsAbs(f.value) || filepath.Clean(f.value) != f.value) {
+			return f.key, fmt.Errorf("%.200q: want %s", f.value, f.what)
+		}
+	}
+	if !slices.Contains([]string{"debug", "info", "warn", "error"}, c.Log.Level) {
+		return "log.level", fmt.Errorf("%.40q: want debug, info, warn or error", c.Log.Level)
+	}
+	return "", nil
+}

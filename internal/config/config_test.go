@@ -1,0 +1,113 @@
+package config
+
+import (
+	"os"
+	"path/filepath"
+	"regexp"
+	"slices"
+	"strings"
+	"testing"
+)
+
+func env(k string) string {
+	return map[string]string{"XDG_RUNTIME_DIR": "/run/user/7", "STATE_DIRECTORY": "/s", "RUNTIME_DIRECTORY": "/run/user/7/resultity"}[k]
+}
+
+const good = "[network]\nname = \"t\"\nurl = \"https://n.example:8443/\"\nroot = \"/r.json\"\n"
+
+func write(t *testing.T, text string, dropins ...string) string {
+	t.Helper()
+	f := filepath.Join(t.TempDir(), "agent.toml")
+	if err := os.WriteFile(f, []byte(text), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	for i, d := range dropins {
+		if err := os.MkdirAll(f+".d", 0o700); err != nil {
+			t.Fatal(err)
+		}
+		if err := os.WriteFile(filepath.Join(f+".d", string(rune('a'+i))+".toml"), []byte(d), 0o600); err != nil {
+			t.Fatal(err)
+		}
+	}
+	return f
+}
+
+func TestLoadFillsAndOverrides(t *testing.T) {
+	c, err := Load(write(t, good, "[log]\nlevel = \"debug\"\n[network]\nca = \"/a\"\n", "[network]\nca = \"/b\"\n"), env)
+	if err != nil {
+		t.Fatal(err)
+	}
+	want := Config{
+		Network: Network{Name: "t", URL: "https://n.example:8443", Root: "/r.json", CA: "/b"},
+		Paths: Paths{State: "/s", Runtime: "/run/user/7/resultity", Units: "/run/user/7/containers/systemd",
+			Podman: "/run/user/7/resultity-podman/podman.sock", Bridge: "/usr/libexec/resultity/resultity-bridge"},
+		Log: Log{Level: "debug"},
+	}
+	if *c != want {
+		t.Errorf("got  %+v\nwant %+v", *c, want)
+	}
+}
+
+func TestErrorsNameFileAndKey(t *testing.T) {
+	for _, c := range []struct{ name, base, drop, file, key, expect string }{
+		{"unknown key", good + "x = 1\n", "", "agent.toml", "network.x", "unknown key"},
+		{"unknown section", good + "[zap]\na = 1\n", "", "agent.toml", "zap.a", "unknown key"},
+		{"unknown key in drop-in", good, "[log]\nlvl = \"info\"\n", "a.toml", "log.lvl", "unknown key"},
+		{"wrong type", good + "[log]\nlevel = 3\n", "", "agent.toml", "log.level", "string"},
+		{"bad level in drop-in", good, "[log]\nlevel = \"loud\"\n", "a.toml", "log.level", "debug, info"},
+		{"no name", strings.Replace(good, `"t"`, `""`, 1), "", "agent.toml", "network.name", "want the network's name"},
+		{"http", strings.Replace(good, "https", "http", 1), "", "agent.toml", "network.url", "want https://"},
+		{"password in url", strings.Replace(good, "//n", "//u:p@n", 1), "", "agent.toml", "network.url", "want https://"},
+		{"relative root", strings.Replace(good, `"/r.json"`, `"r.json"`, 1), "", "agent.toml", "network.root", "absolute path"},
+		{"no root", strings.Replace(good, `root = "/r.json"`, "", 1), "", "agent.toml", "network.root", "absolute path"},
+		{"unclean bridge", good + "[paths]\nbridge = \"/a/../b\"\n", "", "agent.toml", "paths.bridge", "absolute path"},
+		{"not TOML", "[network\n", "", "agent.toml", "", ""},
+	} {
+		var drops []string
+		if c.drop != "" {
+			drops = append(drops, c.drop)
+		}
+		_, err := Load(write(t, c.base, drops...), env)
+		if err == nil {
+			t.Errorf("%s: accepted", c.name)
+			continue
+		}
+		for _, part := range []string{c.file, c.key, c.expect} {
+			if !strings.Contains(err.Error(), part) {
+				t.Errorf("%s: error %q does not say %q", c.name, err, part)
+			}
+		}
+	}
+	if _, err := Load(filepath.Join(t.TempDir(), "none.toml"), env); err == nil || !strings.Contains(err.Error(), "does not exist") {
+		t.Errorf("missing file: %v", err)
+	}
+	big := write(t, good+strings.Repeat("# x\n", maxFile/4))
+	if _, err := Load(big, env); err == nil || !strings.Contains(err.Error(), "at most") {
+		t.Errorf("huge file: %v", err)
+	}
+}
+
+// The example is documentation: it must load, and mention every key.
+func TestExampleIsWholeAndLoads(t *testing.T) {
+	if _, err := Load("agent.toml", env); err != nil {
+		t.Error(err)
+	}
+	raw, err := os.ReadFile("agent.toml")
+	if err != nil {
+		t.Fatal(err)
+	}
+	var got []string
+	section := ""
+	for line := range strings.Lines(string(raw)) {
+		if m := regexp.MustCompile(`^\[(\w+)\]`).FindStringSubmatch(line); m != nil {
+			section = m[1]
+		}
+		if m := regexp.MustCompile(`^(?:# )?(\w+) *= "`).FindStringSubmatch(line); m != nil {
+			got = append(got, section+"."+m[1])
+		}
+	}
+	slices.Sort(got)
+	if !slices.Equal(got, Keys()) {
+		t.Errorf("the example has\n%v\nthe agent knows\n%v", got, Keys())
+	}
+}
