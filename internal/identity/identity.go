@@ -1,0 +1,180 @@
+// Package identity owns the node's key on disk: an Ethereum keystore file, made
+// once, and the passphrase that opens it.
+//
+// The rule it keeps: the key is made only where there is none, and used only
+// where nobody else could have read or placed it. It never leaves this process.
+package identity
+
+import (
+	"crypto/rand"
+	"encoding/hex"
+	"errors"
+	"fmt"
+	"io"
+	"io/fs"
+	"os"
+	"path/filepath"
+	"strings"
+	"syscall"
+
+	"github.com/ethereum/go-ethereum/accounts/keystore"
+	"github.com/google/uuid"
+
+	"github.com/resultity/node/internal/durable"
+	"github.com/resultity/node/internal/evm"
+)
+
+// ErrRefused says that an identity is there and must not be used as it is. The
+// text says why and what to do.
+var ErrRefused = errors.New("identity refused")
+
+// CredentialName is the systemd credential that holds the passphrase.
+const CredentialName = "resultity-passphrase"
+
+const (
+	keyFile        = "key.json"
+	passphraseFile = "passphrase"
+	maxFile        = 64 << 10
+)
+
+// Options say where an identity is and how it is opened.
+type Options struct {
+	Dir         string // made with mode 0700 where it does not exist
+	Passphrase  string // file with the passphrase; "" for the credential or our own
+	Credentials string // $CREDENTIALS_DIRECTORY, or ""
+}
+
+// Open returns the node's key and whether it was made just now. Everything is
+// durable before it returns. Errors about what is there wrap [ErrRefused].
+func Open(o Options) (key *evm.Key, created bool, err error) {
+	if err := os.MkdirAll(o.Dir, 0o700); err != nil {
+		return nil, false, err
+	}
+	if err := private(o.Dir); err != nil {
+		return nil, false, err
+	}
+	name := filepath.Join(o.Dir, keyFile)
+	raw, err := readPrivate(name)
+	exists := !errors.Is(err, fs.ErrNotExist)
+	if exists && err != nil {
+		return nil, false, err
+	}
+	pass, err := o.passphrase(!exists)
+	if err != nil {
+		return nil, false, err
+	}
+	if !exists {
+		key, err := create(name, pass)
+		return key, err == nil, err
+	}
+	k, err := keystore.DecryptKey(raw, pass)
+	if errors.Is(err, keystore.ErrDecrypt) {
+		return nil, false, fmt.Errorf("%w: the passphrase does not open %s; put the right one in place (identity.passphrase, or the credential %s), or move the identity directory away to become a new node", ErrRefused, name, CredentialName)
+	}
+	if err != nil {
+		return nil, false, fmt.Errorf("%w: %s is not a keystore file: %w; restore it from a backup", ErrRefused, name, err)
+	}
+	return evm.FromECDSA(k.PrivateKey), false, nil
+}
+
+func create(name, pass string) (*evm.Key, error) {
+	key, err := evm.NewKey()
+	if err != nil {
+		return nil, err
+	}
+	// The light parameters cost 4 MiB and some 50 ms. The standard ones take
+	// 256 MiB at each start, to protect a passphrase that is random here, or
+	// lies beside the key anyway.
+	raw, err := keystore.EncryptKey(&keystore.Key{Id: uuid.New(), Address: key.Address(), PrivateKey: key.ECDSA()},
+		pass, keystore.LightScryptN, keystore.LightScryptP)
+	if err != nil {
+		return nil, err
+	}
+	if err := durable.WriteFile(name, raw, 0o600); err != nil {
+		return nil, err
+	}
+	return key, nil
+}
+
+// passphrase finds the passphrase; the first source that is configured counts.
+// Our own is made only together with the key: a key whose passphrase file is
+// gone must not be hidden behind a new one.
+func (o Options) passphrase(fresh bool) (string, error) {
+	own := filepath.Join(o.Dir, passphraseFile)
+	name := own
+	credential := filepath.Join(o.Credentials, CredentialName)
+	switch _, err := os.Stat(credential); {
+	case o.Passphrase != "":
+		name = o.Passphrase
+	case o.Credentials != "" && err == nil:
+		name = credential
+	}
+	raw, err := readPrivate(name)
+	if errors.Is(err, fs.ErrNotExist) && name == own && fresh {
+		b := make([]byte, 32)
+		_, _ = rand.Read(b) // crypto/rand never fails: it ends the program instead
+		raw = []byte(hex.EncodeToString(b) + "\n")
+		err = durable.WriteFile(own, raw, 0o600)
+	}
+	if errors.Is(err, fs.ErrNotExist) {
+		return "", fmt.Errorf("%w: the key's passphrase %s is missing; restore it from a backup", ErrRefused, name)
+	}
+	if err != nil {
+		return "", err
+	}
+	pass := strings.TrimRight(string(raw), "\r\n")
+	if pass == "" {
+		return "", fmt.Errorf("%w: the passphrase in %s is empty", ErrRefused, name)
+	}
+	return pass, nil
+}
+
+// readPrivate reads a file of ours that nobody else may read or write. The
+// checks are on the opened file, so that it cannot be exchanged in between.
+func readPrivate(name string) ([]byte, error) {
+	f, err := os.OpenFile(name, os.O_RDONLY|syscall.O_NOFOLLOW|syscall.O_NONBLOCK, 0)
+	if errors.Is(err, syscall.ELOOP) {
+		return nil, fmt.Errorf("%w: %s is a symbolic link; put the file itself there", ErrRefused, name)
+	}
+	if err != nil {
+		return nil, err
+	}
+	defer f.Close() // read only: nothing to lose
+	st, err := f.Stat()
+	if err != nil {
+		return nil, err
+	}
+	if err := checkPrivate(name, st); err != nil {
+		return nil, err
+	}
+	if !st.Mode().IsRegular() {
+		return nil, fmt.Errorf("%w: %s is not a regular file", ErrRefused, name)
+	}
+	raw, err := io.ReadAll(io.LimitReader(f, maxFile+1))
+	if err != nil {
+		return nil, err
+	}
+	if len(raw) > maxFile {
+		return nil, fmt.Errorf("%w: %s has more than %d bytes", ErrRefused, name, maxFile)
+	}
+	return raw, nil
+}
+
+func private(name string) error {
+	st, err := os.Lstat(name)
+	if err != nil {
+		return err
+	}
+	return checkPrivate(name, st)
+}
+
+func checkPrivate(name string, st fs.FileInfo) error {
+	if st.Mode().Perm()&0o077 != 0 {
+		return fmt.Errorf("%w: %s has mode %04o, so that others may use it; if nobody did: chmod go= %s", ErrRefused, name, st.Mode().Perm(), name)
+	}
+	// systemd owns credentials as root and grants them by ACL.
+	if s, ok := st.Sys().(*syscall.Stat_t); ok && int(s.Uid) != os.Getuid() && s.Uid != 0 {
+		return fmt.Errorf("%w: %s belongs to uid %d, not to uid %d that the agent runs as", ErrRefused, name, s.Uid, os.Getuid())
+	}
+	return nil
+}
