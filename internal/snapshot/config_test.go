@@ -1,0 +1,395 @@
+package snapshot
+
+import (
+	"bytes"
+	"encoding/json"
+	"errors"
+	"os"
+	"reflect"
+	"strings"
+	"testing"
+	"time"
+
+	"github.com/resultity/node/internal/digest"
+)
+
+func golden(t testing.TB) []byte {
+	t.Helper()
+	raw, err := os.ReadFile("testdata/config.json")
+	if err != nil {
+		t.Fatal(err)
+	}
+	return raw
+}
+
+// edit returns the golden configuration with the value at path (map keys and
+// slice indices) replaced; the value drop removes the key.
+func edit(t testing.TB, value any, path ...any) []byte {
+	t.Helper()
+	var doc any
+	dec := json.NewDecoder(bytes.NewReader(golden(t)))
+	dec.UseNumber()
+	if err := dec.Decode(&doc); err != nil {
+		t.Fatal(err)
+	}
+	at := doc
+	for i, p := range path {
+		last := i == len(path)-1
+		switch k := p.(type) {
+		case string:
+			m := at.(map[string]any)
+			switch {
+			case last && value == drop:
+				delete(m, k)
+			case last:
+				m[k] = value
+			default:
+				at = m[k]
+			}
+		case int:
+			l := at.([]any)
+			if last {
+				l[k] = value
+			} else {
+				at = l[k]
+			}
+		}
+	}
+	raw, err := json.Marshal(doc)
+	if err != nil {
+		t.Fatal(err)
+	}
+	return raw
+}
+
+type dropped struct{}
+
+var drop any = dropped{}
+
+func TestParseGolden(t *testing.T) {
+	raw := golden(t)
+	c, err := Parse(raw)
+	if err != nil {
+		t.Fatal(err)
+	}
+	// The file documents every field: each must be there, and printing the
+	// parsed form must give the same document.
+	printed, err := json.Marshal(c)
+	if err != nil {
+		t.Fatal(err)
+	}
+	var got, want any
+	if err := errors.Join(json.Unmarshal(printed, &got), json.Unmarshal(raw, &want)); err != nil {
+		t.Fatal(err)
+	}
+	if !reflect.DeepEqual(got, want) {
+		t.Errorf("printed again:\n%s\nwant\n%s", printed, raw)
+	}
+
+	if e := c.Runtime.Engine; e != LlamaCpp {
+		t.Errorf("engine %q", e)
+	}
+	if d := c.Network.Heartbeat.Duration(); d != 10*time.Second {
+		t.Errorf("heartbeat %v", d)
+	}
+	if s := c.Models[0].Size(); s != 2139520 {
+		t.Errorf("size %d", s)
+	}
+	const ref = "registry.example.net/resultity/llamacpp@sha256:2b4c6d8e0f1a3b5c7d9e1f2a4b6c8d0e2f4a6b8c0d1e3f5a7b9c1d2e4f6a8b0c"
+	image := c.Runtime.Image
+	if image.String() != ref || image.Repository() != "registry.example.net/resultity/llamacpp" ||
+		"@"+image.Digest().String() != strings.TrimPrefix(ref, image.Repository()) {
+		t.Errorf("image %s", image)
+	}
+}
+
+func TestModelDigestIsThatOfSha256sum(t *testing.T) {
+	a, b := digest.Of([]byte("a")), digest.Of([]byte("b"))
+	m := Model{Files: []File{{Path: "z/b", SHA256: b}, {Path: "a", SHA256: a}}}
+	if got, want := m.Digest(), digest.Of([]byte(a.Hex()+"  a\n"+b.Hex()+"  z/b\n")); got != want {
+		t.Errorf("digest %s, want %s", got, want)
+	}
+	if m.Files[0].Path != "z/b" {
+		t.Error("Digest sorted the caller's files")
+	}
+}
+
+// One bad value per field; the error must name it.
+func TestParseRefuses(t *testing.T) {
+	const zeros = "sha256:0000000000000000000000000000000000000000000000000000000000000000"
+	model := func(files ...any) map[string]any {
+		return map[string]any{"name": "m", "version": "1", "format": "gguf", "files": files}
+	}
+	file := func(path string) map[string]any {
+		return map[string]any{"path": path, "size": 1, "sha256": digest.Of([]byte(path)).String(), "sources": []string{"https://h/f"}}
+	}
+	many := func(n int, v any) []any {
+		l := make([]any, n)
+		for i := range l {
+			l[i] = v
+		}
+		return l
+	}
+	key := "-----BEGIN PUBLIC KEY-----\nMFkwEwYHKoZIzj0CAQYIKoZIzj0DAQcDQgAEn1RaGFjgtOyyYBEDKxVnDFOnTNdP\nxcieAUPPs7bjVVppF/hW7H7px70HHWRTQYwgXYzla14JAAIpTj5MPylkNg==\n-----END PUBLIC KEY-----\n"
+	ed25519 := "-----BEGIN PUBLIC KEY-----\nMCowBQYDK2VwAyEAGb9ECWmEzf6FQbrBZ9w7lshQhqowtrbLDFw4rXAxZuE=\n-----END PUBLIC KEY-----\n"
+
+	tests := []struct {
+		want  string // in the error
+		value any
+		path  []any
+	}{
+		{"schema is 0", 0, []any{"schema"}},
+		{"schema is 0", drop, []any{"schema"}},
+		{"schema is 2, this agent knows 1: upgrade the agent", 2, []any{"schema"}},
+		{"schema", "1", []any{"schema"}},
+		{"unknown field \"extra\"", 1, []any{"extra"}},
+		{"unknown field \"extra\"", 1, []any{"runtime", "settings", "extra"}},
+
+		{"network.name", "Testnet", []any{"network", "name"}},
+		{"network.name", "test\n", []any{"network", "name"}},
+		{"network.name", "", []any{"network", "name"}},
+		{"network.name", strings.Repeat("n", 65), []any{"network", "name"}},
+		{"network.name", 1, []any{"network", "name"}},
+		{"network.chain_id", 0, []any{"network", "chain_id"}},
+		{"network.chain_id", 1<<53 + 1, []any{"network", "chain_id"}},
+		{"network.chain_id", -1, []any{"network", "chain_id"}},
+		{"network.message_keys", []any{}, []any{"network", "message_keys"}},
+		{"network.message_keys", many(17, "0x7e5f4552091a69125d5dfcb7b8c2659029395bdf"), []any{"network", "message_keys"}},
+		{"network.message_keys[0]", "0x0000000000000000000000000000000000000000", []any{"network", "message_keys", 0}},
+		{"network.message_keys", nil, []any{"network", "message_keys", 0}},
+		{"network.message_keys[0]: address \"0x7e5f\"", "0x7e5f", []any{"network", "message_keys", 0}},
+		{"network.message_keys[0]: address \"0x7E5f", "0x7E5f4552091a69125d5dfcb7b8c2659029395bdf", []any{"network", "message_keys", 0}},
+		{"network.heartbeat_s", 0, []any{"network", "heartbeat_s"}},
+		{"network.heartbeat_s", 3601, []any{"network", "heartbeat_s"}},
+		{"network.heartbeat_s", 1.5, []any{"network", "heartbeat_s"}},
+		{"network.window_s", 10, []any{"network", "window_s"}},
+		{"network.window_s", 7201, []any{"network", "window_s"}},
+		{"network.clock_window_s", 0, []any{"network", "clock_window_s"}},
+		{"network.clock_window_s", 601, []any{"network", "clock_window_s"}},
+
+		{"limits.request_bytes", 1, []any{"limits", "request_bytes"}},
+		{"limits.request_bytes", 16<<20 + 1, []any{"limits", "request_bytes"}},
+		{"limits.response_bytes", 1, []any{"limits", "response_bytes"}},
+		{"limits.response_bytes", 16<<20 + 1, []any{"limits", "response_bytes"}},
+		{"limits.tokens", 0, []any{"limits", "tokens"}},
+		{"limits.tokens", 1<<20 + 1, []any{"limits", "tokens"}},
+		{"limits.messages", 0, []any{"limits", "messages"}},
+		{"limits.messages", 10_001, []any{"limits", "messages"}},
+		{"limits.deadline_s", 0, []any{"limits", "deadline_s"}},
+		{"limits.deadline_s", 86_401, []any{"limits", "deadline_s"}},
+		{"limits.result_ttl_s", 59, []any{"limits", "result_ttl_s"}},
+		{"limits.result_ttl_s", 30*86_400 + 1, []any{"limits", "result_ttl_s"}},
+
+		{"image_keys", []any{}, []any{"image_keys"}},
+		{"image_keys", many(17, key), []any{"image_keys"}},
+		{"image_keys[0]", "", []any{"image_keys", 0}},
+		{"image_keys[0]", "hello\n" + key, []any{"image_keys", 0}},
+		{"image_keys[0]", key + key, []any{"image_keys", 0}},
+		{"image_keys[0]", strings.ReplaceAll(key, "PUBLIC", "PRIVATE"), []any{"image_keys", 0}},
+		{"image_keys[0]", "-----BEGIN PUBLIC KEY-----\nAAAA\n-----END PUBLIC KEY-----\n", []any{"image_keys", 0}},
+		{"image_keys[0]: ed25519.PublicKey: want an ECDSA key", ed25519, []any{"image_keys", 0}},
+
+		{"number of models", []any{}, []any{"models"}},
+		{"number of models", many(65, model(file("a"))), []any{"models"}},
+		{"models[1]: a second \"m\"", []any{model(file("a")), model(file("b"))}, []any{"models"}},
+		{"models[0]: name", "../m", []any{"models", 0, "name"}},
+		{"models[0]: version", "1 2", []any{"models", 0, "version"}},
+		{"models[0]: format", "pickle", []any{"models", 0, "format"}},
+		{"models[0]: number of files", []any{}, []any{"models", 0, "files"}},
+		{"models[0]: number of files", many(1025, file("a")), []any{"models", 0, "files"}},
+		{"models[0]: files[1]: a second \"a\"", []any{file("a"), file("a")}, []any{"models", 0, "files"}},
+		{"models[0]: files[1]: \"a/b\" lies below the file \"a\"", []any{file("a"), file("a/b")}, []any{"models", 0, "files"}},
+		{"models[0]: files[1]: \"a/b/c\" lies below the file \"a\"", []any{file("a/b/c"), file("a")}, []any{"models", 0, "files"}},
+		{"models[0]: files[0]: path", "/etc/passwd", []any{"models", 0, "files", 0, "path"}},
+		{"models[0]: files[0]: path", "../m", []any{"models", 0, "files", 0, "path"}},
+		{"models[0]: files[0]: path", "a/../m", []any{"models", 0, "files", 0, "path"}},
+		{"models[0]: files[0]: path", "a//m", []any{"models", 0, "files", 0, "path"}},
+		{"models[0]: files[0]: path", ".hidden", []any{"models", 0, "files", 0, "path"}},
+		{"models[0]: files[0]: path", "a\x00", []any{"models", 0, "files", 0, "path"}},
+		{"models[0]: files[0]: path", "a/b/c/d/e", []any{"models", 0, "files", 0, "path"}},
+		{"models[0]: files[0]: size", 0, []any{"models", 0, "files", 0, "size"}},
+		{"models[0]: files[0]: size", -1, []any{"models", 0, "files", 0, "size"}},
+		{"models[0]: files[0]: size", int64(4<<40 + 1), []any{"models", 0, "files", 0, "size"}},
+		{"files.size", 1e30, []any{"models", 0, "files", 0, "size"}},
+		{"models[0].files[0].sha256: digest \"\"", "", []any{"models", 0, "files", 0, "sha256"}},
+		{"models[0]: files[0]: sha256 is missing", drop, []any{"models", 0, "files", 0, "sha256"}},
+		{"models[0].files[0].sha256: digest \"sha256:0000", zeros, []any{"models", 0, "files", 0, "sha256"}},
+		{"models[0].files[0].sha256: digest \"sha256:41BF", "sha256:41BF282b6fdabec77d03e9a488e885cbd49223ed8e30919a84f22815a9d42df3", []any{"models", 0, "files", 0, "sha256"}},
+		{"models[0].files[0].sha256: digest \"md5:1\"", "md5:1", []any{"models", 0, "files", 0, "sha256"}},
+		{"models[0]: files[0]: number of sources", []any{}, []any{"models", 0, "files", 0, "sources"}},
+		{"models[0]: files[0]: number of sources", many(17, "https://h/f"), []any{"models", 0, "files", 0, "sources"}},
+		{"models[0]: files[0]: source", "http://h/f", []any{"models", 0, "files", 0, "sources", 0}},
+		{"models[0]: files[0]: source", "file:///etc/passwd", []any{"models", 0, "files", 0, "sources", 0}},
+		{"models[0]: files[0]: source", "https:///f", []any{"models", 0, "files", 0, "sources", 0}},
+		{"models[0]: files[0]: source", "https://:443/f", []any{"models", 0, "files", 0, "sources", 0}},
+		{"models[0]: files[0]: source", "https://user:pw@h/f", []any{"models", 0, "files", 0, "sources", 0}},
+		{"models[0]: files[0]: source", "https://h/f#", []any{"models", 0, "files", 0, "sources", 0}},
+		{"models[0]: files[0]: source", "https://h/" + strings.Repeat("f", 2048), []any{"models", 0, "files", 0, "sources", 0}},
+		{"models[0]: files[0]: source", "https://h/\n", []any{"models", 0, "files", 0, "sources", 0}},
+
+		{"runtime: engine", "tgi", []any{"runtime", "engine"}},
+		{"runtime: engine", "", []any{"runtime", "engine"}},
+		{"runtime: engine vllm takes a model of format safetensors", "vllm", []any{"runtime", "engine"}},
+		{"runtime: engine llamacpp takes a model of one gguf file", []any{file("a"), file("b")}, []any{"models", 0, "files"}},
+		{"runtime: engine llamacpp takes a model of one gguf file", "safetensors", []any{"models", 0, "format"}},
+		{"runtime: model \"other\" is not among the models", "other", []any{"runtime", "model"}},
+		{"runtime: image is missing", drop, []any{"runtime", "image"}},
+		{"runtime: image is missing", nil, []any{"runtime", "image"}},
+		{"runtime.image: image \"registry.example.net/x:latest\"", "registry.example.net/x:latest", []any{"runtime", "image"}},
+		{"runtime.devices", "nvidia.com/gpu=all", []any{"runtime", "devices"}},
+		{"runtime: devices", []any{"nvidia.com/gpu=all\n"}, []any{"runtime", "devices"}},
+		{"runtime: devices", []any{"/dev/kvm"}, []any{"runtime", "devices"}},
+		{"runtime: number of devices", many(17, "nvidia.com/gpu=0"), []any{"runtime", "devices"}},
+		{"runtime: settings.context", 0, []any{"runtime", "settings", "context"}},
+		{"runtime: settings.context", 1<<24 + 1, []any{"runtime", "settings", "context"}},
+		{"runtime: settings.slots", 0, []any{"runtime", "settings", "slots"}},
+		{"runtime: settings.slots", 1025, []any{"runtime", "settings", "slots"}},
+		{"runtime: settings.threads", -1, []any{"runtime", "settings", "threads"}},
+		{"runtime: settings.threads", 1025, []any{"runtime", "settings", "threads"}},
+		{"runtime: settings.gpu_layers", -1, []any{"runtime", "settings", "gpu_layers"}},
+		{"runtime: settings.gpu_layers", 10_001, []any{"runtime", "settings", "gpu_layers"}},
+		{"runtime: tmp_bytes", 0, []any{"runtime", "tmp_bytes"}},
+		{"runtime: tmp_bytes", int64(1<<40 + 1), []any{"runtime", "tmp_bytes"}},
+		{"runtime: shm_bytes", 0, []any{"runtime", "shm_bytes"}},
+		{"runtime: shm_bytes", int64(1<<40 + 1), []any{"runtime", "shm_bytes"}},
+		{"runtime: start_timeout_s", 0, []any{"runtime", "start_timeout_s"}},
+		{"runtime: start_timeout_s", 4*3600 + 1, []any{"runtime", "start_timeout_s"}},
+		{"runtime: watchdog_s", 0, []any{"runtime", "watchdog_s"}},
+		{"runtime: watchdog_s", 3601, []any{"runtime", "watchdog_s"}},
+		{"runtime: stall_s", 0, []any{"runtime", "stall_s"}},
+		{"runtime: stall_s", 3601, []any{"runtime", "stall_s"}},
+		{"runtime: stop_timeout_s", 0, []any{"runtime", "stop_timeout_s"}},
+		{"runtime: stop_timeout_s", 601, []any{"runtime", "stop_timeout_s"}},
+
+		{"number of validation requests", []any{}, []any{"validation"}},
+		{"number of validation requests", many(65, map[string]any{}), []any{"validation"}},
+		{"validation[0]: name", "Hello World", []any{"validation", 0, "name"}},
+		{"validation[1]: a second \"hello\"", "hello", []any{"validation", 1, "name"}},
+		{"validation[0]: bytes of prompt", "", []any{"validation", 0, "prompt"}},
+		{"validation[0]: bytes of prompt", strings.Repeat("p", 4097), []any{"validation", 0, "prompt"}},
+		{"validation[0]: bytes of answer", "", []any{"validation", 0, "answer"}},
+		{"validation[0]: bytes of answer", strings.Repeat("a", 4097), []any{"validation", 0, "answer"}},
+		{"validation[0]: tokens", 0, []any{"validation", 0, "tokens"}},
+		{"validation[0]: tokens", 1025, []any{"validation", 0, "tokens"}},
+		{"validation[0]: timeout_s", 0, []any{"validation", 0, "timeout_s"}},
+		{"validation[0]: timeout_s", 3601, []any{"validation", 0, "timeout_s"}},
+	}
+	covered := map[string]bool{}
+	for _, tt := range tests {
+		c, err := Parse(edit(t, tt.value, tt.path...))
+		if c != nil || !errors.Is(err, ErrInvalid) || !strings.Contains(err.Error(), tt.want) {
+			t.Errorf("%v = %.60v: got %v, want %q", tt.path, tt.value, err, tt.want)
+		}
+		name := ""
+		for _, p := range tt.path {
+			if s, ok := p.(string); ok {
+				name += "." + s
+			}
+		}
+		covered[name] = true
+	}
+	// A field that is added later must be added here too.
+	for _, f := range fields(reflect.TypeFor[Config](), "") {
+		if !covered[f] {
+			t.Errorf("no bad value is tried for %s", f)
+		}
+	}
+}
+
+// fields lists the JSON paths of all fields below t that hold no struct.
+func fields(t reflect.Type, at string) []string {
+	for t.Kind() == reflect.Slice {
+		t = t.Elem()
+	}
+	var l []string
+	if t.Kind() == reflect.Struct {
+		for f := range t.Fields() {
+			if name := f.Tag.Get("json"); name != "" {
+				l = append(l, fields(f.Type, at+"."+name)...)
+			}
+		}
+	}
+	if l == nil {
+		l = []string{at}
+	}
+	return l
+}
+
+// The bytes themselves, whatever they mean.
+func TestParseTakesOneSpelling(t *testing.T) {
+	raw := string(golden(t))
+	replace := func(old, new string) string {
+		if !strings.Contains(raw, old) {
+			t.Fatalf("no %s in the golden file", old)
+		}
+		return strings.Replace(raw, old, new, 1)
+	}
+	tests := []struct{ name, raw, want string }{
+		{"empty", "", "unexpected end"},
+		{"null", "null", "schema is 0"},
+		{"list", "[]", "array"},
+		{"cut short", raw[:len(raw)/2], "unexpected end"},
+		{"something follows", raw + "{}", "after top-level value"},
+		{"too large", raw + strings.Repeat(" ", MaxSize), "at most 1048576"},
+		{"not UTF-8", replace("What is", "What\xffis"), "UTF-8"},
+		{"a field twice", replace(`"slots": 4`, `"slots": 4, "slots": 5`), "runtime.settings.slots is given twice"},
+		{"a field twice in a list", replace(`"size": 2139520`, `"size": 1, "size": 2139520`), "models[0].files[0].size is given twice"},
+		{"the schema twice", replace(`"schema": 1`, `"schema": 2, "schema": 1`), "schema is given twice"},
+		{"a field twice by case", replace(`"slots": 4`, `"slots": 4, "Slots": 5`), `unknown field "runtime.settings.Slots"`},
+		{"other case", replace(`"network"`, `"Network"`), `unknown field "Network"`},
+		{"folding", replace(`"slots"`, "\"\u017flots\""), "unknown field"},
+		{"nested", replace(`"schema": 1`, `"schema": 1, "x": `+strings.Repeat("[", 9000)+strings.Repeat("]", 9000)), "deeper than any field"},
+		{"nested without end", strings.Repeat("[", MaxSize), "max depth"},
+	}
+	for _, tt := range tests {
+		c, err := Parse([]byte(tt.raw))
+		if c != nil || !errors.Is(err, ErrInvalid) || !strings.Contains(err.Error(), tt.want) {
+			t.Errorf("%s: got %v, want %q", tt.name, err, tt.want)
+		}
+	}
+}
+
+func TestParseImageRefRefuses(t *testing.T) {
+	const d = "@sha256:2b4c6d8e0f1a3b5c7d9e1f2a4b6c8d0e2f4a6b8c0d1e3f5a7b9c1d2e4f6a8b0c"
+	for _, s := range []string{
+		"", "h/x", d, "x" + d, "h/x:tag" + d, "h/X" + d, "H/x" + d, "h//x" + d, "h/x/" + d, "/x" + d, "h/../x" + d, "h/x\n" + d,
+		"https://h/x" + d, "-h/x" + d, "h:/x" + d, "h:123456/x" + d, "h/x$y" + d, "h/%x" + d, "h/x y" + d, "u@h/x" + d, "h/x" + d + d,
+		"h/x" + strings.ToUpper(d), "h/x" + d + "\n", "h/x" + d[:20], "h/" + strings.Repeat("x", 254) + d,
+	} {
+		if r, err := ParseImageRef(s); err == nil {
+			t.Errorf("took %q as %s", s, r)
+		}
+	}
+	for _, s := range []string{"h/x" + d, "localhost:5000/a/b-c/d_e.f" + d} {
+		if r, err := ParseImageRef(s); err != nil || r.String() != s {
+			t.Errorf("%q: got %s, %v", s, r, err)
+		}
+	}
+}
+
+// Whatever is taken must be taken again in the form that it prints, and mean
+// the same; nothing may crash.
+func FuzzParse(f *testing.F) {
+	f.Add(golden(f))
+	f.Add([]byte(`{"schema":1,"network":{"name":null}}`))
+	f.Fuzz(func(t *testing.T, raw []byte) {
+		c, err := Parse(raw)
+		if err != nil {
+			if c != nil || !errors.Is(err, ErrInvalid) {
+				t.Fatalf("Parse = %v, %v", c, err)
+			}
+			return
+		}
+		printed, err := json.Marshal(c)
+		if err != nil {
+			t.Fatal(err)
+		}
+		again, err := Parse(printed)
+		if len(printed) > MaxSize {
+			return // escapes can make it longer
+		}
+		if err != nil || !reflect.DeepEqual(again, c) {
+			t.Fatalf("Parse(print) = %+v, %v\nwant %+v", again, err, c)
+		}
+	})
+}
