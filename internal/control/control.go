@@ -1,0 +1,209 @@
+// Package control owns the agent's control socket: what an operator can ask a
+// running agent, and the types of the answers. It is HTTP with JSON over a unix
+// socket that only the account and root can open; file permissions are the
+// whole of its access control.
+package control
+
+import (
+	"context"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"io"
+	"io/fs"
+	"net"
+	"net/http"
+	"os"
+	"path/filepath"
+	"strings"
+	"time"
+
+	"github.com/resultity/node/internal/wire"
+)
+
+// SocketName is the socket's name in the agent's runtime directory.
+const SocketName = "control.sock"
+
+// Gate is one condition between a node and its jobs. Gates are listed in the
+// order in which they open.
+type Gate struct {
+	Name   string `json:"name"`
+	Open   bool   `json:"open"`
+	Detail string `json:"detail"`           // what is so
+	Remedy string `json:"remedy,omitempty"` // what opens it, when it is closed
+}
+
+// Status is the answer to "why no jobs".
+type Status struct {
+	Version  string            `json:"version"`
+	Node     string            `json:"node"` // address
+	Network  string            `json:"network"`
+	Gates    []Gate            `json:"gates"`
+	Snapshot *Snapshot         `json:"snapshot,omitempty"`
+	Runtime  wire.RuntimeState `json:"runtime"`
+	Slots    int               `json:"slots"`
+	Busy     int               `json:"busy"`
+	Outbox   int               `json:"outbox"` // results that the network has not acknowledged
+	Draining bool              `json:"draining"`
+}
+
+// Snapshot is the configuration in force.
+type Snapshot struct {
+	Version int64     `json:"version"`
+	Digest  string    `json:"digest"`
+	Expires time.Time `json:"expires"`
+}
+
+// Closed returns the first gate that is closed, or nil.
+func (s *Status) Closed() *Gate {
+	for i := range s.Gates {
+		if !s.Gates[i].Open {
+			return &s.Gates[i]
+		}
+	}
+	return nil
+}
+
+// Identity is who the node is.
+type Identity struct {
+	Node    string `json:"node"`
+	Network string `json:"network"`
+	Account string `json:"account,omitempty"` // empty before the registration
+}
+
+// Model is a model and what has become of it.
+type Model struct {
+	wire.ModelState
+	Bytes int64 `json:"bytes"`
+	Done  int64 `json:"done"` // of Bytes, while pending
+}
+
+// Job is one job the node has not forgotten yet.
+type Job struct {
+	ID    string    `json:"id"`
+	State string    `json:"state"` // running, or unacknowledged
+	Model string    `json:"model,omitempty"`
+	Code  wire.Code `json:"code,omitempty"` // why it failed
+}
+
+// Backend is the agent as its operator sees it. Safe for concurrent use.
+type Backend interface {
+	Status() Status
+	Identity() Identity
+	Models() []Model
+	Jobs(limit int) ([]Job, error)
+	Drain()
+	Resume()
+}
+
+// maxJobs bounds an answer.
+const maxJobs = 1000
+
+// Listen binds the socket, mode 0600, replacing one that a killed agent left.
+// The agent's store is locked by then, so that no other agent can own it.
+func Listen(dir string) (net.Listener, error) {
+	path := filepath.Join(dir, SocketName)
+	if err := os.Remove(path); err != nil && !errors.Is(err, fs.ErrNotExist) {
+		return nil, err
+	}
+	l, err := net.Listen("unix", path)
+	if err != nil {
+		return nil, err
+	}
+	if err := os.Chmod(path, 0o600); err != nil {
+		_ = l.Close() // the chmod error says more
+		return nil, err
+	}
+	return l, nil
+}
+
+// Serve answers on l until ctx ends.
+func Serve(ctx context.Context, l net.Listener, b Backend) error {
+	mux := http.NewServeMux()
+	get := func(path string, f func() (any, error)) {
+		mux.HandleFunc("GET "+path, func(w http.ResponseWriter, _ *http.Request) {
+			v, err := f()
+			reply(w, v, err)
+		})
+	}
+	get("/v1/status", func() (any, error) { return b.Status(), nil })
+	get("/v1/identity", func() (any, error) { return b.Identity(), nil })
+	get("/v1/models", func() (any, error) { return b.Models(), nil })
+	get("/v1/jobs", func() (any, error) { return b.Jobs(maxJobs) })
+	post := func(path string, f func()) {
+		mux.HandleFunc("POST "+path, func(w http.ResponseWriter, _ *http.Request) {
+			f()
+			reply(w, b.Status(), nil)
+		})
+	}
+	post("/v1/drain", b.Drain)
+	post("/v1/resume", b.Resume)
+	s := &http.Server{
+		Handler: http.MaxBytesHandler(mux, 1<<10), MaxHeaderBytes: 8 << 10,
+		ReadTimeout: 10 * time.Second, WriteTimeout: 10 * time.Second, IdleTimeout: time.Minute,
+	}
+	stop := context.AfterFunc(ctx, func() { _ = s.Close() }) // ends Serve below, which reports
+	defer stop()
+	if err := s.Serve(l); !errors.Is(err, http.ErrServerClosed) || ctx.Err() == nil {
+		return fmt.Errorf("control socket: %w", err)
+	}
+	return nil
+}
+
+func reply(w http.ResponseWriter, v any, err error) {
+	w.Header().Set("Content-Type", "application/json")
+	if err != nil {
+		w.WriteHeader(http.StatusInternalServerError)
+		v = map[string]string{"error": err.Error()}
+	}
+	_ = json.NewEncoder(w).Encode(v) // the peer has gone: nobody to tell
+}
+
+// Client asks a running agent.
+type Client struct{ http *http.Client }
+
+// ErrNotRunning says that no agent answers on the socket.
+var ErrNotRunning = errors.New("the agent does not run")
+
+// NewClient returns a client of the agent whose socket is at path. It connects
+// at the first call.
+func NewClient(path string) *Client {
+	return &Client{&http.Client{Timeout: 15 * time.Second, Transport: &http.Transport{
+		DialContext: func(ctx context.Context, _, _ string) (net.Conn, error) {
+			return new(net.Dialer).DialContext(ctx, "unix", path)
+		},
+	}}}
+}
+
+// Get asks for one of status, identity, models or jobs.
+func (c *Client) Get(ctx context.Context, what string, answer any) error {
+	return c.do(ctx, http.MethodGet, what, answer)
+}
+
+// Post orders drain or resume; the answer is a [Status].
+func (c *Client) Post(ctx context.Context, what string, answer any) error {
+	return c.do(ctx, http.MethodPost, what, answer)
+}
+
+func (c *Client) do(ctx context.Context, method, what string, answer any) error {
+	req, err := http.NewRequestWithContext(ctx, method, "http://agent/v1/"+what, nil)
+	if err != nil {
+		return err
+	}
+	res, err := c.http.Do(req)
+	if err != nil {
+		if errors.Is(err, fs.ErrNotExist) || strings.Contains(err.Error(), "connection refused") {
+			return fmt.Errorf("%w (%w)", ErrNotRunning, err)
+		}
+		return err
+	}
+	defer res.Body.Close() // read only: nothing to lose
+	raw, err := io.ReadAll(io.LimitReader(res.Body, 16<<20))
+	if err != nil {
+		return err
+	}
+	if res.StatusCode != http.StatusOK {
+		return fmt.Errorf("the agent answered %s: %.500s", res.Status, raw)
+	}
+	return json.Unmarshal(raw, answer)
+}

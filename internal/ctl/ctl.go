@@ -1,0 +1,258 @@
+// Package ctl owns resultityctl, the operator's command. It shows what the
+// agent says and decides nothing itself, except for receipts, which it checks
+// without any agent or network.
+package ctl
+
+import (
+	"context"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"io"
+	"os"
+	"os/user"
+	"path/filepath"
+	"text/tabwriter"
+	"time"
+
+	"github.com/spf13/cobra"
+
+	"github.com/resultity/node/internal/control"
+	"github.com/resultity/node/internal/receipt"
+)
+
+// Exit codes, for scripts.
+const (
+	ExitOK     = 0
+	ExitFailed = 1 // the command failed
+	ExitClosed = 2 // status: the node gets no jobs; a gate is closed
+	ExitUsage  = 64
+	ExitDown   = 69 // the agent does not run
+)
+
+// Account is the system account that the packaged agent runs as.
+const Account = "resultity"
+
+// IO is what the command reads and writes.
+type IO struct {
+	In       io.Reader
+	Out, Err io.Writer
+	Getenv   func(string) string
+}
+
+// exitError carries an exit code without a further message.
+type exitError int
+
+func (e exitError) Error() string { return fmt.Sprintf("exit status %d", int(e)) }
+
+// Main runs the command and returns its exit code.
+func Main(ctx context.Context, args []string, stdio IO, version string) int {
+	c := &command{IO: stdio}
+	root := c.root(version)
+	root.SetArgs(args)
+	root.SetIn(stdio.In)
+	root.SetOut(stdio.Out)
+	root.SetErr(stdio.Err)
+	err := root.ExecuteContext(ctx)
+	var code exitError
+	switch {
+	case err == nil:
+		return ExitOK
+	case errors.As(err, &code):
+		return int(code)
+	case errors.Is(err, control.ErrNotRunning):
+		fmt.Fprintf(stdio.Err, "resultityctl: %v\nStart it: systemctl --user -M %s@ start resultity-agent (or without -M for a node of your own)\nIts log:  journalctl _SYSTEMD_USER_UNIT=resultity-agent.service\n", err, Account)
+		return ExitDown
+	case errors.Is(err, errUsage):
+		fmt.Fprintf(stdio.Err, "resultityctl: %v\n", err)
+		return ExitUsage
+	}
+	fmt.Fprintf(stdio.Err, "resultityctl: %v\n", err)
+	return ExitFailed
+}
+
+var errUsage = errors.New("usage")
+
+type command struct {
+	IO
+	socket string
+	json   bool
+}
+
+func (c *command) root(version string) *cobra.Command {
+	root := &cobra.Command{
+		Use: "resultityctl", Short: "Look at and steer a Resultity node", Version: version,
+		SilenceErrors: true, SilenceUsage: true,
+	}
+	root.SetFlagErrorFunc(func(_ *cobra.Command, err error) error { return fmt.Errorf("%w: %w", errUsage, err) })
+	root.PersistentFlags().StringVar(&c.socket, "socket", "", "the agent's control socket (default: that of your own agent, else of the account "+Account+")")
+	root.PersistentFlags().BoolVar(&c.json, "json", false, "print JSON")
+	add := func(use, short string, args cobra.PositionalArgs, run func(context.Context, []string) error) {
+		root.AddCommand(&cobra.Command{Use: use, Short: short, Args: func(cmd *cobra.Command, a []string) error {
+			if err := args(cmd, a); err != nil {
+				return fmt.Errorf("%w: %w", errUsage, err)
+			}
+			return nil
+		}, RunE: func(cmd *cobra.Command, a []string) error { return run(cmd.Context(), a) }})
+	}
+	add("status", "Show the gates between this node and its jobs", cobra.NoArgs, c.status)
+	add("models", "Show the models and their states", cobra.NoArgs, c.models)
+	add("jobs", "Show running jobs and unacknowledged results", cobra.NoArgs, c.jobs)
+	add("identity", "Show who this node is", cobra.NoArgs, c.identity)
+	add("drain", "Take no new jobs; running ones are finished", cobra.NoArgs, func(ctx context.Context, _ []string) error { return c.order(ctx, "drain") })
+	add("resume", "Take jobs again", cobra.NoArgs, func(ctx context.Context, _ []string) error { return c.order(ctx, "resume") })
+	add("verify RECEIPT", "Check a receipt (a file, or - for standard input) without any network", cobra.ExactArgs(1), c.verify)
+	return root
+}
+
+// client finds the agent's socket: the one asked for, this user's own, or the
+// packaged account's.
+func (c *command) client() *control.Client {
+	path := c.socket
+	if path == "" {
+		path = filepath.Join(c.Getenv("XDG_RUNTIME_DIR"), "resultity", control.SocketName)
+		if _, err := os.Stat(path); err != nil {
+			if u, err := user.Lookup(Account); err == nil {
+				path = filepath.Join("/run/user", u.Uid, "resultity", control.SocketName)
+			}
+		}
+	}
+	return control.NewClient(path)
+}
+
+func (c *command) show(v any, text func(w *tabwriter.Writer)) error {
+	if c.json {
+		e := json.NewEncoder(c.Out)
+		e.SetIndent("", "  ")
+		return e.Encode(v)
+	}
+	w := tabwriter.NewWriter(c.Out, 0, 0, 2, ' ', 0)
+	text(w)
+	return w.Flush()
+}
+
+func (c *command) status(ctx context.Context, _ []string) error {
+	var s control.Status
+	if err := c.client().Get(ctx, "status", &s); err != nil {
+		return err
+	}
+	return c.showStatus(&s)
+}
+
+func (c *command) order(ctx context.Context, what string) error {
+	var s control.Status
+	if err := c.client().Post(ctx, what, &s); err != nil {
+		return err
+	}
+	if c.json {
+		return c.show(s, nil)
+	}
+	_, err := fmt.Fprintf(c.Out, "draining: %v, %d of %d slots busy\n", s.Draining, s.Busy, s.Slots)
+	return err
+}
+
+func (c *command) showStatus(s *control.Status) error {
+	closed := s.Closed()
+	err := c.show(s, func(w *tabwriter.Writer) {
+		fmt.Fprintf(w, "node\t%s\nnetwork\t%s\n", s.Node, s.Network)
+		if s.Snapshot != nil {
+			fmt.Fprintf(w, "configuration\tversion %d, %s, expires %s\n", s.Snapshot.Version, s.Snapshot.Digest, s.Snapshot.Expires.Format(time.RFC3339))
+		}
+		fmt.Fprintf(w, "jobs\t%d of %d slots busy, %d results to deliver\n\n", s.Busy, s.Slots, s.Outbox)
+		for _, g := range s.Gates {
+			mark := "open"
+			if !g.Open {
+				mark = "CLOSED"
+			}
+			fmt.Fprintf(w, "%s\t%s\t%s\n", g.Name, mark, g.Detail)
+		}
+		if closed == nil {
+			fmt.Fprintln(w, "\nAll gates are open: the network sends jobs to this node.")
+			return
+		}
+		fmt.Fprintf(w, "\nNo jobs, because %q is closed: %s\n", closed.Name, closed.Detail)
+		if closed.Remedy != "" {
+			fmt.Fprintf(w, "What to do: %s\n", closed.Remedy)
+		}
+	})
+	if err == nil && closed != nil {
+		return exitError(ExitClosed)
+	}
+	return err
+}
+
+func (c *command) models(ctx context.Context, _ []string) error {
+	var ms []control.Model
+	if err := c.client().Get(ctx, "models", &ms); err != nil {
+		return err
+	}
+	return c.show(ms, func(w *tabwriter.Writer) {
+		fmt.Fprintln(w, "NAME\tVERSION\tSTATE\tSIZE\tHERE\tDIGEST")
+		for _, m := range ms {
+			fmt.Fprintf(w, "%s\t%s\t%s\t%d\t%d %%\t%s\n", m.Name, m.Version, m.State, m.Bytes, percent(m.Done, m.Bytes), m.Digest)
+		}
+	})
+}
+
+func percent(part, whole int64) int64 {
+	if whole <= 0 {
+		return 0
+	}
+	return part * 100 / whole
+}
+
+func (c *command) jobs(ctx context.Context, _ []string) error {
+	var js []control.Job
+	if err := c.client().Get(ctx, "jobs", &js); err != nil {
+		return err
+	}
+	return c.show(js, func(w *tabwriter.Writer) {
+		fmt.Fprintln(w, "JOB\tSTATE\tMODEL\tCODE")
+		for _, j := range js {
+			fmt.Fprintf(w, "%s\t%s\t%s\t%s\n", j.ID, j.State, j.Model, j.Code)
+		}
+	})
+}
+
+func (c *command) identity(ctx context.Context, _ []string) error {
+	var id control.Identity
+	if err := c.client().Get(ctx, "identity", &id); err != nil {
+		return err
+	}
+	return c.show(id, func(w *tabwriter.Writer) {
+		account := id.Account
+		if account == "" {
+			account = "(not registered yet)"
+		}
+		fmt.Fprintf(w, "node\t%s\nnetwork\t%s\naccount\t%s\n", id.Node, id.Network, account)
+	})
+}
+
+func (c *command) verify(_ context.Context, args []string) error {
+	in := c.In
+	if args[0] != "-" {
+		f, err := os.Open(args[0])
+		if err != nil {
+			return err
+		}
+		defer f.Close() // read only: nothing to lose
+		in = f
+	}
+	raw, err := io.ReadAll(io.LimitReader(in, receipt.MaxSize+1))
+	if err != nil {
+		return err
+	}
+	s, err := receipt.Verify(raw)
+	if err != nil {
+		return err
+	}
+	if c.json {
+		return c.show(s, nil)
+	}
+	r := s.Receipt()
+	return c.show(s, func(w *tabwriter.Writer) {
+		fmt.Fprintf(w, "valid\tsigned by node %s\nchain\t%d\njob\t%s\nconfiguration\t%s\nimage\t%s\nmodel\t%s\nrequest\t%s\nresponse\t%s\ntokens\t%d prompt, %d completion\ntime\t%s, %d ms\n",
+			r.Node, s.ChainID(), r.Job, r.ConfigDigest, r.ImageDigest, r.ModelDigest, r.RequestHash, r.ResponseHash,
+			r.PromptTokens, r.CompletionTokens, time.UnixMilli(int64(r.StartedAt)).UTC().Format(time.RFC3339), int64(r.FinishedAt)-int64(r.StartedAt))
+	})
+}

@@ -1,0 +1,77 @@
+// Package hardware owns what a node says about its machine in heartbeats. All
+// of it is claims: nothing here is proof, and nothing that decides trust may
+// depend on it.
+package hardware
+
+import (
+	"bufio"
+	"os"
+	"path/filepath"
+	"runtime"
+	"slices"
+	"strconv"
+	"strings"
+
+	"golang.org/x/sys/unix"
+	"tags.cncf.io/container-device-interface/pkg/cdi"
+
+	"github.com/resultity/node/internal/wire"
+)
+
+// Profile reads the machine's profile. store is a directory of the model store,
+// for its free space. What cannot be read is left empty: a profile is never a
+// reason to fail.
+func Profile(store string) wire.Hardware {
+	h := wire.Hardware{Arch: runtime.GOARCH, CPUs: runtime.NumCPU(), Memory: memory("/proc/meminfo"), OS: osName("/etc/os-release"), GPUs: Devices()}
+	var fs unix.Statfs_t
+	if unix.Statfs(store, &fs) == nil {
+		h.Disk = int64(fs.Bavail) * fs.Bsize
+	}
+	var u unix.Utsname
+	if unix.Uname(&u) == nil {
+		h.Kernel = unix.ByteSliceToString(u.Release[:])
+	}
+	return h
+}
+
+// Devices lists the CDI devices that containers can be given, sorted; never nil.
+func Devices() []string {
+	names := []string{}
+	c, err := cdi.NewCache(cdi.WithAutoRefresh(false), cdi.WithSpecDirs("/etc/cdi", "/run/cdi"))
+	if err != nil {
+		return names
+	}
+	names = append(names, c.ListDevices()...)
+	slices.Sort(names)
+	return names[:min(len(names), 64)]
+}
+
+func memory(file string) int64 {
+	kb := value(file, "MemTotal:")
+	n, err := strconv.ParseInt(strings.TrimSpace(strings.TrimSuffix(kb, "kB")), 10, 64)
+	if err != nil || n < 0 || n > 1<<40 {
+		return 0
+	}
+	return n << 10
+}
+
+func osName(file string) string {
+	return strings.Trim(value(file, "PRETTY_NAME="), `"`)
+}
+
+// value returns what follows prefix on the first line that begins with it, at
+// most 200 bytes.
+func value(file, prefix string) string {
+	f, err := os.Open(filepath.Clean(file))
+	if err != nil {
+		return ""
+	}
+	defer f.Close() // read only: nothing to lose
+	s := bufio.NewScanner(f)
+	for s.Scan() {
+		if v, ok := strings.CutPrefix(s.Text(), prefix); ok {
+			return v[:min(len(v), 200)]
+		}
+	}
+	return ""
+}

@@ -1,0 +1,90 @@
+package sandbox
+
+import (
+	"errors"
+	"os"
+	"path/filepath"
+	"strings"
+	"testing"
+
+	"github.com/resultity/node/internal/bridge/contract"
+)
+
+const status = "Name:\tbridge\nUid:\t65534\t65534\t65534\t65534\nCapInh:\t0000000000000000\nCapPrm:\t0000000000000000\n" +
+	"CapEff:\t0000000000000000\nCapBnd:\t0000000000000000\nCapAmb:\t0000000000000000\nNoNewPrivs:\t1\nSeccomp:\t2\nSeccomp_filters:\t1\n"
+
+const dev = "Inter-|   Receive\n face |bytes\n    lo:       0       0\n"
+
+func look(t *testing.T, status, dev string) (*Outside, error) {
+	t.Helper()
+	proc := t.TempDir()
+	if err := os.MkdirAll(filepath.Join(proc, "7/net"), 0o700); err != nil {
+		t.Fatal(err)
+	}
+	for name, text := range map[string]string{"7/status": status, "7/net/dev": dev} {
+		if err := os.WriteFile(filepath.Join(proc, name), []byte(text), 0o600); err != nil {
+			t.Fatal(err)
+		}
+	}
+	return Look(proc, 7)
+}
+
+func sealed() *contract.Sandbox {
+	return &contract.Sandbox{Version: contract.Version, OK: true, UID: 1000, Checks: []contract.Check{{Name: "seccomp", Want: "2", Got: "2", OK: true}}}
+}
+
+func TestSealed(t *testing.T) {
+	o, err := look(t, status, dev)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := Check(o, sealed(), 993); err != nil {
+		t.Error(err)
+	}
+}
+
+func TestEachDifferenceIsRefused(t *testing.T) {
+	for _, c := range []struct {
+		name, from, to, dev, want string
+		inside                    func(*contract.Sandbox)
+	}{
+		{"agent's user", "65534\t65534\t65534\t65534", "65534\t993\t65534\t65534", "", "none may be the agent's", nil},
+		{"root", "65534\t65534\t65534\t65534", "0\t0\t0\t0", "", "or root", nil},
+		{"effective capability", "CapEff:\t0000000000000000", "CapEff:\t0000000000000400", "", "CapEff", nil},
+		{"bounding capability", "CapBnd:\t0000000000000000", "CapBnd:\t00000000800405fb", "", "CapBnd", nil},
+		{"privileges", "NoNewPrivs:\t1", "NoNewPrivs:\t0", "", "no-new-privileges", nil},
+		{"no seccomp", "Seccomp:\t2", "Seccomp:\t0", "", "seccomp mode 0", nil},
+		{"an interface", "", "", dev + "  eth0: 1 1\n", "eth0", nil},
+		{"no interface", "", "", "Inter-|\n face |\n", "want lo alone", nil},
+		{"inside failed", "", "", "", "inside: seccomp is 0, want 2", func(s *contract.Sandbox) { s.OK, s.Checks[0].OK, s.Checks[0].Got = false, false, "0" }},
+		{"inside failed but says ok", "", "", "", "inside: seccomp", func(s *contract.Sandbox) { s.Checks[0].OK = false }},
+		{"inside says no", "", "", "", "without a failed check", func(s *contract.Sandbox) { s.OK = false }},
+		{"no checks", "", "", "", "without checks", func(s *contract.Sandbox) { s.Checks = nil }},
+		{"other version", "", "", "", "version 9", func(s *contract.Sandbox) { s.Version = 9 }},
+		{"root inside", "", "", "", "root of its namespace", func(s *contract.Sandbox) { s.UID = 0 }},
+	} {
+		d := c.dev
+		if d == "" {
+			d = dev
+		}
+		o, err := look(t, strings.Replace(status, c.from, c.to, 1), d)
+		if err != nil {
+			t.Fatal(err)
+		}
+		in := sealed()
+		if c.inside != nil {
+			c.inside(in)
+		}
+		if err := Check(o, in, 993); !errors.Is(err, ErrNotSealed) || !strings.Contains(err.Error(), c.want) {
+			t.Errorf("%s: %v, want ErrNotSealed with %q", c.name, err, c.want)
+		}
+	}
+}
+
+func TestLookRefusesGarbage(t *testing.T) {
+	for _, s := range []string{"", "Uid:\tx\n", "Uid:\t1 1\n", "Seccomp:\tx\n"} {
+		if o, err := look(t, s, dev); err == nil {
+			t.Errorf("status %q: %+v, want an error", s, o)
+		}
+	}
+}
