@@ -175,7 +175,6 @@ func (h *Host) do(f func() error) error {
 		if err := enterHost(pidfd, unix.CLONE_NEWNS); err != nil {
 			return err
 		}
-		unix.Umask(0o022) // the thread's own
 		return f()
 	})
 }
@@ -219,11 +218,13 @@ func (h *Host) setNames(text []byte) error {
 	if !errors.Is(err, ErrDown) {
 		return err
 	}
-	name := filepath.Join(h.dir, "upper/etc/hosts")
-	if err := os.MkdirAll(filepath.Dir(name), 0o755); err != nil {
-		return err
-	}
-	return os.WriteFile(name, text, 0o644)
+	return thread(func() error {
+		name := filepath.Join(h.dir, "upper/etc/hosts")
+		if err := os.MkdirAll(filepath.Dir(name), 0o755); err != nil {
+			return err
+		}
+		return os.WriteFile(name, text, 0o644)
+	})
 }
 
 // CopyTo copies a file or a directory of the machine to the name on the host,

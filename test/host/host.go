@@ -34,8 +34,13 @@ var ErrDown = errors.New("host is down")
 
 // Config says what a host is.
 type Config struct {
-	Name string // its host name, and its name for the other hosts
-	Image
+	// Name is its host name, and its name for the other hosts.
+	Name string
+
+	// Release and Role choose its root file system. The defaults are
+	// [Trixie] and [Node].
+	Release Release
+	Role    Role
 }
 
 // A Host is a Debian system with its own systemd as PID 1, on the network of
@@ -45,6 +50,7 @@ type Host struct {
 	lab  *Lab
 	name string
 	dir  string
+	addr netip.Addr
 
 	mu     sync.Mutex    // guards reaped, briefly
 	reaped chan struct{} // closed when PID 1, a child of this process, has been waited for
@@ -83,7 +89,7 @@ func (l *Lab) Up(ctx context.Context, c Config) (*Host, error) {
 	if err != nil {
 		return nil, err
 	}
-	image := c.Image.withDefaults()
+	image := Image{Release: c.Release, Role: c.Role}.withDefaults()
 	lower, err := image.ensure(ctx, l.progress)
 	if err != nil {
 		return nil, err
@@ -92,7 +98,11 @@ func (l *Lab) Up(ctx context.Context, c Config) (*Host, error) {
 	if err := h.register(ctx, hostRecord{Image: image, Lower: lower}); err != nil {
 		return nil, fmt.Errorf("make host %s: %w", h.name, err)
 	}
-	if err := errors.Join(h.fill(ctx, lower), h.Boot(ctx)); err != nil {
+	err = h.fill(ctx, lower)
+	if err == nil {
+		err = h.Boot(ctx)
+	}
+	if err != nil {
 		return nil, errors.Join(err, h.Down(context.WithoutCancel(ctx)))
 	}
 	say(l.progress, "%s (%s, %s) is up after %.1f s", h.name, image.Release, image.Role, time.Since(start).Seconds())
@@ -117,11 +127,7 @@ func (h *Host) register(ctx context.Context, r hostRecord) error {
 	}
 	var used []netip.Addr
 	for _, other := range hosts {
-		or, err := other.record()
-		if err != nil {
-			return err
-		}
-		used = append(used, or.Addr)
+		used = append(used, other.addr)
 	}
 	last := 2 // 1 is the machine's
 	for slices.Contains(used, addr(lr.Index, last)) {
@@ -130,7 +136,8 @@ func (h *Host) register(ctx context.Context, r hostRecord) error {
 	if last > 254 {
 		return errors.New("the lab's network is full")
 	}
-	r.Addr = addr(lr.Index, last)
+	h.addr = addr(lr.Index, last)
+	r.Addr = h.addr
 	if err := os.Mkdir(h.dir, 0o755); err != nil {
 		return err
 	}
@@ -145,28 +152,29 @@ func (h *Host) register(ctx context.Context, r hostRecord) error {
 
 // fill makes the file system of a host that has never booted.
 func (h *Host) fill(ctx context.Context, lower string) error {
-	for _, d := range []string{"upper/etc", "work", "merged"} {
-		if err := os.MkdirAll(filepath.Join(h.dir, d), 0o755); err != nil {
-			return err
+	return thread(func() error {
+		for _, d := range []string{"upper/etc", "work", "merged"} {
+			if err := os.MkdirAll(filepath.Join(h.dir, d), 0o755); err != nil {
+				return err
+			}
 		}
-	}
-	args := []string{"--archive", "--reflink=auto", "--target-directory", h.dir}
-	for _, d := range plainDirs {
-		args = append(args, filepath.Join(lower, d))
-	}
-	if out, err := exec.CommandContext(ctx, "cp", args...).CombinedOutput(); err != nil {
-		return fmt.Errorf("copy %s: %w: %s", strings.Join(plainDirs, ", "), err, out)
-	}
-	id := randomID()
-	for name, text := range map[string]string{
-		"machine-id": fmt.Sprintf("%x\n", id),
-		"hostname":   h.name + "\n",
-	} {
-		if err := os.WriteFile(filepath.Join(h.dir, "upper/etc", name), []byte(text), 0o644); err != nil {
-			return err
+		args := []string{"--archive", "--reflink=auto", "--target-directory", h.dir}
+		for _, d := range plainDirs {
+			args = append(args, filepath.Join(lower, d))
 		}
-	}
-	return nil
+		if out, err := exec.CommandContext(ctx, "cp", args...).CombinedOutput(); err != nil {
+			return fmt.Errorf("copy %s: %w: %s", strings.Join(plainDirs, ", "), err, out)
+		}
+		for name, text := range map[string]string{
+			"machine-id": fmt.Sprintf("%x\n", randomID()),
+			"hostname":   h.name + "\n",
+		} {
+			if err := os.WriteFile(filepath.Join(h.dir, "upper/etc", name), []byte(text), 0o644); err != nil {
+				return err
+			}
+		}
+		return nil
+	})
 }
 
 // randomID returns what systemd takes for a random id.
@@ -212,8 +220,14 @@ func (h *Host) boot(ctx context.Context) error {
 	if err != nil {
 		return err
 	}
-	if _, err := h.open(); !errors.Is(err, ErrDown) {
-		return errors.Join(errors.New("host is up already"), err)
+	if pidfd, err := h.open(); err == nil {
+		unix.Close(pidfd)
+		return errors.New("host is up already")
+	} else if !errors.Is(err, ErrDown) {
+		return err
+	}
+	if err := h.Kill(ctx); err != nil { // what the last boot has left
+		return err
 	}
 	cg, err := cgroupOf(h.dir).create()
 	if err != nil {
@@ -293,7 +307,7 @@ func (h *Host) boot(ctx context.Context) error {
 	if err != nil {
 		return errors.Join(fmt.Errorf("prepare PID 1: %w", err), h.Kill(context.WithoutCancel(ctx)))
 	}
-	if err := h.update(func(r *hostRecord) { r.PID = cmd.Process.Pid }); err != nil {
+	if err := h.update(ctx, func(r *hostRecord) { r.PID = cmd.Process.Pid }); err != nil {
 		return err
 	}
 	return h.awaitReady(ctx, ready)
@@ -356,42 +370,35 @@ func (h *Host) checkUnits(ctx context.Context) error {
 }
 
 // Kill ends the host as a power cut would: nothing in it gets to act. Boot
-// starts it again.
+// starts it again. A host that is down stays so.
 func (h *Host) Kill(ctx context.Context) error {
-	r, err := h.record()
-	if err != nil {
-		return err
+	if err := stopHost(ctx, h.dir, h.addr); err != nil {
+		return fmt.Errorf("kill %s: %w", h.name, err)
 	}
-	cg := cgroupOf(h.dir)
+	h.waitReaped()
+	return h.update(ctx, func(r *hostRecord) { r.PID = 0 })
+}
+
+// stopHost ends whatever runs of the host in directory dir, and returns when
+// it is gone with its cgroup and its network.
+func stopHost(ctx context.Context, dir string, a netip.Addr) error {
+	ctx, cancel := context.WithTimeout(ctx, killTime)
+	defer cancel()
+	cg := cgroupOf(dir)
 	if err := cg.kill(); err != nil {
 		return err
 	}
-	return h.ended(ctx, cg, r)
-}
-
-// ended returns when nothing of the host runs any more.
-func (h *Host) ended(ctx context.Context, cg cgroup, r hostRecord) error {
-	ctx, cancel := context.WithTimeout(ctx, killTime)
-	defer cancel()
 	if err := cg.waitEmpty(ctx); err != nil {
-		return err
-	}
-	h.waitReaped()
-	if err := h.lab.fabric().unplug(ctx, r.Addr); err != nil {
 		return err
 	}
 	if err := cg.remove(); err != nil {
 		return err
 	}
-	return h.update(func(r *hostRecord) { r.PID = 0 })
+	return fabric(filepath.Join(dir, "../../net")).unplug(ctx, a)
 }
 
 // Reboot shuts the host down in order, as poweroff does, and boots it again.
 func (h *Host) Reboot(ctx context.Context) error {
-	r, err := h.record()
-	if err != nil {
-		return err
-	}
 	pidfd, err := h.open()
 	if err != nil {
 		return err
@@ -401,12 +408,8 @@ func (h *Host) Reboot(ctx context.Context) error {
 	if err := unix.PidfdSendSignal(pidfd, poweroff, nil, 0); err != nil {
 		return fmt.Errorf("shut %s down: %w", h.name, err)
 	}
-	cg := cgroupOf(h.dir)
-	if err := cg.waitEmpty(ctx); err != nil {
+	if err := cgroupOf(h.dir).waitEmpty(ctx); err != nil {
 		return fmt.Errorf("shut %s down: %w", h.name, err)
-	}
-	if err := h.ended(ctx, cg, r); err != nil {
-		return err
 	}
 	return h.Boot(ctx)
 }
@@ -431,24 +434,12 @@ func (h *Host) Down(ctx context.Context) error {
 // removeHost removes whatever there is of a host in directory dir, in
 // whichever state. The caller holds the base lock. It may be repeated.
 func removeHost(ctx context.Context, dir string) error {
-	ctx, cancel := context.WithTimeout(ctx, killTime)
-	defer cancel()
-	cg := cgroupOf(dir)
-	if err := cg.kill(); err != nil {
-		return err
-	}
-	if err := cg.waitEmpty(ctx); err != nil {
-		return err
-	}
-	if err := cg.remove(); err != nil {
-		return err
-	}
 	var r hostRecord
 	err := readRecord(filepath.Join(dir, "host.json"), &r)
 	if err == nil {
-		err = fabric(filepath.Join(dir, "../../net")).unplug(ctx, r.Addr)
+		err = stopHost(ctx, dir, r.Addr)
 	}
-	if err != nil && !errors.Is(err, fs.ErrNotExist) {
+	if err != nil && !errors.Is(err, fs.ErrNotExist) { // without a record nothing ran yet
 		return err
 	}
 	return os.RemoveAll(dir)
@@ -476,7 +467,7 @@ func (h *Host) setCut(ctx context.Context, cut bool) error {
 	if err != nil {
 		return err
 	}
-	if err := h.update(func(r *hostRecord) { r.Cut = cut }); err != nil {
+	if err := h.update(ctx, func(r *hostRecord) { r.Cut = cut }); err != nil {
 		return err
 	}
 	if r.PID == 0 {
@@ -492,17 +483,13 @@ func (h *Host) setCut(ctx context.Context, cut bool) error {
 func (h *Host) Name() string { return h.name }
 
 // Addr returns the host's address, which it has for life.
-func (h *Host) Addr() (netip.Addr, error) {
-	r, err := h.record()
-	return r.Addr, err
-}
+func (h *Host) Addr() netip.Addr { return h.addr }
 
 // A Status is what a look at a host shows.
 type Status struct {
 	Image
-	Addr netip.Addr
-	PID  int // of its PID 1 on the machine; 0 when down
-	Cut  bool
+	PID int // of its PID 1, as the machine sees it; 0 when down
+	Cut bool
 }
 
 // Status looks at the host.
@@ -511,7 +498,7 @@ func (h *Host) Status() (Status, error) {
 	if err != nil {
 		return Status{}, err
 	}
-	s := Status{Image: r.Image, Addr: r.Addr, PID: r.PID, Cut: r.Cut}
+	s := Status{Image: r.Image, PID: r.PID, Cut: r.Cut}
 	if pidfd, err := h.open(); err == nil {
 		unix.Close(pidfd)
 	} else {
@@ -530,7 +517,12 @@ func (h *Host) writeRecord(r hostRecord) error {
 }
 
 // update changes the record.
-func (h *Host) update(f func(*hostRecord)) error {
+func (h *Host) update(ctx context.Context, f func(*hostRecord)) error {
+	lock, err := lockBase(ctx)
+	if err != nil {
+		return err
+	}
+	defer lock.Close()
 	r, err := h.record()
 	if err != nil {
 		return err
@@ -554,8 +546,10 @@ func (h *Host) open() (pidfd int, err error) {
 	} else if err != nil {
 		return -1, fmt.Errorf("open PID 1 of %s: %w", h.name, err)
 	}
-	// The process may be another one that got the number since.
-	if !cgroupOf(h.dir).holds(r.PID) {
+	// The process may be another one that got the number since, or may have
+	// ended without its parent having noticed.
+	fds := []unix.PollFd{{Fd: int32(pidfd), Events: unix.POLLIN}}
+	if n, err := unix.Poll(fds, 0); err != nil || n > 0 || !cgroupOf(h.dir).holds(r.PID) {
 		unix.Close(pidfd)
 		return -1, fmt.Errorf("%s: %w", h.name, ErrDown)
 	}

@@ -168,8 +168,9 @@ func (i Image) ensure(ctx context.Context, progress io.Writer) (string, error) {
 	if err := os.MkdirAll(filepath.Dir(dir), 0o755); err != nil {
 		return "", err
 	}
-	say(progress, "waiting for the lock of root file system %s", key)
-	lock, err := lockFile(ctx, dir+".lock")
+	lock, err := lockFile(ctx, dir+".lock", func() {
+		say(progress, "waiting for another process to build root file system %s", key)
+	})
 	if err != nil {
 		return "", err
 	}
@@ -207,12 +208,20 @@ func (i Image) build(ctx context.Context, lock *os.File, dir string, progress io
 		cmd := exec.CommandContext(ctx, "unshare", args...)
 		cmd.SysProcAttr = &syscall.SysProcAttr{Setpgid: true, Pdeathsig: unix.SIGKILL}
 		cmd.ExtraFiles = []*os.File{lock} // nobody builds while it lives, even without us
-		return runTelling(cmd, progress)
+		if err := runTelling(cmd, progress); err != nil {
+			return err
+		}
+		return finishImage(part)
 	})
 	if err != nil {
 		return errors.Join(err, os.RemoveAll(part))
 	}
-	root, err := os.OpenRoot(part)
+	return os.Rename(part, dir)
+}
+
+// finishImage makes a Debian system one of ours.
+func finishImage(dir string) error {
+	root, err := os.OpenRoot(dir)
 	if err != nil {
 		return err
 	}
@@ -233,7 +242,7 @@ func (i Image) build(ctx context.Context, lock *os.File, dir string, progress io
 			return err
 		}
 	}
-	return os.Rename(part, dir)
+	return nil
 }
 
 // Setup installs with apt-get what this package needs of the machine and does

@@ -65,6 +65,7 @@ func dropBeyond() error {
 // becomeInit returns only with an error. It runs on the main thread, before
 // main, in new mount, pid, uts, ipc and network namespaces.
 func becomeInit(planPipe io.Reader) error {
+	unix.Umask(0o022)
 	// The starter writes the plan when it has connected our network. A
 	// starter that died leaves an empty plan.
 	var p plan

@@ -45,6 +45,7 @@ type Options struct {
 type Lab struct {
 	name     string
 	dir      string
+	addr     netip.Addr // of the machine
 	progress io.Writer
 	owner    *os.File // locked while this process owns the lab; nil otherwise
 
@@ -107,7 +108,7 @@ func Create(ctx context.Context, o Options) (*Lab, error) {
 	if err := os.Mkdir(dir, 0o700); err != nil {
 		return nil, fmt.Errorf("make lab: %w", err)
 	}
-	l := &Lab{name: o.Name, dir: dir, progress: o.Progress, hosts: map[string]*Host{}}
+	l := &Lab{name: o.Name, dir: dir, addr: addr(index, 1), progress: o.Progress, hosts: map[string]*Host{}}
 	if err := l.setUp(ctx, labRecord{Index: index, Reachable: o.Reachable, Keep: o.Keep, PID: os.Getpid()}); err != nil {
 		return nil, errors.Join(err, removeLab(context.WithoutCancel(ctx), dir))
 	}
@@ -117,7 +118,7 @@ func Create(ctx context.Context, o Options) (*Lab, error) {
 func (l *Lab) setUp(ctx context.Context, r labRecord) error {
 	if !r.Keep {
 		var err error
-		if l.owner, err = lockFile(ctx, filepath.Join(l.dir, "owner")); err != nil {
+		if l.owner, err = lockFile(ctx, filepath.Join(l.dir, "owner"), nil); err != nil {
 			return err
 		}
 	}
@@ -131,29 +132,27 @@ func (l *Lab) setUp(ctx context.Context, r labRecord) error {
 }
 
 // Open returns a lab that exists, made by whichever process. It belongs to
-// that process still.
-func Open(name string) (*Lab, error) {
+// that process still. Progress may be nil.
+func Open(name string, progress io.Writer) (*Lab, error) {
 	dir, err := labDir(name)
 	if err != nil {
 		return nil, err
 	}
-	if _, err := os.Stat(filepath.Join(dir, "lab.json")); err != nil {
+	l := &Lab{name: name, dir: dir, progress: progress, hosts: map[string]*Host{}}
+	r, err := l.record()
+	if err != nil {
 		return nil, fmt.Errorf("open lab %s: %w", name, err)
 	}
-	return &Lab{name: name, dir: dir, hosts: map[string]*Host{}}, nil
+	l.addr = addr(r.Index, 1)
+	return l, nil
 }
 
 // Name returns the name of the lab.
 func (l *Lab) Name() string { return l.name }
 
-// Addr returns the machine's own address in the lab, if it is reachable.
-func (l *Lab) Addr() (netip.Addr, error) {
-	r, err := l.record()
-	if err != nil {
-		return netip.Addr{}, err
-	}
-	return addr(r.Index, 1), nil
-}
+// Addr returns the machine's own address in the lab, which it has if the lab
+// is reachable. Hosts know it by the name "machine".
+func (l *Lab) Addr() netip.Addr { return l.addr }
 
 func (l *Lab) record() (r labRecord, err error) {
 	err = readRecord(filepath.Join(l.dir, "lab.json"), &r)
@@ -173,9 +172,11 @@ func (l *Lab) Host(name string) (*Host, error) {
 	if err != nil {
 		return nil, err
 	}
-	if _, err := h.record(); err != nil {
+	r, err := h.record()
+	if err != nil {
 		return nil, fmt.Errorf("host %s in lab %s: %w", name, l.name, err)
 	}
+	h.addr = r.Addr
 	l.hosts[name] = h
 	return h, nil
 }
@@ -234,14 +235,10 @@ func (l *Lab) spreadNames() error {
 	var b strings.Builder
 	b.WriteString("127.0.0.1\tlocalhost\n::1\tlocalhost ip6-localhost ip6-loopback\n")
 	if r.Reachable {
-		fmt.Fprintf(&b, "%s\tmachine\n", addr(r.Index, 1))
+		fmt.Fprintf(&b, "%s\tmachine\n", l.addr)
 	}
 	for _, h := range hosts {
-		hr, err := h.record()
-		if err != nil {
-			return err
-		}
-		fmt.Fprintf(&b, "%s\t%s\n", hr.Addr, h.name)
+		fmt.Fprintf(&b, "%s\t%s\n", h.addr, h.name)
 	}
 	for _, name := range slices.Sorted(maps.Keys(r.Names)) {
 		fmt.Fprintf(&b, "%s\t%s\n", r.Names[name], name)

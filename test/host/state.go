@@ -58,12 +58,13 @@ func lockBase(ctx context.Context) (*os.File, error) {
 	if err != nil {
 		return nil, err
 	}
-	return lockFile(ctx, filepath.Join(base, "labs.lock"))
+	return lockFile(ctx, filepath.Join(base, "labs.lock"), nil)
 }
 
-// lockFile waits for an exclusive lock on the file, which it may create. The
-// lock ends with the last open copy of what it returns.
-func lockFile(ctx context.Context, name string) (*os.File, error) {
+// lockFile waits for an exclusive lock on the file, which it may create. It
+// calls waiting, if not nil, before it waits. The lock ends with the last open
+// copy of what it returns.
+func lockFile(ctx context.Context, name string, waiting func()) (*os.File, error) {
 	f, err := os.OpenFile(name, os.O_CREATE|os.O_RDWR, 0o600)
 	if err != nil {
 		return nil, err
@@ -79,6 +80,10 @@ func lockFile(ctx context.Context, name string) (*os.File, error) {
 		if !errors.Is(err, unix.EWOULDBLOCK) && !errors.Is(err, unix.EINTR) {
 			f.Close()
 			return nil, fmt.Errorf("lock %s: %w", name, err)
+		}
+		if waiting != nil {
+			waiting()
+			waiting = nil
 		}
 		select {
 		case <-ctx.Done():

@@ -16,7 +16,8 @@ const everyNamespace = unix.CLONE_NEWNS | unix.CLONE_NEWPID | unix.CLONE_NEWUTS 
 // thread runs f on an operating system thread that nothing else uses and that
 // ends with f, so f may move it into other namespaces. What f starts there
 // with os/exec begins its life in them; f must not leave work to goroutines,
-// which run on other threads.
+// which run on other threads. The file mode mask is 022, whatever that of the
+// process is: files made for hosts get the modes that they are made with.
 func thread(f func() error) error {
 	done := make(chan error, 1)
 	go func() {
@@ -29,6 +30,13 @@ func thread(f func() error) error {
 			runtime.UnlockOSThread()
 			return
 		}
+		// Root, working directory and mask become the thread's own. The
+		// kernel asks for that before it changes the mount namespace.
+		if err := unix.Unshare(unix.CLONE_FS); err != nil {
+			done <- fmt.Errorf("unshare fs attributes: %w", err)
+			return
+		}
+		unix.Umask(0o022)
 		err := f()
 		// A thread ends some time after its goroutine, and until then it
 		// keeps namespaces and their mounts alive.
@@ -44,9 +52,6 @@ func leave() error {
 		return fmt.Errorf("open own process: %w", err)
 	}
 	defer unix.Close(self)
-	if err := unix.Unshare(unix.CLONE_FS); err != nil {
-		return fmt.Errorf("unshare fs attributes: %w", err)
-	}
 	if err := unix.Setns(self, everyNamespace); err != nil {
 		return fmt.Errorf("return to own namespaces: %w", err)
 	}
@@ -56,13 +61,6 @@ func leave() error {
 // enter moves the calling thread, which [thread] must have made, into
 // namespaces of the process behind pidfd.
 func enter(pidfd, which int) error {
-	if which&unix.CLONE_NEWNS != 0 {
-		// The kernel moves only a thread that shares its root and working
-		// directory with no other into another mount namespace.
-		if err := unix.Unshare(unix.CLONE_FS); err != nil {
-			return fmt.Errorf("unshare fs attributes: %w", err)
-		}
-	}
 	if err := unix.Setns(pidfd, which); err != nil {
 		return fmt.Errorf("enter the host's namespaces: %w", err)
 	}

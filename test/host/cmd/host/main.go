@@ -100,7 +100,6 @@ func run(ctx context.Context, args []string) error {
 		}
 		return doCopy(*lab, src, dst)
 	}
-	image := host.Image{Release: host.Release(*release), Role: host.Role(*role)}
 	switch command {
 	case "list":
 		return list()
@@ -111,7 +110,7 @@ func run(ctx context.Context, args []string) error {
 		}
 		return err
 	case "prepare":
-		return host.Prepare(ctx, os.Stderr, image)
+		return host.Prepare(ctx, os.Stderr, host.Image{Release: host.Release(*release), Role: host.Role(*role)})
 	case "down":
 		return down(ctx, *lab, args, *all)
 	}
@@ -125,10 +124,9 @@ func run(ctx context.Context, args []string) error {
 	}
 	args = fl.Args()
 	if command == "up" {
-		image := host.Image{Release: host.Release(*release), Role: host.Role(*role)}
-		return up(ctx, *lab, host.Config{Name: name, Image: image})
+		return up(ctx, *lab, host.Config{Name: name, Release: host.Release(*release), Role: host.Role(*role)})
 	}
-	l, err := host.Open(*lab)
+	l, err := host.Open(*lab, os.Stderr)
 	if err != nil {
 		return err
 	}
@@ -157,7 +155,7 @@ func run(ctx context.Context, args []string) error {
 func up(ctx context.Context, lab string, c host.Config) error {
 	l, err := host.Create(ctx, host.Options{Name: lab, Keep: true, Reachable: true, Progress: os.Stderr})
 	if errors.Is(err, fs.ErrExist) {
-		l, err = host.Open(lab)
+		l, err = host.Open(lab, os.Stderr)
 	}
 	if err != nil {
 		return err
@@ -168,7 +166,7 @@ func up(ctx context.Context, lab string, c host.Config) error {
 
 // down removes the named hosts or all, and the lab with the last one.
 func down(ctx context.Context, lab string, names []string, all bool) error {
-	l, err := host.Open(lab)
+	l, err := host.Open(lab, os.Stderr)
 	if err != nil {
 		return err
 	}
@@ -202,7 +200,7 @@ func list() error {
 	w := tabwriter.NewWriter(os.Stdout, 0, 8, 2, ' ', 0)
 	fmt.Fprintln(w, "LAB\tHOST\tRELEASE\tROLE\tADDRESS\tPID\tNETWORK")
 	for _, lab := range labs {
-		l, err := host.Open(lab)
+		l, err := host.Open(lab, os.Stderr)
 		if errors.Is(err, fs.ErrNotExist) {
 			continue
 		} else if err != nil {
@@ -226,7 +224,7 @@ func list() error {
 			if s.Cut {
 				network = "cut"
 			}
-			fmt.Fprintf(w, "%s\t%s\t%s\t%s\t%s\t%s\t%s\n", lab, h.Name(), s.Release, s.Role, s.Addr, pid, network)
+			fmt.Fprintf(w, "%s\t%s\t%s\t%s\t%s\t%s\t%s\n", lab, h.Name(), s.Release, s.Role, h.Addr(), pid, network)
 		}
 	}
 	return w.Flush()
@@ -240,7 +238,7 @@ func doCopy(lab, src, dst string) error {
 	if from == to {
 		return fmt.Errorf("copy %s %s: exactly one of the two must be NAME:PATH", src, dst)
 	}
-	l, err := host.Open(lab)
+	l, err := host.Open(lab, os.Stderr)
 	if err != nil {
 		return err
 	}
