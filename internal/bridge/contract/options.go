@@ -193,7 +193,7 @@ const sunPath = 107
 func parsePath(s string) (string, error) {
 	switch {
 	case !path.IsAbs(s) || path.Clean(s) != s:
-		return "", errors.New("want an absolute path without . or ..")
+		return "", errors.New("want an absolute path without . and .. in it")
 	case strings.ContainsFunc(s, func(r rune) bool { return r < ' ' || r == 0x7f }):
 		return "", errors.New("want a path without control characters")
 	case len(s) > 4095:
