@@ -1,0 +1,133 @@
+package model
+
+import (
+	"bytes"
+	"errors"
+	"io"
+	"log/slog"
+	"net/http"
+	"testing"
+	"testing/synctest"
+	"time"
+)
+
+// roundTrip answers requests in memory, so that time can be the test's.
+type roundTrip func(*http.Request) (*http.Response, error)
+
+func (f roundTrip) RoundTrip(r *http.Request) (*http.Response, error) { return f(r) }
+
+// drip is a body that brings n bytes after each pause until all are there; with
+// no bytes it stands still until it is closed.
+type drip struct {
+	r     *http.Request
+	b     []byte
+	n     int
+	pause time.Duration
+}
+
+func (d *drip) Read(p []byte) (int, error) {
+	if d.n == 0 {
+		<-d.r.Context().Done()
+		return 0, d.r.Context().Err()
+	}
+	if err := sleep(d.r.Context(), d.pause); err != nil {
+		return 0, err
+	}
+	if len(d.b) == 0 {
+		return 0, io.EOF
+	}
+	n := copy(p, d.b[:min(d.n, len(d.b))])
+	d.b = d.b[n:]
+	return n, nil
+}
+
+func (d *drip) Close() error { return nil }
+
+func TestPace(t *testing.T) {
+	b := content(1 << 20)
+	body := func(r *http.Request, n int, pause time.Duration) *http.Response {
+		return &http.Response{StatusCode: http.StatusOK, ContentLength: -1, Header: http.Header{}, Body: &drip{r, b, n, pause}}
+	}
+	for name, c := range map[string]struct {
+		rt   roundTrip
+		want error
+		most time.Duration // for the one attempt
+	}{
+		"no answer": {func(r *http.Request) (*http.Response, error) {
+			<-r.Context().Done()
+			return nil, r.Context().Err()
+		}, ErrStalled, defaultPace.window},
+		"no byte":           {func(r *http.Request) (*http.Response, error) { return body(r, 0, 0), nil }, ErrStalled, defaultPace.window},
+		"endless drip":      {func(r *http.Request) (*http.Response, error) { return body(r, 1, time.Second), nil }, ErrStalled, defaultPace.window},
+		"drip within reach": {func(r *http.Request) (*http.Response, error) { return body(r, 1, 29*time.Second), nil }, ErrStalled, 2 * defaultPace.window},
+		// No limit on the whole: this takes half an hour and is right.
+		"slow but honest": {func(r *http.Request) (*http.Response, error) { return body(r, 16<<10, 29*time.Second/2), nil }, nil, time.Hour},
+	} {
+		t.Run(name, func(t *testing.T) {
+			synctest.Test(t, func(t *testing.T) {
+				s := open(t, t.TempDir(), &http.Client{Transport: c.rt})
+				s.pace.delays = nil
+				start := time.Now()
+				_, err := s.Ensure(t.Context(), modelOf(fileOf("f", b, "https://source.test/f")), nil)
+				if !errors.Is(err, c.want) || (err == nil) != (c.want == nil) {
+					t.Errorf("error %v, want %v", err, c.want)
+				}
+				if took := time.Since(start); took > c.most {
+					t.Errorf("took %v, at most %v", took, c.most)
+				}
+			})
+		})
+	}
+}
+
+// TestBackOff counts a source's requests and the time between them.
+func TestBackOff(t *testing.T) {
+	b := content(1000)
+	unavailable := func(h http.Header) *http.Response {
+		return &http.Response{StatusCode: http.StatusServiceUnavailable, Header: h, Body: http.NoBody}
+	}
+	t.Run("grows and ends", func(t *testing.T) {
+		synctest.Test(t, func(t *testing.T) {
+			var at []time.Time
+			s, err := Open(t.TempDir(), &http.Client{Transport: roundTrip(func(*http.Request) (*http.Response, error) {
+				at = append(at, time.Now())
+				return unavailable(http.Header{}), nil
+			})}, slog.New(slog.DiscardHandler))
+			if err != nil {
+				t.Fatal(err)
+			}
+			defer s.Close()
+			if _, err := s.Ensure(t.Context(), modelOf(fileOf("f", b, "https://source.test/f")), nil); !errors.Is(err, ErrStatus) {
+				t.Errorf("error %v", err)
+			}
+			if len(at) != len(defaultPace.delays)+1 {
+				t.Fatalf("%d requests", len(at))
+			}
+			for i, d := range defaultPace.delays {
+				if got := at[i+1].Sub(at[i]); got < d/2 || got > d*3/2 {
+					t.Errorf("pause %d was %v, want about %v", i, got, d)
+				}
+			}
+		})
+	})
+	t.Run("source asks for more", func(t *testing.T) {
+		synctest.Test(t, func(t *testing.T) {
+			for ask, want := range map[string]time.Duration{"100": 100 * time.Second, "60000": maxRetryAfter, "-5": 0, "soon": 0} {
+				n := 0
+				s := open(t, t.TempDir(), &http.Client{Transport: roundTrip(func(*http.Request) (*http.Response, error) {
+					if n++; n == 1 {
+						return unavailable(http.Header{"Retry-After": {ask}}), nil
+					}
+					return &http.Response{StatusCode: http.StatusOK, ContentLength: -1, Header: http.Header{}, Body: io.NopCloser(bytes.NewReader(b))}, nil
+				})})
+				start := time.Now()
+				if _, err := s.Ensure(t.Context(), modelOf(fileOf("f", b, "https://source.test/f")), nil); err != nil {
+					t.Fatal(err)
+				}
+				if took := time.Since(start); took < want || took > want+2*time.Millisecond {
+					t.Errorf("asked for %s, waited %v", ask, took)
+				}
+			}
+		})
+	})
+}

@@ -1,0 +1,103 @@
+package model
+
+import (
+	"errors"
+	"fmt"
+	"io/fs"
+	"path"
+	"strings"
+	"syscall"
+
+	"github.com/resultity/node/internal/snapshot"
+)
+
+// defaultMargin is left free on the file system. Jobs and results are written
+// there too, and a node that cannot write them down is out of service.
+const defaultMargin = 512 << 20
+
+// NoSpaceError says that the file system cannot take a model. It wraps
+// [syscall.ENOSPC].
+type NoSpaceError struct {
+	Dir  string // of the store
+	Need int64  // bytes that still have to be written
+	Free int64  // bytes that may be used
+}
+
+func (e *NoSpaceError) Error() string {
+	return fmt.Sprintf("no space in %s: %d bytes still to be written, %d free for them; free at least %d bytes there or move the store to a larger disk",
+		e.Dir, e.Need, e.Free, e.Need-e.Free)
+}
+
+// Unwrap returns the system's word for it.
+func (e *NoSpaceError) Unwrap() error { return syscall.ENOSPC }
+
+// free returns the bytes that the store may still use: what an unprivileged
+// user gets, less the margin, and never less than nothing.
+func (s *Store) free() (int64, error) {
+	var st syscall.Statfs_t
+	if err := syscall.Statfs(s.dir, &st); err != nil {
+		return 0, fmt.Errorf("free space of %s: %w", s.dir, err)
+	}
+	unit := st.Frsize
+	if unit == 0 {
+		unit = st.Bsize
+	}
+	return max(0, int64(st.Bavail)*unit-s.margin), nil
+}
+
+// preflight fails before the first byte if the rest of m does not fit.
+func (s *Store) preflight(m *snapshot.Model) error {
+	var need int64
+	seen := map[string]bool{}
+	for _, f := range m.Files {
+		name := path.Join(blobs, f.SHA256.Hex())
+		if seen[name] {
+			continue
+		}
+		seen[name] = true
+		if st, err := s.root.Lstat(name); err == nil && st.Size() == f.Size {
+			continue
+		}
+		need += f.Size
+		if st, err := s.root.Lstat(name + unverified); err == nil {
+			need -= min(st.Size(), f.Size)
+		}
+	}
+	if need == 0 {
+		return nil
+	}
+	free, err := s.free()
+	if err != nil {
+		return err
+	}
+	if free >= need {
+		return nil
+	}
+	// Damaged files are kept for whoever wants to look at them, but not at the
+	// price of a model.
+	if err := s.dropQuarantined(); err != nil {
+		return err
+	}
+	if free, err = s.free(); err != nil {
+		return err
+	}
+	if free < need {
+		return &NoSpaceError{s.dir, need, free}
+	}
+	return nil
+}
+
+func (s *Store) dropQuarantined() error {
+	entries, err := fs.ReadDir(s.root.FS(), blobs)
+	if err != nil {
+		return err
+	}
+	for _, e := range entries {
+		if strings.HasSuffix(e.Name(), quarantined) {
+			if err := s.root.Remove(path.Join(blobs, e.Name())); err != nil && !errors.Is(err, fs.ErrNotExist) {
+				return err
+			}
+		}
+	}
+	return nil
+}

@@ -1,0 +1,417 @@
+// Package model owns the models on disk: fetching, checking, keeping, removing.
+//
+// The store is content-addressed:
+//
+//	blobs/<sha256>                  a verified file, mode 0444
+//	blobs/<sha256>.unverified       the part of it that has arrived
+//	blobs/<sha256>.unverified.json  where that part came from
+//	blobs/<sha256>.quarantined      what a scrub found damaged
+//	trees/<model digest>/<path>     hard links to blobs, to be mounted read-only
+//
+// The rule it keeps: a file under its final name has been verified, over all
+// of its bytes, and nothing else ever gets such a name. Bytes are hashed while
+// they arrive, so a file is verified when its last byte is there; the one second
+// pass is over a partial file that an earlier process left. That one is read
+// back rather than trusted to a saved hash state, because a saved state proves
+// what was received, not what the disk kept; reading costs a fraction of the
+// download that it saves. A partial file that turns out damaged is thrown away
+// and the sources are begun again from zero, one at a time, so that neither a
+// bad disk nor a bad source can keep a good one from being used.
+package model
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"io"
+	"io/fs"
+	"log/slog"
+	"maps"
+	"net/http"
+	"os"
+	"path"
+	"path/filepath"
+	"slices"
+	"strings"
+	"sync"
+
+	"github.com/resultity/node/internal/digest"
+	"github.com/resultity/node/internal/snapshot"
+)
+
+const (
+	blobs       = "blobs"
+	trees       = "trees"
+	unverified  = ".unverified"
+	origin      = ".unverified.json"
+	quarantined = ".quarantined"
+	building    = ".building" // of a tree
+)
+
+// ErrIncomplete says that a model's files are not all here. [Store.Ensure]
+// fetches what is missing.
+var ErrIncomplete = errors.New("model is not complete on disk")
+
+// Store keeps models below one directory. Its methods may be called
+// concurrently, also for the same model.
+type Store struct {
+	dir    string // absolute
+	root   *os.Root
+	client *http.Client
+	log    *slog.Logger
+	pace   pace
+	margin int64 // bytes of the file system that are never used
+
+	locks keyed // by blob or tree name: who works on it
+
+	// mu guards busy. It is also held while Retain removes files, so that no
+	// Ensure begins to rely on one that is going away.
+	mu   sync.Mutex
+	busy map[string]int // names of blobs and trees that running calls rely on
+}
+
+// Open returns the store in dir, which is made if it is missing. It takes
+// sources from https alone, through client's transport: the client's own
+// redirect rule, cookie jar and overall timeout are not used. A nil client
+// means Go's default transport.
+func Open(dir string, client *http.Client, log *slog.Logger) (*Store, error) {
+	dir, err := filepath.Abs(dir)
+	if err != nil {
+		return nil, fmt.Errorf("model store: %w", err)
+	}
+	if err := os.MkdirAll(dir, 0o700); err != nil {
+		return nil, fmt.Errorf("model store: %w", err)
+	}
+	root, err := os.OpenRoot(dir)
+	if err != nil {
+		return nil, fmt.Errorf("model store: %w", err)
+	}
+	for _, d := range []string{blobs, trees} {
+		if err := root.MkdirAll(d, 0o700); err != nil {
+			_ = root.Close() // nothing was done through it
+			return nil, fmt.Errorf("model store: %w", err)
+		}
+	}
+	s := &Store{dir: dir, root: root, log: log, pace: defaultPace, margin: defaultMargin, busy: map[string]int{}}
+	s.client = &http.Client{CheckRedirect: checkRedirect}
+	if client != nil {
+		s.client.Transport = client.Transport
+	}
+	return s, nil
+}
+
+// Close releases the directory. No method may be running or called afterwards.
+func (s *Store) Close() error { return s.root.Close() }
+
+// Ensure fetches and verifies what is missing of m and returns the directory
+// that holds its files under their paths, readable by everybody, to be mounted
+// read-only. It does nothing that is done already, and of several calls for the
+// same file one fetches and the others wait.
+//
+// Progress, if not nil, is called in this goroutine with the bytes of m that
+// are on disk, at most once per MiB; done falls when a source turns out wrong.
+//
+// A source that fails in passing is tried again, in turn with the others, as
+// long as there is progress; only then does Ensure fail, and the caller may
+// call again later: what has arrived is kept. Errors wrap what happened at
+// every source, among others [digest.ErrMismatch], [ErrStalled], [ErrLength],
+// [ErrRange], [ErrInsecure], or are a [*NoSpaceError], which no source can mend.
+func (s *Store) Ensure(ctx context.Context, m *snapshot.Model, progress func(done, total int64)) (string, error) {
+	for _, f := range m.Files {
+		if f.Path == "." || !filepath.IsLocal(f.Path) || path.Clean(f.Path) != f.Path || f.Size < 0 || f.SHA256.IsZero() {
+			return "", fmt.Errorf("model %s %s: file %.200q has no usable path, size or digest", m.Name, m.Version, f.Path)
+		}
+	}
+	defer s.use(m)()
+
+	total := m.Size()
+	var before int64 // bytes of the files that are done
+	report := func(n int64) {
+		if progress != nil {
+			progress(before+n, total)
+		}
+	}
+	report(0)
+	if err := s.preflight(m); err != nil {
+		return "", fmt.Errorf("model %s %s: %w", m.Name, m.Version, err)
+	}
+	for i := range m.Files {
+		f := &m.Files[i]
+		if err := s.ensureBlob(ctx, f, report); err != nil {
+			return "", fmt.Errorf("model %s %s: file %s: %w", m.Name, m.Version, f.Path, err)
+		}
+		before += f.Size
+		report(0)
+	}
+	dir, err := s.ensureTree(ctx, m)
+	if err != nil {
+		return "", fmt.Errorf("model %s %s: %w", m.Name, m.Version, err)
+	}
+	return dir, nil
+}
+
+// Have reports whether m is complete on disk: every file is there, of the right
+// size, and is the very file that was verified; and nothing else is with them.
+func (s *Store) Have(m *snapshot.Model) bool {
+	tree := path.Join(trees, m.Digest().Hex())
+	for _, f := range m.Files {
+		blob, err := s.root.Lstat(path.Join(blobs, f.SHA256.Hex()))
+		if err != nil || !blob.Mode().IsRegular() || blob.Size() != f.Size {
+			return false
+		}
+		link, err := s.root.Lstat(path.Join(tree, f.Path))
+		if err != nil || !os.SameFile(blob, link) {
+			return false
+		}
+	}
+	files := 0
+	err := fs.WalkDir(s.root.FS(), tree, func(_ string, d fs.DirEntry, err error) error {
+		if err == nil && !d.IsDir() {
+			files++
+		}
+		return err
+	})
+	return err == nil && files == len(m.Files)
+}
+
+// Verify reads all of m again. A file that is no longer what its digest names
+// loses its name, and so does the model's tree, so that [Store.Have] turns
+// false and [Store.Ensure] fetches it anew; the error wraps
+// [digest.ErrMismatch] for every such file. A model that is not complete is
+// [ErrIncomplete].
+func (s *Store) Verify(ctx context.Context, m *snapshot.Model) error {
+	defer s.use(m)()
+	if !s.Have(m) {
+		return fmt.Errorf("model %s %s: %w", m.Name, m.Version, ErrIncomplete)
+	}
+	var bad []error
+	for i := range m.Files {
+		f := &m.Files[i]
+		err := s.rehash(ctx, f.SHA256)
+		if errors.Is(err, digest.ErrMismatch) {
+			s.log.ErrorContext(ctx, "model file is damaged on disk", "model", m.Name, "file", f.Path, "sha256", f.SHA256.Hex())
+			err = errors.Join(fmt.Errorf("file %s: %w", f.Path, err), s.quarantine(ctx, m, f.SHA256))
+			bad = append(bad, err)
+			continue
+		}
+		if err != nil {
+			return fmt.Errorf("model %s %s: file %s: %w", m.Name, m.Version, f.Path, errors.Join(append(bad, err)...))
+		}
+	}
+	if bad != nil {
+		return fmt.Errorf("model %s %s: %w; it will be fetched again, check this disk", m.Name, m.Version, errors.Join(bad...))
+	}
+	return nil
+}
+
+// Retain removes everything that the models in keep do not need: files, trees,
+// partial files, quarantined ones. What a running Ensure or Verify relies on
+// stays until the next call.
+func (s *Store) Retain(keep []*snapshot.Model) error {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	wanted := map[string]bool{}
+	for name := range s.busy {
+		wanted[name] = true
+	}
+	for _, m := range keep {
+		for _, name := range names(m) {
+			wanted[name] = true
+		}
+	}
+	var errs []error
+	for _, d := range []string{trees, blobs} {
+		entries, err := fs.ReadDir(s.root.FS(), d)
+		if err != nil {
+			return fmt.Errorf("model store: %w", err)
+		}
+		removed := 0
+		for _, e := range entries {
+			name := path.Join(d, e.Name())
+			stem, suffix, _ := strings.Cut(name, ".")
+			switch {
+			case suffix == "" && wanted[name]:
+				continue
+			case "."+suffix == building && s.busy[stem] > 0:
+				continue
+			case ("."+suffix == unverified || "."+suffix == origin) && wanted[stem]:
+				// The rest of a file that a restart interrupted; but once the
+				// whole is there nobody asks for its parts.
+				if _, err := s.root.Lstat(stem); err != nil || s.busy[stem] > 0 {
+					continue
+				}
+			}
+			if err := s.root.RemoveAll(name); err != nil {
+				errs = append(errs, err)
+				continue
+			}
+			removed++
+		}
+		if removed > 0 {
+			s.log.Info("removed what the configuration does not list", "kind", d, "count", removed)
+			errs = append(errs, s.sync(d))
+		}
+	}
+	if err := errors.Join(errs...); err != nil {
+		return fmt.Errorf("model store: %w", err)
+	}
+	return nil
+}
+
+// names returns the names below the root that m has when it is complete.
+func names(m *snapshot.Model) []string {
+	out := []string{path.Join(trees, m.Digest().Hex())}
+	for _, f := range m.Files {
+		out = append(out, path.Join(blobs, f.SHA256.Hex()))
+	}
+	return out
+}
+
+// use keeps Retain away from m until the returned function is called.
+func (s *Store) use(m *snapshot.Model) func() {
+	held := names(m)
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	for _, n := range held {
+		s.busy[n]++
+	}
+	return func() {
+		s.mu.Lock()
+		defer s.mu.Unlock()
+		for _, n := range held {
+			if s.busy[n]--; s.busy[n] == 0 {
+				delete(s.busy, n)
+			}
+		}
+	}
+}
+
+// ensureBlob makes f a verified blob.
+func (s *Store) ensureBlob(ctx context.Context, f *snapshot.File, report func(int64)) error {
+	name := path.Join(blobs, f.SHA256.Hex())
+	unlock, err := s.locks.lock(ctx, name)
+	if err != nil {
+		return err
+	}
+	defer unlock()
+
+	switch st, err := s.root.Lstat(name); {
+	case errors.Is(err, fs.ErrNotExist):
+		return s.fetch(ctx, f, report)
+	case err != nil:
+		return err
+	case st.Mode().IsRegular() && st.Size() == f.Size:
+		return nil
+	}
+	// A length that is not the configuration's: damage here, or a mistake there.
+	switch err := s.rehash(ctx, f.SHA256); {
+	case err == nil:
+		return fmt.Errorf("%w: the configuration says %d bytes, but the file of this digest has another length; the publisher must correct it", ErrLength, f.Size)
+	case !errors.Is(err, digest.ErrMismatch):
+		return err
+	}
+	s.log.ErrorContext(ctx, "model file is damaged on disk", "file", f.Path, "sha256", f.SHA256.Hex())
+	if err := s.root.Rename(name, name+quarantined); err != nil {
+		return err
+	}
+	return s.fetch(ctx, f, report)
+}
+
+// ensureTree makes the directory of hard links whose name is the model's
+// digest. It appears whole or not at all.
+func (s *Store) ensureTree(ctx context.Context, m *snapshot.Model) (string, error) {
+	tree := path.Join(trees, m.Digest().Hex())
+	unlock, err := s.locks.lock(ctx, tree)
+	if err != nil {
+		return "", err
+	}
+	defer unlock()
+
+	dir := filepath.Join(s.dir, tree)
+	if s.Have(m) {
+		return dir, nil
+	}
+	tmp := tree + building
+	if err := errors.Join(s.root.RemoveAll(tmp), s.root.RemoveAll(tree)); err != nil {
+		return "", err
+	}
+	dirs := map[string]bool{tmp: true}
+	for _, f := range m.Files {
+		for d := path.Dir(path.Join(tmp, f.Path)); !dirs[d]; d = path.Dir(d) {
+			dirs[d] = true
+		}
+	}
+	for _, d := range slices.Sorted(maps.Keys(dirs)) { // parents first
+		if err := s.root.Mkdir(d, 0o755); err != nil {
+			return "", err
+		}
+		// The container's user is another one than ours, and our umask may
+		// leave it nothing.
+		if err := s.root.Chmod(d, 0o755); err != nil {
+			return "", err
+		}
+	}
+	for _, f := range m.Files {
+		if err := s.root.Link(path.Join(blobs, f.SHA256.Hex()), path.Join(tmp, f.Path)); err != nil {
+			return "", err
+		}
+	}
+	for d := range dirs {
+		if err := s.sync(d); err != nil {
+			return "", err
+		}
+	}
+	if err := s.root.Rename(tmp, tree); err != nil {
+		return "", err
+	}
+	return dir, s.sync(trees)
+}
+
+// rehash reads a blob again.
+func (s *Store) rehash(ctx context.Context, d digest.Digest) error {
+	f, err := s.root.Open(path.Join(blobs, d.Hex()))
+	if err != nil {
+		return err
+	}
+	defer f.Close() // read only: nothing can be lost
+	return d.CheckReader(&contextReader{ctx, f})
+}
+
+// quarantine takes the names away from a damaged blob and the tree that shows it.
+func (s *Store) quarantine(ctx context.Context, m *snapshot.Model, d digest.Digest) error {
+	name := path.Join(blobs, d.Hex())
+	unlock, err := s.locks.lock(ctx, name)
+	if err != nil {
+		return err
+	}
+	defer unlock()
+	if err := s.root.Rename(name, name+quarantined); err != nil && !errors.Is(err, fs.ErrNotExist) {
+		return err
+	}
+	return errors.Join(
+		s.root.RemoveAll(path.Join(trees, m.Digest().Hex())),
+		s.sync(trees), s.sync(blobs),
+	)
+}
+
+// sync makes changes of a directory below the root survive a power cut.
+func (s *Store) sync(dir string) error {
+	d, err := s.root.Open(dir)
+	if err != nil {
+		return err
+	}
+	return errors.Join(d.Sync(), d.Close())
+}
+
+// contextReader ends reading when its context does.
+type contextReader struct {
+	ctx context.Context
+	r   io.Reader
+}
+
+func (c *contextReader) Read(p []byte) (int, error) {
+	if err := c.ctx.Err(); err != nil {
+		return 0, err
+	}
+	return c.r.Read(p)
+}
