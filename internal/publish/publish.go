@@ -1,0 +1,518 @@
+// Package publish owns the operator's side of the network's TUF repository: its
+// keys, its metadata, and the web server's view of it.
+//
+// The rule it keeps: nothing becomes visible that a node would refuse. What is
+// about to be published is first verified as nodes verify it, from the root
+// that they have, and written so that a reader at any instant sees the old
+// state or the new one: files with a version in their name first,
+// timestamp.json last.
+//
+// # Layout
+//
+//	DIR/publish.json                          lifetimes
+//	DIR/lock                                  held while something is published
+//	DIR/keys/ROLE.pem                         targets, snapshot, timestamp; 0600
+//	DIR/keys/root-N.pem                       unless they lie elsewhere
+//	DIR/repository/metadata/*.json            what [Handler] serves,
+//	DIR/repository/targets/SHA256.config.json with the private part out of reach
+//
+// Root keys are needed for [Init] and [RotateRoot] only, and belong on other
+// media in between. The others serve every publication: whoever has all of them
+// can publish for the network until the root is rotated.
+//
+// The functions may be called from several processes at once.
+package publish
+
+import (
+	"encoding/json"
+	"errors"
+	"fmt"
+	"io/fs"
+	"os"
+	"path/filepath"
+	"regexp"
+	"slices"
+	"strconv"
+	"syscall"
+	"time"
+
+	"github.com/theupdateframework/go-tuf/v2/metadata"
+	"github.com/theupdateframework/go-tuf/v2/metadata/trustedmetadata"
+
+	"github.com/resultity/node/internal/digest"
+	"github.com/resultity/node/internal/durable"
+	"github.com/resultity/node/internal/snapshot"
+)
+
+// ErrNothing says that no configuration has been published yet.
+var ErrNothing = errors.New("no configuration has been published")
+
+// Lifetimes say for how long metadata is valid after it was signed. A short
+// timestamp bounds how long an attacker on the path can hide news from a node;
+// it must be longer than the publisher may be out of order.
+type Lifetimes struct {
+	Root, Targets, Snapshot, Timestamp time.Duration
+}
+
+// DefaultLifetimes are for a network in production.
+var DefaultLifetimes = Lifetimes{
+	Root:      365 * 24 * time.Hour,
+	Targets:   90 * 24 * time.Hour,
+	Snapshot:  7 * 24 * time.Hour,
+	Timestamp: 24 * time.Hour,
+}
+
+// Options are for [Init]. The zero value is a root of 2 of 3 keys in DIR/keys
+// and the default lifetimes.
+type Options struct {
+	RootKeys  []string  // files of the root keys, made when missing
+	Threshold int       // how many of them must sign a root; 0 means more than half
+	Lifetimes Lifetimes // zero fields mean the default
+}
+
+// settings is publish.json.
+type settings struct {
+	RootSeconds      int64 `json:"root_s"`
+	TargetsSeconds   int64 `json:"targets_s"`
+	SnapshotSeconds  int64 `json:"snapshot_s"`
+	TimestampSeconds int64 `json:"timestamp_s"`
+}
+
+// online are the roles that sign at every publication.
+var online = []string{metadata.TARGETS, metadata.SNAPSHOT, metadata.TIMESTAMP}
+
+// Init makes a new network's keys and its first root, and writes it to
+// DIR/repository/metadata/1.root.json, which is what the node's package ships.
+// Nodes find no configuration until the first [Publish].
+//
+// It fails with [fs.ErrExist] when there is a root already. Keys that exist are
+// used, so a call that was cut short can be repeated.
+func Init(dir string, o Options) error {
+	s, err := o.Lifetimes.settings()
+	if err != nil {
+		return err
+	}
+	if o.RootKeys == nil {
+		for n := range 3 {
+			o.RootKeys = append(o.RootKeys, filepath.Join(dir, "keys", fmt.Sprintf("root-%d.pem", n+1)))
+		}
+	}
+	if o.Threshold == 0 {
+		o.Threshold = len(o.RootKeys)/2 + 1
+	}
+	for name, mode := range map[string]fs.FileMode{"": 0o755, "keys": 0o700, "repository": 0o755, "repository/metadata": 0o755, "repository/targets": 0o755} {
+		if err := os.MkdirAll(filepath.Join(dir, name), mode); err != nil {
+			return err
+		}
+	}
+	r, err := lock(dir)
+	if err != nil {
+		return err
+	}
+	defer r.unlock()
+	n, err := r.newest(metadata.ROOT)
+	if err != nil {
+		return err
+	}
+	if n != 0 {
+		return fmt.Errorf("%s: root %d: %w", dir, n, fs.ErrExist)
+	}
+
+	root := metadata.Root(expiry(s.RootSeconds))
+	keys, err := makeKeys(o.RootKeys)
+	if err != nil {
+		return err
+	}
+	if err := setRole(root, metadata.ROOT, o.Threshold, keys...); err != nil {
+		return err
+	}
+	for _, role := range online {
+		k, err := makeKey(r.keyFile(role))
+		if err != nil {
+			return err
+		}
+		if err := setRole(root, role, 1, k); err != nil {
+			return err
+		}
+	}
+	if err := addSignatures(root, keys...); err != nil {
+		return err
+	}
+	raw, err := root.ToBytes(true)
+	if err != nil {
+		return err
+	}
+	if _, err := trustedmetadata.New(raw); err != nil {
+		return fmt.Errorf("root: %w", err)
+	}
+	b, err := json.MarshalIndent(s, "", "  ")
+	if err != nil {
+		return err
+	}
+	if err := durable.WriteFile(filepath.Join(dir, "publish.json"), append(b, '\n'), 0o644); err != nil {
+		return err
+	}
+	return r.write("metadata/1.root.json", raw)
+}
+
+// Publish makes config the network's configuration. It fails with
+// [snapshot.ErrInvalid], and changes nothing, when nodes would refuse it.
+func Publish(dir string, config []byte) error {
+	if _, err := snapshot.Parse(config); err != nil {
+		return err
+	}
+	r, err := open(dir)
+	if err != nil {
+		return err
+	}
+	defer r.unlock()
+	seen, err := r.current()
+	if err != nil && !errors.Is(err, ErrNothing) {
+		return err
+	}
+	n, err := r.build(seen, change{config: config, targets: true})
+	if err != nil {
+		return err
+	}
+	if err := n.check(r.rootRaw); err != nil {
+		return err
+	}
+	return r.show(n)
+}
+
+// Expiries say until when the newest metadata is valid. Root, and targets if
+// its key is kept offline, need the operator before their time.
+type Expiries struct {
+	Root, Targets, Snapshot, Timestamp time.Time
+}
+
+// Refresh signs the timestamp anew, and the snapshot and targets metadata once
+// half of their lifetime is over; targets only where its key is at hand. Call
+// it several times per lifetime of the timestamp. It fails with [ErrNothing]
+// before the first [Publish].
+func Refresh(dir string) (Expiries, error) {
+	r, err := open(dir)
+	if err != nil {
+		return Expiries{}, err
+	}
+	defer r.unlock()
+	seen, err := r.current()
+	if err != nil {
+		return Expiries{}, err
+	}
+	c := change{
+		config:   seen.config,
+		targets:  halfway(seen.targets.meta.Signed.Expires, r.TargetsSeconds),
+		snapshot: halfway(seen.snapshot.meta.Signed.Expires, r.SnapshotSeconds),
+	}
+	// To keep the targets key offline is a choice, and no reason to let the
+	// timestamp expire.
+	if _, err := os.Stat(r.keyFile(metadata.TARGETS)); errors.Is(err, fs.ErrNotExist) {
+		c.targets = false
+	}
+	n, err := r.build(seen, c)
+	if err != nil {
+		return Expiries{}, err
+	}
+	if err := n.check(r.rootRaw); err != nil {
+		return Expiries{}, err
+	}
+	if err := r.show(n); err != nil {
+		return Expiries{}, err
+	}
+	return Expiries{
+		Root:      r.root.Signed.Expires,
+		Targets:   n.targets.meta.Signed.Expires,
+		Snapshot:  n.snapshot.meta.Signed.Expires,
+		Timestamp: n.timestamp.meta.Signed.Expires,
+	}, nil
+}
+
+// repository is a locked directory with its newest root.
+type repository struct {
+	dir  string
+	lock *os.File
+	settings
+	rootRaw []byte
+	root    *metadata.Metadata[metadata.RootType]
+}
+
+// lock waits until no other process publishes.
+func lock(dir string) (*repository, error) {
+	f, err := os.OpenFile(filepath.Join(dir, "lock"), os.O_CREATE|os.O_RDWR, 0o600)
+	if err != nil {
+		return nil, err
+	}
+	if err := syscall.Flock(int(f.Fd()), syscall.LOCK_EX); err != nil {
+		_ = f.Close() // nothing was written
+		return nil, fmt.Errorf("lock %s: %w", f.Name(), err)
+	}
+	return &repository{dir: dir, lock: f}, nil
+}
+
+func (r *repository) unlock() { _ = r.lock.Close() } // closing is what unlocks
+
+func open(dir string) (_ *repository, err error) {
+	r, err := lock(dir)
+	if err != nil {
+		return nil, err
+	}
+	defer func() {
+		if err != nil {
+			r.unlock()
+		}
+	}()
+	b, err := os.ReadFile(filepath.Join(dir, "publish.json"))
+	if err != nil {
+		return nil, err
+	}
+	if err := json.Unmarshal(b, &r.settings); err != nil {
+		return nil, fmt.Errorf("%s: %w", filepath.Join(dir, "publish.json"), err)
+	}
+	if err := r.settings.check(); err != nil {
+		return nil, fmt.Errorf("%s: %w", filepath.Join(dir, "publish.json"), err)
+	}
+	n, err := r.newest(metadata.ROOT)
+	if err != nil {
+		return nil, err
+	}
+	if n == 0 {
+		return nil, fmt.Errorf("%s holds no repository: run init first: %w", dir, fs.ErrNotExist)
+	}
+	if r.rootRaw, err = r.read(fmt.Sprintf("metadata/%d.root.json", n)); err != nil {
+		return nil, err
+	}
+	r.root, err = metadata.Root().FromBytes(r.rootRaw)
+	return r, err
+}
+
+func (r *repository) path(name string) string    { return filepath.Join(r.dir, "repository", name) }
+func (r *repository) keyFile(role string) string { return filepath.Join(r.dir, "keys", role+".pem") }
+
+func (r *repository) read(name string) ([]byte, error) { return os.ReadFile(r.path(name)) }
+
+func (r *repository) write(name string, b []byte) error {
+	return durable.WriteFile(r.path(name), b, 0o644)
+}
+
+var versioned = regexp.MustCompile(`^([1-9][0-9]{0,17})\.(root|targets|snapshot)\.json$`)
+
+// newest returns the highest version of role that is on disk, or 0. A version
+// that a crash left behind unreferenced counts, so that no name is ever used
+// for two contents: what is versioned may be cached for ever.
+func (r *repository) newest(role string) (int64, error) {
+	entries, err := os.ReadDir(r.path("metadata"))
+	if err != nil {
+		return 0, err
+	}
+	var n int64
+	for _, e := range entries {
+		if m := versioned.FindStringSubmatch(e.Name()); m != nil && m[2] == role {
+			v, err := strconv.ParseInt(m[1], 10, 64)
+			if err != nil {
+				return 0, err
+			}
+			n = max(n, v)
+		}
+	}
+	return n, nil
+}
+
+// file is metadata with the bytes that it is published as.
+type file[T metadata.Roles] struct {
+	meta *metadata.Metadata[T]
+	raw  []byte
+}
+
+// newer is a set that can be published; the parts that are on disk already are
+// among it.
+type newer struct {
+	timestamp file[metadata.TimestampType]
+	snapshot  file[metadata.SnapshotType]
+	targets   file[metadata.TargetsType]
+	config    []byte
+}
+
+func (n *newer) configName() string {
+	return "targets/" + digest.Of(n.config).Hex() + "." + snapshot.Target
+}
+
+// change says what a set to publish has that the one before has not. A
+// timestamp is always new; new targets metadata needs a new snapshot.
+type change struct {
+	config            []byte
+	targets, snapshot bool
+	extra             map[string]*key // further signers, by role
+}
+
+func halfway(expires time.Time, lifetime int64) bool {
+	return time.Until(expires) < time.Duration(lifetime)*time.Second/2
+}
+
+// build makes the set that follows seen, which is nil at first.
+func (r *repository) build(seen *newer, c change) (*newer, error) {
+	n := &newer{config: c.config}
+	var timestamp int64
+	if seen != nil {
+		timestamp, n.targets, n.snapshot = seen.timestamp.meta.Signed.Version, seen.targets, seen.snapshot
+	}
+	var err error
+	if c.targets {
+		t := metadata.Targets(expiry(r.TargetsSeconds))
+		if t.Signed.Version, err = r.next(metadata.TARGETS); err != nil {
+			return nil, err
+		}
+		if t.Signed.Targets[snapshot.Target], err = metadata.TargetFile().FromBytes(snapshot.Target, c.config, "sha256"); err != nil {
+			return nil, err
+		}
+		if n.targets, err = sign(r, metadata.TARGETS, t, c.extra); err != nil {
+			return nil, err
+		}
+	}
+	if c.targets || c.snapshot {
+		s := metadata.Snapshot(expiry(r.SnapshotSeconds))
+		if s.Signed.Version, err = r.next(metadata.SNAPSHOT); err != nil {
+			return nil, err
+		}
+		s.Signed.Meta["targets.json"] = describe(n.targets.meta.Signed.Version, n.targets.raw)
+		if n.snapshot, err = sign(r, metadata.SNAPSHOT, s, c.extra); err != nil {
+			return nil, err
+		}
+	}
+	t := metadata.Timestamp(expiry(r.TimestampSeconds))
+	t.Signed.Version = timestamp + 1
+	t.Signed.Meta["snapshot.json"] = describe(n.snapshot.meta.Signed.Version, n.snapshot.raw)
+	n.timestamp, err = sign(r, metadata.TIMESTAMP, t, c.extra)
+	return n, err
+}
+
+func (r *repository) next(role string) (int64, error) {
+	n, err := r.newest(role)
+	return n + 1, err
+}
+
+// current reads the set that timestamp.json leads to.
+func (r *repository) current() (*newer, error) {
+	n := new(newer)
+	var err error
+	n.timestamp.raw, err = r.read("metadata/timestamp.json")
+	if errors.Is(err, fs.ErrNotExist) {
+		return nil, ErrNothing
+	}
+	if err != nil {
+		return nil, err
+	}
+	if n.timestamp.meta, err = metadata.Timestamp().FromBytes(n.timestamp.raw); err != nil {
+		return nil, err
+	}
+	m := n.timestamp.meta.Signed.Meta["snapshot.json"]
+	if m == nil {
+		return nil, errors.New("timestamp.json does not name snapshot.json")
+	}
+	if n.snapshot.raw, err = r.read(fmt.Sprintf("metadata/%d.snapshot.json", m.Version)); err != nil {
+		return nil, err
+	}
+	if n.snapshot.meta, err = metadata.Snapshot().FromBytes(n.snapshot.raw); err != nil {
+		return nil, err
+	}
+	if m = n.snapshot.meta.Signed.Meta["targets.json"]; m == nil {
+		return nil, errors.New("snapshot.json does not name targets.json")
+	}
+	if n.targets.raw, err = r.read(fmt.Sprintf("metadata/%d.targets.json", m.Version)); err != nil {
+		return nil, err
+	}
+	if n.targets.meta, err = metadata.Targets().FromBytes(n.targets.raw); err != nil {
+		return nil, err
+	}
+	info := n.targets.meta.Signed.Targets[snapshot.Target]
+	if info == nil {
+		return nil, fmt.Errorf("targets.json does not name %s", snapshot.Target)
+	}
+	n.config, err = r.read("targets/" + info.Hashes["sha256"].String() + "." + snapshot.Target)
+	return n, err
+}
+
+// check verifies the set as a node does that has root.
+func (n *newer) check(root []byte) error {
+	err := func() error {
+		trusted, err := trustedmetadata.New(root)
+		if err != nil {
+			return err
+		}
+		trusted.RefTime = time.Now()
+		if _, err := trusted.UpdateTimestamp(n.timestamp.raw); err != nil {
+			return err
+		}
+		if _, err := trusted.UpdateSnapshot(n.snapshot.raw, false); err != nil {
+			return err
+		}
+		if _, err := trusted.UpdateTargets(n.targets.raw); err != nil {
+			return err
+		}
+		_, err = snapshot.Open(trusted, n.config)
+		return err
+	}()
+	if err != nil {
+		return fmt.Errorf("nodes would refuse what was about to be published: %w", err)
+	}
+	return nil
+}
+
+// show writes the set, timestamp.json last: until then nothing refers to the
+// other files.
+func (r *repository) show(n *newer) error {
+	for _, f := range []struct {
+		name string
+		raw  []byte
+	}{
+		{n.configName(), n.config},
+		{fmt.Sprintf("metadata/%d.targets.json", n.targets.meta.Signed.Version), n.targets.raw},
+		{fmt.Sprintf("metadata/%d.snapshot.json", n.snapshot.meta.Signed.Version), n.snapshot.raw},
+		{"metadata/timestamp.json", n.timestamp.raw},
+	} {
+		if old, err := r.read(f.name); err == nil && slices.Equal(old, f.raw) {
+			continue
+		}
+		if err := r.write(f.name, f.raw); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+// describe names a metadata file by version, length and hash: the version alone
+// would let a server mix files of two repositories that share keys.
+func describe(version int64, raw []byte) *metadata.MetaFiles {
+	sum := digest.Of(raw).Sum()
+	return &metadata.MetaFiles{Version: version, Length: int64(len(raw)), Hashes: metadata.Hashes{"sha256": sum[:]}}
+}
+
+func expiry(seconds int64) time.Time {
+	return time.Now().UTC().Truncate(time.Second).Add(time.Duration(seconds) * time.Second)
+}
+
+func (l Lifetimes) settings() (settings, error) {
+	seconds := func(d, def time.Duration) int64 {
+		if d == 0 {
+			d = def
+		}
+		return int64(d / time.Second)
+	}
+	s := settings{
+		RootSeconds:      seconds(l.Root, DefaultLifetimes.Root),
+		TargetsSeconds:   seconds(l.Targets, DefaultLifetimes.Targets),
+		SnapshotSeconds:  seconds(l.Snapshot, DefaultLifetimes.Snapshot),
+		TimestampSeconds: seconds(l.Timestamp, DefaultLifetimes.Timestamp),
+	}
+	return s, s.check()
+}
+
+func (s settings) check() error {
+	const most = 10 * 365 * 24 * 60 * 60
+	for name, v := range map[string]int64{"root_s": s.RootSeconds, "targets_s": s.TargetsSeconds, "snapshot_s": s.SnapshotSeconds, "timestamp_s": s.TimestampSeconds} {
+		if v < 1 || v > most {
+			return fmt.Errorf("lifetime %s is %d seconds, want 1 to %d", name, v, most)
+		}
+	}
+	return nil
+}

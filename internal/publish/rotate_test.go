@@ -1,0 +1,105 @@
+package publish
+
+import (
+	"os"
+	"path/filepath"
+	"strings"
+	"testing"
+)
+
+func TestRotateRoot(t *testing.T) {
+	dir := published(t, Options{})
+	c := node(t, dir)
+	sees(t, c, config(t, 1))
+	offline := node(t, dir) // sees none of the roots in between
+	for n, o := range []Rotation{
+		{SignWith: rootKeys(dir, 1, 2)},                                                                        // renewed
+		{SignWith: rootKeys(dir, 2, 3), RootKeys: rootKeys(dir, 2, 3, 4)},                                      // one key replaced
+		{SignWith: rootKeys(dir, 3, 4), RootKeys: rootKeys(dir, 5, 6, 7, 8, 9), Threshold: 4},                  // all replaced
+		{SignWith: rootKeys(dir, 5, 6, 7, 8), Threshold: 1},                                                    // threshold lowered
+		{SignWith: rootKeys(dir, 9), Renew: []string{"timestamp"}},                                             // an online key
+		{SignWith: rootKeys(dir, 9), RootKeys: rootKeys(dir, 1, 2, 3), Renew: []string{"targets", "snapshot"}}, // and the rest
+	} {
+		if err := RotateRoot(dir, o); err != nil {
+			t.Fatalf("rotation %d: %v", n, err)
+		}
+		sees(t, c, config(t, n+1))
+		if err := Publish(dir, config(t, n+2)); err != nil {
+			t.Fatalf("after rotation %d: %v", n, err)
+		}
+		sees(t, c, config(t, n+2))
+		sees(t, node(t, dir), config(t, n+2))
+	}
+	sees(t, offline, config(t, 7))
+	for name := range tree(t, filepath.Join(dir, "keys")) {
+		if strings.HasSuffix(name, next) {
+			t.Errorf("%s was left", name)
+		}
+	}
+}
+
+func TestRotateBeforeAnythingIsPublished(t *testing.T) {
+	dir := initialised(t, Options{})
+	c := node(t, dir)
+	if err := RotateRoot(dir, Rotation{SignWith: rootKeys(dir, 1, 2), Renew: online}); err != nil {
+		t.Fatal(err)
+	}
+	if err := Publish(dir, config(t, 1)); err != nil {
+		t.Fatal(err)
+	}
+	sees(t, c, config(t, 1))
+}
+
+func TestRotateRootRefuses(t *testing.T) {
+	dir := published(t, Options{})
+	other := initialised(t, Options{})
+	if _, err := makeKeys(rootKeys(dir, 4, 5, 6)); err != nil {
+		t.Fatal(err)
+	}
+	if err := os.Chmod(rootKeys(dir, 6)[0], 0o644); err != nil {
+		t.Fatal(err)
+	}
+	before := tree(t, dir)
+	for name, o := range map[string]Rotation{
+		"no signer":               {},
+		"below the threshold":     {SignWith: rootKeys(dir, 1)},
+		"the same signer twice":   {SignWith: rootKeys(dir, 1, 1)},
+		"others' keys":            {SignWith: rootKeys(other, 1, 2)},
+		"only the next keys":      {SignWith: rootKeys(dir, 4, 5), RootKeys: rootKeys(dir, 4, 5)},
+		"unreachable threshold":   {SignWith: rootKeys(dir, 1, 2), Threshold: 4},
+		"below the next":          {SignWith: rootKeys(dir, 1, 2), Threshold: 3},
+		"a missing signer":        {SignWith: append(rootKeys(dir, 1), filepath.Join(dir, "absent.pem"))},
+		"a signer open to all":    {SignWith: rootKeys(dir, 1, 2, 6)},
+		"the same root key twice": {SignWith: rootKeys(dir, 1, 2), RootKeys: rootKeys(dir, 4, 4)},
+		"root is not online":      {SignWith: rootKeys(dir, 1, 2), Renew: []string{"root"}},
+		"no such role":            {SignWith: rootKeys(dir, 1, 2), Renew: []string{"mirrors"}},
+	} {
+		if err := RotateRoot(dir, o); err == nil {
+			t.Errorf("%s: taken", name)
+		}
+		unchanged(t, dir, before)
+	}
+	sees(t, node(t, dir), config(t, 1))
+}
+
+// The disk with the targets key is gone: a rotation brings a new one.
+func TestRotateReplacesALostKey(t *testing.T) {
+	dir := published(t, Options{})
+	c := node(t, dir)
+	sees(t, c, config(t, 1))
+	if err := os.Remove(filepath.Join(dir, "keys/targets.pem")); err != nil {
+		t.Fatal(err)
+	}
+	if err := Publish(dir, config(t, 2)); err == nil {
+		t.Fatal("published without a key")
+	}
+	if err := RotateRoot(dir, Rotation{SignWith: rootKeys(dir, 1, 2), Renew: []string{"targets"}}); err != nil {
+		t.Fatal(err)
+	}
+	sees(t, c, config(t, 1))
+	if err := Publish(dir, config(t, 2)); err != nil {
+		t.Fatal(err)
+	}
+	sees(t, c, config(t, 2))
+	sees(t, node(t, dir), config(t, 2))
+}
