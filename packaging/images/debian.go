@@ -14,6 +14,8 @@ import (
 	"path"
 	"path/filepath"
 	"strings"
+	"syscall"
+	"time"
 )
 
 // maxPackages is how many bytes all files of a package set may have together.
@@ -37,11 +39,17 @@ func Setup(ctx context.Context) error {
 	if _, err := exec.LookPath("dpkg-deb"); err != nil {
 		return fmt.Errorf("images are built from Debian packages, on Debian or with its dpkg package: %w", err)
 	}
+	if os.Geteuid() != 0 {
+		// Without root, mmdebstrap works in a user namespace.
+		if _, err := exec.LookPath("newuidmap"); err != nil {
+			return fmt.Errorf("images are built in a user namespace: install the package uidmap: %w", err)
+		}
+	}
 	if _, err := exec.LookPath("mmdebstrap"); err == nil {
 		return nil
 	}
 	if os.Geteuid() != 0 {
-		return errors.New("mmdebstrap is missing: install the package mmdebstrap, or run this as root once")
+		return errors.New("mmdebstrap is missing: install the package of that name")
 	}
 	for _, args := range [][]string{
 		{"update"},
@@ -75,6 +83,9 @@ func Fetch(ctx context.Context, r Recipe, dir string) error {
 		"--extract-hook=copy-out /var/cache/apt/archives .",
 		r.Suite, "-")
 	cmd.Dir = dir
+	// It has a directory of its own to remove when it is told to end.
+	cmd.Cancel = func() error { return cmd.Process.Signal(syscall.SIGTERM) }
+	cmd.WaitDelay = 20 * time.Second
 	if _, err := output(cmd); err != nil {
 		return fmt.Errorf("fetching packages of %s: %w", r.Suite, err)
 	}

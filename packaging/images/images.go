@@ -148,7 +148,7 @@ func CacheDir() (string, error) {
 // or newly fetched. Nobody may write there.
 func Packages(ctx context.Context, r Recipe, o Options) (dir string, err error) {
 	err = withCache(ctx, o, func(c cache) error {
-		dir, err = c.packages(ctx, r)
+		dir, _, err = c.packages(ctx, r)
 		return err
 	})
 	return dir, err
@@ -194,30 +194,72 @@ func withCache(ctx context.Context, o Options, f func(cache) error) error {
 	return f(c)
 }
 
-// packages returns the directory with the recipe's packages.
-func (c cache) packages(ctx context.Context, r Recipe) (string, error) {
-	dir, err := c.entry("packages-"+hash(r.Suite, r.Packages, runtime.GOARCH),
+// packages returns the directory with the recipe's packages, and their sums.
+func (c cache) packages(ctx context.Context, r Recipe) (dir string, sums []byte, err error) {
+	dir, err = c.entry("packages-"+hash(r.Suite, r.Packages, runtime.GOARCH), c.anew,
 		func(dir string) error {
 			c.log.InfoContext(ctx, "getting packages", "suite", r.Suite, "packages", r.Packages)
-			return Fetch(ctx, r, dir)
+			if err := Fetch(ctx, r, dir); err != nil {
+				return err
+			}
+			b, err := sum(dir)
+			if err != nil {
+				return err
+			}
+			return os.WriteFile(filepath.Join(dir, sumsFile), b, 0o644)
 		},
 		func(dir string) error {
-			_, err := os.Stat(dir)
-			return err
+			want, err := os.ReadFile(filepath.Join(dir, sumsFile))
+			if err != nil {
+				return err
+			}
+			if sums, err = sum(dir); err != nil {
+				return err
+			}
+			if !bytes.Equal(sums, want) {
+				return errors.New("the packages are not those that were fetched")
+			}
+			return nil
 		})
 	if err != nil {
-		return "", fmt.Errorf("packages for image %s: %w", r.Name, err)
+		return "", nil, fmt.Errorf("packages for image %s: %w", r.Name, err)
 	}
-	return dir, nil
+	return dir, sums, nil
 }
 
-// image returns the recipe's image.
+// sumsFile lists the hashes of the packages beside it, as sha256sum does.
+const sumsFile = "SHA256SUMS"
+
+// sum hashes the package files in dir.
+func sum(dir string) ([]byte, error) {
+	debs, err := filepath.Glob(filepath.Join(dir, "*.deb"))
+	if err != nil {
+		return nil, err
+	}
+	var out bytes.Buffer
+	for _, deb := range debs {
+		f, err := os.Open(deb)
+		if err != nil {
+			return nil, err
+		}
+		h, _, err := v1.SHA256(f)
+		f.Close()
+		if err != nil {
+			return nil, err
+		}
+		fmt.Fprintf(&out, "%s  %s\n", h.Hex, filepath.Base(deb))
+	}
+	return out.Bytes(), nil
+}
+
+// image returns the recipe's image. Its place in the cache is named by all that
+// it is made from, so what stands there is never replaced by anything else.
 func (c cache) image(ctx context.Context, r Recipe) (Image, error) {
-	debs, err := c.packages(ctx, r)
+	debs, sums, err := c.packages(ctx, r)
 	if err != nil {
 		return Image{}, err
 	}
-	parts := []any{r, runtime.GOARCH}
+	parts := []any{r, runtime.GOARCH, sums}
 	src, err := source.ReadDir(".")
 	if err != nil {
 		return Image{}, err
@@ -230,7 +272,7 @@ func (c cache) image(ctx context.Context, r Recipe) (Image, error) {
 		parts = append(parts, f.Name(), b)
 	}
 	var img Image
-	img.Layout, err = c.entry(r.Name+"-"+hash(parts...),
+	img.Layout, err = c.entry(r.Name+"-"+hash(parts...), false,
 		func(dir string) error {
 			c.log.InfoContext(ctx, "assembling image", "image", r.Name)
 			return write(ctx, r, debs, dir)
@@ -358,18 +400,18 @@ func hash(parts ...any) string {
 // holds the lock for as long as it uses it.
 type cache struct {
 	dir  string
-	anew bool // make entries although they are there
+	anew bool // get packages although they are there
 	log  *slog.Logger
 }
 
 const partial = ".partial"
 
 // entry returns the directory of the given name. If check finds nothing there,
-// or nothing sound, it is filled by fill first. What fill could not finish, or
-// check refuses, never gets the name.
-func (c cache) entry(name string, fill, check func(dir string) error) (string, error) {
+// or nothing sound, or if anew is set, it is filled by fill first. What fill
+// could not finish, or check refuses, never gets the name.
+func (c cache) entry(name string, anew bool, fill, check func(dir string) error) (string, error) {
 	dir := filepath.Join(c.dir, name)
-	if !c.anew {
+	if !anew {
 		err := check(dir)
 		if err == nil {
 			now := time.Now()

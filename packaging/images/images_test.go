@@ -13,6 +13,7 @@ import (
 	"os/exec"
 	"path"
 	"path/filepath"
+	"runtime"
 	"slices"
 	"strings"
 	"testing"
@@ -475,6 +476,14 @@ func TestLoad(t *testing.T) {
 	}
 }
 
+// TestSetup looks at what somebody is told whose machine lacks a program.
+func TestSetup(t *testing.T) {
+	t.Setenv("PATH", t.TempDir())
+	if err := Setup(t.Context()); err == nil || !strings.Contains(err.Error(), "dpkg package") {
+		t.Errorf("error %v, want one that says what is missing", err)
+	}
+}
+
 // TestBounds feeds a package that unpacks to more than is allowed.
 func TestBounds(t *testing.T) {
 	var b bytes.Buffer
@@ -532,7 +541,7 @@ func put(t *testing.T, c cache, name string) Image {
 	t.Helper()
 	var img Image
 	var err error
-	img.Layout, err = c.entry(name, func(dir string) error { return writeTest(t, dir) }, func(dir string) error {
+	img.Layout, err = c.entry(name, false, func(dir string) error { return writeTest(t, dir) }, func(dir string) error {
 		i, d, err := open(dir)
 		if err != nil {
 			return err
@@ -567,8 +576,9 @@ func TestCache(t *testing.T) {
 	}
 
 	made := 0
+	anew := false
 	get := func() error {
-		_, err := c.entry("img", func(dir string) error { made++; return writeTest(t, dir) }, func(dir string) error {
+		_, err := c.entry("img", anew, func(dir string) error { made++; return writeTest(t, dir) }, func(dir string) error {
 			i, d, err := open(dir)
 			if err != nil {
 				return err
@@ -599,7 +609,7 @@ func TestCache(t *testing.T) {
 	}
 
 	boom := errors.New("boom")
-	if _, err := c.entry("half", func(dir string) error {
+	if _, err := c.entry("half", false, func(dir string) error {
 		if err := os.WriteFile(filepath.Join(dir, "x"), nil, 0o644); err != nil {
 			t.Fatal(err)
 		}
@@ -607,7 +617,7 @@ func TestCache(t *testing.T) {
 	}, func(dir string) error { _, err := os.Stat(dir); return err }); !errors.Is(err, boom) {
 		t.Errorf("error %v, want %v", err, boom)
 	}
-	if _, err := c.entry("refused", func(dir string) error { return nil }, func(string) error { return boom }); !errors.Is(err, boom) {
+	if _, err := c.entry("refused", false, func(dir string) error { return nil }, func(string) error { return boom }); !errors.Is(err, boom) {
 		t.Errorf("error %v, want %v", err, boom)
 	}
 	if es, _ := os.ReadDir(c.dir); len(es) != 1 {
@@ -631,9 +641,54 @@ func TestCache(t *testing.T) {
 		t.Errorf("entries %v, want only img", es)
 	}
 
-	made, c.anew = 0, true
+	made, anew = 0, true
 	if err := get(); err != nil || made != 1 {
-		t.Errorf("refresh: made %d times, error %v, want once", made, err)
+		t.Errorf("anew: made %d times, error %v, want once", made, err)
+	}
+}
+
+// TestCachedPackages spoils the packages in the cache, which must then be
+// fetched again, and cannot be: there is no such suite.
+func TestCachedPackages(t *testing.T) {
+	c := cache{dir: t.TempDir(), log: slog.New(slog.DiscardHandler)}
+	dir := filepath.Join(c.dir, "packages-"+hash(testRecipe.Suite, testRecipe.Packages, runtime.GOARCH))
+	deb := filepath.Join(dir, "x_1_all.deb")
+	if err := os.Mkdir(dir, 0o755); err != nil {
+		t.Fatal(err)
+	}
+	for name, data := range map[string]string{
+		deb:                          "x",
+		filepath.Join(dir, sumsFile): "2d711642b726b04401627ca9fbac32f5c8530fb1903cc4db02258717921a4881  x_1_all.deb\n",
+	} {
+		if err := os.WriteFile(name, []byte(data), 0o644); err != nil {
+			t.Fatal(err)
+		}
+	}
+	got, sums, err := c.packages(t.Context(), testRecipe)
+	if err != nil || got != dir || !bytes.HasPrefix(sums, []byte("2d71")) {
+		t.Fatalf("packages in %s with sums %s, error %v, want those in the cache", got, sums, err)
+	}
+	t.Setenv("PATH", t.TempDir()) // nothing can be fetched
+	for name, spoil := range map[string]func() error{
+		"foreign package": func() error { return os.WriteFile(filepath.Join(dir, "y_1_all.deb"), nil, 0o644) },
+		"flipped bit":     func() error { return flip(deb) },
+		"missing package": func() error { return os.Remove(deb) },
+	} {
+		if err := spoil(); err != nil {
+			t.Fatal(err)
+		}
+		if _, _, err := c.packages(t.Context(), testRecipe); err == nil {
+			t.Errorf("%s: no error", name)
+		}
+		if err := os.RemoveAll(filepath.Join(dir, "y_1_all.deb")); err != nil {
+			t.Fatal(err)
+		}
+		if err := os.WriteFile(deb, []byte("x"), 0o644); err != nil {
+			t.Fatal(err)
+		}
+		if _, _, err := c.packages(t.Context(), testRecipe); err != nil {
+			t.Errorf("sound again after %s: %v", name, err)
+		}
 	}
 }
 
