@@ -7,6 +7,8 @@ import (
 	"io/fs"
 	"os"
 	"path"
+	"slices"
+	"strconv"
 	"strings"
 	"sync"
 	"time"
@@ -68,66 +70,123 @@ func (c cgroup) holds(pid int) bool {
 	return false
 }
 
-// kill sends SIGKILL to all that is in the cgroup and below, in one step, so
-// that no fork escapes. No process id is named, so no recycled one can be hit.
-func (c cgroup) kill() error {
+// kill ends all that is in the cgroup and below, and returns when it has ended.
+// SIGKILL goes to all in one step, so that no fork escapes, and to no process
+// by its id, so that no recycled one is hit.
+func (c cgroup) kill(ctx context.Context) error {
 	root, err := cgroups()
 	if err != nil {
 		return err
 	}
+	members, err := c.members()
+	if err != nil {
+		return err
+	}
+	defer members.close()
 	err = root.WriteFile(path.Join(string(c), "cgroup.kill"), []byte("1"), 0)
 	if err != nil && !errors.Is(err, fs.ErrNotExist) {
 		return fmt.Errorf("kill cgroup %s: %w", c, err)
 	}
+	return members.wait(ctx)
+}
+
+// wait returns when all processes have ended that are in the cgroup and below
+// now, with PID 1 of a host and so all of its namespace.
+func (c cgroup) wait(ctx context.Context) error {
+	members, err := c.members()
+	if err != nil {
+		return err
+	}
+	defer members.close()
+	return members.wait(ctx)
+}
+
+// members are handles of processes.
+type members []int
+
+func (m members) close() {
+	for _, fd := range m {
+		unix.Close(fd)
+	}
+}
+
+// wait returns when all have ended. A process leaves its cgroup some time
+// before that. PID 1 of a namespace ends when all others in there have, and
+// have been waited for by their parents, which may be the machine's init.
+func (m members) wait(ctx context.Context) error {
+	for _, fd := range m {
+		for {
+			fds := []unix.PollFd{{Fd: int32(fd), Events: unix.POLLIN}}
+			n, err := unix.Poll(fds, int((50 * time.Millisecond).Milliseconds())) // poll does not know ctx
+			if n > 0 {
+				break
+			}
+			if err != nil && !errors.Is(err, unix.EINTR) {
+				return fmt.Errorf("wait for process: %w", err)
+			}
+			if err := ctx.Err(); err != nil {
+				return fmt.Errorf("a process of the host has not ended: %w", err)
+			}
+		}
+	}
 	return nil
 }
 
-// waitEmpty returns when no living process is left in the cgroup and below.
-func (c cgroup) waitEmpty(ctx context.Context) error {
+// members returns the processes in the cgroup and below. It need not exist.
+func (c cgroup) members() (members, error) {
+	dirs, err := c.tree()
+	if err != nil {
+		return nil, err
+	}
 	root, err := cgroups()
 	if err != nil {
-		return err
+		return nil, err
 	}
-	f, err := root.Open(path.Join(string(c), "cgroup.events"))
-	if errors.Is(err, fs.ErrNotExist) {
-		return nil
-	} else if err != nil {
-		return fmt.Errorf("watch cgroup: %w", err)
-	}
-	defer f.Close()
-	buf := make([]byte, 256)
-	for {
-		n, err := f.ReadAt(buf, 0)
-		if n == 0 {
-			if errors.Is(err, unix.ENODEV) { // removed meanwhile
-				return nil
+	var m members
+	for _, dir := range dirs {
+		procs, err := root.ReadFile(path.Join(dir, "cgroup.procs"))
+		if gone(err) {
+			continue
+		} else if err != nil {
+			m.close()
+			return nil, fmt.Errorf("list processes: %w", err)
+		}
+		for _, line := range strings.Fields(string(procs)) {
+			pid, err := strconv.Atoi(line)
+			if err != nil || pid == 0 { // 0 is one of a pid namespace that we do not see
+				continue
 			}
-			return fmt.Errorf("watch cgroup %s: %w", c, err)
-		}
-		if strings.Contains(string(buf[:n]), "populated 0") {
-			return nil
-		}
-		if err := ctx.Err(); err != nil {
-			return fmt.Errorf("cgroup %s still has processes: %w", c, err)
-		}
-		// The file reports a change as an exceptional condition. The bound
-		// is for ctx, which poll does not know.
-		fds := []unix.PollFd{{Fd: int32(f.Fd()), Events: unix.POLLPRI}}
-		if _, err := unix.Poll(fds, int((100 * time.Millisecond).Milliseconds())); err != nil && !errors.Is(err, unix.EINTR) {
-			return fmt.Errorf("watch cgroup %s: %w", c, err)
+			fd, err := unix.PidfdOpen(pid, 0)
+			if errors.Is(err, unix.ESRCH) {
+				continue
+			} else if err != nil {
+				m.close()
+				return nil, fmt.Errorf("open process %d: %w", pid, err)
+			}
+			if !c.holds(pid) { // ended, and the number is another's now
+				unix.Close(fd)
+				continue
+			}
+			m = append(m, fd)
 		}
 	}
+	return m, nil
 }
 
-// remove removes the empty cgroup with all below it.
-func (c cgroup) remove() error {
+// gone reports whether a file of a cgroup could not be read since the cgroup
+// has been removed.
+func gone(err error) bool {
+	return errors.Is(err, fs.ErrNotExist) || errors.Is(err, unix.ENODEV)
+}
+
+// tree returns the cgroup and those below it, each after the one above it.
+func (c cgroup) tree() (dirs []string, err error) {
 	root, err := cgroups()
 	if err != nil {
-		return err
+		return nil, err
 	}
-	var dirs []string
 	err = fs.WalkDir(root.FS(), string(c), func(p string, d fs.DirEntry, err error) error {
-		if errors.Is(err, fs.ErrNotExist) {
+		if gone(err) {
 			return nil
 		} else if err != nil {
 			return err
@@ -138,10 +197,22 @@ func (c cgroup) remove() error {
 		return nil
 	})
 	if err != nil {
-		return fmt.Errorf("list cgroup: %w", err)
+		return nil, fmt.Errorf("list cgroup: %w", err)
 	}
-	for i := range dirs {
-		p := dirs[len(dirs)-1-i] // children come after their parents
+	return dirs, nil
+}
+
+// remove removes the cgroup with all below it. What was in it has ended.
+func (c cgroup) remove() error {
+	dirs, err := c.tree()
+	if err != nil {
+		return err
+	}
+	root, err := cgroups()
+	if err != nil {
+		return err
+	}
+	for _, p := range slices.Backward(dirs) {
 		if err := root.Remove(p); err != nil && !errors.Is(err, fs.ErrNotExist) {
 			return fmt.Errorf("remove cgroup: %w", err)
 		}

@@ -267,13 +267,15 @@ type tree struct {
 }
 
 func openTree(name string) (*tree, error) {
-	f, err := os.Open(name)
+	fi, err := os.Stat(name) // to open another kind of file may block
 	if err != nil {
 		return nil, err
 	}
-	fi, err := f.Stat()
+	if !fi.IsDir() && !fi.Mode().IsRegular() {
+		return nil, fmt.Errorf("%s: is neither a file nor a directory", name)
+	}
+	f, err := os.Open(name)
 	if err != nil {
-		f.Close()
 		return nil, err
 	}
 	t := &tree{file: f}

@@ -124,11 +124,14 @@ func (f fabric) create(ctx context.Context, r labRecord) error {
 		if err := leave(); err != nil {
 			return err
 		}
-		return ip(ctx,
+		if err := ip(ctx,
 			fmt.Sprintf("link set %s addrgenmode none", name),
 			fmt.Sprintf("address add %s/24 dev %s", a, name),
 			fmt.Sprintf("link set %s up", name),
-		)
+		); err != nil {
+			return err
+		}
+		return neverUnreachable(name)
 	})
 }
 
@@ -174,17 +177,21 @@ func (f fabric) plug(ctx context.Context, pid, pidfd int, a netip.Addr, cut bool
 		); err != nil {
 			return err
 		}
-		// A host that does not answer must look like one behind a network
-		// that lost the packets, as it would from far away, and not like
-		// one missing from the same cable: keep asking for its hardware
-		// address and never report it as unreachable.
-		for _, name := range []string{"mcast_solicit", "ucast_solicit"} {
-			if err := os.WriteFile("/proc/sys/net/ipv4/neigh/eth0/"+name, []byte("1000000"), 0); err != nil {
-				return err
-			}
-		}
-		return nil
+		return neverUnreachable("eth0")
 	})
+}
+
+// neverUnreachable makes a neighbour that does not answer look like a host
+// from far away, behind a network that loses packets, and not like one missing
+// from the same cable: ask for its hardware address for ever, and report it to
+// nobody as unreachable. The interface is one of the thread's namespace.
+func neverUnreachable(link string) error {
+	for _, name := range []string{"mcast_solicit", "ucast_solicit"} {
+		if err := os.WriteFile(filepath.Join("/proc/sys/net/ipv4/neigh", link, name), []byte("1000000"), 0); err != nil {
+			return err
+		}
+	}
+	return nil
 }
 
 // unplug removes the port of the address and with it the interface of its host.

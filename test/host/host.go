@@ -199,7 +199,8 @@ func (h *Host) Boot(ctx context.Context) error {
 	if err := h.boot(ctx); err != nil {
 		return fmt.Errorf("boot %s: %w", h.name, err)
 	}
-	if err := h.checkUnits(ctx); err != nil {
+	// Hosts that came while it booted may have escaped its notice.
+	if err := errors.Join(h.spreadNames(ctx), h.checkUnits(ctx)); err != nil {
 		return fmt.Errorf("boot %s: %w", h.name, err)
 	}
 	return nil
@@ -385,10 +386,7 @@ func stopHost(ctx context.Context, dir string, a netip.Addr) error {
 	ctx, cancel := context.WithTimeout(ctx, killTime)
 	defer cancel()
 	cg := cgroupOf(dir)
-	if err := cg.kill(); err != nil {
-		return err
-	}
-	if err := cg.waitEmpty(ctx); err != nil {
+	if err := cg.kill(ctx); err != nil {
 		return err
 	}
 	if err := cg.remove(); err != nil {
@@ -408,7 +406,7 @@ func (h *Host) Reboot(ctx context.Context) error {
 	if err := unix.PidfdSendSignal(pidfd, poweroff, nil, 0); err != nil {
 		return fmt.Errorf("shut %s down: %w", h.name, err)
 	}
-	if err := cgroupOf(h.dir).waitEmpty(ctx); err != nil {
+	if err := cgroupOf(h.dir).wait(ctx); err != nil {
 		return fmt.Errorf("shut %s down: %w", h.name, err)
 	}
 	return h.Boot(ctx)

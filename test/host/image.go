@@ -160,7 +160,8 @@ func (i Image) ensure(ctx context.Context, progress io.Writer) (string, error) {
 	}
 	dir := filepath.Join(base, "roots", key)
 	if _, err := os.Stat(dir); err == nil {
-		return dir, nil
+		now := time.Now()
+		return dir, os.Chtimes(dir+".lock", now, now) // for prune
 	}
 	if err := Setup(ctx, progress); err != nil {
 		return "", err
@@ -184,7 +185,51 @@ func (i Image) ensure(ctx context.Context, progress io.Writer) (string, error) {
 		return "", fmt.Errorf("build root file system %s: %w", key, err)
 	}
 	say(progress, "built root file system %s in %.1f s", key, time.Since(start).Seconds())
-	return dir, nil
+	return dir, prune(ctx, filepath.Dir(dir), progress)
+}
+
+// keepUnused is how long an image stays that nobody has asked for.
+const keepUnused = 14 * 24 * time.Hour
+
+// prune removes the images in directory roots that nobody has asked for in a
+// long time and that no host stands on.
+func prune(ctx context.Context, roots string, progress io.Writer) error {
+	base, err := lockBase(ctx)
+	if err != nil {
+		return err
+	}
+	defer base.Close()
+	used := map[string]bool{}
+	records, err := filepath.Glob(filepath.Join(filepath.Dir(roots), "labs", "*", "hosts", "*", "host.json"))
+	if err != nil {
+		return err
+	}
+	for _, name := range records {
+		var r hostRecord
+		if err := readRecord(name, &r); err != nil && !errors.Is(err, fs.ErrNotExist) {
+			return err
+		}
+		used[r.Lower] = true
+	}
+	locks, err := filepath.Glob(filepath.Join(roots, "*.lock"))
+	if err != nil {
+		return err
+	}
+	for _, name := range locks {
+		dir := strings.TrimSuffix(name, ".lock")
+		fi, err := os.Stat(name)
+		if err != nil || used[dir] || time.Since(fi.ModTime()) < keepUnused {
+			continue
+		}
+		say(progress, "removing root file system %s, not used since %s", filepath.Base(dir), fi.ModTime().Format(time.DateOnly))
+		if err := os.Rename(dir, dir+".part"); err != nil && !errors.Is(err, fs.ErrNotExist) {
+			return err
+		}
+		if err := errors.Join(os.RemoveAll(dir+".part"), os.Remove(name)); err != nil {
+			return err
+		}
+	}
+	return nil
 }
 
 // build makes dir, under the lock. What is under that name is whole.
