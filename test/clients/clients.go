@@ -1,0 +1,55 @@
+// Package clients runs code that is not ours against what is ours: OpenAI's
+// JavaScript client against the API, ethers against receipts.
+package clients
+
+import (
+	"bytes"
+	"context"
+	"fmt"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"strings"
+	"sync"
+)
+
+// dir returns where the scripts are, with their packages installed. The lock
+// file says exactly which.
+var dir = sync.OnceValues(func() (string, error) {
+	mod, err := exec.Command("go", "env", "GOMOD").Output()
+	if err != nil {
+		return "", err
+	}
+	d := filepath.Join(filepath.Dir(strings.TrimSpace(string(mod))), "test/clients")
+	if _, err := exec.LookPath("npm"); err != nil {
+		if out, err := exec.Command("sh", "-c", "apt-get update -q && apt-get install -q -y --no-install-recommends nodejs npm").CombinedOutput(); err != nil {
+			return "", fmt.Errorf("install nodejs and npm: %w\n%s", err, out)
+		}
+	}
+	cmd := exec.Command("npm", "ci", "--no-audit", "--no-fund", "--ignore-scripts")
+	cmd.Dir = d
+	if out, err := cmd.CombinedOutput(); err != nil {
+		return "", fmt.Errorf("npm ci: %w\n%s", err, out)
+	}
+	return d, nil
+})
+
+// Run runs one of the scripts with input and further environment, and returns
+// what it printed.
+func Run(ctx context.Context, script string, input []byte, env ...string) (string, error) {
+	d, err := dir()
+	if err != nil {
+		return "", err
+	}
+	cmd := exec.CommandContext(ctx, "node", script)
+	cmd.Dir = d
+	cmd.Env = append(os.Environ(), env...)
+	cmd.Stdin = bytes.NewReader(input)
+	var stderr bytes.Buffer
+	cmd.Stderr = &stderr
+	out, err := cmd.Output()
+	if err != nil {
+		return "", fmt.Errorf("node %s: %w\n%s", script, err, stderr.Bytes())
+	}
+	return strings.TrimSpace(string(out)), nil
+}
