@@ -16,10 +16,28 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// cgroups is the root of the cgroup2 tree. It is mounted for this process
-// alone and attached nowhere, so it makes no difference whether the machine
-// has it at /sys/fs/cgroup (systemd), below it (hybrid), or not at all.
+// cgroups is the root of the cgroup2 tree as the machine has it: at
+// /sys/fs/cgroup under systemd, below it in a hybrid set-up.
 var cgroups = sync.OnceValues(func() (*os.Root, error) {
+	mounts, err := os.ReadFile("/proc/self/mountinfo")
+	if err != nil {
+		return nil, err
+	}
+	for line := range strings.Lines(string(mounts)) {
+		// ID PARENT DEVICE ROOT TARGET OPTIONS [TAG]... - TYPE ...
+		before, after, _ := strings.Cut(line, " - ")
+		f := strings.Fields(before)
+		if len(f) >= 5 && f[3] == "/" && strings.HasPrefix(after, "cgroup2 ") {
+			return os.OpenRoot(f[4])
+		}
+	}
+	return mountCgroups()
+})
+
+// mountCgroups mounts the cgroup2 tree for this process alone, attached
+// nowhere. It must not be done where the tree is mounted already: its options
+// are the kernel's, for all mounts, and the last one sets them.
+func mountCgroups() (*os.Root, error) {
 	fsfd, err := unix.Fsopen("cgroup2", unix.FSOPEN_CLOEXEC)
 	if err != nil {
 		return nil, fmt.Errorf("open cgroup2 (are we root?): %w", err)
@@ -34,7 +52,7 @@ var cgroups = sync.OnceValues(func() (*os.Root, error) {
 	}
 	defer unix.Close(mfd)
 	return os.OpenRoot(fmt.Sprintf("/proc/self/fd/%d", mfd))
-})
+}
 
 // A cgroup is the name of one below the root of the tree.
 type cgroup string
