@@ -21,6 +21,7 @@ type Reason string
 
 // The reasons.
 const (
+	ReasonNoStream    Reason = "not_a_stream"         // no event stream, or one that breaks its form
 	ReasonJSON        Reason = "not_json"             // an event is not JSON, or not UTF-8
 	ReasonObject      Reason = "wrong_object"         // an event of another API
 	ReasonChoices     Reason = "wrong_choices"        // no choice, several, or one that was not asked for

@@ -1,0 +1,375 @@
+// Package runtime is the client of the engine in the sealed container, over
+// the one unix socket that leads there.
+//
+// The rule it keeps: the engine is always asked to stream and its output is
+// checked event by event, also where the client wants a plain answer, so that
+// an engine stops working when nobody wants its answer any more, and so that no
+// byte of it leaves unchecked.
+package runtime
+
+import (
+	"bytes"
+	"context"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"io"
+	"mime"
+	"net"
+	"net/http"
+	"strings"
+	"time"
+
+	"github.com/resultity/node/internal/bridge/contract"
+	"github.com/resultity/node/internal/digest"
+	"github.com/resultity/node/internal/openai"
+	"github.com/resultity/node/internal/receipt"
+	"github.com/resultity/node/internal/snapshot"
+	"github.com/resultity/node/internal/wire"
+)
+
+// Bounds on what the other side of the socket may send.
+const (
+	maxHeader = 64 << 10
+	maxError  = 64 << 10 // body of an error
+	maxRecord = 1 << 20  // body of the bridge's own answers
+)
+
+// Client talks to the engine. It is safe for concurrent use and keeps
+// connections; the socket may come and go with the container.
+type Client struct {
+	http      *http.Client
+	transport *http.Transport
+}
+
+// New makes a client of the socket at path. Nothing is opened before the first
+// request.
+func New(path string) *Client {
+	var dialer net.Dialer
+	t := &http.Transport{
+		DialContext: func(ctx context.Context, _, _ string) (net.Conn, error) {
+			return dialer.DialContext(ctx, "unix", path)
+		},
+		DisableCompression:     true,
+		MaxIdleConnsPerHost:    64,
+		IdleConnTimeout:        time.Minute,
+		MaxResponseHeaderBytes: maxHeader,
+		ReadBufferSize:         32 << 10,
+	}
+	return &Client{transport: t, http: &http.Client{
+		Transport:     t,
+		CheckRedirect: func(*http.Request, []*http.Request) error { return http.ErrUseLastResponse },
+	}}
+}
+
+// Close ends the connections that no request uses.
+func (c *Client) Close() { c.transport.CloseIdleConnections() }
+
+// EngineError says that the engine, or the way to it, failed: another node, or
+// the same one after a restart, may do better. It holds nothing of what the
+// engine said.
+type EngineError struct {
+	Op     string // what was being done
+	Status int    // of HTTP, 0 where none was had
+	Err    error  // nil where Status says all
+}
+
+func (e *EngineError) Error() string {
+	switch {
+	case e.Err == nil:
+		return fmt.Sprintf("engine: %s: status %d", e.Op, e.Status)
+	case e.Status == 0:
+		return fmt.Sprintf("engine: %s: %v", e.Op, e.Err)
+	}
+	return fmt.Sprintf("engine: %s: status %d: %v", e.Op, e.Status, e.Err)
+}
+
+func (e *EngineError) Unwrap() error { return e.Err }
+
+var errProtocol = errors.New("what came is not HTTP")
+
+// quiet keeps those errors of net/http that speak of the connection. The others
+// quote what the engine sent, which may be a piece of an answer.
+func quiet(err error) error {
+	var op *net.OpError
+	switch {
+	case errors.As(err, &op):
+		return op
+	case errors.Is(err, io.ErrUnexpectedEOF):
+		return io.ErrUnexpectedEOF
+	case errors.Is(err, io.EOF):
+		return io.EOF
+	case errors.Is(err, context.Canceled), errors.Is(err, context.DeadlineExceeded):
+		return err
+	}
+	return errProtocol
+}
+
+// Job is one request to be answered.
+type Job struct {
+	ID            receipt.JobID
+	Request       *openai.Request
+	Model         string // the name the engine serves it under; also stands in the answer
+	Created       int64  // Unix seconds, stands in the answer
+	Seed          uint32 // where the request has none
+	Tokens        int    // completion tokens at most
+	ResponseBytes int64  // of the answer at most
+}
+
+// Result is a whole answer.
+type Result struct {
+	Body  []byte // of the HTTP response
+	Usage openai.Usage
+}
+
+// Run lets the engine answer j. Where the client wants a stream, emit gets the
+// body piece by piece, one call for what has come at once; it must not keep
+// the bytes, and its error ends the run. Pieces that were emitted before an
+// error stay emitted. A nil emit is for who wants only the whole.
+//
+// When ctx ends, the connection is closed, so that the engine stops, and the
+// error wraps [context.Cause]. Other errors are: [*openai.Error], the engine
+// refuses the request and any engine would; [*openai.OutputError], its output
+// breaks the API; [*EngineError], it failed.
+func (c *Client) Run(ctx context.Context, j Job, emit func([]byte) error) (Result, error) {
+	res, err := c.run(ctx, j, emit)
+	if err != nil && ctx.Err() != nil {
+		return Result{}, fmt.Errorf("engine: answer: %w", context.Cause(ctx))
+	}
+	return res, err
+}
+
+// paths of the APIs at the engine.
+var paths = map[wire.Kind]string{
+	wire.KindChat:       "/v1/chat/completions",
+	wire.KindCompletion: "/v1/completions",
+}
+
+func (c *Client) run(ctx context.Context, j Job, emit func([]byte) error) (Result, error) {
+	resp, err := c.post(ctx, paths[j.Request.Kind], j.Request.ForEngine(j.Model, j.Seed, j.Tokens))
+	if err != nil {
+		return Result{}, &EngineError{Op: "ask", Err: quiet(err)}
+	}
+	// Before the end of the body, closing it closes the connection, by which
+	// the engine learns that it may stop.
+	defer resp.Body.Close()
+	if resp.StatusCode != http.StatusOK {
+		return Result{}, refusal(resp)
+	}
+	if t, _, _ := mime.ParseMediaType(resp.Header.Get("Content-Type")); t != "text/event-stream" {
+		return Result{}, &openai.OutputError{Reason: openai.ReasonNoStream, Detail: "the answer is no event stream"}
+	}
+	a := openai.NewAssembler(j.Request.Kind, j.ID, j.Model, j.Created, j.Request.Stream, j.Request.IncludeUsage, j.ResponseBytes)
+	if err := pump(resp.Body, a, emit); err != nil {
+		return Result{}, err
+	}
+	body, usage, err := a.Finish()
+	if err != nil {
+		return Result{}, err
+	}
+	if most := j.Request.Bound(j.Tokens); usage.CompletionTokens > uint64(most) {
+		return Result{}, &openai.OutputError{Reason: openai.ReasonUsage, Detail: fmt.Sprintf("%d completion tokens where %d were allowed", usage.CompletionTokens, most)}
+	}
+	return Result{Body: body, Usage: usage}, nil
+}
+
+// pump moves the engine's stream through a until it ends.
+func pump(r io.Reader, a *openai.Assembler, emit func([]byte) error) error {
+	var (
+		p       parser
+		pending []byte // of our stream, not emitted yet
+		buf     = make([]byte, 32<<10)
+	)
+	event := func(data []byte) error {
+		out, err := a.Event(data)
+		pending = append(pending, out...)
+		return err
+	}
+	for {
+		n, readErr := r.Read(buf)
+		err := p.feed(buf[:n], event)
+		if len(pending) > 0 && emit != nil {
+			if err := emit(pending); err != nil {
+				return fmt.Errorf("pass on: %w", err)
+			}
+		}
+		pending = pending[:0]
+		switch {
+		case err != nil:
+			var bad *openai.OutputError
+			if errors.As(err, &bad) && bad.Reason == openai.ReasonEngineError {
+				return &EngineError{Op: "answer", Err: err}
+			}
+			return err
+		case readErr == io.EOF:
+			return nil
+		case readErr != nil:
+			return &EngineError{Op: "answer", Err: quiet(readErr)}
+		}
+	}
+}
+
+func (c *Client) post(ctx context.Context, path string, body []byte) (*http.Response, error) {
+	req, err := http.NewRequestWithContext(ctx, http.MethodPost, "http://engine"+path, bytes.NewReader(body))
+	if err != nil {
+		return nil, err
+	}
+	req.Header = http.Header{
+		"Content-Type": {"application/json"},
+		"Accept":       {"text/event-stream"},
+		"User-Agent":   {"resultity-agent"},
+		// Not sent, but tells the transport that it may ask again when a kept
+		// connection turns out to be dead: inference changes nothing.
+		"Idempotency-Key": {},
+	}
+	return c.http.Do(req)
+}
+
+// refusal makes an error of an answer that is not 200. The engine's own words
+// may quote the prompt and are dropped.
+func refusal(resp *http.Response) error {
+	switch resp.StatusCode {
+	case http.StatusBadRequest, http.StatusRequestEntityTooLarge, http.StatusUnprocessableEntity:
+	default:
+		return &EngineError{Op: "ask", Status: resp.StatusCode}
+	}
+	e := &openai.Error{
+		Status: http.StatusBadRequest, Type: openai.TypeInvalidRequest, Code: "refused_by_engine",
+		Message: "The engine refused the request.",
+	}
+	var body struct {
+		Error struct {
+			Type    string
+			Prompt  int `json:"n_prompt_tokens"`
+			Context int `json:"n_ctx"`
+		}
+	}
+	raw, err := io.ReadAll(io.LimitReader(resp.Body, maxError))
+	if err == nil && json.Unmarshal(raw, &body) == nil && body.Error.Type == "exceed_context_size_error" { // llama.cpp
+		e.Code = "context_length_exceeded"
+		e.Message = fmt.Sprintf("The prompt has %d tokens, more than the model's context of %d.", body.Error.Prompt, body.Error.Context)
+	} else if strings.Contains(string(raw), "maximum context length") { // vLLM
+		e.Code = "context_length_exceeded"
+		e.Message = "The prompt, with the completion that is asked for, is longer than the model's context."
+	}
+	return e
+}
+
+// GoldenError says that the engine gave another answer than the one that the
+// network knows to be right. It does not hold the texts.
+type GoldenError struct {
+	Name                string
+	GotBytes, WantBytes int
+	Got, Want           digest.Digest
+}
+
+func (e *GoldenError) Error() string {
+	return fmt.Sprintf("validation %s: the answer has %d bytes (%s), want %d bytes (%s)",
+		e.Name, e.GotBytes, e.Got.Short(), e.WantBytes, e.Want.Short())
+}
+
+// Golden puts g to the engine and compares the answer to the letter. It fails
+// with a [*GoldenError] if the answer is another one, and otherwise as
+// [Client.Run] does.
+func (c *Client) Golden(ctx context.Context, g snapshot.Golden, model string) error {
+	ctx, cancel := context.WithTimeoutCause(ctx, g.Timeout.Duration(),
+		fmt.Errorf("no answer within %v: %w", g.Timeout.Duration(), context.DeadlineExceeded))
+	defer cancel()
+	body, err := json.Marshal(map[string]any{
+		"model":       model,
+		"messages":    []map[string]string{{"role": "user", "content": g.Prompt}},
+		"temperature": 0,
+		"max_tokens":  g.Tokens,
+	})
+	if err != nil {
+		return fmt.Errorf("validation %s: %w", g.Name, err)
+	}
+	req, err := openai.Parse(wire.KindChat, body, openai.Limits{RequestBytes: int64(len(body)), Tokens: g.Tokens, Messages: 1})
+	if err != nil {
+		return fmt.Errorf("validation %s: %w", g.Name, err)
+	}
+	res, err := c.Run(ctx, Job{Request: req, Model: model, Tokens: g.Tokens, ResponseBytes: maxRecord}, nil)
+	if err != nil {
+		return fmt.Errorf("validation %s: %w", g.Name, err)
+	}
+	var answer struct {
+		Choices []struct{ Message struct{ Content string } }
+	}
+	if err := json.Unmarshal(res.Body, &answer); err != nil || len(answer.Choices) != 1 {
+		return fmt.Errorf("validation %s: read our own answer: %w", g.Name, err)
+	}
+	if got := answer.Choices[0].Message.Content; got != g.Answer {
+		return &GoldenError{
+			Name:     g.Name,
+			GotBytes: len(got), Got: digest.Of([]byte(got)),
+			WantBytes: len(g.Answer), Want: digest.Of([]byte(g.Answer)),
+		}
+	}
+	return nil
+}
+
+// Health asks whether the engine says that it can work.
+func (c *Client) Health(ctx context.Context) error {
+	_, err := c.get(ctx, "health", "/health")
+	return err
+}
+
+// Sandbox returns what the bridge found around itself before it started the
+// engine.
+func (c *Client) Sandbox(ctx context.Context) (*contract.Sandbox, error) {
+	var s contract.Sandbox
+	if err := c.record(ctx, "sandbox", contract.SandboxPath, &s, &s.Version); err != nil {
+		return nil, err
+	}
+	return &s, nil
+}
+
+// Status returns the bridge's account of itself.
+func (c *Client) Status(ctx context.Context) (*contract.Status, error) {
+	var s contract.Status
+	if err := c.record(ctx, "status", contract.StatusPath, &s, &s.Version); err != nil {
+		return nil, err
+	}
+	return &s, nil
+}
+
+// record reads one of the bridge's own answers. Bridge and agent are installed
+// together, so anything unknown in it is an error.
+func (c *Client) record(ctx context.Context, op, path string, v any, version *int) error {
+	raw, err := c.get(ctx, op, path)
+	if err != nil {
+		return err
+	}
+	dec := json.NewDecoder(bytes.NewReader(raw))
+	dec.DisallowUnknownFields()
+	if err := dec.Decode(v); err != nil {
+		return &EngineError{Op: op, Err: err}
+	}
+	if *version != contract.Version {
+		return &EngineError{Op: op, Err: fmt.Errorf("the bridge speaks version %d and the agent %d: install both from one package", *version, contract.Version)}
+	}
+	return nil
+}
+
+func (c *Client) get(ctx context.Context, op, path string) ([]byte, error) {
+	req, err := http.NewRequestWithContext(ctx, http.MethodGet, "http://engine"+path, nil)
+	if err != nil {
+		return nil, err
+	}
+	resp, err := c.http.Do(req)
+	if err != nil {
+		return nil, &EngineError{Op: op, Err: quiet(err)}
+	}
+	defer resp.Body.Close()
+	if resp.StatusCode != http.StatusOK {
+		return nil, &EngineError{Op: op, Status: resp.StatusCode}
+	}
+	raw, err := io.ReadAll(io.LimitReader(resp.Body, maxRecord+1))
+	switch {
+	case err != nil:
+		return nil, &EngineError{Op: op, Err: quiet(err)}
+	case len(raw) > maxRecord:
+		return nil, &EngineError{Op: op, Err: fmt.Errorf("the answer is larger than %d bytes", maxRecord)}
+	}
+	return raw, nil
+}

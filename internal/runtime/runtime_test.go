@@ -1,0 +1,603 @@
+package runtime
+
+import (
+	"bufio"
+	"bytes"
+	"context"
+	"errors"
+	"fmt"
+	"io"
+	"math/rand/v2"
+	"net"
+	"net/http"
+	"os"
+	"path/filepath"
+	goruntime "runtime"
+	"strings"
+	"sync"
+	"sync/atomic"
+	"testing"
+	"time"
+
+	"github.com/resultity/node/internal/bridge/contract"
+	"github.com/resultity/node/internal/openai"
+	"github.com/resultity/node/internal/receipt"
+	"github.com/resultity/node/internal/snapshot"
+	"github.com/resultity/node/internal/wire"
+)
+
+// TestMain fails when a connection of a client or a server stays behind.
+func TestMain(m *testing.M) {
+	code := m.Run()
+	for end := time.Now().Add(10 * time.Second); code == 0; goruntime.Gosched() {
+		buf := make([]byte, 1<<20)
+		buf = buf[:goruntime.Stack(buf, true)]
+		if !bytes.Contains(buf, []byte("net/http.")) {
+			break
+		}
+		if time.Now().After(end) {
+			fmt.Fprintf(os.Stderr, "goroutines left:\n%s", buf)
+			code = 1
+		}
+	}
+	os.Exit(code)
+}
+
+// serve answers on a unix socket with h and returns a client of it.
+func serve(t testing.TB, h http.HandlerFunc) *Client {
+	t.Helper()
+	path := socketPath(t)
+	l, err := net.Listen("unix", path)
+	if err != nil {
+		t.Fatal(err)
+	}
+	s := &http.Server{Handler: h}
+	var done sync.WaitGroup
+	done.Go(func() { _ = s.Serve(l) })
+	c := New(path)
+	t.Cleanup(func() { c.Close(); _ = s.Close(); done.Wait() })
+	return c
+}
+
+// raw answers each connection with what answer writes.
+func raw(t testing.TB, answer func(net.Conn)) *Client {
+	t.Helper()
+	path := socketPath(t)
+	l, err := net.Listen("unix", path)
+	if err != nil {
+		t.Fatal(err)
+	}
+	var done sync.WaitGroup
+	done.Go(func() {
+		for {
+			conn, err := l.Accept()
+			if err != nil {
+				return
+			}
+			done.Go(func() {
+				defer conn.Close()
+				if req, err := http.ReadRequest(bufio.NewReader(conn)); err == nil {
+					_, _ = io.Copy(io.Discard, req.Body)
+					answer(conn)
+				}
+			})
+		}
+	})
+	c := New(path)
+	t.Cleanup(func() { c.Close(); _ = l.Close(); done.Wait() })
+	return c
+}
+
+// socketPath is short enough for a socket, whatever the test is called.
+func socketPath(t testing.TB) string {
+	t.Helper()
+	dir, err := os.MkdirTemp("", "rt")
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { _ = os.RemoveAll(dir) })
+	return filepath.Join(dir, "s")
+}
+
+func chunk(s string) string {
+	return fmt.Sprintf(`data: {"object":"chat.completion.chunk","choices":[{"index":0,"delta":{"content":%q},"finish_reason":null}]}`+"\n\n", s)
+}
+
+const (
+	role = `data: {"object":"chat.completion.chunk","choices":[{"index":0,"delta":{"role":"assistant","content":null},"finish_reason":null}]}` + "\n\n"
+	end  = `data: {"object":"chat.completion.chunk","choices":[{"index":0,"delta":{},"finish_reason":"stop"}]}` + "\n\n" + counts
+	// counts ends a stream whose finish reason was given.
+	counts = `data: {"object":"chat.completion.chunk","choices":[],"usage":{"prompt_tokens":3,"completion_tokens":2,"total_tokens":5}}` + "\n\n" + "data: [DONE]\n\n"
+)
+
+func job(t testing.TB, stream bool) Job {
+	t.Helper()
+	body := fmt.Sprintf(`{"model":"m","messages":[{"role":"user","content":"secret prompt"}],"stream":%v}`, stream)
+	r, err := openai.Parse(wire.KindChat, []byte(body), openai.Limits{RequestBytes: 1 << 20, Tokens: 10, Messages: 10})
+	if err != nil {
+		t.Fatal(err)
+	}
+	return Job{ID: receipt.JobID{1}, Request: r, Model: "m", Created: 5, Seed: 9, Tokens: 10, ResponseBytes: 1 << 20}
+}
+
+// want is what the engine's stream becomes, computed without the client.
+func want(t testing.TB, stream bool, engine string) string {
+	t.Helper()
+	a := openai.NewAssembler(wire.KindChat, receipt.JobID{1}, "m", 5, stream, false, 64<<20)
+	for event := range strings.SplitSeq(strings.TrimSuffix(engine, "\n\n"), "\n\n") {
+		if _, err := a.Event([]byte(strings.TrimPrefix(event, "data: "))); err != nil {
+			t.Fatal(err)
+		}
+	}
+	body, _, err := a.Finish()
+	if err != nil {
+		t.Fatal(err)
+	}
+	return string(body)
+}
+
+func eventStream(w http.ResponseWriter) { w.Header().Set("Content-Type", "text/event-stream") }
+
+func TestRun(t *testing.T) {
+	const answer = role + `data: {"object":"chat.completion.chunk","choices":[{"index":0,"delta":{"content":"one"}}]}` + "\n\n" + end
+	var asked atomic.Value
+	c := serve(t, func(w http.ResponseWriter, r *http.Request) {
+		body, _ := io.ReadAll(r.Body)
+		asked.Store(fmt.Sprint(r.Method, " ", r.URL.Path, " ", r.Header.Get("Content-Type"), " ", r.Header.Get("Idempotency-Key"), string(body)))
+		eventStream(w)
+		_, _ = io.WriteString(w, answer)
+	})
+	for _, stream := range []bool{false, true} {
+		var got []byte
+		res, err := c.Run(t.Context(), job(t, stream), func(b []byte) error { got = append(got, b...); return nil })
+		if err != nil {
+			t.Fatal(err)
+		}
+		if w := want(t, stream, answer); string(res.Body) != w || stream && string(got) != w || !stream && got != nil {
+			t.Errorf("stream %v: body\n%s\nemitted\n%s\nwant\n%s", stream, res.Body, got, w)
+		}
+		if res.Usage != (openai.Usage{PromptTokens: 3, CompletionTokens: 2}) {
+			t.Errorf("usage %+v", res.Usage)
+		}
+	}
+	const wantAsked = `POST /v1/chat/completions application/json {"model":"m","messages":[{"role":"user","content":"secret prompt"}],"seed":9,"max_tokens":10,"stream":true,"stream_options":{"include_usage":true}}`
+	if asked.Load() != wantAsked {
+		t.Errorf("asked\n%s\nwant\n%s", asked.Load(), wantAsked)
+	}
+}
+
+// A piece must be handed on before the engine has written the next one.
+func TestRunPassesPiecesOnAtOnce(t *testing.T) {
+	seen := make(chan struct{})
+	c := serve(t, func(w http.ResponseWriter, r *http.Request) {
+		eventStream(w)
+		for _, piece := range []string{role, chunk("a"), chunk("b"), end} {
+			_, _ = io.WriteString(w, piece)
+			_ = http.NewResponseController(w).Flush()
+			<-seen
+		}
+	})
+	if _, err := c.Run(t.Context(), job(t, true), func([]byte) error { seen <- struct{}{}; return nil }); err != nil {
+		t.Fatal(err)
+	}
+}
+
+// Whatever has come at once is handed on at once.
+func TestRunCoalesces(t *testing.T) {
+	c := serve(t, func(w http.ResponseWriter, r *http.Request) {
+		eventStream(w)
+		_, _ = io.WriteString(w, role+strings.Repeat(chunk("a"), 100)+end)
+	})
+	n := 0
+	if _, err := c.Run(t.Context(), job(t, true), func([]byte) error { n++; return nil }); err != nil {
+		t.Fatal(err)
+	}
+	if n > 20 {
+		t.Errorf("%d calls for 103 events that came together", n)
+	}
+}
+
+// The forms that an event stream may have, and every way to cut it.
+func TestForms(t *testing.T) {
+	const plain = role + `data: {"object":"chat.completion.chunk","choices":[{"index":0,"delta":{"content":"one"}}]}` + "\n\n" + end
+	w := want(t, true, plain)
+	for name, s := range map[string]string{
+		"LF":         plain,
+		"CRLF":       strings.ReplaceAll(plain, "\n", "\r\n"),
+		"CR":         strings.ReplaceAll(plain, "\n", "\r"),
+		"BOM":        "\ufeff" + plain,
+		"no space":   strings.ReplaceAll(plain, "data: ", "data:"),
+		"comments":   ":\n\n: hello\n" + strings.ReplaceAll(plain, "\n\n", "\n:\n\n:\n\n"),
+		"fields":     strings.ReplaceAll(plain, "data: ", "event: x\nid: 7\nretry: 5\nodd\ndata: "),
+		"many lines": strings.ReplaceAll(plain, `,"choices"`, "\ndata: ,\ndata:\"choices\""),
+		"blank":      "\n\n\n" + plain + "\n\n",
+		"cut event":  plain + "data: dropped, since the stream ends before it does",
+	} {
+		for cut := range len(s) + 1 {
+			a := openai.NewAssembler(wire.KindChat, receipt.JobID{1}, "m", 5, true, false, 1<<20)
+			if err := pump(io.MultiReader(strings.NewReader(s[:cut]), strings.NewReader(s[cut:])), a, nil); err != nil {
+				t.Fatalf("%s, cut at %d: %v", name, cut, err)
+			}
+			body, _, err := a.Finish()
+			if err != nil || string(body) != w {
+				t.Fatalf("%s, cut at %d: %v\n%s", name, cut, err, body)
+			}
+		}
+	}
+}
+
+func TestBadEngine(t *testing.T) {
+	const ok = "HTTP/1.1 200 OK\r\nContent-Type: text/event-stream; charset=utf-8\r\n"
+	sized := func(body string) string { return fmt.Sprintf("%sContent-Length: %d\r\n\r\n%s", ok, len(body), body) }
+	status := func(line, body string) string {
+		return fmt.Sprintf("HTTP/1.1 %s\r\nContent-Type: application/json\r\nContent-Length: %d\r\n\r\n%s", line, len(body), body)
+	}
+	engine := func(e error) string {
+		var x *EngineError
+		if errors.As(e, &x) {
+			return fmt.Sprint("engine ", x.Status)
+		}
+		return ""
+	}
+	bad := func(e error) string {
+		var x *openai.OutputError
+		if errors.As(e, &x) && engine(e) == "" {
+			return string(x.Reason)
+		}
+		return ""
+	}
+	refused := func(e error) string {
+		var x *openai.Error
+		if errors.As(e, &x) && x.Status == http.StatusBadRequest {
+			return x.Code
+		}
+		return ""
+	}
+	for _, tt := range []struct {
+		name, answer string
+		class        func(error) string
+		want         string
+	}{
+		{"nothing", "", engine, "engine 0"},
+		{"no HTTP", "secret\r\n\r\n", engine, "engine 0"},
+		{"endless header", "HTTP/1.1 200 OK\r\nX: " + strings.Repeat("x", 1<<20), engine, "engine 0"},
+		{"half a header", "HTTP/1.1 200 OK\r\nContent-", engine, "engine 0"},
+		{"cut by length", ok + "Content-Length: 9999\r\n\r\n" + role + chunk("secret"), engine, "engine 0"},
+		{"cut in a chunk", ok + "Transfer-Encoding: chunked\r\n\r\nffff\r\n" + role, engine, "engine 0"},
+		{"bad chunk", ok + "Transfer-Encoding: chunked\r\n\r\nxyz\r\n", engine, "engine 0"},
+		{"500", status("500 Internal Server Error", `{"error":{"message":"secret","type":"server_error"}}`), engine, "engine 500"},
+		{"404", status("404 Not Found", "secret"), engine, "engine 404"},
+		{"503", status("503 Service Unavailable", "secret"), engine, "engine 503"},
+		{"302", "HTTP/1.1 302 Found\r\nLocation: http://example.com/\r\nContent-Length: 0\r\n\r\n", engine, "engine 302"},
+		{"204", "HTTP/1.1 204 No Content\r\n\r\n", engine, "engine 204"},
+		{"error event", sized(role + `data: {"error":{"code":500,"message":"secret"}}` + "\n\n"), engine, "engine 0"},
+		{"400", status("400 Bad Request", `{"error":{"message":"secret","type":"invalid_request_error"}}`), refused, "refused_by_engine"},
+		{"400 garbled", status("400 Bad Request", `secret`), refused, "refused_by_engine"},
+		{"422", status("422 Unprocessable Entity", `{}`), refused, "refused_by_engine"},
+		{"413", status("413 Content Too Large", `{}`), refused, "refused_by_engine"},
+		{"too long for llama.cpp", status("400 Bad Request", `{"error":{"code":400,"message":"secret","type":"exceed_context_size_error","n_prompt_tokens":6010,"n_ctx":1024}}`), refused, "context_length_exceeded"},
+		{"too long for vLLM", status("400 Bad Request", `{"error":{"message":"This model's maximum context length is 10 tokens. secret","type":"BadRequestError"}}`), refused, "context_length_exceeded"},
+		{"JSON in place of a stream", status("200 OK", `{"object":"chat.completion"}`), bad, "not_a_stream"},
+		{"ended early", sized(role + chunk("a")), bad, "no_done"},
+		{"empty", sized(""), bad, "no_done"},
+		{"no [DONE]", sized(role + strings.TrimSuffix(end, "data: [DONE]\n\n")), bad, "no_done"},
+		{"after [DONE]", sized(role + end + chunk("secret")), bad, "data_after_done"},
+		{"garbage", sized(role + "data: {secret\n\n"), bad, "not_json"},
+		{"two choices", sized(`data: {"object":"chat.completion.chunk","choices":[{"index":0,"delta":{}},{"index":1,"delta":{}}]}` + "\n\n"), bad, "wrong_choices"},
+		{"too many tokens", sized(role + strings.Replace(end, `"completion_tokens":2,"total_tokens":5`, `"completion_tokens":11,"total_tokens":14`, 1)), bad, "wrong_usage"},
+		{"long line", sized("data: " + strings.Repeat("x", maxEvent)), bad, "not_a_stream"},
+		{"long event", sized(strings.Repeat("data: "+strings.Repeat("x", 1000)+"\n", 1100)), bad, "not_a_stream"},
+		{"too much", sized(role + strings.Repeat(chunk(strings.Repeat("secret", 1000)), 200)), bad, "response_too_large"},
+	} {
+		for _, stream := range []bool{false, true} {
+			t.Run(fmt.Sprint(tt.name, " ", stream), func(t *testing.T) {
+				c := raw(t, func(conn net.Conn) { _, _ = io.WriteString(conn, tt.answer) })
+				res, err := c.Run(t.Context(), job(t, stream), func([]byte) error { return nil })
+				if err == nil || tt.class(err) != tt.want {
+					t.Fatalf("got %v (%T), want %s", err, err, tt.want)
+				}
+				if strings.Contains(err.Error(), "secret") {
+					t.Errorf("the error quotes prompt or output: %v", err)
+				}
+				if res.Body != nil {
+					t.Error("a body beside an error")
+				}
+			})
+		}
+	}
+}
+
+func TestNoSocket(t *testing.T) {
+	c := New(filepath.Join(t.TempDir(), "none"))
+	defer c.Close()
+	_, err := c.Run(t.Context(), job(t, false), nil)
+	var e *EngineError
+	if !errors.As(err, &e) || !errors.Is(err, os.ErrNotExist) {
+		t.Errorf("got %v", err)
+	}
+}
+
+// When the job is given up, the engine must see its connection close: only so
+// does it stop to work.
+func TestCancelClosesConnection(t *testing.T) {
+	errGivenUp := errors.New("given up")
+	for _, stream := range []bool{false, true} {
+		ctx, cancel := context.WithCancelCause(t.Context())
+		gone := make(chan struct{})
+		c := serve(t, func(w http.ResponseWriter, r *http.Request) {
+			eventStream(w)
+			_, _ = io.WriteString(w, role+chunk("a"))
+			_ = http.NewResponseController(w).Flush()
+			cancel(errGivenUp)
+			<-r.Context().Done()
+			close(gone)
+		})
+		if _, err := c.Run(ctx, job(t, stream), func([]byte) error { return nil }); !errors.Is(err, errGivenUp) {
+			t.Errorf("got %v", err)
+		}
+		<-gone
+	}
+}
+
+func TestDeadline(t *testing.T) {
+	c := serve(t, func(w http.ResponseWriter, r *http.Request) {
+		eventStream(w)
+		for { // an engine that only says that it is there
+			if _, err := io.WriteString(w, ":\n\n"); err != nil {
+				return
+			}
+			if http.NewResponseController(w).Flush() != nil || r.Context().Err() != nil {
+				return
+			}
+		}
+	})
+	ctx, cancel := context.WithTimeout(t.Context(), 50*time.Millisecond)
+	defer cancel()
+	if _, err := c.Run(ctx, job(t, true), func([]byte) error { return nil }); !errors.Is(err, context.DeadlineExceeded) {
+		t.Errorf("got %v", err)
+	}
+}
+
+func TestEmitErrorEndsRun(t *testing.T) {
+	gone := make(chan struct{})
+	c := serve(t, func(w http.ResponseWriter, r *http.Request) {
+		eventStream(w)
+		_, _ = io.WriteString(w, role)
+		_ = http.NewResponseController(w).Flush()
+		<-r.Context().Done()
+		close(gone)
+	})
+	errFull := errors.New("full")
+	if _, err := c.Run(t.Context(), job(t, true), func([]byte) error { return errFull }); !errors.Is(err, errFull) {
+		t.Errorf("got %v", err)
+	}
+	<-gone
+}
+
+// A container that was replaced leaves dead connections behind; the next job
+// must not pay for them.
+func TestRestartedEngine(t *testing.T) {
+	path := socketPath(t)
+	answer := func(conn net.Conn) {
+		_, _ = fmt.Fprintf(conn, "HTTP/1.1 200 OK\r\nContent-Type: text/event-stream\r\nContent-Length: %d\r\n\r\n%s", len(role+end), role+end)
+	}
+	c := New(path)
+	defer c.Close()
+	for range 20 {
+		l, err := net.Listen("unix", path)
+		if err != nil {
+			t.Fatal(err)
+		}
+		var done sync.WaitGroup
+		done.Go(func() { // answers one request and dies
+			conn, err := l.Accept()
+			if err != nil {
+				return
+			}
+			defer conn.Close()
+			if req, err := http.ReadRequest(bufio.NewReader(conn)); err == nil {
+				_, _ = io.Copy(io.Discard, req.Body)
+				answer(conn)
+			}
+		})
+		if _, err := c.Run(t.Context(), job(t, false), nil); err != nil {
+			t.Fatal(err)
+		}
+		done.Wait()
+		_ = l.Close()
+	}
+}
+
+func TestGolden(t *testing.T) {
+	var text atomic.Value
+	var asked atomic.Value
+	c := serve(t, func(w http.ResponseWriter, r *http.Request) {
+		body, _ := io.ReadAll(r.Body)
+		asked.Store(string(body))
+		eventStream(w)
+		_, _ = io.WriteString(w, role+chunk(text.Load().(string))+end)
+	})
+	g := snapshot.Golden{Name: "hello", Prompt: "Hi?", Answer: "Hello, \"you\"!", Tokens: 8, Timeout: 10}
+	text.Store(g.Answer)
+	if err := c.Golden(t.Context(), g, "m"); err != nil {
+		t.Error(err)
+	}
+	if s := asked.Load().(string); !strings.Contains(s, `"temperature":0`) || !strings.Contains(s, `"max_tokens":8`) || !strings.Contains(s, `"Hi?"`) {
+		t.Errorf("asked %s", s)
+	}
+	for _, wrong := range []string{"", "Hello, \"you\"", "Hello, \"you\"! ", "hello, \"you\"!"} {
+		text.Store(wrong)
+		err := c.Golden(t.Context(), g, "m")
+		var e *GoldenError
+		if !errors.As(err, &e) || e.GotBytes != len(wrong) || e.WantBytes != len(g.Answer) {
+			t.Errorf("%q: got %v", wrong, err)
+		}
+		if err != nil && strings.Contains(err.Error(), "you") {
+			t.Errorf("the error quotes the text: %v", err)
+		}
+	}
+}
+
+func TestGoldenTimeout(t *testing.T) {
+	c := serve(t, func(_ http.ResponseWriter, r *http.Request) {
+		_, _ = io.Copy(io.Discard, r.Body) // the server notices a closed connection only then
+		<-r.Context().Done()
+	})
+	err := c.Golden(t.Context(), snapshot.Golden{Name: "slow", Prompt: "p", Answer: "a", Tokens: 1, Timeout: 1}, "m")
+	if !errors.Is(err, context.DeadlineExceeded) || !strings.Contains(err.Error(), "no answer within 1s") {
+		t.Errorf("got %v", err)
+	}
+}
+
+func TestRecords(t *testing.T) {
+	answers := map[string]string{}
+	c := serve(t, func(w http.ResponseWriter, r *http.Request) {
+		s, ok := answers[r.URL.Path]
+		if !ok {
+			http.NotFound(w, r)
+			return
+		}
+		_, _ = io.WriteString(w, s)
+	})
+	fails := func(name string, err error) {
+		t.Helper()
+		var e *EngineError
+		if !errors.As(err, &e) {
+			t.Errorf("%s: got %v", name, err)
+		}
+	}
+	fails("health 404", c.Health(t.Context()))
+	answers["/health"] = `{"status":"ok"}`
+	if err := c.Health(t.Context()); err != nil {
+		t.Error(err)
+	}
+
+	answers[contract.SandboxPath] = `{"version":1,"ok":true,"checks":[{"name":"n","want":"w","got":"g","ok":true}],"uid":1000}`
+	if s, err := c.Sandbox(t.Context()); err != nil || !s.OK || s.UID != 1000 || len(s.Checks) != 1 {
+		t.Errorf("%+v, %v", s, err)
+	}
+	answers[contract.StatusPath] = `{"version":1,"state":"serving","model":"m","inFlight":2}`
+	if s, err := c.Status(t.Context()); err != nil || s.State != contract.Serving || s.InFlight != 2 {
+		t.Errorf("%+v, %v", s, err)
+	}
+	for name, bad := range map[string]string{
+		"other version": `{"version":2,"ok":true}`,
+		"no version":    `{"ok":true}`,
+		"unknown field": `{"version":1,"ok":true,"open":true}`,
+		"no JSON":       `hello`,
+		"too large":     `{"version":1,"label":"` + strings.Repeat("x", maxRecord) + `"}`,
+	} {
+		answers[contract.SandboxPath] = bad
+		_, err := c.Sandbox(t.Context())
+		fails(name, err)
+	}
+}
+
+// TestStreamsExact runs two thousand streams while all cores are busy. Not one
+// byte may be missing, whatever way the engine cuts its writes.
+func TestStreamsExact(t *testing.T) {
+	const streams, at = 2000, 16
+	var engines [32]string
+	for i := range engines {
+		var b strings.Builder
+		b.WriteString(role)
+		r := rand.New(rand.NewPCG(1, uint64(i)))
+		for range r.IntN(120) {
+			b.WriteString(chunk(strings.Repeat("x", r.IntN(30)) + "é🚀"))
+		}
+		b.WriteString(end)
+		engines[i] = b.String()
+	}
+	c := serve(t, func(w http.ResponseWriter, r *http.Request) {
+		body, _ := io.ReadAll(r.Body)
+		var i int
+		if _, err := fmt.Sscanf(string(body[bytes.Index(body, []byte(`"seed":`)):]), `"seed":%d`, &i); err != nil {
+			http.Error(w, err.Error(), http.StatusBadRequest)
+			return
+		}
+		eventStream(w)
+		for s := engines[i%len(engines)]; s != ""; {
+			n := min(len(s), 1+rand.IntN(2000))
+			_, _ = io.WriteString(w, s[:n])
+			s = s[n:]
+			if rand.IntN(2) == 0 {
+				_ = http.NewResponseController(w).Flush()
+			}
+		}
+	})
+	var busy, work sync.WaitGroup
+	stop := make(chan struct{})
+	for range goruntime.GOMAXPROCS(0) {
+		busy.Go(func() {
+			for x := 0; ; x++ {
+				select {
+				case <-stop:
+					return
+				default:
+				}
+			}
+		})
+	}
+	var wants [2][len(engines)]string
+	for i := range engines {
+		wants[0][i], wants[1][i] = want(t, false, engines[i]), want(t, true, engines[i])
+	}
+	plain, streamed := job(t, false), job(t, true)
+	var next atomic.Int64
+	for range at {
+		work.Go(func() {
+			for i := int(next.Add(1)); i <= streams; i = int(next.Add(1)) {
+				j, w := plain, wants[0][i%len(engines)]
+				if i%4 != 0 {
+					j, w = streamed, wants[1][i%len(engines)]
+				}
+				j.Seed = uint32(i)
+				var got []byte
+				res, err := c.Run(t.Context(), j, func(b []byte) error { got = append(got, b...); return nil })
+				if err != nil || string(res.Body) != w || i%4 != 0 && string(got) != w {
+					t.Errorf("stream %d: %v, %d bytes in the body and %d emitted, want %d", i, err, len(res.Body), len(got), len(w))
+				}
+			}
+		})
+	}
+	work.Wait()
+	close(stop)
+	busy.Wait()
+}
+
+func BenchmarkRun(b *testing.B) {
+	answer := role + strings.Repeat(chunk("token"), 100) + end
+	c := serve(b, func(w http.ResponseWriter, r *http.Request) {
+		_, _ = io.Copy(io.Discard, r.Body)
+		eventStream(w)
+		_, _ = io.WriteString(w, answer)
+	})
+	j := job(b, true)
+	b.ReportAllocs()
+	for b.Loop() {
+		if _, err := c.Run(b.Context(), j, func([]byte) error { return nil }); err != nil {
+			b.Fatal(err)
+		}
+	}
+}
+
+func FuzzParser(f *testing.F) {
+	f.Add([]byte("\ufeffdata: a\r\ndata:b\r\r\n:x\nevent: y\n\ndata\n\n"), uint16(3))
+	f.Fuzz(func(t *testing.T, b []byte, cut uint16) {
+		split := func(parts ...[]byte) (events []string, err error) {
+			var p parser
+			for _, part := range parts {
+				if err := p.feed(part, func(d []byte) error { events = append(events, string(d)); return nil }); err != nil {
+					return events, err
+				}
+			}
+			return events, nil
+		}
+		i := min(int(cut), len(b))
+		whole, err1 := split(b)
+		parts, err2 := split(b[:i], b[i:])
+		if fmt.Sprintf("%q", whole) != fmt.Sprintf("%q", parts) || (err1 == nil) != (err2 == nil) {
+			t.Fatalf("%q: whole %q, cut at %d %q", b, whole, i, parts)
+		}
+	})
+}
