@@ -3,9 +3,11 @@
 
   servertests.py ROOTFS MODEL_IN_ROOTFS
 """
+import atexit
 import concurrent.futures as cf
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -16,6 +18,7 @@ import urllib.request
 
 R, M = sys.argv[1], sys.argv[2]
 TMP = tempfile.mkdtemp(prefix="servertests-")
+atexit.register(shutil.rmtree, TMP, True)
 LOG = os.path.join(TMP, "server.log")
 PORT = 18110
 B = f"http://127.0.0.1:{PORT}"
