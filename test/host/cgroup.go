@@ -105,7 +105,7 @@ func (c cgroup) kill(ctx context.Context) error {
 	if err != nil && !errors.Is(err, fs.ErrNotExist) {
 		return fmt.Errorf("kill cgroup %s: %w", c, err)
 	}
-	return members.wait(ctx)
+	return errors.Join(members.wait(ctx), c.waitEmpty(ctx))
 }
 
 // wait returns when all processes have ended that are in the cgroup and below
@@ -116,7 +116,54 @@ func (c cgroup) wait(ctx context.Context) error {
 		return err
 	}
 	defer members.close()
-	return members.wait(ctx)
+	return errors.Join(members.wait(ctx), c.waitEmpty(ctx))
+}
+
+// waitEmpty returns when the cgroup and those below it can be removed. For a
+// moment, a process that is about to end is no member any more but in the way.
+func (c cgroup) waitEmpty(ctx context.Context) error {
+	root, err := cgroups()
+	if err != nil {
+		return err
+	}
+	f, err := root.Open(path.Join(string(c), "cgroup.events"))
+	if gone(err) {
+		return nil
+	} else if err != nil {
+		return fmt.Errorf("watch cgroup: %w", err)
+	}
+	defer f.Close()
+	buf := make([]byte, 256)
+	for {
+		n, err := f.ReadAt(buf, 0)
+		if gone(err) || strings.Contains(string(buf[:n]), "populated 0") {
+			return nil
+		}
+		if n == 0 {
+			return fmt.Errorf("watch cgroup %s: %w", c, err)
+		}
+		// A change shows as an exceptional condition of the file.
+		if err := poll(ctx, int(f.Fd()), unix.POLLPRI); err != nil {
+			return fmt.Errorf("cgroup %s is not empty: %w", c, err)
+		}
+	}
+}
+
+// poll waits for an event of a file that the runtime's poller cannot wait for.
+func poll(ctx context.Context, fd int, events int16) error {
+	fds := []unix.PollFd{{Fd: int32(fd), Events: events}}
+	for {
+		n, err := unix.Poll(fds, int((50 * time.Millisecond).Milliseconds())) // poll(2) does not know ctx
+		if n > 0 {
+			return nil
+		}
+		if err != nil && !errors.Is(err, unix.EINTR) {
+			return err
+		}
+		if err := ctx.Err(); err != nil {
+			return err
+		}
+	}
 }
 
 // members are handles of processes.
@@ -133,18 +180,8 @@ func (m members) close() {
 // have been waited for by their parents, which may be the machine's init.
 func (m members) wait(ctx context.Context) error {
 	for _, fd := range m {
-		for {
-			fds := []unix.PollFd{{Fd: int32(fd), Events: unix.POLLIN}}
-			n, err := unix.Poll(fds, int((50 * time.Millisecond).Milliseconds())) // poll does not know ctx
-			if n > 0 {
-				break
-			}
-			if err != nil && !errors.Is(err, unix.EINTR) {
-				return fmt.Errorf("wait for process: %w", err)
-			}
-			if err := ctx.Err(); err != nil {
-				return fmt.Errorf("a process of the host has not ended: %w", err)
-			}
+		if err := poll(ctx, fd, unix.POLLIN); err != nil {
+			return fmt.Errorf("a process of the host has not ended: %w", err)
 		}
 	}
 	return nil

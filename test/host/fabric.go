@@ -196,12 +196,23 @@ func neverUnreachable(link string) error {
 
 // unplug removes the port of the address and with it the interface of its host.
 func (f fabric) unplug(ctx context.Context, a netip.Addr) error {
-	return f.do(func() error {
-		if _, err := net.InterfaceByName(port(a)); err != nil {
-			return nil // went with its host
+	return f.do(func() error { return removeLink(ctx, port(a)) })
+}
+
+// removeLink removes an interface, if it is there, of the thread's namespace.
+func removeLink(ctx context.Context, name string) error {
+	if _, err := net.InterfaceByName(name); err != nil {
+		return nil
+	}
+	err := ip(ctx, "link del "+name)
+	if err != nil {
+		// The kernel removes the two ends of a link with the namespace of
+		// either, at a time of its own, which may have been now.
+		if _, gone := net.InterfaceByName(name); gone != nil {
+			return nil
 		}
-		return ip(ctx, "link del "+port(a))
-	})
+	}
+	return err
 }
 
 // cut takes the port of the address off the bridge: frames end there, both
@@ -220,11 +231,8 @@ func (f fabric) remove(ctx context.Context, r labRecord) error {
 	// The kernel removes the interfaces of a namespace some time after it
 	// lost its last user; the machine's shall be gone when we return.
 	if r.Reachable {
-		name := f.machineLink()
-		if _, err := net.InterfaceByName(name); err == nil {
-			if err := ip(ctx, "link del "+name); err != nil {
-				return err
-			}
+		if err := removeLink(ctx, f.machineLink()); err != nil {
+			return err
 		}
 	}
 	for { // one mount; more if somebody mounted over it
