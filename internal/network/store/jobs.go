@@ -1,0 +1,164 @@
+package store
+
+import (
+	"context"
+	"encoding/binary"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"time"
+
+	"github.com/nats-io/nats.go/jetstream"
+
+	"github.com/resultity/node/internal/receipt"
+	"github.com/resultity/node/internal/wire"
+)
+
+// Job is a job that is not finished.
+type Job struct {
+	wire.Job
+	Client string `json:"client"` // name of the API key it came with
+	// Seq is its place in the store; set by PutJob and Jobs.
+	Seq uint64 `json:"-"`
+}
+
+// PutJob writes a job down and sets its Seq.
+func (s *Store) PutJob(ctx context.Context, j *Job) error {
+	b, err := json.Marshal(j)
+	if err != nil {
+		return err
+	}
+	ctx, cancel := context.WithTimeout(ctx, opTimeout)
+	defer cancel()
+	ack, err := s.js.Publish(ctx, "jobs."+j.ID.String(), b, jetstream.WithExpectLastSequencePerSubject(0))
+	if err != nil {
+		return fmt.Errorf("write job %s down: %w", j.ID, err)
+	}
+	j.Seq = ack.Sequence
+	return nil
+}
+
+// DeleteJob forgets a job. A job that is gone already is no error.
+func (s *Store) DeleteJob(ctx context.Context, seq uint64) error {
+	ctx, cancel := context.WithTimeout(ctx, opTimeout)
+	defer cancel()
+	err := s.jobs.DeleteMsg(ctx, seq)
+	if err != nil && !errors.Is(err, jetstream.ErrMsgNotFound) {
+		return fmt.Errorf("delete job: %w", err)
+	}
+	return nil
+}
+
+// Jobs reads every job in the order of their arrival; for start-up. A record
+// that cannot be read is passed to bad and left out.
+func (s *Store) Jobs(ctx context.Context, bad func(seq uint64, err error)) ([]*Job, error) {
+	var jobs []*Job
+	for seq := uint64(1); ; seq++ {
+		m, err := s.jobs.GetMsg(ctx, seq, jetstream.WithGetMsgSubject("jobs.*")) // the first from seq on
+		if errors.Is(err, jetstream.ErrMsgNotFound) {
+			return jobs, nil
+		}
+		if err != nil {
+			return nil, fmt.Errorf("read jobs: %w", err)
+		}
+		seq = m.Sequence
+		var j Job
+		if err := json.Unmarshal(m.Data, &j); err != nil {
+			bad(seq, err)
+			continue
+		}
+		j.Seq = seq
+		jobs = append(jobs, &j)
+	}
+}
+
+// Result is a counted result.
+type Result struct {
+	Receipt  *receipt.Signed
+	Response []byte
+	Stored   time.Time
+}
+
+// A stored result is the length of the receipt in four bytes, the receipt's
+// JSON, then the response's bytes as they are.
+func encodeResult(r *receipt.Signed, response []byte) ([]byte, error) {
+	b, err := json.Marshal(r)
+	if err != nil {
+		return nil, err
+	}
+	out := make([]byte, 4, 4+len(b)+len(response))
+	binary.BigEndian.PutUint32(out, uint32(len(b)))
+	return append(append(out, b...), response...), nil
+}
+
+func decodeResult(b []byte) (*Result, error) {
+	if len(b) < 4 {
+		return nil, errors.New("stored result is cut short")
+	}
+	n := uint64(binary.BigEndian.Uint32(b))
+	if n > uint64(len(b)-4) {
+		return nil, errors.New("stored result is cut short")
+	}
+	r := &Result{Receipt: new(receipt.Signed), Response: b[4+n:]}
+	if err := json.Unmarshal(b[4:4+n], r.Receipt); err != nil {
+		return nil, fmt.Errorf("stored result: %w", err)
+	}
+	return r, nil
+}
+
+// PutResult stores the result of a job. The first one stays: [ErrExists].
+func (s *Store) PutResult(ctx context.Context, r *receipt.Signed, response []byte) error {
+	b, err := encodeResult(r, response)
+	if err != nil {
+		return err
+	}
+	ctx, cancel := context.WithTimeout(ctx, opTimeout)
+	defer cancel()
+	id := r.Receipt().Job
+	_, err = s.js.Publish(ctx, "results."+id.String(), b, jetstream.WithExpectLastSequencePerSubject(0))
+	var api *jetstream.APIError
+	if errors.As(err, &api) && (api.ErrorCode == jetstream.JSErrCodeStreamWrongLastSequence || api.ErrorCode == jetstream.JSErrCodeStreamWrongLastSequenceConstant) {
+		return fmt.Errorf("result of job %s: %w", id, ErrExists)
+	}
+	if err != nil {
+		return fmt.Errorf("store result of job %s: %w", id, err)
+	}
+	return nil
+}
+
+// Result returns the counted result of a job or [ErrNotFound].
+func (s *Store) Result(ctx context.Context, id receipt.JobID) (*Result, error) {
+	m, err := s.results.GetLastMsgForSubject(ctx, "results."+id.String())
+	if errors.Is(err, jetstream.ErrMsgNotFound) {
+		return nil, fmt.Errorf("result of job %s: %w", id, ErrNotFound)
+	}
+	if err != nil {
+		return nil, fmt.Errorf("result of job %s: %w", id, err)
+	}
+	r, err := decodeResult(m.Data)
+	if err != nil {
+		return nil, err
+	}
+	r.Stored = m.Time
+	return r, nil
+}
+
+// SetResultTTL sets how long results are kept, counted from when each was stored.
+func (s *Store) SetResultTTL(ctx context.Context, ttl time.Duration) error {
+	s.ttlMu.Lock()
+	defer s.ttlMu.Unlock()
+	cfg := s.results.CachedInfo().Config
+	if cfg.MaxAge == ttl {
+		return nil
+	}
+	cfg.MaxAge = ttl
+	str, err := s.js.UpdateStream(ctx, cfg)
+	if err != nil {
+		return fmt.Errorf("set age of results: %w", err)
+	}
+	if info, err := str.Info(ctx); err == nil && info.Config.MaxAge != ttl {
+		return fmt.Errorf("set age of results: still %v", info.Config.MaxAge)
+	}
+	_, err = s.results.Info(ctx) // refreshes CachedInfo
+	return err
+}

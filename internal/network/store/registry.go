@@ -1,0 +1,300 @@
+package store
+
+import (
+	"context"
+	"crypto/rand"
+	"crypto/sha256"
+	"encoding/hex"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"slices"
+	"strings"
+	"sync"
+	"time"
+
+	"github.com/nats-io/nats.go/jetstream"
+
+	"github.com/resultity/node/internal/digest"
+	"github.com/resultity/node/internal/evm"
+)
+
+// Node is a registered node.
+type Node struct {
+	Address    evm.Address `json:"address"`
+	Account    string      `json:"account"` // whose it is; from the token
+	Agent      string      `json:"agent"`   // version at registration
+	Registered int64       `json:"registered"`
+}
+
+// Token is an enrolment token as it is stored: the token itself is known to
+// who was given it.
+type Token struct {
+	Uses    int           `json:"uses"`    // registrations it is good for in all
+	Nodes   []evm.Address `json:"nodes"`   // who has used it
+	Account string        `json:"account"` // given to the nodes
+	Expires int64         `json:"expires"` // Unix milliseconds
+}
+
+// MaxTokenUses bounds the registrations of one token: each one is recorded in
+// the token.
+const MaxTokenUses = 1000
+
+// ErrToken says that an enrolment token is unknown, used up or expired. The
+// text does not say which: a guesser learns nothing.
+var ErrToken = errors.New("enrolment token is unknown, used up or expired; ask the network's operator for another (resultity-network token create)")
+
+// hashed is the name under which a secret is kept.
+func hashed(secret string) string {
+	sum := sha256.Sum256([]byte(secret))
+	return hex.EncodeToString(sum[:])
+}
+
+// CreateToken makes an enrolment token and returns it; only its hash is kept.
+func (s *Store) CreateToken(ctx context.Context, t Token) (string, error) {
+	switch {
+	case t.Uses < 1 || t.Uses > MaxTokenUses:
+		return "", fmt.Errorf("uses is %d, want 1 to %d", t.Uses, MaxTokenUses)
+	case len(t.Account) > 128:
+		return "", fmt.Errorf("account has %d bytes, want at most 128", len(t.Account))
+	}
+	t.Nodes = []evm.Address{}
+	secret := "rt-" + strings.ToLower(rand.Text())
+	b, err := json.Marshal(t)
+	if err != nil {
+		return "", err
+	}
+	if _, err := s.tokens.Create(ctx, hashed(secret), b); err != nil {
+		return "", fmt.Errorf("store token: %w", err)
+	}
+	return secret, nil
+}
+
+// Node returns a registered node or [ErrNotFound].
+func (s *Store) Node(ctx context.Context, a evm.Address) (Node, error) {
+	return get[Node](ctx, s.nodes, nodeKey(a))
+}
+
+// Nodes returns every registered node, ordered by address.
+func (s *Store) Nodes(ctx context.Context) ([]Node, error) {
+	nodes, err := all[Node](ctx, s.nodes)
+	if err != nil {
+		return nil, err
+	}
+	list := make([]Node, 0, len(nodes))
+	for _, n := range nodes {
+		list = append(list, n)
+	}
+	slices.SortFunc(list, func(a, b Node) int { return a.Address.Cmp(b.Address) })
+	return list, nil
+}
+
+func nodeKey(a evm.Address) string { return hex.EncodeToString(a[:]) }
+
+// Register registers a node with an enrolment token. A node that is registered
+// already is returned as it is, whatever the token.
+//
+// Taking a use and making the node are two writes. The token remembers who
+// used it, so that a crash between them costs nothing: the node that comes
+// again finds its use still taken for it.
+func (s *Store) Register(ctx context.Context, n Node, token string, now time.Time) (Node, error) {
+	old, err := s.Node(ctx, n.Address)
+	if !errors.Is(err, ErrNotFound) {
+		return old, err
+	}
+	if n.Account, err = s.use(ctx, token, n.Address, now); err != nil {
+		return Node{}, err
+	}
+	n.Registered = now.UnixMilli()
+	b, err := json.Marshal(n)
+	if err != nil {
+		return Node{}, err
+	}
+	_, err = s.nodes.Create(ctx, nodeKey(n.Address), b)
+	if errors.Is(err, jetstream.ErrKeyExists) {
+		return s.Node(ctx, n.Address)
+	}
+	if err != nil {
+		return Node{}, fmt.Errorf("register node: %w", err)
+	}
+	return n, nil
+}
+
+// use takes one use of a token for a node and returns the token's account.
+func (s *Store) use(ctx context.Context, token string, node evm.Address, now time.Time) (account string, err error) {
+	key := hashed(token)
+	for {
+		e, err := s.tokens.Get(ctx, key)
+		if errors.Is(err, jetstream.ErrKeyNotFound) {
+			return "", ErrToken
+		}
+		if err != nil {
+			return "", fmt.Errorf("read token: %w", err)
+		}
+		var t Token
+		if err := json.Unmarshal(e.Value(), &t); err != nil {
+			return "", fmt.Errorf("read token: %w", err)
+		}
+		if slices.Contains(t.Nodes, node) {
+			return t.Account, nil
+		}
+		if len(t.Nodes) >= t.Uses || now.UnixMilli() >= t.Expires {
+			return "", ErrToken
+		}
+		t.Nodes = append(t.Nodes, node)
+		b, err := json.Marshal(t)
+		if err != nil {
+			return "", err
+		}
+		_, err = s.tokens.Update(ctx, key, b, e.Revision())
+		if errors.Is(err, jetstream.ErrKeyRevisionMismatch) {
+			continue // somebody else was first; look again at what is left
+		}
+		if err != nil {
+			return "", fmt.Errorf("use token: %w", err)
+		}
+		return t.Account, nil
+	}
+}
+
+// Client is the holder of an API key.
+type Client struct {
+	Name    string `json:"name"`
+	Created int64  `json:"created"` // Unix milliseconds
+}
+
+// clients mirrors the API keys in memory, since every request needs one.
+type clients struct {
+	mu     sync.RWMutex                 // guards byHash for the length of a look-up
+	byHash map[[sha256.Size]byte]Client // filled from the store, and after a write to it
+}
+
+func (s *Store) loadClients(ctx context.Context) error {
+	keys, err := all[Client](ctx, s.keys)
+	if err != nil {
+		return err
+	}
+	m := make(map[[sha256.Size]byte]Client, len(keys))
+	for h, c := range keys {
+		b, err := hex.DecodeString(h)
+		if err != nil || len(b) != sha256.Size {
+			return fmt.Errorf("API key under the name %.80q", h)
+		}
+		m[[sha256.Size]byte(b)] = c
+	}
+	s.clients.byHash = m
+	return nil
+}
+
+// CreateAPIKey makes an API key and returns it; only its hash is kept.
+func (s *Store) CreateAPIKey(ctx context.Context, name string, now time.Time) (string, error) {
+	if name == "" || len(name) > 64 {
+		return "", fmt.Errorf("name of an API key has %d bytes, want 1 to 64", len(name))
+	}
+	c := Client{Name: name, Created: now.UnixMilli()}
+	secret := "rk-" + rand.Text()
+	b, err := json.Marshal(c)
+	if err != nil {
+		return "", err
+	}
+	if _, err := s.keys.Create(ctx, hashed(secret), b); err != nil {
+		return "", fmt.Errorf("store API key: %w", err)
+	}
+	s.clients.mu.Lock()
+	defer s.clients.mu.Unlock()
+	s.clients.byHash[sha256.Sum256([]byte(secret))] = c
+	return secret, nil
+}
+
+// RevokeAPIKeys removes every API key of the name and returns how many.
+func (s *Store) RevokeAPIKeys(ctx context.Context, name string) (int, error) {
+	s.clients.mu.Lock()
+	defer s.clients.mu.Unlock()
+	n := 0
+	for h, c := range s.clients.byHash {
+		if c.Name != name {
+			continue
+		}
+		if err := s.keys.Delete(ctx, hex.EncodeToString(h[:])); err != nil {
+			return n, fmt.Errorf("revoke API key: %w", err)
+		}
+		delete(s.clients.byHash, h)
+		n++
+	}
+	return n, nil
+}
+
+// Client returns who holds an API key. Keys are looked up by SHA-256: the time
+// that takes depends on the hash of a guess, from which nothing leads to a key.
+func (s *Store) Client(key string) (Client, bool) {
+	sum := sha256.Sum256([]byte(key))
+	s.clients.mu.RLock()
+	defer s.clients.mu.RUnlock()
+	c, ok := s.clients.byHash[sum]
+	return c, ok
+}
+
+// PutConfig keeps a published configuration, so that results made under it can
+// be checked after the next one. It returns when it was first put.
+func (s *Store) PutConfig(ctx context.Context, raw []byte) (time.Time, error) {
+	key := digest.Of(raw).Hex()
+	if _, err := s.published.Create(ctx, key, raw); err != nil && !errors.Is(err, jetstream.ErrKeyExists) {
+		return time.Time{}, fmt.Errorf("keep configuration: %w", err)
+	}
+	e, err := s.published.Get(ctx, key)
+	if err != nil {
+		return time.Time{}, fmt.Errorf("keep configuration: %w", err)
+	}
+	return e.Created(), nil
+}
+
+// Config returns a configuration that was published, or [ErrNotFound].
+func (s *Store) Config(ctx context.Context, d digest.Digest) ([]byte, error) {
+	e, err := s.published.Get(ctx, d.Hex())
+	if errors.Is(err, jetstream.ErrKeyNotFound) {
+		return nil, fmt.Errorf("configuration %s: %w", d, ErrNotFound)
+	}
+	if err != nil {
+		return nil, err
+	}
+	return e.Value(), d.Check(e.Value())
+}
+
+func get[T any](ctx context.Context, kv jetstream.KeyValue, key string) (v T, err error) {
+	e, err := kv.Get(ctx, key)
+	if errors.Is(err, jetstream.ErrKeyNotFound) {
+		return v, fmt.Errorf("%s %s: %w", kv.Bucket(), key, ErrNotFound)
+	}
+	if err != nil {
+		return v, fmt.Errorf("%s %s: %w", kv.Bucket(), key, err)
+	}
+	if err := json.Unmarshal(e.Value(), &v); err != nil {
+		return v, fmt.Errorf("%s %s: %w", kv.Bucket(), key, err)
+	}
+	return v, nil
+}
+
+// all reads a bucket once. The watch it uses ends before it returns.
+func all[T any](ctx context.Context, kv jetstream.KeyValue) (_ map[string]T, err error) {
+	w, err := kv.WatchAll(ctx, jetstream.IgnoreDeletes())
+	if err != nil {
+		return nil, err
+	}
+	defer func() { err = errors.Join(err, w.Stop()) }()
+	m := map[string]T{}
+	for {
+		select {
+		case e := <-w.Updates():
+			if e == nil { // that was all there is
+				return m, nil
+			}
+			var v T
+			if err := json.Unmarshal(e.Value(), &v); err != nil {
+				return nil, fmt.Errorf("%s %s: %w", kv.Bucket(), e.Key(), err)
+			}
+			m[e.Key()] = v
+		case <-ctx.Done():
+			return nil, ctx.Err()
+		}
+	}
+}
