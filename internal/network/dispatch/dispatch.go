@@ -1,0 +1,597 @@
+package dispatch
+
+import (
+	"container/heap"
+	"container/list"
+	"context"
+	"errors"
+	"log/slog"
+	"math/rand/v2"
+	"slices"
+	"sync"
+	"time"
+
+	"github.com/resultity/node/internal/digest"
+	"github.com/resultity/node/internal/evm"
+	"github.com/resultity/node/internal/network/metrics"
+	"github.com/resultity/node/internal/network/store"
+	"github.com/resultity/node/internal/receipt"
+	"github.com/resultity/node/internal/wire"
+)
+
+// jobStore is what dispatch writes down.
+type jobStore interface {
+	PutJob(context.Context, *store.Job) error
+	DeleteJob(ctx context.Context, seq uint64) error
+	PutResult(context.Context, *receipt.Signed, []byte) error
+	Result(context.Context, receipt.JobID) (*store.Result, error)
+}
+
+// Options bound the dispatcher. The zero value of a field stands for its default.
+type Options struct {
+	MaxQueued  int           // jobs that wait for a node; default 1024
+	MaxBytes   int64         // request bytes of all unfinished jobs; default 256 MiB
+	NoNodeWait time.Duration // how long a new job waits where no node is routable; default 5 s
+	Grace      time.Duration // how long a node may be away before its jobs go elsewhere; default 2 s
+	Accept     time.Duration // how long a node may take to accept, beside the time its bytes take; default 3 s
+	Attempts   int           // how often a job is given out; default 8
+}
+
+func (o *Options) fill() {
+	def := func(v *time.Duration, d time.Duration) {
+		if *v == 0 {
+			*v = d
+		}
+	}
+	if o.MaxQueued == 0 {
+		o.MaxQueued = 1024
+	}
+	if o.MaxBytes == 0 {
+		o.MaxBytes = 256 << 20
+	}
+	if o.Attempts == 0 {
+		o.Attempts = 8
+	}
+	def(&o.NoNodeWait, 5*time.Second)
+	def(&o.Grace, 2*time.Second)
+	def(&o.Accept, 3*time.Second)
+}
+
+const (
+	// slowLink is the slowest link, in bytes a second, over which a job still
+	// reaches a node in time.
+	slowLink = 1 << 20
+	// stallShare of a job's whole time may pass without progress.
+	stallShare = 3
+	// refusalPause keeps jobs from a node that has refused one for a reason of
+	// its own, unless a heartbeat comes first.
+	refusalPause = time.Second
+	// adoptions bounds how often a node that was away may go on with a job.
+	adoptions = 3
+	// remembered is how many finished jobs are known, to tell a duplicate
+	// result from one that nobody waits for.
+	remembered = 1 << 16
+)
+
+// retries is how long a job waits before it is given out again.
+var retries = []time.Duration{0, 100 * time.Millisecond, 300 * time.Millisecond, time.Second, 2 * time.Second}
+
+// penalties is how long a node that broke the protocol gets no jobs.
+var penalties = []time.Duration{10 * time.Second, 30 * time.Second, time.Minute, 5 * time.Minute}
+
+// forgiven is how long after its last violation a node starts afresh.
+const forgiven = 30 * time.Minute
+
+// Dispatcher gives jobs to nodes. All methods are safe for concurrent use and
+// none waits for a node or, but for Submit, for the disk.
+type Dispatcher struct {
+	store   jobStore
+	metrics *metrics.Metrics
+	log     *slog.Logger
+	opt     Options
+	wg      sync.WaitGroup // durable writes under way
+
+	// mu guards everything below and in every job and node. It is held for
+	// look-ups and list operations, and to compare one chunk; never for I/O.
+	mu       sync.Mutex
+	closed   bool
+	terms    *Terms
+	jobs     map[receipt.JobID]*job // unfinished and durable
+	queue    list.List              // of *job
+	reserved int                    // jobs on their way into the store
+	bytes    int64                  // of requests, reserved ones included
+	nodes    map[evm.Address]*node
+	free     nodeHeap // routable nodes with a free slot
+	routable int
+	noneAt   time.Time // when the last routable node went
+	order    uint64    // of dispatches
+	recent   recent
+}
+
+// New makes a dispatcher that works under terms.
+func New(s jobStore, t *Terms, m *metrics.Metrics, log *slog.Logger, opt Options) *Dispatcher {
+	opt.fill()
+	return &Dispatcher{
+		store: s, metrics: m, log: log, opt: opt, terms: t,
+		jobs: map[receipt.JobID]*job{}, nodes: map[evm.Address]*node{}, noneAt: time.Now(),
+		recent: recent{set: map[receipt.JobID]struct{}{}},
+	}
+}
+
+// Terms returns the active configuration.
+func (d *Dispatcher) Terms() *Terms {
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	return d.terms
+}
+
+// Configure makes t the active configuration and tells the nodes. Jobs that run
+// go on under the one they were given out under; jobs that wait for a model
+// that is no longer served end.
+func (d *Dispatcher) Configure(t *Terms) {
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	changed := d.terms.Digest != t.Digest
+	newer := d.terms.Version != t.Version
+	d.terms = t
+	var withdrawn []*job
+	if changed {
+		for e := d.queue.Front(); e != nil; e = e.Next() {
+			if j := e.Value.(*job); j.spec.Model != t.Config.Runtime.Model {
+				withdrawn = append(withdrawn, j)
+			}
+		}
+	}
+	for _, j := range withdrawn { // before a node of the new configuration could get one
+		d.dequeue(j)
+	}
+	for _, n := range d.nodes {
+		if n.member != nil && newer {
+			n.member.peer.Send(&wire.Update{Version: t.Version})
+		}
+		d.refresh(n)
+	}
+	for _, j := range withdrawn {
+		d.fail(j, &Failure{Outcome: Withdrawn, Message: "the model is no longer served"})
+	}
+	d.pump()
+}
+
+// Work is what a client asks for. Body has been checked against the active
+// configuration.
+type Work struct {
+	Kind   wire.Kind
+	Model  string
+	Stream bool
+	Body   []byte // the HTTP body, which must not change any more
+	Client string // name of the API key
+}
+
+// Submit writes a job down and queues it. The error is a [*Failure], or a
+// failure of the store.
+func (d *Dispatcher) Submit(ctx context.Context, w Work) (*Ticket, error) {
+	start := time.Now()
+	terms, err := d.reserve(int64(len(w.Body)), start)
+	if err != nil {
+		return nil, err
+	}
+	lim := terms.Config.Limits.Deadline.Duration()
+	rec := &store.Job{Client: w.Client, Job: wire.Job{
+		ID: receipt.NewJobID(), Model: w.Model, Kind: w.Kind, Stream: w.Stream, Request: w.Body, Seed: rand.Uint32(),
+		Created: start.Unix(), Deadline: start.Add(lim).UnixMilli(), Config: terms.Digest,
+	}}
+	j := newJob(d, rec, terms, start)
+	j.attached = true
+	// A client that leaves now leaves a job behind that ends below; the write
+	// itself must have a known outcome.
+	err = d.store.PutJob(context.WithoutCancel(ctx), rec)
+	d.metrics.StoreSeconds.WithLabelValues("job").Observe(time.Since(start).Seconds())
+
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	d.reserved--
+	if err != nil {
+		d.bytes -= int64(len(w.Body))
+		return nil, err
+	}
+	d.jobs[j.spec.ID] = j
+	if d.closed {
+		return nil, &Failure{Outcome: Closing, Message: "the service is stopping"} // the job is found again at the next start
+	}
+	d.enqueue(j, false)
+	d.pump()
+	d.arm(j)
+	return &Ticket{d: d, j: j}, nil
+}
+
+func (d *Dispatcher) reserve(size int64, now time.Time) (*Terms, error) {
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	switch {
+	case d.closed:
+		return nil, &Failure{Outcome: Closing, Message: "the service is stopping"}
+	case d.routable == 0 && now.Sub(d.noneAt) >= d.opt.NoNodeWait:
+		return nil, &Failure{Outcome: NoNode, Message: "no node is ready to serve the model"}
+	case d.reserved+d.queue.Len() >= d.opt.MaxQueued || d.bytes+size > d.opt.MaxBytes:
+		return nil, &Failure{Outcome: QueueFull, Message: "too many requests are waiting"}
+	}
+	d.reserved++
+	d.bytes += size
+	return d.terms, nil
+}
+
+// Restore queues jobs that a former run of the service left behind. Nobody
+// waits for them any more, but their results count. lookup finds the terms of
+// a configuration that was published once.
+func (d *Dispatcher) Restore(ctx context.Context, jobs []*store.Job, lookup func(context.Context, digest.Digest) (*Terms, error)) error {
+	for _, rec := range jobs {
+		_, err := d.store.Result(ctx, rec.ID)
+		if !errors.Is(err, store.ErrNotFound) {
+			if err != nil {
+				return err
+			}
+			d.forget(rec.Seq) // stored, and then the service ended
+			continue
+		}
+		under, err := lookup(ctx, rec.Config)
+		if err != nil && !errors.Is(err, store.ErrNotFound) {
+			return err
+		}
+		d.mu.Lock()
+		j := newJob(d, rec, under, time.Now())
+		d.jobs[rec.ID] = j
+		d.bytes += int64(len(rec.Request))
+		switch {
+		case !time.Now().Before(j.deadline):
+			d.fail(j, &Failure{Outcome: Deadline, Message: "the deadline passed while the service was down"})
+		case rec.Model != d.terms.Config.Runtime.Model:
+			d.fail(j, &Failure{Outcome: Withdrawn, Message: "the model is no longer served"})
+		default:
+			d.enqueue(j, false)
+			d.arm(j)
+		}
+		d.mu.Unlock()
+	}
+	return nil
+}
+
+// Close ends every waiting client with [Closing], leaves the jobs in the store
+// for the next start, and waits for writes under way.
+func (d *Dispatcher) Close() {
+	d.mu.Lock()
+	d.closed = true
+	for _, n := range d.nodes {
+		n.timer.stop()
+	}
+	for _, j := range d.jobs {
+		j.timer.stop()
+		if !j.storing {
+			j.end(nil, &Failure{Outcome: Closing, Message: "the service is stopping"})
+		}
+	}
+	d.mu.Unlock()
+	d.wg.Wait()
+}
+
+// State counts what there is.
+func (d *Dispatcher) State() metrics.State {
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	s := metrics.State{
+		Routable: d.routable, Queued: d.queue.Len(), Running: len(d.jobs) - d.queue.Len(),
+		ConfigVersion: d.terms.Version, ConfigExpires: d.terms.Expires,
+	}
+	for _, n := range d.nodes {
+		if n.member != nil {
+			s.Connected++
+		}
+	}
+	return s
+}
+
+// enqueue puts a job into the queue: behind the others, or, when it had its
+// turn before, ahead of them.
+func (d *Dispatcher) enqueue(j *job, ahead bool) {
+	if ahead {
+		j.place = d.queue.PushFront(j)
+	} else {
+		j.place = d.queue.PushBack(j)
+	}
+}
+
+func (d *Dispatcher) dequeue(j *job) {
+	if j.place != nil {
+		d.queue.Remove(j.place)
+		j.place = nil
+	}
+}
+
+// pump gives waiting jobs to free nodes.
+func (d *Dispatcher) pump() {
+	if d.closed {
+		return
+	}
+	now := time.Now()
+	for e := d.queue.Front(); e != nil && d.free.Len() > 0; {
+		j := e.Value.(*job)
+		e = e.Next()
+		if now.Before(j.notBefore) {
+			continue
+		}
+		if n := d.pick(j); n != nil {
+			d.dequeue(j)
+			d.assign(j, n, now)
+		}
+	}
+}
+
+// pick returns the least busy free node for a job: one that has not had it
+// while there are such, be they free or not, else one that no longer has it.
+func (d *Dispatcher) pick(j *job) *node {
+	if len(j.tried) == 0 {
+		return d.free[0]
+	}
+	var aside []*node
+	defer func() {
+		for _, n := range aside {
+			heap.Push(&d.free, n)
+		}
+	}()
+	var second *node
+	for d.free.Len() > 0 {
+		n := d.free[0]
+		if _, had := j.tried[n.addr]; !had {
+			return n
+		}
+		if second == nil && n.running[j.spec.ID] == nil {
+			second = n
+		}
+		aside = append(aside, heap.Pop(&d.free).(*node))
+	}
+	others := d.routable
+	for a := range j.tried {
+		if n := d.nodes[a]; n != nil && n.routable {
+			others--
+		}
+	}
+	if others > 0 {
+		return nil // wait for one of them
+	}
+	return second
+}
+
+// assign gives a job to a node.
+func (d *Dispatcher) assign(j *job, n *node, now time.Time) {
+	j.attempts++
+	j.tried[n.addr] = struct{}{}
+	j.under[d.terms.Digest] = d.terms
+	r := &runner{job: j, node: n, terms: d.terms, sent: now, progress: now}
+	j.runners = append(j.runners, r)
+	n.running[j.spec.ID] = r
+	d.order++
+	n.order = d.order
+	d.send(r)
+	d.refresh(n)
+	d.arm(j)
+}
+
+// send hands the job frame of a runner to its node's session.
+func (d *Dispatcher) send(r *runner) {
+	m := r.job.spec.Job
+	m.Config = r.terms.Digest
+	d.metrics.Dispatches.Inc()
+	r.node.member.peer.Send(&m)
+}
+
+// lose takes a job from a node, which may still deliver it.
+func (d *Dispatcher) lose(r *runner, reason Reason) {
+	if r.lost {
+		return
+	}
+	r.lost = true
+	d.metrics.Reassignments.WithLabelValues(string(reason)).Inc()
+	d.log.Info("job goes to another node", "job", r.job.spec.ID, "node", r.node.addr, "reason", reason)
+	// A job that only takes long may not push others back: it gets a second node
+	// when there is one to spare.
+	d.requeue(r.job, reason != Stalled, &Failure{Outcome: Failed, Code: wire.CodeInternal, Message: "no node finished the job"})
+}
+
+// drop is lose for a node that will not deliver: it said so.
+func (d *Dispatcher) drop(r *runner, reason Reason, why *Failure) {
+	if !r.lost {
+		d.metrics.Reassignments.WithLabelValues(string(reason)).Inc()
+		d.log.Info("job goes to another node", "job", r.job.spec.ID, "node", r.node.addr, "reason", reason, "code", why.Code)
+	}
+	d.detach(r)
+	d.requeue(r.job, true, why)
+	d.pump()
+}
+
+// detach ends a node's part in a job.
+func (d *Dispatcher) detach(r *runner) {
+	delete(r.node.running, r.job.spec.ID)
+	if i := slices.Index(r.job.runners, r); i >= 0 {
+		r.job.runners = slices.Delete(r.job.runners, i, i+1)
+	}
+	d.refresh(r.node)
+}
+
+// requeue queues a job unless a node is at it still. why is what the client is
+// told when this was the last attempt.
+func (d *Dispatcher) requeue(j *job, ahead bool, why *Failure) {
+	if j.finished || j.storing || j.place != nil || j.live() != nil {
+		return
+	}
+	if j.attempts >= d.opt.Attempts {
+		if len(j.runners) == 0 {
+			d.fail(j, why)
+		}
+		return // whoever has it may still deliver, until the deadline
+	}
+	j.notBefore = time.Now().Add(retries[min(j.attempts-1, len(retries)-1)])
+	d.enqueue(j, ahead)
+	d.pump()
+	d.arm(j)
+}
+
+// revive takes a node that was given up for a job back: it has shown life
+// before any other node got the job.
+func (d *Dispatcher) revive(r *runner) {
+	if r.lost && r.job.place != nil && r.node.member != nil {
+		r.lost = false
+		d.dequeue(r.job)
+		d.arm(r.job)
+	}
+}
+
+// fail ends a job without a result.
+func (d *Dispatcher) fail(j *job, f *Failure) {
+	if !j.finished && f.Outcome != Cancelled {
+		d.log.Info("job failed", "job", j.spec.ID, "outcome", f.Outcome, "code", f.Code, "attempts", j.attempts)
+	}
+	d.finish(j, nil, f, nil)
+}
+
+// finish ends a job: it is forgotten here and in the store, everybody who
+// works on it is told but by, and the client is answered.
+func (d *Dispatcher) finish(j *job, response []byte, f *Failure, by *node) {
+	if j.finished {
+		return
+	}
+	outcome := OK
+	if f != nil {
+		outcome = f.Outcome
+	}
+	j.timer.stop()
+	d.dequeue(j)
+	delete(d.jobs, j.spec.ID)
+	d.bytes -= int64(len(j.spec.Request))
+	d.recent.add(j.spec.ID, outcome == OK)
+	j.end(response, f)
+	for _, r := range j.runners {
+		delete(r.node.running, j.spec.ID)
+		if r.node != by && r.node.member != nil {
+			r.node.member.peer.Send(&wire.Cancel{Job: j.spec.ID, Reason: string(outcome)})
+		}
+		d.refresh(r.node)
+	}
+	j.runners = nil
+	d.metrics.Jobs.WithLabelValues(string(outcome)).Inc()
+	d.metrics.JobSeconds.WithLabelValues(string(outcome)).Observe(time.Since(j.start).Seconds())
+	d.forget(j.spec.Seq)
+	d.pump()
+}
+
+// forget deletes a job from the store. A failure is only logged: the job is
+// found at the next start together with its result, or past its deadline.
+func (d *Dispatcher) forget(seq uint64) {
+	d.wg.Go(func() {
+		if err := d.store.DeleteJob(context.Background(), seq); err != nil {
+			d.log.Error("finished job stays in the store until the next start", "error", err)
+		}
+	})
+}
+
+// arm sets a job's timer to the next moment at which something may be due.
+func (d *Dispatcher) arm(j *job) {
+	if j.finished || d.closed {
+		return
+	}
+	at := j.deadline
+	earlier := func(t time.Time) {
+		if t.Before(at) {
+			at = t
+		}
+	}
+	if j.place != nil {
+		if j.notBefore.After(time.Now()) {
+			earlier(j.notBefore)
+		}
+		if d.mayGiveUp(j) {
+			earlier(d.noneAt.Add(d.opt.NoNodeWait))
+		}
+	}
+	for _, r := range j.runners {
+		if !r.lost {
+			due, _ := r.due(d)
+			earlier(due)
+		}
+	}
+	j.timer.set(time.Until(at), func() { d.wake(j) })
+}
+
+// mayGiveUp reports whether a job is one for which no node was there from the
+// beginning. A job that a node has had waits for its deadline: the node may
+// come back with the result.
+func (d *Dispatcher) mayGiveUp(j *job) bool {
+	return d.routable == 0 && j.attached && j.attempts == 0
+}
+
+// wake does what is due for a job.
+func (d *Dispatcher) wake(j *job) {
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	if j.finished || d.closed || j.storing {
+		return
+	}
+	now := time.Now()
+	if !now.Before(j.deadline) {
+		d.fail(j, &Failure{Outcome: Deadline, Code: wire.CodeDeadline, Message: "the job was not finished in time"})
+		return
+	}
+	if j.place != nil && d.mayGiveUp(j) && !now.Before(d.noneAt.Add(d.opt.NoNodeWait)) {
+		d.fail(j, &Failure{Outcome: NoNode, Message: "no node is ready to serve the model"})
+		return
+	}
+	for _, r := range slices.Clone(j.runners) { // lose may change the list
+		if due, reason := r.due(d); !r.lost && !now.Before(due) {
+			if reason == NotAccepted {
+				r.node.blocked = now.Add(refusalPause)
+				d.refresh(r.node)
+			}
+			d.lose(r, reason)
+		}
+	}
+	d.pump()
+	d.arm(j)
+}
+
+// recent remembers finished jobs, the oldest forgotten first.
+type recent struct {
+	set  map[receipt.JobID]struct{}
+	ring []receipt.JobID
+	next int
+}
+
+func (r *recent) add(id receipt.JobID, counted bool) {
+	if !counted {
+		return
+	}
+	if len(r.ring) < remembered {
+		r.ring = append(r.ring, id)
+	} else {
+		delete(r.set, r.ring[r.next])
+		r.ring[r.next] = id
+		r.next = (r.next + 1) % remembered
+	}
+	r.set[id] = struct{}{}
+}
+
+func (r *recent) has(id receipt.JobID) bool { _, ok := r.set[id]; return ok }
+
+// timer is a time.AfterFunc that can be set again. Its owner's mutex guards it.
+type timer struct{ t *time.Timer }
+
+func (t *timer) set(in time.Duration, f func()) {
+	if t.t == nil {
+		t.t = time.AfterFunc(in, f)
+		return
+	}
+	t.t.Reset(in)
+}
+
+func (t *timer) stop() {
+	if t.t != nil {
+		t.t.Stop()
+	}
+}

@@ -1,0 +1,600 @@
+package dispatch
+
+import (
+	"bytes"
+	"container/heap"
+	"context"
+	"errors"
+	"fmt"
+	"slices"
+	"time"
+
+	"github.com/resultity/node/internal/evm"
+	"github.com/resultity/node/internal/network/store"
+	"github.com/resultity/node/internal/receipt"
+	"github.com/resultity/node/internal/wire"
+)
+
+// Peer is a node's session. Its methods are called with the dispatcher's mutex
+// held: they must not block and must not call back.
+type Peer interface {
+	// Send queues a message; a session that cannot keep up ends itself.
+	Send(wire.Message)
+	// Restart ends the session so that the node connects anew and sends its
+	// unacknowledged results again.
+	Restart(reason string)
+}
+
+// node is a node that is connected, has jobs, or is being punished. Guarded by
+// Dispatcher.mu.
+type node struct {
+	addr    evm.Address
+	member  *Member // nil while it is away
+	since   time.Time
+	left    time.Time // when it went away
+	beat    *wire.Heartbeat
+	beatAt  time.Time
+	running map[receipt.JobID]*runner
+	slots   int // jobs it may run at once
+	foreign int // jobs it runs that are none of ours, as of the last heartbeat
+	order   uint64
+	blocked time.Time // it refused a job for a reason of its own
+
+	strikes  int
+	struckAt time.Time
+	penalty  time.Time // no jobs before
+
+	routable bool
+	told     *wire.Status // what the node was told last
+	index    int          // in Dispatcher.free, or -1
+	timer    timer
+}
+
+// Member is a node's session as dispatch knows it. After a later Join of the
+// same node, or Leave, its methods do nothing.
+type Member struct {
+	d    *Dispatcher
+	node *node
+	peer Peer
+	gone bool // guarded by Dispatcher.mu
+}
+
+// Join begins a node's session. What the node was at when its last session
+// ended is sent again: it answers where it stands.
+func (d *Dispatcher) Join(addr evm.Address, peer Peer) *Member {
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	now := time.Now()
+	n := d.nodes[addr]
+	if n == nil {
+		n = &node{addr: addr, running: map[receipt.JobID]*runner{}, index: -1}
+		d.nodes[addr] = n
+	}
+	if n.member != nil {
+		n.member.gone = true
+	}
+	m := &Member{d: d, node: n, peer: peer}
+	n.member, n.since, n.beat, n.told, n.foreign, n.blocked = m, now, nil, nil, 0, time.Time{}
+	for _, r := range n.running {
+		j := r.job
+		if j.storing || r.adopted >= adoptions || r.lost && j.place == nil {
+			continue // it is elsewhere by now
+		}
+		r.adopted++
+		r.accepted, r.sent, r.progress = false, now, now
+		d.revive(r)
+		d.send(r)
+		d.arm(j)
+	}
+	d.refresh(n)
+	return m
+}
+
+// Leave ends a session. violation says that the node broke the protocol: its
+// jobs go elsewhere at once and it gets none for a while.
+func (m *Member) Leave(violation bool) {
+	d, n := m.d, m.node
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	if m.gone {
+		return
+	}
+	m.gone = true
+	n.member, n.left = nil, time.Now()
+	if violation {
+		n.strike(n.left)
+	}
+	d.refresh(n)
+	for _, r := range n.all() {
+		if violation {
+			d.lose(r, Violation)
+		}
+		d.arm(r.job)
+	}
+	d.tidy(n)
+}
+
+// all returns the node's jobs; handling one may change the map.
+func (n *node) all() []*runner {
+	list := make([]*runner, 0, len(n.running))
+	for _, r := range n.running {
+		list = append(list, r)
+	}
+	return list
+}
+
+func (n *node) strike(now time.Time) {
+	if now.Sub(n.struckAt) > forgiven {
+		n.strikes = 0
+	}
+	n.penalty = now.Add(penalties[min(n.strikes, len(penalties)-1)])
+	n.struckAt = now
+	n.strikes++
+}
+
+// tidy forgets a node about which there is nothing to know.
+func (d *Dispatcher) tidy(n *node) {
+	if n.member == nil && len(n.running) == 0 && time.Since(n.struckAt) > forgiven {
+		n.timer.stop()
+		delete(d.nodes, n.addr)
+	}
+}
+
+// Heartbeat takes a node's report. The error ends the session.
+func (m *Member) Heartbeat(b *wire.Heartbeat) error {
+	if err := checkBeat(b); err != nil {
+		return err
+	}
+	d, n := m.d, m.node
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	if m.gone {
+		return nil
+	}
+	n.beat, n.beatAt, n.blocked = b, time.Now(), time.Time{}
+	n.foreign = max(0, b.Busy-len(n.running))
+	d.refresh(n)
+	d.pump()
+	return nil
+}
+
+// checkBeat bounds a heartbeat, which is kept until the next one.
+func checkBeat(b *wire.Heartbeat) error {
+	h := &b.Hardware
+	texts := append([]string{b.Runtime.State, b.Runtime.Engine, h.Arch, h.OS, h.Kernel, h.Podman, h.Systemd}, h.GPUs...)
+	for _, m := range b.Models {
+		texts = append(texts, m.Name, m.Version, m.State)
+	}
+	switch {
+	case len(b.Models) > 256 || len(h.GPUs) > 256:
+		return fmt.Errorf("%w: heartbeat lists %d models and %d GPUs, at most 256 each", ErrInvalid, len(b.Models), len(h.GPUs))
+	case b.Slots < 0 || b.Slots > 1<<16 || b.Busy < 0 || b.Busy > 1<<16:
+		return fmt.Errorf("%w: heartbeat says %d slots, %d busy", ErrInvalid, b.Slots, b.Busy)
+	case slices.ContainsFunc(texts, func(s string) bool { return len(s) > 256 }):
+		return fmt.Errorf("%w: heartbeat with a text of more than 256 bytes", ErrInvalid)
+	}
+	return nil
+}
+
+// Accepted takes a node's word that it has written a job down. It reports
+// whether the node has that job, as the methods below do: a late word is no
+// fault, but nothing that should come often.
+func (m *Member) Accepted(id receipt.JobID) (known bool) {
+	d := m.d
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	r := m.runner(id)
+	if r == nil {
+		return false
+	}
+	r.accepted, r.progress = true, time.Now()
+	d.revive(r)
+	d.arm(r.job)
+	return true
+}
+
+// runner returns the node's part in a job, or nil.
+func (m *Member) runner(id receipt.JobID) *runner {
+	if m.gone {
+		return nil
+	}
+	return m.node.running[id]
+}
+
+// Refused takes a node's refusal.
+func (m *Member) Refused(msg *wire.Refuse) (known bool) {
+	d := m.d
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	r := m.runner(msg.Job)
+	if r == nil {
+		return false
+	}
+	switch msg.Code {
+	case wire.CodeDuplicate: // it has the job, which is all we want
+		r.accepted, r.progress = true, time.Now()
+		d.arm(r.job)
+		return true
+	case wire.CodeBusy, wire.CodeDraining, wire.CodeNotReady, wire.CodeConfig, wire.CodeUnknownModel, wire.CodeStorage, wire.CodeInternal:
+		m.node.blocked = time.Now().Add(refusalPause)
+	}
+	d.unable(r, NodeRefused, msg.Code, msg.Message)
+	return true
+}
+
+// unable handles a node's word that it will not deliver.
+func (d *Dispatcher) unable(r *runner, reason Reason, code wire.Code, message string) {
+	// We asked nobody to stop: a job that is still known was not cancelled, so
+	// a node that says so means itself.
+	if code.Retryable() || code == wire.CodeCancelled {
+		d.drop(r, reason, &Failure{Outcome: Failed, Code: code, Message: "no node could finish the job"})
+		return
+	}
+	d.detach(r)
+	if len(message) > 300 {
+		message = message[:300]
+	}
+	d.fail(r.job, &Failure{Outcome: Refused, Code: code, Message: message})
+}
+
+// Chunk takes a part of a streamed response. The error ends the session.
+func (m *Member) Chunk(c *wire.Chunk) (known bool, err error) {
+	d := m.d
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	r := m.runner(c.Job)
+	if r == nil || r.job.storing {
+		return false, nil // late: cancelled, or somebody else was first
+	}
+	j := r.job
+	limit := r.terms.Config.Limits.ResponseBytes
+	switch {
+	case !j.spec.Stream:
+		return true, fmt.Errorf("%w: a chunk of a job that is no stream", ErrInvalid)
+	case c.Offset < 0 || c.Offset > limit || c.Offset+int64(len(c.Data)) > limit:
+		return true, fmt.Errorf("%w: the stream is longer than %d bytes", ErrInvalid, limit)
+	}
+	r.accepted, r.progress = true, time.Now()
+	d.revive(r)
+	if !j.attached {
+		return true, nil
+	}
+	first := len(j.body) == 0
+	if !r.take(c.Offset, c.Data) {
+		d.diverge(r)
+		return true, nil
+	}
+	if first && len(j.body) > 0 {
+		d.metrics.FirstByte.Observe(time.Since(j.start).Seconds())
+	}
+	return true, nil
+}
+
+// diverge takes a node whose bytes contradict the client's stream out of the
+// race, and ends the stream when nobody is left in it.
+func (d *Dispatcher) diverge(r *runner) {
+	j := r.job
+	for _, o := range j.runners {
+		if o != r && !o.diverged && !o.lost {
+			return // its result will be acknowledged and not used
+		}
+	}
+	d.metrics.Reassignments.WithLabelValues(string(Contradicted)).Inc()
+	d.fail(j, &Failure{Outcome: Diverged, Message: "the stream was interrupted and another node could not continue it; please try again"})
+}
+
+// Result takes a result. It is acknowledged once it is durable or not needed.
+// The error ends the session.
+func (m *Member) Result(res *wire.Result) (known bool, err error) {
+	d := m.d
+	d.mu.Lock()
+	j := d.jobs[res.Job]
+	switch {
+	case m.gone || d.closed: // the node sends it again in its next session
+		d.mu.Unlock()
+		return true, nil
+	case j == nil || j.finished:
+		verdict := "unneeded"
+		if d.recent.has(res.Job) {
+			verdict = "duplicate"
+		}
+		m.node.foreign = max(0, m.node.foreign-1)
+		d.refresh(m.node)
+		d.pump()
+		d.mu.Unlock()
+		m.ack(verdict, res.Job)
+		return false, nil
+	case res.Code != "":
+		if r := m.runner(res.Job); r != nil && !j.storing {
+			d.unable(r, NodeFailed, res.Code, res.Message)
+		}
+		d.mu.Unlock()
+		m.ack("failed", res.Job)
+		return true, nil
+	}
+	c := claim{job: &j.spec.Job, hash: j.hash, node: m.node.addr, now: time.Now()}
+	if res.Receipt != nil {
+		named := res.Receipt.Receipt().ConfigDigest
+		if c.terms = j.under[named]; c.terms == nil && d.terms.Digest == named {
+			c.terms = d.terms
+		}
+	}
+	d.mu.Unlock()
+	if err := c.check(res); err != nil {
+		d.metrics.Results.WithLabelValues("invalid").Inc()
+		d.mu.Lock()
+		defer d.mu.Unlock()
+		if r := m.runner(res.Job); r != nil {
+			d.drop(r, Violation, &Failure{Outcome: Failed, Code: wire.CodeInternal, Message: "no node could finish the job"})
+		}
+		return true, err
+	}
+	m.valid(j, res)
+	return true, nil
+}
+
+// valid takes a checked result: the first one is stored and counts.
+func (m *Member) valid(j *job, res *wire.Result) {
+	d := m.d
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	switch {
+	case d.closed: // the node sends it again in its next session
+		return
+	case j.finished:
+		m.ackLocked("duplicate", res.Job)
+		return
+	case j.storing:
+		j.waiting = append(j.waiting, m)
+		return
+	case j.attached && j.spec.Stream && !bytes.HasPrefix(res.Response, j.body):
+		m.ackLocked("diverged", res.Job)
+		if r := m.runner(res.Job); r != nil {
+			r.diverged = true
+			d.diverge(r)
+			if !j.finished {
+				d.detach(r)
+				d.pump()
+			}
+		} else if j.live() == nil {
+			d.fail(j, &Failure{Outcome: Diverged, Message: "the stream was interrupted and another node could not continue it; please try again"})
+		}
+		return
+	}
+	j.storing = true
+	d.dequeue(j)
+	d.wg.Go(func() { m.storeResult(j, res) })
+}
+
+// storeResult makes a result durable, then answers everybody.
+func (m *Member) storeResult(j *job, res *wire.Result) {
+	d := m.d
+	start := time.Now()
+	response := res.Response
+	err := d.store.PutResult(context.Background(), res.Receipt, response)
+	d.metrics.StoreSeconds.WithLabelValues("result").Observe(time.Since(start).Seconds())
+	if errors.Is(err, store.ErrExists) {
+		// Counted by a former run of the service that ended before it forgot the
+		// job. What is stored is what counts.
+		var old *store.Result
+		if old, err = d.store.Result(context.Background(), res.Job); err == nil {
+			response = old.Response
+		}
+	}
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	waiting := append([]*Member{m}, j.waiting...)
+	j.storing, j.waiting = false, nil
+	if err != nil {
+		d.log.Error("result could not be stored; the node keeps it and sends it again", "job", res.Job, "node", m.node.addr, "error", err)
+		for _, w := range waiting {
+			w.peer.Restart("result could not be stored")
+		}
+		if !d.closed {
+			d.requeue(j, true, &Failure{Outcome: Failed, Code: wire.CodeStorage, Message: "the result could not be stored"})
+			d.arm(j)
+		}
+		return
+	}
+	rc := res.Receipt.Receipt()
+	d.log.Debug("job done", "job", res.Job, "node", m.node.addr, "client", j.spec.Client, "prompt_tokens", rc.PromptTokens,
+		"completion_tokens", rc.CompletionTokens, "took", time.Since(j.start), "attempts", j.attempts)
+	d.finish(j, response, nil, m.node)
+	m.ackLocked("counted", res.Job)
+	for _, w := range waiting[1:] {
+		w.ackLocked("duplicate", res.Job)
+	}
+}
+
+func (m *Member) ack(verdict string, id receipt.JobID) {
+	m.d.mu.Lock()
+	defer m.d.mu.Unlock()
+	m.ackLocked(verdict, id)
+}
+
+func (m *Member) ackLocked(verdict string, id receipt.JobID) {
+	m.d.metrics.Results.WithLabelValues(verdict).Inc()
+	if !m.gone {
+		m.peer.Send(&wire.Ack{Jobs: []receipt.JobID{id}})
+	}
+}
+
+// refresh works out anew whether a node may get jobs, tells the node when that
+// changed, and moves it into or out of the heap of free nodes.
+func (d *Dispatcher) refresh(n *node) {
+	now := time.Now()
+	was := n.routable
+	why := d.assess(n, now)
+	n.routable = why == ""
+	if n.routable != was {
+		if n.routable {
+			d.routable++
+		} else if d.routable--; d.routable == 0 {
+			d.noneAt = now
+			for e := d.queue.Front(); e != nil; e = e.Next() {
+				d.arm(e.Value.(*job))
+			}
+		}
+	}
+	// Before the first heartbeat there is nothing to say.
+	if n.member != nil && n.beat != nil && (n.told == nil || n.told.Routable != n.routable || n.told.Reason != why) {
+		n.told = &wire.Status{Routable: n.routable, Reason: why}
+		n.member.peer.Send(n.told)
+		d.log.Info("node status", "node", n.addr, "routable", n.routable, "reason", why)
+	}
+	if n.beat != nil { // what it says, but no more than the configuration gives to its runtime
+		n.slots = min(n.beat.Slots, d.terms.Config.Runtime.Settings.Slots)
+	}
+	free := n.routable && n.used() < n.slots && !now.Before(n.blocked)
+	switch {
+	case free && n.index < 0:
+		heap.Push(&d.free, n)
+	case free:
+		heap.Fix(&d.free, n.index)
+	case n.index >= 0:
+		heap.Remove(&d.free, n.index)
+	}
+	d.armNode(n, now)
+}
+
+func (n *node) used() int { return len(n.running) + n.foreign }
+
+// assess says why a node gets no jobs, or "".
+func (d *Dispatcher) assess(n *node, now time.Time) string {
+	t, b := d.terms, n.beat
+	window := t.Config.Network.Window.Duration()
+	switch {
+	case n.member == nil:
+		return "not connected"
+	case b == nil:
+		return "no heartbeat yet"
+	case !now.Before(n.beatAt.Add(window)):
+		return fmt.Sprintf("no heartbeat for %v", window)
+	case now.Before(n.penalty):
+		return "it broke the protocol; it gets jobs again after " + n.penalty.UTC().Format(time.TimeOnly) + " UTC"
+	case b.Config != t.Digest:
+		return fmt.Sprintf("it is on configuration %s, the network on %s", orNone(b.Config.String()), t.Digest)
+	case b.Draining:
+		return "draining"
+	case b.Runtime.State != "active":
+		return fmt.Sprintf("its runtime is %.20q, not active", b.Runtime.State)
+	case b.Runtime.Image != t.Config.Runtime.Image.Digest():
+		return "its runtime has another image than the configuration"
+	}
+	i := slices.IndexFunc(b.Models, func(m wire.ModelState) bool { return m.Name == t.Config.Runtime.Model && m.Digest == t.Model })
+	switch {
+	case i < 0:
+		return fmt.Sprintf("it does not have model %s", t.Config.Runtime.Model)
+	case b.Models[i].State != "active":
+		return fmt.Sprintf("its model is %.20q, not active", b.Models[i].State)
+	case b.Slots < 1:
+		return "it offers no slots"
+	}
+	return ""
+}
+
+func orNone(s string) string {
+	if s == "" {
+		return "none"
+	}
+	return s
+}
+
+// armNode sets a node's timer to the next moment at which its state may change
+// by itself.
+func (d *Dispatcher) armNode(n *node, now time.Time) {
+	var at time.Time
+	for _, t := range []time.Time{n.blocked, n.penalty, n.silentAt(d)} {
+		if t.After(now) && (at.IsZero() || t.Before(at)) {
+			at = t
+		}
+	}
+	if at.IsZero() || n.member == nil || d.closed {
+		n.timer.stop()
+		return
+	}
+	n.timer.set(time.Until(at), func() { d.wakeNode(n) })
+}
+
+// silentAt is when the last heartbeat gets too old.
+func (n *node) silentAt(d *Dispatcher) time.Time {
+	if n.beat == nil {
+		return n.since.Add(d.terms.Config.Network.Window.Duration())
+	}
+	return n.beatAt.Add(d.terms.Config.Network.Window.Duration())
+}
+
+func (d *Dispatcher) wakeNode(n *node) {
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	if d.closed || n.member == nil {
+		return
+	}
+	d.refresh(n)
+	if !time.Now().Before(n.silentAt(d)) {
+		for _, r := range n.all() {
+			d.lose(r, Silent)
+		}
+	}
+	d.pump()
+}
+
+// nodeHeap orders free nodes: the least busy first, among equals the one whose
+// last job was given longest ago.
+type nodeHeap []*node
+
+func (h nodeHeap) Len() int { return len(h) }
+func (h nodeHeap) Less(a, b int) bool {
+	x, y := h[a], h[b]
+	// used/slots, without the division
+	if l, r := x.used()*y.slots, y.used()*x.slots; l != r {
+		return l < r
+	}
+	return x.order < y.order
+}
+func (h nodeHeap) Swap(a, b int) {
+	h[a], h[b] = h[b], h[a]
+	h[a].index, h[b].index = a, b
+}
+func (h *nodeHeap) Push(x any) {
+	n := x.(*node)
+	n.index = len(*h)
+	*h = append(*h, n)
+}
+func (h *nodeHeap) Pop() any {
+	old := *h
+	n := old[len(old)-1]
+	old[len(old)-1] = nil
+	*h = old[:len(old)-1]
+	n.index = -1
+	return n
+}
+
+// NodeStatus is what the network knows about a node in session, or lately so.
+type NodeStatus struct {
+	Address   evm.Address
+	Connected bool
+	Since     time.Time // of the session
+	Heartbeat *wire.Heartbeat
+	BeatAt    time.Time
+	Running   int
+	Routable  bool
+	Reason    string // why not
+}
+
+// Nodes returns the nodes that there is something to say about. The heartbeats
+// must not be changed.
+func (d *Dispatcher) Nodes() []NodeStatus {
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	now := time.Now()
+	list := make([]NodeStatus, 0, len(d.nodes))
+	for _, n := range d.nodes {
+		why := d.assess(n, now)
+		list = append(list, NodeStatus{
+			Address: n.addr, Connected: n.member != nil, Since: n.since, Heartbeat: n.beat, BeatAt: n.beatAt,
+			Running: len(n.running), Routable: why == "", Reason: why,
+		})
+	}
+	return list
+}

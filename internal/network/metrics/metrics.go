@@ -1,0 +1,103 @@
+// Package metrics owns the names of the network service's metrics.
+//
+// The rule it keeps: labels come from fixed sets in our code, never from what a
+// client or a node sends, so nobody outside can make the number of series grow.
+package metrics
+
+import (
+	"net/http"
+	"time"
+
+	"github.com/prometheus/client_golang/prometheus"
+	"github.com/prometheus/client_golang/prometheus/collectors"
+	"github.com/prometheus/client_golang/prometheus/promhttp"
+)
+
+// Metrics are the collectors of one service, on a registry of their own. Safe
+// for concurrent use.
+type Metrics struct {
+	registry *prometheus.Registry
+
+	Jobs          *prometheus.CounterVec   // finished jobs; outcome
+	Results       *prometheus.CounterVec   // results from nodes; verdict
+	Dispatches    prometheus.Counter       // job frames handed to sessions
+	Reassignments *prometheus.CounterVec   // jobs taken from a node; reason
+	FramesRefused *prometheus.CounterVec   // ended a session; reason
+	Sessions      *prometheus.CounterVec   // ended sessions; reason
+	Registrations *prometheus.CounterVec   // outcome
+	Requests      *prometheus.CounterVec   // HTTP; route, code
+	JobSeconds    *prometheus.HistogramVec // arrival to answer; stream
+	FirstByte     prometheus.Histogram     // arrival to the first byte of a stream
+	StoreSeconds  *prometheus.HistogramVec // durable writes; op
+}
+
+// State is what gauges read when they are collected.
+type State struct {
+	Connected, Routable, Queued, Running int
+	ConfigVersion                        int64
+	ConfigExpires                        time.Time
+}
+
+// New makes the collectors. state is called for each collection.
+func New(state func() State) *Metrics {
+	counter := func(name, help string, labels ...string) *prometheus.CounterVec {
+		return prometheus.NewCounterVec(prometheus.CounterOpts{Namespace: "resultity", Name: name, Help: help}, labels)
+	}
+	histogram := func(name, help string, start float64, labels ...string) *prometheus.HistogramVec {
+		return prometheus.NewHistogramVec(prometheus.HistogramOpts{
+			Namespace: "resultity", Name: name, Help: help, Buckets: prometheus.ExponentialBuckets(start, 2.5, 12),
+		}, labels)
+	}
+	m := &Metrics{
+		registry:      prometheus.NewRegistry(),
+		Jobs:          counter("jobs_total", "Finished jobs by outcome.", "outcome"),
+		Results:       counter("results_total", "Results received from nodes by verdict.", "verdict"),
+		Reassignments: counter("reassignments_total", "Jobs taken from a node by reason.", "reason"),
+		FramesRefused: counter("frames_refused_total", "Frames that ended a session by reason.", "reason"),
+		Sessions:      counter("sessions_ended_total", "Ended sessions by reason.", "reason"),
+		Registrations: counter("registrations_total", "Registration requests by outcome.", "outcome"),
+		Requests:      counter("http_requests_total", "HTTP requests by route and status code.", "route", "code"),
+		Dispatches:    prometheus.NewCounter(prometheus.CounterOpts{Namespace: "resultity", Name: "dispatches_total", Help: "Jobs handed to nodes, repetitions included."}),
+		JobSeconds:    histogram("job_seconds", "Time from a job's arrival to its answer.", 0.001, "outcome"),
+		FirstByte:     prometheus.NewHistogram(prometheus.HistogramOpts{Namespace: "resultity", Name: "first_byte_seconds", Help: "Time from a streamed job's arrival to its first byte.", Buckets: prometheus.ExponentialBuckets(0.001, 2.5, 12)}),
+		StoreSeconds:  histogram("store_seconds", "Time of one durable write.", 0.00005, "op"),
+	}
+	m.registry.MustRegister(m.Jobs, m.Results, m.Dispatches, m.Reassignments, m.FramesRefused, m.Sessions, m.Registrations,
+		m.Requests, m.JobSeconds, m.FirstByte, m.StoreSeconds, gauges{state},
+		collectors.NewGoCollector(), collectors.NewProcessCollector(collectors.ProcessCollectorOpts{}))
+	return m
+}
+
+// Handler serves the metrics.
+func (m *Metrics) Handler() http.Handler {
+	return promhttp.HandlerFor(m.registry, promhttp.HandlerOpts{})
+}
+
+// gauges reads the service's state at the moment of collection.
+type gauges struct{ state func() State }
+
+var (
+	nodesDesc   = prometheus.NewDesc("resultity_nodes", "Nodes by state; routable ones are connected too.", []string{"state"}, nil)
+	jobsDesc    = prometheus.NewDesc("resultity_jobs", "Unfinished jobs by state.", []string{"state"}, nil)
+	versionDesc = prometheus.NewDesc("resultity_config_version", "Version of the active configuration.", nil, nil)
+	expiresDesc = prometheus.NewDesc("resultity_config_expires_seconds", "Unix time at which the signature of the configuration must have been renewed.", nil, nil)
+)
+
+func (gauges) Describe(ch chan<- *prometheus.Desc) {
+	for _, d := range []*prometheus.Desc{nodesDesc, jobsDesc, versionDesc, expiresDesc} {
+		ch <- d
+	}
+}
+
+func (g gauges) Collect(ch chan<- prometheus.Metric) {
+	s := g.state()
+	put := func(d *prometheus.Desc, v float64, labels ...string) {
+		ch <- prometheus.MustNewConstMetric(d, prometheus.GaugeValue, v, labels...)
+	}
+	put(nodesDesc, float64(s.Connected), "connected")
+	put(nodesDesc, float64(s.Routable), "routable")
+	put(jobsDesc, float64(s.Queued), "queued")
+	put(jobsDesc, float64(s.Running), "running")
+	put(versionDesc, float64(s.ConfigVersion))
+	put(expiresDesc, float64(s.ConfigExpires.Unix()))
+}
