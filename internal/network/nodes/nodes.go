@@ -1,0 +1,260 @@
+// Package nodes owns the network's side of a node's connection: registration
+// and the WebSocket session.
+//
+// The rule it keeps: nothing that a node says has an effect before its frame
+// has been checked, and no node can hold up another. Each session has a reader
+// and a writer of its own; what is sent to it waits in a bounded queue, and a
+// session that does not keep up ends. Whatever is wrong with a frame ends its
+// session too: after that, nothing the peer says can be placed.
+package nodes
+
+import (
+	"context"
+	"crypto/rand"
+	"errors"
+	"fmt"
+	"io"
+	"log/slog"
+	"net/http"
+	"slices"
+	"sync"
+	"time"
+
+	"github.com/gorilla/websocket"
+	"golang.org/x/time/rate"
+
+	"github.com/resultity/node/internal/evm"
+	"github.com/resultity/node/internal/network/dispatch"
+	"github.com/resultity/node/internal/network/metrics"
+	"github.com/resultity/node/internal/network/store"
+	"github.com/resultity/node/internal/wire"
+)
+
+// registry is who may connect.
+type registry interface {
+	Node(context.Context, evm.Address) (store.Node, error)
+	Register(ctx context.Context, n store.Node, token string, now time.Time) (store.Node, error)
+}
+
+// Bounds of what somebody may take before the network knows who they are.
+const (
+	maxRegistration = 64 << 10         // bytes
+	maxHello        = 16 << 10         // bytes of the first frame
+	helloTimeout    = 10 * time.Second // from the upgrade to the first frame
+)
+
+// Options bound the sessions. The zero value of a field stands for its default.
+type Options struct {
+	MaxSessions int           // at once, those that have not said hello included; default 16384
+	Ping        time.Duration // interval of WebSocket pings; default 15 s. Three of them without a sign of life end a session
+}
+
+// Manager holds the sessions. Its handlers may be used from the moment it is
+// made; sessions end when Run's context does.
+type Manager struct {
+	registry registry
+	dispatch *dispatch.Dispatcher
+	key      *evm.Key // signs what goes to the nodes
+	version  string
+	metrics  *metrics.Metrics
+	log      *slog.Logger
+	opt      Options
+
+	upgrader websocket.Upgrader
+	register *rate.Limiter // of registrations, whose signatures cost time to check
+
+	wg sync.WaitGroup // sessions
+
+	// mu guards what follows, for the length of a map operation.
+	mu       sync.Mutex
+	closing  bool
+	sessions map[*session]struct{}
+	current  map[evm.Address]*session // after hello
+}
+
+// New makes a manager.
+func New(r registry, d *dispatch.Dispatcher, key *evm.Key, version string, m *metrics.Metrics, log *slog.Logger, opt Options) *Manager {
+	if opt.MaxSessions == 0 {
+		opt.MaxSessions = 16384
+	}
+	if opt.Ping == 0 {
+		opt.Ping = 15 * time.Second
+	}
+	return &Manager{
+		registry: r, dispatch: d, key: key, version: version, metrics: m, log: log, opt: opt,
+		upgrader: websocket.Upgrader{
+			HandshakeTimeout: 10 * time.Second,
+			Subprotocols:     []string{wire.Subprotocol},
+			ReadBufferSize:   1 << 10,
+			WriteBufferSize:  4 << 10,
+			WriteBufferPool:  &sync.Pool{}, // an idle session holds no write buffer
+			// Nodes are no browsers; a page that makes one connect is up to no good.
+			CheckOrigin: func(r *http.Request) bool { return r.Header.Get("Origin") == "" },
+		},
+		register: rate.NewLimiter(50, 200),
+		sessions: map[*session]struct{}{}, current: map[evm.Address]*session{},
+	}
+}
+
+// Run waits until ctx ends, then ends every session and waits for them.
+func (m *Manager) Run(ctx context.Context) error {
+	<-ctx.Done()
+	m.mu.Lock()
+	m.closing = true
+	for s := range m.sessions {
+		s.end(websocket.CloseGoingAway, "going_away", "the network service restarts")
+	}
+	m.mu.Unlock()
+	m.wg.Wait()
+	return nil
+}
+
+// ServeRegister answers POST /node/v1/register.
+func (m *Manager) ServeRegister(w http.ResponseWriter, r *http.Request) {
+	reply, status, err := m.registerNode(r.Context(), http.MaxBytesReader(w, r.Body, maxRegistration))
+	m.metrics.Registrations.WithLabelValues(http.StatusText(status)).Inc()
+	if err != nil {
+		m.log.Warn("registration refused", "status", status, "from", r.RemoteAddr, "error", err)
+		if status == http.StatusInternalServerError {
+			err = errors.New("the network could not write it down; try again later")
+		}
+		if status == http.StatusTooManyRequests || status == http.StatusInternalServerError {
+			w.Header().Set("Retry-After", "5")
+		}
+		http.Error(w, err.Error(), status)
+		return
+	}
+	w.Header().Set("Content-Type", "application/octet-stream")
+	_, _ = w.Write(reply) // a node that has gone asks again
+}
+
+func (m *Manager) registerNode(ctx context.Context, body io.Reader) (reply []byte, status int, err error) {
+	if !m.register.Allow() {
+		return nil, http.StatusTooManyRequests, errors.New("too many registrations; try again later")
+	}
+	raw, err := io.ReadAll(body)
+	if err != nil {
+		return nil, http.StatusBadRequest, fmt.Errorf("read registration: %w", err)
+	}
+	var reg wire.Registration
+	signer, err := wire.OpenRegistration(raw, &reg)
+	now, net := time.Now(), m.dispatch.Terms().Config.Network
+	switch off := now.Sub(time.UnixMilli(reg.Time)).Abs(); {
+	case errors.Is(err, wire.ErrSigner):
+		return nil, http.StatusUnauthorized, err
+	case err != nil:
+		return nil, http.StatusBadRequest, err
+	case signer != reg.Node:
+		return nil, http.StatusUnauthorized, fmt.Errorf("registration of %s is signed by %s", reg.Node, signer)
+	case reg.Network != net.Name:
+		return nil, http.StatusConflict, fmt.Errorf("this is network %s, not %.64q", net.Name, reg.Network)
+	case off > net.ClockWindow.Duration():
+		return nil, http.StatusBadRequest, fmt.Errorf("clocks are %v apart, at most %v; check that the node keeps time (timedatectl)", off.Round(time.Millisecond), net.ClockWindow.Duration())
+	case len(reg.Agent) > 128 || len(reg.Token) > 256:
+		return nil, http.StatusBadRequest, errors.New("agent or token is too long")
+	}
+	n, err := m.registry.Register(ctx, store.Node{Address: reg.Node, Agent: reg.Agent}, reg.Token, now)
+	if errors.Is(err, store.ErrToken) {
+		return nil, http.StatusForbidden, err
+	}
+	if err != nil {
+		return nil, http.StatusInternalServerError, err
+	}
+	m.log.Info("node registered", "node", n.Address, "account", n.Account, "agent", n.Agent)
+	reply, err = wire.SealRegistration(m.key, &wire.Registered{Network: net.Name, Node: n.Address, Account: n.Account, Time: n.Registered})
+	if err != nil {
+		return nil, http.StatusInternalServerError, err
+	}
+	return reply, http.StatusOK, nil
+}
+
+// ServeSession answers GET /node/v1/session.
+func (m *Manager) ServeSession(w http.ResponseWriter, r *http.Request) {
+	node, theirs, status, err := m.admit(r)
+	if err != nil {
+		m.log.Warn("session refused", "status", status, "from", r.RemoteAddr, "error", err)
+		http.Error(w, err.Error(), status)
+		return
+	}
+	var ours wire.Nonce
+	_, _ = rand.Read(ours[:]) // crypto/rand never fails: it ends the program instead
+	network := m.dispatch.Terms().Config.Network.Name
+	s := newSession(m, node, wire.SessionNonce(network, node, theirs, ours), r.RemoteAddr)
+	if !m.add(s) {
+		w.Header().Set("Retry-After", "5")
+		http.Error(w, "too many sessions, or the service is stopping", http.StatusServiceUnavailable)
+		return
+	}
+	conn, err := m.upgrader.Upgrade(w, r, http.Header{wire.HeaderNonce: {ours.String()}})
+	if err != nil { // Upgrade has answered
+		m.remove(s)
+		m.log.Warn("session refused", "node", node, "from", r.RemoteAddr, "error", err)
+		return
+	}
+	if conn.Subprotocol() != wire.Subprotocol {
+		_ = conn.Close()
+		m.remove(s)
+		return
+	}
+	s.conn = conn
+	go s.run() // the handler returns, and the HTTP server's buffers with it
+}
+
+// admit checks the request for a session.
+func (m *Manager) admit(r *http.Request) (node evm.Address, nonce wire.Nonce, status int, err error) {
+	name := m.dispatch.Terms().Config.Network.Name
+	if got := r.Header.Get(wire.HeaderNetwork); got != name {
+		return node, nonce, http.StatusConflict, fmt.Errorf("this is network %s, not %.64q", name, got)
+	}
+	if node, err = evm.ParseAddress(r.Header.Get(wire.HeaderNode)); err != nil {
+		return node, nonce, http.StatusBadRequest, fmt.Errorf("header %s: %w", wire.HeaderNode, err)
+	}
+	if nonce, err = wire.ParseNonce(r.Header.Get(wire.HeaderNonce)); err != nil {
+		return node, nonce, http.StatusBadRequest, fmt.Errorf("header %s: %w", wire.HeaderNonce, err)
+	}
+	if !slices.Contains(websocket.Subprotocols(r), wire.Subprotocol) {
+		return node, nonce, http.StatusBadRequest, fmt.Errorf("want WebSocket subprotocol %s", wire.Subprotocol)
+	}
+	_, err = m.registry.Node(r.Context(), node)
+	if errors.Is(err, store.ErrNotFound) {
+		return node, nonce, http.StatusForbidden, fmt.Errorf("node %s is not registered", node)
+	}
+	if err != nil {
+		return node, nonce, http.StatusServiceUnavailable, errors.New("the network cannot read its registry; try again later")
+	}
+	return node, nonce, 0, nil
+}
+
+// add counts a session in; false when there are too many.
+func (m *Manager) add(s *session) bool {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	if m.closing || len(m.sessions) >= m.opt.MaxSessions {
+		return false
+	}
+	m.sessions[s] = struct{}{}
+	m.wg.Add(1)
+	return true
+}
+
+func (m *Manager) remove(s *session) {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	delete(m.sessions, s)
+	if m.current[s.node] == s {
+		delete(m.current, s.node)
+	}
+	m.wg.Done()
+}
+
+// replace makes s the session of its node, now that it has shown that it holds
+// the node's key, and ends the one before.
+func (m *Manager) replace(s *session) {
+	m.mu.Lock()
+	old := m.current[s.node]
+	m.current[s.node] = s
+	m.mu.Unlock()
+	if old != nil {
+		old.end(websocket.CloseNormalClosure, "replaced", "another session of this node has begun")
+	}
+}

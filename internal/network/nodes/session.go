@@ -1,0 +1,351 @@
+package nodes
+
+import (
+	"bytes"
+	"context"
+	"errors"
+	"fmt"
+	"io"
+	"log/slog"
+	"net"
+	"sync"
+	"time"
+
+	"github.com/gorilla/websocket"
+	"golang.org/x/time/rate"
+
+	"github.com/resultity/node/internal/evm"
+	"github.com/resultity/node/internal/network/dispatch"
+	"github.com/resultity/node/internal/wire"
+)
+
+const (
+	// maxQueue and maxQueueBytes bound what waits to be sent to one node.
+	maxQueue      = 1024
+	maxQueueBytes = 64 << 20
+	// writeTimeout is for a small message; a large one gets a second more for
+	// each slowLink bytes.
+	writeTimeout = 10 * time.Second
+	slowLink     = 1 << 20
+	// keepBuffer is the largest read buffer that a session keeps, in bytes.
+	keepBuffer = 32 << 10
+)
+
+// session is one WebSocket of a node. Its reader is the goroutine of run, its
+// writer the one of write; the writer also closes the connection.
+type session struct {
+	m     *Manager
+	conn  *websocket.Conn // set before run
+	node  evm.Address
+	log   *slog.Logger
+	nonce wire.Nonce
+
+	opener *wire.Opener // the reader's
+	// stray slows down a node that sends what nobody asked for: the reader waits,
+	// and then so does the node.
+	stray *rate.Limiter // the reader's
+
+	stop chan struct{} // closed when the session is to end
+	work chan struct{} // has an element when the queue may have grown
+
+	// mu guards what follows, for the length of an append.
+	mu     sync.Mutex
+	queue  []wire.Message
+	bytes  int // of the requests in the queue
+	ended  bool
+	code   int    // of the close frame
+	why    string // metric's label
+	reason string // for people
+}
+
+func newSession(m *Manager, node evm.Address, nonce wire.Nonce, from string) *session {
+	window := m.dispatch.Terms().Config.Network.ClockWindow.Duration()
+	return &session{
+		m: m, node: node, nonce: nonce, log: m.log.With("node", node, "from", from),
+		opener: wire.NewOpener(func(a evm.Address) bool { return a == node }, nonce, wire.ToNetwork, time.Now, window),
+		stray:  rate.NewLimiter(20, 200),
+		stop:   make(chan struct{}), work: make(chan struct{}, 1),
+	}
+}
+
+// Send queues a message. It never blocks: see the package comment.
+func (s *session) Send(msg wire.Message) {
+	size := 0
+	if j, ok := msg.(*wire.Job); ok {
+		size = len(j.Request)
+	}
+	s.mu.Lock()
+	full := len(s.queue) >= maxQueue || s.bytes > 0 && s.bytes+size > maxQueueBytes
+	if !s.ended && !full {
+		s.queue = append(s.queue, msg)
+		s.bytes += size
+	}
+	s.mu.Unlock()
+	if full {
+		s.end(websocket.ClosePolicyViolation, "slow", "the node does not keep up with what it is sent")
+		// The writer may be stuck in a write to it, the reader in a read.
+		_ = s.conn.NetConn().SetDeadline(time.Now())
+		return
+	}
+	select {
+	case s.work <- struct{}{}:
+	default:
+	}
+}
+
+// Restart ends the session so that the node connects anew.
+func (s *session) Restart(reason string) {
+	s.end(websocket.CloseServiceRestart, "restart", reason)
+}
+
+// end asks the session to end. The first call decides what is said about it.
+func (s *session) end(code int, why, reason string) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if s.ended {
+		return
+	}
+	s.ended, s.code, s.why, s.reason = true, code, why, reason
+	close(s.stop)
+}
+
+// run holds the session until it ends, and leaves nothing running.
+func (s *session) run() {
+	defer s.m.remove(s)
+	done := make(chan struct{})
+	go func() {
+		defer close(done)
+		s.write()
+	}()
+	violation := s.read()
+	<-done
+	s.m.metrics.Sessions.WithLabelValues(s.why).Inc()
+	level := slog.LevelInfo
+	if violation {
+		level = slog.LevelWarn
+	}
+	s.log.Log(context.Background(), level, "session ended", "why", s.why, "reason", s.reason)
+}
+
+// read takes the node's frames until the session ends. It reports whether the
+// node broke the protocol.
+func (s *session) read() (violation bool) {
+	member, err := s.hello()
+	if err == nil {
+		s.log.Info("session began")
+		err = s.frames(member)
+	}
+	violation = s.blame(err)
+	if member != nil {
+		member.Leave(violation)
+	}
+	return violation
+}
+
+// refusals names the frame errors for metrics.
+var refusals = []struct {
+	err  error
+	name string
+}{
+	{wire.ErrTooLarge, "too_large"},
+	{websocket.ErrReadLimit, "too_large"},
+	{wire.ErrSigner, "signer"},
+	{wire.ErrSequence, "sequence"},
+	{wire.ErrClock, "clock"},
+	{wire.ErrMalformed, "malformed"},
+	{errNotBinary, "malformed"},
+	{errOrder, "order"},
+	{dispatch.ErrInvalid, "invalid"},
+}
+
+var (
+	errNotBinary = errors.New("not a binary message")
+	errOrder     = errors.New("not the time for this message")
+	errBye       = errors.New("bye")
+)
+
+// blame ends the session for err and reports whether that is the node's fault.
+func (s *session) blame(err error) bool {
+	for _, r := range refusals {
+		if !errors.Is(err, r.err) {
+			continue
+		}
+		s.m.metrics.FramesRefused.WithLabelValues(r.name).Inc()
+		s.log.Warn("frame refused", "reason", r.name, "error", err)
+		code := websocket.ClosePolicyViolation
+		if r.name == "too_large" {
+			code = websocket.CloseMessageTooBig
+		}
+		s.end(code, "violation", err.Error())
+		// A clock that drifts is a fault, not an attack: no penalty.
+		return r.name != "clock"
+	}
+	var timeout net.Error
+	switch {
+	case errors.Is(err, errBye):
+		s.end(websocket.CloseNormalClosure, "bye", "the node said goodbye")
+	case errors.As(err, &timeout) && timeout.Timeout():
+		s.end(websocket.CloseGoingAway, "timeout", "no sign of life")
+	default:
+		s.end(websocket.CloseGoingAway, "lost", fmt.Sprint(err))
+	}
+	return false
+}
+
+// hello takes the first frame, which shows that the peer holds the node's key.
+func (s *session) hello() (*dispatch.Member, error) {
+	s.conn.SetReadLimit(maxHello)
+	_ = s.conn.SetReadDeadline(time.Now().Add(helloTimeout)) // only fails on a closed connection, which the read tells
+	msg, err := s.next(new(bytes.Buffer))
+	if err != nil {
+		return nil, err
+	}
+	h, ok := msg.(*wire.Hello)
+	if !ok {
+		return nil, fmt.Errorf("%w: %s before hello", errOrder, msg.Type())
+	}
+	s.log = s.log.With("agent", fmt.Sprintf("%.64q", h.Agent))
+	s.conn.SetReadLimit(wire.MaxFrame)
+	s.conn.SetPongHandler(func(string) error { return s.alive() })
+	if err := s.alive(); err != nil {
+		return nil, err
+	}
+	s.m.replace(s)
+	s.Send(&wire.Welcome{Session: s.nonce.String(), Server: s.m.version})
+	return s.m.dispatch.Join(s.node, s), nil
+}
+
+func (s *session) alive() error {
+	return s.conn.SetReadDeadline(time.Now().Add(3 * s.m.opt.Ping))
+}
+
+func (s *session) frames(member *dispatch.Member) error {
+	buf := new(bytes.Buffer)
+	for {
+		msg, err := s.next(buf)
+		if err != nil {
+			return err
+		}
+		if err := s.alive(); err != nil {
+			return err
+		}
+		if err := s.handle(member, msg); err != nil {
+			return err
+		}
+		if buf.Cap() > keepBuffer {
+			buf = new(bytes.Buffer)
+		}
+	}
+}
+
+// next reads and checks one frame. Nothing of the message refers to buf.
+func (s *session) next(buf *bytes.Buffer) (wire.Message, error) {
+	typ, r, err := s.conn.NextReader()
+	if err != nil {
+		return nil, err
+	}
+	if typ != websocket.BinaryMessage {
+		return nil, errNotBinary
+	}
+	buf.Reset()
+	if _, err := io.Copy(buf, r); err != nil {
+		return nil, err
+	}
+	return s.opener.Open(buf.Bytes())
+}
+
+func (s *session) handle(member *dispatch.Member, msg wire.Message) error {
+	expected, err := true, error(nil)
+	switch v := msg.(type) {
+	case *wire.Heartbeat:
+		expected = false // at the interval and at changes; a flood of them is slowed down
+		err = member.Heartbeat(v)
+	case *wire.Accept:
+		expected = member.Accepted(v.Job)
+	case *wire.Refuse:
+		expected = member.Refused(v)
+	case *wire.Chunk:
+		expected, err = member.Chunk(v)
+	case *wire.Result:
+		expected, err = member.Result(v)
+	case *wire.Bye:
+		return errBye
+	default:
+		return fmt.Errorf("%w: a second %s", errOrder, msg.Type())
+	}
+	if err != nil || expected {
+		return err
+	}
+	return s.pause()
+}
+
+// pause makes a node wait that sends more than it should.
+func (s *session) pause() error {
+	r := s.stray.Reserve()
+	d := r.Delay()
+	if d == 0 {
+		return nil
+	}
+	t := time.NewTimer(d)
+	defer t.Stop()
+	select {
+	case <-t.C:
+	case <-s.stop:
+	}
+	return nil
+}
+
+// write sends what is queued, and pings, until the session is to end. Then it
+// says why and closes the connection, which ends the reader.
+func (s *session) write() {
+	defer s.conn.Close()
+	sealer := wire.NewSealer(s.m.key, s.nonce, wire.ToNode, time.Now)
+	ping := time.NewTicker(s.m.opt.Ping)
+	defer ping.Stop()
+	for {
+		select {
+		case <-s.stop:
+			text := s.reason
+			if len(text) > 120 { // what fits into a close frame
+				text = text[:120]
+			}
+			// The peer may be gone; closing is what counts.
+			_ = s.conn.WriteControl(websocket.CloseMessage, websocket.FormatCloseMessage(s.code, text), time.Now().Add(time.Second))
+			return
+		case <-ping.C:
+			if err := s.conn.WriteControl(websocket.PingMessage, nil, time.Now().Add(writeTimeout)); err != nil {
+				s.end(websocket.CloseGoingAway, "lost", fmt.Sprint(err))
+			}
+		case <-s.work:
+			if err := s.flush(sealer); err != nil {
+				s.end(websocket.CloseGoingAway, "lost", fmt.Sprint(err))
+			}
+		}
+	}
+}
+
+// flush sends the queue.
+func (s *session) flush(sealer *wire.Sealer) error {
+	for {
+		s.mu.Lock()
+		queue := s.queue
+		s.queue, s.bytes = nil, 0
+		s.mu.Unlock()
+		if len(queue) == 0 {
+			return nil
+		}
+		for _, msg := range queue {
+			frame, err := sealer.Seal(msg)
+			if err != nil {
+				return err
+			}
+			limit := writeTimeout + time.Duration(len(frame))*time.Second/slowLink
+			if err := s.conn.SetWriteDeadline(time.Now().Add(limit)); err != nil {
+				return err
+			}
+			if err := s.conn.WriteMessage(websocket.BinaryMessage, frame); err != nil {
+				return err
+			}
+		}
+	}
+}
