@@ -1,0 +1,425 @@
+// Package gateway owns the network's face to its clients: OpenAI's API, receipts
+// and the list of nodes.
+//
+// The rule it keeps: a response passes through byte for byte, so that its hash
+// is the one in the receipt. What does not come from a node, an error, has no
+// receipt; in a stream that has begun it is an event with an "error" object in
+// place of the end mark.
+package gateway
+
+import (
+	"bytes"
+	"context"
+	"encoding/json"
+	"errors"
+	"io"
+	"log/slog"
+	"mime"
+	"net/http"
+	"strconv"
+	"strings"
+	"time"
+
+	"github.com/resultity/node/internal/network/dispatch"
+	"github.com/resultity/node/internal/network/metrics"
+	"github.com/resultity/node/internal/network/store"
+	"github.com/resultity/node/internal/openai"
+	"github.com/resultity/node/internal/receipt"
+	"github.com/resultity/node/internal/wire"
+)
+
+// HeaderReceipt names the receipt of a response: the job's id. Of a plain
+// response the receipt exists when the response arrives, of a stream when its
+// end mark has.
+const HeaderReceipt = "Resultity-Receipt"
+
+const (
+	bodyTimeout  = 30 * time.Second // for a request's body to arrive
+	writeTimeout = 30 * time.Second // for one write to a client
+)
+
+// records is what the gateway reads of the store.
+type records interface {
+	Client(key string) (store.Client, bool)
+	Result(context.Context, receipt.JobID) (*store.Result, error)
+	Nodes(context.Context) ([]store.Node, error)
+}
+
+// Gateway answers /v1/. Safe for concurrent use.
+type Gateway struct {
+	records  records
+	dispatch *dispatch.Dispatcher
+	metrics  *metrics.Metrics
+	log      *slog.Logger
+	mux      *http.ServeMux
+}
+
+// New makes a gateway.
+func New(r records, d *dispatch.Dispatcher, m *metrics.Metrics, log *slog.Logger) *Gateway {
+	g := &Gateway{records: r, dispatch: d, metrics: m, log: log, mux: http.NewServeMux()}
+	for _, route := range []struct {
+		method, path string
+		handle       func(http.ResponseWriter, *http.Request, store.Client)
+	}{
+		{"POST", "/v1/chat/completions", g.infer(wire.KindChat)},
+		{"POST", "/v1/completions", g.infer(wire.KindCompletion)},
+		{"GET", "/v1/models", g.models},
+		{"GET", "/v1/models/{id}", g.model},
+		{"GET", "/v1/receipts/{id}", g.receipt},
+		{"GET", "/v1/nodes", g.nodes},
+	} {
+		g.mux.Handle(route.method+" "+route.path, g.counted(route.path, g.authenticated(route.handle)))
+		g.mux.Handle(route.path, g.counted(route.path, func(w http.ResponseWriter, r *http.Request) {
+			w.Header().Set("Allow", route.method)
+			openai.WriteError(w, &openai.Error{
+				Status: http.StatusMethodNotAllowed, Type: openai.TypeInvalidRequest, Code: "method_not_allowed",
+				Message: "Not allowed to " + clean(r.Method) + " on this URL; use " + route.method + ".",
+			})
+		}))
+	}
+	g.mux.Handle("/v1/", g.counted("other", func(w http.ResponseWriter, _ *http.Request) {
+		openai.WriteError(w, &openai.Error{Status: http.StatusNotFound, Type: openai.TypeInvalidRequest, Code: "unknown_url", Message: "Unknown request URL."})
+	}))
+	return g
+}
+
+func clean(method string) string {
+	if len(method) > 16 {
+		method = method[:16]
+	}
+	return method
+}
+
+// ServeHTTP implements [http.Handler].
+func (g *Gateway) ServeHTTP(w http.ResponseWriter, r *http.Request) { g.mux.ServeHTTP(w, r) }
+
+// status remembers the status code for metrics.
+type status struct {
+	http.ResponseWriter
+	code int
+}
+
+func (s *status) WriteHeader(code int) {
+	s.code = code
+	s.ResponseWriter.WriteHeader(code)
+}
+
+// Unwrap lets [http.ResponseController] reach the connection.
+func (s *status) Unwrap() http.ResponseWriter { return s.ResponseWriter }
+
+func (g *Gateway) counted(route string, next http.HandlerFunc) http.Handler {
+	return http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		s := &status{ResponseWriter: w, code: http.StatusOK}
+		next(s, r)
+		g.metrics.Requests.WithLabelValues(route, strconv.Itoa(s.code)).Inc()
+	})
+}
+
+func (g *Gateway) authenticated(next func(http.ResponseWriter, *http.Request, store.Client)) http.HandlerFunc {
+	return func(w http.ResponseWriter, r *http.Request) {
+		scheme, key, _ := strings.Cut(r.Header.Get("Authorization"), " ")
+		if strings.EqualFold(scheme, "Bearer") && key != "" {
+			if c, ok := g.records.Client(strings.TrimSpace(key)); ok {
+				next(w, r, c)
+				return
+			}
+		}
+		w.Header().Set("WWW-Authenticate", "Bearer")
+		openai.WriteError(w, &openai.Error{
+			Status: http.StatusUnauthorized, Type: openai.TypeInvalidRequest, Code: "invalid_api_key",
+			Message: "Incorrect or missing API key. Send one of this network's in the header Authorization: Bearer KEY.",
+		})
+	}
+}
+
+// infer answers the two APIs that models work for.
+func (g *Gateway) infer(kind wire.Kind) func(http.ResponseWriter, *http.Request, store.Client) {
+	return func(w http.ResponseWriter, r *http.Request, client store.Client) {
+		cfg := g.dispatch.Terms().Config
+		body, e := readBody(w, r, cfg.Limits.RequestBytes)
+		if e != nil {
+			openai.WriteError(w, e)
+			return
+		}
+		req, err := openai.Parse(kind, body, openai.Limits{
+			RequestBytes: cfg.Limits.RequestBytes, Tokens: cfg.Limits.Tokens, Messages: cfg.Limits.Messages,
+		})
+		if err != nil {
+			openai.WriteError(w, asError(err))
+			return
+		}
+		if req.Model != cfg.Runtime.Model {
+			openai.WriteError(w, openai.ModelNotFound(req.Model))
+			return
+		}
+		t, err := g.dispatch.Submit(r.Context(), dispatch.Work{Kind: kind, Model: req.Model, Stream: req.Stream, Body: body, Client: client.Name})
+		if err != nil {
+			g.fail(w, err)
+			return
+		}
+		w.Header().Set("X-Request-Id", t.ID().String())
+		if req.Stream {
+			g.stream(w, r, t)
+		} else {
+			g.plain(w, r, t)
+		}
+	}
+}
+
+func readBody(w http.ResponseWriter, r *http.Request, limit int64) ([]byte, *openai.Error) {
+	if typ, _, err := mime.ParseMediaType(r.Header.Get("Content-Type")); err != nil || typ != "application/json" {
+		return nil, &openai.Error{
+			Status: http.StatusUnsupportedMediaType, Type: openai.TypeInvalidRequest, Code: "invalid_content_type",
+			Message: "The body must be JSON; send the header Content-Type: application/json.",
+		}
+	}
+	rc := http.NewResponseController(w)
+	_ = rc.SetReadDeadline(time.Now().Add(bodyTimeout)) // a connection that cannot has timeouts of its own
+	var buf bytes.Buffer
+	if n := r.ContentLength; n > 0 && n <= limit {
+		buf.Grow(int(n) + bytes.MinRead)
+	}
+	_, err := buf.ReadFrom(http.MaxBytesReader(w, r.Body, limit))
+	_ = rc.SetReadDeadline(time.Time{}) // from here on a read only watches for the client's leaving
+	var tooLarge *http.MaxBytesError
+	switch {
+	case errors.As(err, &tooLarge):
+		return nil, &openai.Error{
+			Status: http.StatusRequestEntityTooLarge, Type: openai.TypeInvalidRequest, Code: "request_too_large",
+			Message: "The request has more than " + strconv.FormatInt(limit, 10) + " bytes, the most that this network takes.",
+		}
+	case err != nil:
+		return nil, &openai.Error{
+			Status: http.StatusBadRequest, Type: openai.TypeInvalidRequest, Code: "incomplete_body",
+			Message: "The request's body did not arrive in full, or not in time.",
+		}
+	}
+	return buf.Bytes(), nil
+}
+
+func (g *Gateway) plain(w http.ResponseWriter, r *http.Request, t *dispatch.Ticket) {
+	response, err := t.Wait(r.Context())
+	if r.Context().Err() != nil {
+		t.Cancel()
+		return
+	}
+	if err != nil {
+		g.fail(w, err)
+		return
+	}
+	h := w.Header()
+	h.Set(HeaderReceipt, t.ID().String())
+	h.Set("Content-Type", "application/json")
+	h.Set("Content-Length", strconv.Itoa(len(response)))
+	_ = http.NewResponseController(w).SetWriteDeadline(time.Now().Add(writeTimeout + time.Duration(len(response))*time.Second/(64<<10)))
+	_, _ = w.Write(response) // a client that has gone may still fetch the receipt
+}
+
+func (g *Gateway) stream(w http.ResponseWriter, r *http.Request, t *dispatch.Ticket) {
+	rc := http.NewResponseController(w)
+	var sent int
+	var last []byte
+	for {
+		data, err := t.Next(r.Context(), sent)
+		switch {
+		case r.Context().Err() != nil:
+			t.Cancel()
+			return
+		case errors.Is(err, io.EOF):
+			return
+		case err != nil && sent == 0:
+			g.fail(w, err)
+			return
+		case err != nil:
+			// End an event that was cut, then say what happened. There is no end
+			// mark: the stream is not whole.
+			event := bytes.Join([][]byte{[]byte("data: "), asError(err).Body(), []byte("\n\n")}, nil)
+			if !bytes.HasSuffix(last, []byte("\n\n")) {
+				event = append([]byte("\n\n"), event...)
+			}
+			_ = rc.SetWriteDeadline(time.Now().Add(writeTimeout))
+			_, _ = w.Write(event) // nobody is left to be told
+			_ = rc.Flush()
+			return
+		}
+		if sent == 0 {
+			h := w.Header()
+			h.Set(HeaderReceipt, t.ID().String())
+			h.Set("Content-Type", "text/event-stream; charset=utf-8")
+			h.Set("Cache-Control", "no-cache")
+			h.Set("X-Accel-Buffering", "no") // reverse proxies must not collect events
+		}
+		_ = rc.SetWriteDeadline(time.Now().Add(writeTimeout)) // what cannot have one fails in Write
+		if _, err = w.Write(data); err == nil {
+			err = rc.Flush()
+		}
+		if err != nil {
+			t.Cancel()
+			return
+		}
+		sent, last = sent+len(data), data
+	}
+}
+
+// fail answers with what went wrong.
+func (g *Gateway) fail(w http.ResponseWriter, err error) {
+	e := asError(err)
+	if f, ok := dispatch.AsFailure(err); !ok && e.Status == http.StatusServiceUnavailable {
+		g.log.Error("job could not be taken", "error", err)
+	} else if ok && (f.Outcome == dispatch.QueueFull || f.Outcome == dispatch.NoNode || f.Outcome == dispatch.Closing) {
+		g.metrics.Jobs.WithLabelValues(string(f.Outcome)).Inc()
+	}
+	switch e.Status {
+	case http.StatusTooManyRequests:
+		w.Header().Set("Retry-After", "1")
+	case http.StatusServiceUnavailable:
+		w.Header().Set("Retry-After", "5")
+	}
+	openai.WriteError(w, e)
+}
+
+// asError puts an error into OpenAI's words.
+func asError(err error) *openai.Error {
+	var e *openai.Error
+	if errors.As(err, &e) {
+		return e
+	}
+	server := func(status int, code, message string) *openai.Error {
+		return &openai.Error{Status: status, Type: openai.TypeServer, Code: code, Message: message}
+	}
+	f, ok := dispatch.AsFailure(err)
+	if !ok {
+		return server(http.StatusServiceUnavailable, "storage", "The network could not write the request down. Please try again later.")
+	}
+	switch f.Outcome {
+	case dispatch.QueueFull:
+		return &openai.Error{Status: http.StatusTooManyRequests, Type: "rate_limit_error", Code: "queue_full", Message: "Too many requests are waiting. Please try again later."}
+	case dispatch.NoNode:
+		return server(http.StatusServiceUnavailable, "no_node", "No node is ready to serve the model. Please try again later.")
+	case dispatch.Withdrawn:
+		return server(http.StatusServiceUnavailable, "model_withdrawn", "The model is no longer served.")
+	case dispatch.Closing:
+		return server(http.StatusServiceUnavailable, "stopping", "The service is restarting. Please try again.")
+	case dispatch.Deadline:
+		return server(http.StatusGatewayTimeout, "deadline", "The request was not finished in time.")
+	case dispatch.Diverged:
+		return server(http.StatusBadGateway, "stream_interrupted", "The stream was interrupted and another node could not continue it. Please try again.")
+	case dispatch.Refused:
+		switch f.Code {
+		case wire.CodeDeadline:
+			return server(http.StatusGatewayTimeout, "deadline", "The request could not be finished in time.")
+		case wire.CodeBadRequest, wire.CodeLimit:
+			return &openai.Error{Status: http.StatusBadRequest, Type: openai.TypeInvalidRequest, Code: string(f.Code), Message: f.Message}
+		}
+	}
+	switch f.Code {
+	case wire.CodeBusy, wire.CodeDraining, wire.CodeNotReady, wire.CodeConfig, wire.CodeUnknownModel, wire.CodeStorage:
+		return server(http.StatusServiceUnavailable, "unavailable", "No node could take the request. Please try again.")
+	}
+	return server(http.StatusBadGateway, "node_failed", "No node could finish the request. Please try again.")
+}
+
+// Answers that are not inference.
+
+type modelObject struct {
+	ID      string `json:"id"`
+	Object  string `json:"object"`
+	Created int64  `json:"created"`
+	OwnedBy string `json:"owned_by"`
+}
+
+func (g *Gateway) served() modelObject {
+	t := g.dispatch.Terms()
+	return modelObject{ID: t.Config.Runtime.Model, Object: "model", Created: t.Published.Unix(), OwnedBy: t.Config.Network.Name}
+}
+
+func (g *Gateway) models(w http.ResponseWriter, _ *http.Request, _ store.Client) {
+	g.write(w, map[string]any{"object": "list", "data": []modelObject{g.served()}})
+}
+
+func (g *Gateway) model(w http.ResponseWriter, r *http.Request, _ store.Client) {
+	m := g.served()
+	if id := r.PathValue("id"); id != m.ID {
+		openai.WriteError(w, openai.ModelNotFound(id))
+		return
+	}
+	g.write(w, m)
+}
+
+func (g *Gateway) receipt(w http.ResponseWriter, r *http.Request, _ store.Client) {
+	missing := &openai.Error{
+		Status: http.StatusNotFound, Type: openai.TypeInvalidRequest, Code: "receipt_not_found", Param: "id",
+		Message: "No such receipt: the request is not finished, or it has failed, or the receipt is older than this network keeps them.",
+	}
+	id, err := receipt.ParseJobID(r.PathValue("id"))
+	if err != nil {
+		openai.WriteError(w, missing)
+		return
+	}
+	res, err := g.records.Result(r.Context(), id)
+	switch {
+	case errors.Is(err, store.ErrNotFound):
+		openai.WriteError(w, missing)
+	case err != nil:
+		g.log.Error("receipt could not be read", "job", id, "error", err)
+		openai.WriteError(w, &openai.Error{Status: http.StatusInternalServerError, Type: openai.TypeServer, Code: "storage", Message: "The receipt could not be read."})
+	default:
+		g.write(w, res.Receipt)
+	}
+}
+
+// node is one entry of GET /v1/nodes. What the node says about itself stands in
+// heartbeat; everything else is the network's own knowledge.
+type node struct {
+	ID         string          `json:"id"`
+	Object     string          `json:"object"`
+	Account    string          `json:"account"`
+	Registered int64           `json:"registered"` // Unix seconds
+	Connected  bool            `json:"connected"`
+	Since      int64           `json:"connected_since,omitempty"` // Unix seconds
+	Routable   bool            `json:"routable"`
+	Reason     string          `json:"reason,omitempty"` // why it gets no jobs
+	Running    int             `json:"running"`          // jobs it has been given
+	BeatAt     int64           `json:"heartbeat_at,omitempty"`
+	Heartbeat  *wire.Heartbeat `json:"heartbeat,omitempty"`
+}
+
+func (g *Gateway) nodes(w http.ResponseWriter, r *http.Request, _ store.Client) {
+	registered, err := g.records.Nodes(r.Context())
+	if err != nil {
+		g.log.Error("nodes could not be read", "error", err)
+		openai.WriteError(w, &openai.Error{Status: http.StatusInternalServerError, Type: openai.TypeServer, Code: "storage", Message: "The nodes could not be read."})
+		return
+	}
+	known := map[string]dispatch.NodeStatus{}
+	for _, s := range g.dispatch.Nodes() {
+		known[s.Address.Hex()] = s
+	}
+	list := make([]node, 0, len(registered))
+	for _, n := range registered {
+		v := node{ID: n.Address.Hex(), Object: "node", Account: n.Account, Registered: n.Registered / 1000, Reason: "not connected"}
+		if s, ok := known[v.ID]; ok {
+			v.Connected, v.Routable, v.Reason, v.Running, v.Heartbeat = s.Connected, s.Routable, s.Reason, s.Running, s.Heartbeat
+			if s.Connected {
+				v.Since = s.Since.Unix()
+			}
+			if s.Heartbeat != nil {
+				v.BeatAt = s.BeatAt.Unix()
+			}
+		}
+		list = append(list, v)
+	}
+	g.write(w, map[string]any{"object": "list", "data": list})
+}
+
+func (g *Gateway) write(w http.ResponseWriter, v any) {
+	b, err := json.Marshal(v)
+	if err != nil {
+		g.log.Error("answer could not be written", "error", err)
+		openai.WriteError(w, &openai.Error{Status: http.StatusInternalServerError, Type: openai.TypeServer, Message: "Internal error."})
+		return
+	}
+	w.Header().Set("Content-Type", "application/json")
+	w.Header().Set("Content-Length", strconv.Itoa(len(b)))
+	_, _ = w.Write(b)
+}
