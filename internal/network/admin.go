@@ -1,0 +1,225 @@
+package network
+
+import (
+	"bytes"
+	"context"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"io"
+	"io/fs"
+	"log/slog"
+	"net"
+	"net/http"
+	"net/url"
+	"os"
+	"path/filepath"
+	"strings"
+	"syscall"
+	"time"
+
+	"github.com/resultity/node/internal/network/store"
+)
+
+func adminSocket(dir string) string { return filepath.Join(dir, "admin.sock") }
+
+// listenAdmin makes the admin socket. It gets its final name only once it has
+// its final mode. The caller holds the store's lock, so that a socket which is
+// there already is a leftover.
+func (s *service) listenAdmin() (net.Listener, error) {
+	final, first := adminSocket(s.cfg.Dir), filepath.Join(s.cfg.Dir, "store", "admin.sock")
+	if len(first) > 100 {
+		return nil, fmt.Errorf("%w: dir: %s is too long a path for a unix socket in it (at most 100 bytes)", ErrConfig, s.cfg.Dir)
+	}
+	_ = os.Remove(first) // if it is there, from a start that was cut short
+	l, err := net.ListenUnix("unix", &net.UnixAddr{Name: first, Net: "unix"})
+	if err != nil {
+		return nil, fmt.Errorf("admin socket: %w", err)
+	}
+	l.SetUnlinkOnClose(false) // it would remove the wrong name
+	if err := errors.Join(os.Chmod(first, 0o600), os.Rename(first, final)); err != nil {
+		_ = l.Close()
+		return nil, fmt.Errorf("admin socket: %w", err)
+	}
+	return &adminListener{l, final}, nil
+}
+
+type adminListener struct {
+	*net.UnixListener
+	name string
+}
+
+func (l *adminListener) Close() error {
+	_ = os.Remove(l.name) // gone already when closed twice
+	return l.UnixListener.Close()
+}
+
+// What the admin socket takes. Whoever can open it owns the service.
+type (
+	tokenRequest struct {
+		Uses    int    `json:"uses"`
+		Account string `json:"account"`
+		Expires int64  `json:"expires"` // Unix milliseconds
+	}
+	keyRequest struct {
+		Name string `json:"name"`
+	}
+	adminReply struct {
+		Secret string `json:"secret,omitempty"`
+		Count  int    `json:"count,omitempty"`
+		Error  string `json:"error,omitempty"`
+	}
+)
+
+func (s *service) adminHandler() http.Handler {
+	mux := http.NewServeMux()
+	handle := func(pattern string, f func(r *http.Request) (adminReply, error)) {
+		mux.HandleFunc(pattern, func(w http.ResponseWriter, r *http.Request) {
+			r.Body = http.MaxBytesReader(w, r.Body, 64<<10)
+			reply, err := f(r)
+			if err != nil {
+				reply = adminReply{Error: err.Error()}
+				w.WriteHeader(http.StatusUnprocessableEntity)
+			}
+			_ = json.NewEncoder(w).Encode(reply) // who has gone needs no answer
+		})
+	}
+	own := storeAdmin{s.store}
+	handle("POST /token", func(r *http.Request) (reply adminReply, err error) {
+		var q tokenRequest
+		if err = decode(r.Body, &q); err == nil {
+			reply.Secret, err = own.CreateToken(r.Context(), q.Uses, q.Account, time.UnixMilli(q.Expires))
+		}
+		return reply, err
+	})
+	handle("POST /apikey", func(r *http.Request) (reply adminReply, err error) {
+		var q keyRequest
+		if err = decode(r.Body, &q); err == nil {
+			reply.Secret, err = own.CreateAPIKey(r.Context(), q.Name)
+		}
+		return reply, err
+	})
+	handle("DELETE /apikey/{name}", func(r *http.Request) (reply adminReply, err error) {
+		reply.Count, err = own.RevokeAPIKeys(r.Context(), r.PathValue("name"))
+		return reply, err
+	})
+	handle("POST /reload", func(r *http.Request) (adminReply, error) { return adminReply{}, s.reload(r.Context()) })
+	return mux
+}
+
+func decode(r io.Reader, v any) error {
+	d := json.NewDecoder(r)
+	d.DisallowUnknownFields()
+	return d.Decode(v)
+}
+
+// Admin changes what is in the store of a network.
+type Admin interface {
+	// CreateToken makes an enrolment token that is good for uses nodes.
+	CreateToken(ctx context.Context, uses int, account string, expires time.Time) (string, error)
+	// CreateAPIKey makes an API key.
+	CreateAPIKey(ctx context.Context, name string) (string, error)
+	// RevokeAPIKeys removes all API keys of a name and returns how many.
+	RevokeAPIKeys(ctx context.Context, name string) (int, error)
+	// Reload makes a running service take over what is published; without one
+	// there is nothing to do.
+	Reload(ctx context.Context) error
+	Close()
+}
+
+// OpenAdmin reaches the running service of dir, or opens its store when none
+// runs.
+func OpenAdmin(ctx context.Context, dir string, log *slog.Logger) (Admin, error) {
+	if _, err := os.Stat(filepath.Join(dir, "publish.json")); err != nil {
+		return nil, fmt.Errorf("%w: dir: %s holds no network: %w", ErrConfig, dir, err)
+	}
+	c := &adminClient{http.Client{Transport: &http.Transport{
+		DialContext: func(ctx context.Context, _, _ string) (net.Conn, error) {
+			var d net.Dialer
+			return d.DialContext(ctx, "unix", adminSocket(dir))
+		},
+	}, Timeout: 30 * time.Second}}
+	conn, err := net.Dial("unix", adminSocket(dir))
+	if err == nil {
+		_ = conn.Close() // only to see that somebody listens
+		return c, nil
+	}
+	if !errors.Is(err, fs.ErrNotExist) && !errors.Is(err, syscall.ECONNREFUSED) {
+		return nil, fmt.Errorf("admin socket: %w", err)
+	}
+	s, err := store.Open(ctx, filepath.Join(dir, "store"), log)
+	if err != nil {
+		return nil, err
+	}
+	return storeAdmin{s}, nil
+}
+
+// storeAdmin works on the store itself.
+type storeAdmin struct{ store *store.Store }
+
+func (a storeAdmin) CreateToken(ctx context.Context, uses int, account string, expires time.Time) (string, error) {
+	if !expires.After(time.Now()) {
+		return "", fmt.Errorf("the token would expire at %s, in the past", expires.UTC().Format(time.RFC3339))
+	}
+	return a.store.CreateToken(ctx, store.Token{Uses: uses, Account: account, Expires: expires.UnixMilli()})
+}
+
+func (a storeAdmin) CreateAPIKey(ctx context.Context, name string) (string, error) {
+	return a.store.CreateAPIKey(ctx, name, time.Now())
+}
+
+func (a storeAdmin) RevokeAPIKeys(ctx context.Context, name string) (int, error) {
+	return a.store.RevokeAPIKeys(ctx, name)
+}
+
+func (a storeAdmin) Reload(context.Context) error { return nil }
+func (a storeAdmin) Close()                       { a.store.Close() }
+
+// adminClient asks the running service.
+type adminClient struct{ http http.Client }
+
+func (c *adminClient) call(ctx context.Context, method, path string, body any) (adminReply, error) {
+	var reply adminReply
+	b, err := json.Marshal(body)
+	if err != nil {
+		return reply, err
+	}
+	req, err := http.NewRequestWithContext(ctx, method, "http://admin"+path, bytes.NewReader(b))
+	if err != nil {
+		return reply, err
+	}
+	res, err := c.http.Do(req)
+	if err != nil {
+		return reply, err
+	}
+	defer res.Body.Close()
+	if err := json.NewDecoder(io.LimitReader(res.Body, 64<<10)).Decode(&reply); err != nil {
+		return reply, fmt.Errorf("admin socket: %s: %w", res.Status, err)
+	}
+	if reply.Error != "" {
+		return reply, errors.New(strings.TrimSpace(reply.Error))
+	}
+	return reply, nil
+}
+
+func (c *adminClient) CreateToken(ctx context.Context, uses int, account string, expires time.Time) (string, error) {
+	r, err := c.call(ctx, http.MethodPost, "/token", tokenRequest{Uses: uses, Account: account, Expires: expires.UnixMilli()})
+	return r.Secret, err
+}
+
+func (c *adminClient) CreateAPIKey(ctx context.Context, name string) (string, error) {
+	r, err := c.call(ctx, http.MethodPost, "/apikey", keyRequest{Name: name})
+	return r.Secret, err
+}
+
+func (c *adminClient) RevokeAPIKeys(ctx context.Context, name string) (int, error) {
+	r, err := c.call(ctx, http.MethodDelete, "/apikey/"+url.PathEscape(name), nil)
+	return r.Count, err
+}
+
+func (c *adminClient) Reload(ctx context.Context) error {
+	_, err := c.call(ctx, http.MethodPost, "/reload", nil)
+	return err
+}
+
+func (c *adminClient) Close() { c.http.CloseIdleConnections() }

@@ -1,0 +1,282 @@
+// Package cli owns the command line of resultity-network.
+//
+// The rule it keeps: a mistake in the configuration ends with status 78 and names
+// the key and what was expected, so that a service manager does not try again.
+package cli
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"io"
+	"log/slog"
+	"os"
+	"path/filepath"
+	"time"
+
+	"github.com/spf13/cobra"
+
+	"github.com/resultity/node/internal/network"
+	"github.com/resultity/node/internal/publish"
+	"github.com/resultity/node/internal/snapshot"
+)
+
+// Exit statuses beside 0 and 1. The unit sets RestartPreventExitStatus=78, since
+// a start that fails so would fail again.
+const (
+	exitUsage  = 64
+	exitConfig = 78
+)
+
+var errUsage = errors.New("usage")
+
+// Main runs the program and returns its exit status.
+func Main(ctx context.Context, args []string, stdout, stderr io.Writer, version string) int {
+	cmd := root(version)
+	cmd.SetArgs(args)
+	cmd.SetOut(stdout)
+	cmd.SetErr(stderr)
+	err := cmd.ExecuteContext(ctx)
+	if err == nil {
+		return 0
+	}
+	fmt.Fprintln(stderr, "resultity-network:", err)
+	switch {
+	case errors.Is(err, network.ErrConfig):
+		return exitConfig
+	case errors.Is(err, errUsage):
+		return exitUsage
+	}
+	return 1
+}
+
+func root(version string) *cobra.Command {
+	cmd := &cobra.Command{
+		Use:           "resultity-network",
+		Short:         "Run a Resultity network: its nodes, its API, its configuration",
+		Version:       version,
+		SilenceUsage:  true,
+		SilenceErrors: true,
+	}
+	cmd.SetFlagErrorFunc(func(_ *cobra.Command, err error) error { return fmt.Errorf("%w: %w", errUsage, err) })
+	cmd.CompletionOptions.HiddenDefaultCmd = true
+	cmd.AddCommand(initCommand(), publishCommand(), serveCommand(), tokenCommand(), apikeyCommand(), versionCommand(version))
+	return cmd
+}
+
+// dirFlag adds --dir and returns a function that makes it absolute.
+func dirFlag(cmd *cobra.Command) func() (string, error) {
+	dir := cmd.Flags().String("dir", network.Defaults().Dir, "directory of the network")
+	return func() (string, error) { return filepath.Abs(*dir) }
+}
+
+// quiet is for commands whose store would otherwise talk about itself.
+func quiet(cmd *cobra.Command) *slog.Logger {
+	return slog.New(slog.NewTextHandler(cmd.ErrOrStderr(), &slog.HandlerOptions{Level: slog.LevelWarn}))
+}
+
+func initCommand() *cobra.Command {
+	var o network.InitOptions
+	life := publish.DefaultLifetimes
+	cmd := &cobra.Command{
+		Use: "init --name NAME --chain-id ID", Short: "Make a network: keys, an empty repository, a first API key and enrolment token", Args: cobra.NoArgs,
+	}
+	dir := dirFlag(cmd)
+	f := cmd.Flags()
+	f.StringVar(&o.Name, "name", "", "name of the network (required)")
+	f.Uint64Var(&o.ChainID, "chain-id", 0, "EIP-155 chain id of its receipts (required)")
+	f.StringSliceVar(&o.Publish.RootKeys, "root-key", nil, "file of a root key, made when missing; repeat it for each (default: three in DIR/keys)")
+	f.IntVar(&o.Publish.Threshold, "root-threshold", 0, "how many root keys must sign (default: more than half)")
+	f.DurationVar(&life.Timestamp, "timestamp-lifetime", life.Timestamp, "how long nodes believe the newest word of the network; bounds how long somebody can hide news from them")
+	f.IntVar(&o.TokenUses, "nodes", 10, "how many nodes the first enrolment token is good for")
+	_ = cmd.MarkFlagRequired("name")     // fails for an unknown flag only
+	_ = cmd.MarkFlagRequired("chain-id") // likewise
+	cmd.RunE = func(cmd *cobra.Command, _ []string) error {
+		d, err := dir()
+		if err != nil {
+			return err
+		}
+		o.Publish.Lifetimes = life
+		key, err := network.Init(cmd.Context(), d, o, quiet(cmd))
+		if err != nil {
+			return err
+		}
+		out := cmd.OutOrStdout()
+		fmt.Fprintf(out, "network %s\n", o.Name)
+		for _, l := range [][2]string{
+			{"message key", key.Hex()},
+			{"first root", filepath.Join(d, "repository", "metadata", "1.root.json")},
+			{"API key", filepath.Join(d, "api-key")},
+			{"enrolment token", filepath.Join(d, "enrolment-token")},
+			{"configuration", filepath.Join(d, snapshot.Target)},
+		} {
+			fmt.Fprintf(out, "  %-16s %s\n", l[0], l[1])
+		}
+		fmt.Fprintf(out, "Nodes need the first root; keep the root keys (%s) on other media.\n", filepath.Join(d, "keys", "root-*.pem"))
+		fmt.Fprintf(out, "Next: fill in the configuration, then resultity-network publish --dir %s --config %s\n", d, filepath.Join(d, snapshot.Target))
+		return nil
+	}
+	return cmd
+}
+
+func publishCommand() *cobra.Command {
+	cmd := &cobra.Command{
+		Use: "publish --config FILE", Short: "Publish a configuration; a running service and its nodes take it over", Args: cobra.NoArgs,
+	}
+	dir := dirFlag(cmd)
+	config := cmd.Flags().String("config", "", "the configuration, config.json (required)")
+	_ = cmd.MarkFlagRequired("config") // fails for an unknown flag only
+	cmd.RunE = func(cmd *cobra.Command, _ []string) error {
+		d, err := dir()
+		if err != nil {
+			return err
+		}
+		raw, err := readBounded(*config, snapshot.MaxSize)
+		if err != nil {
+			return fmt.Errorf("%w: config: %w", network.ErrConfig, err)
+		}
+		if err := network.Publish(d, raw); err != nil {
+			return err
+		}
+		snap, err := publish.Current(d)
+		if err != nil {
+			return err
+		}
+		fmt.Fprintf(cmd.OutOrStdout(), "published version %d, %s\n", snap.Version(), snap.Digest())
+		return withAdmin(cmd, d, func(a network.Admin) error { return a.Reload(cmd.Context()) })
+	}
+	return cmd
+}
+
+func readBounded(name string, limit int64) ([]byte, error) {
+	f, err := os.Open(name)
+	if err != nil {
+		return nil, err
+	}
+	defer f.Close()
+	b, err := io.ReadAll(io.LimitReader(f, limit+1))
+	if err == nil && int64(len(b)) > limit {
+		err = fmt.Errorf("%s: more than %d bytes", name, limit)
+	}
+	return b, err
+}
+
+func withAdmin(cmd *cobra.Command, dir string, f func(network.Admin) error) error {
+	a, err := network.OpenAdmin(cmd.Context(), dir, quiet(cmd))
+	if err != nil {
+		return err
+	}
+	defer a.Close()
+	return f(a)
+}
+
+func serveCommand() *cobra.Command {
+	c := network.Defaults()
+	var file string
+	cmd := &cobra.Command{Use: "serve", Short: "Serve the network until told to stop", Args: cobra.NoArgs}
+	f := cmd.Flags()
+	f.StringVar(&file, "config", "", "network.toml; flags win over it")
+	f.StringVar(&c.Dir, "dir", c.Dir, "directory of the network")
+	f.StringVar(&c.Listen, "listen", c.Listen, "host:port; an empty host means every address")
+	f.StringVar(&c.TLSCert, "tls-cert", c.TLSCert, "certificate chain, PEM")
+	f.StringVar(&c.TLSKey, "tls-key", c.TLSKey, "its key, PEM")
+	f.StringVar(&c.LogLevel, "log-level", c.LogLevel, "debug, info, warn or error")
+	cmd.RunE = func(cmd *cobra.Command, _ []string) error {
+		if file != "" {
+			given := c
+			if err := c.ReadFile(file); err != nil {
+				return err
+			}
+			for name, v := range map[string][2]*string{
+				"dir": {&c.Dir, &given.Dir}, "listen": {&c.Listen, &given.Listen}, "tls-cert": {&c.TLSCert, &given.TLSCert},
+				"tls-key": {&c.TLSKey, &given.TLSKey}, "log-level": {&c.LogLevel, &given.LogLevel},
+			} {
+				if f.Changed(name) {
+					*v[0] = *v[1]
+				}
+			}
+		}
+		var err error
+		if c.Dir, err = filepath.Abs(c.Dir); err != nil {
+			return err
+		}
+		var level slog.Level
+		_ = level.UnmarshalText([]byte(c.LogLevel)) // Run says what is wrong with it
+		return network.Run(cmd.Context(), c, slog.New(slog.NewTextHandler(cmd.ErrOrStderr(), &slog.HandlerOptions{Level: level})))
+	}
+	return cmd
+}
+
+func tokenCommand() *cobra.Command {
+	cmd := &cobra.Command{Use: "token", Short: "Enrolment tokens, with which nodes register"}
+	create := &cobra.Command{Use: "create", Short: "Make a token and print it; it is not kept", Args: cobra.NoArgs}
+	dir := dirFlag(create)
+	uses := create.Flags().Int("uses", 1, "how many nodes may register with it")
+	expires := create.Flags().Duration("expires", 24*time.Hour, "how long it is good for")
+	account := create.Flags().String("account", "operator", "account that the nodes belong to")
+	create.RunE = func(cmd *cobra.Command, _ []string) error {
+		d, err := dir()
+		if err != nil {
+			return err
+		}
+		return withAdmin(cmd, d, func(a network.Admin) error {
+			token, err := a.CreateToken(cmd.Context(), *uses, *account, time.Now().Add(*expires))
+			if err == nil {
+				_, err = fmt.Fprintln(cmd.OutOrStdout(), token)
+			}
+			return err
+		})
+	}
+	cmd.AddCommand(create)
+	return cmd
+}
+
+func apikeyCommand() *cobra.Command {
+	cmd := &cobra.Command{Use: "apikey", Short: "API keys, with which clients send requests"}
+	create := &cobra.Command{Use: "create --name NAME", Short: "Make an API key and print it; it is not kept", Args: cobra.NoArgs}
+	revoke := &cobra.Command{Use: "revoke --name NAME", Short: "Revoke every API key of a name", Args: cobra.NoArgs}
+	for _, c := range []struct {
+		cmd *cobra.Command
+		run func(ctx context.Context, a network.Admin, name string, out io.Writer) error
+	}{
+		{create, func(ctx context.Context, a network.Admin, name string, out io.Writer) error {
+			key, err := a.CreateAPIKey(ctx, name)
+			if err == nil {
+				_, err = fmt.Fprintln(out, key)
+			}
+			return err
+		}},
+		{revoke, func(ctx context.Context, a network.Admin, name string, out io.Writer) error {
+			n, err := a.RevokeAPIKeys(ctx, name)
+			if err == nil && n == 0 {
+				err = fmt.Errorf("no API key is named %q", name)
+			}
+			if err == nil {
+				_, err = fmt.Fprintf(out, "revoked %d\n", n)
+			}
+			return err
+		}},
+	} {
+		dir := dirFlag(c.cmd)
+		name := c.cmd.Flags().String("name", "", "whose key it is (required)")
+		_ = c.cmd.MarkFlagRequired("name") // fails for an unknown flag only
+		c.cmd.RunE = func(cmd *cobra.Command, _ []string) error {
+			d, err := dir()
+			if err != nil {
+				return err
+			}
+			return withAdmin(cmd, d, func(a network.Admin) error {
+				return c.run(cmd.Context(), a, *name, cmd.OutOrStdout())
+			})
+		}
+		cmd.AddCommand(c.cmd)
+	}
+	return cmd
+}
+
+func versionCommand(version string) *cobra.Command {
+	return &cobra.Command{Use: "version", Short: "Print the version", Args: cobra.NoArgs, RunE: func(cmd *cobra.Command, _ []string) error {
+		_, err := fmt.Fprintln(cmd.OutOrStdout(), "resultity-network", version)
+		return err
+	}}
+}

@@ -1,0 +1,163 @@
+package network
+
+import (
+	"errors"
+	"fmt"
+	"io/fs"
+	"log/slog"
+	"net"
+	"os"
+	"path/filepath"
+	"reflect"
+	"slices"
+	"strings"
+	"time"
+
+	"github.com/go-viper/mapstructure/v2"
+	"github.com/knadh/koanf/parsers/toml/v2"
+	"github.com/knadh/koanf/providers/rawbytes"
+	"github.com/knadh/koanf/v2"
+)
+
+// ErrConfig says that the service cannot work as it is configured; trying again
+// changes nothing. The program then ends with status 78.
+var ErrConfig = errors.New("configuration")
+
+// Config is the service's own configuration, what stands in network.toml. What
+// the network decides for its nodes is in the published config.json instead.
+type Config struct {
+	// Dir is the directory that init made: keys, repository and store. Absolute.
+	Dir string `koanf:"dir"`
+	// Listen is host:port; an empty host means every address.
+	Listen string `koanf:"listen"`
+	// TLSCert and TLSKey are PEM files, read again when they change. Without them
+	// the service speaks plain HTTP, on a loopback address only.
+	TLSCert string `koanf:"tls_cert"`
+	TLSKey  string `koanf:"tls_key"`
+
+	// MaxQueued and MaxQueuedBytes bound the requests that wait for a node.
+	MaxQueued      int   `koanf:"max_queued"`
+	MaxQueuedBytes int64 `koanf:"max_queued_bytes"`
+	// MaxSessions bounds the nodes that are connected at once.
+	MaxSessions int `koanf:"max_sessions"`
+	// Drain is how long requests may go on after the service was told to stop.
+	Drain time.Duration `koanf:"drain"`
+	// LogLevel is debug, info, warn or error.
+	LogLevel string `koanf:"log_level"`
+
+	// Ready is called with the address in use once the service serves; for
+	// programs that embed it.
+	Ready func(net.Addr) `koanf:"-"`
+}
+
+// Defaults is the configuration that files and flags change.
+func Defaults() Config {
+	return Config{
+		Dir: "/var/lib/resultity-network", Listen: "127.0.0.1:8443",
+		MaxQueued: 1024, MaxQueuedBytes: 256 << 20, MaxSessions: 16384, Drain: 10 * time.Second, LogLevel: "info",
+	}
+}
+
+// maxConfigFile bounds network.toml, in bytes.
+const maxConfigFile = 1 << 20
+
+// ReadFile puts what stands in a TOML file over c. Unknown keys are errors.
+func (c *Config) ReadFile(name string) error {
+	bad := func(err error) error { return fmt.Errorf("%w: %s: %w", ErrConfig, name, err) }
+	st, err := os.Stat(name)
+	if err != nil {
+		return bad(err)
+	}
+	if st.Size() > maxConfigFile {
+		return bad(fmt.Errorf("%d bytes, at most %d", st.Size(), maxConfigFile))
+	}
+	raw, err := os.ReadFile(name)
+	if err != nil {
+		return bad(err)
+	}
+	k := koanf.New("\x00") // no key has a NUL, so none is split
+	if err := k.Load(rawbytes.Provider(raw), toml.Parser()); err != nil {
+		return bad(err)
+	}
+	known := keys()
+	for key := range k.Raw() {
+		if !slices.Contains(known, key) {
+			return bad(fmt.Errorf("%s: unknown key; known are %s", key, strings.Join(known, ", ")))
+		}
+		// One at a time, so that an error can name its key.
+		field := reflect.ValueOf(c).Elem().Field(slices.Index(known, key))
+		dec, err := mapstructure.NewDecoder(&mapstructure.DecoderConfig{
+			Result: field.Addr().Interface(), DecodeHook: mapstructure.StringToTimeDurationHookFunc(),
+		})
+		if err != nil {
+			return bad(err)
+		}
+		value := k.Get(key)
+		if _, isText := value.(string); field.Type() == reflect.TypeFor[time.Duration]() && !isText {
+			return bad(fmt.Errorf("%s: want a duration in quotes, such as \"10s\", got %v", key, value))
+		}
+		if err := dec.Decode(value); err != nil {
+			return bad(fmt.Errorf("%s: want %s, got %v", key, wanted(field.Type()), value))
+		}
+	}
+	return nil
+}
+
+// keys lists the configuration's keys in the order of its fields.
+func keys() []string {
+	var list []string
+	for f := range reflect.TypeFor[Config]().Fields() {
+		if key := f.Tag.Get("koanf"); key != "-" {
+			list = append(list, key)
+		}
+	}
+	return list
+}
+
+func wanted(t reflect.Type) string {
+	switch {
+	case t == reflect.TypeFor[time.Duration]():
+		return `a duration in quotes, such as "10s"`
+	case t.Kind() == reflect.String:
+		return "a text in quotes"
+	}
+	return "a whole number"
+}
+
+// check refuses what cannot work. Errors wrap [ErrConfig] and name the key.
+func (c *Config) check() error {
+	bad := func(key, format string, args ...any) error {
+		return fmt.Errorf("%w: %s: %s", ErrConfig, key, fmt.Sprintf(format, args...))
+	}
+	if !filepath.IsAbs(c.Dir) {
+		return bad("dir", "%q is not an absolute path", c.Dir)
+	}
+	if _, err := os.Stat(filepath.Join(c.Dir, "publish.json")); err != nil {
+		if errors.Is(err, fs.ErrNotExist) {
+			return bad("dir", "%s holds no network; run resultity-network init --dir %s first", c.Dir, c.Dir)
+		}
+		return bad("dir", "%v", err)
+	}
+	host, _, err := net.SplitHostPort(c.Listen)
+	if err != nil {
+		return bad("listen", "%q: want host:port, such as :8443", c.Listen)
+	}
+	if (c.TLSCert == "") != (c.TLSKey == "") {
+		return bad("tls_key", "tls_cert and tls_key go together; one of them is missing")
+	}
+	if ip := net.ParseIP(host); c.TLSCert == "" && host != "localhost" && (ip == nil || !ip.IsLoopback()) {
+		return bad("tls_cert", "%s can be reached from other machines, so a certificate is needed: set tls_cert and tls_key, or listen on 127.0.0.1", c.Listen)
+	}
+	for key, v := range map[string]int64{"max_queued": int64(c.MaxQueued), "max_queued_bytes": c.MaxQueuedBytes, "max_sessions": int64(c.MaxSessions)} {
+		if v < 1 {
+			return bad(key, "is %d, want at least 1", v)
+		}
+	}
+	if c.Drain < 0 || c.Drain > 10*time.Minute {
+		return bad("drain", "is %v, want 0s to 10m", c.Drain)
+	}
+	if err := new(slog.Level).UnmarshalText([]byte(c.LogLevel)); err != nil {
+		return bad("log_level", "%q: want debug, info, warn or error", c.LogLevel)
+	}
+	return nil
+}

@@ -1,0 +1,267 @@
+package network_test
+
+import (
+	"bytes"
+	"context"
+	"encoding/json"
+	"io"
+	"log/slog"
+	"net"
+	"net/http"
+	"os"
+	"path/filepath"
+	"regexp"
+	"runtime"
+	"strconv"
+	"strings"
+	"testing"
+	"time"
+
+	"github.com/resultity/node/internal/evm"
+	"github.com/resultity/node/internal/network"
+	"github.com/resultity/node/internal/network/nodetest"
+	"github.com/resultity/node/internal/publish"
+	"github.com/resultity/node/internal/snapshot"
+	"github.com/resultity/node/internal/wire"
+)
+
+// TestMain fails when tests leave goroutines behind.
+func TestMain(m *testing.M) {
+	before := runtime.NumGoroutine()
+	code := m.Run()
+	http.DefaultClient.CloseIdleConnections()
+	for end := time.Now().Add(10 * time.Second); code == 0; runtime.Gosched() {
+		if runtime.NumGoroutine() <= before {
+			break
+		}
+		if time.Now().After(end) {
+			buf := make([]byte, 1<<20)
+			_, _ = os.Stderr.Write(buf[:runtime.Stack(buf, true)])
+			_, _ = os.Stderr.WriteString("goroutines were left behind\n")
+			code = 1
+		}
+	}
+	os.Exit(code)
+}
+
+// net is a network under test: a real service on a real store.
+type testNetwork struct {
+	t      *testing.T
+	dir    string
+	key    evm.Address
+	config *snapshot.Config
+	raw    []byte
+	logs   *logBuffer
+
+	url    string
+	apiKey string
+	stop   func() // ends the service and checks that it ended well
+}
+
+// shortDir is a directory whose unix sockets have short paths.
+func shortDir(t *testing.T) string {
+	t.Helper()
+	dir, err := os.MkdirTemp("", "rn")
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { _ = os.RemoveAll(dir) })
+	return dir
+}
+
+// setUp makes a network without starting it. change, if not nil, changes the
+// configuration that is published.
+func setUp(t *testing.T, change func(*snapshot.Config)) *testNetwork {
+	t.Helper()
+	n := &testNetwork{t: t, dir: shortDir(t), logs: &logBuffer{t: t}}
+	key, err := network.Init(t.Context(), n.dir, network.InitOptions{
+		Name: "testnet", ChainID: 31337, TokenUses: 100,
+		Publish: publish.Options{RootKeys: []string{filepath.Join(n.dir, "keys", "root.pem")}},
+	}, n.log())
+	if err != nil {
+		t.Fatal(err)
+	}
+	n.key, n.apiKey = key, n.file("api-key")
+	n.config = nodetest.Config(t, key)
+	if change != nil {
+		change(n.config)
+	}
+	n.publish()
+	return n
+}
+
+func (n *testNetwork) publish() {
+	n.t.Helper()
+	n.raw = nodetest.JSON(n.t, n.config)
+	if err := network.Publish(n.dir, n.raw); err != nil {
+		n.t.Fatal(err)
+	}
+}
+
+func (n *testNetwork) file(name string) string {
+	n.t.Helper()
+	b, err := os.ReadFile(filepath.Join(n.dir, name))
+	if err != nil {
+		n.t.Fatal(err)
+	}
+	return strings.TrimSpace(string(b))
+}
+
+func (n *testNetwork) log() *slog.Logger {
+	return slog.New(slog.NewTextHandler(n.logs, &slog.HandlerOptions{Level: slog.LevelDebug}))
+}
+
+// start makes and starts a network that ends with the test.
+func start(t *testing.T, change func(*snapshot.Config)) *testNetwork {
+	t.Helper()
+	n := setUp(t, change)
+	n.serve()
+	return n
+}
+
+func (n *testNetwork) serve() {
+	n.t.Helper()
+	cfg := network.Defaults()
+	cfg.Dir, cfg.Listen, cfg.Drain = n.dir, "127.0.0.1:0", time.Second
+	ready := make(chan net.Addr, 1)
+	cfg.Ready = func(a net.Addr) { ready <- a }
+	ctx, cancel := context.WithCancel(context.Background())
+	done := make(chan error, 1)
+	go func() { done <- network.Run(ctx, cfg, n.log()) }()
+	stopped := false
+	n.stop = func() {
+		if stopped {
+			return
+		}
+		stopped = true
+		cancel()
+		if err := <-done; err != nil {
+			n.t.Errorf("service ended with %v", err)
+		}
+	}
+	n.t.Cleanup(n.stop)
+	select {
+	case a := <-ready:
+		n.url = "http://" + a.String()
+	case err := <-done:
+		stopped = true
+		n.t.Fatalf("service did not start: %v", err)
+	}
+}
+
+// node makes a registered node.
+func (n *testNetwork) node() *nodetest.Node {
+	n.t.Helper()
+	v := nodetest.New(n.t, n.url, n.raw)
+	v.Enrol(n.t, n.file("enrolment-token"))
+	return v
+}
+
+// reply is an HTTP answer that was read to its end.
+type reply struct {
+	status int
+	header http.Header
+	body   []byte
+	err    error
+}
+
+// code returns the code of an OpenAI error.
+func (r reply) code() string {
+	var v struct {
+		Error struct {
+			Code    string `json:"code"`
+			Type    string `json:"type"`
+			Message string `json:"message"`
+		} `json:"error"`
+	}
+	_ = json.Unmarshal(r.body, &v)
+	return v.Error.Code
+}
+
+func (n *testNetwork) do(ctx context.Context, method, path, body string, header ...string) reply {
+	req, err := http.NewRequestWithContext(ctx, method, n.url+path, strings.NewReader(body))
+	if err != nil {
+		return reply{err: err}
+	}
+	req.Header.Set("Authorization", "Bearer "+n.apiKey)
+	req.Header.Set("Content-Type", "application/json")
+	for i := 0; i < len(header); i += 2 {
+		req.Header.Set(header[i], header[i+1])
+	}
+	res, err := http.DefaultClient.Do(req)
+	if err != nil {
+		return reply{err: err}
+	}
+	defer res.Body.Close()
+	b, err := io.ReadAll(res.Body)
+	return reply{res.StatusCode, res.Header, b, err}
+}
+
+func (n *testNetwork) get(path string) reply {
+	n.t.Helper()
+	r := n.do(n.t.Context(), http.MethodGet, path, "")
+	if r.err != nil {
+		n.t.Fatal(r.err)
+	}
+	return r
+}
+
+const chat = `{"model":"tiny","messages":[{"role":"user","content":"secret words"}]}`
+const chatStream = `{"model":"tiny","stream":true,"messages":[{"role":"user","content":"secret words"}]}`
+
+// ask sends a request in the background.
+func (n *testNetwork) ask(body string) <-chan reply {
+	ch := make(chan reply, 1)
+	go func() { ch <- n.do(context.Background(), http.MethodPost, "/v1/chat/completions", body) }()
+	return ch
+}
+
+// answer waits for a reply.
+func (n *testNetwork) answer(ch <-chan reply) reply {
+	n.t.Helper()
+	select {
+	case r := <-ch:
+		if r.err != nil {
+			n.t.Fatal(r.err)
+		}
+		return r
+	case <-time.After(nodetest.Patience):
+		n.t.Fatal("no answer")
+	}
+	panic("unreachable")
+}
+
+// metric returns the value of a series, 0 when it is not there.
+func (n *testNetwork) metric(series string) float64 {
+	n.t.Helper()
+	m := regexp.MustCompile(`(?m)^` + regexp.QuoteMeta(series) + ` (\S+)$`).FindSubmatch(n.get("/metrics").body)
+	if m == nil {
+		return 0
+	}
+	v, err := strconv.ParseFloat(string(m[1]), 64)
+	if err != nil {
+		n.t.Fatal(err)
+	}
+	return v
+}
+
+// logBuffer collects the service's log, shows it when the test fails, and fails
+// the test when a prompt or an answer is in it.
+type logBuffer struct {
+	t *testing.T
+	w bytes.Buffer // written by slog's handler only, which locks
+}
+
+func (l *logBuffer) Write(p []byte) (int, error) {
+	if bytes.Contains(p, []byte("secret words")) || bytes.Contains(p, []byte("secret answer")) {
+		l.t.Errorf("text of a request or a response in the log: %s", p)
+	}
+	return l.w.Write(p)
+}
+
+// sendChunks sends body[from:to] in pieces.
+func sendChunks(s *nodetest.Session, j *wire.Job, body []byte, from, to, piece int) {
+	for at := from; at < to; at += piece {
+		s.Send(&wire.Chunk{Job: j.ID, Offset: int64(at), Data: body[at:min(at+piece, to)]})
+	}
+}

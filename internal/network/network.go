@@ -1,0 +1,365 @@
+// Package network owns the network service: the server side of the protocol in
+// one process, with all of its state in an embedded NATS JetStream.
+//
+// The rule it keeps: what leaves the process is signed by a key that the
+// published configuration lists, under the configuration that is published at
+// that moment. It refuses to serve when it cannot keep that.
+//
+// # Parts
+//
+//	clients ──HTTPS──▶ gateway ──Work──▶ dispatch ──wire.Job──▶ nodes ──WebSocket──▶ agents
+//	        ◀─────────         ◀─Ticket─          ◀─wire.Result─      ◀─────────────
+//	                                       │
+//	                                     store (durable: jobs, results, nodes, tokens, keys)
+//
+//	publish ──TUF repository──▶ agents; and to this process, which serves under it
+//
+// Sessions and dispatch are in memory, everything that must outlive the process
+// is in the store. So a restart costs the connections of clients and nodes and
+// nothing else, and more processes over one store would need no other design:
+// each would hold the sessions that it accepted.
+//
+// # Files
+//
+//	DIR/publish.json, keys, repository   see package publish
+//	DIR/keys/message.key                 signs frames; 0600
+//	DIR/store                            JetStream; 0700
+//	DIR/admin.sock                       for the commands of the operator; 0600
+package network
+
+import (
+	"context"
+	"crypto/tls"
+	"errors"
+	"fmt"
+	"log/slog"
+	"net"
+	"net/http"
+	"os"
+	"path/filepath"
+	"slices"
+	"sync"
+	"time"
+
+	"github.com/coreos/go-systemd/v22/daemon"
+	"golang.org/x/sync/errgroup"
+
+	"github.com/resultity/node/internal/digest"
+	"github.com/resultity/node/internal/evm"
+	"github.com/resultity/node/internal/network/dispatch"
+	"github.com/resultity/node/internal/network/gateway"
+	"github.com/resultity/node/internal/network/metrics"
+	"github.com/resultity/node/internal/network/nodes"
+	"github.com/resultity/node/internal/network/store"
+	"github.com/resultity/node/internal/publish"
+	"github.com/resultity/node/internal/snapshot"
+	"github.com/resultity/node/internal/version"
+	"github.com/resultity/node/internal/wire"
+)
+
+// service is a running network service.
+type service struct {
+	cfg      Config
+	log      *slog.Logger
+	key      *evm.Key
+	store    *store.Store
+	dispatch *dispatch.Dispatcher
+	metrics  *metrics.Metrics
+	nodes    *nodes.Manager
+
+	// mu is held while a configuration is taken over.
+	mu    sync.Mutex
+	stale error // why the published configuration is not the active one, or nil
+}
+
+// Run serves until ctx ends, then lets requests go on for [Config.Drain] and
+// returns nil. It leaves nothing running.
+func Run(ctx context.Context, cfg Config, log *slog.Logger) (err error) {
+	if err := cfg.check(); err != nil {
+		return err
+	}
+	s := &service{cfg: cfg, log: log}
+	if s.key, err = readMessageKey(cfg.Dir); err != nil {
+		return err
+	}
+	snap, err := s.published()
+	if err != nil {
+		return err
+	}
+	tlsConfig, err := cfg.tls()
+	if err != nil {
+		return err
+	}
+	if s.store, err = store.Open(ctx, filepath.Join(cfg.Dir, "store"), log); err != nil {
+		return err
+	}
+	defer s.store.Close()
+	if err := s.begin(ctx, snap); err != nil {
+		return err
+	}
+	// From here on the dispatcher has timers and writes under way.
+	defer s.dispatch.Close()
+
+	listener, err := net.Listen("tcp", cfg.Listen)
+	if err != nil {
+		return fmt.Errorf("%w: listen: %w", ErrConfig, err)
+	}
+	if tlsConfig != nil {
+		listener = tls.NewListener(listener, tlsConfig)
+	}
+	defer listener.Close()
+	admin, err := s.listenAdmin()
+	if err != nil {
+		return err
+	}
+	defer admin.Close()
+	return s.serve(ctx, listener, admin)
+}
+
+// begin makes the parts, and takes over the jobs of the run before.
+func (s *service) begin(ctx context.Context, snap *snapshot.Snapshot) error {
+	terms, err := s.terms(ctx, snap)
+	if err != nil {
+		return err
+	}
+	s.metrics = metrics.New(func() metrics.State { return s.dispatch.State() })
+	s.dispatch = dispatch.New(s.store, terms, s.metrics, s.log, dispatch.Options{MaxQueued: s.cfg.MaxQueued, MaxBytes: s.cfg.MaxQueuedBytes})
+	jobs, err := s.store.Jobs(ctx, func(seq uint64, err error) {
+		s.log.Error("job in the store cannot be read and is passed over", "seq", seq, "error", err)
+	})
+	if err == nil {
+		err = s.dispatch.Restore(ctx, jobs, s.formerTerms)
+	}
+	if err != nil {
+		s.dispatch.Close()
+		return err
+	}
+	if len(jobs) > 0 {
+		s.log.Info("jobs of the run before", "count", len(jobs))
+	}
+	s.nodes = nodes.New(s.store, s.dispatch, s.key, version.String(), s.metrics, s.log, nodes.Options{MaxSessions: s.cfg.MaxSessions})
+	return nil
+}
+
+func (s *service) serve(ctx context.Context, listener, admin net.Listener) error {
+	server := &http.Server{
+		Handler:           s.handler(),
+		ReadHeaderTimeout: 10 * time.Second,
+		IdleTimeout:       2 * time.Minute,
+		MaxHeaderBytes:    32 << 10,
+		ErrorLog:          slog.NewLogLogger(s.log.Handler(), slog.LevelDebug), // failed handshakes of strangers
+	}
+	adminServer := &http.Server{Handler: s.adminHandler(), ReadHeaderTimeout: 10 * time.Second}
+
+	// Sessions outlive ctx by the time that requests are given to end.
+	sessions, endSessions := context.WithCancel(context.WithoutCancel(ctx))
+	defer endSessions()
+	group, ctx := errgroup.WithContext(ctx)
+	serve := func(srv *http.Server, l net.Listener) func() error {
+		return func() error {
+			if err := srv.Serve(l); !errors.Is(err, http.ErrServerClosed) {
+				return err
+			}
+			return nil
+		}
+	}
+	group.Go(serve(server, listener))
+	group.Go(serve(adminServer, admin))
+	group.Go(func() error { return s.nodes.Run(sessions) })
+	group.Go(func() error { return s.watch(ctx) })
+	group.Go(func() error {
+		<-ctx.Done()
+		s.log.Info("stopping", "drain", s.cfg.Drain)
+		_, _ = daemon.SdNotify(false, daemon.SdNotifyStopping) // nobody may be there to be told
+		drain, cancel := context.WithTimeout(context.WithoutCancel(ctx), s.cfg.Drain)
+		defer cancel()
+		if server.Shutdown(drain) != nil {
+			s.dispatch.Close() // answers whoever still waits
+			last, cancel := context.WithTimeout(context.WithoutCancel(ctx), 2*time.Second)
+			defer cancel()
+			if server.Shutdown(last) != nil {
+				_ = server.Close()
+			}
+		}
+		_ = adminServer.Close()
+		s.dispatch.Close()
+		endSessions()
+		return nil
+	})
+	t := s.dispatch.Terms()
+	s.log.Info("serving", "network", t.Config.Network.Name, "address", listener.Addr().String(), "config", t.Digest, "version", t.Version, "key", s.key.Address())
+	_, _ = daemon.SdNotify(false, daemon.SdNotifyReady)
+	if s.cfg.Ready != nil {
+		s.cfg.Ready(listener.Addr())
+	}
+	return group.Wait()
+}
+
+func (s *service) handler() http.Handler {
+	mux := http.NewServeMux()
+	mux.Handle("/tuf/", http.StripPrefix("/tuf", publish.Handler(s.cfg.Dir)))
+	mux.HandleFunc("POST "+wire.RegisterPath, s.nodes.ServeRegister)
+	mux.HandleFunc("GET "+wire.SessionPath, s.nodes.ServeSession)
+	mux.Handle("/v1/", gateway.New(s.store, s.dispatch, s.metrics, s.log))
+	mux.Handle("GET /metrics", s.metrics.Handler())
+	mux.HandleFunc("GET /healthz", s.healthz)
+	return http.MaxBytesHandler(mux, wire.MaxFrame) // no handler takes more; most take less
+}
+
+// healthz answers whether this process can do its work. Having no nodes is no
+// fault of its own.
+func (s *service) healthz(w http.ResponseWriter, _ *http.Request) {
+	s.mu.Lock()
+	err := s.stale
+	s.mu.Unlock()
+	if err == nil {
+		err = s.store.Healthy()
+	}
+	if t := s.dispatch.Terms(); err == nil && time.Now().After(t.Expires) {
+		err = fmt.Errorf("the signature of the configuration expired at %s", t.Expires.UTC().Format(time.RFC3339))
+	}
+	if err != nil {
+		http.Error(w, err.Error(), http.StatusServiceUnavailable)
+		return
+	}
+	_, _ = w.Write([]byte("ok\n"))
+}
+
+// published renews the timestamp and returns the configuration that is
+// published. It must list the key that this process signs with.
+func (s *service) published() (*snapshot.Snapshot, error) {
+	if _, err := publish.Refresh(s.cfg.Dir); errors.Is(err, publish.ErrNothing) {
+		return nil, fmt.Errorf("%w: dir: %w; run resultity-network publish --dir %s --config config.json first", ErrConfig, err, s.cfg.Dir)
+	} else if err != nil {
+		// The timestamp's key may be kept by somebody else, who renews it.
+		s.log.Warn("timestamp was not renewed", "error", err)
+	}
+	snap, err := publish.Current(s.cfg.Dir)
+	if err != nil {
+		return nil, fmt.Errorf("published configuration: %w", err)
+	}
+	return snap, s.listed(snap)
+}
+
+func (s *service) listed(snap *snapshot.Snapshot) error {
+	return listsKey(snap.Config(), s.key.Address())
+}
+
+func listsKey(c *snapshot.Config, key evm.Address) error {
+	if slices.Contains(c.Network.MessageKeys, key) {
+		return nil
+	}
+	return fmt.Errorf("%w: network.message_keys of the published configuration does not list %s, the address of this service's message key; nodes would refuse its frames: publish a configuration that lists it", ErrConfig, key.Hex())
+}
+
+// terms keeps a configuration for later and puts it into the terms of dispatch.
+func (s *service) terms(ctx context.Context, snap *snapshot.Snapshot) (*dispatch.Terms, error) {
+	raw, err := configOf(s.cfg.Dir, snap)
+	if err != nil {
+		return nil, err
+	}
+	at, err := s.store.PutConfig(ctx, raw)
+	if err != nil {
+		return nil, err
+	}
+	if err := s.store.SetResultTTL(ctx, snap.Config().Limits.ResultTTL.Duration()); err != nil {
+		return nil, err
+	}
+	return dispatch.NewTerms(snap.Config(), snap.Digest(), snap.Version(), at, snap.Expires())
+}
+
+// configOf reads the exact bytes of a configuration from the repository.
+func configOf(dir string, snap *snapshot.Snapshot) ([]byte, error) {
+	raw, err := os.ReadFile(filepath.Join(dir, "repository", "targets", snap.Digest().Hex()+"."+snapshot.Target))
+	if err != nil {
+		return nil, err
+	}
+	return raw, snap.Digest().Check(raw)
+}
+
+// formerTerms finds a configuration that was published once.
+func (s *service) formerTerms(ctx context.Context, d digest.Digest) (*dispatch.Terms, error) {
+	raw, err := s.store.Config(ctx, d)
+	if err != nil {
+		return nil, err
+	}
+	c, err := snapshot.Parse(raw)
+	if err != nil {
+		return nil, err
+	}
+	return dispatch.NewTerms(c, d, 0, time.Time{}, time.Time{})
+}
+
+// watchEvery is how often the repository is looked at: somebody may publish
+// from another machine and copy the files.
+const watchEvery = 2 * time.Second
+
+// watch renews the timestamp on schedule and takes over what is published.
+func (s *service) watch(ctx context.Context) error {
+	tick := time.NewTicker(watchEvery)
+	defer tick.Stop()
+	seen := s.stamp()
+	renew := time.Now().Add(s.renewIn())
+	for {
+		select {
+		case <-ctx.Done():
+			return nil
+		case <-tick.C:
+		}
+		if !time.Now().Before(renew) {
+			if _, err := publish.Refresh(s.cfg.Dir); err != nil {
+				s.log.Error("timestamp was not renewed; nodes refuse the configuration once it has expired", "error", err)
+			}
+			renew = time.Now().Add(s.renewIn())
+		}
+		if now := s.stamp(); now != seen {
+			seen = now
+			if err := s.reload(ctx); err != nil {
+				s.log.Error("published configuration was not taken over", "error", err)
+			}
+			renew = time.Now().Add(s.renewIn())
+		}
+	}
+}
+
+// renewIn is a third of the time that the timestamp has left.
+func (s *service) renewIn() time.Duration {
+	return max(watchEvery, time.Until(s.dispatch.Terms().Expires)/3)
+}
+
+// stamp tells one timestamp.json from another.
+func (s *service) stamp() string {
+	st, err := os.Stat(filepath.Join(s.cfg.Dir, "repository", "metadata", "timestamp.json"))
+	if err != nil {
+		return err.Error()
+	}
+	return fmt.Sprint(st.ModTime().UnixNano(), st.Size(), st.Sys())
+}
+
+// reload takes over what is published now.
+func (s *service) reload(ctx context.Context) error {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	s.stale = func() error {
+		snap, err := publish.Current(s.cfg.Dir)
+		if err != nil {
+			return err
+		}
+		if err := s.listed(snap); err != nil {
+			return err
+		}
+		if old := s.dispatch.Terms(); snap.Version() < old.Version {
+			return fmt.Errorf("repository went back from version %d to %d", old.Version, snap.Version())
+		}
+		terms, err := s.terms(ctx, snap)
+		if err != nil {
+			return err
+		}
+		if old := s.dispatch.Terms(); old.Digest != terms.Digest {
+			s.log.Info("new configuration", "config", terms.Digest, "version", terms.Version)
+		}
+		s.dispatch.Configure(terms)
+		return nil
+	}()
+	return s.stale
+}
