@@ -1,0 +1,187 @@
+package image
+
+import (
+	"bytes"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"io/fs"
+	"os"
+	"path/filepath"
+
+	"go.podman.io/image/v5/docker/reference"
+	podmanpolicy "go.podman.io/image/v5/signature"
+
+	"github.com/resultity/node/internal/digest"
+	"github.com/resultity/node/internal/durable"
+	"github.com/resultity/node/internal/snapshot"
+	"github.com/resultity/node/policy"
+)
+
+// Names in the directory. Podman knows all but the last.
+const (
+	policyFile     = "policy.json"
+	registriesFile = "registries.d/resultity.yaml"
+	certsDir       = "certs.d"
+	records        = "resultity-signatures"
+)
+
+// deny writes the policy that lets nothing in, unless there is one.
+func (i *Images) deny() error {
+	_, err := os.Lstat(filepath.Join(i.dir, policyFile))
+	if errors.Is(err, fs.ErrNotExist) {
+		return i.write(policyFile, policy.JSON)
+	}
+	return err
+}
+
+// allow writes Podman's part of the trust in ref: its repository, with these
+// keys, and nothing else. The policy comes last, since without the files before
+// it refuses too much, never too little.
+func (i *Images) allow(ref snapshot.ImageRef, keys []string) error {
+	named, err := reference.ParseNormalizedNamed(ref.Repository())
+	if err != nil {
+		return err
+	}
+	// Podman looks a repository up by its long name: docker.io/library/….
+	scope := named.Name()
+
+	// Any one of the keys is enough.
+	datas := make([][]byte, len(keys))
+	for n, k := range keys {
+		datas[n] = []byte(k)
+	}
+	// Cosign's signatures name the repository alone, and it has to be this one.
+	signed, err := podmanpolicy.NewPRSigstoreSigned(
+		podmanpolicy.PRSigstoreSignedWithKeyDatas(datas),
+		podmanpolicy.PRSigstoreSignedWithSignedIdentity(podmanpolicy.NewPRMMatchRepository()),
+	)
+	if err != nil {
+		return err
+	}
+	p, err := podmanpolicy.NewPolicyFromBytes(policy.JSON)
+	if err != nil {
+		return err
+	}
+	p.Transports["docker"] = podmanpolicy.PolicyTransportScopes{scope: {signed}}
+	policyJSON, err := json.MarshalIndent(p, "", "  ")
+	if err != nil {
+		return err
+	}
+	// JSON is YAML. Without this file Podman would not look for signatures.
+	attachments := map[string]any{"docker": map[string]any{scope: map[string]any{"use-sigstore-attachments": true}}}
+	registries, err := json.MarshalIndent(attachments, "", "  ")
+	if err != nil {
+		return err
+	}
+	if err := i.trustRegistry(reference.Domain(named)); err != nil {
+		return err
+	}
+	if err := i.write(registriesFile, registries); err != nil {
+		return err
+	}
+	return i.write(policyFile, policyJSON)
+}
+
+// trustRegistry writes the private authority for this registry, or removes what
+// an earlier configuration has left.
+func (i *Images) trustRegistry(host string) error {
+	entries, err := os.ReadDir(filepath.Join(i.dir, certsDir))
+	if err != nil && !errors.Is(err, fs.ErrNotExist) {
+		return err
+	}
+	for _, e := range entries {
+		if e.Name() != host || i.ca == nil {
+			if err := os.RemoveAll(filepath.Join(i.dir, certsDir, e.Name())); err != nil {
+				return err
+			}
+		}
+	}
+	if i.ca == nil {
+		return nil
+	}
+	return i.write(filepath.Join(certsDir, host, "ca.crt"), i.ca)
+}
+
+// write replaces a file, unless it has this content.
+func (i *Images) write(file string, data []byte) error {
+	file = filepath.Join(i.dir, file)
+	if old, err := os.ReadFile(file); err == nil && bytes.Equal(old, data) {
+		return nil
+	}
+	if err := os.MkdirAll(filepath.Dir(file), 0o700); err != nil {
+		return err
+	}
+	return durable.WriteFile(file, data, 0o600)
+}
+
+// entry is what is kept of an image that was trusted: the signature, so that it
+// can be checked again without the registry, and whose image it is.
+type entry struct {
+	Image   snapshot.ImageRef `json:"image"`
+	Foreign bool              `json:"foreign,omitempty"` // it was here before
+	attached
+}
+
+// recordName has no part of the reference in it: what is a name for a registry
+// need not be one for a file system.
+func recordName(ref snapshot.ImageRef) string {
+	return filepath.Join(records, digest.Of([]byte(ref.String())).Hex()+".json")
+}
+
+// record returns what is kept of ref. It proves nothing before it is checked.
+func (i *Images) record(ref snapshot.ImageRef) (entry, bool) {
+	e, err := readEntry(filepath.Join(i.dir, recordName(ref)))
+	if err != nil || e.Image != ref {
+		return entry{Image: ref}, false
+	}
+	return e, true
+}
+
+func readEntry(file string) (entry, error) {
+	raw, err := os.ReadFile(file)
+	if err != nil {
+		return entry{}, err
+	}
+	var e entry
+	if err := json.Unmarshal(raw, &e); err != nil {
+		return entry{}, fmt.Errorf("%s: %w", file, err)
+	}
+	return e, nil
+}
+
+func (i *Images) keep(ref snapshot.ImageRef, e entry) error {
+	raw, err := json.Marshal(e)
+	if err != nil {
+		return err
+	}
+	return i.write(recordName(ref), raw)
+}
+
+func (i *Images) forget(ref snapshot.ImageRef) error {
+	err := os.Remove(filepath.Join(i.dir, recordName(ref)))
+	if errors.Is(err, fs.ErrNotExist) {
+		return nil
+	}
+	return err
+}
+
+// allRecords returns all records; what is none is removed.
+func (i *Images) allRecords() ([]entry, error) {
+	files, err := filepath.Glob(filepath.Join(i.dir, records, "*"))
+	if err != nil {
+		return nil, err
+	}
+	var out []entry
+	for _, f := range files {
+		e, err := readEntry(f)
+		if err != nil || recordName(e.Image) != filepath.Join(records, filepath.Base(f)) {
+			if err := os.Remove(f); err != nil {
+				return nil, err
+			}
+			continue
+		}
+		out = append(out, e)
+	}
+	return out, nil
+}

@@ -1,0 +1,507 @@
+package image
+
+import (
+	"bytes"
+	"context"
+	"crypto"
+	"crypto/ecdsa"
+	"crypto/elliptic"
+	"crypto/rand"
+	"crypto/tls"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"io"
+	"log/slog"
+	"net/http"
+	"os"
+	"path/filepath"
+	"slices"
+	"strings"
+	"testing"
+
+	"github.com/google/go-containerregistry/pkg/name"
+	intoto "github.com/in-toto/attestation/go/v1"
+	cobundle "github.com/sigstore/cosign/v2/pkg/cosign/bundle"
+	cotypes "github.com/sigstore/cosign/v2/pkg/types"
+	"github.com/sigstore/sigstore/pkg/cryptoutils"
+	"github.com/sigstore/sigstore/pkg/signature"
+	"github.com/sigstore/sigstore/pkg/signature/dsse"
+	"go.podman.io/image/v5/docker"
+	podmanimage "go.podman.io/image/v5/image"
+	podmanpolicy "go.podman.io/image/v5/signature"
+	"go.podman.io/image/v5/types"
+	"google.golang.org/protobuf/encoding/protojson"
+
+	"github.com/resultity/node/internal/snapshot"
+	"github.com/resultity/node/policy"
+	"github.com/resultity/node/test/oci"
+	"github.com/resultity/node/test/oci/ocitest"
+)
+
+// world is a registry, a policy directory and a stand-in for Podman on them.
+type world struct {
+	t   *testing.T
+	srv *ocitest.Server
+	reg *oci.Registry
+	dir string
+	tr  *http.Transport
+	pod *standIn
+	img *Images
+}
+
+func newWorld(t *testing.T) *world {
+	t.Helper()
+	w := &world{t: t, srv: ocitest.Serve(t), dir: filepath.Join(t.TempDir(), "home", ".config", "containers")}
+	w.reg = oci.NewRegistry(w.srv.Host, w.srv.CA)
+	t.Cleanup(w.reg.Close)
+	w.tr = &http.Transport{TLSClientConfig: &tls.Config{RootCAs: w.srv.CA}}
+	t.Cleanup(w.tr.CloseIdleConnections)
+	w.pod = &standIn{t: t, dir: w.dir, stored: map[snapshot.ImageRef]bool{}}
+	w.img = w.open()
+	return w
+}
+
+// open starts anew on the same directory.
+func (w *world) open() *Images {
+	w.t.Helper()
+	i, err := New(w.tr, w.pod, w.dir, w.srv.CAPEM, slog.New(slog.DiscardHandler))
+	if err != nil {
+		w.t.Fatal(err)
+	}
+	return i
+}
+
+func (w *world) push(repo, content string) (name.Digest, snapshot.ImageRef) {
+	w.t.Helper()
+	img, err := oci.Single("program", []byte(content))
+	if err != nil {
+		w.t.Fatal(err)
+	}
+	d, err := w.reg.Push(w.t.Context(), repo, img)
+	if err != nil {
+		w.t.Fatal(err)
+	}
+	ref, err := snapshot.ParseImageRef(d.String())
+	if err != nil {
+		w.t.Fatal(err)
+	}
+	return d, ref
+}
+
+func (w *world) must(err error) {
+	w.t.Helper()
+	if err != nil {
+		w.t.Fatal(err)
+	}
+}
+
+func newKey(t *testing.T) (*oci.Key, string) {
+	t.Helper()
+	k, err := oci.NewKey()
+	if err != nil {
+		t.Fatal(err)
+	}
+	b, err := k.PublicPEM()
+	if err != nil {
+		t.Fatal(err)
+	}
+	return k, string(b)
+}
+
+// errPolicy is the stand-in's refusal.
+var errPolicy = errors.New("refused by policy")
+
+// standIn is Podman without its storage: it decides as Podman does, with
+// Podman's own code on the files in dir.
+type standIn struct {
+	t      *testing.T
+	dir    string
+	stored map[snapshot.ImageRef]bool
+	pulls  int
+
+	loses bool // say that a pull went well, and store nothing
+}
+
+func (p *standIn) Pull(ctx context.Context, ref snapshot.ImageRef, _ io.Writer) error {
+	p.pulls++
+	if err := p.allowed(ctx, ref); err != nil {
+		return err
+	}
+	if !p.loses {
+		p.stored[ref] = true
+	}
+	return nil
+}
+
+func (p *standIn) allowed(ctx context.Context, ref snapshot.ImageRef) error {
+	sys := &types.SystemContext{
+		SignaturePolicyPath:      filepath.Join(p.dir, "policy.json"),
+		RegistriesDirPath:        filepath.Join(p.dir, "registries.d"),
+		DockerPerHostCertDirPath: filepath.Join(p.dir, "certs.d"),
+	}
+	pol, err := podmanpolicy.DefaultPolicy(sys)
+	if err != nil {
+		p.t.Errorf("Podman cannot read the policy: %v", err)
+		return err
+	}
+	pc, err := podmanpolicy.NewPolicyContext(pol)
+	if err != nil {
+		return err
+	}
+	defer pc.Destroy() // nothing was written
+	r, err := docker.ParseReference("//" + ref.String())
+	if err != nil {
+		return err
+	}
+	src, err := r.NewImageSource(ctx, sys)
+	if err != nil {
+		return err
+	}
+	defer src.Close() // only read from
+	ok, err := pc.IsRunningImageAllowed(ctx, podmanimage.UnparsedInstance(src, nil))
+	if !ok {
+		return fmt.Errorf("%w: %w", errPolicy, err)
+	}
+	return err
+}
+
+func (p *standIn) Image(_ context.Context, ref snapshot.ImageRef) (string, int64, error) {
+	if !p.stored[ref] {
+		return "", 0, errors.New("not stored")
+	}
+	return "id", 1, nil
+}
+
+func (p *standIn) RemoveImages(_ context.Context, pulled, keep []snapshot.ImageRef) (gone []snapshot.ImageRef, err error) {
+	for _, ref := range pulled {
+		if slices.Contains(keep, ref) {
+			p.t.Errorf("asked to remove %s, which is kept", ref)
+		}
+		delete(p.stored, ref)
+		gone = append(gone, ref)
+	}
+	return gone, nil
+}
+
+func TestEnsure(t *testing.T) {
+	w := newWorld(t)
+	k, pub := newKey(t)
+	_, other := newKey(t)
+	d, ref := w.push("net/runtime", "a")
+	w.must(w.reg.Sign(t.Context(), d, k))
+	// Any one of the keys is enough, wherever it stands.
+	for _, keys := range [][]string{{pub}, {other, pub}, {pub, other}} {
+		w.pod.stored[ref] = false
+		if err := w.img.Ensure(t.Context(), ref, keys); err != nil {
+			t.Fatal(err)
+		}
+		if !w.pod.stored[ref] {
+			t.Fatal("not pulled")
+		}
+	}
+	// With both things there, the registry is not needed, but the key is.
+	pulls := w.pod.pulls
+	w.tr.TLSClientConfig.RootCAs = nil
+	w.tr.CloseIdleConnections()
+	if err := w.open().Ensure(t.Context(), ref, []string{pub}); err != nil || w.pod.pulls != pulls {
+		t.Errorf("without the registry: %v, %d pulls", err, w.pod.pulls-pulls)
+	}
+	if err := w.open().Ensure(t.Context(), ref, []string{other}); err == nil {
+		t.Error("goes on with a key that was taken away")
+	}
+	// A record that was changed proves nothing.
+	file := filepath.Join(w.dir, recordName(ref))
+	raw, err := os.ReadFile(file)
+	w.must(err)
+	var e entry
+	w.must(json.Unmarshal(raw, &e))
+	e.Payload = bytes.Replace(e.Payload, []byte("runtime"), []byte("runtimf"), 1)
+	raw, err = json.Marshal(e)
+	w.must(err)
+	w.must(os.WriteFile(file, raw, 0o600))
+	if err := w.open().Ensure(t.Context(), ref, []string{pub}); err == nil {
+		t.Error("believes a changed record")
+	}
+}
+
+// TestRefused shows both locks each distrusted image, one at a time: ours, and
+// Podman's code on the files that we wrote.
+func TestRefused(t *testing.T) {
+	k, pub := newKey(t)
+	stranger, _ := newKey(t)
+	cases := map[string]struct {
+		sign func(w *world, d name.Digest) error
+		want error
+	}{
+		"unsigned":    {func(*world, name.Digest) error { return nil }, ErrUnsigned},
+		"another key": {func(w *world, d name.Digest) error { return w.reg.Sign(t.Context(), d, stranger) }, ErrWrongKey},
+		"bundle of another key": {func(w *world, d name.Digest) error {
+			return w.reg.SignBundle(t.Context(), d, stranger)
+		}, ErrWrongKey},
+		"signature of another digest": {func(w *world, d name.Digest) error {
+			o, _ := w.push("net/runtime", "other")
+			return w.reg.SignAs(t.Context(), d, o, k)
+		}, ErrOtherDigest},
+		"signature for another repository": {func(w *world, d name.Digest) error {
+			o := d.Repository.Registry.Repo("net/elsewhere").Digest(d.DigestStr())
+			return w.reg.SignAs(t.Context(), d, o, k)
+		}, ErrIdentity},
+		"signature for another registry": {func(w *world, d name.Digest) error {
+			o, err := name.NewDigest("registry.test/net/runtime@" + d.DigestStr())
+			if err != nil {
+				return err
+			}
+			return w.reg.SignAs(t.Context(), d, o, k)
+		}, ErrIdentity},
+	}
+	for what, c := range cases {
+		t.Run(what, func(t *testing.T) {
+			w := newWorld(t)
+			d, ref := w.push("net/runtime", "bad")
+			w.must(c.sign(w, d))
+			err := w.img.Ensure(t.Context(), ref, []string{pub})
+			if !errors.Is(err, c.want) {
+				t.Errorf("error %v, want %v", err, c.want)
+			}
+			if w.pod.pulls != 0 {
+				t.Error("pulled before it was trusted")
+			}
+			// The other lock, alone.
+			if err := w.pod.allowed(t.Context(), ref); !errors.Is(err, errPolicy) {
+				t.Errorf("Podman would take it: %v", err)
+			}
+			// Nothing but the signature is wrong with either of them.
+			w.must(w.reg.Sign(t.Context(), d, k))
+			if err := w.img.Ensure(t.Context(), ref, []string{pub}); err != nil {
+				t.Errorf("signed: %v", err)
+			}
+		})
+	}
+
+	t.Run("statement of another kind", func(t *testing.T) {
+		w := newWorld(t)
+		d, ref := w.push("net/runtime", "a")
+		w.must(w.reg.SignBundle(t.Context(), d, k))
+		a, err := bundles(d, w.reg.Options(t.Context()))
+		w.must(err)
+		if len(a) != 1 {
+			t.Fatalf("%d bundles", len(a))
+		}
+		ks, err := load([]string{pub})
+		w.must(err)
+		if err := a[0].check(t.Context(), ref, ks); err != nil {
+			t.Fatal(err)
+		}
+		_, wrong := w.push("net/runtime", "b")
+		if err := a[0].check(t.Context(), wrong, ks); !errors.Is(err, ErrOtherDigest) {
+			t.Errorf("of another image: %v", err)
+		}
+		// Signed by the right key about the right image, but an inventory of it.
+		for kind, want := range map[string]error{cotypes.CosignSignPredicateType: nil, "https://spdx.dev/Document": ErrUnsigned} {
+			raw, key := statement(t, d, kind)
+			if err := checkBundle(raw, ref, key); !errors.Is(err, want) {
+				t.Errorf("statement %s: %v, want %v", kind, err, want)
+			}
+		}
+	})
+	t.Run("every byte of a signature", func(t *testing.T) {
+		w := newWorld(t)
+		d, ref := w.push("net/runtime", "a")
+		w.must(w.reg.Sign(t.Context(), d, k))
+		a, err := classics(d, w.reg.Options(t.Context()))
+		w.must(err)
+		ks, err := load([]string{pub})
+		w.must(err)
+		if err := a[0].check(t.Context(), ref, ks); err != nil {
+			t.Fatal(err)
+		}
+		for n := range a[0].Payload {
+			bad := &attached{Payload: bytes.Clone(a[0].Payload), Signature: a[0].Signature}
+			bad.Payload[n] ^= 1
+			if err := bad.check(t.Context(), ref, ks); !errors.Is(err, ErrWrongKey) {
+				t.Fatalf("byte %d: %v", n, err)
+			}
+		}
+	})
+	t.Run("no keys", func(t *testing.T) {
+		w := newWorld(t)
+		_, ref := w.push("net/runtime", "a")
+		for _, keys := range [][]string{nil, {""}, {"x"}, {pub, "x"}} {
+			if err := w.img.Ensure(t.Context(), ref, keys); !errors.Is(err, ErrKeys) {
+				t.Errorf("%q: %v", keys, err)
+			}
+		}
+	})
+}
+
+// statement is a bundle with a signed statement of a kind about d, and its key.
+func statement(t *testing.T, d name.Digest, kind string) ([]byte, signature.Verifier) {
+	t.Helper()
+	check := func(err error) {
+		t.Helper()
+		if err != nil {
+			t.Fatal(err)
+		}
+	}
+	priv, err := ecdsa.GenerateKey(elliptic.P256(), rand.Reader)
+	check(err)
+	key, err := signature.LoadECDSASignerVerifier(priv, crypto.SHA256)
+	check(err)
+	body, err := protojson.Marshal(&intoto.Statement{
+		Type:          intoto.StatementTypeUri,
+		Subject:       []*intoto.ResourceDescriptor{{Digest: map[string]string{"sha256": strings.TrimPrefix(d.DigestStr(), "sha256:")}}},
+		PredicateType: kind,
+	})
+	check(err)
+	env, err := dsse.WrapSigner(key, cotypes.IntotoPayloadType).SignMessage(bytes.NewReader(body))
+	check(err)
+	pub, err := cryptoutils.MarshalPublicKeyToPEM(priv.Public())
+	check(err)
+	raw, err := cobundle.MakeNewBundle(priv.Public(), nil, body, env, pub, nil)
+	check(err)
+	return raw, key
+}
+
+// TestBundleAlone: the first lock takes it, Podman cannot, and the error says
+// what to do.
+func TestBundleAlone(t *testing.T) {
+	w := newWorld(t)
+	k, pub := newKey(t)
+	d, ref := w.push("net/runtime", "a")
+	w.must(w.reg.SignBundle(t.Context(), d, k))
+	err := w.img.Ensure(t.Context(), ref, []string{pub})
+	if !errors.Is(err, ErrPull) || !errors.Is(err, errPolicy) || !strings.Contains(err.Error(), "--new-bundle-format=false") {
+		t.Errorf("error %v", err)
+	}
+	w.must(w.reg.Sign(t.Context(), d, k))
+	if err := w.img.Ensure(t.Context(), ref, []string{pub}); err != nil {
+		t.Error(err)
+	}
+}
+
+func TestPolicyNamesOneRepository(t *testing.T) {
+	w := newWorld(t)
+	k, pub := newKey(t)
+	read := func() string {
+		b, err := os.ReadFile(filepath.Join(w.dir, "policy.json"))
+		w.must(err)
+		return string(b)
+	}
+	if got := read(); got != string(policy.JSON) {
+		t.Errorf("before any configuration: %s", got)
+	}
+	da, a := w.push("net/a", "a")
+	db, b := w.push("net/b", "b")
+	w.must(w.reg.Sign(t.Context(), da, k))
+	w.must(w.reg.Sign(t.Context(), db, k))
+	w.must(w.img.Ensure(t.Context(), a, []string{pub}))
+	if err := w.pod.allowed(t.Context(), b); !errors.Is(err, errPolicy) {
+		t.Errorf("b is allowed with a: %v", err)
+	}
+	w.must(w.img.Ensure(t.Context(), b, []string{pub}))
+	if err := w.pod.allowed(t.Context(), a); !errors.Is(err, errPolicy) {
+		t.Errorf("a is still allowed: %v", err)
+	}
+	// A start without a configuration keeps what there is.
+	before := read()
+	w.open()
+	if read() != before {
+		t.Error("opening changed the policy")
+	}
+	// The authority goes with the registry that it is for.
+	w.img.ca = nil
+	w.must(w.img.Ensure(t.Context(), b, []string{pub}))
+	if left, err := os.ReadDir(filepath.Join(w.dir, "certs.d")); err != nil || len(left) != 0 {
+		t.Errorf("left %v, %v", left, err)
+	}
+}
+
+func TestPullMustStore(t *testing.T) {
+	w := newWorld(t)
+	k, pub := newKey(t)
+	d, ref := w.push("net/runtime", "a")
+	w.must(w.reg.Sign(t.Context(), d, k))
+	w.pod.loses = true
+	if err := w.img.Ensure(t.Context(), ref, []string{pub}); !errors.Is(err, ErrPull) {
+		t.Errorf("error %v", err)
+	}
+}
+
+func TestRetain(t *testing.T) {
+	w := newWorld(t)
+	k, pub := newKey(t)
+	refs := map[string]snapshot.ImageRef{}
+	for _, n := range []string{"kept", "dropped", "foreign"} {
+		d, ref := w.push("net/"+n, n)
+		w.must(w.reg.Sign(t.Context(), d, k))
+		refs[n] = ref
+		w.pod.stored[ref] = n == "foreign" // the user had it already
+		w.must(w.img.Ensure(t.Context(), ref, []string{pub}))
+		w.must(w.img.Ensure(t.Context(), ref, []string{pub})) // does not make it ours
+	}
+	w.must(os.WriteFile(filepath.Join(w.dir, records, "x.json"), []byte("{}"), 0o600))
+	w.must(w.img.Retain(t.Context(), refs["kept"]))
+	for n, want := range map[string]bool{"kept": true, "dropped": false, "foreign": true} {
+		if w.pod.stored[refs[n]] != want {
+			t.Errorf("%s: stored %v", n, !want)
+		}
+	}
+	left, err := os.ReadDir(filepath.Join(w.dir, records))
+	if err != nil || len(left) != 1 {
+		t.Errorf("records left: %v, %v", left, err)
+	}
+}
+
+// TestHostileRegistry answers with what no honest registry sends.
+func TestHostileRegistry(t *testing.T) {
+	_, pub := newKey(t)
+	ref, err := snapshot.ParseImageRef("registry.test/a@sha256:" + strings.Repeat("ab", 32))
+	if err != nil {
+		t.Fatal(err)
+	}
+	answer := func(code int, body io.Reader) http.RoundTripper {
+		return roundTrip(func(r *http.Request) (*http.Response, error) {
+			return &http.Response{StatusCode: code, Header: http.Header{}, Body: io.NopCloser(body), Request: r, ContentLength: -1}, nil
+		})
+	}
+	for what, rt := range map[string]http.RoundTripper{
+		"down":     roundTrip(func(*http.Request) (*http.Response, error) { return nil, errors.New("connection refused") }),
+		"endless":  answer(http.StatusOK, zeros{}),
+		"forbids":  answer(http.StatusForbidden, strings.NewReader("")),
+		"nonsense": answer(http.StatusOK, strings.NewReader("<html>")),
+		"to http": roundTrip(func(r *http.Request) (*http.Response, error) {
+			if r.URL.Scheme != "https" {
+				t.Errorf("asked %s", r.URL)
+			}
+			return &http.Response{StatusCode: http.StatusTemporaryRedirect, Body: http.NoBody, Request: r,
+				Header: http.Header{"Location": {"http://" + r.URL.Host + r.URL.Path}}}, nil
+		}),
+	} {
+		t.Run(what, func(t *testing.T) {
+			pod := &standIn{t: t, stored: map[snapshot.ImageRef]bool{}}
+			i, err := New(rt, pod, t.TempDir(), nil, slog.New(slog.DiscardHandler))
+			if err != nil {
+				t.Fatal(err)
+			}
+			err = i.Ensure(t.Context(), ref, []string{pub})
+			if err == nil || pod.pulls != 0 {
+				t.Fatalf("error %v, %d pulls", err, pod.pulls)
+			}
+			// Not a word about the image: it may be fine.
+			for _, verdict := range []error{ErrUnsigned, ErrWrongKey, ErrOtherDigest, ErrIdentity} {
+				if errors.Is(err, verdict) {
+					t.Errorf("says that %v", err)
+				}
+			}
+		})
+	}
+}
+
+type roundTrip func(*http.Request) (*http.Response, error)
+
+func (f roundTrip) RoundTrip(r *http.Request) (*http.Response, error) { return f(r) }
+
+type zeros struct{}
+
+func (zeros) Read(p []byte) (int, error) { clear(p); return len(p), nil }
