@@ -225,6 +225,9 @@ func TestEnsure(t *testing.T) {
 	}
 	// What another user can do below the directory that the container gets.
 	err = filepath.WalkDir(dir, func(p string, d fs.DirEntry, err error) error {
+		if err != nil {
+			return err
+		}
 		st, err := d.Info()
 		if err != nil {
 			return err
