@@ -37,7 +37,7 @@ func TestMain(m *testing.M) {
 		build := exec.Command("go", "build", "-o", peer, "./testdata/peer")
 		build.Env = append(os.Environ(), "CGO_ENABLED=0")
 		build.Stderr = os.Stderr
-		err = errors.Join(build.Run(), Prepare(context.Background(), os.Stderr, Image{Release: Trixie}, Image{Release: Forky}))
+		err = errors.Join(build.Run(), Prepare(context.Background(), os.Stderr, Image{}, Image{Release: Forky}, Image{Role: Network}))
 		if err != nil {
 			fmt.Fprintln(os.Stderr, err)
 			return 1
@@ -656,6 +656,21 @@ func TestMachineIsSafe(t *testing.T) {
 	// The same holds for what systemd starts.
 	if _, err := h.Output(t.Context(), "systemd-run", "--quiet", "--pipe", "--wait", "date", "--set=now"); err == nil {
 		t.Error("a unit has set the clock")
+	}
+}
+
+// TestNetworkRole checks that its tools are there and that none runs unasked.
+func TestNetworkRole(t *testing.T) {
+	t.Parallel()
+	l := newLab(t, Options{})
+	h := up(t, l, Config{Name: "network", Role: Network})
+	for _, args := range [][]string{
+		{"docker-registry", "--version"}, {"cosign", "version"}, {"skopeo", "--version"}, {"openssl", "version"},
+	} {
+		output(t, h, "", args...)
+	}
+	if got := output(t, h, "", "ss", "--listening", "--tcp", "--no-header"); got != "" {
+		t.Errorf("somebody listens:\n%s", got)
 	}
 }
 

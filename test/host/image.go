@@ -15,9 +15,11 @@ import (
 	"runtime"
 	"slices"
 	"strings"
+	"sync"
 	"syscall"
 	"time"
 
+	"golang.org/x/sync/errgroup"
 	"golang.org/x/sys/unix"
 )
 
@@ -134,17 +136,37 @@ func (i Image) key() (string, error) {
 	return fmt.Sprintf("%s-%s-%x", i.Release, i.Role, h.Sum(nil)[:6]), nil
 }
 
-// Prepare builds the root file systems that the cache does not have, after
-// [Setup]. That takes about half a minute each and needs the Debian archive;
-// everything after it runs without. Callers in several processes share the work.
-// Progress, if not nil, is told what happens.
+// Prepare builds the root file systems that the cache does not have, at the
+// same time, after [Setup]. That takes about half a minute and needs the Debian
+// archive; everything after it runs without. Callers in several processes share
+// the work. Progress, if not nil, is told in lines what happens.
 func Prepare(ctx context.Context, progress io.Writer, images ...Image) error {
-	for _, i := range images {
-		if _, err := i.ensure(ctx, progress); err != nil {
-			return err
-		}
+	if err := Setup(ctx, progress); err != nil {
+		return err
 	}
-	return nil
+	if progress != nil {
+		progress = &serial{w: progress}
+	}
+	var builds errgroup.Group
+	for _, i := range images {
+		builds.Go(func() error {
+			_, err := i.ensure(ctx, progress)
+			return err
+		})
+	}
+	return builds.Wait()
+}
+
+// serial makes a Writer that several goroutines may write to.
+type serial struct {
+	mu sync.Mutex // held for a write to w
+	w  io.Writer
+}
+
+func (s *serial) Write(p []byte) (int, error) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	return s.w.Write(p)
 }
 
 // ensure returns the directory of the image, which is whole.
@@ -253,7 +275,7 @@ func (i Image) build(ctx context.Context, lock *os.File, dir string, progress io
 		cmd := exec.CommandContext(ctx, "unshare", args...)
 		cmd.SysProcAttr = &syscall.SysProcAttr{Setpgid: true, Pdeathsig: unix.SIGKILL}
 		cmd.ExtraFiles = []*os.File{lock} // nobody builds while it lives, even without us
-		if err := runTelling(cmd, progress); err != nil {
+		if err := runTelling(cmd, filepath.Base(dir), progress); err != nil {
 			return err
 		}
 		return finishImage(part)
@@ -311,7 +333,7 @@ func Setup(ctx context.Context, progress io.Writer) error {
 		// Others on the machine may be installing, too.
 		cmd := exec.CommandContext(ctx, "apt-get", slices.Concat([]string{"-o", "DPkg::Lock::Timeout=600", "-q"}, args)...)
 		cmd.Env = append(os.Environ(), "DEBIAN_FRONTEND=noninteractive")
-		if err := runTelling(cmd, progress); err != nil {
+		if err := runTelling(cmd, "apt-get", progress); err != nil {
 			return fmt.Errorf("install %s: %w", strings.Join(missing, " "), err)
 		}
 	}
@@ -325,9 +347,9 @@ func say(progress io.Writer, format string, args ...any) {
 	}
 }
 
-// runTelling runs cmd, passes its lines on as progress, and puts the last ones
-// into the error.
-func runTelling(cmd *exec.Cmd, progress io.Writer) error {
+// runTelling runs cmd, passes its lines on as progress of what it makes, and
+// puts the last ones into the error.
+func runTelling(cmd *exec.Cmd, what string, progress io.Writer) error {
 	r, w, err := os.Pipe()
 	if err != nil {
 		return err
@@ -343,7 +365,7 @@ func runTelling(cmd *exec.Cmd, progress io.Writer) error {
 	var last [][]byte
 	lines := bufio.NewScanner(r)
 	for lines.Scan() {
-		say(progress, "  %s", lines.Text())
+		say(progress, "%s: %s", what, lines.Text())
 		last = append(last, bytes.Clone(lines.Bytes()))
 		last = last[max(0, len(last)-10):]
 	}

@@ -130,7 +130,7 @@ func TestImageCancelledBuild(t *testing.T) {
 func TestImageKilledBuild(t *testing.T) {
 	t.Setenv(EnvDir, t.TempDir())
 	path, _ := fakeBuilder(t, "sleep 1000")
-	cmd, part := caller(t, "image", "host:   building in ", "PATH="+path)
+	cmd, part := caller(t, "image", ": building in ", "PATH="+path)
 	if err := os.WriteFile(filepath.Join(part, "half"), nil, 0o600); err != nil {
 		t.Fatal(err)
 	}

@@ -35,7 +35,7 @@ var callers = map[string]func(){
 			return
 		}
 		go func() { fmt.Println(h.Exec(ctx, Cmd{Args: []string{"sleep", "1000"}})) }()
-		fmt.Println("lab", l.Name())
+		fmt.Println("is up:", l.Name())
 		select {}
 	},
 	"image": func() {
@@ -44,8 +44,8 @@ var callers = map[string]func(){
 }
 
 // caller starts one of the callers and returns it when it has printed a line
-// that begins with a word, with the rest of that line.
-func caller(t *testing.T, role, word string, env ...string) (cmd *exec.Cmd, rest string) {
+// with certain words, with what follows them.
+func caller(t *testing.T, role, words string, env ...string) (cmd *exec.Cmd, rest string) {
 	t.Helper()
 	cmd = exec.CommandContext(t.Context(), "/proc/self/exe")
 	cmd.Env = append(append(os.Environ(), envCaller+"="+role), env...)
@@ -60,7 +60,7 @@ func caller(t *testing.T, role, word string, env ...string) (cmd *exec.Cmd, rest
 	var seen strings.Builder
 	for s := bufio.NewScanner(out); s.Scan(); {
 		seen.WriteString(s.Text() + "\n")
-		if rest, ok := strings.CutPrefix(s.Text(), word); ok {
+		if _, rest, ok := strings.Cut(s.Text(), words); ok {
 			return cmd, strings.TrimSpace(rest)
 		}
 	}
@@ -259,7 +259,7 @@ func TestDownLeavesNothing(t *testing.T) {
 }
 
 func TestGCAfterKilledCaller(t *testing.T) {
-	cmd, name := caller(t, "lab", "lab ")
+	cmd, name := caller(t, "lab", "is up:")
 	l, err := Open(name, nil)
 	if err != nil {
 		t.Fatal(err)
