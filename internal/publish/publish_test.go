@@ -335,18 +335,19 @@ func TestSettingsAreChecked(t *testing.T) {
 	}
 }
 
-// A year of a network that publishes nothing new.
+// A network that publishes nothing new, for the lifetime of its root.
 func TestRefreshKeepsTheRepositoryValid(t *testing.T) {
 	for _, tt := range []struct {
 		name    string
 		offline bool
 		days    int
 	}{
-		{"all keys at hand", false, 365},
-		{"targets key offline", true, 90},
+		{"all keys at hand", false, 60},
+		{"targets key offline", true, 15},
 	} {
 		synctest.Test(t, func(t *testing.T) {
-			dir := published(t, Options{})
+			const day = 24 * time.Hour
+			dir := published(t, Options{Lifetimes: Lifetimes{Root: 60 * day, Targets: 15 * day, Snapshot: 3 * day}})
 			if tt.offline {
 				if err := os.Remove(filepath.Join(dir, "keys/targets.pem")); err != nil {
 					t.Fatal(err)
@@ -355,7 +356,7 @@ func TestRefreshKeepsTheRepositoryValid(t *testing.T) {
 			c := node(t, dir)
 			start := time.Now()
 			var e Expiries
-			for time.Since(start) < time.Duration(tt.days)*24*time.Hour {
+			for time.Since(start) < time.Duration(tt.days)*day {
 				var err error
 				if e, err = Refresh(dir); err != nil {
 					t.Fatalf("%s: after %v: %v", tt.name, time.Since(start), err)

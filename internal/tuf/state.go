@@ -95,6 +95,9 @@ func (c *Client) load() (*state, error) {
 		other.Roots = other.Roots[i:]
 		if other.Last != nil {
 			other.Last.Root = max(other.Last.Root-i, 0)
+			if _, err := other.Last.open(other.Roots); errors.Is(err, snapshot.ErrUntrusted) {
+				other.Last = nil // from before, by keys that this root does not list
+			}
 		}
 		return other, nil
 	}

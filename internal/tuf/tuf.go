@@ -150,12 +150,18 @@ func (c *Client) Refresh(ctx context.Context) (*snapshot.Snapshot, error) {
 	} else if err != nil {
 		return nil, err
 	}
-	// Time does not run backwards: a clock that was set back must not revive
-	// what has expired. No wrong clock gets in here for long, since a set is
-	// kept only while all of it is valid.
 	ref := c.now()
-	if st.Last != nil && st.Last.At.After(ref) {
-		ref = st.Last.At
+	if st.Last != nil {
+		_, err := st.Last.open(st.Roots)
+		switch {
+		case errors.Is(err, snapshot.ErrUntrusted):
+			st = &state{Roots: [][]byte{c.root}}
+		case st.Last.At.After(ref):
+			// Time does not run backwards: a clock that was set back must not
+			// revive what has expired. No wrong clock gets in here for long,
+			// since all of the set was valid at that time.
+			ref = st.Last.At
+		}
 	}
 	trusted, err := chain(st.Roots, ref)
 	if err != nil {
@@ -332,25 +338,26 @@ func (c *Client) Last() (*snapshot.Snapshot, error) {
 	if err != nil {
 		return nil, err
 	}
-	l := st.Last
-	if l == nil {
+	if st.Last == nil {
 		return nil, fmt.Errorf("no configuration was verified yet: %w", fs.ErrNotExist)
 	}
-	trusted, err := chain(st.Roots[:l.Root+1], l.At)
+	return st.Last.open(st.Roots)
+}
+
+// open verifies the set.
+func (l *set) open(roots [][]byte) (*snapshot.Snapshot, error) {
+	trusted, err := chain(roots[:l.Root+1], l.At)
 	if err != nil {
 		return nil, err
 	}
-	for _, step := range []struct {
-		name string
-		run  func() error
-	}{
-		{"timestamp", func() error { return addTimestamp(trusted, l.Timestamp) }},
-		{"snapshot", func() error { return addSnapshot(trusted, l.Snapshot, false) }},
-		{"targets", func() error { return addTargets(trusted, l.Targets) }},
-	} {
-		if err := step.run(); err != nil {
-			return nil, untrusted("cached "+step.name, err)
-		}
+	if err := addTimestamp(trusted, l.Timestamp); err != nil {
+		return nil, untrusted("cached timestamp", err)
+	}
+	if err := addSnapshot(trusted, l.Snapshot, false); err != nil {
+		return nil, untrusted("cached snapshot", err)
+	}
+	if err := addTargets(trusted, l.Targets); err != nil {
+		return nil, untrusted("cached targets", err)
 	}
 	return snapshot.Open(trusted, l.Config)
 }
