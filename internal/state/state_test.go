@@ -1,0 +1,584 @@
+package state
+
+import (
+	"bytes"
+	"errors"
+	"fmt"
+	"os"
+	"path/filepath"
+	"reflect"
+	"slices"
+	"strings"
+	"sync"
+	"testing"
+	"time"
+
+	bolt "go.etcd.io/bbolt"
+
+	"github.com/resultity/node/internal/digest"
+	"github.com/resultity/node/internal/evm"
+	"github.com/resultity/node/internal/receipt"
+	"github.com/resultity/node/internal/wire"
+)
+
+var at = time.UnixMilli(1_800_000_000_000)
+
+func now() time.Time { return at }
+
+func open(t testing.TB, path string) *Store { return openBounded(t, path, Bounds{}, now) }
+
+func openBounded(t testing.TB, path string, b Bounds, now func() time.Time) *Store {
+	t.Helper()
+	s, err := Open(path, b, now)
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { _ = s.Close() }) // again, for most tests
+	return s
+}
+
+func newPath(t testing.TB) string { return filepath.Join(t.TempDir(), "jobs.db") }
+
+func newJob(n int) *wire.Job {
+	return &wire.Job{
+		ID: receipt.NewJobID(), Model: "tiny-chat", Kind: wire.KindChat, Request: bytes.Repeat([]byte("q"), n),
+		Seed: 7, Created: at.Unix(), Deadline: at.Add(time.Minute).UnixMilli(), Config: digest.Of([]byte("c")),
+	}
+}
+
+func failure(j *wire.Job) *wire.Result {
+	return &wire.Result{Job: j.ID, Code: wire.CodeEngine, Message: "it ended"}
+}
+
+var key = func() *evm.Key {
+	k, err := evm.NewKey()
+	if err != nil {
+		panic(err)
+	}
+	return k
+}()
+
+// success is a result of n bytes with a real receipt: a store gives out no other.
+func success(t testing.TB, j *wire.Job, n int) *wire.Result {
+	t.Helper()
+	body := bytes.Repeat([]byte("a"), n)
+	r := receipt.Receipt{
+		Job: j.ID, Node: key.Address(), ConfigDigest: j.Config, ImageDigest: j.Config, ModelDigest: j.Config,
+		RequestHash: digest.Of(j.Request), ResponseHash: digest.Of(body), StartedAt: 1, FinishedAt: 2,
+	}
+	signed, err := r.Sign(1, key)
+	if err != nil {
+		t.Fatal(err)
+	}
+	return &wire.Result{Job: j.ID, Response: body, Receipt: &signed}
+}
+
+func accept(t testing.TB, s *Store, j *wire.Job, want Known) {
+	t.Helper()
+	if got, err := s.Accept(j); err != nil || got != want {
+		t.Fatalf("Accept = %v, %v; want %v", got, err, want)
+	}
+}
+
+func finish(t testing.TB, s *Store, r *wire.Result) {
+	t.Helper()
+	if err := s.Finish(r); err != nil {
+		t.Fatal(err)
+	}
+}
+
+func ack(t testing.TB, s *Store, ids ...receipt.JobID) {
+	t.Helper()
+	if err := s.Ack(ids); err != nil {
+		t.Fatal(err)
+	}
+}
+
+func counts(t testing.TB, s *Store, accepted, results, settled int) {
+	t.Helper()
+	c := s.Counts()
+	if c.Accepted != accepted || c.Results != results || c.Settled != settled || (accepted+results == 0) != (c.Bytes == 0) {
+		t.Fatalf("Counts = %+v, want %d accepted, %d results, %d settled", c, accepted, results, settled)
+	}
+}
+
+// reopen shows that what is remembered is on the disk and that Open finds it in
+// order.
+func reopen(t testing.TB, s *Store) *Store {
+	t.Helper()
+	want := s.Counts()
+	path, b, now := s.db.Path(), s.bounds, s.now
+	if err := s.Close(); err != nil {
+		t.Fatal(err)
+	}
+	s = openBounded(t, path, b, now)
+	if got := s.Counts(); got != want {
+		t.Fatalf("Counts = %+v after opening again, want %+v", got, want)
+	}
+	return s
+}
+
+func TestTheLifeOfAJob(t *testing.T) {
+	s := open(t, newPath(t))
+	j := newJob(100)
+	r := success(t, j, 5000)
+
+	if err := s.Finish(r); !errors.Is(err, ErrUnknown) {
+		t.Fatalf("Finish before Accept = %v, want ErrUnknown", err)
+	}
+	accept(t, s, j, New)
+	accept(t, s, j, Running)
+	s = reopen(t, s)
+	if got, err := s.Unfinished(); err != nil || len(got) != 1 || !reflect.DeepEqual(got[0], j) {
+		t.Fatalf("Unfinished = %+v, %v; want %+v", got, err, j)
+	}
+	counts(t, s, 1, 0, 0)
+	ack(t, s, j.ID) // not finished: passed over
+	accept(t, s, j, Running)
+
+	finish(t, s, r)
+	s = reopen(t, s)
+	accept(t, s, j, Done)
+	counts(t, s, 0, 1, 0)
+	if got, err := s.Unfinished(); err != nil || len(got) != 0 {
+		t.Fatalf("Unfinished = %v, %v; want none", got, err)
+	}
+	if got, ok, err := s.Result(j.ID); err != nil || !ok || !reflect.DeepEqual(got, r) {
+		t.Fatalf("Result = %+v, %v, %v; want %+v", got, ok, err, r)
+	}
+
+	ack(t, s, j.ID, receipt.NewJobID(), j.ID)
+	ack(t, s, j.ID)
+	s = reopen(t, s)
+	accept(t, s, j, Settled)
+	counts(t, s, 0, 0, 1)
+	if _, ok, err := s.Result(j.ID); ok || err != nil {
+		t.Fatalf("Result after Ack = %v, %v; want none", ok, err)
+	}
+	if err := s.Finish(r); !errors.Is(err, ErrConflict) {
+		t.Fatalf("Finish after Ack = %v, want ErrConflict", err)
+	}
+}
+
+func TestOneResultForAJob(t *testing.T) {
+	later := at
+	s := openBounded(t, newPath(t), Bounds{}, func() time.Time { later = later.Add(time.Second); return later })
+	j := newJob(10)
+	r := success(t, j, 10)
+	accept(t, s, j, New)
+	finish(t, s, r)
+	finish(t, s, r) // the same again, at another time
+	other := *r
+	other.Response = []byte("another")
+	for _, bad := range []*wire.Result{&other, failure(j)} {
+		if err := s.Finish(bad); !errors.Is(err, ErrConflict) {
+			t.Fatalf("Finish with another result = %v, want ErrConflict", err)
+		}
+	}
+	counts(t, s, 0, 1, 0)
+}
+
+// The network may try a job again where it failed; where it was answered, a
+// second receipt must not come to be.
+func TestAFailedJobMayComeAgainAfterItsAck(t *testing.T) {
+	s := open(t, newPath(t))
+	j := newJob(10)
+	accept(t, s, j, New)
+	finish(t, s, failure(j))
+	accept(t, s, j, Done)
+	ack(t, s, j.ID)
+	counts(t, s, 0, 0, 0)
+	accept(t, s, j, New)
+}
+
+func TestOutboxIsInTheOrderOfFinishing(t *testing.T) {
+	s := open(t, newPath(t))
+	var want []receipt.JobID
+	for range 20 {
+		j := newJob(10)
+		accept(t, s, j, New)
+		finish(t, s, failure(j))
+		want = append(want, j.ID)
+	}
+	list := func(after uint64) (ids []receipt.JobID, last uint64) {
+		t.Helper()
+		if err := s.Outbox(after, func(seq uint64, r *wire.Result) error {
+			if seq <= last {
+				t.Fatalf("number %d after %d", seq, last)
+			}
+			ids, last = append(ids, r.Job), seq
+			return nil
+		}); err != nil {
+			t.Fatal(err)
+		}
+		return ids, last
+	}
+	got, last := list(0)
+	if !reflect.DeepEqual(got, want) {
+		t.Fatalf("Outbox = %v, want %v", got, want)
+	}
+	if got, _ := list(last); len(got) != 0 {
+		t.Fatalf("Outbox(last) = %v, want none", got)
+	}
+	// The store may be used while it is listed, and what has gone is not met.
+	got = nil
+	if err := s.Outbox(0, func(_ uint64, r *wire.Result) error {
+		got = append(got, r.Job)
+		return s.Ack([]receipt.JobID{r.Job, want[slices.Index(want, r.Job)+1]})
+	}); err != nil || len(got) != 10 {
+		t.Fatalf("listing with Ack inside: %d results, %v; want 10", len(got), err)
+	}
+	// A number is not used again when the outbox has been empty.
+	s = reopen(t, s)
+	j := newJob(1)
+	accept(t, s, j, New)
+	finish(t, s, failure(j))
+	if got, _ := list(last); len(got) != 1 {
+		t.Fatalf("Outbox(last) = %v, want the new one", got)
+	}
+	stop := errors.New("stop")
+	if err := s.Outbox(0, func(uint64, *wire.Result) error { return stop }); !errors.Is(err, stop) {
+		t.Fatalf("Outbox = %v, want the error of f", err)
+	}
+}
+
+func TestUnfinishedByDeadline(t *testing.T) {
+	s := open(t, newPath(t))
+	for _, d := range []int64{5, 3, 9, 1} {
+		j := newJob(1)
+		j.Deadline = d
+		accept(t, s, j, New)
+	}
+	got, err := s.Unfinished()
+	if err != nil {
+		t.Fatal(err)
+	}
+	for i, want := range []int64{1, 3, 5, 9} {
+		if got[i].Deadline != want {
+			t.Fatalf("job %d has deadline %d, want %d", i, got[i].Deadline, want)
+		}
+	}
+}
+
+func TestBounds(t *testing.T) {
+	t.Run("jobs", func(t *testing.T) {
+		s := openBounded(t, newPath(t), Bounds{Jobs: 2}, now)
+		a, b, c := newJob(1), newJob(1), newJob(1)
+		accept(t, s, a, New)
+		accept(t, s, b, New)
+		finish(t, s, success(t, a, 1))
+		if _, err := s.Accept(c); !errors.Is(err, ErrFull) {
+			t.Fatalf("third job: %v, want ErrFull", err)
+		}
+		ack(t, s, a.ID)
+		accept(t, s, c, New)
+	})
+	t.Run("bytes", func(t *testing.T) {
+		s := openBounded(t, newPath(t), Bounds{Bytes: 100 << 10}, now)
+		a, b := newJob(40<<10), newJob(40<<10)
+		accept(t, s, a, New)
+		accept(t, s, b, New)
+		if _, err := s.Accept(newJob(10 << 10)); !errors.Is(err, ErrFull) {
+			t.Fatalf("a job over the bound: %v, want ErrFull", err)
+		}
+		if err := s.Finish(success(t, a, 60<<10)); !errors.Is(err, ErrFull) {
+			t.Fatalf("a result over the bound: %v, want ErrFull", err)
+		}
+		accept(t, s, a, Running) // and nothing is lost
+		finish(t, s, failure(a))
+		finish(t, s, success(t, b, 50<<10))
+	})
+	t.Run("ids", func(t *testing.T) {
+		s := openBounded(t, newPath(t), Bounds{IDs: 3}, now)
+		var jobs []*wire.Job
+		for range 5 {
+			j := newJob(1)
+			accept(t, s, j, New)
+			finish(t, s, success(t, j, 1))
+			ack(t, s, j.ID)
+			jobs = append(jobs, j)
+		}
+		counts(t, s, 0, 0, 3)
+		accept(t, s, jobs[4], Settled)
+		accept(t, s, jobs[2], Settled)
+		accept(t, s, jobs[1], New) // the oldest are forgotten
+		reopen(t, s)
+	})
+	t.Run("message", func(t *testing.T) {
+		s := open(t, newPath(t))
+		j := newJob(1)
+		accept(t, s, j, New)
+		r := failure(j)
+		r.Message = strings.Repeat("\x01", 100_000) // six bytes each in JSON
+		finish(t, s, r)
+		if got := s.Counts().Bytes; got > failureSize {
+			t.Fatalf("a failure takes %d bytes, more than the %d kept for it", got, failureSize)
+		}
+	})
+}
+
+func TestExpire(t *testing.T) {
+	clock := at
+	s := openBounded(t, newPath(t), Bounds{}, func() time.Time { return clock })
+	expire := func(want int) {
+		t.Helper()
+		if got, err := s.Expire(time.Hour); err != nil || got != want {
+			t.Fatalf("Expire = %d, %v; want %d", got, err, want)
+		}
+	}
+	old, failed, young, running := newJob(1), newJob(1), newJob(1), newJob(1)
+	accept(t, s, running, New)
+	for _, j := range []*wire.Job{old, failed} {
+		accept(t, s, j, New)
+	}
+	finish(t, s, success(t, old, 1))
+	finish(t, s, failure(failed))
+	clock = clock.Add(30 * time.Minute)
+	accept(t, s, young, New)
+	finish(t, s, success(t, young, 1))
+	expire(0)
+	clock = clock.Add(31 * time.Minute)
+	expire(2)
+	expire(0)
+	counts(t, s, 1, 1, 1)
+	accept(t, s, old, Settled) // it may have been delivered
+	accept(t, s, failed, New)
+	accept(t, s, young, Done)
+	s = reopen(t, s)
+	clock = clock.Add(61 * time.Minute)
+	expire(1)
+	counts(t, s, 2, 0, 1) // what is running never expires; young's id has just been settled
+	accept(t, s, old, New)
+	accept(t, s, young, Settled)
+}
+
+func TestRegistration(t *testing.T) {
+	s := open(t, newPath(t))
+	if _, ok, err := s.Registration(); ok || err != nil {
+		t.Fatalf("Registration of a new store = %v, %v", ok, err)
+	}
+	want := wire.Registered{Network: "testnet", Node: key.Address(), Account: "a", Time: 1}
+	for range 2 {
+		if err := s.SetRegistration(want); err != nil {
+			t.Fatal(err)
+		}
+	}
+	s = reopen(t, s)
+	if got, ok, err := s.Registration(); err != nil || !ok || got != want {
+		t.Fatalf("Registration = %+v, %v, %v; want %+v", got, ok, err, want)
+	}
+	for _, bad := range []wire.Registered{
+		{Network: "mainnet", Node: want.Node},
+		{Network: want.Network, Node: evm.Address{1}},
+	} {
+		if err := s.SetRegistration(bad); err == nil || !strings.Contains(err.Error(), "state directory") {
+			t.Errorf("SetRegistration(%+v) = %v, want a refusal with a remedy", bad, err)
+		}
+	}
+	want.Account = "b"
+	if err := s.SetRegistration(want); err != nil {
+		t.Fatalf("another account of the same node: %v", err)
+	}
+}
+
+func TestTheFileIsPrivateAndLocked(t *testing.T) {
+	path := newPath(t)
+	s := open(t, path)
+	mode := func() os.FileMode {
+		t.Helper()
+		info, err := os.Stat(path)
+		if err != nil {
+			t.Fatal(err)
+		}
+		return info.Mode()
+	}
+	if got := mode(); got != 0o600 {
+		t.Errorf("mode %o, want 600", got)
+	}
+	if _, err := Open(path, Bounds{}, now); !errors.Is(err, ErrLocked) {
+		t.Fatalf("second Open = %v, want ErrLocked", err)
+	}
+	if err := s.Close(); err != nil {
+		t.Fatal(err)
+	}
+	if err := os.Chmod(path, 0o644); err != nil {
+		t.Fatal(err)
+	}
+	open(t, path)
+	if got := mode(); got != 0o600 {
+		t.Errorf("mode %o after Open, want 600", got)
+	}
+	if left, _ := filepath.Glob(path + ".*"); len(left) != 0 {
+		t.Errorf("left behind: %v", left)
+	}
+}
+
+func TestOpenRefuses(t *testing.T) {
+	dir := t.TempDir()
+	if _, err := Open(filepath.Join(dir, "no", "jobs.db"), Bounds{}, now); !errors.Is(err, os.ErrNotExist) {
+		t.Errorf("no directory: %v, want ErrNotExist", err)
+	}
+	if _, err := Open(dir, Bounds{}, now); err == nil {
+		t.Error("opened a directory")
+	}
+	path := newPath(t)
+	s := open(t, path)
+	if err := s.db.Update(func(tx *bolt.Tx) error { return tx.Bucket(bucketMeta).Put(keySchema, []byte("2")) }); err != nil {
+		t.Fatal(err)
+	}
+	s.Close()
+	if _, err := Open(path, Bounds{}, now); err == nil || errors.Is(err, ErrCorrupt) || !strings.Contains(err.Error(), "agent") {
+		t.Errorf("another format: %v, want an error of its own", err)
+	}
+}
+
+// Everybody is answered, once, whatever shares a commit with whatever.
+func TestConcurrentUse(t *testing.T) {
+	s := open(t, newPath(t))
+	shared := newJob(10)
+	var news, wg = make(chan receipt.JobID, 1000), sync.WaitGroup{}
+	for range 16 {
+		wg.Go(func() {
+			for i := range 20 {
+				j := newJob(10 + i)
+				if i == 7 {
+					j = shared
+				}
+				known, err := s.Accept(j)
+				if err != nil {
+					t.Errorf("Accept: %v", err)
+					return
+				}
+				if known == New {
+					news <- j.ID
+				}
+				if err := s.Finish(&wire.Result{Job: receipt.NewJobID(), Code: wire.CodeEngine}); !errors.Is(err, ErrUnknown) {
+					t.Errorf("Finish of an unknown job: %v, want ErrUnknown", err)
+				}
+				if j == shared {
+					continue
+				}
+				if err := s.Finish(failure(j)); err != nil {
+					t.Errorf("Finish: %v", err)
+				}
+				if i%2 == 0 {
+					if err := s.Ack([]receipt.JobID{j.ID}); err != nil {
+						t.Errorf("Ack: %v", err)
+					}
+				}
+			}
+		})
+	}
+	wg.Wait()
+	close(news)
+	n := 0
+	for id := range news {
+		if id == shared.ID {
+			n++
+		}
+	}
+	if n != 1 {
+		t.Errorf("the shared job was new %d times, want once", n)
+	}
+	counts(t, s, 1, 16*9, 0) // of 20: one shared, ten acknowledged
+	reopen(t, s)
+}
+
+// A commit that fails leaves nothing, and the counts as they were.
+func TestAFailedCommitChangesNothing(t *testing.T) {
+	s := open(t, newPath(t))
+	a, b := newJob(1), newJob(1)
+	accept(t, s, a, New)
+	before := s.Counts()
+	broken := errors.New("broken")
+	group := []*change{
+		{do: func(tx *bolt.Tx, t *totals) error {
+			t.accepted++
+			return t.put(putEntry(tx, b.ID, entry{state: Running}))
+		}},
+		{do: func(_ *bolt.Tx, t *totals) error { return t.put(broken) }},
+	}
+	if _, err := s.write(group, s.count); !errors.Is(err, broken) {
+		t.Fatalf("write = %v, want the error of the put", err)
+	}
+	if s.Counts() != before {
+		t.Errorf("Counts = %+v, want %+v", s.Counts(), before)
+	}
+	s = reopen(t, s)
+	accept(t, s, b, New)
+}
+
+// bbolt may fail after it has written its new root: then the file and its
+// memory differ, and the next commit would mix them.
+func TestNothingIsWrittenAfterAHalfCommit(t *testing.T) {
+	s := open(t, newPath(t))
+	var id int
+	if err := s.db.View(func(tx *bolt.Tx) error { id = tx.ID(); return nil }); err != nil {
+		t.Fatal(err)
+	}
+	if !s.published(id) || s.published(id+1) {
+		t.Fatalf("published(%d) = %v, published(%d) = %v; want true and false", id, s.published(id), id+1, s.published(id+1))
+	}
+	s.broken = errors.New("broken")
+	if _, err := s.Accept(newJob(1)); !errors.Is(err, s.broken) {
+		t.Fatalf("Accept = %v, want the reason", err)
+	}
+}
+
+func TestAClosedStoreRefuses(t *testing.T) {
+	s := open(t, newPath(t))
+	if err := s.Close(); err != nil {
+		t.Fatal(err)
+	}
+	if _, err := s.Accept(newJob(1)); err == nil {
+		t.Error("Accept on a closed store")
+	}
+	if _, err := s.Unfinished(); err == nil {
+		t.Error("Unfinished on a closed store")
+	}
+}
+
+func TestZerosFillsExactly(t *testing.T) {
+	f, err := os.Create(filepath.Join(t.TempDir(), "f"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer f.Close()
+	if _, err := f.WriteString("kept"); err != nil {
+		t.Fatal(err)
+	}
+	if err := zeros(f, 4, 200_000); err != nil {
+		t.Fatal(err)
+	}
+	b, err := os.ReadFile(f.Name())
+	if err != nil || len(b) != 200_000 || string(b[:4]) != "kept" || len(bytes.Trim(b[4:], "\x00")) != 0 {
+		t.Fatalf("%d bytes, %.8q, %v", len(b), b, err)
+	}
+}
+
+func BenchmarkAcceptFinishAck(b *testing.B) {
+	for _, writers := range []int{1, 8, 64} {
+		b.Run(fmt.Sprintf("writers=%d", writers), func(b *testing.B) {
+			s := open(b, newPath(b))
+			j := newJob(2048)
+			r := success(b, j, 1024)
+			b.SetParallelism(writers)
+			b.RunParallel(func(pb *testing.PB) {
+				for pb.Next() {
+					j, r := *j, *r
+					j.ID = receipt.NewJobID()
+					r.Job = j.ID
+					if _, err := s.Accept(&j); err != nil {
+						b.Fatal(err)
+					}
+					if err := s.Finish(&r); err != nil {
+						b.Fatal(err)
+					}
+					if err := s.Ack([]receipt.JobID{j.ID}); err != nil {
+						b.Fatal(err)
+					}
+				}
+			})
+		})
+	}
+}
