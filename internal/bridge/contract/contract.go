@@ -166,9 +166,8 @@ type State string
 // The states that can be seen over the socket. It is bound only once the
 // engine has answered.
 const (
-	Serving  State = "serving"
-	Hung     State = "hung"     // no watchdog messages are being sent
-	Stopping State = "stopping" // requests in flight may still end
+	Serving State = "serving"
+	Hung    State = "hung" // no watchdog messages are being sent
 )
 
 // Status is a moment's account of the bridge. Counters run since its start.

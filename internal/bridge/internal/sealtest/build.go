@@ -29,6 +29,9 @@ func build(text string) error {
 	if err := json.Unmarshal([]byte(text), &y.plan); err != nil {
 		return err
 	}
+	if y.Dir == "" {
+		return errors.New("no directory")
+	}
 	// Capabilities, no_new_privs and the filter belong to threads, and exec
 	// takes over those of the thread that calls it.
 	runtime.LockOSThread()
@@ -53,9 +56,13 @@ func build(text string) error {
 	if y.err != nil {
 		return y.err
 	}
-	argv := append([]string{Binary}, y.Args...)
+	path := Binary
+	if y.Program != "" {
+		path = program
+	}
+	argv := append([]string{path}, y.Args...)
 	if y.has(SecondProcess) {
-		pid, err := syscall.ForkExec(Binary, argv, &syscall.ProcAttr{Env: env, Files: []uintptr{0, 1, 2}})
+		pid, err := syscall.ForkExec(path, argv, &syscall.ProcAttr{Env: env, Files: []uintptr{0, 1, 2}})
 		if err != nil {
 			return err
 		}
@@ -65,7 +72,7 @@ func build(text string) error {
 		}
 		os.Exit(ws.ExitStatus())
 	}
-	return syscall.Exec(Binary, argv, env)
+	return syscall.Exec(path, argv, env)
 }
 
 // closeOnExec keeps what the caller of the tests left open from the container.
@@ -157,6 +164,9 @@ func (y *yard) mounts() {
 	y.do("mount root", syscall.Mount("tmpfs", y.root, "tmpfs", 0, "mode=755"))
 
 	y.bind(filepath.Join(y.Dir, "binary"), Binary, true)
+	if y.Program != "" {
+		y.bind(y.Program, program, true)
+	}
 	for _, lib := range y.libraries() {
 		y.bind(lib, lib, true)
 	}

@@ -23,8 +23,10 @@ import (
 	"testing"
 )
 
-// Binary is where the container finds the test binary.
+// Binary is where the container finds the test binary, whatever it runs.
 const Binary = "/test"
+
+const program = "/program"
 
 // User is the id of the container's user and group.
 const User = 1000
@@ -68,13 +70,15 @@ const (
 // interpreter is what starts binaries that are not static, where it exists.
 var interpreter = []string{"/lib64/ld-linux-x86-64.so.2", "/lib/ld-linux-aarch64.so.1"}
 
-// Container is what to start. Inside, /run/resultity is Dir/run, /run/notify is
-// Dir/notify, and /models is Dir/models, the first of them writable; /tmp and
-// /dev/shm are empty and writable.
+// Container is what to start. Inside, /run/resultity is Dir/run and writable,
+// /run/notify is Dir/notify and read-only, /models holds model.gguf and is
+// read-only; /tmp and /dev/shm are empty and writable.
 type Container struct {
-	Args  []string // for the test binary
-	Env   []string // all of it
-	Flaws []Flaw
+	Dir     string   // of [MakeDir]; "" makes one
+	Program string   // outside: a static program to run, "" for the test binary
+	Args    []string // for it
+	Env     []string // all of it
+	Flaws   []Flaw
 
 	Stdout, Stderr io.Writer // nil discards
 }
@@ -88,8 +92,9 @@ type Box struct {
 
 // plan is what the namespaces' first process is told.
 type plan struct {
-	Container
-	Dir string
+	Dir, Program string
+	Args, Env    []string
+	Flaws        []Flaw
 }
 
 // Start starts c and ends it at the end of the test.
@@ -98,8 +103,11 @@ func Start(t testing.TB, c Container) *Box {
 	if os.Getuid() != 0 {
 		t.Fatal("these tests make containers: run them as root")
 	}
-	dir := makeDir(t)
-	p, err := json.Marshal(plan{Container: Container{Args: c.Args, Env: c.Env, Flaws: c.Flaws}, Dir: dir})
+	dir := c.Dir
+	if dir == "" {
+		dir = MakeDir(t)
+	}
+	p, err := json.Marshal(plan{dir, c.Program, c.Args, c.Env, c.Flaws})
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -141,9 +149,9 @@ func (b *Box) Wait() int {
 // Signal sends a signal to the container's first process.
 func (b *Box) Signal(s syscall.Signal) error { return b.cmd.Process.Signal(s) }
 
-// makeDir makes the directories that the container shares with the test. Their
+// MakeDir makes the directories that a container shares with the test. Their
 // path is short enough for sockets, and open to the container's user.
-func makeDir(t testing.TB) string {
+func MakeDir(t testing.TB) string {
 	t.Helper()
 	dir, err := os.MkdirTemp("", "seal")
 	must := func(err error) {
@@ -155,11 +163,10 @@ func makeDir(t testing.TB) string {
 	must(err)
 	t.Cleanup(func() { must(os.RemoveAll(dir)) })
 	must(os.Chmod(dir, 0o755))
-	for _, d := range []string{"root", "run", "notify", "models", "extra/a/b"} {
+	for _, d := range []string{"root", "run", "notify"} {
 		must(os.MkdirAll(filepath.Join(dir, d), 0o755))
 	}
 	must(os.Chmod(filepath.Join(dir, "run"), 0o777))
-	must(os.WriteFile(filepath.Join(dir, "models", "model.gguf"), []byte("model"), 0o644))
 	self, err := os.Executable()
 	must(err)
 	must(os.Link(self, filepath.Join(dir, "binary")))

@@ -1,0 +1,20 @@
+// Command resultity-bridge is PID 1 of the sealed runtime container. The agent
+// renders its command line; nobody types it.
+//
+// Usage:
+//
+//	resultity-bridge --model NAME --max-in-flight N [FLAG VALUE]... -- ENGINE [ARG]...
+//
+// Its flags, exit codes and behaviour are those of package
+// github.com/resultity/node/internal/bridge/contract.
+package main
+
+import (
+	"os"
+
+	"github.com/resultity/node/internal/bridge"
+)
+
+func main() {
+	os.Exit(bridge.Main(os.Args[1:], os.Stderr))
+}

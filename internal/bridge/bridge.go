@@ -1,0 +1,331 @@
+// Package bridge is PID 1 of the sealed runtime container: it starts the
+// engine, carries requests between the agent's unix socket and the engine's
+// loopback port, and tells systemd whether the engine is alive.
+//
+// What it promises to the agent and to the unit around it stands in package
+// contract. The rule it keeps: the engine never runs in a sandbox that was not
+// inspected, no request reaches it by a path that is not on the list, and
+// systemd never hears WATCHDOG=1 from a bridge whose engine is hung.
+//
+// It uses the standard library alone, since everything in here is within reach
+// of the engine.
+package bridge
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"io"
+	"log"
+	"net/http"
+	"os"
+	"os/signal"
+	"path/filepath"
+	"runtime"
+	"runtime/debug"
+	"sync"
+	"syscall"
+	"time"
+
+	"github.com/resultity/node/internal/bridge/contract"
+	"github.com/resultity/node/internal/bridge/sandbox"
+)
+
+// Main runs the bridge with a command line and returns its exit code. It may
+// run once in a process, which must have nothing else going on: it reaps all
+// children and changes settings of the process.
+func Main(args []string, stderr io.Writer) int {
+	b := &bridge{
+		notifier: notifier{os.Getenv("NOTIFY_SOCKET")},
+		log:      log.New(stderr, "resultity-bridge: ", 0),
+	}
+	o, err := contract.Parse(args)
+	if err != nil {
+		return b.fail(contract.ExitConfig, fmt.Errorf("command line: %w", err))
+	}
+	b.o = o
+	return b.run()
+}
+
+// bridge is what all parts share; it does not change while they run.
+type bridge struct {
+	o        contract.Options
+	notifier notifier
+	log      *log.Logger
+	client   *client
+	vigil    *vigil
+	engine   *engine
+	signals  chan os.Signal // SIGTERM and SIGINT
+	running  sync.WaitGroup // goroutines
+}
+
+// fail says on both ways why the bridge ends.
+func (b *bridge) fail(code int, err error) int {
+	b.log.Print(err)
+	b.tell(status("%s", err))
+	return code
+}
+
+// tell sends messages to systemd. A watchdog without messages will end this
+// process, so there is nothing to do about an error but to say it.
+func (b *bridge) tell(assignments ...string) {
+	if err := b.notifier.send(assignments...); err != nil {
+		b.log.Print(err)
+	}
+}
+
+func (b *bridge) run() int {
+	b.signals = make(chan os.Signal, 4)
+	signal.Notify(b.signals, syscall.SIGTERM, syscall.SIGINT)
+	defer signal.Stop(b.signals)
+	children := make(chan os.Signal, 1)
+	signal.Notify(children, syscall.SIGCHLD)
+	defer signal.Stop(children)
+	if err := b.settle(); err != nil {
+		return b.fail(contract.ExitInternal, err)
+	}
+
+	record := sandbox.Inspect(b.order())
+	if !record.OK {
+		failed := sandbox.Failed(record)
+		for _, line := range failed {
+			b.log.Printf("sandbox: %s", line)
+		}
+		b.log.Print("the sandbox is not the one that was ordered: the engine is not started")
+		b.tell(status("sandbox: %s", failed[0]))
+		return contract.ExitSandbox
+	}
+	if err := clearSocket(b.o.Socket); err != nil {
+		return b.fail(contract.ExitConfig, err)
+	}
+
+	var err error
+	if b.engine, err = startEngine(b.o.Command); err != nil {
+		return b.fail(contract.ExitConfig, err)
+	}
+	ctx, cancel := context.WithCancel(context.Background())
+	defer b.running.Wait()
+	defer cancel()
+	b.running.Go(func() { b.engine.reap(ctx, children) })
+	b.client = newClient(b.o)
+	defer b.client.close()
+	return b.oversee(ctx, record)
+}
+
+// settle makes this process one that the engine, which has the same user id,
+// can neither trace nor read, and that stays small beside it.
+func (b *bridge) settle() error {
+	if _, _, errno := syscall.RawSyscall(syscall.SYS_PRCTL, syscall.PR_SET_DUMPABLE, 0, 0); errno != 0 {
+		return fmt.Errorf("forbid tracing: %w", errno)
+	}
+	os.Unsetenv("NOTIFY_SOCKET")
+	// More processors than this only cost memory here.
+	runtime.GOMAXPROCS(min(runtime.GOMAXPROCS(0), 4))
+	const idle, perRequest = 12 << 20, 256 << 10
+	debug.SetMemoryLimit(idle + int64(b.o.MaxInFlight)*(b.o.MaxBody+perRequest))
+	return nil
+}
+
+// order is what the sandbox is compared with.
+func (b *bridge) order() sandbox.Order {
+	return sandbox.Order{
+		Writable: append([]string{filepath.Dir(b.o.Socket)}, b.o.Writable...),
+		ReadOnly: b.o.ReadOnly,
+		Devices:  b.o.Devices,
+		Sockets:  []string{b.notifier.socket, b.o.Socket},
+	}
+}
+
+// oversee brings the engine up, serves, and returns the exit code.
+func (b *bridge) oversee(ctx context.Context, record contract.Sandbox) int {
+	began := time.Now()
+	starting, stop := context.WithTimeout(ctx, b.o.StartTimeout)
+	defer stop()
+	ready := make(chan error, 1)
+	b.running.Go(func() { ready <- b.awaken(starting) })
+	select {
+	case ws := <-b.engine.exited:
+		return b.fail(exitCode(ws), errors.New(describe(ws)))
+	case s := <-b.signals:
+		b.log.Printf("%s while the engine starts", s)
+		return b.endEngine(ctx)
+	case err := <-ready:
+		if err != nil {
+			return b.fail(contract.ExitNotReady, err)
+		}
+	}
+
+	b.vigil = newVigil(b.o.Stall, b.o.CanaryEvery)
+	took := time.Since(began)
+	f, err := newForwarder(b.o, b.vigil, record, func(s *contract.Status) {
+		s.Model, s.StartMS = b.o.Model, took.Milliseconds()
+		b.vigil.fill(s)
+	})
+	if err != nil {
+		return b.fail(contract.ExitInternal, err)
+	}
+	return b.serve(ctx, f, took)
+}
+
+// Intervals of the start.
+const (
+	pollFirst   = 20 * time.Millisecond // an engine can be up at once
+	pollMost    = 500 * time.Millisecond
+	extendEvery = 5 * time.Second
+	extendBy    = 20 * time.Second // leaves room for late messages
+)
+
+// awaken returns once the engine has answered a completion. Until then it asks
+// systemd for time.
+func (b *bridge) awaken(ctx context.Context) error {
+	phase := "waits for " + b.o.Health
+	began := time.Now()
+	extend := time.NewTicker(extendEvery)
+	defer extend.Stop()
+	poll := time.NewTimer(0)
+	defer poll.Stop()
+	report := func() {
+		b.tell(fmt.Sprintf("EXTEND_TIMEOUT_USEC=%d", extendBy.Microseconds()),
+			status("starting %s: %s, %s of %s", b.o.Model, phase, time.Since(began).Round(time.Second), b.o.StartTimeout))
+	}
+	report()
+
+	ask, wait := b.client.healthy, pollFirst
+	answers := make(chan error, 1)
+	var last error
+	for {
+		select {
+		case <-ctx.Done():
+			if last == nil {
+				last = errors.New("no answer")
+			}
+			return fmt.Errorf("engine is not ready after %s: %s: %w", b.o.StartTimeout, phase, last)
+		case <-extend.C:
+			report()
+		case <-poll.C:
+			b.running.Go(func() { answers <- ask(ctx) })
+		case err := <-answers:
+			switch {
+			case err != nil:
+				last = err
+				poll.Reset(wait)
+				wait = min(2*wait, pollMost)
+			case phase != firstCompletion:
+				phase, ask, last = firstCompletion, b.client.complete, nil
+				report()
+				poll.Reset(0)
+			default:
+				return nil
+			}
+		}
+	}
+}
+
+const firstCompletion = "waits for a first completion"
+
+// serve opens the socket and says READY, then serves until it is told to stop
+// or the engine ends, and returns the exit code.
+func (b *bridge) serve(ctx context.Context, f *forwarder, took time.Duration) int {
+	defer f.engine.CloseIdleConnections()
+	// Some connections more than requests: for status and metrics, and for
+	// those that the other side keeps for later.
+	l, err := listen(b.o.Socket, 2*b.o.MaxInFlight+32)
+	if err != nil {
+		return b.fail(contract.ExitInternal, err)
+	}
+	server := newServer(f, b.log)
+	broken := make(chan error, 1)
+	b.running.Go(func() { broken <- server.Serve(l) })
+	defer f.serving.Wait()
+	defer server.Close()
+
+	watching, stopWatching := context.WithCancel(ctx)
+	defer stopWatching()
+	b.running.Go(func() { b.vigil.sing(watching, b.client.complete) })
+	b.running.Go(func() { b.watch(watching, l, f) })
+	b.log.Printf("serving %s, first completion after %s", b.o.Model, took.Round(time.Millisecond))
+	b.tell("READY=1", "WATCHDOG=1", status("serving %s", b.o.Model))
+
+	select {
+	case ws := <-b.engine.exited:
+		return b.fail(exitCode(ws), errors.New(describe(ws)))
+	case err := <-broken:
+		return b.fail(contract.ExitInternal, fmt.Errorf("serve: %w", err))
+	case s := <-b.signals:
+		b.log.Printf("%s: stopping", s)
+		b.tell("STOPPING=1", status("stopping: requests in flight may end within %s", b.o.StopGrace))
+		b.drain(ctx, server)
+		server.Close()
+		return b.endEngine(ctx)
+	}
+}
+
+// watch feeds systemd's watchdog while the engine is alive, until ctx ends.
+func (b *bridge) watch(ctx context.Context, l *listener, f *forwarder) {
+	tick := time.NewTicker(b.o.Watchdog / 3)
+	defer tick.Stop()
+	before := ""
+	for {
+		select {
+		case <-ctx.Done():
+			return
+		case <-tick.C:
+		}
+		why := b.vigil.judge()
+		if why == "" && !l.inPlace() {
+			why = "something else is in the place of the socket"
+		}
+		switch {
+		case why == "":
+			if before != "" {
+				b.log.Print("engine is back, watchdog messages go on")
+			}
+			b.tell("WATCHDOG=1", status("serving %s: %d in flight, %d answered", b.o.Model, len(f.slots), f.answered.Load()))
+		case before == "":
+			b.log.Printf("%s: no more watchdog messages", why)
+			b.tell(status("hung: %s", why))
+		}
+		before = why
+	}
+}
+
+// drain stops accepting and waits for the requests in flight, up to the grace
+// time, a second signal or the engine's end.
+func (b *bridge) drain(ctx context.Context, server *http.Server) {
+	ctx, cancel := context.WithTimeout(ctx, b.o.StopGrace)
+	defer cancel()
+	done := make(chan error, 1)
+	b.running.Go(func() { done <- server.Shutdown(ctx) })
+	select {
+	case err := <-done:
+		if err != nil {
+			b.log.Print("requests were still in flight after the grace time")
+		}
+	case s := <-b.signals:
+		b.log.Printf("%s again: not waiting for requests in flight", s)
+	case ws := <-b.engine.exited:
+		b.engine.exited <- ws // for endEngine
+	}
+}
+
+// patience with an engine that was told to end, before the next means.
+const endPatience = 2 * time.Second
+
+// endEngine ends the engine, first by asking twice: with a request that it does
+// not want to give up, llama-server heeds only the second.
+func (b *bridge) endEngine(ctx context.Context) int {
+	for _, s := range []syscall.Signal{syscall.SIGTERM, syscall.SIGTERM, syscall.SIGKILL} {
+		b.engine.signal(ctx, s)
+		patience := time.NewTimer(endPatience)
+		defer patience.Stop()
+		select {
+		case ws := <-b.engine.exited:
+			b.log.Print(describe(ws))
+			return contract.ExitStopped
+		case <-patience.C:
+		}
+	}
+	// Not even SIGKILL: it hangs in the kernel. PID 1's end is all that is left.
+	b.log.Print("engine does not end")
+	return contract.ExitStopped
+}
