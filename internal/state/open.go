@@ -179,7 +179,7 @@ func (s *Store) check(tx *bolt.Tx) error {
 	if v := string(tx.Bucket(bucketMeta).Get(keySchema)); v != schema {
 		return fmt.Errorf("its format is %.20q, this agent knows %q: use the agent that wrote it, or move the file away", v, schema)
 	}
-	if _, _, err := registration(tx); err != nil {
+	if _, err := registration(tx); err != nil {
 		return err
 	}
 	var t totals

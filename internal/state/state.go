@@ -325,6 +325,20 @@ func (s *Store) forget(tx *bolt.Tx, t *totals, before time.Time) error {
 	}
 }
 
+// Lookup says what is known about a job: [Running], [Done], [Settled], or 0 for
+// nothing.
+func (s *Store) Lookup(id receipt.JobID) (known Known, err error) {
+	err = s.db.View(func(tx *bolt.Tx) error {
+		e, _ := lookup(tx, id)
+		known = e.state
+		return nil
+	})
+	if err != nil {
+		return 0, fmt.Errorf("look up job %s: %w", id, err)
+	}
+	return known, nil
+}
+
 // Unfinished returns the accepted jobs without a result, those with the nearest
 // deadline first. It is what a start has to deal with.
 func (s *Store) Unfinished() ([]*wire.Job, error) {
@@ -397,46 +411,48 @@ func (s *Store) Result(id receipt.JobID) (r *wire.Result, ok bool, err error) {
 }
 
 // Registration returns what the network answered when the node was registered,
-// and false before that.
-func (s *Store) Registration() (r wire.Registered, ok bool, err error) {
+// and nil before that.
+func (s *Store) Registration() (r *wire.Registered, err error) {
 	err = s.db.View(func(tx *bolt.Tx) error {
-		r, ok, err = registration(tx)
+		var err error
+		r, err = registration(tx)
 		return err
 	})
 	if err != nil {
-		return wire.Registered{}, false, fmt.Errorf("read registration: %w", err)
+		return nil, fmt.Errorf("read registration: %w", err)
 	}
-	return r, ok, nil
+	return r, nil
 }
 
-func registration(tx *bolt.Tx) (r wire.Registered, ok bool, err error) {
+func registration(tx *bolt.Tx) (*wire.Registered, error) {
 	b := tx.Bucket(bucketMeta).Get(keyRegistered)
 	if b == nil {
-		return r, false, nil
+		return nil, nil
 	}
-	if _, err := decodeRecord(b, &r); err != nil {
-		return r, false, fmt.Errorf("registration: %w", err)
+	r := new(wire.Registered)
+	if _, err := decodeRecord(b, r); err != nil {
+		return nil, fmt.Errorf("registration: %w", err)
 	}
-	return r, true, nil
+	return r, nil
 }
 
 // SetRegistration writes the registration down. A store belongs to the network
 // and the node that it was first registered with: another one is refused, since
 // the results in it could be delivered to nobody.
-func (s *Store) SetRegistration(r wire.Registered) error {
+func (s *Store) SetRegistration(r *wire.Registered) error {
 	b, err := encodeRecord(s.now(), r, nil)
 	if err != nil {
 		return fmt.Errorf("store registration: %w", err)
 	}
 	err = s.commit(func(tx *bolt.Tx, t *totals) error {
-		old, ok, err := registration(tx)
+		old, err := registration(tx)
 		switch {
 		case err != nil:
 			return err
-		case ok && (old.Network != r.Network || old.Node != r.Node):
+		case old != nil && (old.Network != r.Network || old.Node != r.Node):
 			return fmt.Errorf("%s belongs to node %s of network %.80q, not to node %s of %.80q; give each network and each identity its own state directory",
 				s.db.Path(), old.Node, old.Network, r.Node, r.Network)
-		case ok && old == r:
+		case old != nil && *old == *r:
 			return nil
 		}
 		if err := s.makeRoom(tx, t, int64(len(b)), t.accepted); err != nil {

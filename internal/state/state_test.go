@@ -75,6 +75,10 @@ func success(t testing.TB, j *wire.Job, n int) *wire.Result {
 
 func accept(t testing.TB, s *Store, j *wire.Job, want Known) {
 	t.Helper()
+	before, err := s.Lookup(j.ID)
+	if err != nil || before != want && (before != 0 || want != New) {
+		t.Fatalf("Lookup = %v, %v before Accept, which is to say %v", before, err, want)
+	}
 	if got, err := s.Accept(j); err != nil || got != want {
 		t.Fatalf("Accept = %v, %v; want %v", got, err, want)
 	}
@@ -354,20 +358,20 @@ func TestExpire(t *testing.T) {
 
 func TestRegistration(t *testing.T) {
 	s := open(t, newPath(t))
-	if _, ok, err := s.Registration(); ok || err != nil {
-		t.Fatalf("Registration of a new store = %v, %v", ok, err)
+	if r, err := s.Registration(); r != nil || err != nil {
+		t.Fatalf("Registration of a new store = %v, %v", r, err)
 	}
-	want := wire.Registered{Network: "testnet", Node: key.Address(), Account: "a", Time: 1}
+	want := &wire.Registered{Network: "testnet", Node: key.Address(), Account: "a", Time: 1}
 	for range 2 {
 		if err := s.SetRegistration(want); err != nil {
 			t.Fatal(err)
 		}
 	}
 	s = reopen(t, s)
-	if got, ok, err := s.Registration(); err != nil || !ok || got != want {
-		t.Fatalf("Registration = %+v, %v, %v; want %+v", got, ok, err, want)
+	if got, err := s.Registration(); err != nil || got == nil || *got != *want {
+		t.Fatalf("Registration = %+v, %v; want %+v", got, err, want)
 	}
-	for _, bad := range []wire.Registered{
+	for _, bad := range []*wire.Registered{
 		{Network: "mainnet", Node: want.Node},
 		{Network: want.Network, Node: evm.Address{1}},
 	} {
