@@ -7,6 +7,7 @@ import (
 	"errors"
 	"flag"
 	"fmt"
+	"io"
 	"io/fs"
 	"os"
 	"os/exec"
@@ -40,7 +41,7 @@ the lab was made here.
 func main() {
 	ctx, stop := signal.NotifyContext(context.Background(), os.Interrupt, syscall.SIGTERM)
 	defer stop()
-	err := run(ctx, os.Args[1:])
+	err := run(ctx, os.Args[1:], os.Stdin, os.Stdout, os.Stderr)
 	var exit *exec.ExitError
 	switch {
 	case err == nil:
@@ -55,7 +56,7 @@ func main() {
 	}
 }
 
-func run(ctx context.Context, args []string) error {
+func run(ctx context.Context, args []string, stdin io.Reader, stdout, stderr io.Writer) error {
 	var (
 		fl      = flag.NewFlagSet("host", flag.ContinueOnError)
 		lab     = fl.String("lab", "default", "")
@@ -99,18 +100,21 @@ func run(ctx context.Context, args []string) error {
 			return err
 		}
 		return doCopy(*lab, src, dst)
+	case "up", "exec", "cut", "heal", "kill", "boot", "reboot":
+	default:
+		return flag.ErrHelp
 	}
 	switch command {
 	case "list":
-		return list()
+		return list(stdout)
 	case "gc":
 		removed, err := host.GC(ctx, *all)
 		for _, name := range removed {
-			fmt.Println("removed", name)
+			fmt.Fprintln(stdout, "removed", name)
 		}
 		return err
 	case "prepare":
-		return host.Prepare(ctx, os.Stderr, host.Image{Release: host.Release(*release), Role: host.Role(*role)})
+		return host.Prepare(ctx, stderr, host.Image{Release: host.Release(*release), Role: host.Role(*role)})
 	case "down":
 		return down(ctx, *lab, args, *all)
 	}
@@ -124,9 +128,9 @@ func run(ctx context.Context, args []string) error {
 	}
 	args = fl.Args()
 	if command == "up" {
-		return up(ctx, *lab, host.Config{Name: name, Release: host.Release(*release), Role: host.Role(*role)})
+		return up(ctx, stderr, *lab, host.Config{Name: name, Release: host.Release(*release), Role: host.Role(*role)})
 	}
-	l, err := host.Open(*lab, os.Stderr)
+	l, err := host.Open(*lab, stderr)
 	if err != nil {
 		return err
 	}
@@ -136,7 +140,7 @@ func run(ctx context.Context, args []string) error {
 	}
 	switch command {
 	case "exec":
-		return h.Exec(ctx, host.Cmd{User: *user, Args: args, Stdin: os.Stdin, Stdout: os.Stdout, Stderr: os.Stderr})
+		return h.Exec(ctx, host.Cmd{User: *user, Args: args, Stdin: stdin, Stdout: stdout, Stderr: stderr})
 	case "cut":
 		return h.Cut(ctx)
 	case "heal":
@@ -145,17 +149,15 @@ func run(ctx context.Context, args []string) error {
 		return h.Kill(ctx)
 	case "boot":
 		return h.Boot(ctx)
-	case "reboot":
-		return h.Reboot(ctx)
 	default:
-		return flag.ErrHelp
+		return h.Reboot(ctx)
 	}
 }
 
-func up(ctx context.Context, lab string, c host.Config) error {
-	l, err := host.Create(ctx, host.Options{Name: lab, Keep: true, Reachable: true, Progress: os.Stderr})
+func up(ctx context.Context, progress io.Writer, lab string, c host.Config) error {
+	l, err := host.Create(ctx, host.Options{Name: lab, Keep: true, Reachable: true, Progress: progress})
 	if errors.Is(err, fs.ErrExist) {
-		l, err = host.Open(lab, os.Stderr)
+		l, err = host.Open(lab, progress)
 	}
 	if err != nil {
 		return err
@@ -166,7 +168,7 @@ func up(ctx context.Context, lab string, c host.Config) error {
 
 // down removes the named hosts or all, and the lab with the last one.
 func down(ctx context.Context, lab string, names []string, all bool) error {
-	l, err := host.Open(lab, os.Stderr)
+	l, err := host.Open(lab, nil)
 	if err != nil {
 		return err
 	}
@@ -192,15 +194,15 @@ func down(ctx context.Context, lab string, names []string, all bool) error {
 	return l.Close()
 }
 
-func list() error {
+func list(stdout io.Writer) error {
 	labs, err := host.Labs()
 	if err != nil {
 		return err
 	}
-	w := tabwriter.NewWriter(os.Stdout, 0, 8, 2, ' ', 0)
+	w := tabwriter.NewWriter(stdout, 0, 8, 2, ' ', 0)
 	fmt.Fprintln(w, "LAB\tHOST\tRELEASE\tROLE\tADDRESS\tPID\tNETWORK")
 	for _, lab := range labs {
-		l, err := host.Open(lab, os.Stderr)
+		l, err := host.Open(lab, nil)
 		if errors.Is(err, fs.ErrNotExist) {
 			continue
 		} else if err != nil {
@@ -238,7 +240,7 @@ func doCopy(lab, src, dst string) error {
 	if from == to {
 		return fmt.Errorf("copy %s %s: exactly one of the two must be NAME:PATH", src, dst)
 	}
-	l, err := host.Open(lab, os.Stderr)
+	l, err := host.Open(lab, nil)
 	if err != nil {
 		return err
 	}
