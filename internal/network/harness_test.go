@@ -46,7 +46,7 @@ func TestMain(m *testing.M) {
 
 // net is a network under test: a real service on a real store.
 type testNetwork struct {
-	t      *testing.T
+	t      testing.TB
 	dir    string
 	key    evm.Address
 	config *snapshot.Config
@@ -59,7 +59,7 @@ type testNetwork struct {
 }
 
 // shortDir is a directory whose unix sockets have short paths.
-func shortDir(t *testing.T) string {
+func shortDir(t testing.TB) string {
 	t.Helper()
 	dir, err := os.MkdirTemp("", "rn")
 	if err != nil {
@@ -71,7 +71,7 @@ func shortDir(t *testing.T) string {
 
 // setUp makes a network without starting it. change, if not nil, changes the
 // configuration that is published.
-func setUp(t *testing.T, change func(*snapshot.Config)) *testNetwork {
+func setUp(t testing.TB, change func(*snapshot.Config)) *testNetwork {
 	t.Helper()
 	n := &testNetwork{t: t, dir: shortDir(t), logs: &logBuffer{t: t}}
 	key, err := network.Init(t.Context(), n.dir, network.InitOptions{
@@ -112,7 +112,7 @@ func (n *testNetwork) log() *slog.Logger {
 }
 
 // start makes and starts a network that ends with the test.
-func start(t *testing.T, change func(*snapshot.Config)) *testNetwork {
+func start(t testing.TB, change func(*snapshot.Config)) *testNetwork {
 	t.Helper()
 	n := setUp(t, change)
 	n.serve()
@@ -248,7 +248,7 @@ func (n *testNetwork) metric(series string) float64 {
 // logBuffer collects the service's log, shows it when the test fails, and fails
 // the test when a prompt or an answer is in it.
 type logBuffer struct {
-	t *testing.T
+	t testing.TB
 	w bytes.Buffer // written by slog's handler only, which locks
 }
 

@@ -97,7 +97,12 @@ func Run(ctx context.Context, cfg Config, log *slog.Logger) (err error) {
 	if err := s.begin(ctx, snap); err != nil {
 		return err
 	}
-	// From here on the dispatcher has timers and writes under way.
+	// The store is swept once more after the dispatcher's last word.
+	sweeping, endSweep := context.WithCancel(context.WithoutCancel(ctx))
+	var sweeper sync.WaitGroup
+	sweeper.Go(func() { _ = s.store.Run(sweeping, log) }) // returns nil
+	defer sweeper.Wait()
+	defer endSweep()
 	defer s.dispatch.Close()
 
 	listener, err := net.Listen("tcp", cfg.Listen)

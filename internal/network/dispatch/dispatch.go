@@ -23,6 +23,7 @@ import (
 type jobStore interface {
 	PutJob(context.Context, *store.Job) error
 	DeleteJob(ctx context.Context, seq uint64) error
+	JobDone(seq uint64)
 	PutResult(context.Context, *receipt.Signed, []byte) error
 	Result(context.Context, receipt.JobID) (*store.Result, error)
 }
@@ -230,7 +231,7 @@ func (d *Dispatcher) Restore(ctx context.Context, jobs []*store.Job, lookup func
 			if err != nil {
 				return err
 			}
-			d.forget(rec.Seq) // stored, and then the service ended
+			d.store.JobDone(rec.Seq) // stored, and then the service ended
 			continue
 		}
 		under, err := lookup(ctx, rec.Config)
@@ -478,13 +479,19 @@ func (d *Dispatcher) finish(j *job, response []byte, f *Failure, by *node) {
 	j.runners = nil
 	d.metrics.Jobs.WithLabelValues(string(outcome)).Inc()
 	d.metrics.JobSeconds.WithLabelValues(string(outcome)).Observe(time.Since(j.start).Seconds())
-	d.forget(j.spec.Seq)
+	d.forget(j.spec.Seq, outcome)
 	d.pump()
 }
 
-// forget deletes a job from the store. A failure is only logged: the job is
-// found at the next start together with its result, or past its deadline.
-func (d *Dispatcher) forget(seq uint64) {
+// forget deletes a job from the store: one with a result when the store gets
+// to it, since its result says at any start that it is done, any other at once,
+// since nothing else does. A failure is only logged: the job is given out once
+// more after the next start.
+func (d *Dispatcher) forget(seq uint64, outcome Outcome) {
+	if outcome == OK {
+		d.store.JobDone(seq)
+		return
+	}
 	d.wg.Go(func() {
 		if err := d.store.DeleteJob(context.Background(), seq); err != nil {
 			d.log.Error("finished job stays in the store until the next start", "error", err)

@@ -6,6 +6,9 @@ import (
 	"encoding/json"
 	"errors"
 	"fmt"
+	"math"
+	"slices"
+	"sync"
 	"time"
 
 	"github.com/nats-io/nats.go/jetstream"
@@ -30,22 +33,120 @@ func (s *Store) PutJob(ctx context.Context, j *Job) error {
 	}
 	ctx, cancel := context.WithTimeout(ctx, opTimeout)
 	defer cancel()
+	written := s.pending.begin()
 	ack, err := s.js.Publish(ctx, "jobs."+j.ID.String(), b, jetstream.WithExpectLastSequencePerSubject(0))
 	if err != nil {
+		written(0)
 		return fmt.Errorf("write job %s down: %w", j.ID, err)
 	}
 	j.Seq = ack.Sequence
+	written(j.Seq)
 	return nil
 }
 
-// DeleteJob forgets a job. A job that is gone already is no error.
+// pending knows which jobs in the store are finished. To delete a message
+// costs as much as to write it, to delete all below a number costs little more
+// than one: so finished jobs are deleted together.
+type pending struct {
+	mu         sync.Mutex // guards what follows
+	open, done map[uint64]struct{}
+	writing    map[*uint64]struct{} // each with a number that the job being written will be above
+	highest    uint64
+}
+
+// begin notes that a job is about to be written; written says under which
+// number it was, or 0.
+func (p *pending) begin() (written func(seq uint64)) {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	above := p.highest
+	p.writing[&above] = struct{}{}
+	return func(seq uint64) {
+		p.mu.Lock()
+		defer p.mu.Unlock()
+		delete(p.writing, &above)
+		if seq > 0 {
+			p.open[seq] = struct{}{}
+			p.highest = max(p.highest, seq)
+		}
+	}
+}
+
+// settled returns the jobs that are done and older than every other one, and
+// those that are done and not.
+func (p *pending) settled() (below, above []uint64) {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	lowest := uint64(math.MaxUint64) // of the unfinished
+	for seq := range p.open {
+		lowest = min(lowest, seq)
+	}
+	for w := range p.writing {
+		lowest = min(lowest, *w+1)
+	}
+	for seq := range p.done {
+		if seq < lowest {
+			below = append(below, seq)
+		} else {
+			above = append(above, seq)
+		}
+	}
+	return below, above
+}
+
+func (p *pending) forget(list ...uint64) {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	for _, seq := range list {
+		delete(p.open, seq)
+		delete(p.done, seq)
+	}
+}
+
+// JobDone says that a job has a result. The job is deleted soon.
+func (s *Store) JobDone(seq uint64) {
+	p := &s.pending
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	delete(p.open, seq)
+	p.done[seq] = struct{}{}
+}
+
+// maxDone is how many finished jobs may stay because an older one is not
+// finished. Beyond it they are deleted one by one.
+const maxDone = 1024
+
+// sweep deletes finished jobs.
+func (s *Store) sweep(ctx context.Context) error {
+	below, above := s.pending.settled()
+	if len(below) > 0 {
+		ctx, cancel := context.WithTimeout(ctx, opTimeout)
+		defer cancel()
+		if err := s.jobs.Purge(ctx, jetstream.WithPurgeSequence(slices.Max(below)+1)); err != nil {
+			return fmt.Errorf("delete finished jobs: %w", err)
+		}
+		s.pending.forget(below...)
+	}
+	if len(above) > maxDone {
+		for _, seq := range above {
+			if err := s.DeleteJob(ctx, seq); err != nil {
+				return err
+			}
+		}
+	}
+	return nil
+}
+
+// DeleteJob forgets a job at once. A job that is gone already is no error.
 func (s *Store) DeleteJob(ctx context.Context, seq uint64) error {
 	ctx, cancel := context.WithTimeout(ctx, opTimeout)
 	defer cancel()
-	err := s.jobs.DeleteMsg(ctx, seq)
-	if err != nil && !errors.Is(err, jetstream.ErrMsgNotFound) {
-		return fmt.Errorf("delete job: %w", err)
+	if err := s.jobs.DeleteMsg(ctx, seq); err != nil {
+		if _, gone := s.jobs.GetMsg(ctx, seq); !errors.Is(gone, jetstream.ErrMsgNotFound) {
+			return fmt.Errorf("delete job: %w", err)
+		}
 	}
+	s.pending.forget(seq)
 	return nil
 }
 
@@ -68,6 +169,7 @@ func (s *Store) Jobs(ctx context.Context, bad func(seq uint64, err error)) ([]*J
 			continue
 		}
 		j.Seq = seq
+		s.pending.begin()(seq)
 		jobs = append(jobs, &j)
 	}
 }

@@ -54,6 +54,7 @@ type Store struct {
 	nodes, tokens, keys, published jetstream.KeyValue
 
 	clients clients
+	pending pending
 
 	ttlMu sync.Mutex // held while the results' age is changed
 }
@@ -64,7 +65,7 @@ func Open(ctx context.Context, dir string, log *slog.Logger) (_ *Store, err erro
 	if err := os.MkdirAll(dir, 0o700); err != nil {
 		return nil, err
 	}
-	s := &Store{}
+	s := &Store{pending: pending{open: map[uint64]struct{}{}, done: map[uint64]struct{}{}, writing: map[*uint64]struct{}{}}}
 	defer func() {
 		if err != nil {
 			s.Close()
@@ -161,6 +162,27 @@ func (s *Store) Close() {
 	}
 	if s.lock != nil {
 		_ = s.lock.Close() // gives up the lock; the file itself stays
+	}
+}
+
+// sweepEvery is how often finished jobs are deleted.
+const sweepEvery = time.Second
+
+// Run deletes finished jobs until ctx ends, and then what is left of them.
+func (s *Store) Run(ctx context.Context, log *slog.Logger) error {
+	tick := time.NewTicker(sweepEvery)
+	defer tick.Stop()
+	for {
+		select {
+		case <-tick.C:
+		case <-ctx.Done():
+		}
+		if err := s.sweep(context.WithoutCancel(ctx)); err != nil {
+			log.Error("finished jobs stay in the store for now", "error", err)
+		}
+		if ctx.Err() != nil {
+			return nil
+		}
 	}
 }
 
