@@ -1,0 +1,1277 @@
+package dispatch
+
+import (
+	"context"
+	"errors"
+	"io"
+	"log/slog"
+	"maps"
+	"slices"
+	"strings"
+	"sync"
+	"testing"
+	"testing/synctest"
+	"time"
+
+	"github.com/resultity/node/internal/digest"
+	"github.com/resultity/node/internal/evm"
+	"github.com/resultity/node/internal/network/metrics"
+	"github.com/resultity/node/internal/network/nodetest"
+	"github.com/resultity/node/internal/network/store"
+	"github.com/resultity/node/internal/receipt"
+	"github.com/resultity/node/internal/snapshot"
+	"github.com/resultity/node/internal/wire"
+)
+
+// memory is a store that objects: nothing may be written twice, and what is
+// deleted must be there.
+type memory struct {
+	t       *testing.T
+	mu      sync.Mutex
+	seq     uint64
+	jobs    map[uint64]*store.Job
+	results map[receipt.JobID]*store.Result
+
+	putJob    func() error // called before a job is written
+	putResult func() error // called before a result is written
+}
+
+func (m *memory) PutJob(_ context.Context, j *store.Job) error {
+	if m.putJob != nil {
+		if err := m.putJob(); err != nil {
+			return err
+		}
+	}
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	m.seq++
+	j.Seq = m.seq
+	m.jobs[j.Seq] = j
+	return nil
+}
+
+func (m *memory) DeleteJob(_ context.Context, seq uint64) error { m.JobDone(seq); return nil }
+
+func (m *memory) JobDone(seq uint64) {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	if m.jobs[seq] == nil {
+		m.t.Errorf("job %d is deleted and is not there", seq)
+	}
+	delete(m.jobs, seq)
+}
+
+func (m *memory) PutResult(_ context.Context, r *receipt.Signed, response []byte) error {
+	if m.putResult != nil {
+		if err := m.putResult(); err != nil {
+			return err
+		}
+	}
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	id := r.Receipt().Job
+	if m.results[id] != nil {
+		return store.ErrExists
+	}
+	m.results[id] = &store.Result{Receipt: r, Response: response}
+	return nil
+}
+
+func (m *memory) Result(_ context.Context, id receipt.JobID) (*store.Result, error) {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	if r := m.results[id]; r != nil {
+		return r, nil
+	}
+	return nil, store.ErrNotFound
+}
+
+func (m *memory) count() (jobs, results int) {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	return len(m.jobs), len(m.results)
+}
+
+// peer is a node's session that keeps what it is sent.
+type peer struct {
+	f         *fixture
+	node      *nodetest.Node
+	member    *Member
+	mu        sync.Mutex
+	sent      []wire.Message
+	restarted string
+}
+
+func (p *peer) Send(m wire.Message) {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	p.sent = append(p.sent, m)
+}
+
+func (p *peer) Restart(reason string) { p.restarted = reason }
+
+// next waits until everything has settled and takes the first message of type M.
+func next[M wire.Message](p *peer) (found M, ok bool) {
+	synctest.Wait()
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	for i, m := range p.sent {
+		if v, is := m.(M); is {
+			p.sent = slices.Delete(p.sent, i, i+1)
+			return v, true
+		}
+	}
+	return found, false
+}
+
+func must[M wire.Message](p *peer) M {
+	p.f.t.Helper()
+	m, ok := next[M](p)
+	if !ok {
+		p.f.t.Fatalf("node %s was sent %+v, want a %T", p.node.Key, p.sent, m)
+	}
+	return m
+}
+
+func none[M wire.Message](p *peer) {
+	p.f.t.Helper()
+	if m, ok := next[M](p); ok {
+		p.f.t.Fatalf("node %s was sent %T %+v", p.node.Key, m, m)
+	}
+}
+
+type fixture struct {
+	t     *testing.T
+	raw   []byte
+	terms *Terms
+	store *memory
+	d     *Dispatcher
+	m     *metrics.Metrics
+}
+
+func termsOf(t *testing.T, raw []byte, version int64) *Terms {
+	t.Helper()
+	c, err := snapshot.Parse(raw)
+	if err != nil {
+		t.Fatal(err)
+	}
+	terms, err := NewTerms(c, digest.Of(raw), version, time.Now(), time.Now().Add(24*time.Hour))
+	if err != nil {
+		t.Fatal(err)
+	}
+	return terms
+}
+
+// run runs f in a bubble of its own time, with a window of 10 s, a deadline of
+// 60 s, and 2 slots a node unless change says otherwise.
+func run(t *testing.T, opt Options, change func(*snapshot.Config), f func(*testing.T, *fixture)) {
+	t.Helper()
+	synctest.Test(t, func(t *testing.T) {
+		c := nodetest.Config(t, evm.Address{1})
+		c.Network.Heartbeat, c.Network.Window, c.Limits.Deadline, c.Runtime.Settings.Slots = 5, 10, 60, 2
+		if change != nil {
+			change(c)
+		}
+		x := &fixture{t: t, raw: nodetest.JSON(t, c)}
+		x.terms = termsOf(t, x.raw, 1)
+		x.store = &memory{t: t, jobs: map[uint64]*store.Job{}, results: map[receipt.JobID]*store.Result{}}
+		x.m = metrics.New(func() metrics.State { return x.d.State() })
+		x.d = New(x.store, x.terms, x.m, slog.New(slog.DiscardHandler), opt)
+		f(t, x)
+		x.d.Close()
+	})
+}
+
+// join begins a session of a node, which reports itself well.
+func (f *fixture) join(n *nodetest.Node) *peer {
+	f.t.Helper()
+	if n == nil {
+		n = nodetest.New(f.t, "", f.raw)
+	}
+	p := &peer{f: f, node: n}
+	p.member = f.d.Join(n.Key.Address(), p)
+	p.beat(nil)
+	return p
+}
+
+func (p *peer) beat(change func(*wire.Heartbeat)) {
+	p.f.t.Helper()
+	b := p.node.Heartbeat()
+	if change != nil {
+		change(b)
+	}
+	if err := p.member.Heartbeat(b); err != nil {
+		p.f.t.Fatal(err)
+	}
+}
+
+// sleep lets time pass in steps in which the given nodes send heartbeats.
+func (f *fixture) sleep(d time.Duration, peers ...*peer) {
+	for step := time.Second; d > 0; d -= step {
+		time.Sleep(min(step, d))
+		for _, p := range peers {
+			p.beat(nil)
+		}
+	}
+	synctest.Wait()
+}
+
+func (f *fixture) submit(stream bool) *Ticket {
+	f.t.Helper()
+	body := `{"model":"tiny"}`
+	t, err := f.d.Submit(f.t.Context(), Work{Kind: wire.KindChat, Model: nodetest.Model, Stream: stream, Body: []byte(body), Client: "test"})
+	if err != nil {
+		f.t.Fatal(err)
+	}
+	return t
+}
+
+// take is what an honest node does with a job first.
+func (p *peer) take() *wire.Job {
+	p.f.t.Helper()
+	j := must[*wire.Job](p)
+	if !p.member.Accepted(j.ID) {
+		p.f.t.Fatal("acceptance of an unknown job")
+	}
+	return j
+}
+
+func (p *peer) deliver(j *wire.Job, text string) {
+	p.f.t.Helper()
+	if _, err := p.member.Result(p.node.Result(p.f.t, j, nodetest.Body(j, text), nil)); err != nil {
+		p.f.t.Fatal(err)
+	}
+}
+
+func (p *peer) acked(j *wire.Job) {
+	p.f.t.Helper()
+	if a := must[*wire.Ack](p); !slices.Contains(a.Jobs, j.ID) {
+		p.f.t.Fatalf("acknowledged %v, want %s", a.Jobs, j.ID)
+	}
+}
+
+// answered checks that the ticket has the response of text.
+func (f *fixture) answered(t *Ticket, text string) {
+	f.t.Helper()
+	synctest.Wait()
+	ctx, cancel := context.WithTimeout(f.t.Context(), time.Millisecond)
+	defer cancel()
+	got, err := t.Wait(ctx)
+	if err != nil || string(got) != string(nodetest.Body(&t.j.spec.Job, text)) {
+		f.t.Fatalf("answer %q, %v", got, err)
+	}
+}
+
+func (f *fixture) failed(t *Ticket, want Outcome) *Failure {
+	f.t.Helper()
+	synctest.Wait()
+	ctx, cancel := context.WithTimeout(f.t.Context(), time.Millisecond)
+	defer cancel()
+	_, err := t.Wait(ctx)
+	failure, ok := AsFailure(err)
+	if !ok || failure.Outcome != want {
+		f.t.Fatalf("ended with %v, want %s", err, want)
+	}
+	return failure
+}
+
+func (f *fixture) waiting(t *Ticket) {
+	f.t.Helper()
+	synctest.Wait()
+	select {
+	case <-t.j.done:
+		f.t.Fatalf("ended: %v", t.j.failure)
+	default:
+	}
+}
+
+// empty checks that nothing is left behind.
+func (f *fixture) empty(results int) {
+	f.t.Helper()
+	synctest.Wait()
+	if jobs, res := f.store.count(); jobs != 0 || res != results {
+		f.t.Errorf("store holds %d jobs and %d results, want 0 and %d", jobs, res, results)
+	}
+	f.d.mu.Lock()
+	defer f.d.mu.Unlock()
+	if len(f.d.jobs) != 0 || f.d.queue.Len() != 0 || f.d.bytes != 0 || f.d.reserved != 0 {
+		f.t.Errorf("%d jobs, %d queued, %d bytes, %d reserved are left", len(f.d.jobs), f.d.queue.Len(), f.d.bytes, f.d.reserved)
+	}
+	for _, n := range f.d.nodes {
+		if len(n.running) != 0 {
+			f.t.Errorf("node %s still has %d jobs", n.addr, len(n.running))
+		}
+		if n.member != nil && n.routable && n.index < 0 && !time.Now().Before(n.blocked) {
+			f.t.Errorf("node %s is idle and not free", n.addr)
+		}
+	}
+}
+
+func TestPlain(t *testing.T) {
+	run(t, Options{}, nil, func(t *testing.T, f *fixture) {
+		p := f.join(nil)
+		if s := must[*wire.Status](p); !s.Routable {
+			t.Fatalf("status %+v", s)
+		}
+		ticket := f.submit(false)
+		j := p.take()
+		if j.Config != f.terms.Digest || j.Deadline != time.Now().Add(time.Minute).UnixMilli() {
+			t.Fatalf("job %+v", j)
+		}
+		p.deliver(j, "hello")
+		f.answered(ticket, "hello")
+		p.acked(j)
+		none[*wire.Cancel](p)
+		f.empty(1)
+	})
+}
+
+// Nothing leaves before it is on disk: neither the job nor the answer.
+func TestDurableFirst(t *testing.T) {
+	run(t, Options{}, nil, func(t *testing.T, f *fixture) {
+		p := f.join(nil)
+		hold := make(chan struct{})
+		wait := func() error { <-hold; return nil }
+		f.store.putJob, f.store.putResult = wait, wait
+		var ticket *Ticket
+		go func() { ticket = f.submit(false) }()
+		none[*wire.Job](p)
+		hold <- struct{}{}
+		j := p.take()
+		p.deliver(j, "hello")
+		f.waiting(ticket)
+		none[*wire.Ack](p)
+		hold <- struct{}{}
+		f.answered(ticket, "hello")
+		p.acked(j)
+	})
+}
+
+func TestJobThatCannotBeWritten(t *testing.T) {
+	run(t, Options{}, nil, func(t *testing.T, f *fixture) {
+		p := f.join(nil)
+		full := errors.New("disk full")
+		f.store.putJob = func() error { return full }
+		if _, err := f.d.Submit(t.Context(), Work{Kind: wire.KindChat, Model: nodetest.Model, Body: []byte("{}")}); !errors.Is(err, full) {
+			t.Fatalf("got %v", err)
+		}
+		none[*wire.Job](p)
+		f.empty(0)
+	})
+}
+
+func TestLeastBusyNodeFirst(t *testing.T) {
+	run(t, Options{}, func(c *snapshot.Config) { c.Runtime.Settings.Slots = 4 }, func(t *testing.T, f *fixture) {
+		a, b := f.join(nil), f.join(nil)
+		b.beat(func(h *wire.Heartbeat) { h.Slots = 2 })
+		count := map[*peer]int{}
+		for range 6 {
+			f.submit(false)
+			for _, p := range []*peer{a, b} {
+				if j, ok := next[*wire.Job](p); ok {
+					count[p]++
+					p.member.Accepted(j.ID)
+				}
+			}
+			if diff := count[a] - 2*count[b]; diff < -2 || diff > 2 {
+				t.Fatalf("a has %d of 4, b %d of 2", count[a], count[b])
+			}
+		}
+		if count[a] != 4 || count[b] != 2 {
+			t.Fatalf("a has %d, b has %d", count[a], count[b])
+		}
+		last := f.submit(false)
+		none[*wire.Job](a)
+		none[*wire.Job](b)
+		f.waiting(last)
+	})
+}
+
+// A node may offer more slots than the configuration gives to its runtime.
+func TestSlotsAreTheConfigurations(t *testing.T) {
+	run(t, Options{}, nil, func(t *testing.T, f *fixture) {
+		p := f.join(nil)
+		p.beat(func(h *wire.Heartbeat) { h.Slots = 1000 })
+		for range 3 {
+			f.submit(false)
+		}
+		must[*wire.Job](p)
+		must[*wire.Job](p)
+		none[*wire.Job](p)
+	})
+}
+
+// Jobs that a node runs for somebody else, or that were given up, take slots.
+func TestForeignJobsTakeSlots(t *testing.T) {
+	run(t, Options{}, nil, func(t *testing.T, f *fixture) {
+		p := f.join(nil)
+		p.beat(func(h *wire.Heartbeat) { h.Busy = 2 })
+		f.submit(false)
+		none[*wire.Job](p)
+		p.beat(func(h *wire.Heartbeat) { h.Busy = 1 })
+		must[*wire.Job](p)
+	})
+}
+
+func TestGates(t *testing.T) {
+	for name, tc := range map[string]struct {
+		change func(*wire.Heartbeat)
+		reason string
+	}{
+		"other configuration": {func(h *wire.Heartbeat) { h.Config = digest.Of([]byte("x")) }, "configuration"},
+		"no configuration":    {func(h *wire.Heartbeat) { h.Config = digest.Digest{} }, "configuration none"},
+		"draining":            {func(h *wire.Heartbeat) { h.Draining = true }, "draining"},
+		"runtime":             {func(h *wire.Heartbeat) { h.Runtime.State = "starting" }, `"starting"`},
+		"image":               {func(h *wire.Heartbeat) { h.Runtime.Image = digest.Of([]byte("x")) }, "image"},
+		"model state":         {func(h *wire.Heartbeat) { h.Models[0].State = "pending" }, `"pending"`},
+		"model digest":        {func(h *wire.Heartbeat) { h.Models[0].Digest = digest.Of([]byte("x")) }, "does not have model"},
+		"no model":            {func(h *wire.Heartbeat) { h.Models = nil }, "does not have model"},
+		"no slots":            {func(h *wire.Heartbeat) { h.Slots = 0 }, "slots"},
+	} {
+		t.Run(name, func(t *testing.T) {
+			run(t, Options{}, nil, func(t *testing.T, f *fixture) {
+				p := f.join(nil)
+				must[*wire.Status](p)
+				p.beat(tc.change)
+				if s := must[*wire.Status](p); s.Routable || !strings.Contains(s.Reason, tc.reason) {
+					t.Fatalf("status %+v", s)
+				}
+				f.submit(false)
+				none[*wire.Job](p)
+				p.beat(nil)
+				if s := must[*wire.Status](p); !s.Routable || s.Reason != "" {
+					t.Fatalf("status %+v", s)
+				}
+				must[*wire.Job](p)
+				p.beat(nil)
+				none[*wire.Status](p) // only changes are told
+			})
+		})
+	}
+}
+
+func TestHeartbeatBounds(t *testing.T) {
+	run(t, Options{}, nil, func(t *testing.T, f *fixture) {
+		p := f.join(nil)
+		for name, change := range map[string]func(*wire.Heartbeat){
+			"models":     func(h *wire.Heartbeat) { h.Models = make([]wire.ModelState, 257) },
+			"gpus":       func(h *wire.Heartbeat) { h.Hardware.GPUs = make([]string, 257) },
+			"slots":      func(h *wire.Heartbeat) { h.Slots = -1 },
+			"many slots": func(h *wire.Heartbeat) { h.Slots = 1 << 40 },
+			"busy":       func(h *wire.Heartbeat) { h.Busy = -1 },
+			"long":       func(h *wire.Heartbeat) { h.Hardware.Kernel = strings.Repeat("x", 257) },
+			"long model": func(h *wire.Heartbeat) { h.Models[0].State = strings.Repeat("x", 257) },
+		} {
+			b := p.node.Heartbeat()
+			change(b)
+			if err := p.member.Heartbeat(b); !errors.Is(err, ErrInvalid) {
+				t.Errorf("%s: %v", name, err)
+			}
+		}
+	})
+}
+
+func TestGrace(t *testing.T) {
+	run(t, Options{}, nil, func(t *testing.T, f *fixture) {
+		a := f.join(nil)
+		ticket := f.submit(false)
+		j := a.take()
+		b := f.join(nil)
+		a.member.Leave(false)
+		f.sleep(1900*time.Millisecond, b)
+		none[*wire.Job](b)
+		a2 := f.join(a.node)
+		if again := must[*wire.Job](a2); again.ID != j.ID {
+			t.Fatalf("job %s, want %s again", again.ID, j.ID)
+		}
+		f.sleep(2*time.Second, a2, b) // within the time to accept
+		none[*wire.Job](b)
+		a2.member.Accepted(j.ID)
+		a2.deliver(j, "hello")
+		f.answered(ticket, "hello")
+		a2.acked(j)
+		f.empty(1)
+	})
+}
+
+func TestSessionLost(t *testing.T) {
+	run(t, Options{}, nil, func(t *testing.T, f *fixture) {
+		a := f.join(nil)
+		ticket := f.submit(false)
+		j := a.take()
+		b := f.join(nil)
+		a.member.Leave(false)
+		f.sleep(2*time.Second, b)
+		if got := b.take(); got.ID != j.ID {
+			t.Fatal("another job")
+		}
+		// The first node comes back with the result: whoever is first counts.
+		a2 := f.join(a.node)
+		none[*wire.Job](a2)
+		a2.deliver(j, "hello")
+		f.answered(ticket, "hello")
+		a2.acked(j)
+		if c := must[*wire.Cancel](b); c.Job != j.ID {
+			t.Fatal("another job is cancelled")
+		}
+		// The second one's result is acknowledged and not counted.
+		b.deliver(j, "other")
+		b.acked(j)
+		f.empty(1)
+	})
+}
+
+func TestSilentNode(t *testing.T) {
+	run(t, Options{}, nil, func(t *testing.T, f *fixture) {
+		a := f.join(nil)
+		must[*wire.Status](a)
+		ticket := f.submit(false)
+		j := a.take()
+		b := f.join(nil)
+		f.sleep(9*time.Second, b)
+		none[*wire.Job](b)
+		f.sleep(time.Second, b)
+		b.take()
+		if s := must[*wire.Status](a); s.Routable || s.Reason != "no heartbeat for 10s" {
+			t.Fatalf("status %+v", s)
+		}
+		b.deliver(j, "hello")
+		f.answered(ticket, "hello")
+		must[*wire.Cancel](a)
+		f.empty(1)
+	})
+}
+
+func TestNotAccepted(t *testing.T) {
+	run(t, Options{}, nil, func(t *testing.T, f *fixture) {
+		a := f.join(nil)
+		ticket := f.submit(false)
+		j := must[*wire.Job](a)
+		b := f.join(nil)
+		f.sleep(2*time.Second, a, b)
+		none[*wire.Job](b)
+		f.sleep(1001*time.Millisecond, a, b) // its bytes have time too
+		b.take()
+		b.deliver(j, "hello")
+		f.answered(ticket, "hello")
+		must[*wire.Cancel](a)
+		f.empty(1)
+	})
+}
+
+// The only node accepts late: it keeps the job.
+func TestLateAccept(t *testing.T) {
+	run(t, Options{}, nil, func(t *testing.T, f *fixture) {
+		a := f.join(nil)
+		ticket := f.submit(false)
+		j := must[*wire.Job](a)
+		f.sleep(4*time.Second, a)
+		a.member.Accepted(j.ID)
+		b := f.join(nil)
+		f.sleep(5*time.Second, a, b)
+		none[*wire.Job](b)
+		a.deliver(j, "hello")
+		f.answered(ticket, "hello")
+		f.empty(1)
+	})
+}
+
+func TestStalled(t *testing.T) {
+	run(t, Options{}, nil, func(t *testing.T, f *fixture) {
+		a := f.join(nil)
+		ticket := f.submit(false)
+		j := a.take()
+		b := f.join(nil)
+		f.sleep(19*time.Second, a, b)
+		none[*wire.Job](b)
+		f.sleep(time.Second, a, b)
+		b.take()
+		none[*wire.Cancel](a) // it may still be first
+		a.deliver(j, "hello")
+		f.answered(ticket, "hello")
+		must[*wire.Cancel](b)
+		f.empty(1)
+	})
+}
+
+func TestRefusals(t *testing.T) {
+	for _, code := range []wire.Code{wire.CodeBusy, wire.CodeDraining, wire.CodeNotReady, wire.CodeConfig, wire.CodeUnknownModel, wire.CodeStorage, wire.CodeInternal, wire.CodeEngine, wire.CodeOutput, wire.CodeCancelled} {
+		t.Run(string(code), func(t *testing.T) {
+			run(t, Options{}, nil, func(t *testing.T, f *fixture) {
+				a := f.join(nil)
+				ticket := f.submit(false)
+				j := must[*wire.Job](a)
+				b := f.join(nil)
+				a.member.Refused(&wire.Refuse{Job: j.ID, Code: code})
+				b.take()
+				b.deliver(j, "hello")
+				f.answered(ticket, "hello")
+				none[*wire.Cancel](a) // it does not have the job
+				f.empty(1)
+			})
+		})
+	}
+	for _, code := range []wire.Code{wire.CodeBadRequest, wire.CodeLimit, wire.CodeDeadline} {
+		t.Run(string(code), func(t *testing.T) {
+			run(t, Options{}, nil, func(t *testing.T, f *fixture) {
+				a := f.join(nil)
+				ticket := f.submit(false)
+				j := must[*wire.Job](a)
+				b := f.join(nil)
+				a.member.Refused(&wire.Refuse{Job: j.ID, Code: code, Message: strings.Repeat("x", 1000)})
+				none[*wire.Job](b)
+				if got := f.failed(ticket, Refused); got.Code != code || len(got.Message) > 300 {
+					t.Fatalf("failure %+v", got)
+				}
+				f.empty(0)
+			})
+		})
+	}
+}
+
+// With one node alone a job comes back to it, after a pause and so often only.
+func TestOneNodeThatFails(t *testing.T) {
+	run(t, Options{Attempts: 3}, nil, func(t *testing.T, f *fixture) {
+		a := f.join(nil)
+		ticket := f.submit(false)
+		for i, pause := range []time.Duration{0, 0, 100 * time.Millisecond} {
+			time.Sleep(pause)
+			j := a.take()
+			if _, err := a.member.Result(&wire.Result{Job: j.ID, Code: wire.CodeEngine, Message: "it ended"}); err != nil {
+				t.Fatal(err)
+			}
+			a.acked(j)
+			if i == 1 {
+				none[*wire.Job](a)
+			}
+		}
+		if got := f.failed(ticket, Failed); got.Code != wire.CodeEngine {
+			t.Fatalf("failure %+v", got)
+		}
+		f.empty(0)
+	})
+}
+
+// A busy node that has not had the job is better than a free one that failed it.
+func TestFailedNodeIsAvoided(t *testing.T) {
+	run(t, Options{}, func(c *snapshot.Config) { c.Runtime.Settings.Slots = 1 }, func(t *testing.T, f *fixture) {
+		a := f.join(nil)
+		first := f.submit(false)
+		ja := a.take()
+		b := f.join(nil)
+		second := f.submit(false)
+		jb := b.take()
+		if _, err := a.member.Result(&wire.Result{Job: ja.ID, Code: wire.CodeEngine}); err != nil {
+			t.Fatal(err)
+		}
+		f.sleep(3*time.Second, a, b)
+		none[*wire.Job](a)
+		b.deliver(jb, "two")
+		f.answered(second, "two")
+		if j := b.take(); j.ID != ja.ID {
+			t.Fatal("another job")
+		}
+		b.deliver(ja, "one")
+		f.answered(first, "one")
+		f.empty(2)
+	})
+}
+
+func TestDeadline(t *testing.T) {
+	run(t, Options{}, nil, func(t *testing.T, f *fixture) {
+		a := f.join(nil)
+		ticket := f.submit(false)
+		j := a.take()
+		f.sleep(59*time.Second, a)
+		f.waiting(ticket)
+		f.sleep(time.Second, a)
+		f.failed(ticket, Deadline)
+		must[*wire.Cancel](a)
+		f.empty(0)
+		// What comes now is too late to count.
+		a.deliver(j, "hello")
+		a.acked(j)
+		f.empty(0)
+	})
+}
+
+func TestNoNode(t *testing.T) {
+	run(t, Options{}, nil, func(t *testing.T, f *fixture) {
+		ticket := f.submit(false) // the service has just begun: nodes may be on their way
+		f.sleep(5 * time.Second)
+		f.failed(ticket, NoNode)
+		_, err := f.d.Submit(t.Context(), Work{Kind: wire.KindChat, Model: nodetest.Model, Body: []byte("{}")})
+		if got, ok := AsFailure(err); !ok || got.Outcome != NoNode {
+			t.Fatalf("got %v", err)
+		}
+		a := f.join(nil)
+		f.submit(false)
+		must[*wire.Job](a)
+		// Nobody is left, but the job was given out: the node may come back.
+		a.member.Leave(false)
+		second := f.submit(false)
+		f.sleep(6 * time.Second)
+		f.failed(second, NoNode)
+		if jobs, _ := f.store.count(); jobs != 1 {
+			t.Fatalf("%d jobs", jobs)
+		}
+	})
+}
+
+func TestQueueBounds(t *testing.T) {
+	run(t, Options{MaxQueued: 2, MaxBytes: 100}, nil, func(t *testing.T, f *fixture) {
+		f.submit(false)
+		if _, err := f.d.Submit(t.Context(), Work{Model: nodetest.Model, Body: make([]byte, 90)}); err.Error() != "too many requests are waiting" {
+			t.Fatalf("bytes: %v", err)
+		}
+		f.submit(false)
+		_, err := f.d.Submit(t.Context(), Work{Model: nodetest.Model, Body: []byte("{}")})
+		if got, ok := AsFailure(err); !ok || got.Outcome != QueueFull {
+			t.Fatalf("count: %v", err)
+		}
+		f.join(nil) // takes both
+		synctest.Wait()
+		f.submit(false)
+	})
+}
+
+// read reads what a stream has by now.
+func (f *fixture) read(t *Ticket, from int) (string, error) {
+	f.t.Helper()
+	synctest.Wait()
+	ctx, cancel := context.WithTimeout(f.t.Context(), time.Millisecond)
+	defer cancel()
+	b, err := t.Next(ctx, from)
+	return string(b), err
+}
+
+func (p *peer) chunk(j *wire.Job, body []byte, from, to int) {
+	p.f.t.Helper()
+	if _, err := p.member.Chunk(&wire.Chunk{Job: j.ID, Offset: int64(from), Data: body[from:to]}); err != nil {
+		p.f.t.Fatal(err)
+	}
+}
+
+func TestStream(t *testing.T) {
+	run(t, Options{}, nil, func(t *testing.T, f *fixture) {
+		a := f.join(nil)
+		ticket := f.submit(true)
+		j := a.take()
+		body := nodetest.Body(j, "one two three")
+		a.chunk(j, body, 0, 30)
+		if got, err := f.read(ticket, 0); err != nil || got != string(body[:30]) {
+			t.Fatalf("%q %v", got, err)
+		}
+		a.chunk(j, body, 10, 40) // overlaps
+		if got, _ := f.read(ticket, 30); got != string(body[30:40]) {
+			t.Fatalf("%q", got)
+		}
+		a.chunk(j, body, 50, 60) // behind a gap
+		if got, err := f.read(ticket, 40); !errors.Is(err, context.DeadlineExceeded) {
+			t.Fatalf("%q %v", got, err)
+		}
+		a.chunk(j, body, 40, len(body))
+		// The end mark waits for the disk.
+		mark := len(body) - len(endMark)
+		if got, _ := f.read(ticket, 40); got != string(body[40:mark]) {
+			t.Fatalf("%q", got)
+		}
+		hold := make(chan struct{})
+		f.store.putResult = func() error { <-hold; return nil }
+		a.deliver(j, "one two three")
+		if got, err := f.read(ticket, mark); !errors.Is(err, context.DeadlineExceeded) {
+			t.Fatalf("%q %v", got, err)
+		}
+		close(hold)
+		if got, _ := f.read(ticket, mark); got != endMark {
+			t.Fatalf("%q", got)
+		}
+		if _, err := f.read(ticket, len(body)); !errors.Is(err, io.EOF) {
+			t.Fatal(err)
+		}
+		a.acked(j)
+		f.empty(1)
+	})
+}
+
+// The end mark is held back in whatever pieces it comes.
+func TestEndMarkInPieces(t *testing.T) {
+	run(t, Options{}, nil, func(t *testing.T, f *fixture) {
+		a := f.join(nil)
+		ticket := f.submit(true)
+		j := a.take()
+		body := nodetest.Body(j, "x")
+		for i := range body {
+			a.chunk(j, body, i, i+1)
+			if got, _ := f.read(ticket, 0); strings.Contains(got, "[DONE]") {
+				t.Fatalf("after %d of %d bytes: %q", i+1, len(body), got)
+			}
+		}
+	})
+}
+
+// A result alone completes a stream of which no chunk came.
+func TestStreamWithoutChunks(t *testing.T) {
+	run(t, Options{}, nil, func(t *testing.T, f *fixture) {
+		a := f.join(nil)
+		ticket := f.submit(true)
+		j := a.take()
+		a.deliver(j, "one two")
+		if got, _ := f.read(ticket, 0); got != string(nodetest.Body(j, "one two")) {
+			t.Fatalf("%q", got)
+		}
+		f.empty(1)
+	})
+}
+
+func TestStreamGoesOnFromAnotherNode(t *testing.T) {
+	run(t, Options{}, nil, func(t *testing.T, f *fixture) {
+		a := f.join(nil)
+		ticket := f.submit(true)
+		j := a.take()
+		body := nodetest.Body(j, "one two three")
+		a.chunk(j, body, 0, 100)
+		b := f.join(nil)
+		a.member.Leave(false)
+		f.sleep(2*time.Second, b)
+		b.take()
+		b.chunk(j, body, 0, 90) // known already
+		if got, _ := f.read(ticket, 0); got != string(body[:100]) {
+			t.Fatalf("%q", got)
+		}
+		b.chunk(j, body, 90, 150)
+		if got, _ := f.read(ticket, 100); got != string(body[100:150]) {
+			t.Fatalf("%q", got)
+		}
+		b.deliver(j, "one two three")
+		if got, _ := f.read(ticket, 150); got != string(body[150:]) {
+			t.Fatalf("%q", got)
+		}
+		b.acked(j)
+		f.empty(1)
+	})
+}
+
+func TestStreamThatAnotherNodeContradicts(t *testing.T) {
+	for name, contradict := range map[string]func(*peer, *wire.Job){
+		"chunk":  func(b *peer, j *wire.Job) { b.chunk(j, nodetest.Body(j, "other words"), 0, 200) },
+		"result": func(b *peer, j *wire.Job) { b.deliver(j, "other words") },
+	} {
+		t.Run(name, func(t *testing.T) {
+			run(t, Options{}, nil, func(t *testing.T, f *fixture) {
+				a := f.join(nil)
+				ticket := f.submit(true)
+				j := a.take()
+				body := nodetest.Body(j, "one two three")
+				a.chunk(j, body, 0, 200)
+				b := f.join(nil)
+				a.member.Leave(false)
+				f.sleep(2*time.Second, b)
+				b.take()
+				contradict(b, j)
+				if got, _ := f.read(ticket, 0); got != string(body[:200]) {
+					t.Fatalf("%q", got)
+				}
+				_, err := f.read(ticket, 200)
+				if got, ok := AsFailure(err); !ok || got.Outcome != Diverged {
+					t.Fatalf("got %v", err)
+				}
+				f.empty(0)
+			})
+		})
+	}
+}
+
+// Two nodes are at a stream; the one that contradicts it loses, even when it is
+// first to finish.
+func TestContradictingNodeLosesTheRace(t *testing.T) {
+	run(t, Options{}, nil, func(t *testing.T, f *fixture) {
+		a := f.join(nil)
+		ticket := f.submit(true)
+		j := a.take()
+		body := nodetest.Body(j, "one two three")
+		a.chunk(j, body, 0, 200)
+		b := f.join(nil)
+		f.sleep(20*time.Second, a, b)
+		b.take()
+		a.chunk(j, body, 200, 210) // alive after all, but it was given up: b has the job now
+		c := f.join(nil)
+		f.sleep(20*time.Second+retries[1], a, b, c) // b makes no progress either
+		c.take()
+		b.deliver(j, "other words")
+		b.acked(j)
+		f.waiting(ticket)
+		c.deliver(j, "one two three")
+		f.answered(ticket, "one two three")
+		f.empty(1)
+	})
+}
+
+func TestChunkViolations(t *testing.T) {
+	run(t, Options{}, nil, func(t *testing.T, f *fixture) {
+		a := f.join(nil)
+		f.submit(false)
+		plain := a.take()
+		if _, err := a.member.Chunk(&wire.Chunk{Job: plain.ID, Data: []byte("x")}); !errors.Is(err, ErrInvalid) {
+			t.Errorf("chunk of a plain job: %v", err)
+		}
+		f.submit(true)
+		j := a.take()
+		for _, offset := range []int64{-1, 1 << 20, 1<<63 - 1} {
+			if _, err := a.member.Chunk(&wire.Chunk{Job: j.ID, Offset: offset, Data: []byte("x")}); !errors.Is(err, ErrInvalid) {
+				t.Errorf("offset %d: %v", offset, err)
+			}
+		}
+		if _, err := a.member.Chunk(&wire.Chunk{Job: j.ID, Data: make([]byte, 1<<20+1)}); !errors.Is(err, ErrInvalid) {
+			t.Errorf("long chunk: %v", err)
+		}
+	})
+}
+
+// Each thing that a result claims is checked; a false one is not acknowledged,
+// costs the node its next jobs, and the job goes elsewhere.
+func TestInvalidResults(t *testing.T) {
+	other := digest.Of([]byte("other"))
+	receiptCase := func(change func(*receipt.Receipt)) func(*testing.T, *peer, *wire.Job) *wire.Result {
+		return func(t *testing.T, p *peer, j *wire.Job) *wire.Result {
+			return p.node.Result(t, j, nodetest.Body(j, "x"), change)
+		}
+	}
+	responseCase := func(change func([]byte) []byte) func(*testing.T, *peer, *wire.Job) *wire.Result {
+		return func(t *testing.T, p *peer, j *wire.Job) *wire.Result {
+			return p.node.Result(t, j, change(nodetest.Body(j, "x")), nil)
+		}
+	}
+	cases := map[string]func(*testing.T, *peer, *wire.Job) *wire.Result{
+		"no receipt": func(_ *testing.T, _ *peer, j *wire.Job) *wire.Result {
+			return &wire.Result{Job: j.ID, Response: nodetest.Body(j, "x")}
+		},
+		"another node's": func(t *testing.T, p *peer, j *wire.Job) *wire.Result {
+			return nodetest.New(t, "", p.f.raw).Result(t, j, nodetest.Body(j, "x"), nil)
+		},
+		"another chain's": func(t *testing.T, p *peer, j *wire.Job) *wire.Result {
+			r := p.node.Result(t, j, nodetest.Body(j, "x"), nil)
+			r.Receipt = p.node.Sign(t, r.Receipt.Receipt(), 1)
+			return r
+		},
+		"another job's":     receiptCase(func(r *receipt.Receipt) { r.Job = receipt.JobID{1} }),
+		"configuration":     receiptCase(func(r *receipt.Receipt) { r.ConfigDigest = other }),
+		"image":             receiptCase(func(r *receipt.Receipt) { r.ImageDigest = other }),
+		"model":             receiptCase(func(r *receipt.Receipt) { r.ModelDigest = other }),
+		"request":           receiptCase(func(r *receipt.Receipt) { r.RequestHash = other }),
+		"response":          receiptCase(func(r *receipt.Receipt) { r.ResponseHash = other }),
+		"tokens":            receiptCase(func(r *receipt.Receipt) { r.CompletionTokens = 1001 }),
+		"prompt tokens":     receiptCase(func(r *receipt.Receipt) { r.PromptTokens = 1025 }),
+		"huge tokens":       receiptCase(func(r *receipt.Receipt) { r.PromptTokens = 1 << 63 }),
+		"backwards":         receiptCase(func(r *receipt.Receipt) { r.StartedAt = r.FinishedAt + 1 }),
+		"before the job":    receiptCase(func(r *receipt.Receipt) { r.StartedAt -= 20_000 }),
+		"in the future":     receiptCase(func(r *receipt.Receipt) { r.FinishedAt += 20_000 }),
+		"far in the future": receiptCase(func(r *receipt.Receipt) { r.FinishedAt = 1<<64 - 1 }),
+		"no JSON":           responseCase(func([]byte) []byte { return []byte("hello") }),
+		"another id":        responseCase(func(b []byte) []byte { return []byte(strings.Replace(string(b), "chatcmpl-", "chatcmpl-0", 1)) }),
+		"another model": responseCase(func(b []byte) []byte {
+			return []byte(strings.Replace(string(b), `"model":"tiny"`, `"model":"other"`, 1))
+		}),
+		"too long": responseCase(func(b []byte) []byte { return append(b, strings.Repeat(" ", 1<<20)...) }),
+	}
+	for name, make := range cases {
+		t.Run(name, func(t *testing.T) {
+			run(t, Options{}, nil, func(t *testing.T, f *fixture) {
+				a := f.join(nil)
+				ticket := f.submit(false)
+				j := a.take()
+				b := f.join(nil)
+				if _, err := a.member.Result(make(t, a, j)); !errors.Is(err, ErrInvalid) {
+					t.Fatalf("got %v", err)
+				} else if strings.Contains(err.Error(), "hello") {
+					t.Fatalf("the error quotes the response: %v", err)
+				}
+				a.member.Leave(true) // what the session does with that error
+				none[*wire.Ack](a)
+				f.waiting(ticket)
+				b.take()
+				b.deliver(j, "y")
+				f.answered(ticket, "y")
+				f.empty(1)
+			})
+		})
+	}
+	t.Run("stream without end", func(t *testing.T) {
+		run(t, Options{}, nil, func(t *testing.T, f *fixture) {
+			a := f.join(nil)
+			f.submit(true)
+			j := a.take()
+			body := nodetest.Body(j, "x")
+			if _, err := a.member.Result(a.node.Result(t, j, body[:len(body)-1], nil)); !errors.Is(err, ErrInvalid) {
+				t.Fatalf("got %v", err)
+			}
+		})
+	})
+}
+
+func TestPenalty(t *testing.T) {
+	run(t, Options{}, nil, func(t *testing.T, f *fixture) {
+		a := f.join(nil)
+		for _, d := range []time.Duration{10 * time.Second, 30 * time.Second, time.Minute, 5 * time.Minute, 5 * time.Minute} {
+			a.member.Leave(true)
+			a = f.join(a.node) // a new session is no way around it
+			if s := must[*wire.Status](a); s.Routable {
+				t.Fatalf("routable after a violation")
+			}
+			f.sleep(d-time.Second, a)
+			none[*wire.Status](a)
+			f.sleep(time.Second, a)
+			if s := must[*wire.Status](a); !s.Routable {
+				t.Fatalf("after %v: %+v", d, s)
+			}
+		}
+		f.sleep(forgiven, a)
+		a.member.Leave(true)
+		a = f.join(a.node)
+		must[*wire.Status](a)
+		f.sleep(10*time.Second, a)
+		if s := must[*wire.Status](a); !s.Routable {
+			t.Fatalf("old violations are not forgiven: %+v", s)
+		}
+	})
+}
+
+func TestResultThatCannotBeStored(t *testing.T) {
+	run(t, Options{}, nil, func(t *testing.T, f *fixture) {
+		a := f.join(nil)
+		ticket := f.submit(false)
+		j := a.take()
+		f.store.putResult = func() error { return errors.New("disk full") }
+		a.deliver(j, "hello")
+		synctest.Wait()
+		none[*wire.Ack](a)
+		if a.restarted == "" {
+			t.Fatal("the session goes on, so the node will not send the result again")
+		}
+		f.waiting(ticket)
+		f.store.putResult = nil
+		a.member.Leave(false)
+		a2 := f.join(a.node)
+		a2.deliver(j, "hello")
+		f.answered(ticket, "hello")
+		a2.acked(j)
+		f.empty(1)
+	})
+}
+
+// Two nodes deliver while the first result is on its way to the disk.
+func TestResultsAtTheSameTime(t *testing.T) {
+	run(t, Options{}, nil, func(t *testing.T, f *fixture) {
+		a := f.join(nil)
+		ticket := f.submit(false)
+		j := a.take()
+		b := f.join(nil)
+		f.sleep(20*time.Second, a, b)
+		b.take()
+		hold := make(chan struct{})
+		f.store.putResult = func() error { <-hold; return nil }
+		a.deliver(j, "one")
+		synctest.Wait()
+		b.deliver(j, "two")
+		none[*wire.Ack](b)
+		close(hold)
+		f.answered(ticket, "one")
+		a.acked(j)
+		b.acked(j)
+		f.empty(1)
+	})
+}
+
+func TestCancel(t *testing.T) {
+	run(t, Options{}, nil, func(t *testing.T, f *fixture) {
+		a := f.join(nil)
+		ticket := f.submit(false)
+		j := a.take()
+		ticket.Cancel()
+		if c := must[*wire.Cancel](a); c.Job != j.ID {
+			t.Fatal("another job")
+		}
+		f.empty(0)
+		if _, err := a.member.Result(&wire.Result{Job: j.ID, Code: wire.CodeCancelled}); err != nil {
+			t.Fatal(err)
+		}
+		a.acked(j)
+		// Once the result is on its way to the disk it counts.
+		ticket = f.submit(false)
+		j = a.take()
+		hold := make(chan struct{})
+		f.store.putResult = func() error { <-hold; return nil }
+		a.deliver(j, "hello")
+		synctest.Wait()
+		ticket.Cancel()
+		close(hold)
+		a.acked(j)
+		f.empty(1)
+	})
+}
+
+func TestRestore(t *testing.T) {
+	run(t, Options{}, nil, func(t *testing.T, f *fixture) {
+		a := f.join(nil)
+		stored, open, late := f.submit(false), f.submit(false), f.submit(false)
+		jobs := map[receipt.JobID]*wire.Job{}
+		for range 2 {
+			j := a.take()
+			jobs[j.ID] = j
+		}
+		// The service ends after it stored a result and before it forgot the job.
+		if err := f.store.PutResult(t.Context(), a.node.Result(t, jobs[stored.ID()], nodetest.Body(jobs[stored.ID()], "x"), nil).Receipt, nil); err != nil {
+			t.Fatal(err)
+		}
+		f.d.Close()
+		f.failed(open, Closing)
+		records := slices.SortedFunc(maps.Values(f.store.jobs), func(a, b *store.Job) int { return int(a.Seq) - int(b.Seq) })
+		for _, r := range records {
+			if r.ID == late.ID() {
+				r.Deadline = time.Now().UnixMilli()
+			}
+		}
+		// What a node sends meanwhile is not acknowledged: nobody would keep it.
+		a.deliver(jobs[open.ID()], "hello")
+		none[*wire.Ack](a)
+
+		f.d = New(f.store, f.terms, f.m, slog.New(slog.DiscardHandler), Options{})
+		lookup := func(context.Context, digest.Digest) (*Terms, error) { return f.terms, nil }
+		if err := f.d.Restore(t.Context(), records, lookup); err != nil {
+			t.Fatal(err)
+		}
+		synctest.Wait()
+		if n, _ := f.store.count(); n != 1 {
+			t.Fatalf("%d jobs, want the open one", n)
+		}
+		// The node comes back with its result before the job is given out.
+		b := &peer{f: f, node: a.node}
+		b.member = f.d.Join(a.node.Key.Address(), b)
+		b.deliver(jobs[open.ID()], "hello")
+		b.acked(jobs[open.ID()])
+		f.empty(2)
+	})
+}
+
+// A restored job is given out again, even to nodes that come late.
+func TestRestoredJobIsGivenOut(t *testing.T) {
+	run(t, Options{}, nil, func(t *testing.T, f *fixture) {
+		f.submit(true)
+		f.d.Close()
+		records := slices.Collect(maps.Values(f.store.jobs))
+		f.d = New(f.store, f.terms, f.m, slog.New(slog.DiscardHandler), Options{})
+		if err := f.d.Restore(t.Context(), records, func(context.Context, digest.Digest) (*Terms, error) { return nil, store.ErrNotFound }); err != nil {
+			t.Fatal(err)
+		}
+		f.sleep(20 * time.Second)
+		a := f.join(nil)
+		j := a.take()
+		a.chunk(j, nodetest.Body(j, "hello"), 0, 50) // nobody reads it
+		a.deliver(j, "hello")
+		a.acked(j)
+		f.empty(1)
+	})
+}
+
+func TestConfigure(t *testing.T) {
+	run(t, Options{}, nil, func(t *testing.T, f *fixture) {
+		a := f.join(nil)
+		must[*wire.Status](a)
+		running := f.submit(false)
+		j := a.take()
+		old := a.node.Digest
+
+		c := nodetest.Config(t, evm.Address{1})
+		c.Limits.Tokens++
+		raw := nodetest.JSON(t, c)
+		f.d.Configure(termsOf(t, raw, 2))
+		if u := must[*wire.Update](a); u.Version != 2 {
+			t.Fatalf("update %+v", u)
+		}
+		if s := must[*wire.Status](a); s.Routable || !strings.Contains(s.Reason, old.String()) {
+			t.Fatalf("status %+v", s)
+		}
+		waiting := f.submit(false)
+		none[*wire.Job](a)
+		// What runs ends under the terms that it was given out under.
+		a.deliver(j, "hello")
+		f.answered(running, "hello")
+		// The node follows.
+		a.node.Digest = digest.Of(raw)
+		a.beat(nil)
+		if s := must[*wire.Status](a); !s.Routable {
+			t.Fatalf("status %+v", s)
+		}
+		j = a.take()
+		if j.Config != a.node.Digest {
+			t.Fatalf("job under %s", j.Config)
+		}
+		a.deliver(j, "new")
+		f.answered(waiting, "new")
+		f.empty(2)
+	})
+}
+
+func TestModelWithdrawn(t *testing.T) {
+	run(t, Options{}, nil, func(t *testing.T, f *fixture) {
+		waiting, other := f.submit(false), f.submit(false)
+		c := nodetest.Config(t, evm.Address{1})
+		c.Models[0].Name, c.Runtime.Model = "new", "new"
+		f.d.Configure(termsOf(t, nodetest.JSON(t, c), 2))
+		f.failed(waiting, Withdrawn)
+		f.failed(other, Withdrawn)
+		f.empty(0)
+	})
+}
+
+// The same node in a new session: the old one's word no longer counts.
+func TestReplacedSession(t *testing.T) {
+	run(t, Options{}, nil, func(t *testing.T, f *fixture) {
+		old := f.join(nil)
+		ticket := f.submit(false)
+		j := old.take()
+		p := f.join(old.node)
+		must[*wire.Job](p)
+		if old.member.Accepted(j.ID) {
+			t.Error("the old session still has the job")
+		}
+		old.deliver(j, "old")
+		none[*wire.Ack](old)
+		old.member.Leave(true) // too late to hurt
+		f.waiting(ticket)
+		p.deliver(j, "hello")
+		f.answered(ticket, "hello")
+		f.empty(1)
+	})
+}
+
+// A node that comes and goes cannot hold a job for ever.
+func TestFlappingNode(t *testing.T) {
+	run(t, Options{}, nil, func(t *testing.T, f *fixture) {
+		a := f.join(nil)
+		ticket := f.submit(false)
+		j := a.take()
+		b := f.join(nil)
+		for range adoptions + 1 {
+			a.member.Leave(false)
+			f.sleep(time.Second, b)
+			a = f.join(a.node)
+		}
+		f.sleep(3*time.Second, a, b)
+		b.take()
+		b.deliver(j, "hello")
+		f.answered(ticket, "hello")
+	})
+}
+
+// Nodes that have gone are forgotten.
+func TestNodesAreForgotten(t *testing.T) {
+	run(t, Options{}, nil, func(t *testing.T, f *fixture) {
+		for range 10 {
+			f.join(nil).member.Leave(false)
+		}
+		if n := len(f.d.Nodes()); n != 0 {
+			t.Fatalf("%d nodes are remembered", n)
+		}
+	})
+}
