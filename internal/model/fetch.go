@@ -98,40 +98,68 @@ type laterError struct {
 
 func (e laterError) Unwrap() error { return e.error }
 
+// errMixed says that bytes of several sources, or of an earlier process, make
+// up something wrong, so that nobody can be blamed.
+var errMixed = errors.New("bytes of several origins do not fit together")
+
 // fetch makes f a blob from its sources. The caller has the blob's lock.
 func (s *Store) fetch(ctx context.Context, f *snapshot.File, report func(int64)) error {
+	if len(f.Sources) == 0 {
+		return errors.New("it has no sources")
+	}
 	p, err := s.openPartial(ctx, f, report)
 	if err != nil {
 		return err
 	}
 	defer p.close()
 
-	if len(f.Sources) == 0 {
-		return errors.New("it has no sources")
-	}
 	all := make([]*source, len(f.Sources))
 	for i, u := range f.Sources {
 		all[i] = &source{url: u, ranges: true}
 	}
-	failed := func() error {
-		var errs []error
-		for _, src := range all {
-			errs = append(errs, fmt.Errorf("%s: %w", place(src.url), errors.Join(src.errs...)))
-		}
-		return fmt.Errorf("no source has brought it: %w", errors.Join(errs...))
-	}
-
 	// Sources may complete each other's bytes until the sum is wrong once. From
 	// then on each has to bring the whole file alone, so that one that lies is
 	// found out instead of spoiling the others' work for ever.
-	alone := false
+	err = s.turns(ctx, p, all, report)
+	if errors.Is(err, errMixed) {
+		s.log.WarnContext(ctx, "partial model file was wrong, starting over", "file", f.Path, "error", err)
+		for _, src := range all {
+			if err = p.reset(); err != nil {
+				return err
+			}
+			report(p.off)
+			src.ranges = true
+			if err = s.turns(ctx, p, []*source{src}, report); err == nil || !errors.Is(err, errExhausted) {
+				return err
+			}
+		}
+	}
+	if !errors.Is(err, errExhausted) {
+		return err
+	}
+	var errs []error
+	for _, src := range all {
+		if src.errs != nil {
+			errs = append(errs, fmt.Errorf("%s: %w", place(src.url), errors.Join(src.errs...)))
+		}
+	}
+	return fmt.Errorf("no source has brought it: %w", errors.Join(errs...))
+}
+
+// errExhausted says that no source of a list has brought the file; they know
+// why.
+var errExhausted = errors.New("sources are exhausted")
+
+// turns asks the sources in turn until p is finished, or fails with
+// [errExhausted], [errMixed], a [localError] or the context's error.
+func (s *Store) turns(ctx context.Context, p *partial, left []*source, report func(int64)) error {
+	left = slices.Clone(left)
 	best := p.off
-	left := slices.Clone(all)
 	var wait time.Duration // that a source asked for
 	for n, idle := 0, 0; len(left) > 0; {
 		n %= len(left)
 		src := left[n]
-		if p.off > 0 && p.off < p.size && (!src.ranges || alone && p.sole != src) {
+		if !src.ranges && p.off > 0 && p.off < p.size {
 			if err := p.reset(); err != nil {
 				return err
 			}
@@ -149,21 +177,18 @@ func (s *Store) fetch(ctx context.Context, f *snapshot.File, report func(int64))
 		if _, ok := errors.AsType[localError](err); ok {
 			return err
 		}
-		src.failed(err)
 		if errors.Is(err, digest.ErrMismatch) {
-			guilty := p.sole == src
+			if p.sole != src {
+				return fmt.Errorf("%w: %w", errMixed, err)
+			}
 			if err := p.reset(); err != nil {
 				return err
 			}
 			report(p.off)
-			if !guilty {
-				s.log.WarnContext(ctx, "partial model file was wrong, starting over", "file", f.Path, "error", err)
-				alone = true
-				continue
-			}
 			err = permanentError{err}
 		}
-		s.log.WarnContext(ctx, "model source failed", "file", f.Path, "source", place(src.url), "bytes", p.off, "of", p.size, "error", err)
+		src.failed(err)
+		s.log.WarnContext(ctx, "model source failed", "source", place(src.url), "bytes", p.off, "of", p.size, "error", err)
 		if _, ok := errors.AsType[permanentError](err); ok {
 			left = slices.Delete(left, n, n+1)
 			continue
@@ -181,7 +206,7 @@ func (s *Store) fetch(ctx context.Context, f *snapshot.File, report func(int64))
 		}
 		turn := idle/len(left) - 1
 		if turn >= len(s.pace.delays) {
-			return failed()
+			return errExhausted
 		}
 		d := s.pace.delays[turn]
 		d = max(d/2+rand.N(d), wait) // nodes must not come back as a herd
@@ -190,7 +215,7 @@ func (s *Store) fetch(ctx context.Context, f *snapshot.File, report func(int64))
 			return err
 		}
 	}
-	return failed()
+	return errExhausted
 }
 
 // attempt asks src for the bytes that p lacks and appends them. It returns nil

@@ -610,22 +610,55 @@ func TestResumeAfterRestart(t *testing.T) {
 	}
 }
 
-// TestLiarCannotSpoilTheOthers: one source feeds wrong bytes and cuts the line,
-// so that a good one completes them to something wrong, each time anew.
+// TestLiarCannotSpoilTheOthers: one source never brings a file that could be
+// found wrong. It begins wrongly and cuts the line, or ends what another has
+// begun. The other is honest, but its line is bad.
 func TestLiarCannotSpoilTheOthers(t *testing.T) {
-	b := content(3 << 20)
-	liar := serve(t, func(w http.ResponseWriter, _ *http.Request) {
-		w.Header().Set("Content-Length", strconv.Itoa(len(b)))
-		_, _ = w.Write(make([]byte, 1<<20+1))
+	const size, part = 3 << 20, 1<<20 + 1
+	b := content(size)
+	liar := serve(t, func(w http.ResponseWriter, r *http.Request) {
+		from := 0
+		if n, err := fmt.Sscanf(r.Header.Get("Range"), "bytes=%d-", &from); n == 1 && err == nil {
+			w.Header().Set("Content-Range", fmt.Sprintf("bytes %d-%d/%d", from, size-1, size))
+			w.WriteHeader(http.StatusPartialContent)
+			_, _ = w.Write(make([]byte, size-from))
+			return
+		}
+		w.Header().Set("Content-Length", strconv.Itoa(size))
+		_, _ = w.Write(make([]byte, part))
 	})
-	g := &good{b: b}
-	fine := serve(t, g.ServeHTTP)
-	s := open(t, t.TempDir(), clientFor(liar, fine))
-	if _, err := s.Ensure(t.Context(), modelOf(fileOf("f", b, liar.URL, fine.URL)), nil); err != nil {
-		t.Fatal(err)
-	}
-	if asked := g.asked(); len(asked) != 2 || asked[1] != " " {
-		t.Errorf("the good source was asked for %q", asked)
+	var requests atomic.Int32
+	honest := serve(t, func(w http.ResponseWriter, r *http.Request) {
+		n := requests.Add(1)
+		if n%2 == 0 || n > 100 {
+			w.WriteHeader(http.StatusServiceUnavailable)
+			return
+		}
+		from := 0
+		if r.Header.Get("Range") != "" {
+			if _, err := fmt.Sscanf(r.Header.Get("Range"), "bytes=%d-", &from); err != nil {
+				t.Error(err)
+			}
+			w.Header().Set("Content-Range", fmt.Sprintf("bytes %d-%d/%d", from, size-1, size))
+			w.Header().Set("Content-Length", strconv.Itoa(size-from))
+			w.WriteHeader(http.StatusPartialContent)
+		} else {
+			w.Header().Set("Content-Length", strconv.Itoa(size))
+		}
+		_, _ = w.Write(b[from:min(from+part, size)])
+	})
+	for name, sources := range map[string][]string{"honest first": {honest.URL, liar.URL}, "liar first": {liar.URL, honest.URL}} {
+		t.Run(name, func(t *testing.T) {
+			requests.Store(0)
+			s := open(t, t.TempDir(), clientFor(liar, honest))
+			m := modelOf(fileOf("f", b, sources...))
+			if _, err := s.Ensure(t.Context(), m, nil); err != nil {
+				t.Fatal(err)
+			}
+			if err := s.Verify(t.Context(), m); err != nil {
+				t.Error(err)
+			}
+		})
 	}
 }
 
