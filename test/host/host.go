@@ -152,6 +152,11 @@ func (h *Host) register(ctx context.Context, r hostRecord) error {
 
 // fill makes the file system of a host that has never booted.
 func (h *Host) fill(ctx context.Context, lower string) error {
+	cg, err := cgroupOf(h.dir).create()
+	if err != nil {
+		return err
+	}
+	defer cg.Close()
 	return thread(func() error {
 		for _, d := range []string{"upper/etc", "work", "merged"} {
 			if err := os.MkdirAll(filepath.Join(h.dir, d), 0o755); err != nil {
@@ -162,7 +167,11 @@ func (h *Host) fill(ctx context.Context, lower string) error {
 		for _, d := range plainDirs {
 			args = append(args, filepath.Join(lower, d))
 		}
-		if out, err := exec.CommandContext(ctx, "cp", args...).CombinedOutput(); err != nil {
+		cp := exec.CommandContext(ctx, "cp", args...)
+		// If we are killed, it must not go on to fill a directory that
+		// somebody else removes.
+		cp.SysProcAttr = &syscall.SysProcAttr{UseCgroupFD: true, CgroupFD: int(cg.Fd())}
+		if out, err := cp.CombinedOutput(); err != nil {
 			return fmt.Errorf("copy %s: %w: %s", strings.Join(plainDirs, ", "), err, out)
 		}
 		for name, text := range map[string]string{

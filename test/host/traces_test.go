@@ -321,6 +321,42 @@ func TestGCAfterKilledCaller(t *testing.T) {
 	tr.none(t)
 }
 
+// TestGCAtAnyMoment kills callers at moments of all the time that one takes.
+func TestGCAtAnyMoment(t *testing.T) {
+	elsewhere(t)
+	base, err := baseDir()
+	if err != nil {
+		t.Fatal(err)
+	}
+	for moment := range 12 {
+		ctx, cancel := context.WithTimeout(t.Context(), time.Duration(moment)*60*time.Millisecond)
+		cmd := exec.CommandContext(ctx, "/proc/self/exe")
+		cmd.Env = append(os.Environ(), envCaller+"=lab")
+		if err := cmd.Start(); err == nil { // the first may be too late even for that
+			_ = cmd.Wait()
+		}
+		cancel()
+		labs, err := Labs()
+		if err != nil {
+			t.Fatal(err)
+		}
+		if _, err := GC(t.Context(), false); err != nil {
+			t.Errorf("killed after %d ms: %v", moment*60, err)
+		}
+		for _, name := range labs {
+			dir := filepath.Join(base, "labs", name)
+			tr := traces{
+				dir:     dir,
+				links:   []string{fabric(filepath.Join(dir, "net")).machineLink()},
+				cgroups: []cgroup{cgroupOf(filepath.Join(dir, "hosts", "a"))},
+			}
+			for _, s := range tr.left(t) {
+				t.Errorf("killed after %d ms: left behind: %s", moment*60, s)
+			}
+		}
+	}
+}
+
 // elsewhere gives the test a directory for labs of its own, with the images
 // of the usual one.
 func elsewhere(t *testing.T) {
