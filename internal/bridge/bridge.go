@@ -239,10 +239,11 @@ func (b *bridge) serve(ctx context.Context, f *forwarder, took time.Duration) in
 	defer f.serving.Wait()
 	defer server.Close()
 
-	watching, stopWatching := context.WithCancel(ctx)
-	defer stopWatching()
-	b.running.Go(func() { b.vigil.sing(watching, b.client.complete) })
-	b.running.Go(func() { b.watch(watching, l, f) })
+	singing, stopSinging := context.WithCancel(ctx)
+	defer stopSinging()
+	b.running.Go(func() { b.vigil.sing(singing, b.client.complete) })
+	stopping := make(chan struct{})
+	b.running.Go(func() { b.watch(ctx, stopping, l, f) })
 	b.log.Printf("serving %s, first completion after %s", b.o.Model, took.Round(time.Millisecond))
 	b.tell("READY=1", "WATCHDOG=1", status("serving %s", b.o.Model))
 
@@ -254,6 +255,8 @@ func (b *bridge) serve(ctx context.Context, f *forwarder, took time.Duration) in
 	case s := <-b.signals:
 		b.log.Printf("%s: stopping", s)
 		b.tell("STOPPING=1", status("stopping: requests in flight may end within %s", b.o.StopGrace))
+		close(stopping)
+		stopSinging()
 		b.drain(ctx, server)
 		server.Close()
 		return b.endEngine(ctx)
@@ -261,7 +264,9 @@ func (b *bridge) serve(ctx context.Context, f *forwarder, took time.Duration) in
 }
 
 // watch feeds systemd's watchdog while the engine is alive, until ctx ends.
-func (b *bridge) watch(ctx context.Context, l *listener, f *forwarder) {
+// Systemd goes on watching during a stop, which has time limits of its own:
+// from then on the watchdog is fed in any case.
+func (b *bridge) watch(ctx context.Context, stopping <-chan struct{}, l *listener, f *forwarder) {
 	tick := time.NewTicker(b.o.Watchdog / 3)
 	defer tick.Stop()
 	before := ""
@@ -270,6 +275,12 @@ func (b *bridge) watch(ctx context.Context, l *listener, f *forwarder) {
 		case <-ctx.Done():
 			return
 		case <-tick.C:
+		}
+		select {
+		case <-stopping:
+			b.tell("WATCHDOG=1")
+			continue
+		default:
 		}
 		why := b.vigil.judge()
 		if why == "" && !l.inPlace() {
