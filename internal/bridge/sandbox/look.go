@@ -106,6 +106,7 @@ func (e *eye) network() {
 		e.problem(err)
 	}
 	e.families()
+	e.Sockets = append(e.Sockets, parseUnix(e.read("/proc/self/net/unix"))...)
 	// Connecting a datagram socket asks for the route and sends nothing. The
 	// addresses are the ones kept for documentation.
 	for _, to := range []string{"192.0.2.1:9", "[2001:db8::1]:9"} {
@@ -238,6 +239,8 @@ func (e *eye) walk(m mount, points []string, allowed bool) {
 			return fs.SkipDir
 		case errors.Is(err, fs.ErrNotExist):
 			return nil // gone while looking, or hidden by a later mount
+		case err != nil && d == nil && errors.Is(err, fs.ErrPermission):
+			return nil // the mount point itself is out of this user's reach
 		case err != nil:
 			return err
 		case p != m.Point && slices.Contains(points, p):

@@ -176,3 +176,16 @@ func parseRoutes6(text string) []string {
 	}
 	return out
 }
+
+// parseUnix returns the abstract sockets in /proc/net/unix. They belong to the
+// network namespace: one of its own has none, and the host's has the host's.
+func parseUnix(text string) []string {
+	var out []string
+	for line := range strings.Lines(text) {
+		// Num RefCount Protocol Flags Type St Inode Path; the path may hold anything.
+		if f := strings.Fields(line); len(f) > 7 && strings.HasPrefix(f[7], "@") {
+			out = append(out, f[7])
+		}
+	}
+	return out
+}

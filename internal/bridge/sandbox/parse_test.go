@@ -90,6 +90,18 @@ func TestParseRoutes(t *testing.T) {
 	}
 }
 
+func TestParseUnix(t *testing.T) {
+	const text = `Num       RefCount Protocol Flags    Type St Inode Path
+0000000000000000: 00000002 00000000 00010000 0001 01 19325 /run/dbus/system_bus_socket
+0000000000000000: 00000002 00000000 00010000 0001 01 19326 @/tmp/.X11-unix/X0
+0000000000000000: 00000003 00000000 00000000 0001 03 19327
+0000000000000000: 00000002 00000000 00010000 0001 01 19328 @ with spaces
+`
+	if got, want := parseUnix(text), []string{"@/tmp/.X11-unix/X0", "@"}; !slices.Equal(got, want) {
+		t.Errorf("got %q, want %q", got, want)
+	}
+}
+
 // Dead tunnels that a kernel puts into each network namespace are no way out.
 func TestForeign(t *testing.T) {
 	lo := link{Name: "lo", Up: true, Loopback: true}
@@ -119,6 +131,7 @@ func FuzzParse(f *testing.F) {
 		parseMounts(s)
 		parseRoutes(s)
 		parseRoutes6(s)
+		parseUnix(s)
 	})
 }
 

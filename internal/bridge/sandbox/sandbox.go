@@ -49,7 +49,7 @@ type facts struct {
 	Shields    []shield
 	Mounts     []mount
 	Writable   map[int][]string // by mount id: what could be written below
-	Sockets    []string         // and named pipes, in mounted directories
+	Sockets    []string         // abstract ones; sockets and named pipes in mounted directories
 	Devices    []device         // nodes below /dev, and nodes mounted elsewhere
 	Inherited  []string         // descriptors above 2 that exec handed over
 	WorkDir    string

@@ -140,6 +140,7 @@ func TestInspectRefuses(t *testing.T) {
 		{sealtest.FakeDevice, []string{"devices"}, "/dev/zero (10:229)"},
 		{sealtest.MountedDevice, []string{"devices"}, "/extra (10:229)"},
 		{sealtest.ForeignSocket, []string{"sockets and pipes"}, "/models/host.sock"},
+		{sealtest.AbstractSocket, []string{"sockets and pipes"}, "@sealtest"},
 		{sealtest.NamedPipe, []string{"sockets and pipes"}, "/models/pipe"},
 		{sealtest.InheritedFile, []string{"descriptors"}, "9 ("},
 		{sealtest.OutsideWorkDir, []string{"working directory"}, "(unreachable)"},
@@ -158,6 +159,13 @@ func TestInspectRefuses(t *testing.T) {
 				t.Error("tells the value of a variable")
 			}
 		})
+	}
+}
+
+// A mount that nobody inside can reach says nothing.
+func TestInspectAcceptsUnreachableMount(t *testing.T) {
+	if s := inBox(t, ordered(), sealtest.UnreachableMount); !s.OK {
+		t.Errorf("refused: %q", Failed(s))
 	}
 }
 

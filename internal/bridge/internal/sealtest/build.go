@@ -38,6 +38,7 @@ func build(text string) error {
 	y.root = filepath.Join(y.Dir, "root")
 	y.closeOnExec()
 	y.network()
+	y.abstractSocket()
 	outside := y.open("/")
 	y.mounts()
 	y.enter()
@@ -276,6 +277,10 @@ func (y *yard) models() {
 
 func (y *yard) extras() {
 	switch {
+	case y.has(UnreachableMount):
+		y.mount("tmpfs", "/extra", nosuid|nodev, "mode=755")
+		y.mount("tmpfs", "/extra/closed/open", nosuid|nodev, "mode=777")
+		y.do("chmod", os.Chmod(y.at("/extra/closed"), 0o700))
 	case y.has(WritableMount):
 		y.mount("tmpfs", "/extra", nosuid|nodev, "mode=777")
 	case y.has(HiddenWritable):
@@ -429,6 +434,18 @@ func (y *yard) network() {
 		route.dev = &dev[0]
 		y.ioctl("route", s, syscall.SIOCADDRT, unsafe.Pointer(&route))
 	}
+}
+
+// abstractSocket leaves a process behind that holds one.
+func (y *yard) abstractSocket() {
+	if y.err != nil || !y.has(AbstractSocket) {
+		return
+	}
+	fd, err := syscall.Socket(syscall.AF_UNIX, syscall.SOCK_STREAM|syscall.SOCK_CLOEXEC, 0)
+	y.do("socket", err)
+	y.do("bind", syscall.Bind(fd, &syscall.SockaddrUnix{Name: "@sealtest"}))
+	_, err = syscall.ForkExec("/proc/self/exe", []string{"test", holder}, &syscall.ProcAttr{Files: []uintptr{uintptr(fd)}})
+	y.do("holder", err)
 }
 
 // veth makes a pair of interfaces, one of them with the given name.

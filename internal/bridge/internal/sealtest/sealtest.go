@@ -57,14 +57,19 @@ const (
 	Unmasked        Flaw = "unmasked"           // /proc/keys
 	WritableProcSys Flaw = "writable /proc/sys" // its mount, not its files
 	WritableSys     Flaw = "writable /sys"
-	ExtraDevice     Flaw = "extra device"   // /dev/fuse
-	FakeDevice      Flaw = "fake device"    // the fuse device by the name of /dev/zero
-	MountedDevice   Flaw = "mounted device" // the fuse device at /extra
-	ForeignSocket   Flaw = "foreign socket" // in /models
-	NamedPipe       Flaw = "named pipe"     // in /models
-	InheritedFile   Flaw = "inherited file" // descriptor 9 is the old root
+	ExtraDevice     Flaw = "extra device"    // /dev/fuse
+	FakeDevice      Flaw = "fake device"     // the fuse device by the name of /dev/zero
+	MountedDevice   Flaw = "mounted device"  // the fuse device at /extra
+	ForeignSocket   Flaw = "foreign socket"  // in /models
+	AbstractSocket  Flaw = "abstract socket" // of another process in the network namespace
+	NamedPipe       Flaw = "named pipe"      // in /models
+	InheritedFile   Flaw = "inherited file"  // descriptor 9 is the old root
 	OutsideWorkDir  Flaw = "outside work dir"
 	ProxyVariable   Flaw = "proxy variable"
+
+	// UnreachableMount is none: what could be written is below a directory
+	// that the user cannot enter.
+	UnreachableMount Flaw = "unreachable mount"
 )
 
 // interpreter is what starts binaries that are not static, where it exists.
@@ -192,9 +197,15 @@ func idMap(flaws []Flaw) []syscall.SysProcIDMap {
 // builder is the first argument of the test binary as container builder.
 const builder = "sealtest-build"
 
+// holder is the one of a process that does nothing but keep a socket open.
+const holder = "sealtest-hold"
+
 // Main turns the test binary into the container's builder when it was started
 // as that, and returns otherwise.
 func Main() {
+	if len(os.Args) == 2 && os.Args[1] == holder {
+		syscall.Pause() // until the container ends
+	}
 	if len(os.Args) != 3 || os.Args[1] != builder {
 		return
 	}
