@@ -44,7 +44,7 @@ func TestMain(m *testing.M) {
 	os.Exit(code)
 }
 
-// net is a network under test: a real service on a real store.
+// testNetwork is a network under test: a real service on a real store.
 type testNetwork struct {
 	t      testing.TB
 	dir    string
@@ -52,6 +52,8 @@ type testNetwork struct {
 	config *snapshot.Config
 	raw    []byte
 	logs   *logBuffer
+
+	tweak func(*network.Config) // of the service's own configuration, or nil
 
 	url    string
 	apiKey string
@@ -123,6 +125,9 @@ func (n *testNetwork) serve() {
 	n.t.Helper()
 	cfg := network.Defaults()
 	cfg.Dir, cfg.Listen, cfg.Drain = n.dir, "127.0.0.1:0", time.Second
+	if n.tweak != nil {
+		n.tweak(&cfg)
+	}
 	ready := make(chan net.Addr, 1)
 	cfg.Ready = func(a net.Addr) { ready <- a }
 	ctx, cancel := context.WithCancel(context.Background())
@@ -229,6 +234,17 @@ func (n *testNetwork) answer(ch <-chan reply) reply {
 		n.t.Fatal("no answer")
 	}
 	panic("unreachable")
+}
+
+// until waits for a condition that somebody else brings about.
+func (n *testNetwork) until(what string, ok func() bool) {
+	n.t.Helper()
+	for end := time.Now().Add(nodetest.Patience); !ok(); {
+		if time.Now().After(end) {
+			n.t.Fatalf("waited in vain: %s", what)
+		}
+		time.Sleep(5 * time.Millisecond) // between two looks, not instead of an event
+	}
 }
 
 // metric returns the value of a series, 0 when it is not there.

@@ -298,18 +298,18 @@ func (m *Member) Result(res *wire.Result) (known bool, err error) {
 		if d.recent.has(res.Job) {
 			verdict = "duplicate"
 		}
+		m.ack(verdict, res.Job)
 		m.node.foreign = max(0, m.node.foreign-1)
 		d.refresh(m.node)
 		d.pump()
 		d.mu.Unlock()
-		m.ack(verdict, res.Job)
 		return false, nil
 	case res.Code != "":
+		m.ack("failed", res.Job)
 		if r := m.runner(res.Job); r != nil && !j.storing {
 			d.unable(r, NodeFailed, res.Code, res.Message)
 		}
 		d.mu.Unlock()
-		m.ack("failed", res.Job)
 		return true, nil
 	}
 	c := claim{job: &j.spec.Job, hash: j.hash, node: m.node.addr, now: time.Now()}
@@ -342,13 +342,13 @@ func (m *Member) valid(j *job, res *wire.Result) {
 	case d.closed: // the node sends it again in its next session
 		return
 	case j.finished:
-		m.ackLocked("duplicate", res.Job)
+		m.ack("duplicate", res.Job)
 		return
 	case j.storing:
 		j.waiting = append(j.waiting, m)
 		return
 	case j.attached && j.spec.Stream && !bytes.HasPrefix(res.Response, j.body):
-		m.ackLocked("diverged", res.Job)
+		m.ack("diverged", res.Job)
 		if r := m.runner(res.Job); r != nil {
 			r.diverged = true
 			d.diverge(r)
@@ -399,20 +399,15 @@ func (m *Member) storeResult(j *job, res *wire.Result) {
 	rc := res.Receipt.Receipt()
 	d.log.Debug("job done", "job", res.Job, "node", m.node.addr, "client", j.spec.Client, "prompt_tokens", rc.PromptTokens,
 		"completion_tokens", rc.CompletionTokens, "took", time.Since(j.start), "attempts", j.attempts)
+	m.ack("counted", res.Job)
 	d.finish(j, response, nil, m.node)
-	m.ackLocked("counted", res.Job)
 	for _, w := range waiting[1:] {
-		w.ackLocked("duplicate", res.Job)
+		w.ack("duplicate", res.Job)
 	}
 }
 
+// ack lets a node forget a result; the dispatcher's mutex is held.
 func (m *Member) ack(verdict string, id receipt.JobID) {
-	m.d.mu.Lock()
-	defer m.d.mu.Unlock()
-	m.ackLocked(verdict, id)
-}
-
-func (m *Member) ackLocked(verdict string, id receipt.JobID) {
 	m.d.metrics.Results.WithLabelValues(verdict).Inc()
 	if !m.gone {
 		m.peer.Send(&wire.Ack{Jobs: []receipt.JobID{id}})

@@ -1,0 +1,338 @@
+package network_test
+
+import (
+	"bytes"
+	"crypto/rand"
+	"encoding/json"
+	"net/http"
+	"sync"
+	"testing"
+	"time"
+
+	"github.com/gorilla/websocket"
+
+	"github.com/resultity/node/internal/evm"
+	"github.com/resultity/node/internal/network"
+	"github.com/resultity/node/internal/network/nodetest"
+	"github.com/resultity/node/internal/receipt"
+	"github.com/resultity/node/internal/wire"
+)
+
+func TestRegistration(t *testing.T) {
+	n := start(t, nil)
+	token := n.file("enrolment-token")
+	other, err := evm.NewKey()
+	if err != nil {
+		t.Fatal(err)
+	}
+	for name, tc := range map[string]struct {
+		change func(*nodetest.Node, *wire.Registration) *evm.Key
+		status int
+	}{
+		"good":          {nil, http.StatusOK},
+		"wrong signer":  {func(_ *nodetest.Node, _ *wire.Registration) *evm.Key { return other }, http.StatusUnauthorized},
+		"other network": {func(v *nodetest.Node, r *wire.Registration) *evm.Key { r.Network = "x"; return v.Key }, http.StatusConflict},
+		"old":           {func(v *nodetest.Node, r *wire.Registration) *evm.Key { r.Time -= 6000; return v.Key }, http.StatusBadRequest},
+		"early":         {func(v *nodetest.Node, r *wire.Registration) *evm.Key { r.Time += 6000; return v.Key }, http.StatusBadRequest},
+		"unknown token": {func(v *nodetest.Node, r *wire.Registration) *evm.Key { r.Token += "x"; return v.Key }, http.StatusForbidden},
+		"no token":      {func(v *nodetest.Node, r *wire.Registration) *evm.Key { r.Token = ""; return v.Key }, http.StatusForbidden},
+		"long token": {func(v *nodetest.Node, r *wire.Registration) *evm.Key {
+			r.Token = string(make([]byte, 300))
+			return v.Key
+		}, http.StatusBadRequest},
+		"the other node": {func(v *nodetest.Node, r *wire.Registration) *evm.Key { r.Node = other.Address(); return v.Key }, http.StatusUnauthorized},
+	} {
+		t.Run(name, func(t *testing.T) {
+			v := nodetest.New(t, n.url, n.raw)
+			reg, key := v.Registration(token), v.Key
+			if tc.change != nil {
+				key = tc.change(v, &reg)
+			}
+			status, reply, err := v.Register(t.Context(), reg, key)
+			if err != nil || status != tc.status {
+				t.Fatalf("status %d, want %d; %v", status, tc.status, err)
+			}
+			if status == http.StatusOK && (reply.Node != v.Key.Address() || reply.Network != "testnet" || reply.Account != "operator") {
+				t.Fatalf("reply %+v", reply)
+			}
+		})
+	}
+	v := nodetest.New(t, n.url, n.raw)
+	for name, body := range map[string][]byte{"empty": nil, "short": make([]byte, 65), "garbage": bytes.Repeat([]byte("x"), 200), "huge": make([]byte, 1<<20)} {
+		if status, err := v.RegisterRaw(t.Context(), body); err != nil || status < 400 || status > 401 {
+			t.Errorf("%s: status %d, %v", name, status, err)
+		}
+	}
+}
+
+func TestRegistrationIsIdempotent(t *testing.T) {
+	n := start(t, nil)
+	v := n.node()
+	_, first, err := v.Register(t.Context(), v.Registration("whatever"), v.Key)
+	if err != nil {
+		t.Fatal(err)
+	}
+	n.stop()
+	n.serve()
+	v.URL = n.url
+	status, again, err := v.Register(t.Context(), v.Registration(""), v.Key)
+	if err != nil || status != http.StatusOK || again != first {
+		t.Fatalf("status %d, %+v, want %+v; %v", status, again, first, err)
+	}
+}
+
+// Of many nodes that register at once with a token for two, two do.
+func TestTokenRace(t *testing.T) {
+	n := start(t, nil)
+	admin, err := network.OpenAdmin(t.Context(), n.dir, n.log())
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer admin.Close()
+	token, err := admin.CreateToken(t.Context(), 2, "fleet", time.Now().Add(time.Hour))
+	if err != nil {
+		t.Fatal(err)
+	}
+	var wg sync.WaitGroup
+	status := make([]int, 12)
+	for i := range status {
+		v := nodetest.New(t, n.url, n.raw)
+		wg.Go(func() { status[i], _, _ = v.Register(t.Context(), v.Registration(token), v.Key) })
+	}
+	wg.Wait()
+	count := map[int]int{}
+	for _, s := range status {
+		count[s]++
+	}
+	if count[http.StatusOK] != 2 || count[http.StatusForbidden] != 10 {
+		t.Fatalf("statuses %v", count)
+	}
+	expired, err := admin.CreateToken(t.Context(), 2, "fleet", time.Now().Add(50*time.Millisecond))
+	if err != nil {
+		t.Fatal(err)
+	}
+	n.until("the token expires", func() bool {
+		v := nodetest.New(t, n.url, n.raw)
+		s, _, _ := v.Register(t.Context(), v.Registration(expired), v.Key)
+		return s == http.StatusForbidden
+	})
+}
+
+func TestSessionRefused(t *testing.T) {
+	n := start(t, nil)
+	v := n.node()
+	stranger := nodetest.New(t, n.url, n.raw)
+	var nonce wire.Nonce
+	_, _ = rand.Read(nonce[:])
+	for name, tc := range map[string]struct {
+		node   *nodetest.Node
+		change func(http.Header)
+		status int
+	}{
+		"not registered": {stranger, func(http.Header) {}, http.StatusForbidden},
+		"other network":  {v, func(h http.Header) { h.Set(wire.HeaderNetwork, "mainnet") }, http.StatusConflict},
+		"no network":     {v, func(h http.Header) { h.Del(wire.HeaderNetwork) }, http.StatusConflict},
+		"bad address":    {v, func(h http.Header) { h.Set(wire.HeaderNode, "0x12") }, http.StatusBadRequest},
+		"bad nonce":      {v, func(h http.Header) { h.Set(wire.HeaderNonce, "12") }, http.StatusBadRequest},
+		"a browser":      {v, func(h http.Header) { h.Set("Origin", n.url) }, http.StatusForbidden},
+	} {
+		h := tc.node.Headers(nonce)
+		tc.change(h)
+		if _, status, err := tc.node.Dial(t, h, nonce); err == nil || status != tc.status {
+			t.Errorf("%s: status %d, want %d; %v", name, status, tc.status, err)
+		}
+	}
+	d := websocket.Dialer{Subprotocols: []string{"other"}}
+	if _, res, err := d.Dial("ws"+n.url[4:]+wire.SessionPath, v.Headers(nonce)); err == nil || res.StatusCode != http.StatusBadRequest {
+		t.Errorf("other subprotocol: %v", err)
+	}
+}
+
+// Whatever is wrong with a frame ends the session with the code that the
+// protocol names, is counted, and harms nobody else.
+func TestFrameViolations(t *testing.T) {
+	n := start(t, nil)
+	bystander := n.node().Ready(t)
+	later := func(s *nodetest.Session, d time.Duration) *wire.Sealer {
+		return wire.NewSealer(s.Node.Key, s.Nonce, wire.ToNetwork, func() time.Time { return time.Now().Add(d) })
+	}
+	seal := func(s *wire.Sealer, m wire.Message) []byte {
+		frame, err := s.Seal(m)
+		if err != nil {
+			t.Fatal(err)
+		}
+		return frame
+	}
+	// sealed makes the third frame, after hello and heartbeat, by the given sealer.
+	sealed := func(k *wire.Sealer, m wire.Message) []byte {
+		seal(k, m)
+		seal(k, m)
+		return seal(k, m)
+	}
+	other, err := evm.NewKey()
+	if err != nil {
+		t.Fatal(err)
+	}
+	ping := &wire.Accept{Job: receipt.NewJobID()}
+	for name, tc := range map[string]struct {
+		send   func(*nodetest.Session)
+		reason string
+		code   int
+	}{
+		"replay": {func(s *nodetest.Session) {
+			frame := sealed(later(s, 0), ping)
+			s.SendRaw(frame)
+			s.SendRaw(frame)
+		}, "sequence", websocket.ClosePolicyViolation},
+		"gap": {func(s *nodetest.Session) {
+			k := later(s, 0)
+			sealed(k, ping)
+			s.SendRaw(seal(k, ping))
+		}, "sequence", websocket.ClosePolicyViolation},
+		"wrong signer": {func(s *nodetest.Session) {
+			s.SendRaw(sealed(wire.NewSealer(other, s.Nonce, wire.ToNetwork, time.Now), ping))
+		}, "signer", websocket.ClosePolicyViolation},
+		"wrong direction": {func(s *nodetest.Session) {
+			s.SendRaw(sealed(wire.NewSealer(s.Node.Key, s.Nonce, wire.ToNode, time.Now), ping))
+		}, "signer", websocket.ClosePolicyViolation},
+		"another session's": {func(s *nodetest.Session) {
+			s.SendRaw(sealed(wire.NewSealer(s.Node.Key, wire.Nonce{1}, wire.ToNetwork, time.Now), ping))
+		}, "signer", websocket.ClosePolicyViolation},
+		"a changed byte": {func(s *nodetest.Session) {
+			frame := sealed(later(s, 0), ping)
+			frame[len(frame)-10] ^= 1
+			s.SendRaw(frame)
+		}, "signer", websocket.ClosePolicyViolation},
+		"slow clock":     {func(s *nodetest.Session) { s.SendRaw(sealed(later(s, -6*time.Second), ping)) }, "clock", websocket.ClosePolicyViolation},
+		"fast clock":     {func(s *nodetest.Session) { s.SendRaw(sealed(later(s, 6*time.Second), ping)) }, "clock", websocket.ClosePolicyViolation},
+		"too short":      {func(s *nodetest.Session) { s.SendRaw(make([]byte, 65)) }, "malformed", websocket.ClosePolicyViolation},
+		"text":           {func(s *nodetest.Session) { _ = s.Conn.WriteMessage(websocket.TextMessage, []byte("{}")) }, "malformed", websocket.ClosePolicyViolation},
+		"second hello":   {func(s *nodetest.Session) { s.Send(&wire.Hello{}) }, "order", websocket.ClosePolicyViolation},
+		"network's word": {func(s *nodetest.Session) { s.Send(&wire.Ack{}) }, "malformed", websocket.ClosePolicyViolation},
+		"oversize": {func(s *nodetest.Session) {
+			// The network may close before it has all of it.
+			_ = s.Conn.WriteMessage(websocket.BinaryMessage, make([]byte, wire.MaxFrame+1))
+		}, "too_large", websocket.CloseMessageTooBig},
+		"absurd heartbeat": {func(s *nodetest.Session) { s.Send(&wire.Heartbeat{Slots: -1}) }, "invalid", websocket.ClosePolicyViolation},
+		"unsigned receipt": {func(s *nodetest.Session) {
+			k := later(s, 0)
+			seal(k, ping)
+			seal(k, ping)
+			s.SendRaw(falseReceipt(t, s))
+		}, "malformed", websocket.ClosePolicyViolation},
+	} {
+		t.Run(name, func(t *testing.T) {
+			s := n.node().Ready(t)
+			series := `resultity_frames_refused_total{reason="` + tc.reason + `"}`
+			before := n.metric(series)
+			tc.send(s)
+			if code := s.Closed(); code != tc.code {
+				t.Errorf("closed with %d, want %d", code, tc.code)
+			}
+			n.until("the refusal is counted", func() bool { return n.metric(series) == before+1 })
+			ch := n.ask(chat)
+			bystander.Send(bystander.Node.Heartbeat())
+			bystander.Finish(bystander.Take(), "fine")
+			if r := n.answer(ch); r.status != http.StatusOK {
+				t.Fatalf("%d %s", r.status, r.body)
+			}
+		})
+	}
+}
+
+// falseReceipt is a frame, signed as it should be, around a receipt with a field
+// that was changed after signing.
+func falseReceipt(t *testing.T, s *nodetest.Session) []byte {
+	t.Helper()
+	job := &wire.Job{ID: receipt.NewJobID(), Kind: wire.KindChat, Model: nodetest.Model}
+	res := s.Node.Result(t, job, []byte("{}"), nil)
+	data, err := json.Marshal(res)
+	if err != nil {
+		t.Fatal(err)
+	}
+	data = bytes.Replace(data, []byte(`"completionTokens":"3"`), []byte(`"completionTokens":"4"`), 1)
+	body, err := json.Marshal(map[string]any{"seq": 3, "time": time.Now().UnixMilli(), "type": "result", "data": json.RawMessage(data)})
+	if err != nil {
+		t.Fatal(err)
+	}
+	sig, err := s.Node.Key.Sign(evm.Keccak([]byte("resultity.v1 frame\n"), s.Nonce[:], []byte{byte(wire.ToNetwork)}, body))
+	if err != nil {
+		t.Fatal(err)
+	}
+	return append(sig[:], body...)
+}
+
+func TestBeforeHello(t *testing.T) {
+	n := start(t, nil)
+	v := n.node()
+	good := v.Ready(t)
+	var nonce wire.Nonce
+	dial := func() *nodetest.Session {
+		_, _ = rand.Read(nonce[:])
+		s, _, err := v.Dial(t, v.Headers(nonce), nonce)
+		if err != nil {
+			t.Fatal(err)
+		}
+		return s
+	}
+	s := dial()
+	s.Send(v.Heartbeat())
+	if code := s.Closed(); code != websocket.ClosePolicyViolation {
+		t.Errorf("heartbeat before hello: closed with %d", code)
+	}
+	s = dial()
+	s.SendRaw(make([]byte, 20<<10))
+	if code := s.Closed(); code != websocket.CloseMessageTooBig {
+		t.Errorf("large hello: closed with %d", code)
+	}
+	// Somebody who knows the address and not the key cannot throw the node out.
+	s = dial()
+	thief, err := evm.NewKey()
+	if err != nil {
+		t.Fatal(err)
+	}
+	frame, err := wire.NewSealer(thief, s.Nonce, wire.ToNetwork, time.Now).Seal(&wire.Hello{})
+	if err != nil {
+		t.Fatal(err)
+	}
+	s.SendRaw(frame)
+	if code := s.Closed(); code != websocket.ClosePolicyViolation {
+		t.Errorf("hello of another key: closed with %d", code)
+	}
+	ch := n.ask(chat)
+	good.Finish(good.Take(), "fine")
+	if r := n.answer(ch); r.status != http.StatusOK {
+		t.Fatalf("%d %s", r.status, r.body)
+	}
+}
+
+func TestSecondSessionReplacesTheFirst(t *testing.T) {
+	n := start(t, nil)
+	v := n.node()
+	first := v.Ready(t)
+	ch := n.ask(chat)
+	j := first.Take()
+	second := v.Connect(t)
+	if code := first.Closed(); code != websocket.CloseNormalClosure {
+		t.Errorf("first session closed with %d", code)
+	}
+	if again := second.Take(); again.ID != j.ID {
+		t.Fatal("another job")
+	}
+	second.Finish(j, "secret answer")
+	if r := n.answer(ch); r.status != http.StatusOK {
+		t.Fatalf("%d %s", r.status, r.body)
+	}
+}
+
+func TestBye(t *testing.T) {
+	n := start(t, nil)
+	s := n.node().Ready(t)
+	s.Send(&wire.Bye{Reason: "upgrade"})
+	if code := s.Closed(); code != websocket.CloseNormalClosure {
+		t.Errorf("closed with %d", code)
+	}
+	n.until("the session is counted", func() bool {
+		return n.metric(`resultity_sessions_ended_total{why="bye"}`)+n.metric(`resultity_sessions_ended_total{reason="bye"}`) == 1
+	})
+}
