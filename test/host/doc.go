@@ -40,9 +40,10 @@
 //   - The cgroup namespace is made by the process inside its cgroup, since the
 //     namespace's root is wherever its maker is. Elsewhere systemd would find
 //     itself in the machine's tree.
-//   - No cgroup controllers reach a host, whatever the machine has, so that all
-//     machines behave alike. Without the pids controller crun refuses to
-//     start a container that has a limit: containers.conf says that none has.
+//   - Controllers reach a host only where the machine has them in the cgroup2
+//     tree, so tests must not count on limits. Without the one for pids,
+//     crun refuses to start a container that has such a limit, which is the
+//     default; containers.conf says that none has.
 //   - /proc/sys is read-only but for its net, and /sys is: the kernel's settings
 //     and devices are the machine's, and systemd leaves alone what it cannot
 //     write. The kernel lets the user namespaces of rootless containers mount

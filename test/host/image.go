@@ -108,8 +108,8 @@ func (i Image) recipe() (packages, options []string, err error) {
 
 // imageFiles are written into every image.
 var imageFiles = map[string]string{
-	// No cgroup controllers reach the hosts, and crun refuses to start a
-	// container with a limit that it cannot set.
+	// Cgroup controllers may not reach the hosts, and crun refuses to start
+	// a container with a limit that it cannot set.
 	"etc/containers/containers.conf.d/50-test-host.conf": "[containers]\npids_limit = 0\n",
 	// There is no name server. Names are in /etc/hosts.
 	"etc/resolv.conf": "",
@@ -323,6 +323,9 @@ func Setup(ctx context.Context, progress io.Writer) error {
 		if _, err := exec.LookPath(tool); err != nil {
 			missing = append(missing, pkg)
 		}
+	}
+	if _, err := os.Stat("/usr/share/keyrings/debian-archive-keyring.gpg"); err != nil {
+		missing = append(missing, "debian-archive-keyring") // Debian has it, its children may not
 	}
 	if len(missing) == 0 {
 		return nil

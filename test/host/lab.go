@@ -16,6 +16,7 @@ import (
 	"strings"
 	"sync"
 	"time"
+	"unicode"
 
 	"golang.org/x/sys/unix"
 )
@@ -58,7 +59,6 @@ type labRecord struct {
 	Index     int // the third byte of its addresses
 	Reachable bool
 	Keep      bool
-	PID       int                   // of the owner, for people; the lock says whether it lives
 	Names     map[string]netip.Addr // more names than those of its hosts
 }
 
@@ -109,7 +109,7 @@ func Create(ctx context.Context, o Options) (*Lab, error) {
 		return nil, fmt.Errorf("make lab: %w", err)
 	}
 	l := &Lab{name: o.Name, dir: dir, addr: addr(index, 1), progress: o.Progress, hosts: map[string]*Host{}}
-	if err := l.setUp(ctx, labRecord{Index: index, Reachable: o.Reachable, Keep: o.Keep, PID: os.Getpid()}); err != nil {
+	if err := l.setUp(ctx, labRecord{Index: index, Reachable: o.Reachable, Keep: o.Keep}); err != nil {
 		return nil, errors.Join(err, removeLab(context.WithoutCancel(ctx), dir))
 	}
 	return l, nil
@@ -203,6 +203,9 @@ func (l *Lab) Hosts() ([]*Host, error) {
 // AddName makes the name stand for the address on all hosts of the lab, now
 // and later.
 func (l *Lab) AddName(ctx context.Context, name string, a netip.Addr) error {
+	if name == "" || strings.ContainsFunc(name, unicode.IsSpace) {
+		return fmt.Errorf("name %q: want one word", name)
+	}
 	lock, err := lockBase(ctx)
 	if err != nil {
 		return err

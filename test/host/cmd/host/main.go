@@ -1,5 +1,6 @@
-// Host is the command line of the test hosts. It keeps its hosts in a lab that
-// lasts until they are taken down.
+// Host is the command line of the test hosts. Its hosts last until they are
+// taken down. A command run on one passes its exit status on, which go run in
+// turn does not: build this program where that matters.
 package main
 
 import (
