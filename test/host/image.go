@@ -318,19 +318,10 @@ func Setup(ctx context.Context, progress io.Writer) error {
 	if os.Geteuid() != 0 {
 		return errors.New("test hosts need root")
 	}
-	var missing []string
-	for tool, pkg := range map[string]string{"mmdebstrap": "mmdebstrap", "ip": "iproute2", "unshare": "util-linux", "cp": "coreutils"} {
-		if _, err := exec.LookPath(tool); err != nil {
-			missing = append(missing, pkg)
-		}
-	}
-	if _, err := os.Stat("/usr/share/keyrings/debian-archive-keyring.gpg"); err != nil {
-		missing = append(missing, "debian-archive-keyring") // Debian has it, its children may not
-	}
+	missing := missingPackages()
 	if len(missing) == 0 {
 		return nil
 	}
-	slices.Sort(missing)
 	say(progress, "installing %s", strings.Join(missing, " "))
 	for _, args := range [][]string{{"update"}, slices.Concat([]string{"install", "--yes", "--no-install-recommends"}, missing)} {
 		// Others on the machine may be installing, too.
@@ -340,7 +331,25 @@ func Setup(ctx context.Context, progress io.Writer) error {
 			return fmt.Errorf("install %s: %w", strings.Join(missing, " "), err)
 		}
 	}
+	if still := missingPackages(); len(still) > 0 {
+		return fmt.Errorf("installed %s, but what we need of it is not there; check PATH", strings.Join(still, " "))
+	}
 	return nil
+}
+
+// missingPackages returns the packages that the machine lacks, sorted.
+func missingPackages() []string {
+	var missing []string
+	for tool, pkg := range map[string]string{"mmdebstrap": "mmdebstrap", "ip": "iproute2", "unshare": "util-linux", "cp": "coreutils"} {
+		if _, err := exec.LookPath(tool); err != nil {
+			missing = append(missing, pkg)
+		}
+	}
+	if _, err := os.Stat("/usr/share/keyrings/debian-archive-keyring.gpg"); err != nil {
+		missing = append(missing, "debian-archive-keyring") // Debian has it, its children may not
+	}
+	slices.Sort(missing)
+	return missing
 }
 
 // say writes one line of progress.

@@ -151,6 +151,42 @@ func TestImageKilledBuild(t *testing.T) {
 	}
 }
 
+func TestSetupInstalls(t *testing.T) {
+	dir := t.TempDir()
+	calls := filepath.Join(dir, "calls")
+	script := func(more string) {
+		t.Helper()
+		text := fmt.Sprintf("#!/bin/sh\necho \"$@\" >> %s\n%s\n", calls, more)
+		if err := os.WriteFile(filepath.Join(dir, "apt-get"), []byte(text), 0o755); err != nil {
+			t.Fatal(err)
+		}
+	}
+	t.Setenv("PATH", dir)
+	script("")
+	if err := Setup(t.Context(), nil); err == nil {
+		t.Error("no error though nothing was installed")
+	}
+	script("/bin/echo broken archive; exit 100")
+	if err := Setup(t.Context(), nil); err == nil || !strings.Contains(err.Error(), "broken archive") {
+		t.Errorf("failed installation: %v, want its reason", err)
+	}
+	script(fmt.Sprintf("for tool in mmdebstrap ip unshare cp; do echo > %[1]s/$tool; /bin/chmod 755 %[1]s/$tool; done", dir))
+	if err := os.Remove(calls); err != nil {
+		t.Fatal(err)
+	}
+	for range 2 { // the second has nothing to do
+		if err := Setup(t.Context(), nil); err != nil {
+			t.Fatal(err)
+		}
+	}
+	got, err := os.ReadFile(calls)
+	want := "-o DPkg::Lock::Timeout=600 -q update\n" +
+		"-o DPkg::Lock::Timeout=600 -q install --yes --no-install-recommends coreutils iproute2 mmdebstrap util-linux\n"
+	if err != nil || string(got) != want {
+		t.Errorf("apt-get was called with\n%s%v, want\n%s", got, err, want)
+	}
+}
+
 func TestPrune(t *testing.T) {
 	t.Setenv(EnvDir, t.TempDir())
 	path, _ := fakeBuilder(t, "")
