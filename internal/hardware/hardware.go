@@ -5,6 +5,7 @@ package hardware
 
 import (
 	"bufio"
+	"fmt"
 	"os"
 	"path/filepath"
 	"runtime"
@@ -14,6 +15,7 @@ import (
 
 	"golang.org/x/sys/unix"
 	"tags.cncf.io/container-device-interface/pkg/cdi"
+	specs "tags.cncf.io/container-device-interface/specs-go"
 
 	"github.com/resultity/node/internal/wire"
 )
@@ -22,11 +24,7 @@ import (
 // for its free space. What cannot be read is left empty: a profile is never a
 // reason to fail.
 func Profile(store string) wire.Hardware {
-	h := wire.Hardware{Arch: runtime.GOARCH, CPUs: runtime.NumCPU(), Memory: memory("/proc/meminfo"), OS: osName("/etc/os-release"), GPUs: Devices()}
-	var fs unix.Statfs_t
-	if unix.Statfs(store, &fs) == nil {
-		h.Disk = int64(fs.Bavail) * fs.Bsize
-	}
+	h := wire.Hardware{Arch: runtime.GOARCH, CPUs: runtime.NumCPU(), Memory: memory("/proc/meminfo"), OS: osName("/etc/os-release"), GPUs: Devices(), Disk: Free(store)}
 	var u unix.Utsname
 	if unix.Uname(&u) == nil {
 		h.Kernel = unix.ByteSliceToString(u.Release[:])
@@ -37,13 +35,59 @@ func Profile(store string) wire.Hardware {
 // Devices lists the CDI devices that containers can be given, sorted; never nil.
 func Devices() []string {
 	names := []string{}
-	c, err := cdi.NewCache(cdi.WithAutoRefresh(false), cdi.WithSpecDirs("/etc/cdi", "/run/cdi"))
+	c, err := cache()
 	if err != nil {
 		return names
 	}
 	names = append(names, c.ListDevices()...)
 	slices.Sort(names)
 	return names[:min(len(names), 64)]
+}
+
+// cache reads the CDI specifications where every Podman looks for them.
+func cache() (*cdi.Cache, error) {
+	return cdi.NewCache(cdi.WithAutoRefresh(false), cdi.WithSpecDirs("/etc/cdi", "/var/run/cdi"))
+}
+
+// DeviceNodes lists the device nodes, and the sockets of device daemons, that
+// the CDI devices bring into a container.
+func DeviceNodes(names []string) ([]string, error) {
+	if len(names) == 0 {
+		return nil, nil
+	}
+	c, err := cache()
+	if err != nil {
+		return nil, err
+	}
+	var nodes []string
+	for _, name := range names {
+		d := c.GetDevice(name)
+		if d == nil {
+			return nil, fmt.Errorf("no CDI specification has the device %s; for NVIDIA: nvidia-ctk cdi generate --output=/etc/cdi/nvidia.yaml", name)
+		}
+		for _, e := range []*specs.ContainerEdits{&d.ContainerEdits, &d.GetSpec().ContainerEdits} {
+			for _, n := range e.DeviceNodes {
+				nodes = append(nodes, n.Path)
+			}
+			for _, m := range e.Mounts {
+				if st, err := os.Stat(m.HostPath); err == nil && st.Mode()&os.ModeSocket != 0 {
+					nodes = append(nodes, m.ContainerPath)
+				}
+			}
+		}
+	}
+	slices.Sort(nodes)
+	return slices.Compact(nodes), nil
+}
+
+// Free returns the free bytes of the file system that dir is on, 0 where that
+// cannot be told.
+func Free(dir string) int64 {
+	var fs unix.Statfs_t
+	if unix.Statfs(dir, &fs) != nil {
+		return 0
+	}
+	return int64(fs.Bavail) * fs.Bsize
 }
 
 func memory(file string) int64 {

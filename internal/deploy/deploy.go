@@ -1,0 +1,286 @@
+// Package deploy owns the order of steps from a verified snapshot to a runtime
+// that may be given jobs: stage, apply, and how both fail.
+//
+// The rules it keeps: staging touches nothing that runs; every step may be
+// repeated at any time and does nothing where nothing is to do, so that
+// start-up, a change and a repair are the same code; a runtime that is not
+// sealed or answers wrongly is stopped, never used.
+package deploy
+
+import (
+	"context"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"log/slog"
+	"os"
+	"path/filepath"
+	"slices"
+	"time"
+
+	"github.com/resultity/node/internal/bridge/contract"
+	"github.com/resultity/node/internal/digest"
+	"github.com/resultity/node/internal/journal"
+	"github.com/resultity/node/internal/podman"
+	"github.com/resultity/node/internal/quadlet"
+	"github.com/resultity/node/internal/sandbox"
+	"github.com/resultity/node/internal/snapshot"
+	"github.com/resultity/node/internal/systemd"
+)
+
+// Step is a part of the way that can fail.
+type Step string
+
+// The steps, in order.
+const (
+	StepImage    Step = "image"
+	StepModel    Step = "model"
+	StepUnit     Step = "unit"
+	StepStart    Step = "start"
+	StepSandbox  Step = "sandbox"
+	StepValidate Step = "validation"
+)
+
+// Error says which step failed.
+type Error struct {
+	Step Step
+	Err  error
+}
+
+func (e *Error) Error() string { return fmt.Sprintf("%s: %v", e.Step, e.Err) }
+
+// Unwrap returns the cause.
+func (e *Error) Unwrap() error { return e.Err }
+
+// fails wraps err for a step; nil stays nil.
+func fails(s Step, err error) error {
+	if err == nil {
+		return nil
+	}
+	return &Error{s, err}
+}
+
+type (
+	images interface {
+		Ensure(ctx context.Context, ref snapshot.ImageRef, keys []string) error
+	}
+	models interface {
+		Ensure(ctx context.Context, m *snapshot.Model, progress func(done, total int64)) (dir string, err error)
+	}
+	units interface {
+		Install(ctx context.Context, dir, name string, text []byte) (changed bool, err error)
+		Restart(ctx context.Context, unit string) error
+		Stop(ctx context.Context, unit string) error
+		ResetFailed(ctx context.Context, unit string) error
+		State(ctx context.Context, unit string) (systemd.State, error)
+	}
+	containers interface {
+		Container(ctx context.Context, name string) (podman.ContainerState, error)
+		Info(ctx context.Context) (podman.Info, error)
+	}
+	// Engine is the runtime as validation needs it.
+	Engine interface {
+		Sandbox(ctx context.Context) ([]byte, error)
+		Golden(ctx context.Context, g snapshot.Golden, model string) error
+	}
+)
+
+// Deployer brings snapshots to life. Its methods are called by one goroutine.
+type Deployer struct {
+	Images     images
+	Models     models
+	Units      units
+	Containers containers
+	Engine     func(socket string) Engine
+	Devices    func(names []string) (nodes []string, err error) // device nodes of CDI names
+	UnitDir    string                                           // where Quadlet looks
+	SocketDir  string                                           // shared with the container; its parent is the agent's alone
+	Bridge     string                                           // the bridge's binary
+	Log        *slog.Logger
+	Progress   func(m *snapshot.Model, done, total int64)
+}
+
+// Plan is a snapshot whose image and models are here and verified, and whose
+// unit has passed the sealing rules. Only [Deployer.Stage] makes one.
+type Plan struct {
+	snapshot *snapshot.Snapshot
+	unit     quadlet.Unit
+}
+
+// Snapshot returns what the plan is for.
+func (p *Plan) Snapshot() *snapshot.Snapshot { return p.snapshot }
+
+// Deployment is a runtime that is up, sealed and validated. Only
+// [Deployer.Apply] makes one.
+type Deployment struct {
+	snapshot   *snapshot.Snapshot
+	invocation string
+	socket     string
+}
+
+// Snapshot returns the configuration that the runtime serves.
+func (d *Deployment) Snapshot() *snapshot.Snapshot { return d.snapshot }
+
+// Image returns the digest of the runtime's image.
+func (d *Deployment) Image() digest.Digest { return d.snapshot.Config().Runtime.Image.Digest() }
+
+// Model returns the digest of the served model.
+func (d *Deployment) Model() digest.Digest { return d.snapshot.Model().Digest() }
+
+// Socket returns where the engine answers.
+func (d *Deployment) Socket() string { return d.socket }
+
+// Current reports whether state is still the start of the unit that was
+// validated: not down, and not a restart that nobody has looked at.
+func (d *Deployment) Current(state systemd.State) bool {
+	return state.Active == "active" && state.InvocationID == d.invocation
+}
+
+// Stage fetches and verifies all that s needs.
+func (d *Deployer) Stage(ctx context.Context, s *snapshot.Snapshot) (*Plan, error) {
+	c := s.Config()
+	if err := d.Images.Ensure(ctx, c.Runtime.Image, c.ImageKeys); err != nil {
+		return nil, fails(StepImage, err)
+	}
+	d.Log.Info("image ready", journal.ImageReady.Attr(), "image", c.Runtime.Image)
+	var dir string
+	for i := range c.Models {
+		m := &c.Models[i]
+		where, err := d.Models.Ensure(ctx, m, func(done, total int64) { d.Progress(m, done, total) })
+		if err != nil {
+			return nil, fails(StepModel, fmt.Errorf("%s: %w", m.Name, err))
+		}
+		d.Log.Info("model ready", journal.ModelReady.Attr(), "model", m.Name, "digest", m.Digest())
+		if m == s.Model() {
+			dir = where
+		}
+	}
+	unit, err := d.render(ctx, c, dir)
+	if err != nil {
+		return nil, fails(StepUnit, err)
+	}
+	if err := quadlet.Check(unit); err != nil {
+		return nil, fails(StepUnit, err)
+	}
+	return &Plan{s, unit}, nil
+}
+
+// render asks the machine for what the unit depends on.
+func (d *Deployer) render(ctx context.Context, c *snapshot.Config, modelDir string) (quadlet.Unit, error) {
+	info, err := d.Containers.Info(ctx)
+	if err != nil {
+		return quadlet.Unit{}, err
+	}
+	nodes, err := d.Devices(c.Runtime.Devices)
+	if err != nil {
+		return quadlet.Unit{}, err
+	}
+	return quadlet.Render(quadlet.Params{
+		Config: c, ModelDir: modelDir, SocketDir: d.SocketDir, BridgePath: d.Bridge, DeviceNodes: nodes,
+		PodmanVersion: quadlet.PodmanVersion{Major: info.Version.Major, Minor: info.Version.Minor},
+		DelegatedPids: slices.Contains(info.CgroupControllers, "pids"),
+	})
+}
+
+// Apply makes the plan what runs, and validates it.
+func (d *Deployer) Apply(ctx context.Context, p *Plan) (*Deployment, error) {
+	dep, err := d.apply(ctx, p)
+	var e *Error
+	if errors.As(err, &e) && (e.Step == StepSandbox || e.Step == StepValidate) && ctx.Err() == nil {
+		// It runs, and must not: what is not sealed or answers wrongly is not
+		// left behind.
+		if stopErr := d.Units.Stop(ctx, p.unit.Service); stopErr != nil {
+			err = errors.Join(err, fmt.Errorf("and stopping it failed: %w", stopErr))
+		}
+	}
+	return dep, err
+}
+
+func (d *Deployer) apply(ctx context.Context, p *Plan) (*Deployment, error) {
+	if err := d.makeSocketDir(); err != nil {
+		return nil, fails(StepUnit, err)
+	}
+	changed, err := d.Units.Install(ctx, d.UnitDir, p.unit.Name, p.unit.Text)
+	if err != nil {
+		return nil, fails(StepUnit, err)
+	}
+	state, err := d.Units.State(ctx, p.unit.Service)
+	if err != nil {
+		return nil, fails(StepStart, err)
+	}
+	if changed || state.Active != "active" {
+		if state, err = d.start(ctx, p, state); err != nil {
+			return nil, fails(StepStart, err)
+		}
+	}
+	dep := &Deployment{snapshot: p.snapshot, invocation: state.InvocationID, socket: filepath.Join(d.SocketDir, quadlet.SocketName)}
+	engine := d.Engine(dep.socket)
+	if err := d.checkSealed(ctx, p, engine); err != nil {
+		return nil, fails(StepSandbox, err)
+	}
+	for _, g := range p.snapshot.Config().Validation {
+		gctx, cancel := context.WithTimeout(ctx, g.Timeout.Duration())
+		err := engine.Golden(gctx, g, p.snapshot.Config().Runtime.Model)
+		cancel()
+		if err != nil {
+			return nil, fails(StepValidate, fmt.Errorf("request %q: %w", g.Name, err))
+		}
+	}
+	return dep, nil
+}
+
+// makeSocketDir makes the directory that is shared with the container: open to
+// the container's user, inside a parent that only the agent can enter.
+func (d *Deployer) makeSocketDir() error {
+	parent := filepath.Dir(d.SocketDir)
+	if err := os.MkdirAll(parent, 0o700); err != nil {
+		return err
+	}
+	if err := os.Chmod(parent, 0o700); err != nil {
+		return err
+	}
+	if err := os.MkdirAll(d.SocketDir, 0o777); err != nil {
+		return err
+	}
+	return os.Chmod(d.SocketDir, 0o777) // past the umask
+}
+
+func (d *Deployer) start(ctx context.Context, p *Plan, state systemd.State) (systemd.State, error) {
+	d.Log.Info("starting runtime", journal.RuntimeStarting.Attr(), "was", state.Active, "image", p.snapshot.Config().Runtime.Image)
+	// A unit that used up its start limit would refuse a new configuration.
+	if state.Active == "failed" {
+		if err := d.Units.ResetFailed(ctx, p.unit.Service); err != nil {
+			return state, err
+		}
+	}
+	begin := time.Now()
+	if err := d.Units.Restart(ctx, p.unit.Service); err != nil {
+		return state, err
+	}
+	d.Log.Info("runtime started", "took", time.Since(begin).Round(time.Millisecond))
+	return d.Units.State(ctx, p.unit.Service)
+}
+
+// checkSealed compares the inside view, the outside view and the image.
+func (d *Deployer) checkSealed(ctx context.Context, p *Plan, engine Engine) error {
+	c, err := d.Containers.Container(ctx, quadlet.ContainerName)
+	if err != nil {
+		return err
+	}
+	if want := p.snapshot.Config().Runtime.Image.Digest(); c.ImageDigest != want {
+		return fmt.Errorf("%w: it runs image %s, not %s", sandbox.ErrNotSealed, c.ImageDigest, want)
+	}
+	out, err := sandbox.Look("/proc", c.PID)
+	if err != nil {
+		return err
+	}
+	raw, err := engine.Sandbox(ctx)
+	if err != nil {
+		return err
+	}
+	var in contract.Sandbox
+	if err := json.Unmarshal(raw, &in); err != nil {
+		return fmt.Errorf("%w: the bridge's record cannot be read: %w", sandbox.ErrNotSealed, err)
+	}
+	return sandbox.Check(out, &in, os.Getuid())
+}
