@@ -1,0 +1,229 @@
+package session
+
+import (
+	"errors"
+	"fmt"
+	"io"
+	"log/slog"
+	"net"
+	"os"
+	"sync"
+	"time"
+
+	"github.com/gorilla/websocket"
+
+	"github.com/resultity/node/internal/wire"
+)
+
+// Bounds on what waits to be sent.
+const (
+	maxControl = 4096    // messages that are neither chunk nor result
+	maxChunks  = 1 << 20 // bytes that may wait when a chunk is queued
+	maxBulk    = 8 << 20 // bytes that may wait when a result is queued, unless it is alone
+)
+
+const lingerTimeout = time.Second
+
+var errSlow = errors.New("the network does not take what is sent to it")
+
+// link is one connection: its queue and its end. The reader is the goroutine
+// that made it.
+type link struct {
+	conn *websocket.Conn
+	raw  *liveConn     // below conn
+	done chan struct{} // closed when ended
+
+	mu      sync.Mutex // guards what follows; held for list operations
+	changed *sync.Cond // any of it changed
+	control []wire.Message
+	bulk    []wire.Message // chunks, results and bye, in order
+	bytes   int            // of bulk, and of what is being written of it
+	leaving bool           // nothing more may be queued
+	ended   bool
+	cause   error // of the end
+}
+
+func newLink(conn *websocket.Conn, raw *liveConn) *link {
+	l := &link{conn: conn, raw: raw, done: make(chan struct{})}
+	l.changed = sync.NewCond(&l.mu)
+	return l
+}
+
+func (l *link) send(m wire.Message) error {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	size := weight(m)
+	switch m.(type) {
+	case *wire.Chunk:
+		if l.bytes+size > maxChunks && l.bytes > 0 {
+			return ErrFull
+		}
+	case *wire.Result:
+		for !l.leaving && !l.ended && l.bytes > 0 && l.bytes+size > maxBulk {
+			l.changed.Wait()
+		}
+	default:
+		if len(l.control) >= maxControl {
+			l.endLocked(errSlow)
+		}
+	}
+	if l.leaving || l.ended {
+		return ErrNotConnected
+	}
+	if size > 0 {
+		l.bulk = append(l.bulk, m)
+		l.bytes += size
+	} else {
+		l.control = append(l.control, m)
+	}
+	l.changed.Broadcast()
+	return nil
+}
+
+// weight is what a message of the bulk counts in bytes, and 0 for all others.
+func weight(m wire.Message) int {
+	switch m := m.(type) {
+	case *wire.Chunk:
+		return 256 + len(m.Data)
+	case *wire.Result:
+		return 4096 + len(m.Message) + len(m.Response)
+	case *wire.Bye:
+		return 1 // it is the last word
+	}
+	return 0
+}
+
+// next waits for something to be written. It returns nil when the link has
+// ended, or is leaving and everything has been said.
+func (l *link) next() wire.Message {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	for !l.ended {
+		// Small messages overtake: they are what keeps a node's jobs coming,
+		// and none of them needs to follow a chunk or a result.
+		for _, q := range []*[]wire.Message{&l.control, &l.bulk} {
+			if len(*q) > 0 {
+				m := (*q)[0]
+				(*q)[0] = nil
+				*q = (*q)[1:]
+				return m
+			}
+		}
+		if l.leaving {
+			return nil
+		}
+		l.changed.Wait()
+	}
+	return nil
+}
+
+// write sends what is queued until the link ends, or until it is leaving and
+// everything has been said; then it closes the session in order.
+func (l *link) write(sealer *wire.Sealer, log *slog.Logger) error {
+	for {
+		m := l.next()
+		if m == nil {
+			l.closeFrame(websocket.CloseNormalClosure, "")
+			return nil
+		}
+		frame, err := sealer.Seal(m)
+		switch {
+		case errors.Is(err, wire.ErrTooLarge):
+			// Whoever queued it has a bound that is wrong; the others' messages
+			// are not to suffer.
+			log.Error("message cannot be sent", "type", m.Type(), "error", err)
+		case err != nil:
+			return fmt.Errorf("sign %s: %w", m.Type(), err)
+		default:
+			if err := l.conn.WriteMessage(websocket.BinaryMessage, frame); err != nil {
+				return l.why(err)
+			}
+		}
+		l.mu.Lock()
+		l.bytes -= weight(m)
+		l.changed.Broadcast()
+		l.mu.Unlock()
+	}
+}
+
+// ping asks for a sign of life until the link ends. A ping that cannot be
+// written is no concern of its own: the silence, or the writer, will tell.
+func (l *link) ping(every time.Duration) {
+	ticker := time.NewTicker(every)
+	defer ticker.Stop()
+	for {
+		select {
+		case <-l.done:
+			return
+		case <-ticker.C:
+			_ = l.conn.WriteControl(websocket.PingMessage, nil, time.Now().Add(every))
+		}
+	}
+}
+
+// goodbye has the link say what is queued, and bye, and then end, all within
+// the time given.
+func (l *link) goodbye(within time.Duration) {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	if l.leaving || l.ended {
+		return
+	}
+	l.bulk = append(l.bulk, &wire.Bye{Reason: "the agent stops"}) // behind everything
+	l.leaving = true
+	l.changed.Broadcast()
+	time.AfterFunc(within, func() { l.end(nil) })
+}
+
+// closeFrame tells the peer that nothing more comes. It may be gone already.
+func (l *link) closeFrame(code int, text string) {
+	_ = l.conn.WriteControl(websocket.CloseMessage, websocket.FormatCloseMessage(code, text), time.Now().Add(time.Second))
+}
+
+// linger waits a moment for the peer to end the connection, so that it reads the
+// close frame: a connection closed with bytes unread is torn down at once.
+func (l *link) linger() {
+	if c, ok := l.raw.Conn.(interface{ CloseWrite() error }); ok && c.CloseWrite() == nil {
+		_ = l.raw.Conn.SetReadDeadline(time.Now().Add(lingerTimeout))
+		_, _ = io.Copy(io.Discard, l.raw.Conn)
+	}
+}
+
+// end ends the link. The first call decides why.
+func (l *link) end(err error) {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	l.endLocked(err)
+}
+
+func (l *link) endLocked(err error) {
+	if l.ended {
+		return
+	}
+	l.ended, l.cause = true, err
+	close(l.done)
+	l.changed.Broadcast()
+	_ = l.raw.Close() // not TLS's Close, which would still want to write
+}
+
+// why turns an error of the connection into what is behind it.
+func (l *link) why(err error) error {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	if l.ended && l.cause != nil {
+		return l.cause
+	}
+	var closed *websocket.CloseError
+	var timeout net.Error
+	switch {
+	case errors.As(err, &closed):
+		text := fmt.Errorf("the network ended the session: %d %.120q", closed.Code, closed.Text)
+		if clock := saysClock(closed.Text); clock != nil {
+			return fmt.Errorf("%w: %w", clock, text)
+		}
+		return text
+	case errors.Is(err, os.ErrDeadlineExceeded), errors.As(err, &timeout) && timeout.Timeout():
+		return fmt.Errorf("%w: %w", ErrSilent, err)
+	}
+	return fmt.Errorf("the connection ended: %w", err)
+}
