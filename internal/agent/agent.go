@@ -1,0 +1,273 @@
+// Package agent owns the loops of a node and what passes between them.
+//
+// One errgroup holds them all: update (configuration to active deployment; the
+// sole owner of the deployment), the session with the network, the worker that
+// runs jobs, heartbeats, the control socket and the service manager's watchdog.
+// Start-up runs the same steps as every later change.
+package agent
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"log/slog"
+	"net/http"
+	"time"
+
+	"golang.org/x/sync/errgroup"
+
+	"github.com/resultity/node/internal/config"
+	"github.com/resultity/node/internal/control"
+	"github.com/resultity/node/internal/deploy"
+	"github.com/resultity/node/internal/evm"
+	"github.com/resultity/node/internal/hardware"
+	"github.com/resultity/node/internal/journal"
+	"github.com/resultity/node/internal/model"
+	"github.com/resultity/node/internal/session"
+	"github.com/resultity/node/internal/state"
+	"github.com/resultity/node/internal/systemd"
+	"github.com/resultity/node/internal/tuf"
+	"github.com/resultity/node/internal/wire"
+	"github.com/resultity/node/internal/work"
+)
+
+// Agent is a node that has been put together by [New] and not started.
+type Agent struct {
+	cfg     *config.Config
+	version string
+	log     *slog.Logger
+
+	key     *evm.Key
+	store   *state.Store
+	snaps   *tuf.Client
+	models  *model.Store
+	units   *systemd.Conn
+	session *session.Session
+	worker  *work.Worker
+	http    *http.Client
+	profile wire.Hardware // read once; its disk space at each heartbeat
+
+	openDeployer func(context.Context) (*deploy.Deployer, error)
+
+	board      board
+	update     chan struct{} // capacity 1: ask the network for a newer configuration, then look
+	look       chan struct{} // capacity 1: look again at what should be and what is
+	beat       chan struct{} // capacity 1: tell the network how things are
+	registered chan struct{} // closed once the network knows the node
+}
+
+// poke makes a loop run once more; further pokes before it does are the same.
+func poke(c chan struct{}) {
+	select {
+	case c <- struct{}{}:
+	default:
+	}
+}
+
+// Run runs the node until ctx ends, then drains: no new jobs, running ones are
+// finished or given up when the service manager's patience ends.
+func (a *Agent) Run(ctx context.Context) error {
+	listener, err := control.Listen(a.cfg.Paths.Runtime)
+	if err != nil {
+		return err
+	}
+	// Everything but the control socket and the session outlives ctx by the
+	// time it takes to finish the jobs that run.
+	work, stop := context.WithCancel(context.WithoutCancel(ctx))
+	defer stop()
+	g, work := errgroup.WithContext(work)
+	g.Go(func() error { return control.Serve(work, listener, a) })
+	g.Go(func() error { return a.worker.Run(work) })
+	g.Go(func() error { return a.updates(work) })
+	g.Go(func() error { return a.watchRuntime(work) })
+	g.Go(func() error { return a.heartbeats(work) })
+	g.Go(func() error { return systemd.Watchdog(work, a.responsive) })
+	g.Go(func() error {
+		select {
+		case <-a.registered:
+			return a.session.Run(work)
+		case <-work.Done():
+			return nil
+		}
+	})
+	if err := systemd.Ready("running"); err != nil {
+		a.log.Warn("service manager not told", "error", err)
+	}
+	a.log.Info("agent ready", journal.AgentReady.Attr(), "version", a.version, "node", a.key.Address())
+	g.Go(func() error {
+		select {
+		case <-ctx.Done():
+			a.drainForStop(work)
+			stop()
+		case <-work.Done():
+		}
+		return nil
+	})
+	return g.Wait()
+}
+
+// stopPatience is how long a stop waits for running jobs. The unit's
+// TimeoutStopSec= is longer.
+const stopPatience = 60 * time.Second
+
+func (a *Agent) drainForStop(ctx context.Context) {
+	a.log.Info("stopping", journal.AgentStopping.Attr())
+	if err := systemd.Stopping("finishing jobs"); err != nil {
+		a.log.Warn("service manager not told", "error", err)
+	}
+	ctx, cancel := context.WithTimeout(ctx, stopPatience)
+	defer cancel()
+	if err := a.worker.Drain(ctx); err != nil {
+		a.log.Warn("jobs were cut short; they are kept and run again at the next start, or elsewhere", "error", err)
+	}
+	// Best effort: the network notices a closed connection anyway.
+	_ = a.session.Send(&wire.Bye{Reason: "agent stops"})
+}
+
+// responsive is what the watchdog's messages depend on: the board can be read
+// and the worker answers.
+func (a *Agent) responsive() bool {
+	a.board.set(func(*board) {})
+	a.worker.Status()
+	return true
+}
+
+// heartbeats tells the network how things are, at its interval and when poked.
+func (a *Agent) heartbeats(ctx context.Context) error {
+	for {
+		interval := 10 * time.Second
+		if s := a.board.snapshot(); s != nil {
+			interval = s.Config().Network.Heartbeat.Duration()
+		}
+		timer := time.NewTimer(interval)
+		select {
+		case <-ctx.Done():
+			timer.Stop()
+			return nil
+		case <-a.beat:
+			timer.Stop()
+		case <-timer.C:
+		}
+		if err := a.session.Send(a.heartbeat()); err != nil && !errors.Is(err, session.ErrNotConnected) {
+			a.log.Debug("heartbeat not sent", "error", err)
+		}
+	}
+}
+
+func (a *Agent) heartbeat() *wire.Heartbeat {
+	w := a.worker.Status()
+	h := &wire.Heartbeat{
+		Config: a.board.served(), Runtime: a.board.runtimeState(), Hardware: a.profile,
+		Slots: w.Slots, Busy: w.Busy, Outbox: w.Outbox, Draining: w.Draining, Models: []wire.ModelState{},
+	}
+	for _, m := range a.board.modelStates() {
+		h.Models = append(h.Models, m.ModelState)
+	}
+	h.Hardware.Disk = hardware.Free(a.cfg.Paths.State)
+	return h
+}
+
+// Opened implements [session.Handler]: a session has been authenticated.
+func (a *Agent) Opened() {
+	a.board.set(func(b *board) { b.connected, b.sessErr, b.word = true, nil, nil })
+	a.log.Info("session opened", journal.SessionOpened.Attr())
+	a.worker.Connected()
+	poke(a.beat)
+}
+
+// Closed implements [session.Handler].
+func (a *Agent) Closed(err error) {
+	a.board.set(func(b *board) { b.connected, b.sessErr, b.word = false, err, nil })
+	event := journal.SessionClosed
+	if errors.Is(err, wire.ErrClock) {
+		event = journal.ClockWrong
+	}
+	a.log.Warn("session closed", event.Attr(), "error", err)
+}
+
+// Message implements [session.Handler]. It must not block: what takes time
+// happens elsewhere.
+func (a *Agent) Message(m wire.Message) {
+	switch m := m.(type) {
+	case *wire.Job:
+		a.worker.Job(m)
+	case *wire.Cancel:
+		a.worker.Cancel(m)
+	case *wire.Ack:
+		a.worker.Ack(m)
+	case *wire.Update:
+		poke(a.update)
+	case *wire.Status:
+		var before *wire.Status
+		a.board.set(func(b *board) { before, b.word = b.word, m })
+		switch {
+		case before != nil && *before == *m:
+		case m.Routable:
+			a.log.Info("routable", journal.Routable.Attr())
+		default:
+			a.log.Warn("not routable", journal.NotRoutable.Attr(), "reason", m.Reason)
+		}
+	}
+}
+
+// Status implements [control.Backend].
+func (a *Agent) Status() control.Status {
+	w := a.worker.Status()
+	s := control.Status{
+		Version: a.version, Node: a.key.Address().Hex(), Network: a.cfg.Network.Name,
+		Gates:   a.board.gates(a.key.Address().Hex(), w.Draining, time.Now()),
+		Runtime: a.board.runtimeState(), Slots: w.Slots, Busy: w.Busy, Outbox: w.Outbox, Draining: w.Draining,
+	}
+	if c := a.board.snapshot(); c != nil {
+		s.Snapshot = &control.Snapshot{Version: c.Version(), Digest: c.Digest().String(), Expires: c.Expires()}
+	}
+	return s
+}
+
+// Identity implements [control.Backend].
+func (a *Agent) Identity() control.Identity {
+	id := control.Identity{Node: a.key.Address().Hex(), Network: a.cfg.Network.Name}
+	a.board.set(func(b *board) { id.Account = b.account })
+	return id
+}
+
+// Models implements [control.Backend].
+func (a *Agent) Models() []control.Model { return a.board.modelStates() }
+
+// Jobs implements [control.Backend].
+func (a *Agent) Jobs(limit int) ([]control.Job, error) {
+	jobs := []control.Job{}
+	running, err := a.store.Unfinished()
+	if err != nil {
+		return nil, err
+	}
+	for _, j := range running {
+		jobs = append(jobs, control.Job{ID: j.ID.String(), State: "running", Model: j.Model})
+	}
+	errFull := errors.New("enough")
+	err = a.store.Outbox(0, func(_ uint64, r *wire.Result) error {
+		if len(jobs) >= limit {
+			return errFull
+		}
+		jobs = append(jobs, control.Job{ID: r.Job.String(), State: "unacknowledged", Code: r.Code})
+		return nil
+	})
+	if err != nil && !errors.Is(err, errFull) {
+		return nil, fmt.Errorf("read the outbox: %w", err)
+	}
+	return jobs, nil
+}
+
+// Drain implements [control.Backend].
+func (a *Agent) Drain() {
+	a.log.Info("draining", journal.Draining.Attr())
+	a.worker.Pause()
+	poke(a.beat)
+}
+
+// Resume implements [control.Backend].
+func (a *Agent) Resume() {
+	a.log.Info("resumed", journal.Resumed.Attr())
+	a.worker.Resume()
+	poke(a.beat)
+}

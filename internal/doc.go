@@ -1,0 +1,83 @@
+// Package internal holds the parts of a Resultity node and of its reference
+// network. This page is the overview; each package says the rest about itself.
+//
+// # What there is
+//
+//	resultity-agent    the control layer: a rootless systemd user service
+//	resultity-bridge   PID 1 inside the sealed runtime container
+//	resultityctl       the operator's command
+//	resultity-network  the reference network, on embedded NATS JetStream
+//
+// A node turns a Linux machine into one unit of a network for language-model
+// inference. The agent holds the node's identity, applies signed configuration,
+// fetches and verifies images and models, has systemd run one sealed container
+// with an inference engine, takes jobs and returns signed results. The machine's
+// own tools do the heavy work: rootless Podman runs the container, Quadlet
+// describes it, systemd starts, watches and restarts it, the journal keeps the
+// log, sigstore and TUF carry trust.
+//
+// # Two one-way flows
+//
+// Each arrow is a type that only the step before it can make.
+//
+//	configuration
+//
+//	  network ──TUF──▶ tuf.Client ──snapshot.Snapshot──▶ deploy.Stage ──deploy.Plan──▶ deploy.Apply ──deploy.Deployment──▶ active
+//	                   verifies       immutable,          image and model  sealed unit   systemd starts,  up, sealed,
+//	                   every byte     checked bounds      verified         rendered      both views agree validated
+//
+//	jobs
+//
+//	  network ──wire.Job──▶ session ──▶ work ──▶ state ──▶ runtime ──▶ receipt ──▶ state ──wire.Result──▶ session ──▶ network
+//	                        frame       admits   accepted  engine's     signed      result                            acknowledges;
+//	                        checked              (synced)  output       statement   (synced)                          state forgets
+//	                                                       checked
+//
+// They meet in one place only, the active deployment, owned by one goroutine
+// (agent's update loop). A job keeps the terms it was accepted under.
+//
+// # Level-triggered and crash-only
+//
+// The agent compares what should be (the last verified snapshot) with what is
+// (images, models, the unit, the container) and moves one repeatable step at a
+// time. Start-up runs the very same steps. A kill at any instant leaves the old
+// state or the new one, never a mix, and loses no accepted job and no result.
+//
+// # Layers
+//
+// Imports go downward only; test/rules holds the list and fails otherwise.
+//
+//	leaves  digest, durable, evm, journal, version
+//	pure    receipt, wire, snapshot, openai, quadlet, bridge/contract   no I/O, no clock
+//	edges   identity, tuf, session, image, model, podman, systemd, runtime, state, sandbox, control, hardware
+//	order   deploy, work
+//	top     agent, ctl
+//
+// An edge talks to one thing outside of the process and never imports another
+// edge. The network service (internal/network, internal/publish) shares leaves
+// and pure packages with the node and nothing else.
+//
+// # Decisions and their reasons
+//
+// The agent never runs the podman command. It speaks D-Bus to its user manager,
+// Podman's REST API and unix sockets, so that its own unit can be sandboxed with
+// mount namespaces and seccomp; a podman child could not start under those.
+//
+// The agent has a Podman API service of its own (resultity-podman.socket), whose
+// HOME is a private directory. Podman reads its signature policy from there, so
+// that an ordinary user's own policy is left alone, while storage stays the
+// account's.
+//
+// Units are generated into the runtime directory, which a reboot empties:
+// nothing starts before the agent has verified it again.
+//
+// The runtime outlives the agent: an upgrade or a crash of the agent does not
+// unload the model. A restarted agent finds the unit unchanged, looks at its
+// sandbox, validates it, and goes on.
+//
+// Response hashes in receipts are over the HTTP body that the client got, byte
+// for byte, also for streams: `sha256sum` on the client's side is the check.
+//
+// SHA-256 names all content (it has hardware support and a command on every
+// machine); Keccak-256 appears only where EVM signatures need it.
+package internal
