@@ -1,0 +1,48 @@
+# What each target does is in README.md. Everything a target needs, it sets up.
+# One set of flags for every command: another one would compile everything again.
+export GOFLAGS := -tags=remote,containers_image_openpgp,exclude_graphdriver_btrfs -trimpath
+export CGO_ENABLED := 0
+
+PROGRAMS := resultity-agent resultity-bridge resultityctl resultity-network
+BUILD    := go build -ldflags '-s -w'
+
+.PHONY: all build test lint bench demo demo-down clean
+all: build
+
+build: $(PROGRAMS:%=build/bin/%)
+
+.PHONY: $(PROGRAMS:%=build/bin/%)
+$(PROGRAMS:%=build/bin/%): build/bin/%:
+	$(BUILD) -o $@ ./cmd/$*
+
+# What a package contains; packaging/scripts/postinstall.sh does the rest.
+.PHONY: install
+install: $(PROGRAMS:%=build/bin/%)
+	install -D -m 0755 -t $(DESTDIR)/usr/bin build/bin/resultity-agent build/bin/resultityctl
+	install -D -m 0755 -t $(DESTDIR)/usr/libexec/resultity build/bin/resultity-bridge packaging/scripts/postinstall.sh
+	install -D -m 0644 -t $(DESTDIR)/usr/lib/systemd/user units/resultity-agent.service units/resultity-podman.socket units/resultity-podman.service
+	install -D -m 0644 units/sysusers.conf $(DESTDIR)/usr/lib/sysusers.d/resultity.conf
+	install -D -m 0644 units/tmpfiles.conf $(DESTDIR)/usr/lib/tmpfiles.d/resultity.conf
+	install -D -m 0644 units/user.preset $(DESTDIR)/usr/lib/systemd/user-preset/90-resultity.preset
+	install -D -m 0644 -t $(DESTDIR)/usr/lib/systemd/catalog units/resultity.catalog
+	install -D -m 0644 -t $(DESTDIR)/usr/share/doc/resultity-agent internal/config/agent.toml README.md LICENSE
+
+test:
+	go vet ./...
+	CGO_ENABLED=1 go test -race -timeout 20m $$(go list ./internal/... ./cmd/... ./policy/... ./quadlet/... )
+	go test -count=1 -timeout 30m ./test/... ./packaging/...
+
+lint:
+	.ci/lint
+
+demo: build
+	go run ./test/demo $(if $(KEEP),-keep)
+
+demo-down:
+	go run ./test/demo -down
+
+bench: build
+	go run ./test/bench
+
+clean:
+	rm -rf build dist

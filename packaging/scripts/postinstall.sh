@@ -1,0 +1,38 @@
+#!/bin/sh
+# Runs after the files of resultity-agent are in place, for deb ("configure
+# [OLD]") and rpm (1 at first, 2 at upgrades) alike. Every step may be repeated.
+set -eu
+
+account=resultity
+
+# The account, then its subordinate ids: sysusers makes none, and rootless
+# Podman cannot work without them.
+systemd-sysusers resultity.conf
+if [ -z "$(getsubids "$account" 2>/dev/null)" ]; then
+	(
+		flock 9
+		# The first 65536 ids above all that are given out, in both files.
+		first=$(cat /etc/subuid /etc/subgid 2>/dev/null | awk -F: '
+			BEGIN { next_free = 524288 }
+			$2 + $3 > next_free { next_free = $2 + $3 }
+			END { print next_free }')
+		last=$((first + 65535))
+		usermod --add-subuids "$first-$last" --add-subgids "$first-$last" "$account"
+	) 9>/run/lock/resultity-subids
+fi
+
+systemd-tmpfiles --create resultity.conf
+journalctl --update-catalog || :
+systemctl --global preset resultity-agent.service resultity-podman.socket || :
+
+if [ -d /run/systemd/system ]; then
+	loginctl enable-linger "$account"
+	# Lingering starts the account's service manager, and waits for nothing.
+	systemctl start "user@$(id -u "$account").service"
+	# At an upgrade the running agent is replaced; the runtime keeps its model
+	# loaded. At a first installation the operator starts the agent, once
+	# /etc/resultity/agent.toml says which network.
+	if systemctl --user -M "$account@" daemon-reload 2>/dev/null; then
+		systemctl --user -M "$account@" try-restart resultity-agent.service || :
+	fi
+fi
