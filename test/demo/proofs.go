@@ -1,0 +1,360 @@
+package main
+
+import (
+	"bytes"
+	"context"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"net"
+	"os"
+	"path/filepath"
+	"strconv"
+	"strings"
+	"time"
+
+	"github.com/resultity/node/internal/control"
+	"github.com/resultity/node/internal/digest"
+	"github.com/resultity/node/internal/journal"
+	"github.com/resultity/node/internal/snapshot"
+	"github.com/resultity/node/test/host"
+	"github.com/resultity/node/test/model"
+	"github.com/resultity/node/test/oci"
+	"github.com/resultity/node/test/stack"
+)
+
+// waitEvent waits until the node has logged the event since the cursor, and
+// returns the record's error field.
+func waitEvent(ctx context.Context, n *stack.Node, e *journal.Event, cursor string) (string, error) {
+	ctx, cancel := context.WithTimeout(ctx, time.Minute)
+	defer cancel()
+	for {
+		out, err := n.Output(ctx, "journalctl", "--no-pager", "-o", "json", "--after-cursor", cursor, "MESSAGE_ID="+e.ID)
+		if err != nil {
+			return "", fmt.Errorf("waiting for the event %s: %w", e.Name, err)
+		}
+		if line, _, ok := bytes.Cut(out, []byte("\n")); ok {
+			var record struct {
+				Error string `json:"RESULTITY_ERROR"`
+			}
+			return record.Error, json.Unmarshal(line, &record)
+		}
+		select {
+		case <-ctx.Done():
+			return "", fmt.Errorf("no event %s: %w", e.Name, ctx.Err())
+		case <-time.After(100 * time.Millisecond): // the journal is a file on another host
+		}
+	}
+}
+
+func cursor(ctx context.Context, n *stack.Node) (string, error) {
+	out, err := n.Output(ctx, "journalctl", "--no-pager", "-n", "0", "--show-cursor", "-q")
+	_, c, ok := strings.Cut(strings.TrimSpace(string(out)), "-- cursor: ")
+	if err == nil && !ok {
+		err = fmt.Errorf("journalctl gave no cursor: %q", out)
+	}
+	return c, err
+}
+
+// refused publishes a configuration that a node must refuse, waits for the
+// refusal, and publishes the good one again.
+func (d *demo) refused(ctx context.Context, n *stack.Node, e *journal.Event, bad func(*snapshot.Config)) (why string, err error) {
+	at, err := cursor(ctx, n)
+	if err != nil {
+		return "", err
+	}
+	var good snapshot.Config
+	if err := d.s.Publish(ctx, func(c *snapshot.Config) { good = *c; bad(c) }); err != nil {
+		return "", err
+	}
+	why, err = waitEvent(ctx, n, e, at)
+	return why, errors.Join(err, d.s.Publish(ctx, func(c *snapshot.Config) { *c = good }), d.s.WaitRoutable(ctx))
+}
+
+func (d *demo) unsignedImage(ctx context.Context) error {
+	n := d.s.Nodes[0]
+	img, err := oci.Single("rogue", []byte("not a program"))
+	if err != nil {
+		return err
+	}
+	pushed, err := d.s.Reg.Push(ctx, "resultity/rogue", img)
+	if err != nil {
+		return err
+	}
+	host, _, _ := strings.Cut(d.s.Image.Repository(), "/")
+	ref, err := snapshot.ParseImageRef(host + "/resultity/rogue@" + pushed.DigestStr())
+	if err != nil {
+		return err
+	}
+	if err := d.step(n.Name(), "an unsigned image is refused by the agent", func() (string, error) {
+		return d.refused(ctx, n, journal.ImageRefused, func(c *snapshot.Config) { c.Runtime.Image = ref })
+	}); err != nil {
+		return err
+	}
+	return d.step(n.Name(), "and by Podman's policy, asked directly", func() (string, error) {
+		uid, err := n.Output(ctx, "id", "-u", stack.Account)
+		if err != nil {
+			return "", err
+		}
+		out, err := podman(ctx, n, "--url", "unix:///run/user/"+strings.TrimSpace(string(uid))+"/resultity-podman/podman.sock", "pull", ref.String())
+		if err == nil {
+			return "", errors.New("Podman pulled it")
+		}
+		if !bytes.Contains(out, []byte("ignature")) && !bytes.Contains(out, []byte("rejected")) {
+			return "", fmt.Errorf("refused for another reason: %s", out)
+		}
+		return "refused", nil
+	})
+}
+
+// podman runs the podman command as the node's account, for looking at it from
+// outside; the agent never does.
+func podman(ctx context.Context, n *stack.Node, args ...string) ([]byte, error) {
+	var out bytes.Buffer
+	err := n.Exec(ctx, host.Cmd{User: stack.Account, Args: append([]string{"podman"}, args...), Stdout: &out, Stderr: &out})
+	return out.Bytes(), err
+}
+
+func (d *demo) flippedByte(ctx context.Context) error {
+	n := d.s.Nodes[0]
+	// Another model than the one that is there: its last byte differs. What is
+	// served has one more byte flipped.
+	want := model.GGUF()
+	want[len(want)-1] ^= 1
+	served := bytes.Clone(want)
+	served[len(served)/2] ^= 1
+	if err := d.s.Net.WriteFile("/srv/models/flipped.gguf", served, 0o644); err != nil {
+		return err
+	}
+	return d.step(n.Name(), "a model with one flipped byte is refused", func() (string, error) {
+		_, err := d.refused(ctx, n, journal.ModelRefused, func(c *snapshot.Config) {
+			m := c.Models[0]
+			f := m.Files[0]
+			f.Sources = []string{strings.TrimSuffix(f.Sources[0], model.FileName) + "flipped.gguf"}
+			f.SHA256 = digest.Of(want)
+			m.Name, m.Files = "flipped", []snapshot.File{f}
+			c.Models = append(c.Models, m)
+		})
+		if err != nil {
+			return "", err
+		}
+		out, err := n.Output(ctx, "find", "/var/lib/"+stack.Account, "-name", digest.Of(want).Hex())
+		if err == nil && len(out) > 0 {
+			err = fmt.Errorf("it got its final name: %s", out)
+		}
+		return "and never gets its final name", err
+	})
+}
+
+// insideTheContainer runs a program as a process of the container.
+func (d *demo) insideTheContainer(ctx context.Context) error {
+	bin := filepath.Join(d.dir, "probe")
+	if err := stack.BuildProgram(ctx, bin, "./test/probe"); err != nil {
+		return err
+	}
+	for _, n := range d.s.Nodes {
+		if err := d.step(n.Name(), "inside the container nothing can be reached or written", func() (string, error) {
+			// Nothing that the container sees of the host can be executed, so the
+			// account puts the program into the container's root from outside.
+			if err := n.CopyTo(bin, "/usr/local/bin/probe"); err != nil {
+				return "", err
+			}
+			out, err := podman(ctx, n, "unshare", "sh", "-c", `cp /usr/local/bin/probe "$(podman mount resultity-runtime)/usr/bin/probe"`)
+			if err != nil {
+				return "", fmt.Errorf("%w: %s", err, out)
+			}
+			out, err = podman(ctx, n, "exec", "resultity-runtime", "/usr/bin/probe", net.JoinHostPort(d.s.Net.Addr().String(), "5000"))
+			if err != nil {
+				return "", fmt.Errorf("%w:\n%s", err, out)
+			}
+			if werr := os.WriteFile(filepath.Join(d.dir, n.Name()+".probe"), out, 0o644); werr != nil {
+				return "", werr
+			}
+			return fmt.Sprintf("%d attempts, all refused", bytes.Count(out, []byte("refused "))), nil
+		}); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+// engine returns the process id of a node's engine.
+func engine(ctx context.Context, n *stack.Node) (string, error) {
+	out, err := n.Output(ctx, "pgrep", "-x", "llama-server")
+	return strings.TrimSpace(string(out)), err
+}
+
+func restarts(ctx context.Context, n *stack.Node) (int, error) {
+	v, err := n.Property(ctx, stack.Runtime, "NRestarts")
+	if err != nil {
+		return 0, err
+	}
+	return strconv.Atoi(v)
+}
+
+// comesBack signals the engine and waits until systemd has restarted it and the
+// node gets jobs again.
+func (d *demo) comesBack(ctx context.Context, n *stack.Node, signal string) (string, error) {
+	before, err := restarts(ctx, n)
+	if err != nil {
+		return "", err
+	}
+	pid, err := engine(ctx, n)
+	if err != nil {
+		return "", err
+	}
+	if _, err := n.Output(ctx, "kill", "-"+signal, pid); err != nil {
+		return "", err
+	}
+	if err := n.WaitStatus(ctx, "another engine", func(s *control.Status) bool {
+		now, err := engine(ctx, n)
+		return err == nil && now != "" && now != pid && s.Closed() == nil
+	}); err != nil {
+		return "", err
+	}
+	after, err := restarts(ctx, n)
+	if err == nil && after <= before {
+		err = fmt.Errorf("systemd counts %d restarts, before it were %d", after, before)
+	}
+	if err != nil {
+		return "", err
+	}
+	_, err = d.ask(ctx, model.Prompts()[0], false, nil)
+	return fmt.Sprintf("restart %d by systemd", after), err
+}
+
+func (d *demo) engineKilled(ctx context.Context) error {
+	n := d.s.Nodes[0]
+	return d.step(n.Name(), "the engine is killed and comes back", func() (string, error) { return d.comesBack(ctx, n, "KILL") })
+}
+
+func (d *demo) engineStopped(ctx context.Context) error {
+	n := d.s.Nodes[1]
+	return d.step(n.Name(), "the engine is stopped dead (SIGSTOP) and comes back", func() (string, error) { return d.comesBack(ctx, n, "STOP") })
+}
+
+// ctl runs resultityctl on the node.
+func ctl(ctx context.Context, n *stack.Node, args ...string) error {
+	out, err := n.Output(ctx, append([]string{"resultityctl"}, args...)...)
+	if err != nil {
+		return fmt.Errorf("resultityctl %s: %w: %s", strings.Join(args, " "), err, out)
+	}
+	return nil
+}
+
+// onlyOn drains every node but n, and waits until the network knows.
+func (d *demo) onlyOn(ctx context.Context, n *stack.Node) error {
+	for _, o := range d.s.Nodes {
+		what := "drain"
+		if o == n {
+			what = "resume"
+		}
+		if err := ctl(ctx, o, what); err != nil {
+			return err
+		}
+		if err := o.WaitStatus(ctx, "the network to know", func(s *control.Status) bool {
+			last := s.Gates[len(s.Gates)-1]
+			return last.Name == "routable" && last.Open == (o == n)
+		}); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+func (d *demo) everywhere(ctx context.Context) error {
+	for _, n := range d.s.Nodes {
+		if err := ctl(ctx, n, "resume"); err != nil {
+			return err
+		}
+	}
+	return d.s.WaitRoutable(ctx)
+}
+
+func (d *demo) networkCut(ctx context.Context) error {
+	a, b := d.s.Nodes[0], d.s.Nodes[1]
+	return d.step(a.Name(), "its network is cut in the middle of a stream; the other node goes on", func() (string, error) {
+		if err := d.onlyOn(ctx, a); err != nil {
+			return "", err
+		}
+		got, err := d.ask(ctx, long(), true, func() error {
+			return errors.Join(a.Cut(ctx), ctl(ctx, b, "resume"))
+		})
+		if herr := a.Heal(ctx); err == nil {
+			err = herr
+		}
+		if err != nil {
+			return "", err
+		}
+		who, err := address(ctx, b)
+		if err == nil && got.signed.Receipt().Node.Hex() != who {
+			err = errors.New("the receipt is by the node that was cut off: it was too fast")
+		}
+		return "the client saw one whole answer", errors.Join(err, d.everywhere(ctx))
+	})
+}
+
+func address(ctx context.Context, n *stack.Node) (string, error) {
+	s, err := n.Status(ctx)
+	if err != nil {
+		return "", err
+	}
+	return s.Node, nil
+}
+
+func (d *demo) agentKilled(ctx context.Context) error {
+	n := d.s.Nodes[0]
+	return d.step(n.Name(), "the agent is killed (-9) with an unacknowledged result", func() (string, error) {
+		if err := d.onlyOn(ctx, n); err != nil {
+			return "", err
+		}
+		before, err := d.results(ctx)
+		if err != nil {
+			return "", err
+		}
+		// The cut keeps the acknowledgement away for as long as it takes to kill
+		// the agent after the engine has answered.
+		if _, err := d.ask(ctx, long(), true, func() error { return d.killWithResult(ctx, n) }); err != nil {
+			return "", errors.Join(err, n.Heal(ctx))
+		}
+		if err := n.WaitStatus(ctx, "an empty outbox", func(s *control.Status) bool { return s.Outbox == 0 && s.Busy == 0 && s.Closed() == nil }); err != nil {
+			return "", err
+		}
+		after, err := d.results(ctx)
+		if err == nil && after != before+1 {
+			err = fmt.Errorf("the network counted %d results, want 1", after-before)
+		}
+		return "exactly one result", errors.Join(err, d.everywhere(ctx))
+	})
+}
+
+func (d *demo) killWithResult(ctx context.Context, n *stack.Node) error {
+	if err := n.Cut(ctx); err != nil {
+		return err
+	}
+	if err := n.WaitStatus(ctx, "the engine's answer", func(s *control.Status) bool { return s.Outbox > 0 }); err != nil {
+		return err
+	}
+	pid, err := n.Property(ctx, "resultity-agent.service", "MainPID")
+	if err != nil {
+		return err
+	}
+	if _, err := n.Output(ctx, "kill", "-KILL", pid); err != nil {
+		return err
+	}
+	return n.Heal(ctx)
+}
+
+// results is how many results the network has counted.
+func (d *demo) results(ctx context.Context) (int, error) {
+	_, raw, err := d.s.Do(ctx, "GET", "/metrics", nil)
+	if err != nil {
+		return 0, err
+	}
+	for line := range strings.Lines(string(raw)) {
+		if v, ok := strings.CutPrefix(line, `resultity_results_total{verdict="counted"} `); ok {
+			return strconv.Atoi(strings.TrimSpace(v))
+		}
+	}
+	return 0, errors.New("no metric resultity_results_total")
+}
