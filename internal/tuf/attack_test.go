@@ -346,6 +346,25 @@ func TestEndlessData(t *testing.T) {
 	}
 }
 
+// What claims to be endless is not even asked for.
+func TestEndlessClaims(t *testing.T) {
+	for name, f := range map[string]forged{
+		"snapshot.json": {timestamp: func(s *metadata.TimestampType) { s.Meta["snapshot.json"].Length = maxSnapshot + 1 }},
+		"targets.json":  {snapshot: func(s *metadata.SnapshotType) { s.Meta["targets.json"].Length = maxTargets + 1 }},
+		"config.json":   {targets: func(s *metadata.TargetsType) { s.Targets[snapshot.Target].Length = snapshot.MaxSize + 1 }},
+	} {
+		n := newNetwork(t)
+		n.forge(t, f)
+		c := n.client(t)
+		if _, err := c.Refresh(t.Context()); err == nil {
+			t.Errorf("%s: taken", name)
+		}
+		if last := n.fetched[len(n.fetched)-1]; strings.HasSuffix(last, name) {
+			t.Errorf("%s: fetched %s", name, last)
+		}
+	}
+}
+
 // An endless chain of roots needs the root keys; it ends all the same.
 func TestEndlessRoots(t *testing.T) {
 	n := newNetwork(t)
@@ -480,6 +499,9 @@ func TestReach(t *testing.T) {
 				return
 			}
 			refuses(t, c, tt.want)
+			if len(n.fetched) > 5+maxRedirects {
+				t.Errorf("fetched %q", n.fetched)
+			}
 			n.intercept = nil
 			sees(t, c, 1)
 		})

@@ -97,10 +97,12 @@ func TestForgedCacheIsRefused(t *testing.T) {
 		if err != nil {
 			t.Fatal(err)
 		}
-		for i := 0; i < len(*part(st)); i += 13 {
-			writeFile(t, c.file, good)
-			tamper(t, c, func(s *state) { p := part(s); *p = flip(*p, i) })
-			distrusts(t, c, "%s, byte %d flipped", name, i)
+		p := part(st)
+		for i, raw := 0, *p; i < len(raw); i += 13 {
+			*p = flip(raw, i)
+			if s, err := st.Last.open(st.Roots); s != nil || !errors.Is(err, snapshot.ErrUntrusted) {
+				t.Fatalf("%s, byte %d flipped: got %v, %v, want ErrUntrusted", name, i, s, err)
+			}
 		}
 		writeFile(t, c.file, good)
 		tamper(t, c, func(s *state) { *part(s) = nil })
@@ -256,7 +258,7 @@ func TestLeftoversAreRemoved(t *testing.T) {
 // Nothing that stands in the file can crash the reader, and whatever is taken
 // is in the form that the rest relies on.
 func FuzzParseState(f *testing.F) {
-	for _, body := range []string{`{"roots":["e30="]}`, `{"roots":["e30="],"last":{"root":0}}`, `{"roots":[],"last":null}`, ``} {
+	for _, body := range []string{`{"roots":["e30="]}`, `{"roots":["e30="],"last":{"root":0}}`, `{"roots":["e30="],"last":{"root":-1}}`, `{"roots":["e30="],"last":{"root":1}}`, `{"roots":[],"last":null}`, ``} {
 		f.Add([]byte(body))
 	}
 	f.Fuzz(func(t *testing.T, body []byte) {

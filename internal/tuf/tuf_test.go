@@ -10,11 +10,13 @@ import (
 	"slices"
 	"strings"
 	"testing"
+	"testing/synctest"
 	"time"
 
 	"github.com/theupdateframework/go-tuf/v2/metadata"
 
 	"github.com/resultity/node/internal/digest"
+	"github.com/resultity/node/internal/publish"
 	"github.com/resultity/node/internal/snapshot"
 )
 
@@ -248,6 +250,27 @@ func TestRecoveryFromFastForward(t *testing.T) {
 	sees(t, c, 3)
 }
 
+// The timestamp was signed anew, and nothing else: the one before is older still.
+func TestOlderTimestampOfTheSameSnapshot(t *testing.T) {
+	n := newNetwork(t)
+	old := n.file(t, "metadata/timestamp.json")
+	if _, err := publish.Refresh(n.dir); err != nil {
+		t.Fatal(err)
+	}
+	c := n.informed(t)
+	n.overlay["metadata/timestamp.json"] = old
+	refuses(t, c, snapshot.ErrUntrusted, ErrRollback)
+}
+
+// A newer timestamp names another snapshot of a version that is known: what it
+// names counts, not what is at hand.
+func TestSnapshotIsTheOneThatTheTimestampNames(t *testing.T) {
+	n := newNetwork(t)
+	c := n.informed(t)
+	n.forge(t, forged{version: 1, config: config(t, 2), timestamp: func(s *metadata.TimestampType) { s.Version = 2 }})
+	sees(t, c, 2)
+}
+
 func TestSameVersionTwiceKeepsTheFirst(t *testing.T) {
 	n := newNetwork(t)
 	c := n.informed(t)
@@ -327,36 +350,43 @@ func TestClock(t *testing.T) {
 }
 
 func TestRefreshWaitsForTheOther(t *testing.T) {
-	n := newNetwork(t)
-	c := n.client(t)
-	entered, leave := make(chan struct{}), make(chan struct{})
-	n.intercept = func(*http.Request, string) *http.Response {
-		close(entered)
-		<-leave
-		n.intercept = nil
-		return nil
-	}
-	done := make(chan error)
-	go func() {
-		_, err := c.Refresh(context.Background())
-		done <- err
-	}()
-	<-entered
-	// A second one waits no longer than its context, and Last not at all.
-	ctx, cancel := context.WithCancelCause(t.Context())
-	cause := errors.New("shutting down")
-	cancel(cause)
-	if _, err := c.Refresh(ctx); !errors.Is(err, cause) || !errors.Is(err, ErrUnreachable) {
-		t.Errorf("Refresh with a done context: %v, want %v", err, cause)
-	}
-	if _, err := c.Last(); !errors.Is(err, fs.ErrNotExist) {
-		t.Errorf("Last: %v, want ErrNotExist", err)
-	}
-	close(leave)
-	if err := <-done; err != nil {
-		t.Error(err)
-	}
-	remembers(t, c, 1)
+	synctest.Test(t, func(t *testing.T) {
+		n := newNetwork(t)
+		c := n.client(t)
+		leave := make(chan struct{})
+		n.intercept = func(*http.Request, string) *http.Response {
+			<-leave
+			return nil
+		}
+		done := make(chan error)
+		refresh := func(ctx context.Context) {
+			_, err := c.Refresh(ctx)
+			done <- err
+		}
+		ctx, cancel := context.WithCancelCause(t.Context())
+		go refresh(t.Context())
+		synctest.Wait()
+		go refresh(t.Context())
+		go refresh(ctx)
+		synctest.Wait()
+		if len(n.fetched) != 1 {
+			t.Errorf("fetched %q: two refreshes at once", n.fetched)
+		}
+		// One waits no longer than its context, and Last not at all.
+		cause := errors.New("shutting down")
+		cancel(cause)
+		if err := <-done; !errors.Is(err, cause) || !errors.Is(err, ErrUnreachable) {
+			t.Errorf("Refresh with a context that ended: %v, want %v", err, cause)
+		}
+		if _, err := c.Last(); !errors.Is(err, fs.ErrNotExist) {
+			t.Errorf("Last: %v, want ErrNotExist", err)
+		}
+		close(leave)
+		if err := errors.Join(<-done, <-done); err != nil {
+			t.Error(err)
+		}
+		remembers(t, c, 1)
+	})
 }
 
 // What is verified but cannot be kept is not handed out: it would be forgotten
