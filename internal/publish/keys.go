@@ -8,6 +8,7 @@ import (
 	"encoding/pem"
 	"errors"
 	"fmt"
+	"io"
 	"io/fs"
 	"os"
 	"slices"
@@ -61,12 +62,11 @@ func readKey(name string) (*key, error) {
 	if !st.Mode().IsRegular() || st.Mode().Perm()&0o077 != 0 {
 		return nil, fmt.Errorf("key %s has mode %v: want a file for its owner alone; if nobody has copied it, chmod 600 it, else replace the key", name, st.Mode())
 	}
-	raw := make([]byte, 64<<10)
-	n, err := f.Read(raw)
+	raw, err := io.ReadAll(io.LimitReader(f, 64<<10))
 	if err != nil {
 		return nil, fmt.Errorf("key %s: %w", name, err)
 	}
-	b, rest := pem.Decode(raw[:n])
+	b, rest := pem.Decode(raw)
 	if b == nil || b.Type != pemType || len(bytes.TrimSpace(rest)) != 0 {
 		return nil, fmt.Errorf("key %s: want one PEM block %s", name, pemType)
 	}

@@ -20,6 +20,10 @@
 // media in between. The others serve every publication: whoever has all of them
 // can publish for the network until the root is rotated.
 //
+// Nodes refuse what is older than what they have seen, so a repository that was
+// restored from a backup is refused until it has caught up. [RotateRoot] with
+// new keys for all three makes nodes forget what they saw of the old ones.
+//
 // The functions may be called from several processes at once.
 package publish
 
@@ -263,6 +267,9 @@ func open(dir string) (_ *repository, err error) {
 		}
 	}()
 	b, err := os.ReadFile(filepath.Join(dir, "publish.json"))
+	if errors.Is(err, fs.ErrNotExist) {
+		return nil, fmt.Errorf("%s holds no repository: run init first: %w", dir, err)
+	}
 	if err != nil {
 		return nil, err
 	}

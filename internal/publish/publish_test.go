@@ -296,7 +296,10 @@ func TestKeysAreRefused(t *testing.T) {
 		"another network's":     func(f string) error { return os.WriteFile(f, foreign, 0o600) },
 		"empty":                 func(f string) error { return os.WriteFile(f, nil, 0o600) },
 		"garbage":               func(f string) error { return os.WriteFile(f, []byte("hello"), 0o600) },
-		"two keys":              func(f string) error { return os.WriteFile(f, append(foreign, foreign...), 0o600) },
+		"two keys": func(f string) error {
+			own, err := os.ReadFile(f)
+			return errors.Join(err, os.WriteFile(f, append(own, own...), 0o600))
+		},
 		"damaged": func(f string) error {
 			return os.WriteFile(f, pem.EncodeToMemory(&pem.Block{Type: pemType, Bytes: []byte{1}}), 0o600)
 		},

@@ -1,10 +1,13 @@
 package publish
 
 import (
+	"errors"
 	"os"
 	"path/filepath"
 	"strings"
 	"testing"
+
+	"github.com/resultity/node/internal/tuf"
 )
 
 func TestRotateRoot(t *testing.T) {
@@ -102,4 +105,38 @@ func TestRotateReplacesALostKey(t *testing.T) {
 	}
 	sees(t, c, config(t, 2))
 	sees(t, node(t, dir), config(t, 2))
+}
+
+// The disk was lost and the backup is from before the last publications.
+func TestRotateAfterRestore(t *testing.T) {
+	dir := published(t, Options{})
+	backup := tree(t, dir)
+	c := node(t, dir)
+	for i := 2; i <= 4; i++ {
+		if err := Publish(dir, config(t, i)); err != nil {
+			t.Fatal(err)
+		}
+		sees(t, c, config(t, i))
+	}
+	for name := range tree(t, dir) {
+		if err := os.Remove(filepath.Join(dir, name)); err != nil {
+			t.Fatal(err)
+		}
+	}
+	for name, content := range backup {
+		if err := os.WriteFile(filepath.Join(dir, name), []byte(content), 0o600); err != nil {
+			t.Fatal(err)
+		}
+	}
+	if _, err := c.Refresh(t.Context()); !errors.Is(err, tuf.ErrRollback) {
+		t.Fatalf("after the restore: %v, want ErrRollback", err)
+	}
+	if err := RotateRoot(dir, Rotation{SignWith: rootKeys(dir, 1, 2), Renew: online}); err != nil {
+		t.Fatal(err)
+	}
+	sees(t, c, config(t, 1))
+	if err := Publish(dir, config(t, 5)); err != nil {
+		t.Fatal(err)
+	}
+	sees(t, c, config(t, 5))
 }
