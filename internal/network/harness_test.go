@@ -9,24 +9,33 @@ import (
 	"net"
 	"net/http"
 	"os"
+	"os/signal"
 	"path/filepath"
 	"regexp"
 	"runtime"
 	"strconv"
 	"strings"
+	"syscall"
 	"testing"
 	"time"
 
 	"github.com/resultity/node/internal/evm"
 	"github.com/resultity/node/internal/network"
+	"github.com/resultity/node/internal/network/cli"
 	"github.com/resultity/node/internal/network/nodetest"
 	"github.com/resultity/node/internal/publish"
 	"github.com/resultity/node/internal/snapshot"
 	"github.com/resultity/node/internal/wire"
 )
 
-// TestMain fails when tests leave goroutines behind.
+// TestMain fails when tests leave goroutines behind. With [asProgram] set the
+// test binary is the program itself, for tests that kill it.
 func TestMain(m *testing.M) {
+	if os.Getenv(asProgram) != "" {
+		ctx, stop := signal.NotifyContext(context.Background(), syscall.SIGTERM)
+		defer stop()
+		os.Exit(cli.Main(ctx, os.Args[1:], os.Stdout, os.Stderr, "test"))
+	}
 	before := runtime.NumGoroutine()
 	code := m.Run()
 	http.DefaultClient.CloseIdleConnections()
@@ -43,6 +52,8 @@ func TestMain(m *testing.M) {
 	}
 	os.Exit(code)
 }
+
+const asProgram = "RESULTITY_NETWORK_TEST"
 
 // testNetwork is a network under test: a real service on a real store.
 type testNetwork struct {

@@ -3,6 +3,7 @@ package nodes
 import (
 	"bytes"
 	"context"
+	"crypto/tls"
 	"errors"
 	"fmt"
 	"io"
@@ -51,7 +52,7 @@ type session struct {
 	// mu guards what follows, for the length of an append.
 	mu     sync.Mutex
 	queue  []wire.Message
-	bytes  int // of the requests in the queue
+	bytes  int // of the requests that are not yet written
 	ended  bool
 	code   int    // of the close frame
 	why    string // metric's label
@@ -70,10 +71,7 @@ func newSession(m *Manager, node evm.Address, nonce wire.Nonce, from string) *se
 
 // Send queues a message. It never blocks: see the package comment.
 func (s *session) Send(msg wire.Message) {
-	size := 0
-	if j, ok := msg.(*wire.Job); ok {
-		size = len(j.Request)
-	}
+	size := weight(msg)
 	s.mu.Lock()
 	full := len(s.queue) >= maxQueue || s.bytes > 0 && s.bytes+size > maxQueueBytes
 	if !s.ended && !full {
@@ -83,14 +81,31 @@ func (s *session) Send(msg wire.Message) {
 	s.mu.Unlock()
 	if full {
 		s.end(websocket.ClosePolicyViolation, "slow", "the node does not keep up with what it is sent")
-		// The writer may be stuck in a write to it, the reader in a read.
-		_ = s.conn.NetConn().SetDeadline(time.Now())
+		s.cut()
 		return
 	}
 	select {
 	case s.work <- struct{}{}:
 	default:
 	}
+}
+
+// cut closes the connection under a writer that may be stuck in it. It does
+// not wait, as closing TLS would, for a last word to be sent.
+func (s *session) cut() {
+	c := s.conn.NetConn()
+	if t, ok := c.(*tls.Conn); ok {
+		c = t.NetConn()
+	}
+	_ = c.Close() // closed already is as good
+}
+
+// weight is what a message holds of memory beside itself, in bytes.
+func weight(msg wire.Message) int {
+	if j, ok := msg.(*wire.Job); ok {
+		return len(j.Request)
+	}
+	return 0
 }
 
 // Restart ends the session so that the node connects anew.
@@ -329,7 +344,7 @@ func (s *session) flush(sealer *wire.Sealer) error {
 	for {
 		s.mu.Lock()
 		queue := s.queue
-		s.queue, s.bytes = nil, 0
+		s.queue = nil
 		s.mu.Unlock()
 		if len(queue) == 0 {
 			return nil
@@ -346,6 +361,9 @@ func (s *session) flush(sealer *wire.Sealer) error {
 			if err := s.conn.WriteMessage(websocket.BinaryMessage, frame); err != nil {
 				return err
 			}
+			s.mu.Lock()
+			s.bytes -= weight(msg)
+			s.mu.Unlock()
 		}
 	}
 }

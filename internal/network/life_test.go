@@ -1,0 +1,603 @@
+package network_test
+
+import (
+	"bufio"
+	"bytes"
+	"context"
+	"crypto/ecdsa"
+	"crypto/elliptic"
+	"crypto/rand"
+	"crypto/tls"
+	"crypto/x509"
+	"encoding/pem"
+	"errors"
+	"log/slog"
+	"math/big"
+	mrand "math/rand/v2"
+	"net"
+	"net/http"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"regexp"
+	"strings"
+	"sync"
+	"testing"
+	"time"
+
+	"github.com/gorilla/websocket"
+
+	"github.com/resultity/node/internal/digest"
+	"github.com/resultity/node/internal/network"
+	"github.com/resultity/node/internal/network/cli"
+	"github.com/resultity/node/internal/network/nodetest"
+	"github.com/resultity/node/internal/publish"
+	"github.com/resultity/node/internal/receipt"
+	"github.com/resultity/node/internal/snapshot"
+	"github.com/resultity/node/internal/wire"
+)
+
+// The service stops while a job runs: the client is told, the job is given out
+// again after the start, and its result counts.
+func TestRestart(t *testing.T) {
+	n := start(t, nil)
+	v := n.node()
+	s := v.Ready(t)
+	ch := n.ask(chat)
+	j := s.Take()
+	n.stop()
+	if r := n.answer(ch); r.status != http.StatusServiceUnavailable || r.code() != "stopping" || r.header.Get("Retry-After") == "" {
+		t.Fatalf("%d %s", r.status, r.body)
+	}
+	if code := s.Closed(); code != websocket.CloseGoingAway {
+		t.Errorf("session closed with %d", code)
+	}
+	n.serve()
+	v.URL = n.url
+	s = v.Connect(t)
+	s.Send(s.Node.Result(t, j, nodetest.Body(j, "secret answer"), nil))
+	if a := nodetest.Expect[*wire.Ack](s); a.Jobs[0] != j.ID {
+		t.Fatalf("acknowledged %v", a.Jobs)
+	}
+	if r := n.get("/v1/receipts/" + j.ID.String()); r.status != http.StatusOK {
+		t.Fatalf("receipt: %d %s", r.status, r.body)
+	}
+	// Once more: it is known.
+	n.stop()
+	n.serve()
+	v.URL = n.url
+	s = v.Ready(t)
+	s.Send(s.Node.Result(t, j, nodetest.Body(j, "secret answer"), nil))
+	nodetest.Expect[*wire.Ack](s)
+	if v := n.metric("resultity_dispatches_total"); v != 0 {
+		t.Errorf("a finished job was given out %v times", v)
+	}
+}
+
+// Requests that run when the service is told to stop may end.
+func TestDrain(t *testing.T) {
+	n := setUp(t, nil)
+	n.tweak = func(c *network.Config) { c.Drain = nodetest.Patience }
+	n.serve()
+	s := n.node().Ready(t)
+	ch := n.ask(chat)
+	j := s.Take()
+	stopped := make(chan struct{})
+	go func() { n.stop(); close(stopped) }()
+	n.until("no new connections", func() bool {
+		c, err := net.Dial("tcp", strings.TrimPrefix(n.url, "http://"))
+		if err == nil {
+			_ = c.Close()
+		}
+		return err != nil
+	})
+	s.Finish(j, "secret answer")
+	if r := n.answer(ch); r.status != http.StatusOK {
+		t.Fatalf("%d %s", r.status, r.body)
+	}
+	<-stopped
+}
+
+// killable is the program in a process of its own.
+type killable struct {
+	cmd  *exec.Cmd
+	once sync.Once
+}
+
+var addressPattern = regexp.MustCompile(`msg=serving .*address=(\S+)`)
+
+func (n *testNetwork) spawn() *killable {
+	n.t.Helper()
+	cmd := exec.Command(os.Args[0], "serve", "--dir", n.dir, "--listen", "127.0.0.1:0")
+	cmd.Env = append(os.Environ(), asProgram+"=1")
+	out, err := cmd.StderrPipe()
+	if err != nil {
+		n.t.Fatal(err)
+	}
+	if err := cmd.Start(); err != nil {
+		n.t.Fatal(err)
+	}
+	k := &killable{cmd: cmd}
+	address := make(chan string, 1)
+	go func() {
+		lines := bufio.NewScanner(out)
+		for lines.Scan() {
+			if m := addressPattern.FindStringSubmatch(lines.Text()); m != nil {
+				address <- m[1]
+			}
+		}
+		close(address)
+	}()
+	a, ok := <-address
+	if !ok {
+		k.kill()
+		n.t.Fatal("the program ended before it served")
+	}
+	n.url = "http://" + a
+	return k
+}
+
+func (k *killable) kill() {
+	k.once.Do(func() {
+		_ = k.cmd.Process.Kill() // gone already is as good
+		_ = k.cmd.Wait()         // says that it was killed
+	})
+}
+
+// The program is killed again and again under load. Every job that a node ever
+// saw ends in one stored result, and nothing that was acknowledged or answered
+// is lost.
+func TestKill(t *testing.T) {
+	n := setUp(t, nil)
+	v := nodetest.New(t, "", n.raw)
+	outbox := map[receipt.JobID]*wire.Job{}
+	seen := map[receipt.JobID]bool{}
+	var mu sync.Mutex
+	answered := map[string]bool{} // receipts that clients were promised
+	enrolled := false
+
+	for round := range 8 {
+		k := n.spawn()
+		t.Cleanup(k.kill)
+		v.URL = n.url
+		if !enrolled {
+			v.Enrol(t, n.file("enrolment-token"))
+			enrolled = true
+		}
+		s := v.Connect(t)
+		s.Send(v.Heartbeat())
+		ctx, stop := context.WithCancel(t.Context())
+		var clients sync.WaitGroup
+		for range 3 {
+			clients.Go(func() {
+				for ctx.Err() == nil {
+					r := n.do(ctx, http.MethodPost, "/v1/chat/completions", chat)
+					if r.err == nil && r.status == http.StatusOK {
+						mu.Lock()
+						answered[r.header.Get("Resultity-Receipt")] = true
+						mu.Unlock()
+					}
+				}
+			})
+		}
+		last := round == 7
+		if !last {
+			time.AfterFunc(time.Duration(50+mrand.IntN(300))*time.Millisecond, k.kill)
+		} else {
+			stop()
+			clients.Wait()
+		}
+		for _, j := range outbox {
+			if s.TrySend(v.Result(t, j, nodetest.Body(j, "x"), nil)) != nil {
+				break
+			}
+		}
+		for !last || len(outbox) > 0 {
+			m, err := s.Receive()
+			if err != nil {
+				break
+			}
+			switch m := m.(type) {
+			case *wire.Job:
+				seen[m.ID] = true
+				outbox[m.ID] = m
+				_ = s.TrySend(&wire.Accept{Job: m.ID}) // a failure shows in Receive
+				_ = s.TrySend(v.Result(t, m, nodetest.Body(m, "x"), nil))
+			case *wire.Ack:
+				for _, id := range m.Jobs {
+					delete(outbox, id)
+				}
+			case *wire.Cancel:
+				delete(seen, m.Job) // its client stopped asking in the last round
+			}
+		}
+		stop()
+		clients.Wait()
+		if last {
+			for id := range seen {
+				if r := n.get("/v1/receipts/" + id.String()); r.status != http.StatusOK {
+					t.Errorf("receipt of %s: %d", id, r.status)
+				}
+			}
+			for id := range answered {
+				if r := n.get("/v1/receipts/" + id); r.status != http.StatusOK {
+					t.Errorf("receipt %s was promised: %d", id, r.status)
+				}
+			}
+			k.kill()
+		}
+	}
+	if len(seen) < 20 || len(answered) == 0 {
+		t.Errorf("only %d jobs and %d answers", len(seen), len(answered))
+	}
+}
+
+// A new configuration reaches nodes and clients without a restart.
+func TestPublishWhileServing(t *testing.T) {
+	n := start(t, nil)
+	v := n.node()
+	s := v.Ready(t)
+	n.config.Limits.Messages = 1
+	file := filepath.Join(n.dir, "new.json")
+	if err := os.WriteFile(file, nodetest.JSON(t, n.config), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	if code, _, stderr := command(t, "publish", "--dir", n.dir, "--config", file); code != 0 {
+		t.Fatalf("publish: %d %s", code, stderr)
+	}
+	m, err := s.Receive()
+	if u, ok := m.(*wire.Update); !ok || err != nil || u.Version != 2 {
+		t.Fatalf("%T %+v %v", m, m, err)
+	}
+	if st := nodetest.Expect[*wire.Status](s); st.Routable {
+		t.Fatal("routable under the old configuration")
+	}
+	two := `{"model":"tiny","messages":[{"role":"user","content":"a"},{"role":"user","content":"b"}]}`
+	if r := n.answer(n.ask(two)); r.status != http.StatusBadRequest {
+		t.Fatalf("%d %s", r.status, r.body)
+	}
+	v.Digest = digest.Of(nodetest.JSON(t, n.config))
+	s.Send(v.Heartbeat())
+	if st := nodetest.Expect[*wire.Status](s); !st.Routable {
+		t.Fatalf("%+v", st)
+	}
+	ch := n.ask(chat)
+	s.Finish(s.Take(), "fine")
+	if r := n.answer(ch); r.status != http.StatusOK {
+		t.Fatalf("%d %s", r.status, r.body)
+	}
+}
+
+// Files that somebody copies into the repository are taken over too.
+func TestPublishBehindTheBack(t *testing.T) {
+	n := start(t, nil)
+	n.config.Limits.Messages = 1
+	if err := publish.Publish(n.dir, nodetest.JSON(t, n.config)); err != nil {
+		t.Fatal(err)
+	}
+	n.until("the new configuration is active", func() bool { return n.metric("resultity_config_version") == 2 })
+	// One that does not list the service's key is not served, and said to be there.
+	n.config.Network.MessageKeys[0][0] ^= 1
+	if err := publish.Publish(n.dir, nodetest.JSON(t, n.config)); err != nil {
+		t.Fatal(err)
+	}
+	n.until("the service is unwell", func() bool { return n.get("/healthz").status == http.StatusServiceUnavailable })
+	if v := n.metric("resultity_config_version"); v != 2 {
+		t.Errorf("version %v is active", v)
+	}
+}
+
+// The timestamp is renewed before nodes would refuse it.
+func TestTimestampIsRenewed(t *testing.T) {
+	n := setUp(t, nil)
+	before, err := publish.Current(n.dir)
+	if err != nil {
+		t.Fatal(err)
+	}
+	n.serve()
+	after, err := publish.Current(n.dir)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if after.Expires().Before(before.Expires()) || after.Digest() != before.Digest() {
+		t.Errorf("expires %v, was %v", after.Expires(), before.Expires())
+	}
+	if r := n.get("/tuf/metadata/timestamp.json"); r.status != http.StatusOK {
+		t.Errorf("timestamp: %d", r.status)
+	}
+	if r := n.get("/tuf/keys/timestamp.pem"); r.status != http.StatusNotFound {
+		t.Errorf("a key: %d", r.status)
+	}
+}
+
+// command runs the program's command line in this process.
+func command(t testing.TB, args ...string) (code int, stdout, stderr string) {
+	t.Helper()
+	var out, errs bytes.Buffer
+	code = cli.Main(t.Context(), args, &out, &errs, "test")
+	return code, strings.TrimSpace(out.String()), strings.TrimSpace(errs.String())
+}
+
+func TestAdmin(t *testing.T) {
+	for _, running := range []bool{true, false} {
+		n := setUp(t, nil)
+		if running {
+			n.serve()
+			if st, err := os.Stat(filepath.Join(n.dir, "admin.sock")); err != nil || st.Mode().Perm() != 0o600 {
+				t.Fatalf("admin socket: %v %v", st, err)
+			}
+		}
+		code, key, stderr := command(t, "apikey", "create", "--dir", n.dir, "--name", "alice")
+		if code != 0 || !strings.HasPrefix(key, "rk-") {
+			t.Fatalf("%d %q %q", code, key, stderr)
+		}
+		code, token, stderr := command(t, "token", "create", "--dir", n.dir, "--uses", "1", "--account", "bob", "--expires", "1h")
+		if code != 0 || !strings.HasPrefix(token, "rt-") {
+			t.Fatalf("%d %q %q", code, token, stderr)
+		}
+		for _, args := range [][]string{
+			{"token", "create", "--dir", n.dir, "--uses", "0"},
+			{"token", "create", "--dir", n.dir, "--uses", "1001"},
+			{"token", "create", "--dir", n.dir, "--expires", "-1h"},
+			{"apikey", "create", "--dir", n.dir, "--name", ""},
+			{"apikey", "revoke", "--dir", n.dir, "--name", "nobody"},
+		} {
+			if code, out, _ := command(t, args...); code != 1 || out != "" {
+				t.Errorf("%v: %d %q", args, code, out)
+			}
+		}
+		if !running {
+			n.serve()
+		}
+		first := n.apiKey
+		n.apiKey = key
+		if r := n.get("/v1/models"); r.status != http.StatusOK {
+			t.Errorf("new key: %d", r.status)
+		}
+		v := nodetest.New(t, n.url, n.raw)
+		if status, reply, err := v.Register(t.Context(), v.Registration(token), v.Key); err != nil || status != http.StatusOK || reply.Account != "bob" {
+			t.Errorf("new token: %d %+v %v", status, reply, err)
+		}
+		if code, out, stderr := command(t, "apikey", "revoke", "--dir", n.dir, "--name", "alice"); code != 0 || out != "revoked 1" {
+			t.Errorf("%d %q %q", code, out, stderr)
+		}
+		if r := n.get("/v1/models"); r.status != http.StatusUnauthorized {
+			t.Errorf("revoked key: %d", r.status)
+		}
+		n.apiKey = first
+		if r := n.get("/v1/models"); r.status != http.StatusOK {
+			t.Errorf("first key: %d", r.status)
+		}
+		n.stop()
+		if _, err := os.Stat(filepath.Join(n.dir, "admin.sock")); !errors.Is(err, os.ErrNotExist) {
+			t.Errorf("admin socket is left: %v", err)
+		}
+	}
+}
+
+// Secrets are nowhere in the store or the log in the clear.
+func TestSecretsAreHashed(t *testing.T) {
+	n := start(t, nil)
+	n.node()
+	n.stop()
+	for _, name := range []string{"api-key", "enrolment-token"} {
+		secret := n.file(name)
+		if st, err := os.Stat(filepath.Join(n.dir, name)); err != nil || st.Mode().Perm() != 0o600 {
+			t.Errorf("%s: %v %v", name, st.Mode(), err)
+		}
+		if bytes.Contains(n.logs.w.Bytes(), []byte(secret)) {
+			t.Errorf("%s is in the log", name)
+		}
+		err := filepath.WalkDir(filepath.Join(n.dir, "store"), func(path string, d os.DirEntry, err error) error {
+			if err != nil || !d.Type().IsRegular() {
+				return err
+			}
+			b, err := os.ReadFile(path)
+			if bytes.Contains(b, []byte(secret)) {
+				t.Errorf("%s is in %s", name, path)
+			}
+			return err
+		})
+		if err != nil {
+			t.Fatal(err)
+		}
+	}
+}
+
+func TestConfigErrors(t *testing.T) {
+	n := setUp(t, nil)
+	empty := shortDir(t)
+	file := func(text string) string {
+		name := filepath.Join(t.TempDir(), "network.toml")
+		if err := os.WriteFile(name, []byte(text), 0o600); err != nil {
+			t.Fatal(err)
+		}
+		return name
+	}
+	unpublished := shortDir(t)
+	if code, _, stderr := command(t, "init", "--dir", unpublished, "--name", "x", "--chain-id", "1"); code != 0 {
+		t.Fatal(stderr)
+	}
+	for _, tc := range []struct {
+		want string
+		args []string
+	}{
+		{"dir: " + empty + " holds no network", []string{"serve", "--dir", empty}},
+		{"no configuration has been published", []string{"serve", "--dir", unpublished}},
+		{"listen: \"8443\": want host:port", []string{"serve", "--dir", n.dir, "--listen", "8443"}},
+		{"tls_cert: :0 can be reached from other machines", []string{"serve", "--dir", n.dir, "--listen", ":0"}},
+		{"tls_key: tls_cert and tls_key go together", []string{"serve", "--dir", n.dir, "--tls-cert", "x"}},
+		{"tls_cert: stat /nowhere", []string{"serve", "--dir", n.dir, "--tls-cert", "/nowhere", "--tls-key", "/nowhere"}},
+		{"log_level: \"loud\"", []string{"serve", "--dir", n.dir, "--log-level", "loud"}},
+		{"no such file", []string{"serve", "--config", "/nowhere.toml"}},
+		{"lisen: unknown key; known are dir, listen", []string{"serve", "--config", file(`lisen = ":1"`)}},
+		{"max_queued: want a whole number, got many", []string{"serve", "--config", file(`max_queued = "many"`)}},
+		{"max_queued: is 0", []string{"serve", "--dir", n.dir, "--config", file(`max_queued = 0`)}},
+		{"drain: want a duration in quotes", []string{"serve", "--config", file(`drain = 10`)}},
+		{"drain: want a duration", []string{"serve", "--config", file(`drain = "soon"`)}},
+		{"dir: want a text in quotes", []string{"serve", "--config", file(`dir = 1`)}},
+		{"holds a network already", []string{"init", "--dir", n.dir, "--name", "x", "--chain-id", "1"}},
+		{"sha256", []string{"publish", "--dir", unpublished, "--config", filepath.Join(unpublished, "config.json")}},
+		{"config: open /nowhere", []string{"publish", "--dir", n.dir, "--config", "/nowhere"}},
+		{"holds no network", []string{"token", "create", "--dir", empty}},
+	} {
+		code, _, stderr := command(t, tc.args...)
+		if code != 78 || !strings.Contains(stderr, tc.want) {
+			t.Errorf("%v: %d %q, want 78 and %q", tc.args, code, stderr, tc.want)
+		}
+	}
+	if code, _, _ := command(t, "serve", "--nonsense"); code != 64 {
+		t.Errorf("unknown flag: %d", code)
+	}
+	if code, out, _ := command(t, "version"); code != 0 || out != "resultity-network test" {
+		t.Errorf("version: %d %q", code, out)
+	}
+}
+
+// Publishing what this service could not serve is refused.
+func TestPublishRefused(t *testing.T) {
+	n := setUp(t, nil)
+	for want, change := range map[string]func(*snapshot.Config){
+		"network.message_keys": func(c *snapshot.Config) { c.Network.MessageKeys[0][0] ^= 1 },
+		"network.name":         func(c *snapshot.Config) { c.Network.Name = "other" },
+		"network.chain_id":     func(c *snapshot.Config) { c.Network.ChainID++ },
+	} {
+		c := nodetest.Config(t, n.key)
+		change(c)
+		if err := network.Publish(n.dir, nodetest.JSON(t, c)); !errors.Is(err, network.ErrConfig) || !strings.Contains(err.Error(), want) {
+			t.Errorf("%s: %v", want, err)
+		}
+	}
+}
+
+func TestMessageKey(t *testing.T) {
+	n := setUp(t, nil)
+	key := filepath.Join(n.dir, "keys", "message.key")
+	serve := func() string {
+		_, _, stderr := command(t, "serve", "--dir", n.dir, "--listen", "127.0.0.1:0")
+		return stderr
+	}
+	if err := os.Chmod(key, 0o640); err != nil {
+		t.Fatal(err)
+	}
+	if got := serve(); !strings.Contains(got, "must be a file of mode 0600") {
+		t.Errorf("readable by the group: %q", got)
+	}
+	secret := n.file("keys/message.key")
+	if err := os.WriteFile(key, []byte(secret[:60]), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	if err := os.Chmod(key, 0o600); err != nil {
+		t.Fatal(err)
+	}
+	if got := serve(); !strings.Contains(got, "64 hexadecimal digits") || strings.Contains(got, secret[:20]) {
+		t.Errorf("cut short: %q", got)
+	}
+	if err := os.WriteFile(key, []byte(strings.Repeat("1", 64)), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	if got := serve(); !strings.Contains(got, "message_keys of the published configuration does not list") {
+		t.Errorf("another key: %q", got)
+	}
+}
+
+// One directory, one service.
+func TestOneServiceOnly(t *testing.T) {
+	n := start(t, nil)
+	cfg := network.Defaults()
+	cfg.Dir, cfg.Listen = n.dir, "127.0.0.1:0"
+	if err := network.Run(t.Context(), cfg, slog.New(slog.DiscardHandler)); err == nil || !strings.Contains(err.Error(), "another process has the store open") {
+		t.Fatalf("got %v", err)
+	}
+	if r := n.get("/healthz"); r.status != http.StatusOK {
+		t.Errorf("the first one: %d %s", r.status, r.body)
+	}
+}
+
+// certificate writes a self-signed pair and returns it.
+func certificate(t *testing.T, certFile, keyFile string) *x509.Certificate {
+	t.Helper()
+	k, err := ecdsa.GenerateKey(elliptic.P256(), rand.Reader)
+	if err != nil {
+		t.Fatal(err)
+	}
+	serial, err := rand.Int(rand.Reader, big.NewInt(1<<62))
+	if err != nil {
+		t.Fatal(err)
+	}
+	tmpl := &x509.Certificate{SerialNumber: serial, NotBefore: time.Now().Add(-time.Hour), NotAfter: time.Now().Add(time.Hour), IPAddresses: []net.IP{net.IPv4(127, 0, 0, 1)}, IsCA: true, BasicConstraintsValid: true}
+	der, err := x509.CreateCertificate(rand.Reader, tmpl, tmpl, &k.PublicKey, k)
+	if err != nil {
+		t.Fatal(err)
+	}
+	keyDER, err := x509.MarshalPKCS8PrivateKey(k)
+	if err != nil {
+		t.Fatal(err)
+	}
+	for name, b := range map[string]*pem.Block{keyFile: {Type: "PRIVATE KEY", Bytes: keyDER}, certFile: {Type: "CERTIFICATE", Bytes: der}} {
+		if err := os.WriteFile(name, pem.EncodeToMemory(b), 0o600); err != nil {
+			t.Fatal(err)
+		}
+	}
+	c, err := x509.ParseCertificate(der)
+	if err != nil {
+		t.Fatal(err)
+	}
+	return c
+}
+
+func TestTLS(t *testing.T) {
+	n := setUp(t, nil)
+	certFile, keyFile := filepath.Join(n.dir, "cert.pem"), filepath.Join(n.dir, "key.pem")
+	cert := certificate(t, certFile, keyFile)
+	n.tweak = func(c *network.Config) { c.TLSCert, c.TLSKey = certFile, keyFile }
+	n.serve()
+	address := strings.TrimPrefix(n.url, "http://")
+	pool := x509.NewCertPool()
+	pool.AddCert(cert)
+	trust := &tls.Config{RootCAs: pool}
+
+	old := trust.Clone()
+	old.MaxVersion = tls.VersionTLS12
+	if c, err := tls.Dial("tcp", address, old); err == nil {
+		_ = c.Close()
+		t.Error("TLS 1.2 is taken")
+	}
+	v := nodetest.New(t, "https://"+address, n.raw)
+	v.TLS = trust
+	v.Enrol(t, n.file("enrolment-token"))
+	s := v.Ready(t)
+
+	transport := &http.Transport{TLSClientConfig: trust, ForceAttemptHTTP2: true}
+	defer transport.CloseIdleConnections()
+	client := http.Client{Transport: transport}
+	got := make(chan *http.Response, 1)
+	go func() {
+		req, _ := http.NewRequest(http.MethodPost, "https://"+address+"/v1/chat/completions", strings.NewReader(chat))
+		req.Header.Set("Authorization", "Bearer "+n.apiKey)
+		req.Header.Set("Content-Type", "application/json")
+		res, err := client.Do(req)
+		if err != nil {
+			t.Error(err)
+		}
+		got <- res
+	}()
+	s.Finish(s.Take(), "fine")
+	if res := <-got; res != nil {
+		if res.ProtoMajor != 2 || res.StatusCode != http.StatusOK {
+			t.Errorf("%s %s", res.Proto, res.Status)
+		}
+		_ = res.Body.Close()
+	}
+
+	// A renewed certificate is used without a restart.
+	renewed := certificate(t, certFile, keyFile)
+	n.until("the new certificate", func() bool {
+		c, err := tls.Dial("tcp", address, &tls.Config{InsecureSkipVerify: true})
+		if err != nil {
+			t.Fatal(err)
+		}
+		defer c.Close()
+		return c.ConnectionState().PeerCertificates[0].Equal(renewed)
+	})
+}

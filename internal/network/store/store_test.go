@@ -1,0 +1,412 @@
+package store
+
+import (
+	"bytes"
+	"context"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"log/slog"
+	"os"
+	"path/filepath"
+	"runtime"
+	"slices"
+	"sync"
+	"testing"
+	"time"
+
+	"github.com/nats-io/nats.go/jetstream"
+
+	"github.com/resultity/node/internal/digest"
+	"github.com/resultity/node/internal/evm"
+	"github.com/resultity/node/internal/receipt"
+	"github.com/resultity/node/internal/wire"
+)
+
+func TestMain(m *testing.M) {
+	before := runtime.NumGoroutine()
+	code := m.Run()
+	for end := time.Now().Add(10 * time.Second); code == 0 && runtime.NumGoroutine() > before; runtime.Gosched() {
+		if time.Now().After(end) {
+			buf := make([]byte, 1<<20)
+			_, _ = os.Stderr.Write(buf[:runtime.Stack(buf, true)])
+			_, _ = os.Stderr.WriteString("goroutines were left behind\n")
+			code = 1
+		}
+	}
+	os.Exit(code)
+}
+
+func open(t testing.TB, dir string) *Store {
+	t.Helper()
+	s, err := Open(t.Context(), dir, slog.New(slog.NewTextHandler(t.Output(), nil)))
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(s.Close)
+	return s
+}
+
+func reopen(t testing.TB, s *Store, dir string) *Store {
+	t.Helper()
+	s.Close()
+	return open(t, dir)
+}
+
+func noBad(t testing.TB) func(uint64, error) {
+	return func(seq uint64, err error) { t.Errorf("job %d: %v", seq, err) }
+}
+
+func put(t testing.TB, s *Store, request []byte) *Job {
+	t.Helper()
+	j := &Job{Client: "alice", Job: wire.Job{ID: receipt.NewJobID(), Model: "m", Kind: wire.KindChat, Request: request, Config: digest.Of([]byte("c"))}}
+	if err := s.PutJob(t.Context(), j); err != nil {
+		t.Fatal(err)
+	}
+	return j
+}
+
+// ids lists what is in the store, without the side effects of Jobs.
+func ids(t testing.TB, s *Store) (list []receipt.JobID) {
+	t.Helper()
+	for seq := uint64(1); ; seq++ {
+		m, err := s.jobs.GetMsg(t.Context(), seq, jetstream.WithGetMsgSubject("jobs.*"))
+		if errors.Is(err, jetstream.ErrMsgNotFound) {
+			return list
+		}
+		if err != nil {
+			t.Fatal(err)
+		}
+		seq = m.Sequence
+		id, err := receipt.ParseJobID(m.Subject[len("jobs."):])
+		if err != nil {
+			t.Fatal(err)
+		}
+		list = append(list, id)
+	}
+}
+
+func TestJobs(t *testing.T) {
+	dir := t.TempDir()
+	s := open(t, dir)
+	var jobs []*Job
+	for i := range 5 {
+		jobs = append(jobs, put(t, s, fmt.Appendf(nil, "request %d", i)))
+	}
+	if err := s.PutJob(t.Context(), &Job{Job: jobs[0].Job}); err == nil {
+		t.Error("the same id twice")
+	}
+	s = reopen(t, s, dir)
+	got, err := s.Jobs(t.Context(), noBad(t))
+	if err != nil || len(got) != 5 {
+		t.Fatalf("%d jobs, %v", len(got), err)
+	}
+	for i, j := range got {
+		want, _ := json.Marshal(jobs[i])
+		have, _ := json.Marshal(j)
+		if !bytes.Equal(want, have) || j.Seq != jobs[i].Seq {
+			t.Errorf("job %d: %s, want %s", i, have, want)
+		}
+	}
+	// Deleted at once, in any order, twice.
+	for _, i := range []int{3, 0, 3} {
+		if err := s.DeleteJob(t.Context(), jobs[i].Seq); err != nil {
+			t.Errorf("delete %d: %v", i, err)
+		}
+	}
+	s = reopen(t, s, dir)
+	if got := ids(t, s); !slices.Equal(got, []receipt.JobID{jobs[1].ID, jobs[2].ID, jobs[4].ID}) {
+		t.Errorf("left are %v", got)
+	}
+}
+
+// Finished jobs are swept; one that is not keeps its place, whatever is
+// finished around it.
+func TestSweep(t *testing.T) {
+	s := open(t, t.TempDir())
+	var jobs []*Job
+	for range 6 {
+		jobs = append(jobs, put(t, s, []byte("x")))
+	}
+	for _, i := range []int{0, 1, 3, 5} {
+		s.JobDone(jobs[i].Seq)
+	}
+	if err := s.sweep(t.Context()); err != nil {
+		t.Fatal(err)
+	}
+	if got := ids(t, s); !slices.Equal(got, []receipt.JobID{jobs[2].ID, jobs[3].ID, jobs[4].ID, jobs[5].ID}) {
+		t.Fatalf("left are %v", got)
+	}
+	s.JobDone(jobs[2].Seq)
+	s.JobDone(jobs[4].Seq)
+	// Nothing is left to do for Run but this.
+	ctx, cancel := context.WithCancel(t.Context())
+	cancel()
+	if err := s.Run(ctx, slog.New(slog.DiscardHandler)); err != nil {
+		t.Fatal(err)
+	}
+	if got := ids(t, s); got != nil {
+		t.Fatalf("left are %v", got)
+	}
+	if n := len(s.pending.open) + len(s.pending.done) + len(s.pending.writing); n != 0 {
+		t.Errorf("%d numbers are remembered", n)
+	}
+}
+
+// A job that is stored, but whose writer does not know yet, is not swept away
+// by a later one that is finished already.
+func TestSweepSparesWhatIsBeingWritten(t *testing.T) {
+	p := pending{open: map[uint64]struct{}{}, done: map[uint64]struct{}{}, writing: map[*uint64]struct{}{}}
+	p.begin()(7)
+	slow := p.begin() // will get 8
+	p.begin()(9)
+	for _, seq := range []uint64{7, 9} {
+		delete(p.open, seq)
+		p.done[seq] = struct{}{}
+	}
+	if below, above := p.settled(); !slices.Equal(below, []uint64{7}) || !slices.Equal(above, []uint64{9}) {
+		t.Fatalf("below %v, above %v", below, above)
+	}
+	slow(8)
+	if below, _ := p.settled(); !slices.Equal(below, []uint64{7}) {
+		t.Fatalf("below %v", below)
+	}
+	p.forget(8)
+	if below, _ := p.settled(); len(below) != 2 {
+		t.Fatalf("below %v", below)
+	}
+	failed := p.begin()
+	failed(0)
+	if len(p.writing) != 0 {
+		t.Fatal("a failed write is remembered")
+	}
+}
+
+func signed(t testing.TB, id receipt.JobID) *receipt.Signed {
+	t.Helper()
+	k, err := evm.NewKey()
+	if err != nil {
+		t.Fatal(err)
+	}
+	d := digest.Of([]byte("x"))
+	r := receipt.Receipt{Job: id, Node: k.Address(), ConfigDigest: d, ImageDigest: d, ModelDigest: d, RequestHash: d, ResponseHash: d}
+	s, err := r.Sign(1, k)
+	if err != nil {
+		t.Fatal(err)
+	}
+	return &s
+}
+
+// The first result of a job stays, whoever is how fast.
+func TestResults(t *testing.T) {
+	dir := t.TempDir()
+	s := open(t, dir)
+	id := receipt.NewJobID()
+	if _, err := s.Result(t.Context(), id); !errors.Is(err, ErrNotFound) {
+		t.Fatalf("got %v", err)
+	}
+	var wg sync.WaitGroup
+	errs := make([]error, 8)
+	for i := range errs {
+		r := signed(t, id)
+		wg.Go(func() { errs[i] = s.PutResult(t.Context(), r, []byte{byte(i)}) })
+	}
+	wg.Wait()
+	winner := -1
+	for i, err := range errs {
+		switch {
+		case err == nil && winner < 0:
+			winner = i
+		case !errors.Is(err, ErrExists):
+			t.Errorf("%d: %v", i, err)
+		}
+	}
+	if winner < 0 {
+		t.Fatal("nobody won")
+	}
+	s = reopen(t, s, dir)
+	got, err := s.Result(t.Context(), id)
+	if err != nil || !bytes.Equal(got.Response, []byte{byte(winner)}) || got.Receipt.Receipt().Job != id {
+		t.Fatalf("%+v, %v", got, err)
+	}
+}
+
+// The largest response and request that a configuration may allow fit.
+func TestLargest(t *testing.T) {
+	dir := t.TempDir()
+	s := open(t, dir)
+	big := bytes.Repeat([]byte("x"), 16<<20)
+	j := put(t, s, big)
+	if err := s.PutResult(t.Context(), signed(t, j.ID), big); err != nil {
+		t.Fatal(err)
+	}
+	s = reopen(t, s, dir)
+	if got, err := s.Result(t.Context(), j.ID); err != nil || !bytes.Equal(got.Response, big) {
+		t.Fatalf("result: %v", err)
+	}
+	jobs, err := s.Jobs(t.Context(), noBad(t))
+	if err != nil || len(jobs) != 1 || !bytes.Equal(jobs[0].Request, big) {
+		t.Fatalf("job: %v", err)
+	}
+}
+
+func TestResultTTL(t *testing.T) {
+	dir := t.TempDir()
+	s := open(t, dir)
+	for _, ttl := range []time.Duration{time.Hour, 2 * time.Hour, 2 * time.Hour} {
+		if err := s.SetResultTTL(t.Context(), ttl); err != nil {
+			t.Fatal(err)
+		}
+	}
+	s = reopen(t, s, dir)
+	if got := s.results.CachedInfo().Config.MaxAge; got != 2*time.Hour {
+		t.Errorf("results are kept for %v", got)
+	}
+}
+
+func TestDecodeResult(t *testing.T) {
+	r := signed(t, receipt.NewJobID())
+	good, err := encodeResult(r, []byte("response"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	for i := range good[:len(good)-len("response")] {
+		if _, err := decodeResult(good[:i]); err == nil {
+			t.Errorf("cut after %d bytes: no error", i)
+		}
+	}
+	bad := bytes.Clone(good)
+	bad[0] = 0xff
+	if _, err := decodeResult(bad); err == nil {
+		t.Error("absurd length: no error")
+	}
+}
+
+func TestOneProcess(t *testing.T) {
+	dir := t.TempDir()
+	s := open(t, dir)
+	if _, err := Open(t.Context(), dir, slog.New(slog.DiscardHandler)); !errors.Is(err, ErrLocked) {
+		t.Fatalf("got %v", err)
+	}
+	if err := s.Healthy(); err != nil {
+		t.Error(err)
+	}
+	s.Close()
+	open(t, dir)
+}
+
+func node(n byte) Node { return Node{Address: evm.Address{n}, Agent: "test"} }
+
+func TestTokens(t *testing.T) {
+	dir := t.TempDir()
+	s := open(t, dir)
+	now := time.Now()
+	token, err := s.CreateToken(t.Context(), Token{Uses: 2, Account: "acme", Expires: now.Add(time.Hour).UnixMilli()})
+	if err != nil {
+		t.Fatal(err)
+	}
+	first, err := s.Register(t.Context(), node(1), token, now)
+	if err != nil || first.Account != "acme" || first.Registered != now.UnixMilli() {
+		t.Fatalf("%+v %v", first, err)
+	}
+	s = reopen(t, s, dir)
+	again, err := s.Register(t.Context(), node(1), "", now.Add(time.Hour))
+	if err != nil || again != first {
+		t.Fatalf("%+v %v", again, err)
+	}
+	if _, err := s.Register(t.Context(), node(2), token, now.Add(2*time.Hour)); !errors.Is(err, ErrToken) {
+		t.Errorf("expired: %v", err)
+	}
+	if _, err := s.Register(t.Context(), node(2), "rt-unknown", now); !errors.Is(err, ErrToken) {
+		t.Errorf("unknown: %v", err)
+	}
+	// A crash after the use was taken and before the node was made.
+	if _, err := s.use(t.Context(), token, evm.Address{2}, now); err != nil {
+		t.Fatal(err)
+	}
+	if _, err := s.Register(t.Context(), node(3), token, now); !errors.Is(err, ErrToken) {
+		t.Errorf("used up: %v", err)
+	}
+	if _, err := s.Register(t.Context(), node(2), token, now); err != nil {
+		t.Errorf("the node that has its use: %v", err)
+	}
+	nodes, err := s.Nodes(t.Context())
+	if err != nil || len(nodes) != 2 || nodes[0].Address != (evm.Address{1}) || nodes[1].Address != (evm.Address{2}) {
+		t.Errorf("%+v %v", nodes, err)
+	}
+}
+
+func TestConfigs(t *testing.T) {
+	dir := t.TempDir()
+	s := open(t, dir)
+	raw := []byte(`{"schema":1}`)
+	first, err := s.PutConfig(t.Context(), raw)
+	if err != nil {
+		t.Fatal(err)
+	}
+	s = reopen(t, s, dir)
+	again, err := s.PutConfig(t.Context(), raw)
+	if err != nil || !again.Equal(first) {
+		t.Errorf("first put at %v, then %v; %v", first, again, err)
+	}
+	if got, err := s.Config(t.Context(), digest.Of(raw)); err != nil || !bytes.Equal(got, raw) {
+		t.Errorf("%s %v", got, err)
+	}
+	if _, err := s.Config(t.Context(), digest.Of([]byte("x"))); !errors.Is(err, ErrNotFound) {
+		t.Errorf("got %v", err)
+	}
+}
+
+func TestAPIKeys(t *testing.T) {
+	dir := t.TempDir()
+	s := open(t, dir)
+	var keys []string
+	for _, name := range []string{"alice", "alice", "bob"} {
+		k, err := s.CreateAPIKey(t.Context(), name, time.Now())
+		if err != nil {
+			t.Fatal(err)
+		}
+		keys = append(keys, k)
+	}
+	check := func(want ...string) {
+		t.Helper()
+		for i, name := range want {
+			if c, ok := s.Client(keys[i]); c.Name != name || ok != (name != "") {
+				t.Errorf("key %d is %q's, want %q", i, c.Name, name)
+			}
+		}
+	}
+	check("alice", "alice", "bob")
+	if n, err := s.RevokeAPIKeys(t.Context(), "alice"); n != 2 || err != nil {
+		t.Errorf("revoked %d, %v", n, err)
+	}
+	check("", "", "bob")
+	s = reopen(t, s, dir)
+	check("", "", "bob")
+	if _, ok := s.Client(""); ok {
+		t.Error("the empty key is somebody's")
+	}
+}
+
+// A record that is not a job does not stop the service from starting.
+func TestUnreadableJob(t *testing.T) {
+	s := open(t, t.TempDir())
+	put(t, s, []byte("x"))
+	if _, err := s.js.Publish(t.Context(), "jobs.broken", []byte("{")); err != nil {
+		t.Fatal(err)
+	}
+	put(t, s, []byte("y"))
+	bad := 0
+	jobs, err := s.Jobs(t.Context(), func(uint64, error) { bad++ })
+	if err != nil || len(jobs) != 2 || bad != 1 {
+		t.Errorf("%d jobs, %d bad, %v", len(jobs), bad, err)
+	}
+}
+
+func TestLockFileMode(t *testing.T) {
+	dir := filepath.Join(t.TempDir(), "store")
+	open(t, dir)
+	if st, err := os.Stat(dir); err != nil || st.Mode().Perm() != 0o700 {
+		t.Errorf("%v %v", st.Mode(), err)
+	}
+}
