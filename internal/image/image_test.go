@@ -8,6 +8,7 @@ import (
 	"crypto/elliptic"
 	"crypto/rand"
 	"crypto/tls"
+	"encoding/base64"
 	"encoding/json"
 	"errors"
 	"fmt"
@@ -27,6 +28,7 @@ import (
 	"github.com/sigstore/sigstore/pkg/cryptoutils"
 	"github.com/sigstore/sigstore/pkg/signature"
 	"github.com/sigstore/sigstore/pkg/signature/dsse"
+	"github.com/sigstore/sigstore/pkg/signature/payload"
 	"go.podman.io/image/v5/docker"
 	podmanimage "go.podman.io/image/v5/image"
 	podmanpolicy "go.podman.io/image/v5/signature"
@@ -302,6 +304,26 @@ func TestRefused(t *testing.T) {
 			raw, key := statement(t, d, kind)
 			if err := checkBundle(raw, ref, key); !errors.Is(err, want) {
 				t.Errorf("statement %s: %v, want %v", kind, err, want)
+			}
+		}
+	})
+	t.Run("payload of another kind", func(t *testing.T) {
+		w := newWorld(t)
+		d, ref := w.push("net/runtime", "a")
+		for kind, want := range map[string]error{payload.CosignSignatureType: nil, "atomic container signature": ErrIdentity} {
+			p := payload.Cosign{Image: d}.SimpleContainerImage()
+			p.Critical.Type = kind
+			body, err := json.Marshal(p)
+			w.must(err)
+			priv, err := ecdsa.GenerateKey(elliptic.P256(), rand.Reader)
+			w.must(err)
+			key, err := signature.LoadECDSASignerVerifier(priv, crypto.SHA256)
+			w.must(err)
+			sig, err := key.SignMessage(bytes.NewReader(body))
+			w.must(err)
+			a := &attached{Payload: body, Signature: base64.StdEncoding.EncodeToString(sig)}
+			if err := a.check(t.Context(), ref, []signature.Verifier{key}); !errors.Is(err, want) {
+				t.Errorf("payload of type %s: %v, want %v", kind, err, want)
 			}
 		}
 	})

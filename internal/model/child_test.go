@@ -189,12 +189,23 @@ func fullChild() {
 	if err := os.Remove(ballast); err != nil {
 		fmt.Println(err)
 	}
-	low := int64(1 << 62)
-	if _, err = s.Ensure(ctx, m, func(done, _ int64) {
-		if done > 0 {
-			low = min(low, done)
+	// The same with a margin, which the download must not touch.
+	s.window = 1 << 20
+	_, err = s.Ensure(ctx, m, func(done, _ int64) {
+		if done == 4<<20 {
+			fill(3 << 20)
+			s.margin = 2 << 20
 		}
-	}); err != nil || !s.Have(m) {
+	})
+	expect("margin", err, m.Size()-5<<20)
+	s.margin = 0
+	if free, err := s.free(); err != nil || free < 1<<20 {
+		fmt.Printf("margin: %d bytes are left, %v\n", free, err)
+	}
+	if err := os.Remove(ballast); err != nil {
+		fmt.Println(err)
+	}
+	if _, err = s.Ensure(ctx, m, nil); err != nil || !s.Have(m) {
 		fmt.Println("with room:", err)
 	}
 	// A damaged file makes room for the good one.
@@ -225,8 +236,8 @@ func TestFullDisk(t *testing.T) {
 	if err != nil || string(out) != "done\n" {
 		t.Fatalf("%v:\n%s", err, out)
 	}
-	// Cut short twice, gone on with once, and fetched anew after the damage.
-	if want := []string{" ", fmt.Sprintf(`bytes=%d- "v1"`, 3<<20), " "}; !slices.Equal(g.asked(), want) {
+	// Cut short, gone on with twice, and fetched anew after the damage.
+	if want := []string{" ", fmt.Sprintf(`bytes=%d- "v1"`, 3<<20), fmt.Sprintf(`bytes=%d- "v1"`, 5<<20), " "}; !slices.Equal(g.asked(), want) {
 		t.Errorf("asked for %q, want %q", g.asked(), want)
 	}
 }

@@ -406,6 +406,22 @@ func TestBadSources(t *testing.T) {
 		})
 	}
 
+	t.Run("asked once", func(t *testing.T) {
+		// Trying again cannot mend these, so it would only be a nuisance.
+		for _, code := range []int{http.StatusForbidden, http.StatusNotFound, http.StatusGone} {
+			var requests atomic.Int32
+			srv := serve(t, func(w http.ResponseWriter, _ *http.Request) {
+				requests.Add(1)
+				w.WriteHeader(code)
+			})
+			if _, err := open(t, t.TempDir(), clientFor(srv)).Ensure(t.Context(), modelOf(fileOf("f", b, srv.URL)), nil); !errors.Is(err, ErrStatus) {
+				t.Errorf("%d: %v", code, err)
+			}
+			if n := requests.Load(); n != 1 {
+				t.Errorf("%d: %d requests", code, n)
+			}
+		}
+	})
 	t.Run("unknown certificate", func(t *testing.T) {
 		g := &good{b: b}
 		srv := serve(t, g.ServeHTTP)
@@ -510,6 +526,39 @@ func TestResumeAfterCut(t *testing.T) {
 			t.Fatal(err)
 		}
 	})
+	for name, refuse := range map[string]func(w http.ResponseWriter, r *http.Request){
+		"wrong range": func(w http.ResponseWriter, _ *http.Request) {
+			w.Header().Set("Content-Range", fmt.Sprintf("bytes 0-%d/%d", len(b)-1, len(b)))
+			w.WriteHeader(http.StatusPartialContent)
+			_, _ = w.Write(b)
+		},
+		"range not satisfiable": func(w http.ResponseWriter, _ *http.Request) {
+			w.WriteHeader(http.StatusRequestedRangeNotSatisfiable)
+		},
+	} {
+		t.Run(name, func(t *testing.T) {
+			var requests atomic.Int32
+			srv := serve(t, func(w http.ResponseWriter, r *http.Request) {
+				n := requests.Add(1)
+				if r.Header.Get("Range") != "" {
+					refuse(w, r)
+					return
+				}
+				w.Header().Set("Content-Length", strconv.Itoa(len(b)))
+				if n == 1 {
+					_, _ = w.Write(b[:at])
+					return
+				}
+				_, _ = w.Write(b)
+			})
+			if _, err := open(t, t.TempDir(), clientFor(srv)).Ensure(t.Context(), modelOf(fileOf("f", b, srv.URL)), nil); err != nil {
+				t.Fatal(err)
+			}
+			if n := requests.Load(); n != 3 {
+				t.Errorf("%d requests, want the cut one, the refused one and all from zero", n)
+			}
+		})
+	}
 	t.Run("another source goes on", func(t *testing.T) {
 		g := &good{b: b}
 		dead := serve(t, func(w http.ResponseWriter, r *http.Request) {

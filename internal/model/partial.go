@@ -24,10 +24,10 @@ import (
 const (
 	bufferSize = 1 << 20
 	buffers    = 4
-	// window is how much the kernel may have in memory that is not on disk yet,
-	// twice over. The sync at a file's end then takes the same short time for
-	// every size.
-	window = 32 << 20
+	// defaultWindow is how much the kernel may have in memory that is not on
+	// disk yet, twice over. The sync at a file's end then takes the same short
+	// time for every size.
+	defaultWindow = 32 << 20
 )
 
 // partial is the file of one blob while it is being fetched: the bytes [0,off)
@@ -240,6 +240,7 @@ func fill(r io.Reader, b []byte) (n int, err error) {
 // begin to write that one to disk, waits for the one before, and sees to it
 // that the rest of the file system's space stays free.
 func (p *partial) writeOut(n int64) error {
+	window := p.s.window
 	end := p.off / window * window
 	if end <= p.off-n {
 		return nil

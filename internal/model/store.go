@@ -61,6 +61,7 @@ type Store struct {
 	log    *slog.Logger
 	pace   pace
 	margin int64 // bytes of the file system that are never used
+	window int64 // bytes between two looks at what is written and what is free
 
 	locks keyed // by blob or tree name: who works on it
 
@@ -92,7 +93,7 @@ func Open(dir string, client *http.Client, log *slog.Logger) (*Store, error) {
 			return nil, fmt.Errorf("model store: %w", err)
 		}
 	}
-	s := &Store{dir: dir, root: root, log: log, pace: defaultPace, margin: defaultMargin, busy: map[string]int{}}
+	s := &Store{dir: dir, root: root, log: log, pace: defaultPace, margin: defaultMargin, window: defaultWindow, busy: map[string]int{}}
 	s.client = &http.Client{CheckRedirect: checkRedirect}
 	if client != nil {
 		s.client.Transport = client.Transport

@@ -107,6 +107,15 @@ func TestUnavailable(t *testing.T) {
 	}
 }
 
+func TestDialEndsWithItsContext(t *testing.T) {
+	ctx, cancel := context.WithCancel(t.Context())
+	cancel()
+	// Says nothing about the service.
+	if _, err := Dial(ctx, filepath.Join(t.TempDir(), "s")); !errors.Is(err, context.Canceled) || errors.Is(err, ErrUnavailable) {
+		t.Errorf("error %v", err)
+	}
+}
+
 func TestPull(t *testing.T) {
 	ref := refTo(t, "registry.test/a", "a")
 	stored := func(digests ...string) http.HandlerFunc {
