@@ -1,12 +1,6 @@
 package publish
 
-import (
-	"time"
-
-	"github.com/theupdateframework/go-tuf/v2/metadata/trustedmetadata"
-
-	"github.com/resultity/node/internal/snapshot"
-)
+import "github.com/resultity/node/internal/snapshot"
 
 // Current returns the published configuration, verified as nodes verify it. It
 // fails with [ErrNothing] before the first [Publish], and when the timestamp
@@ -21,19 +15,5 @@ func Current(dir string) (*snapshot.Snapshot, error) {
 	if err != nil {
 		return nil, err
 	}
-	trusted, err := trustedmetadata.New(r.rootRaw)
-	if err != nil {
-		return nil, err
-	}
-	trusted.RefTime = time.Now()
-	if _, err := trusted.UpdateTimestamp(n.timestamp.raw); err != nil {
-		return nil, err
-	}
-	if _, err := trusted.UpdateSnapshot(n.snapshot.raw, false); err != nil {
-		return nil, err
-	}
-	if _, err := trusted.UpdateTargets(n.targets.raw); err != nil {
-		return nil, err
-	}
-	return snapshot.Open(trusted, n.config)
+	return n.verify(r.rootRaw)
 }

@@ -439,27 +439,28 @@ func (r *repository) current() (*newer, error) {
 	return n, err
 }
 
-// check verifies the set as a node does that has root.
-func (n *newer) check(root []byte) error {
-	err := func() error {
-		trusted, err := trustedmetadata.New(root)
-		if err != nil {
-			return err
-		}
-		trusted.RefTime = time.Now()
-		if _, err := trusted.UpdateTimestamp(n.timestamp.raw); err != nil {
-			return err
-		}
-		if _, err := trusted.UpdateSnapshot(n.snapshot.raw, false); err != nil {
-			return err
-		}
-		if _, err := trusted.UpdateTargets(n.targets.raw); err != nil {
-			return err
-		}
-		_, err = snapshot.Open(trusted, n.config)
-		return err
-	}()
+// verify opens the set as a node does that has root.
+func (n *newer) verify(root []byte) (*snapshot.Snapshot, error) {
+	trusted, err := trustedmetadata.New(root)
 	if err != nil {
+		return nil, err
+	}
+	trusted.RefTime = time.Now()
+	if _, err := trusted.UpdateTimestamp(n.timestamp.raw); err != nil {
+		return nil, err
+	}
+	if _, err := trusted.UpdateSnapshot(n.snapshot.raw, false); err != nil {
+		return nil, err
+	}
+	if _, err := trusted.UpdateTargets(n.targets.raw); err != nil {
+		return nil, err
+	}
+	return snapshot.Open(trusted, n.config)
+}
+
+// check verifies a set that is not visible yet.
+func (n *newer) check(root []byte) error {
+	if _, err := n.verify(root); err != nil {
 		return fmt.Errorf("nodes would refuse what was about to be published: %w", err)
 	}
 	return nil

@@ -167,6 +167,44 @@ func TestPublishReachesNodes(t *testing.T) {
 	}
 }
 
+func TestCurrent(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		dir := initialised(t, Options{})
+		if s, err := Current(dir); s != nil || !errors.Is(err, ErrNothing) {
+			t.Errorf("before anything was published: %v, %v, want ErrNothing", s, err)
+		}
+		for i := 1; i <= 2; i++ {
+			if err := Publish(dir, config(t, i)); err != nil {
+				t.Fatal(err)
+			}
+			s, err := Current(dir)
+			if err != nil || s.Digest() != digest.Of(config(t, i)) {
+				t.Fatalf("Current = %v, %v; want configuration %d", s, err, i)
+			}
+		}
+		time.Sleep(DefaultLifetimes.Timestamp + time.Second)
+		if s, err := Current(dir); s != nil || err == nil {
+			t.Errorf("after the timestamp has expired: %v, %v", s, err)
+		}
+		if _, err := Refresh(dir); err != nil {
+			t.Fatal(err)
+		}
+		if _, err := Current(dir); err != nil {
+			t.Error(err)
+		}
+		// A configuration that was changed on disk is not what was signed.
+		if err := os.WriteFile(filepath.Join(dir, "repository/targets", digest.Of(config(t, 2)).Hex()+".config.json"), config(t, 3), 0o644); err != nil {
+			t.Fatal(err)
+		}
+		if s, err := Current(dir); s != nil || !errors.Is(err, snapshot.ErrUntrusted) {
+			t.Errorf("after a change on disk: %v, %v, want ErrUntrusted", s, err)
+		}
+		if _, err := Refresh(dir); !errors.Is(err, snapshot.ErrUntrusted) {
+			t.Errorf("Refresh after a change on disk: %v, want ErrUntrusted", err)
+		}
+	})
+}
+
 func TestInit(t *testing.T) {
 	dir := published(t, Options{})
 	for name := range tree(t, filepath.Join(dir, "keys")) {
