@@ -91,13 +91,13 @@ func (i *Images) trustRegistry(host string) error {
 		return err
 	}
 	for _, e := range entries {
-		if e.Name() != host || i.ca == nil {
+		if e.Name() != host || len(i.ca) == 0 {
 			if err := os.RemoveAll(filepath.Join(i.dir, certsDir, e.Name())); err != nil {
 				return err
 			}
 		}
 	}
-	if i.ca == nil {
+	if len(i.ca) == 0 {
 		return nil
 	}
 	return i.write(filepath.Join(certsDir, host, "ca.crt"), i.ca)

@@ -80,7 +80,7 @@ type Images struct {
 }
 
 // New returns the images of p. Registries are asked through transport for
-// signatures. PolicyDir is the directory .config/containers in the home of the
+// signatures; nil is Go's default transport. PolicyDir is the directory .config/containers in the home of the
 // API service behind p; nothing else may write there. If the registry's
 // certificate leads to a private authority, ca is that authority in PEM, and
 // transport must trust it, too.
@@ -88,9 +88,12 @@ func New(transport http.RoundTripper, p podman, policyDir string, ca []byte, log
 	if err := os.MkdirAll(filepath.Join(policyDir, records), 0o700); err != nil {
 		return nil, fmt.Errorf("image policy: %w", err)
 	}
+	if transport == nil {
+		transport = http.DefaultTransport
+	}
 	i := &Images{podman: p, transport: transport, dir: policyDir, ca: ca, log: log}
-	// Before anything else, so that no service ever runs under the machine's
-	// policy, which lets everything in.
+	// Without a file here Podman would use the machine's policy, which lets
+	// everything in. It reads the files anew for each pull.
 	if err := i.deny(); err != nil {
 		return nil, fmt.Errorf("image policy: %w", err)
 	}
