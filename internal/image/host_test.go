@@ -202,6 +202,8 @@ func newSite(t *testing.T, lab *host.Lab, release host.Release) *site {
 	home := "/home/" + account
 	s.as("mkdir", "-p", home+"/.config/containers/registries.d")
 	s.as("sh", "-c", `echo '{"default":[{"type":"insecureAcceptAnything"}]}' >~/.config/containers/policy.json`)
+	// The account takes part: the units ask for this file.
+	s.as("sh", "-c", "mkdir ~/.config/resultity && touch ~/.config/resultity/agent.toml")
 	for _, unit := range []string{"resultity-podman.socket", "resultity-podman.service"} {
 		raw, err := os.ReadFile(filepath.Join("../../units", unit))
 		if err != nil {
