@@ -45,7 +45,7 @@ func Look(proc string, pid int) (*Outside, error) {
 			for f := range strings.FieldsSeq(value) {
 				n, err := strconv.Atoi(f)
 				if err != nil {
-					return fmt.Errorf("Uid: %w", err)
+					return fmt.Errorf("field Uid: %w", err)
 				}
 				o.UIDs = append(o.UIDs, n)
 			}
@@ -58,7 +58,7 @@ func Look(proc string, pid int) (*Outside, error) {
 		case "Seccomp":
 			n, err := strconv.Atoi(value)
 			if err != nil {
-				return fmt.Errorf("Seccomp: %w", err)
+				return fmt.Errorf("field Seccomp: %w", err)
 			}
 			o.Seccomp = n
 		}

@@ -98,7 +98,7 @@ func (d *demo) unsignedImage(ctx context.Context) error {
 		}
 		out, err := podman(ctx, n, "--url", "unix:///run/user/"+strings.TrimSpace(string(uid))+"/resultity-podman/podman.sock", "pull", ref.String())
 		if err == nil {
-			return "", errors.New("Podman pulled it")
+			return "", errors.New("it was pulled")
 		}
 		if !bytes.Contains(out, []byte("ignature")) && !bytes.Contains(out, []byte("rejected")) {
 			return "", fmt.Errorf("refused for another reason: %s", out)

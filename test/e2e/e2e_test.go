@@ -111,7 +111,8 @@ func TestAgentHasNoChildren(t *testing.T) {
 func TestCatalogExplains(t *testing.T) {
 	eachNode(t, func(t *testing.T, n *stack.Node) {
 		out, err := n.Output(t.Context(), "journalctl", "-x", "--no-pager", "RESULTITY_EVENT=registered")
-		if err != nil || !strings.Contains(string(out), "knows this node now, for account demo") {
+		words := strings.Join(strings.Fields(strings.ReplaceAll(string(out), "░░", "")), " ")
+		if err != nil || !strings.Contains(words, "knows this node now, for account demo.") {
 			t.Errorf("journalctl -x does not explain the registration (%v):\n%s", err, out)
 		}
 	})
