@@ -65,8 +65,10 @@ const (
 	// stallShare of a job's whole time may pass without progress.
 	stallShare = 3
 	// refusalPause keeps jobs from a node that has refused one for a reason of
-	// its own, unless a heartbeat comes first.
+	// its own, busyPause from one that had no slot after all. A heartbeat ends
+	// both.
 	refusalPause = time.Second
+	busyPause    = 50 * time.Millisecond
 	// adoptions bounds how often a node that was away may go on with a job.
 	adoptions = 3
 	// remembered is how many finished jobs are known, to tell a duplicate
@@ -74,8 +76,9 @@ const (
 	remembered = 1 << 16
 )
 
-// retries is how long a job waits before it is given out again.
-var retries = []time.Duration{0, 100 * time.Millisecond, 300 * time.Millisecond, time.Second, 2 * time.Second}
+// retries is how long a job waits before a node gets it that had it before; to
+// another node it goes at once.
+var retries = []time.Duration{100 * time.Millisecond, 300 * time.Millisecond, time.Second, 2 * time.Second}
 
 // penalties is how long a node that broke the protocol gets no jobs.
 var penalties = []time.Duration{10 * time.Second, 30 * time.Second, time.Minute, 5 * time.Minute}
@@ -316,10 +319,7 @@ func (d *Dispatcher) pump() {
 	for e := d.queue.Front(); e != nil && d.free.Len() > 0; {
 		j := e.Value.(*job)
 		e = e.Next()
-		if now.Before(j.notBefore) {
-			continue
-		}
-		if n := d.pick(j); n != nil {
+		if n := d.pick(j, now); n != nil {
 			d.dequeue(j)
 			d.assign(j, n, now)
 		}
@@ -327,8 +327,9 @@ func (d *Dispatcher) pump() {
 }
 
 // pick returns the least busy free node for a job: one that has not had it
-// while there are such, be they free or not, else one that no longer has it.
-func (d *Dispatcher) pick(j *job) *node {
+// while there are such, be they free or not, else, after a pause, one that no
+// longer has it.
+func (d *Dispatcher) pick(j *job, now time.Time) *node {
 	if len(j.tried) == 0 {
 		return d.free[0]
 	}
@@ -355,8 +356,8 @@ func (d *Dispatcher) pick(j *job) *node {
 			others--
 		}
 	}
-	if others > 0 {
-		return nil // wait for one of them
+	if others > 0 || now.Before(j.notBefore) {
+		return nil // wait for one of them, or a little
 	}
 	return second
 }

@@ -634,15 +634,16 @@ func TestOneNodeThatFails(t *testing.T) {
 	run(t, Options{Attempts: 3}, nil, func(t *testing.T, f *fixture) {
 		a := f.join(nil)
 		ticket := f.submit(false)
-		for i, pause := range []time.Duration{0, 0, 100 * time.Millisecond} {
-			time.Sleep(pause)
+		for i := range 3 {
 			j := a.take()
 			if _, err := a.member.Result(&wire.Result{Job: j.ID, Code: wire.CodeEngine, Message: "it ended"}); err != nil {
 				t.Fatal(err)
 			}
 			a.acked(j)
-			if i == 1 {
+			if i < 2 {
+				time.Sleep(retries[i] - time.Millisecond)
 				none[*wire.Job](a)
+				time.Sleep(time.Millisecond)
 			}
 		}
 		if got := f.failed(ticket, Failed); got.Code != wire.CodeEngine {
@@ -896,7 +897,7 @@ func TestContradictingNodeLosesTheRace(t *testing.T) {
 		b.take()
 		a.chunk(j, body, 200, 210) // alive after all, but it was given up: b has the job now
 		c := f.join(nil)
-		f.sleep(20*time.Second+retries[1], a, b, c) // b makes no progress either
+		f.sleep(20*time.Second, a, b, c) // b makes no progress either
 		c.take()
 		b.deliver(j, "other words")
 		b.acked(j)

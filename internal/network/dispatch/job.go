@@ -72,7 +72,7 @@ type job struct {
 	// ———
 	attached  bool // a client waits
 	attempts  int
-	notBefore time.Time
+	notBefore time.Time     // for a node that had it
 	place     *list.Element // in the queue, or nil
 	tried     map[evm.Address]struct{}
 	runners   []*runner

@@ -215,7 +215,9 @@ func (m *Member) Refused(msg *wire.Refuse) (known bool) {
 		r.accepted, r.progress = true, time.Now()
 		d.arm(r.job)
 		return true
-	case wire.CodeBusy, wire.CodeDraining, wire.CodeNotReady, wire.CodeConfig, wire.CodeUnknownModel, wire.CodeStorage, wire.CodeInternal:
+	case wire.CodeBusy:
+		m.node.blocked = time.Now().Add(busyPause)
+	case wire.CodeDraining, wire.CodeNotReady, wire.CodeConfig, wire.CodeUnknownModel, wire.CodeStorage, wire.CodeInternal:
 		m.node.blocked = time.Now().Add(refusalPause)
 	}
 	d.unable(r, NodeRefused, msg.Code, msg.Message)
