@@ -2,6 +2,7 @@ package systemd
 
 import (
 	"context"
+	"strings"
 	"time"
 
 	"github.com/coreos/go-systemd/v22/daemon"
@@ -10,28 +11,41 @@ import (
 // The calls below do nothing where no service manager listens, as in a
 // developer's terminal.
 
-// Ready says that the service is up.
-func Ready(status string) error {
-	_, err := daemon.SdNotify(false, daemon.SdNotifyReady+"\nSTATUS="+status)
-	return err
-}
+// Ready says that the service is up, or up again after [Reloading].
+func Ready(status string) error { return notify(daemon.SdNotifyReady, statusLine(status)) }
 
-// Reloading says that the configuration is being read again; Ready ends it.
+// Reloading says that the configuration is being read again; [Ready] ends it.
 func Reloading() error {
-	_, err := daemon.SdNotify(false, daemon.SdNotifyReloading+"\n"+daemon.SdNotifyMonotonicUsec())
-	return err
+	return notify(daemon.SdNotifyReloading, strings.TrimSpace(daemon.SdNotifyMonotonicUsec()))
 }
 
 // Stopping says that the service is on its way down.
-func Stopping(status string) error {
-	_, err := daemon.SdNotify(false, daemon.SdNotifyStopping+"\nSTATUS="+status)
+func Stopping(status string) error { return notify(daemon.SdNotifyStopping, statusLine(status)) }
+
+// Status sets the line that systemctl status shows.
+func Status(status string) error { return notify(statusLine(status)) }
+
+func notify(lines ...string) error {
+	_, err := daemon.SdNotify(false, strings.Join(lines, "\n"))
 	return err
 }
 
-// Status sets the line that systemctl status shows.
-func Status(status string) error {
-	_, err := daemon.SdNotify(false, "STATUS="+status)
-	return err
+// maxStatus bounds the status line, which the manager keeps in memory.
+const maxStatus = 512
+
+// statusLine makes one line of any text: a second one would be another
+// message, and the manager believes those.
+func statusLine(s string) string {
+	s = strings.Map(func(r rune) rune {
+		if r < ' ' || r == 0x7f {
+			return ' '
+		}
+		return r
+	}, s)
+	if len(s) > maxStatus {
+		s = strings.ToValidUTF8(s[:maxStatus], "") + "…"
+	}
+	return "STATUS=" + s
 }
 
 // Watchdog tells the manager at a third of its interval that the service is
@@ -56,7 +70,7 @@ func Watchdog(ctx context.Context, alive func() bool) error {
 			if !alive() {
 				continue
 			}
-			if _, err := daemon.SdNotify(false, daemon.SdNotifyWatchdog); err != nil {
+			if err := notify(daemon.SdNotifyWatchdog); err != nil {
 				return err
 			}
 		}

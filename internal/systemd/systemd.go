@@ -15,47 +15,117 @@ import (
 	"os"
 	"path/filepath"
 	"strings"
+	"sync"
 	"time"
 
 	sd "github.com/coreos/go-systemd/v22/dbus"
+	"github.com/godbus/dbus/v5"
 
 	"github.com/resultity/node/internal/durable"
 )
 
-// Conn is a connection to the account's service manager. Safe for concurrent
-// use.
-type Conn struct{ c *sd.Conn }
+// Conn talks to the service manager of one account. It connects again by
+// itself after the bus was restarted. Safe for concurrent use.
+type Conn struct {
+	mu   sync.Mutex // guards link, also while it is made
+	link *link
+}
 
-// Dial connects to the service manager of the calling user.
+// link is one connection to the bus.
+type link struct {
+	*sd.Conn
+	lost chan struct{} // closed when the bus has hung up
+}
+
+// Dial connects to the service manager of the calling user. The connection
+// lasts until [Conn.Close], also beyond ctx.
 func Dial(ctx context.Context) (*Conn, error) {
-	c, err := sd.NewUserConnectionContext(ctx)
-	if err != nil {
-		return nil, fmt.Errorf("no service manager for uid %d: %w; the account needs lingering (loginctl enable-linger), dbus-user-session, and XDG_RUNTIME_DIR in the environment", os.Getuid(), err)
+	c := new(Conn)
+	if _, err := c.conn(ctx); err != nil {
+		return nil, err
 	}
-	return &Conn{c}, nil
+	return c, nil
 }
 
 // Close ends the connection. Running calls fail.
-func (c *Conn) Close() { c.c.Close() }
+func (c *Conn) Close() {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	if c.link != nil {
+		c.link.Close()
+	}
+}
+
+// conn returns a connection that was alive a moment ago.
+func (c *Conn) conn(ctx context.Context) (*link, error) {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	if c.link != nil {
+		if c.link.Connected() {
+			return c.link, nil
+		}
+		c.link.Close()
+	}
+	lost := make(chan struct{})
+	var once sync.Once
+	conn, err := sd.NewConnection(func() (*dbus.Conn, error) {
+		// A stop of the agent ends ctx long before its last call.
+		bus, err := dialBus(context.WithoutCancel(ctx))
+		if err == nil {
+			context.AfterFunc(bus.Context(), func() { once.Do(func() { close(lost) }) })
+		}
+		return bus, err
+	})
+	if err != nil {
+		return nil, err
+	}
+	c.link = &link{conn, lost}
+	return c.link, nil
+}
+
+// dialBus opens a connection to the account's bus that lasts as long as ctx.
+// It never starts a bus: a sandboxed agent starts no programs.
+func dialBus(ctx context.Context) (*dbus.Conn, error) {
+	bus, err := dbus.SessionBusPrivateNoAutoStartup(dbus.WithContext(ctx))
+	if err == nil {
+		// The numeric user id; names need a database that may not be there.
+		if err = bus.Auth([]dbus.Auth{dbus.AuthExternal(fmt.Sprint(os.Getuid()))}); err == nil {
+			err = bus.Hello()
+		}
+		if err != nil {
+			_ = bus.Close() // the error before says more
+		}
+	}
+	if err != nil {
+		return nil, fmt.Errorf("no service manager for uid %d: %w; the account needs lingering (loginctl enable-linger), dbus-user-session, and XDG_RUNTIME_DIR in the environment", os.Getuid(), err)
+	}
+	return bus, nil
+}
 
 // State is what the manager says of a unit.
 type State struct {
-	Load         string // loaded, not-found, bad-setting, …
-	Active       string // active, inactive, activating, deactivating, failed, reloading
-	Sub          string
-	Result       string // why the service ended last: success, exit-code, watchdog, …
-	StatusText   string // the service's own words
-	ExitStatus   int    // of the main process
-	NRestarts    int    // by the manager, since the unit was started by somebody
-	MainPID      int
+	Load         string    // loaded, not-found, bad-setting, …
+	Active       string    // active, inactive, activating, deactivating, failed, reloading
+	Sub          string    // finer, by type of unit: running, auto-restart, …
+	Result       string    // why the service ended last: success, exit-code, watchdog, …
+	StatusText   string    // the service's own words
+	ExitStatus   int       // of the main process
+	NRestarts    int       // by the manager, since the unit was started by somebody
+	MainPID      int       // 0 for none
 	InvocationID string    // one start of the unit; "" before the first
 	Since        time.Time // when it became active; zero before that
+	Stale        bool      // its files have changed since the manager read them
+	Command      []string  // that starts it, with all drop-ins
 }
 
 // State asks about a unit. A unit that does not exist has Load "not-found".
 func (c *Conn) State(ctx context.Context, unit string) (State, error) {
+	l, err := c.conn(ctx)
+	if err != nil {
+		return State{}, err
+	}
 	// All interfaces of the unit at once: the generic one and the service's.
-	p, err := c.c.GetAllPropertiesContext(ctx, unit)
+	p, err := l.GetAllPropertiesContext(ctx, unit)
 	if err != nil {
 		return State{}, fmt.Errorf("ask about %s: %w", unit, err)
 	}
@@ -63,97 +133,149 @@ func (c *Conn) State(ctx context.Context, unit string) (State, error) {
 }
 
 func stateOf(p map[string]any) State {
-	str := func(k string) string { s, _ := p[k].(string); return s }
 	s := State{
-		Load: str("LoadState"), Active: str("ActiveState"), Sub: str("SubState"), Result: str("Result"), StatusText: str("StatusText"),
+		Load:       get[string](p, "LoadState"),
+		Active:     get[string](p, "ActiveState"),
+		Sub:        get[string](p, "SubState"),
+		Result:     get[string](p, "Result"),
+		StatusText: get[string](p, "StatusText"),
+		ExitStatus: int(get[int32](p, "ExecMainStatus")),
+		NRestarts:  int(get[uint32](p, "NRestarts")),
+		MainPID:    int(get[uint32](p, "MainPID")),
+		Stale:      get[bool](p, "NeedDaemonReload"),
 	}
-	if n, ok := p["ExecMainStatus"].(int32); ok {
-		s.ExitStatus = int(n)
-	}
-	if n, ok := p["NRestarts"].(uint32); ok {
-		s.NRestarts = int(n)
-	}
-	if n, ok := p["MainPID"].(uint32); ok {
-		s.MainPID = int(n)
-	}
-	if id, ok := p["InvocationID"].([]byte); ok && len(id) > 0 {
+	if id := get[[]byte](p, "InvocationID"); len(id) > 0 {
 		s.InvocationID = fmt.Sprintf("%x", id)
 	}
-	if us, ok := p["ActiveEnterTimestamp"].(uint64); ok && us > 0 {
+	if us := get[uint64](p, "ActiveEnterTimestamp"); us > 0 {
 		s.Since = time.UnixMicro(int64(us))
+	}
+	// ExecStart is a list of (path, argv, …); a service has one.
+	if e := get[[][]any](p, "ExecStart"); len(e) == 1 && len(e[0]) > 1 {
+		s.Command, _ = e[0][1].([]string)
 	}
 	return s
 }
 
-// Install makes name in dir hold text and has the manager read it. It reports
-// whether anything changed. name is a Quadlet file: the service that Podman's
-// generator makes of it must be loaded afterwards, since the generator drops a
-// whole file, silently, for one key it does not know.
+// get returns a property, or zero where the manager does not have it.
+func get[T any](p map[string]any, name string) T {
+	v, _ := p[name].(T)
+	return v
+}
+
+// Install makes the Quadlet file name in dir hold text and has the manager read
+// it. It reports whether that changed anything; then the service is down.
+//
+// A running service is stopped before its file changes. So a service that runs
+// always runs what its file says, also if the agent dies in between. The
+// service must be loaded afterwards: Podman's generator drops a whole file,
+// without a word, for one key that it does not know.
 func (c *Conn) Install(ctx context.Context, dir, name string, text []byte) (changed bool, err error) {
 	file := filepath.Join(dir, name)
-	service := strings.TrimSuffix(name, ".container") + ".service"
+	service := serviceOf(name)
 	old, err := os.ReadFile(file)
 	if err != nil && !errors.Is(err, fs.ErrNotExist) {
 		return false, err
 	}
-	changed = err != nil || !bytes.Equal(old, text)
-	if changed {
-		if err := os.MkdirAll(dir, 0o755); err != nil {
-			return false, err
-		}
-		if err := durable.WriteFile(file, text, 0o644); err != nil {
-			return false, err
-		}
-	}
+	same := err == nil && bytes.Equal(old, text)
 	s, err := c.State(ctx, service)
 	if err != nil {
-		return changed, err
+		return false, err
 	}
-	if !changed && s.Load == "loaded" {
+	if same && s.Load == "loaded" && !s.Stale {
 		return false, nil
 	}
-	if err := c.c.ReloadContext(ctx); err != nil {
-		return changed, fmt.Errorf("daemon-reload: %w", err)
+	if s.Load == "loaded" {
+		if err := c.Stop(ctx, service); err != nil {
+			return false, err
+		}
+	}
+	if !same {
+		if err := os.MkdirAll(dir, 0o755); err != nil {
+			return true, err
+		}
+		if err := durable.WriteFile(file, text, 0o644); err != nil {
+			return true, err
+		}
+	}
+	if err := c.reload(ctx); err != nil {
+		return true, err
 	}
 	if s, err = c.State(ctx, service); err != nil {
-		return changed, err
+		return true, err
 	}
 	if s.Load != "loaded" {
-		return changed, fmt.Errorf("%s is %s after a reload: Podman's generator did not take %s; see what it says: /usr/libexec/podman/quadlet -user -dryrun", service, s.Load, file)
+		return true, fmt.Errorf("%s is %s after a reload: Podman's generator did not take %s; /usr/libexec/podman/quadlet -user -dryrun says why", service, s.Load, file)
 	}
-	return changed, nil
+	return true, nil
 }
 
-// Remove takes back what Install put there. The service must be stopped.
+// serviceOf names the service that Podman's generator makes of a Quadlet file.
+func serviceOf(name string) string { return strings.TrimSuffix(name, ".container") + ".service" }
+
+// Remove stops the service and takes back what [Conn.Install] put there. What
+// is gone already is no error.
 func (c *Conn) Remove(ctx context.Context, dir, name string) error {
-	if err := os.Remove(filepath.Join(dir, name)); err != nil {
-		if errors.Is(err, fs.ErrNotExist) {
-			return nil
-		}
+	service := serviceOf(name)
+	s, err := c.State(ctx, service)
+	if err != nil {
 		return err
 	}
-	return c.c.ReloadContext(ctx)
+	if s.Load == "loaded" {
+		if err := c.Stop(ctx, service); err != nil {
+			return err
+		}
+	}
+	if err := os.Remove(filepath.Join(dir, name)); err != nil && !errors.Is(err, fs.ErrNotExist) {
+		return err
+	}
+	if s.Load == "not-found" {
+		return nil
+	}
+	return c.reload(ctx)
 }
 
-// Restart stops the unit if it runs, starts it, and returns when it is up.
+func (c *Conn) reload(ctx context.Context) error {
+	l, err := c.conn(ctx)
+	if err != nil {
+		return err
+	}
+	if err := l.ReloadContext(ctx); err != nil {
+		return fmt.Errorf("daemon-reload: %w", err)
+	}
+	return nil
+}
+
+// Start returns when the unit is up.
+func (c *Conn) Start(ctx context.Context, unit string) error {
+	return c.job(ctx, "start", unit, (*sd.Conn).StartUnitContext)
+}
+
+// Restart stops the unit if it runs, starts it, and returns when it is up. A
+// unit with Restart= that fails is tried again by the manager, also after
+// Restart has returned an error.
 func (c *Conn) Restart(ctx context.Context, unit string) error {
-	return c.job(ctx, "start", unit, c.c.RestartUnitContext)
+	return c.job(ctx, "restart", unit, (*sd.Conn).RestartUnitContext)
 }
 
-// Stop returns when the unit is down.
+// Stop returns when the unit is down, and the manager will not start it by
+// itself.
 func (c *Conn) Stop(ctx context.Context, unit string) error {
-	return c.job(ctx, "stop", unit, c.c.StopUnitContext)
+	return c.job(ctx, "stop", unit, (*sd.Conn).StopUnitContext)
 }
 
 // JobError says how the manager's job for a unit ended, and what the unit said.
 type JobError struct {
 	Verb, Unit string
 	Outcome    string // failed, timeout, canceled, dependency, skipped
-	State      State
+	State      State  // right after
 }
 
 func (e *JobError) Error() string {
 	s := fmt.Sprintf("%s %s: %s", e.Verb, e.Unit, e.Outcome)
+	if e.State.Load != "loaded" {
+		s += ", unit is " + e.State.Load
+	}
 	if e.State.Result != "" && e.State.Result != "success" {
 		s += fmt.Sprintf(", result %s, exit status %d", e.State.Result, e.State.ExitStatus)
 	}
@@ -163,11 +285,17 @@ func (e *JobError) Error() string {
 	return s
 }
 
-type jobFunc = func(ctx context.Context, name, mode string, ch chan<- string) (int, error)
+type jobFunc = func(c *sd.Conn, ctx context.Context, unit, mode string, ch chan<- string) (int, error)
 
+// job asks for a job and waits for its end. When ctx ends first, the job goes
+// on.
 func (c *Conn) job(ctx context.Context, verb, unit string, f jobFunc) error {
+	l, err := c.conn(ctx)
+	if err != nil {
+		return err
+	}
 	done := make(chan string, 1)
-	if _, err := f(ctx, unit, "replace", done); err != nil {
+	if _, err := f(l.Conn, ctx, unit, "replace", done); err != nil {
 		return fmt.Errorf("%s %s: %w", verb, unit, err)
 	}
 	select {
@@ -177,52 +305,68 @@ func (c *Conn) job(ctx context.Context, verb, unit string, f jobFunc) error {
 		}
 		s, err := c.State(ctx, unit)
 		return errors.Join(&JobError{verb, unit, outcome, s}, err)
+	case <-l.lost:
+		return fmt.Errorf("%s %s: %w before the end of the job", verb, unit, errLost)
 	case <-ctx.Done():
-		return fmt.Errorf("%s %s: %w", verb, unit, ctx.Err())
+		return fmt.Errorf("%s %s: %w", verb, unit, context.Cause(ctx))
 	}
 }
 
-// ResetFailed clears the unit's failed state and its start counter.
+var errLost = errors.New("the connection to the bus was lost")
+
+// ResetFailed clears the unit's failed state, its start limit, and the count of
+// restarts by which RestartSteps= makes them slower.
 func (c *Conn) ResetFailed(ctx context.Context, unit string) error {
-	if err := c.c.ResetFailedUnitContext(ctx, unit); err != nil {
+	l, err := c.conn(ctx)
+	if err != nil {
+		return err
+	}
+	if err := l.ResetFailedUnitContext(ctx, unit); err != nil {
 		return fmt.Errorf("reset-failed %s: %w", unit, err)
 	}
 	return nil
 }
 
-// Watch calls f at each change of the unit that the manager announces, until
-// ctx ends (nil) or the connection is lost (an error). The call says only that
-// something changed: f asks for the state, since changes may be merged. It
-// returns with no call under way.
+// Watch calls f once, and then after each change of the unit that the manager
+// announces, until ctx ends (nil) or the connection is lost (an error). The call
+// says only that something changed: f asks for the state, since changes may be
+// merged. It returns with no call under way.
 func (c *Conn) Watch(ctx context.Context, unit string, f func()) error {
-	w, err := sd.NewUserConnectionContext(ctx)
+	// A connection of its own, so that a slow f holds up nobody else's replies.
+	bus, err := dialBus(ctx)
 	if err != nil {
 		return err
 	}
-	defer w.Close()
-	updates, errs := make(chan *sd.PropertiesUpdate, 64), make(chan error, 1)
-	w.SetPropertiesSubscriber(updates, errs)
-	if err := w.Subscribe(); err != nil {
-		return fmt.Errorf("subscribe to unit changes: %w", err)
+	defer bus.Close()
+	changes := make(chan *dbus.Signal, 64)
+	bus.Signal(changes)
+	if err := bus.AddMatchSignalContext(ctx,
+		dbus.WithMatchObjectPath(dbus.ObjectPath("/org/freedesktop/systemd1/unit/"+sd.PathBusEscape(unit))),
+		dbus.WithMatchInterface("org.freedesktop.DBus.Properties"),
+		dbus.WithMatchMember("PropertiesChanged"),
+	); err != nil {
+		return fmt.Errorf("watch %s: %w", unit, err)
 	}
-	f() // what changed before the subscription
-	// The library does not tell when the connection is lost; a call does.
-	alive := time.NewTicker(30 * time.Second)
-	defer alive.Stop()
+	manager := bus.Object("org.freedesktop.systemd1", "/org/freedesktop/systemd1")
+	if err := manager.CallWithContext(ctx, "org.freedesktop.systemd1.Manager.Subscribe", 0).Store(); err != nil {
+		return fmt.Errorf("watch %s: subscribe: %w", unit, err)
+	}
 	for {
+		f()
 		select {
 		case <-ctx.Done():
 			return nil
-		case u := <-updates:
-			if u.UnitName == unit {
-				f()
-			}
-		case <-errs:
-			f() // the buffer was full and something was missed
-		case <-alive.C:
-			if _, err := w.SystemStateContext(ctx); err != nil && ctx.Err() == nil {
-				return fmt.Errorf("the service manager does not answer: %w", err)
-			}
+		case <-bus.Context().Done():
+		case <-changes:
+		}
+		if ctx.Err() != nil {
+			return nil
+		}
+		if !bus.Connected() {
+			return fmt.Errorf("watch %s: %w", unit, errLost)
+		}
+		for len(changes) > 0 { // several properties change at once
+			<-changes
 		}
 	}
 }

@@ -1,0 +1,46 @@
+package systemd
+
+import (
+	"path/filepath"
+	"reflect"
+	"strings"
+	"testing"
+	"time"
+)
+
+func TestStateOf(t *testing.T) {
+	got := stateOf(map[string]any{
+		"LoadState": "loaded", "ActiveState": "failed", "SubState": "failed", "Result": "watchdog", "StatusText": "serving",
+		"ExecMainStatus": int32(9), "NRestarts": uint32(3), "MainPID": uint32(77), "NeedDaemonReload": true,
+		"InvocationID": []byte{0xab, 0x01}, "ActiveEnterTimestamp": uint64(1767225600_000001),
+		"ExecStart": [][]any{{"/usr/bin/podman", []string{"/usr/bin/podman", "run"}, false}},
+	})
+	want := State{
+		Load: "loaded", Active: "failed", Sub: "failed", Result: "watchdog", StatusText: "serving", ExitStatus: 9, NRestarts: 3, MainPID: 77,
+		InvocationID: "ab01", Since: time.UnixMicro(1767225600_000001), Stale: true, Command: []string{"/usr/bin/podman", "run"},
+	}
+	if !reflect.DeepEqual(got, want) {
+		t.Errorf("got %+v, want %+v", got, want)
+	}
+	// Nothing, or something of another type, is no reason to fall over.
+	for _, p := range []map[string]any{nil, {"ExecStart": [][]any{{"/x"}}, "MainPID": "x", "InvocationID": []byte{}, "LoadState": 1}} {
+		if got := stateOf(p); !reflect.DeepEqual(got, State{}) {
+			t.Errorf("got %+v", got)
+		}
+	}
+}
+
+func TestJobErrorTellsAll(t *testing.T) {
+	e := &JobError{"start", "x.service", "failed", State{Load: "loaded", Result: "exit-code", ExitStatus: 77, StatusText: "user: want one that is not 0"}}
+	const want = "start x.service: failed, result exit-code, exit status 77, it said: user: want one that is not 0"
+	if e.Error() != want {
+		t.Errorf("got %q, want %q", e.Error(), want)
+	}
+}
+
+func TestDialWithoutBus(t *testing.T) {
+	t.Setenv("DBUS_SESSION_BUS_ADDRESS", "unix:path="+filepath.Join(t.TempDir(), "none"))
+	if _, err := Dial(t.Context()); err == nil || !strings.Contains(err.Error(), "enable-linger") {
+		t.Errorf("got %v", err)
+	}
+}
