@@ -216,7 +216,7 @@ func newSite(t *testing.T, lab *host.Lab, release host.Release) *site {
 	s.as("systemctl", "--user", "daemon-reload")
 	s.as("systemctl", "--user", "start", "resultity-podman.socket")
 	s.order.Socket = "/run/user/" + uid + "/resultity-podman/podman.sock"
-	s.order.PolicyDir = home + "/.local/state/resultity/podman/.config/containers"
+	s.order.PolicyDir = home + "/.local/state/resultity/agent/podman/.config/containers"
 
 	self, err := os.Executable()
 	if err != nil {
