@@ -192,7 +192,7 @@ func Register(ctx context.Context, r Registration) (*wire.Registered, error) {
 	}
 	req.Header.Set("Content-Type", "application/octet-stream")
 	client := *r.Client
-	client.CheckRedirect = func(*http.Request, []*http.Request) error { return nil } // the token is for nobody else
+	client.CheckRedirect = func(*http.Request, []*http.Request) error { return http.ErrUseLastResponse } // the token is for nobody else
 	resp, err := client.Do(req)
 	if err != nil {
 		return nil, fmt.Errorf("register: %w", err)

@@ -3,7 +3,6 @@ package session
 import (
 	"errors"
 	"fmt"
-	"io"
 	"log/slog"
 	"net"
 	"os"
@@ -21,8 +20,6 @@ const (
 	maxChunks  = 1 << 20 // bytes that may wait when a chunk is queued
 	maxBulk    = 8 << 20 // bytes that may wait when a result is queued, unless it is alone
 )
-
-const lingerTimeout = time.Second
 
 var errSlow = errors.New("the network does not take what is sent to it")
 
@@ -178,15 +175,6 @@ func (l *link) goodbye(within time.Duration) {
 // closeFrame tells the peer that nothing more comes. It may be gone already.
 func (l *link) closeFrame(code int, text string) {
 	_ = l.conn.WriteControl(websocket.CloseMessage, websocket.FormatCloseMessage(code, text), time.Now().Add(time.Second))
-}
-
-// linger waits a moment for the peer to end the connection, so that it reads the
-// close frame: a connection closed with bytes unread is torn down at once.
-func (l *link) linger() {
-	if c, ok := l.raw.Conn.(interface{ CloseWrite() error }); ok && c.CloseWrite() == nil {
-		_ = l.raw.Conn.SetReadDeadline(time.Now().Add(lingerTimeout))
-		_, _ = io.Copy(io.Discard, l.raw.Conn)
-	}
 }
 
 // end ends the link. The first call decides why.

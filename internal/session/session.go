@@ -337,7 +337,6 @@ func (s *Session) refuse(l *link, err error) error {
 		s.mu.Unlock()
 		text := err.Error()
 		l.closeFrame(k.code, text[:min(len(text), 120)]) // what fits into a close frame
-		l.linger()
 		break
 	}
 	l.end(err)

@@ -532,7 +532,7 @@ func TestQuietIsNotSilent(t *testing.T) {
 
 // A large message takes longer than a silence may, but bytes move all the time.
 func TestLargeMessagesOverASlowLink(t *testing.T) {
-	large := &wire.Result{Job: receipt.NewJobID(), Response: bytes.Repeat([]byte("a"), 4<<20)}
+	large := &wire.Result{Job: receipt.NewJobID(), Response: bytes.Repeat([]byte("a"), 1<<20)}
 	got := make(chan wire.Message, 1)
 	n := newNetwork(t, func(p *peer) {
 		// What waits on this side to be read is not to count as sent.
@@ -549,8 +549,8 @@ func TestLargeMessagesOverASlowLink(t *testing.T) {
 		}
 		var frame bytes.Buffer
 		for err == nil {
-			time.Sleep(20 * time.Millisecond) // this is the slow link
-			_, err = io.CopyN(&frame, r, 100<<10)
+			time.Sleep(60 * time.Millisecond) // this is the slow link
+			_, err = io.CopyN(&frame, r, 32<<10)
 		}
 		m, err := p.opener.Open(frame.Bytes())
 		if err != nil {
@@ -560,10 +560,10 @@ func TestLargeMessagesOverASlowLink(t *testing.T) {
 		p.end()
 	})
 	cfg := config(n)
-	cfg.Ping, cfg.Dead = 50*time.Millisecond, 500*time.Millisecond
+	cfg.Ping, cfg.Dead = 50*time.Millisecond, time.Second
 	h := newRecorder()
 	s := New(cfg, h)
-	s.patience.write = 500 * time.Millisecond
+	s.patience.write = time.Second
 	run(t, s)
 	get(t, h.opened)
 	if err := s.Send(large); err != nil {
@@ -745,6 +745,21 @@ func TestDeadServer(t *testing.T) {
 		defer c.Close()
 		stop() // returns well before the patience ends
 	})
+	t.Run("stop while only HTTP hangs", func(t *testing.T) {
+		asked, release := make(chan struct{}, 1), make(chan struct{})
+		n := newNetwork(t, nil)
+		n.reply = func(http.ResponseWriter, *http.Request) bool {
+			asked <- struct{}{}
+			<-release
+			return true
+		}
+		defer close(release)
+		s := New(config(n), newRecorder())
+		s.patience.dial = time.Hour
+		stop := run(t, s)
+		get(t, asked)
+		stop()
+	})
 	t.Run("patience ends", func(t *testing.T) {
 		h := newRecorder()
 		s := New(cfg, h)
@@ -765,8 +780,10 @@ func TestStopDoesNotWaitForThePeer(t *testing.T) {
 		<-release
 	})
 	defer close(release)
+	cfg := config(n)
+	cfg.Dead = time.Hour
 	h := newRecorder()
-	s := New(config(n), h)
+	s := New(cfg, h)
 	s.patience.leave = 50 * time.Millisecond
 	stop := run(t, s)
 	get(t, h.opened)
