@@ -1,5 +1,7 @@
-// Command demo shows the whole system at work on test hosts: a network, two
-// nodes, real answers with receipts, and what happens when things go wrong.
+// Command demo shows the whole system at work: a network, nodes, real answers
+// with receipts, and what happens when things go wrong. Root sees two nodes on
+// test hosts; anybody else sees one in their own account, without the proofs
+// that need a second node or a network that can be cut.
 //
 // It ends with one line, "demo: ok" (exit 0) or "demo: failed: WHY" (exit 1).
 package main
@@ -29,6 +31,8 @@ func main() {
 	keep := flag.Bool("keep", false, "leave everything running")
 	down := flag.Bool("down", false, "end what -keep left")
 	verbose := flag.Bool("v", false, "show what the hosts are doing")
+	prepare := flag.String("prepare", "", "only build everything into `directory`, for -prebuilt on a machine without Go")
+	prebuilt := flag.String("prebuilt", "", "build nothing, use the `directory` that -prepare has filled; the output goes to build/demo below the working directory")
 	flag.Parse()
 	ctx, stop := signal.NotifyContext(context.Background(), os.Interrupt, syscall.SIGTERM)
 	defer stop()
@@ -40,7 +44,14 @@ func main() {
 		fmt.Println("demo: down")
 		return
 	}
-	d, err := newDemo(*keep, *verbose)
+	if *prepare != "" {
+		if err := stack.Prepare(ctx, *prepare); err != nil {
+			fmt.Printf("demo: failed: %v\n", err)
+			os.Exit(1)
+		}
+		return
+	}
+	d, err := newDemo(*keep, *verbose, *prebuilt)
 	if err == nil {
 		err = d.run(ctx)
 	}
@@ -52,6 +63,9 @@ func main() {
 }
 
 func takeDown() error {
+	if os.Geteuid() != 0 {
+		return stack.CloseLocal()
+	}
 	lab, err := host.Open(labName, nil)
 	if errors.Is(err, os.ErrNotExist) {
 		return nil
@@ -65,6 +79,8 @@ func takeDown() error {
 // demo runs steps and keeps their times.
 type demo struct {
 	keep, verbose bool
+	local         bool   // in this user's account, without test hosts
+	prebuilt      string // directory of programs; empty: they are built
 	dir           string // build/demo
 	began         time.Time
 	s             *stack.Stack
@@ -80,12 +96,18 @@ type entry struct {
 	OK   bool    `json:"ok"`
 }
 
-func newDemo(keep, verbose bool) (*demo, error) {
-	top, err := stack.Repository()
+func newDemo(keep, verbose bool, prebuilt string) (*demo, error) {
+	top, err := filepath.Abs(".")
+	if prebuilt == "" {
+		top, err = stack.Repository()
+	}
 	if err != nil {
 		return nil, err
 	}
-	d := &demo{keep: keep, verbose: verbose, dir: filepath.Join(top, "build/demo"), began: time.Now(), timeline: []entry{}}
+	d := &demo{
+		keep: keep, verbose: verbose, local: os.Geteuid() != 0, prebuilt: prebuilt,
+		dir: filepath.Join(top, "build/demo"), began: time.Now(), timeline: []entry{},
+	}
 	if err := os.RemoveAll(d.dir); err != nil { // what is there must be of this run
 		return nil, err
 	}
@@ -99,7 +121,24 @@ func (d *demo) step(where, name string, f func() (string, error)) error {
 	if d.verbose {
 		fmt.Println()
 	}
+	// A first run downloads and builds for minutes: show that it is alive.
+	dots := time.NewTicker(5 * time.Second)
+	done := make(chan struct{})
+	var dotting sync.WaitGroup
+	dotting.Go(func() {
+		for {
+			select {
+			case <-dots.C:
+				fmt.Print(".")
+			case <-done:
+				return
+			}
+		}
+	})
 	note, err := f()
+	dots.Stop()
+	close(done)
+	dotting.Wait()
 	took := time.Since(begin)
 	d.mu.Lock()
 	d.timeline = append(d.timeline, entry{name, where, float64(took.Microseconds()) / 1000, err == nil})
@@ -123,19 +162,30 @@ func (d *demo) run(ctx context.Context) (err error) {
 	if d.verbose {
 		progress = os.Stdout
 	}
-	if _, err := host.GC(ctx, false); err != nil {
-		return err
+	if !d.local {
+		if _, err := host.GC(ctx, false); err != nil {
+			return err
+		}
 	}
 	if err := takeDown(); err != nil { // a demo that was kept
 		return err
 	}
-	d.s, err = stack.Up(ctx, stack.Options{
-		Host:  host.Options{Name: labName, Keep: d.keep, Progress: progress},
-		Nodes: []host.Config{{Name: "node1", Release: host.Trixie}, {Name: "node2", Release: host.Forky}},
+	o := stack.Options{
+		Local: d.local, Prebuilt: d.prebuilt,
 		Step: func(name string, f func() error) error {
 			return d.step("", name, func() (string, error) { return "", f() })
 		},
-	})
+	}
+	proofs := []func(context.Context) error{
+		d.fromNothingToActive, d.answers,
+		d.unsignedImage, d.flippedByte, d.insideTheContainer, d.engineKilled, d.engineStopped,
+	}
+	if !d.local {
+		o.Host = host.Options{Name: labName, Keep: d.keep, Progress: progress}
+		o.Nodes = []host.Config{{Name: "node1", Release: host.Trixie}, {Name: "node2", Release: host.Forky}}
+		proofs = append(proofs, d.networkCut, d.agentKilled)
+	}
+	d.s, err = stack.Up(ctx, o)
 	if err != nil {
 		return errors.Join(err, d.write("timeline.json", d.timeline))
 	}
@@ -157,13 +207,13 @@ func (d *demo) run(ctx context.Context) (err error) {
 			err = cerr
 		}
 	}()
-	for _, f := range []func(context.Context) error{
-		d.fromNothingToActive, d.answers,
-		d.unsignedImage, d.flippedByte, d.insideTheContainer, d.engineKilled, d.engineStopped, d.networkCut, d.agentKilled,
-	} {
+	for _, f := range proofs {
 		if err := f(ctx); err != nil {
 			return err
 		}
+	}
+	if d.local {
+		fmt.Println("left out: a network cut in the middle of a job, an agent killed with an unacknowledged result; they need test hosts, so run this as root")
 	}
 	return nil
 }
@@ -178,9 +228,7 @@ func (d *demo) explain() {
 			fmt.Printf("the journal of %s is in %s\n", n.Name(), name)
 		}
 	}
-	if out, err := d.s.Net.Output(ctx, "journalctl", "--no-pager", "-n", "2000", "-u", "resultity-network"); err == nil {
-		_ = os.WriteFile(filepath.Join(d.dir, "net.journal"), out, 0o644) // the run has failed already
-	}
+	_ = os.WriteFile(filepath.Join(d.dir, "net.journal"), d.s.NetworkJournal(ctx), 0o644) // the run has failed already
 }
 
 func (d *demo) write(name string, v any) error {
@@ -197,8 +245,11 @@ func (d *demo) write(name string, v any) error {
 
 func (d *demo) writeEnv() error {
 	var hosts []string
-	for _, h := range append([]*host.Host{d.s.Net}, nodes(d.s)...) {
-		hosts = append(hosts, h.Name()+"="+h.Addr().String())
+	if !d.local {
+		hosts = append(hosts, d.s.Net.Name()+"="+d.s.Net.Addr().String())
+	}
+	for _, n := range d.s.Nodes {
+		hosts = append(hosts, n.Name()+"="+n.Addr().String())
 	}
 	if err := d.write("ca.pem", d.s.CA); err != nil {
 		return err
@@ -206,12 +257,4 @@ func (d *demo) writeEnv() error {
 	env := fmt.Sprintf("RESULTITY_API=%s\nRESULTITY_API_KEY=%s\nRESULTITY_HOSTS='%s'\nRESULTITY_CA=%s\n",
 		d.s.API, d.s.APIKey, strings.Join(hosts, " "), filepath.Join(d.dir, "ca.pem"))
 	return os.WriteFile(filepath.Join(d.dir, "env"), []byte(env), 0o600)
-}
-
-func nodes(s *stack.Stack) []*host.Host {
-	var hs []*host.Host
-	for _, n := range s.Nodes {
-		hs = append(hs, n.Host)
-	}
-	return hs
 }
