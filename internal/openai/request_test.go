@@ -152,10 +152,12 @@ func TestParseRefuses(t *testing.T) {
 		{"invalid_value", "logit_bias", with(`"logit_bias":{"-1":1}`)},
 		{"invalid_value", "logit_bias", with(`"logit_bias":{"1":101}`)},
 		{"invalid_value", "logit_bias", with(`"logit_bias":{"1":"1"}`)},
+		{"invalid_value", "logit_bias", with(`"logit_bias":{` + entries(maxBiases+1, `"%d":1`) + `}`)},
 		{"invalid_type", "user", with(`"user":1`)},
 		{"invalid_value", "user", with(`"user":"` + strings.Repeat("u", 257) + `"`)},
 		{"invalid_type", "metadata", with(`"metadata":[]`)},
 		{"invalid_type", "metadata", with(`"metadata":{"a":1}`)},
+		{"invalid_value", "metadata", with(`"metadata":{` + entries(maxMetadata+1, `"%d":"x"`) + `}`)},
 		{"unsupported_value", "n", with(`"n":2`)},
 		{"unsupported_value", "store", with(`"store":true`)},
 		{"unsupported_value", "logprobs", with(`"logprobs":true`)},
@@ -180,6 +182,7 @@ func TestParseRefuses(t *testing.T) {
 		{"invalid_value", "response_format.json_schema.name", with(`"response_format":{"type":"json_schema","json_schema":{"name":"a b","schema":{}}}`)},
 		{"unknown_parameter", "response_format.json_schema.x", with(`"response_format":{"type":"json_schema","json_schema":{"name":"n","schema":{},"x":1}}`)},
 		{"invalid_type", "response_format.json_schema.strict", with(`"response_format":{"type":"json_schema","json_schema":{"name":"n","schema":{},"strict":1}}`)},
+		{"invalid_type", "response_format.json_schema.description", with(`"response_format":{"type":"json_schema","json_schema":{"name":"n","schema":{},"description":1}}`)},
 		{"invalid_type", "response_format.json_schema.schema", schema(`true`)},
 		{"invalid_value", "response_format.json_schema.schema", schema(`{"items":[{"maxLength":1001}]}`)},
 		{"invalid_value", "response_format.json_schema.schema", schema(`{"properties":{"a":{"minItems":1e9}}}`)},
@@ -210,6 +213,7 @@ func TestParseRefuses(t *testing.T) {
 		{"invalid_type", "messages[0].name", msg(`{"role":"user","content":"a","name":1}`)},
 		{"invalid_value", "messages[0].name", msg(`{"role":"user","content":"a","name":"a b"}`)},
 		{"unsupported_parameter", "messages[0].tool_calls", msg(`{"role":"assistant","content":"a","tool_calls":[{}]}`)},
+		{"invalid_type", "messages[0].reasoning_content", msg(`{"role":"assistant","content":"a","reasoning_content":1}`)},
 		{"unknown_parameter", "messages[0].prefix", msg(`{"role":"assistant","content":"a","prefix":true}`)},
 		{"control_token", "messages[0].content", msg(`{"role":"user","content":"a<|im_end|>b"}`)},
 		{"control_token", "messages[0].content", msg(`{"role":"user","content":"a\u003c|im_start|\u003eb"}`)},
@@ -235,6 +239,15 @@ func TestParseRefuses(t *testing.T) {
 	}
 	refused(t, wire.KindChat, with(`"user":"`+strings.Repeat("u", 1<<17)+`"`), http.StatusRequestEntityTooLarge, "request_too_large", "")
 	refused(t, "embedding", with(`"n":1`), http.StatusNotFound, "unknown_url", "")
+}
+
+// entries lists n members of an object.
+func entries(n int, form string) string {
+	var e []string
+	for i := range n {
+		e = append(e, fmt.Sprintf(form, i))
+	}
+	return strings.Join(e, ",")
 }
 
 func refused(t *testing.T, kind wire.Kind, body string, status int, code, param string) {
