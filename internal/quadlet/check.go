@@ -91,7 +91,7 @@ var keys = map[string]map[string]bool{
 
 func checkKeys(unit *parser.UnitFile) (bad []error) {
 	for _, group := range unit.ListGroups() {
-		if keys[group] == nil {
+		if keys[group] == nil { // [Install] would start the runtime without the agent
 			bad = append(bad, fmt.Errorf("group [%.80s] has no place in a sealed runtime", group))
 			continue
 		}
@@ -177,8 +177,8 @@ func check(what string, rules map[string]rule, have map[string][]string) (bad []
 // plainText is text for people that systemd takes as it is.
 var plainText = matching(`[A-Za-z0-9 ./():_-]*`, "plain text")
 
-// The service as the generator makes it. Groups that begin with X- are the
-// Quadlet file's own, which systemd ignores.
+// The service as the generator makes it. What was for Quadlet is in groups of
+// which systemd ignores the names.
 var (
 	unitRules = map[string]rule{
 		"Description":           plainText,
@@ -212,19 +212,12 @@ var (
 )
 
 func checkService(service *parser.UnitFile) (bad []error) {
-	for _, group := range service.ListGroups() {
-		rules := map[string]map[string]rule{"Unit": unitRules, "Service": serviceRules}[group]
-		switch {
-		case rules != nil:
-			have := make(map[string][]string)
-			for _, key := range service.ListKeys(group) {
-				have[key] = service.LookupAllRaw(group, key)
-			}
-			bad = append(bad, check("["+group+"]", rules, have)...)
-		case !strings.HasPrefix(group, "X-"):
-			// [Install] would start the runtime without the agent.
-			bad = append(bad, fmt.Errorf("group [%.80s] has no place in a sealed runtime", group))
+	for group, rules := range map[string]map[string]rule{"Unit": unitRules, "Service": serviceRules} {
+		have := make(map[string][]string)
+		for _, key := range service.ListKeys(group) {
+			have[key] = service.LookupAllRaw(group, key)
 		}
+		bad = append(bad, check("["+group+"]", rules, have)...)
 	}
 	return bad
 }
