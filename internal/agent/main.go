@@ -25,6 +25,7 @@ import (
 	"github.com/resultity/node/internal/model"
 	"github.com/resultity/node/internal/podman"
 	"github.com/resultity/node/internal/runtime"
+	"github.com/resultity/node/internal/sandbox"
 	"github.com/resultity/node/internal/session"
 	"github.com/resultity/node/internal/snapshot"
 	"github.com/resultity/node/internal/state"
@@ -227,6 +228,7 @@ func (a *Agent) newDeployer(ctx context.Context, ca []byte) (*deploy.Deployer, e
 	}
 	return &deploy.Deployer{
 		Images: images, Models: a.models, Units: a.units, Containers: p, Devices: hardware.DeviceNodes,
+		Look:      func(pid int) (*sandbox.Outside, error) { return sandbox.Look("/proc", pid) },
 		Engine:    func(socket string) deploy.Engine { return runtime.New(socket) },
 		UnitDir:   a.cfg.Paths.Units,
 		SocketDir: filepath.Join(a.cfg.Paths.Runtime, "engine"),

@@ -43,8 +43,9 @@ const (
 
 // Error says which step failed.
 type Error struct {
-	Step Step
-	Err  error
+	Step  Step
+	Model digest.Digest // that StepModel is about
+	Err   error
 }
 
 func (e *Error) Error() string { return fmt.Sprintf("%s: %v", e.Step, e.Err) }
@@ -57,19 +58,21 @@ func fails(s Step, err error) error {
 	if err == nil {
 		return nil
 	}
-	return &Error{s, err}
+	return &Error{Step: s, Err: err}
 }
 
 type (
 	images interface {
 		Ensure(ctx context.Context, ref snapshot.ImageRef, keys []string) error
+		Retain(ctx context.Context, keep ...snapshot.ImageRef) error
 	}
 	models interface {
 		Ensure(ctx context.Context, m *snapshot.Model, progress func(done, total int64)) (dir string, err error)
+		Retain(keep []*snapshot.Model) error
 	}
 	units interface {
 		Install(ctx context.Context, dir, name string, text []byte) (changed bool, err error)
-		Restart(ctx context.Context, unit string) error
+		Start(ctx context.Context, unit string) error
 		Stop(ctx context.Context, unit string) error
 		ResetFailed(ctx context.Context, unit string) error
 		State(ctx context.Context, unit string) (systemd.State, error)
@@ -82,6 +85,7 @@ type (
 	Engine interface {
 		Sandbox(ctx context.Context) ([]byte, error)
 		Golden(ctx context.Context, g snapshot.Golden, model string) error
+		Close()
 	}
 )
 
@@ -93,6 +97,7 @@ type Deployer struct {
 	Containers containers
 	Engine     func(socket string) Engine
 	Devices    func(names []string) (nodes []string, err error) // device nodes of CDI names
+	Look       func(pid int) (*sandbox.Outside, error)          // the kernel's view of a process
 	UnitDir    string                                           // where Quadlet looks
 	SocketDir  string                                           // shared with the container; its parent is the agent's alone
 	Bridge     string                                           // the bridge's binary
@@ -133,7 +138,7 @@ func (d *Deployment) Socket() string { return d.socket }
 // Current reports whether state is still the start of the unit that was
 // validated: not down, and not a restart that nobody has looked at.
 func (d *Deployment) Current(state systemd.State) bool {
-	return state.Active == "active" && state.InvocationID == d.invocation
+	return state.Active == "active" && state.InvocationID == d.invocation && d.invocation != ""
 }
 
 // Stage fetches and verifies all that s needs.
@@ -148,7 +153,7 @@ func (d *Deployer) Stage(ctx context.Context, s *snapshot.Snapshot) (*Plan, erro
 		m := &c.Models[i]
 		where, err := d.Models.Ensure(ctx, m, func(done, total int64) { d.Progress(m, done, total) })
 		if err != nil {
-			return nil, fails(StepModel, fmt.Errorf("%s: %w", m.Name, err))
+			return nil, &Error{Step: StepModel, Model: m.Digest(), Err: err}
 		}
 		d.Log.Info("model ready", journal.ModelReady.Attr(), "model", m.Name, "digest", m.Digest())
 		if m == s.Model() {
@@ -167,7 +172,9 @@ func (d *Deployer) Stage(ctx context.Context, s *snapshot.Snapshot) (*Plan, erro
 
 // render asks the machine for what the unit depends on.
 func (d *Deployer) render(ctx context.Context, c *snapshot.Config, modelDir string) (quadlet.Unit, error) {
-	info, err := d.Containers.Info(ctx)
+	ictx, cancel := context.WithTimeout(ctx, lookTimeout)
+	defer cancel()
+	info, err := d.Containers.Info(ictx)
 	if err != nil {
 		return quadlet.Unit{}, err
 	}
@@ -182,51 +189,91 @@ func (d *Deployer) render(ctx context.Context, c *snapshot.Config, modelDir stri
 	})
 }
 
+const (
+	// lookTimeout bounds each look at the runtime. What answers on its socket
+	// may be an engine that was taken over, and would rather not be judged.
+	lookTimeout = 30 * time.Second
+
+	// stopTimeout bounds the stop of a runtime that must not go on. The unit's
+	// own time to stop is shorter for every configuration but an absurd one,
+	// and systemd finishes the job without us.
+	stopTimeout = 2 * time.Minute
+)
+
 // Apply makes the plan what runs, and validates it.
 func (d *Deployer) Apply(ctx context.Context, p *Plan) (*Deployment, error) {
 	dep, err := d.apply(ctx, p)
-	var e *Error
-	if errors.As(err, &e) && (e.Step == StepSandbox || e.Step == StepValidate) && ctx.Err() == nil {
-		// It runs, and must not: what is not sealed or answers wrongly is not
-		// left behind.
-		if stopErr := d.Units.Stop(ctx, p.unit.Service); stopErr != nil {
-			err = errors.Join(err, fmt.Errorf("and stopping it failed: %w", stopErr))
-		}
+	if !mustStop(ctx, err) {
+		return dep, err
 	}
-	return dep, err
+	// It is not left behind, also when the agent is about to end.
+	sctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), stopTimeout)
+	defer cancel()
+	if stopErr := d.Units.Stop(sctx, p.unit.Service); stopErr != nil {
+		err = errors.Join(err, fmt.Errorf("and stopping it failed: %w", stopErr))
+	}
+	return nil, err
+}
+
+// mustStop tells a runtime that is not sealed or answers wrongly from one whose
+// check was interrupted, which the next start of the agent repeats.
+func mustStop(ctx context.Context, err error) bool {
+	e, ok := errors.AsType[*Error](err)
+	switch {
+	case !ok || e.Step != StepSandbox && e.Step != StepValidate:
+		return false
+	case errors.Is(err, sandbox.ErrNotSealed):
+		return true
+	}
+	return ctx.Err() == nil
 }
 
 func (d *Deployer) apply(ctx context.Context, p *Plan) (*Deployment, error) {
 	if err := d.makeSocketDir(); err != nil {
 		return nil, fails(StepUnit, err)
 	}
-	changed, err := d.Units.Install(ctx, d.UnitDir, p.unit.Name, p.unit.Text)
-	if err != nil {
+	if _, err := d.Units.Install(ctx, d.UnitDir, p.unit.Name, p.unit.Text); err != nil {
 		return nil, fails(StepUnit, err)
 	}
 	state, err := d.Units.State(ctx, p.unit.Service)
 	if err != nil {
 		return nil, fails(StepStart, err)
 	}
-	if changed || state.Active != "active" {
+	// What the file says has been checked; what systemd has made of it may
+	// hold an administrator's drop-in.
+	if err := quadlet.CheckCommand(state.Command); err != nil {
+		return nil, fails(StepSandbox, fmt.Errorf("%w: %w; see systemctl --user cat %s", sandbox.ErrNotSealed, err, p.unit.Service))
+	}
+	if state.Active != "active" { // Install has stopped what it changed
 		if state, err = d.start(ctx, p, state); err != nil {
 			return nil, fails(StepStart, err)
 		}
 	}
 	dep := &Deployment{snapshot: p.snapshot, invocation: state.InvocationID, socket: filepath.Join(d.SocketDir, quadlet.SocketName)}
 	engine := d.Engine(dep.socket)
+	defer engine.Close()
 	if err := d.checkSealed(ctx, p, engine); err != nil {
 		return nil, fails(StepSandbox, err)
 	}
 	for _, g := range p.snapshot.Config().Validation {
-		gctx, cancel := context.WithTimeout(ctx, g.Timeout.Duration())
-		err := engine.Golden(gctx, g, p.snapshot.Config().Runtime.Model)
-		cancel()
-		if err != nil {
-			return nil, fails(StepValidate, fmt.Errorf("request %q: %w", g.Name, err))
+		if err := engine.Golden(ctx, g, p.snapshot.Config().Runtime.Model); err != nil {
+			return nil, fails(StepValidate, err)
 		}
 	}
 	return dep, nil
+}
+
+// Clean removes images and models that none of the snapshots asks for.
+func (d *Deployer) Clean(ctx context.Context, keep ...*snapshot.Snapshot) error {
+	var images []snapshot.ImageRef
+	var models []*snapshot.Model
+	for _, s := range keep {
+		images = append(images, s.Config().Runtime.Image)
+		for i := range s.Config().Models {
+			models = append(models, &s.Config().Models[i])
+		}
+	}
+	return errors.Join(d.Images.Retain(ctx, images...), d.Models.Retain(models))
 }
 
 // makeSocketDir makes the directory that is shared with the container: open to
@@ -254,15 +301,23 @@ func (d *Deployer) start(ctx context.Context, p *Plan, state systemd.State) (sys
 		}
 	}
 	begin := time.Now()
-	if err := d.Units.Restart(ctx, p.unit.Service); err != nil {
+	// A start that systemd, or an agent before this one, has begun is waited
+	// for: a large model takes minutes to load, and a restart would begin anew.
+	if err := d.Units.Start(ctx, p.unit.Service); err != nil {
 		return state, err
 	}
 	d.Log.Info("runtime started", "took", time.Since(begin).Round(time.Millisecond))
-	return d.Units.State(ctx, p.unit.Service)
+	state, err := d.Units.State(ctx, p.unit.Service)
+	if err == nil && state.Active != "active" {
+		err = fmt.Errorf("%s is %s right after its start (%s)", p.unit.Service, state.Active, state.Result)
+	}
+	return state, err
 }
 
 // checkSealed compares the inside view, the outside view and the image.
 func (d *Deployer) checkSealed(ctx context.Context, p *Plan, engine Engine) error {
+	ctx, cancel := context.WithTimeout(ctx, lookTimeout)
+	defer cancel()
 	c, err := d.Containers.Container(ctx, quadlet.ContainerName)
 	if err != nil {
 		return err
@@ -270,7 +325,7 @@ func (d *Deployer) checkSealed(ctx context.Context, p *Plan, engine Engine) erro
 	if want := p.snapshot.Config().Runtime.Image.Digest(); c.ImageDigest != want {
 		return fmt.Errorf("%w: it runs image %s, not %s", sandbox.ErrNotSealed, c.ImageDigest, want)
 	}
-	out, err := sandbox.Look("/proc", c.PID)
+	out, err := d.Look(c.PID)
 	if err != nil {
 		return err
 	}

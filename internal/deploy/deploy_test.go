@@ -1,0 +1,440 @@
+package deploy_test
+
+import (
+	"context"
+	"errors"
+	"os"
+	"path/filepath"
+	"slices"
+	"syscall"
+	"testing"
+	"testing/synctest"
+	"time"
+
+	"github.com/resultity/node/internal/bridge/contract"
+	"github.com/resultity/node/internal/deploy"
+	. "github.com/resultity/node/internal/deploy/deploytest"
+	"github.com/resultity/node/internal/digest"
+	"github.com/resultity/node/internal/quadlet"
+	"github.com/resultity/node/internal/sandbox"
+	"github.com/resultity/node/internal/snapshot"
+	"github.com/resultity/node/internal/systemd"
+)
+
+func step(err error) deploy.Step {
+	e, ok := errors.AsType[*deploy.Error](err)
+	if !ok {
+		return ""
+	}
+	return e.Step
+}
+
+// bring stages and applies s.
+func bring(t *testing.T, d *deploy.Deployer, s *snapshot.Snapshot) (*deploy.Deployment, error) {
+	t.Helper()
+	p, err := d.Stage(t.Context(), s)
+	if err != nil {
+		return nil, err
+	}
+	return d.Apply(t.Context(), p)
+}
+
+func up(t *testing.T, d *deploy.Deployer, s *snapshot.Snapshot) *deploy.Deployment {
+	t.Helper()
+	dep, err := bring(t, d, s)
+	if err != nil {
+		t.Fatal(err)
+	}
+	return dep
+}
+
+func TestFromNothing(t *testing.T) {
+	m, s := New(t), NewNetwork(t).Publish(nil)
+	d := m.Deployer()
+	var progress []int64
+	d.Progress = func(model *snapshot.Model, done, total int64) {
+		if model != s.Model() || total != model.Size() {
+			t.Errorf("progress of %s: %d of %d", model.Name, done, total)
+		}
+		progress = append(progress, done)
+	}
+	dep := up(t, d, s)
+	want := []string{EnsureImage, EnsureModel, Info, Devices, Install, State, Start, State, Container, Look, Record, Golden, Golden}
+	if got := m.Calls(); !slices.Equal(got, want) {
+		t.Errorf("calls %q\nwant  %q", got, want)
+	}
+	if !slices.Equal(progress, []int64{0, s.Model().Size()}) {
+		t.Errorf("progress %v", progress)
+	}
+	state, _ := m.Now()
+	if dep.Snapshot() != s || dep.Image() != s.Config().Runtime.Image.Digest() || dep.Model() != s.Model().Digest() ||
+		dep.Socket() != filepath.Join(m.SocketDir(), quadlet.SocketName) || !dep.Current(state) {
+		t.Errorf("%+v in state %+v", dep, state)
+	}
+}
+
+// Stage prepares and touches nothing that runs.
+func TestStageTouchesNothing(t *testing.T) {
+	m, n := New(t), NewNetwork(t)
+	d := m.Deployer()
+	up(t, d, n.Publish(nil))
+	m.Calls()
+	if _, err := d.Stage(t.Context(), n.Publish(map[string]any{"runtime.image": Image(2)})); err != nil {
+		t.Fatal(err)
+	}
+	for _, c := range m.Calls() {
+		if slices.Contains([]string{Install, Start, Stop, ResetFailed, RetainImages, RetainModels}, c) {
+			t.Errorf("Stage calls %s", c)
+		}
+	}
+}
+
+func TestApplyAgainDoesNothing(t *testing.T) {
+	m, n := New(t), NewNetwork(t)
+	d := m.Deployer()
+	first := up(t, d, n.Publish(nil))
+	// What the unit does not depend on restarts nothing, but is validated.
+	for _, s := range []*snapshot.Snapshot{first.Snapshot(), n.Publish(map[string]any{"limits.messages": 5})} {
+		m.Calls()
+		dep := up(t, d, s)
+		state, starts := m.Now()
+		calls := m.Calls()
+		if starts != 1 || slices.Contains(calls, Start) || slices.Contains(calls, Stop) || !dep.Current(state) || Count(calls, Golden) != 2 {
+			t.Errorf("%d starts, calls %q, state %+v", starts, calls, state)
+		}
+	}
+}
+
+func TestChangeRestarts(t *testing.T) {
+	m, n := New(t), NewNetwork(t)
+	d := m.Deployer()
+	first := up(t, d, n.Publish(nil))
+	second := up(t, d, n.Publish(map[string]any{"runtime.image": Image(2)}))
+	state, starts := m.Now()
+	if starts != 2 || first.Current(state) || !second.Current(state) {
+		t.Errorf("%d starts, state %+v", starts, state)
+	}
+}
+
+// A start that is under way is waited for, not begun anew.
+func TestApplyJoinsAStart(t *testing.T) {
+	m, s := New(t), NewNetwork(t).Publish(nil)
+	d := m.Deployer()
+	up(t, d, s)
+	m.Do(func(m *Locked) { m.Activate("activating") })
+	m.Calls()
+	up(t, d, s)
+	if calls := m.Calls(); slices.Contains(calls, Stop) || Count(calls, Start) != 1 {
+		t.Errorf("calls %q", calls)
+	}
+}
+
+func TestFailedUnitGetsItsStartsBack(t *testing.T) {
+	m, s := New(t), NewNetwork(t).Publish(nil)
+	d := m.Deployer()
+	dep := up(t, d, s)
+	m.Do(func(m *Locked) { m.Crash(false) })
+	if state, _ := m.Now(); dep.Current(state) {
+		t.Error("a failed unit is current")
+	}
+	m.Calls()
+	up(t, d, s)
+	calls := m.Calls()
+	if i := slices.Index(calls, ResetFailed); i < 0 || slices.Index(calls, Start) < i {
+		t.Errorf("calls %q", calls)
+	}
+}
+
+var errBroken = errors.New("broken")
+
+// Every call can fail, before its effect or after it. Then the step is named,
+// what was not judged to be sound is not left running, and the next try, once
+// the cause is gone, brings the deployment up.
+func TestEveryStepFails(t *testing.T) {
+	s := NewNetwork(t).Publish(nil)
+	for _, c := range []struct {
+		call  string
+		step  deploy.Step
+		stops bool
+	}{
+		{EnsureImage, deploy.StepImage, false},
+		{EnsureModel, deploy.StepModel, false},
+		{Info, deploy.StepUnit, false},
+		{Devices, deploy.StepUnit, false},
+		{Install, deploy.StepUnit, false},
+		{State, deploy.StepStart, false},
+		{Start, deploy.StepStart, false},
+		{Container, deploy.StepSandbox, true},
+		{Look, deploy.StepSandbox, true},
+		{Record, deploy.StepSandbox, true},
+		{Golden, deploy.StepValidate, true},
+	} {
+		for name, late := range map[string]bool{"before": false, "after": true} {
+			t.Run(c.call+" "+name, func(t *testing.T) {
+				m := New(t)
+				d := m.Deployer()
+				m.Fail(c.call, &Fault{Err: errBroken, Late: late, Times: 1})
+				dep, err := bring(t, d, s)
+				if dep != nil || step(err) != c.step || !errors.Is(err, errBroken) {
+					t.Fatalf("got %v, step %q, %v; want step %q", dep, step(err), err, c.step)
+				}
+				if e, _ := errors.AsType[*deploy.Error](err); c.step == deploy.StepModel && e.Model != s.Model().Digest() {
+					t.Errorf("the error is about model %v", e.Model)
+				}
+				calls := m.Calls()
+				if got := slices.Contains(calls, Stop); got != c.stops {
+					t.Errorf("stopped: %v, want %v (%q)", got, c.stops, calls)
+				}
+				if state, _ := m.Now(); c.stops && state.Active != "inactive" {
+					t.Errorf("it is left %s", state.Active)
+				}
+				dep = up(t, d, s)
+				if state, _ := m.Now(); !dep.Current(state) {
+					t.Errorf("state %+v after the second try", state)
+				}
+			})
+		}
+	}
+}
+
+// The unit may be down again as soon as its start was reported.
+func TestUpForAMoment(t *testing.T) {
+	m, s := New(t), NewNetwork(t).Publish(nil)
+	m.Fail(State, &Fault{When: func() bool { return false }})
+	started := false
+	m.Fail(Start, &Fault{Late: true, Also: func(*Locked) { started = true }})
+	m.Fail(State, &Fault{When: func() bool { return started }, Also: func(m *Locked) { m.Crash(false) }, Late: true})
+	if dep, err := bring(t, m.Deployer(), s); dep != nil || step(err) != deploy.StepStart {
+		t.Errorf("got %v, %v", dep, err)
+	}
+}
+
+func TestUnsealedIsStopped(t *testing.T) {
+	s := NewNetwork(t).Publish(nil)
+	for name, break_ := range map[string]func(*Locked){
+		"root":          func(m *Locked) { m.Outside(func(o *sandbox.Outside) { o.UIDs[0] = 0 }) },
+		"the agent":     func(m *Locked) { m.Outside(func(o *sandbox.Outside) { o.UIDs[2] = os.Getuid() }) },
+		"capabilities":  func(m *Locked) { m.Outside(func(o *sandbox.Outside) { o.Caps = []string{"CapEff"} }) },
+		"network":       func(m *Locked) { m.Outside(func(o *sandbox.Outside) { o.Interfaces = []string{"lo", "eth0"} }) },
+		"seccomp":       func(m *Locked) { m.Outside(func(o *sandbox.Outside) { o.Seccomp = 0 }) },
+		"inside":        func(m *Locked) { m.Record(func(s *contract.Sandbox) { s.Checks[0].OK = false }) },
+		"version":       func(m *Locked) { m.Record(func(s *contract.Sandbox) { s.Version++ }) },
+		"another image": func(m *Locked) { m.RunImage(digest.Of([]byte("x"))) },
+		"a drop-in":     func(m *Locked) { m.DropIn("--privileged") },
+	} {
+		t.Run(name, func(t *testing.T) {
+			m := New(t)
+			d := m.Deployer()
+			// Also when it runs already, and was fine.
+			if name != "a drop-in" {
+				up(t, d, s)
+			}
+			m.Do(break_)
+			m.Calls()
+			dep, err := bring(t, d, s)
+			if dep != nil || step(err) != deploy.StepSandbox || !errors.Is(err, sandbox.ErrNotSealed) {
+				t.Fatalf("got %v, %v", dep, err)
+			}
+			if state, _ := m.Now(); state.Active != "inactive" {
+				t.Errorf("it is left %s", state.Active)
+			}
+			if calls := m.Calls(); slices.Contains(calls, Golden) {
+				t.Error("it was used")
+			}
+		})
+	}
+}
+
+// A drop-in that came while the runtime was up is found too.
+func TestDropInLater(t *testing.T) {
+	m, s := New(t), NewNetwork(t).Publish(nil)
+	d := m.Deployer()
+	up(t, d, s)
+	m.Do(func(m *Locked) { m.DropIn("--privileged") })
+	if _, err := bring(t, d, s); !errors.Is(err, sandbox.ErrNotSealed) {
+		t.Error(err)
+	}
+	if state, starts := m.Now(); state.Active != "inactive" || starts != 1 {
+		t.Errorf("%s after %d starts", state.Active, starts)
+	}
+}
+
+// A record that is no JSON is an unsealed runtime, not a broken agent.
+func TestRecordIsNoJSON(t *testing.T) {
+	m, s := New(t), NewNetwork(t).Publish(nil)
+	d := m.Deployer()
+	engine := d.Engine
+	d.Engine = func(socket string) deploy.Engine { return garbled{engine(socket)} }
+	if _, err := bring(t, d, s); step(err) != deploy.StepSandbox || !errors.Is(err, sandbox.ErrNotSealed) {
+		t.Error(err)
+	}
+}
+
+type garbled struct{ deploy.Engine }
+
+func (garbled) Sandbox(context.Context) ([]byte, error) { return []byte("{"), nil }
+
+// What cannot be stopped is said.
+func TestStopFails(t *testing.T) {
+	m, s := New(t), NewNetwork(t).Publish(nil)
+	errStop := errors.New("no bus")
+	m.Fail(Golden, &Fault{Err: errBroken})
+	m.Fail(Stop, &Fault{Err: errStop})
+	_, err := bring(t, m.Deployer(), s)
+	if step(err) != deploy.StepValidate || !errors.Is(err, errBroken) || !errors.Is(err, errStop) {
+		t.Error(err)
+	}
+}
+
+// The end of the agent in the middle of a check leaves the runtime to the next
+// one; but not one that is known to be unsealed.
+func TestEndOfTheAgent(t *testing.T) {
+	s := NewNetwork(t).Publish(nil)
+	for _, c := range []struct {
+		call   string
+		sealed bool
+		want   string
+	}{
+		{Record, true, "active"},
+		{Golden, true, "active"},
+		{Record, false, "inactive"},
+	} {
+		m := New(t)
+		ctx, cancel := context.WithCancel(t.Context())
+		d := m.Deployer()
+		p, err := d.Stage(ctx, s)
+		if err != nil {
+			t.Fatal(err)
+		}
+		if !c.sealed {
+			m.Do(func(m *Locked) { m.Outside(func(o *sandbox.Outside) { o.NoNewPrivs = false }) })
+		}
+		m.Fail(c.call, &Fault{Late: true, Also: func(*Locked) { cancel() }})
+		dep, err := d.Apply(ctx, p)
+		if dep != nil || err == nil {
+			t.Errorf("%s: got %v, %v", c.call, dep, err)
+		}
+		if state, _ := m.Now(); state.Active != c.want {
+			t.Errorf("%s: it is left %s, want %s", c.call, state.Active, c.want)
+		}
+	}
+}
+
+// An engine that answers on its socket and says nothing does not hold up the
+// agent.
+func TestSilentRuntime(t *testing.T) {
+	n := NewNetwork(t)
+	s := n.Publish(nil)
+	for _, call := range []string{Record, Container, Info} {
+		m := New(t)
+		synctest.Test(t, func(t *testing.T) {
+			m.Fail(call, &Fault{Block: true})
+			begin := time.Now()
+			if _, err := bring(t, m.Deployer(), s); !errors.Is(err, context.DeadlineExceeded) {
+				t.Errorf("%s: %v", call, err)
+			}
+			if took := time.Since(begin); took > time.Minute {
+				t.Errorf("%s: took %v", call, took)
+			}
+		})
+	}
+}
+
+func TestCurrent(t *testing.T) {
+	m, s := New(t), NewNetwork(t).Publish(nil)
+	dep := up(t, m.Deployer(), s)
+	state, _ := m.Now()
+	for name, edit := range map[string]func(*systemd.State){
+		"restarted": func(s *systemd.State) { s.InvocationID = "another" },
+		"unknown":   func(s *systemd.State) { s.InvocationID = "" },
+		"failed":    func(s *systemd.State) { s.Active = "failed" },
+		"starting":  func(s *systemd.State) { s.Active = "activating" },
+		"ending":    func(s *systemd.State) { s.Active = "deactivating" },
+	} {
+		other := state
+		edit(&other)
+		if dep.Current(other) {
+			t.Errorf("%s: still current", name)
+		}
+	}
+	if (&deploy.Deployment{}).Current(systemd.State{Active: "active"}) {
+		t.Error("no start is the same as no start")
+	}
+}
+
+// The modes are what lets the container in and everybody else not, whatever the
+// umask and whoever made the directories.
+func TestSocketDirectory(t *testing.T) {
+	s := NewNetwork(t).Publish(nil)
+	for _, umask := range []int{0, 0o022, 0o077} {
+		for _, there := range []bool{false, true} {
+			m := New(t)
+			if there {
+				if err := os.MkdirAll(m.SocketDir(), 0o755); err != nil {
+					t.Fatal(err)
+				}
+			}
+			old := syscall.Umask(umask)
+			_, err := bring(t, m.Deployer(), s)
+			syscall.Umask(old)
+			if err != nil {
+				t.Fatal(err)
+			}
+			for dir, want := range map[string]os.FileMode{m.SocketDir(): 0o777, filepath.Dir(m.SocketDir()): 0o700} {
+				if st, err := os.Stat(dir); err != nil || st.Mode().Perm() != want {
+					t.Errorf("umask %03o, there %v: %s is %v, %v; want %v", umask, there, dir, st.Mode(), err, want)
+				}
+			}
+		}
+	}
+}
+
+func TestSocketDirectoryCannotBeMade(t *testing.T) {
+	m, s := New(t), NewNetwork(t).Publish(nil)
+	if err := os.WriteFile(filepath.Dir(m.SocketDir()), nil, 0o600); err != nil {
+		t.Fatal(err)
+	}
+	if _, err := bring(t, m.Deployer(), s); step(err) != deploy.StepUnit {
+		t.Error(err)
+	}
+}
+
+// A snapshot that the machine cannot run is refused before anything is touched.
+func TestUnitCannotBeRendered(t *testing.T) {
+	m, s := New(t), NewNetwork(t).Publish(nil)
+	d := m.Deployer()
+	d.Bridge = "/opt/a b/bridge"
+	if _, err := d.Stage(t.Context(), s); step(err) != deploy.StepUnit {
+		t.Error(err)
+	}
+	if calls := m.Calls(); slices.Contains(calls, Install) {
+		t.Errorf("calls %q", calls)
+	}
+}
+
+func TestClean(t *testing.T) {
+	m, n := New(t), NewNetwork(t)
+	d := m.Deployer()
+	one := n.Publish(nil)
+	up(t, d, one)
+	two := n.Publish(map[string]any{"runtime.image": Image(2), "models": []any{Model(2)}})
+	three := n.Publish(map[string]any{"runtime.image": Image(3), "models": []any{Model(3)}})
+	up(t, d, two)
+	if _, err := d.Stage(t.Context(), three); err != nil {
+		t.Fatal(err)
+	}
+	if err := d.Clean(t.Context(), two, three); err != nil {
+		t.Fatal(err)
+	}
+	for s, want := range map[*snapshot.Snapshot]bool{one: false, two: true, three: true} {
+		if image, model := m.Has(s); image != want || model != want {
+			t.Errorf("version %d: image %v, model %v, want %v", s.Version(), image, model, want)
+		}
+	}
+	for _, call := range []string{RetainImages, RetainModels} {
+		m.Fail(call, &Fault{Err: errBroken, Times: 1})
+		if err := d.Clean(t.Context(), two); !errors.Is(err, errBroken) {
+			t.Errorf("%s: %v", call, err)
+		}
+	}
+}
