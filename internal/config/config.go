@@ -51,7 +51,7 @@ type Identity struct {
 // Paths are where things are; all absolute. Empty ones are filled in from the
 // service manager's environment.
 type Paths struct {
-	State   string `koanf:"state"`   // $STATE_DIRECTORY, else $XDG_STATE_HOME/resultity
+	State   string `koanf:"state"`   // $STATE_DIRECTORY, else $XDG_STATE_HOME/resultity/agent
 	Runtime string `koanf:"runtime"` // $RUNTIME_DIRECTORY, else $XDG_RUNTIME_DIR/resultity
 	Units   string `koanf:"units"`   // $XDG_RUNTIME_DIR/containers/systemd
 	Podman  string `koanf:"podman"`  // Podman's API socket, $XDG_RUNTIME_DIR/resultity-podman/podman.sock
@@ -180,7 +180,7 @@ func (p *Paths) fill(env func(string) string) {
 		return filepath.Join(dir, name)
 	}
 	run := env("XDG_RUNTIME_DIR")
-	or(&p.State, env("STATE_DIRECTORY"), below(env("XDG_STATE_HOME"), "resultity"), below(env("HOME"), ".local/state/resultity"))
+	or(&p.State, env("STATE_DIRECTORY"), below(env("XDG_STATE_HOME"), "resultity/agent"), below(env("HOME"), ".local/state/resultity/agent"))
 	or(&p.Runtime, env("RUNTIME_DIRECTORY"), below(run, "resultity"))
 	or(&p.Units, below(run, "containers/systemd"))
 	or(&p.Podman, below(run, "resultity-podman/podman.sock"))

@@ -23,7 +23,7 @@ fi
 
 systemd-tmpfiles --create resultity.conf
 journalctl --update-catalog || :
-systemctl --global preset resultity-agent.service resultity-podman.socket || :
+systemctl --global preset resultity-agent.service || :
 
 if [ -d /run/systemd/system ]; then
 	loginctl enable-linger "$account"
