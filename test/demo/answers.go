@@ -15,17 +15,18 @@ import (
 
 	"github.com/resultity/node/internal/digest"
 	"github.com/resultity/node/internal/receipt"
+	"github.com/resultity/node/test/host"
 	"github.com/resultity/node/test/model"
 )
 
-// fromNothingToActive waits for both nodes.
+// fromNothingToActive waits for the nodes.
 func (d *demo) fromNothingToActive(ctx context.Context) error {
 	for _, n := range d.s.Nodes {
 		if err := d.step(n.Name(), "from nothing to active", func() (string, error) {
 			if err := n.WaitRoutable(ctx); err != nil {
 				return "", err
 			}
-			out, err := n.Output(ctx, "resultityctl", "identity", "--json")
+			out, err := n.Ctl(ctx, "identity", "--json")
 			if err != nil {
 				return "", err
 			}
@@ -199,14 +200,18 @@ func (d *demo) answers(ctx context.Context) error {
 	}
 	return d.step(d.s.Nodes[0].Name(), "check the receipt with resultityctl, offline", func() (string, error) {
 		n := d.s.Nodes[0]
-		if err := n.WriteFile("/tmp/receipt.json", first.receipt, 0o644); err != nil {
-			return "", err
+		// In a network namespace of its own, which has nothing.
+		offline := []string{"unshare", "--net"}
+		if d.local {
+			offline = []string{"podman", "unshare", "unshare", "--net"}
 		}
-		out, err := n.Output(ctx, "unshare", "--net", "resultityctl", "verify", "/tmp/receipt.json")
-		if err != nil {
-			return "", fmt.Errorf("%w: %s", err, out)
+		var out bytes.Buffer
+		if err := n.Exec(ctx, host.Cmd{
+			Args: append(offline, n.CtlArgs("verify", "-")...), Stdin: bytes.NewReader(first.receipt), Stdout: &out, Stderr: &out,
+		}); err != nil {
+			return "", fmt.Errorf("%w: %s", err, out.Bytes())
 		}
-		line, _, _ := strings.Cut(string(out), "\n")
+		line, _, _ := strings.Cut(out.String(), "\n")
 		return strings.Join(strings.Fields(line), " "), nil
 	})
 }

@@ -17,7 +17,6 @@ import (
 	"github.com/resultity/node/internal/digest"
 	"github.com/resultity/node/internal/journal"
 	"github.com/resultity/node/internal/snapshot"
-	"github.com/resultity/node/test/host"
 	"github.com/resultity/node/test/model"
 	"github.com/resultity/node/test/oci"
 	"github.com/resultity/node/test/stack"
@@ -92,11 +91,11 @@ func (d *demo) unsignedImage(ctx context.Context) error {
 		return err
 	}
 	return d.step(n.Name(), "and by Podman's policy, asked directly", func() (string, error) {
-		uid, err := n.Output(ctx, "id", "-u", stack.Account)
+		socket, err := n.PodmanSocket(ctx)
 		if err != nil {
 			return "", err
 		}
-		out, err := podman(ctx, n, "--url", "unix:///run/user/"+strings.TrimSpace(string(uid))+"/resultity-podman/podman.sock", "pull", ref.String())
+		out, err := n.Podman(ctx, "--url", "unix://"+socket, "pull", ref.String())
 		if err == nil {
 			return "", errors.New("it was pulled")
 		}
@@ -107,14 +106,6 @@ func (d *demo) unsignedImage(ctx context.Context) error {
 	})
 }
 
-// podman runs the podman command as the node's account, for looking at it from
-// outside; the agent never does.
-func podman(ctx context.Context, n *stack.Node, args ...string) ([]byte, error) {
-	var out bytes.Buffer
-	err := n.Exec(ctx, host.Cmd{User: stack.Account, Args: append([]string{"podman"}, args...), Stdout: &out, Stderr: &out})
-	return out.Bytes(), err
-}
-
 func (d *demo) flippedByte(ctx context.Context) error {
 	n := d.s.Nodes[0]
 	// Another model than the one that is there: its last byte differs. What is
@@ -123,7 +114,7 @@ func (d *demo) flippedByte(ctx context.Context) error {
 	want[len(want)-1] ^= 1
 	served := bytes.Clone(want)
 	served[len(served)/2] ^= 1
-	if err := d.s.Net.WriteFile("/srv/models/flipped.gguf", served, 0o644); err != nil {
+	if err := d.s.ServeModel("flipped.gguf", served); err != nil {
 		return err
 	}
 	return d.step(n.Name(), "a model with one flipped byte is refused", func() (string, error) {
@@ -138,7 +129,7 @@ func (d *demo) flippedByte(ctx context.Context) error {
 		if err != nil {
 			return "", err
 		}
-		out, err := n.Output(ctx, "find", "/var/lib/"+stack.Account, "-name", digest.Of(want).Hex())
+		out, err := n.Output(ctx, "find", n.State, "-name", digest.Of(want).Hex())
 		if err == nil && len(out) > 0 {
 			err = fmt.Errorf("it got its final name: %s", out)
 		}
@@ -146,24 +137,49 @@ func (d *demo) flippedByte(ctx context.Context) error {
 	})
 }
 
+// outside returns an address that every process of the node's machine reaches,
+// for as long as end is not called.
+func (d *demo) outside() (address string, end func(), err error) {
+	if !d.local {
+		return strings.TrimPrefix(d.s.API, "https://"), func() {}, nil
+	}
+	// The services listen on the loopback interface, and a container has one
+	// of its own. So take what this machine is called by others, if anything.
+	c, err := net.Dial("udp", "192.0.2.1:9") // nothing is sent, and nobody is there
+	if err != nil {
+		return "192.0.2.1:9", func() {}, nil
+	}
+	host, _, _ := net.SplitHostPort(c.LocalAddr().String())
+	ln, err := net.Listen("tcp", net.JoinHostPort(host, "0"))
+	if err := errors.Join(err, c.Close()); err != nil {
+		return "", nil, err
+	}
+	if c, err = net.Dial("tcp", ln.Addr().String()); err != nil {
+		return "", nil, errors.Join(err, ln.Close())
+	}
+	return ln.Addr().String(), func() { c.Close(); ln.Close() }, nil
+}
+
 // insideTheContainer runs a program as a process of the container.
 func (d *demo) insideTheContainer(ctx context.Context) error {
-	bin := filepath.Join(d.dir, "probe")
-	if err := stack.BuildProgram(ctx, bin, "./test/probe"); err != nil {
+	outside, end, err := d.outside()
+	if err != nil {
 		return err
 	}
+	defer end()
 	for _, n := range d.s.Nodes {
 		if err := d.step(n.Name(), "inside the container nothing can be reached or written", func() (string, error) {
 			// Nothing that the container sees of the host can be executed, so the
 			// account puts the program into the container's root from outside.
-			if err := n.CopyTo(bin, "/usr/local/bin/probe"); err != nil {
+			probe, err := d.s.Probe(n)
+			if err != nil {
 				return "", err
 			}
-			out, err := podman(ctx, n, "unshare", "sh", "-c", `cp /usr/local/bin/probe "$(podman mount resultity-runtime)/usr/bin/probe"`)
+			out, err := n.Podman(ctx, "unshare", "sh", "-c", `cp "$0" "$(podman mount resultity-runtime)/usr/bin/probe"`, probe)
 			if err != nil {
 				return "", fmt.Errorf("%w: %s", err, out)
 			}
-			out, err = podman(ctx, n, "exec", "resultity-runtime", "/usr/bin/probe", net.JoinHostPort(d.s.Net.Addr().String(), "5000"))
+			out, err = n.Podman(ctx, "exec", "resultity-runtime", "/usr/bin/probe", outside)
 			if err != nil {
 				return "", fmt.Errorf("%w:\n%s", err, out)
 			}
@@ -178,10 +194,19 @@ func (d *demo) insideTheContainer(ctx context.Context) error {
 	return nil
 }
 
-// engine returns the process id of a node's engine.
+// engine returns the process id of a node's engine, as the node's machine
+// counts.
 func engine(ctx context.Context, n *stack.Node) (string, error) {
-	out, err := n.Output(ctx, "pgrep", "-x", "llama-server")
-	return strings.TrimSpace(string(out)), err
+	out, err := n.Podman(ctx, "top", "resultity-runtime", "hpid", "comm")
+	if err != nil {
+		return "", fmt.Errorf("%w: %s", err, out)
+	}
+	for line := range strings.Lines(string(out)) {
+		if f := strings.Fields(line); len(f) == 2 && f[1] == "llama-server" {
+			return f[0], nil
+		}
+	}
+	return "", fmt.Errorf("no llama-server in the container: %s", out)
 }
 
 func restarts(ctx context.Context, n *stack.Node) (int, error) {
@@ -203,8 +228,10 @@ func (d *demo) comesBack(ctx context.Context, n *stack.Node, signal string) (str
 	if err != nil {
 		return "", err
 	}
-	if _, err := n.Output(ctx, "kill", "-"+signal, pid); err != nil {
-		return "", err
+	// The engine's user is a subordinate id of the account's, whose master the
+	// account is in there only.
+	if out, err := n.Podman(ctx, "unshare", "kill", "-"+signal, pid); err != nil {
+		return "", fmt.Errorf("%w: %s", err, out)
 	}
 	if err := n.WaitStatus(ctx, "another engine", func(s *control.Status) bool {
 		now, err := engine(ctx, n)
@@ -229,13 +256,13 @@ func (d *demo) engineKilled(ctx context.Context) error {
 }
 
 func (d *demo) engineStopped(ctx context.Context) error {
-	n := d.s.Nodes[1]
+	n := d.s.Nodes[len(d.s.Nodes)-1]
 	return d.step(n.Name(), "the engine is stopped dead (SIGSTOP) and comes back", func() (string, error) { return d.comesBack(ctx, n, "STOP") })
 }
 
 // ctl runs resultityctl on the node.
 func ctl(ctx context.Context, n *stack.Node, args ...string) error {
-	out, err := n.Output(ctx, append([]string{"resultityctl"}, args...)...)
+	out, err := n.Ctl(ctx, args...)
 	if err != nil {
 		return fmt.Errorf("resultityctl %s: %w: %s", strings.Join(args, " "), err, out)
 	}
@@ -335,7 +362,7 @@ func (d *demo) killWithResult(ctx context.Context, n *stack.Node) error {
 	if err := n.WaitStatus(ctx, "the engine's answer", func(s *control.Status) bool { return s.Outbox > 0 }); err != nil {
 		return err
 	}
-	pid, err := n.Property(ctx, "resultity-agent.service", "MainPID")
+	pid, err := n.Property(ctx, n.Agent, "MainPID")
 	if err != nil {
 		return err
 	}

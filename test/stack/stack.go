@@ -1,10 +1,11 @@
-// Package stack brings up the whole system on test hosts, for the demo, the
-// end-to-end tests and the benchmarks: a host with the network service, a
-// registry and a model source, and hosts with nodes.
+// Package stack brings up the whole system for the demo, the end-to-end tests
+// and the benchmarks: the network service with a registry and a model source,
+// and nodes.
 //
-// Nothing in it is simulated: real Debian, systemd, Podman, registry,
-// signatures and engine. What a package would install is installed in the way a
-// package would.
+// It does so on test hosts, where what a package would install is installed in
+// the way a package would; or, with one node, in the account of an ordinary
+// user, on that user's own service manager and rootless Podman. Nothing in
+// either is simulated: real systemd, Podman, registry, signatures and engine.
 package stack
 
 import (
@@ -25,7 +26,6 @@ import (
 	"sync"
 	"time"
 
-	"github.com/resultity/node/internal/control"
 	"github.com/resultity/node/internal/digest"
 	"github.com/resultity/node/internal/evm"
 	"github.com/resultity/node/internal/snapshot"
@@ -38,11 +38,8 @@ import (
 
 // Names and ports of the network host's services.
 const (
-	NetworkHost  = "net"
-	networkPort  = "8443"
-	registryPort = "5000"
-	modelPort    = "9443"
-	repository   = "resultity/llamacpp"
+	NetworkHost = "net"
+	repository  = "resultity/llamacpp"
 
 	// Account is the system account of a packaged node.
 	Account = "resultity"
@@ -56,12 +53,18 @@ type Options struct {
 	Host  host.Options
 	Nodes []host.Config                           // those with a name; releases may differ
 	Step  func(name string, f func() error) error // runs and reports one step; nil runs it
+
+	// Local asks for one node in the account of whoever runs this, without
+	// test hosts. Host and Nodes are not used then.
+	Local bool
+	// Prebuilt is a directory that [Prepare] has made; empty builds.
+	Prebuilt string
 }
 
 // Stack is a running system. Its methods may be called concurrently.
 type Stack struct {
-	Lab    *host.Lab
-	Net    *host.Host
+	Lab    *host.Lab  // nil where there are no test hosts
+	Net    *host.Host // the network's host; nil where there are no test hosts
 	Nodes  []*Node
 	API    string // https://address:port
 	APIKey string
@@ -71,16 +74,14 @@ type Stack struct {
 	Key    *oci.Key
 	Reg    *oci.Registry
 
-	ca   *authority
-	root string // installed tree
+	ca    *authority
+	local *local // nil on test hosts
+	net   site   // where the network is
+	root  string // installed tree
+	probe string // program
 
 	mu     sync.Mutex // guards config, held while it is published
 	config *snapshot.Config
-}
-
-// Node is a host with an agent.
-type Node struct {
-	*host.Host
 }
 
 // Repository returns the top of the source tree.
@@ -92,18 +93,57 @@ func Repository() (string, error) {
 	return filepath.Dir(strings.TrimSpace(string(out))), nil
 }
 
-// Build makes the programs and returns the directories with what a package
-// installs and with the programs.
-func Build(ctx context.Context) (root, bin string, err error) {
+// Artifacts are the directories with what a stack is made of.
+type Artifacts struct {
+	Root  string // what a package installs
+	Bin   string // the programs, those of the tests among them
+	Image string // OCI layout of the runtime image; empty if it is not built yet
+}
+
+// Build makes the programs.
+func Build(ctx context.Context) (Artifacts, error) {
 	top, err := Repository()
 	if err != nil {
-		return "", "", err
+		return Artifacts{}, err
 	}
-	root, bin = filepath.Join(top, "build/root"), filepath.Join(top, "build/bin")
-	if err := run(ctx, top, "make", "--no-print-directory", "install", "DESTDIR="+root); err != nil {
-		return "", "", err
+	a := Artifacts{Root: filepath.Join(top, "build/root"), Bin: filepath.Join(top, "build/bin")}
+	if err := run(ctx, top, "make", "--no-print-directory", "install", "DESTDIR="+a.Root); err != nil {
+		return Artifacts{}, err
 	}
-	return root, bin, BuildProgram(ctx, filepath.Join(bin, "fileserver"), "./test/fileserver")
+	for _, name := range []string{"fileserver", "registry", "probe"} {
+		if err := BuildProgram(ctx, filepath.Join(a.Bin, name), "./test/"+name); err != nil {
+			return Artifacts{}, err
+		}
+	}
+	return a, nil
+}
+
+// Prepare puts all that a stack is made of into dir, for machines on which
+// nothing can be built; see [Options].
+func Prepare(ctx context.Context, dir string) error {
+	from, err := Build(ctx)
+	if err != nil {
+		return err
+	}
+	img, err := images.Build(ctx, llamacpp.Recipe(), images.Options{})
+	if err != nil {
+		return err
+	}
+	from.Image = img.Layout
+	to := prebuilt(dir)
+	return errors.Join(copyTree(ctx, from.Root, to.Root), copyTree(ctx, from.Bin, to.Bin), copyTree(ctx, from.Image, to.Image))
+}
+
+func prebuilt(dir string) Artifacts {
+	return Artifacts{filepath.Join(dir, "root"), filepath.Join(dir, "bin"), filepath.Join(dir, "image")}
+}
+
+// copyTree copies a file or directory over what is there, with its modes.
+func copyTree(ctx context.Context, src, dst string) error {
+	if err := os.MkdirAll(filepath.Dir(dst), 0o755); err != nil {
+		return err
+	}
+	return run(ctx, "/", "cp", "-pRT", "--", src, dst)
 }
 
 // goFlags are those of the Makefile, so that all builds share one cache.
@@ -128,42 +168,47 @@ func Up(ctx context.Context, o Options) (_ *Stack, err error) {
 	}
 	s := &Stack{}
 	defer func() {
-		if err != nil && s.Lab != nil {
-			err = errors.Join(err, s.Lab.Close())
+		if err != nil {
+			err = errors.Join(err, s.Close())
 		}
 	}()
-	var bin string
-	if err := step("build the programs", func() (err error) { s.root, bin, err = Build(ctx); return err }); err != nil {
-		return nil, err
-	}
-	var img images.Image
-	if err := step("build the runtime image", func() (err error) { img, err = images.Build(ctx, llamacpp.Recipe(), images.Options{}); return err }); err != nil {
-		return nil, err
-	}
-	if err := step("build the hosts' file systems", func() error {
-		want := []host.Image{{Role: host.Network}}
-		for _, n := range o.Nodes {
-			want = append(want, host.Image{Release: n.Release, Role: n.Role})
+	if o.Local {
+		// First, so that nobody waits for a build that is of no use.
+		if err := step("look at this account", func() (err error) { s.local, err = openLocal(ctx); return err }); err != nil {
+			return nil, err
 		}
-		return host.Prepare(ctx, o.Host.Progress, want...)
-	}); err != nil {
-		return nil, err
 	}
-	o.Host.Reachable = true
-	if err := step("boot "+NetworkHost, func() (err error) {
-		if s.Lab, err = host.Create(ctx, o.Host); err != nil {
+	var a Artifacts
+	if o.Prebuilt != "" {
+		a = prebuilt(o.Prebuilt)
+	} else {
+		if err := step("build the programs", func() (err error) { a, err = Build(ctx); return err }); err != nil {
+			return nil, err
+		}
+		if err := step("build the runtime image", func() error {
+			img, err := images.Build(ctx, llamacpp.Recipe(), images.Options{})
+			a.Image = img.Layout
 			return err
+		}); err != nil {
+			return nil, err
 		}
-		s.Net, err = s.Lab.Up(ctx, host.Config{Name: NetworkHost, Role: host.Network})
-		return err
-	}); err != nil {
+	}
+	s.root, s.probe = a.Root, filepath.Join(a.Bin, "probe")
+	if o.Local {
+		s.net = s.local.site()
+	} else if err := s.boot(ctx, o, step); err != nil {
 		return nil, err
 	}
-	if err := step("start registry and model source", func() error { return s.startSources(ctx, bin, img) }); err != nil {
+	if err := step("start registry and model source", func() error { return s.startSources(ctx, a) }); err != nil {
 		return nil, err
 	}
-	if err := step("start the network", func() error { return s.startNetwork(ctx, bin) }); err != nil {
+	if err := step("start the network", func() error { return s.startNetwork(ctx, a.Bin) }); err != nil {
 		return nil, err
+	}
+	if o.Local {
+		if err := step("install the node", func() error { return s.installLocal(ctx) }); err != nil {
+			return nil, err
+		}
 	}
 	for _, c := range o.Nodes {
 		if err := step(fmt.Sprintf("boot %s and install the node", c.Name), func() error { return s.AddNode(ctx, c) }); err != nil {
@@ -171,6 +216,29 @@ func Up(ctx context.Context, o Options) (_ *Stack, err error) {
 		}
 	}
 	return s, nil
+}
+
+// boot makes the lab and the network's host.
+func (s *Stack) boot(ctx context.Context, o Options, step func(string, func() error) error) error {
+	if err := step("build the hosts' file systems", func() error {
+		want := []host.Image{{Role: host.Network}}
+		for _, n := range o.Nodes {
+			want = append(want, host.Image{Release: n.Release, Role: n.Role})
+		}
+		return host.Prepare(ctx, o.Host.Progress, want...)
+	}); err != nil {
+		return err
+	}
+	o.Host.Reachable = true
+	return step("boot "+NetworkHost, func() (err error) {
+		if s.Lab, err = host.Create(ctx, o.Host); err != nil {
+			return err
+		}
+		if s.Net, err = s.Lab.Up(ctx, host.Config{Name: NetworkHost, Role: host.Network}); err == nil {
+			s.net = hostSite(s.Net)
+		}
+		return err
+	})
 }
 
 // Close takes everything down.
@@ -181,43 +249,62 @@ func (s *Stack) Close() error {
 	if s.HTTP != nil {
 		s.HTTP.CloseIdleConnections()
 	}
-	return s.Lab.Close()
+	switch {
+	case s.local != nil:
+		return s.local.close()
+	case s.Lab != nil:
+		return s.Lab.Close()
+	}
+	return nil
 }
 
 // startSources starts the registry and the model source, and fills both.
-func (s *Stack) startSources(ctx context.Context, bin string, img images.Image) (err error) {
+func (s *Stack) startSources(ctx context.Context, a Artifacts) (err error) {
 	if s.ca, err = newAuthority(); err != nil {
 		return err
 	}
 	s.CA = s.ca.pem()
-	cert, key, err := s.ca.issue([]string{NetworkHost}, []net.IP{s.Net.Addr().AsSlice()})
+	n := &s.net
+	cert, key, err := s.ca.issue([]string{NetworkHost}, []net.IP{n.Addr().AsSlice()})
 	if err != nil {
 		return err
 	}
+	etc := n.path("/etc/resultity-network")
+	certFile, keyFile := etc+"/tls.crt", etc+"/tls.key"
 	for _, f := range []struct {
 		name string
 		data []byte
 		mode os.FileMode
 	}{
-		{"/etc/resultity-network/ca.pem", s.CA, 0o644},
-		{"/etc/resultity-network/tls.crt", cert, 0o644},
-		{"/etc/resultity-network/tls.key", key, 0o600},
-		{"/srv/models/" + model.FileName, model.GGUF(), 0o644},
-		{"/etc/resultity-network/registry.yml", []byte("version: 0.1\nstorage:\n  filesystem:\n    rootdirectory: /var/lib/registry\nhttp:\n  addr: :" + registryPort +
-			"\n  tls:\n    certificate: /etc/resultity-network/tls.crt\n    key: /etc/resultity-network/tls.key\n"), 0o644},
+		{etc + "/ca.pem", s.CA, 0o644},
+		{certFile, cert, 0o644},
+		{keyFile, key, 0o600},
+		{etc + "/registry.yml", fmt.Appendf(nil, "version: 0.1\nstorage:\n  filesystem:\n    rootdirectory: %s\nhttp:\n  addr: %s\n  tls:\n    certificate: %s\n    key: %s\n",
+			n.path("/var/lib/registry"), n.listen(n.registryPort), certFile, keyFile), 0o644},
 	} {
-		if err := s.Net.WriteFile(f.name, f.data, f.mode); err != nil {
+		if err := n.WriteFile(f.name, f.data, f.mode); err != nil {
 			return err
 		}
 	}
-	if err := s.Net.CopyTo(filepath.Join(bin, "fileserver"), "/usr/local/bin/fileserver"); err != nil {
+	if err := s.ServeModel(model.FileName, model.GGUF()); err != nil {
 		return err
 	}
-	if err := s.service(ctx, s.Net, "registry", "/usr/bin/docker-registry", "serve", "/etc/resultity-network/registry.yml"); err != nil {
+	// Debian's is installed on the network's host; few others have one.
+	serve := []string{"/usr/bin/docker-registry", "serve", etc + "/registry.yml"}
+	if _, err := n.Output(ctx, "test", "-x", serve[0]); err != nil {
+		serve = []string{n.path("/usr/bin/registry"), "-listen", n.listen(n.registryPort), "-dir", n.path("/var/lib/registry"), "-cert", certFile, "-key", keyFile}
+		if err := n.CopyTo(filepath.Join(a.Bin, "registry"), serve[0]); err != nil {
+			return err
+		}
+	}
+	if err := n.service(ctx, "registry", serve...); err != nil {
 		return err
 	}
-	if err := s.service(ctx, s.Net, "models", "/usr/local/bin/fileserver", "-listen", ":"+modelPort, "-dir", "/srv/models",
-		"-cert", "/etc/resultity-network/tls.crt", "-key", "/etc/resultity-network/tls.key"); err != nil {
+	fileserver := n.path("/usr/bin/fileserver")
+	if err := n.CopyTo(filepath.Join(a.Bin, "fileserver"), fileserver); err != nil {
+		return err
+	}
+	if err := n.service(ctx, "models", fileserver, "-listen", n.listen(n.modelPort), "-dir", n.path(modelDir), "-cert", certFile, "-key", keyFile); err != nil {
 		return err
 	}
 	s.HTTP = &http.Client{Transport: &http.Transport{
@@ -228,37 +315,51 @@ func (s *Stack) startSources(ctx context.Context, bin string, img images.Image) 
 			if err != nil {
 				return nil, err
 			}
-			return new(net.Dialer).DialContext(ctx, network, net.JoinHostPort(s.Net.Addr().String(), port))
+			return new(net.Dialer).DialContext(ctx, network, net.JoinHostPort(n.Addr().String(), port))
 		},
 	}}
-	if err := s.waitFor(ctx, "https://"+NetworkHost+":"+registryPort+"/v2/"); err != nil {
+	if err := s.waitFor(ctx, "https://"+NetworkHost+":"+n.registryPort+"/v2/"); err != nil {
 		return err
 	}
 	if s.Key, err = oci.NewKey(); err != nil {
 		return err
 	}
-	s.Reg = oci.NewRegistry(net.JoinHostPort(s.Net.Addr().String(), registryPort), s.ca.pool())
-	ref, err := s.Reg.PushLayout(ctx, repository, img.Layout)
+	registry := net.JoinHostPort(n.Addr().String(), n.registryPort)
+	s.Reg = oci.NewRegistry(registry, s.ca.pool())
+	ref, err := s.Reg.PushLayout(ctx, repository, a.Image)
 	if err != nil {
 		return err
 	}
-	if s.Image, err = snapshot.ParseImageRef(s.Net.Addr().String() + ":" + registryPort + "/" + repository + "@" + ref.DigestStr()); err != nil {
+	if s.Image, err = snapshot.ParseImageRef(registry + "/" + repository + "@" + ref.DigestStr()); err != nil {
 		return err
 	}
 	return s.Reg.Sign(ctx, ref, s.Key)
 }
 
-// service runs a program as a system service of the host.
-func (s *Stack) service(ctx context.Context, h *host.Host, name string, args ...string) error {
-	unit := "[Unit]\nDescription=" + name + "\n[Service]\nRestart=on-failure\nExecStart=" + strings.Join(args, " ") + "\n[Install]\nWantedBy=multi-user.target\n"
-	if err := h.WriteFile("/etc/systemd/system/"+name+".service", []byte(unit), 0o644); err != nil {
-		return err
+const modelDir = "/srv/models"
+
+// ServeModel puts a file under a name into the model source.
+func (s *Stack) ServeModel(name string, data []byte) error {
+	return s.net.WriteFile(filepath.Join(s.net.path(modelDir), name), data, 0o644)
+}
+
+// Probe puts test/probe on the node's machine and returns where.
+func (s *Stack) Probe(n *Node) (string, error) {
+	name := n.prefix + "/usr/local/bin/probe"
+	return name, n.CopyTo(s.probe, name)
+}
+
+// NetworkJournal returns what the network has logged, for failures.
+func (s *Stack) NetworkJournal(ctx context.Context) []byte {
+	which := "_SYSTEMD_UNIT"
+	if s.local != nil {
+		which = "_SYSTEMD_USER_UNIT"
 	}
-	if _, err := h.Output(ctx, "systemctl", "daemon-reload"); err != nil {
-		return err
+	out, err := s.net.Output(ctx, "journalctl", "--no-pager", "-n", "2000", which+"="+s.net.unit+"resultity-network.service")
+	if err != nil {
+		return []byte(err.Error())
 	}
-	_, err := h.Output(ctx, "systemctl", "enable", "--now", name+".service")
-	return err
+	return out
 }
 
 // waitFor asks url until it answers at all.
@@ -284,15 +385,27 @@ func (s *Stack) waitFor(ctx context.Context, url string) error {
 
 const networkDir = "/var/lib/resultity-network"
 
+// network runs resultity-network where the network is.
+func (s *Stack) network(ctx context.Context, args ...string) ([]byte, error) {
+	args = append([]string{s.net.path("/usr/bin/resultity-network")}, args...)
+	out, err := s.net.Output(ctx, append(args, "--dir", s.net.path(networkDir))...)
+	if err != nil {
+		return nil, fmt.Errorf("%w: %s", err, out)
+	}
+	return out, nil
+}
+
 func (s *Stack) startNetwork(ctx context.Context, bin string) error {
-	if err := s.Net.CopyTo(filepath.Join(bin, "resultity-network"), "/usr/bin/resultity-network"); err != nil {
+	n := &s.net
+	program, dir, etc := n.path("/usr/bin/resultity-network"), n.path(networkDir), n.path("/etc/resultity-network")
+	if err := n.CopyTo(filepath.Join(bin, "resultity-network"), program); err != nil {
 		return err
 	}
-	if _, err := s.Net.Output(ctx, "resultity-network", "init", "--dir", networkDir, "--name", "demo", "--chain-id", "31337"); err != nil {
+	if _, err := s.network(ctx, "init", "--name", "demo", "--chain-id", "31337"); err != nil {
 		return err
 	}
 	// What init leaves to fill in names the network's message key.
-	raw, err := s.Net.ReadFile(networkDir + "/config.json")
+	raw, err := n.ReadFile(dir + "/config.json")
 	if err != nil {
 		return err
 	}
@@ -310,15 +423,15 @@ func (s *Stack) startNetwork(ctx context.Context, bin string) error {
 	if err := s.Publish(ctx, func(*snapshot.Config) {}); err != nil {
 		return err
 	}
-	if err := s.service(ctx, s.Net, "resultity-network", "/usr/bin/resultity-network", "serve", "--dir", networkDir, "--listen", ":"+networkPort,
-		"--tls-cert", "/etc/resultity-network/tls.crt", "--tls-key", "/etc/resultity-network/tls.key"); err != nil {
+	if err := n.service(ctx, "resultity-network", program, "serve", "--dir", dir, "--listen", n.listen(n.networkPort),
+		"--tls-cert", etc+"/tls.crt", "--tls-key", etc+"/tls.key"); err != nil {
 		return err
 	}
-	s.API = "https://" + net.JoinHostPort(s.Net.Addr().String(), networkPort)
+	s.API = "https://" + net.JoinHostPort(n.Addr().String(), n.networkPort)
 	if err := s.waitFor(ctx, s.API+"/healthz"); err != nil {
 		return err
 	}
-	key, err := s.Net.ReadFile(networkDir + "/api-key")
+	key, err := n.ReadFile(dir + "/api-key")
 	s.APIKey = strings.TrimSpace(string(key))
 	return err
 }
@@ -348,7 +461,7 @@ func (s *Stack) firstConfig(keys []evm.Address) (*snapshot.Config, error) {
 			Name: model.Name, Version: "1", Format: "gguf",
 			Files: []snapshot.File{{
 				Path: model.FileName, Size: int64(len(model.GGUF())), SHA256: sum,
-				Sources: []string{"https://" + s.Net.Addr().String() + ":" + modelPort + "/" + model.FileName},
+				Sources: []string{"https://" + net.JoinHostPort(s.net.Addr().String(), s.net.modelPort) + "/" + model.FileName},
 			}},
 		}},
 		Runtime: snapshot.Runtime{
@@ -377,135 +490,15 @@ func (s *Stack) Publish(ctx context.Context, change func(*snapshot.Config)) erro
 	if raw, err = json.MarshalIndent(&next, "", "  "); err != nil {
 		return err
 	}
-	if err := s.Net.WriteFile(networkDir+"/next.json", raw, 0o600); err != nil {
+	file := s.net.path(networkDir) + "/next.json"
+	if err := s.net.WriteFile(file, raw, 0o600); err != nil {
 		return err
 	}
-	if out, err := s.Net.Output(ctx, "resultity-network", "publish", "--dir", networkDir, "--config", networkDir+"/next.json"); err != nil {
-		return fmt.Errorf("%w: %s", err, out)
+	if _, err := s.network(ctx, "publish", "--config", file); err != nil {
+		return err
 	}
 	s.config = &next
 	return nil
-}
-
-// AddNode boots a host and installs and starts a node on it.
-func (s *Stack) AddNode(ctx context.Context, c host.Config) error {
-	h, err := s.Lab.Up(ctx, c)
-	if err != nil {
-		return err
-	}
-	n := &Node{h}
-	if err := s.install(ctx, n); err != nil {
-		return fmt.Errorf("%s: %w", c.Name, err)
-	}
-	s.Nodes = append(s.Nodes, n)
-	return nil
-}
-
-func (s *Stack) install(ctx context.Context, n *Node) error {
-	if err := n.CopyTo(s.root+"/.", "/"); err != nil {
-		return err
-	}
-	token, err := s.Net.Output(ctx, "resultity-network", "token", "create", "--dir", networkDir, "--uses", "1", "--account", "demo")
-	if err != nil {
-		return err
-	}
-	root, err := s.Net.ReadFile(networkDir + "/repository/metadata/1.root.json")
-	if err != nil {
-		return err
-	}
-	toml := fmt.Sprintf("[network]\nname = \"demo\"\nurl = \"https://%s:%s\"\nroot = \"/etc/resultity/root.json\"\nca = \"/etc/resultity/ca.pem\"\nenrolment_token = \"/etc/resultity/enrolment-token\"\n", s.Net.Addr(), networkPort)
-	for _, f := range []struct {
-		name string
-		data []byte
-	}{
-		{"/etc/resultity/agent.toml", []byte(toml)},
-		{"/etc/resultity/root.json", root},
-		{"/etc/resultity/ca.pem", s.CA},
-		{"/etc/resultity/enrolment-token", token},
-		// No cgroup controllers reach the test hosts, and crun refuses to start
-		// anything with a limit that it cannot set.
-		{"/etc/containers/containers.conf.d/no-controllers.conf", []byte("[containers]\npids_limit = 0\n")},
-	} {
-		if err := n.WriteFile(f.name, f.data, 0o644); err != nil {
-			return err
-		}
-	}
-	if out, err := n.Output(ctx, "/usr/libexec/resultity/postinstall.sh", "configure"); err != nil {
-		return fmt.Errorf("postinstall: %w: %s", err, out)
-	}
-	return n.UserCtl(ctx, "start", "resultity-agent.service")
-}
-
-// UserCtl runs systemctl in the account's user manager.
-func (n *Node) UserCtl(ctx context.Context, args ...string) error {
-	out, err := n.OutputAs(ctx, Account, append([]string{"systemctl", "--user"}, args...)...)
-	if err != nil {
-		return fmt.Errorf("systemctl --user %s: %w: %s", strings.Join(args, " "), err, bytes.TrimSpace(out))
-	}
-	return nil
-}
-
-// Property returns a property of a unit of the account's.
-func (n *Node) Property(ctx context.Context, unit, name string) (string, error) {
-	out, err := n.OutputAs(ctx, Account, "systemctl", "--user", "show", "-P", name, unit)
-	return strings.TrimSpace(string(out)), err
-}
-
-// Status asks the node's agent, as root would.
-func (n *Node) Status(ctx context.Context) (*control.Status, error) {
-	var out bytes.Buffer
-	err := n.Exec(ctx, host.Cmd{Args: []string{"resultityctl", "status", "--json"}, Stdout: &out})
-	var exit *exec.ExitError
-	if err != nil && !(errors.As(err, &exit) && exit.ExitCode() == 2) { // 2: a gate is closed
-		return nil, err
-	}
-	var s control.Status
-	return &s, json.Unmarshal(out.Bytes(), &s)
-}
-
-// WaitStatus asks the agent until ok holds.
-func (n *Node) WaitStatus(ctx context.Context, what string, ok func(*control.Status) bool) error {
-	var last *control.Status
-	for {
-		s, err := n.Status(ctx)
-		if err == nil && ok(s) {
-			return nil
-		}
-		if s != nil {
-			last = s
-		}
-		select {
-		case <-ctx.Done():
-			why := fmt.Sprint(err)
-			if last != nil && last.Closed() != nil {
-				why = fmt.Sprintf("gate %q is closed: %s", last.Closed().Name, last.Closed().Detail)
-			}
-			return fmt.Errorf("%s: waited for %s: %s", n.Name(), what, why)
-		case <-time.After(100 * time.Millisecond): // the control socket answers, it does not notify
-		}
-	}
-}
-
-// WaitRoutable waits until every gate of the node is open.
-func (n *Node) WaitRoutable(ctx context.Context) error {
-	return n.WaitStatus(ctx, "jobs", func(s *control.Status) bool { return s.Closed() == nil })
-}
-
-// Journal returns what the account's units have logged, for failures.
-func (n *Node) Journal(ctx context.Context, lines int) string {
-	out, err := n.Output(ctx, "journalctl", "--no-pager", "-o", "short-precise", "-n", fmt.Sprint(lines), "_SYSTEMD_OWNER_UID="+n.uid(ctx))
-	if err != nil {
-		return err.Error()
-	}
-	return string(out)
-}
-
-func (n *Node) uid(ctx context.Context) string {
-	out, err := n.Output(ctx, "id", "-u", Account)
-	if err != nil {
-		return "0"
-	}
-	return strings.TrimSpace(string(out))
 }
 
 // WaitRoutable waits until every node gets jobs.
