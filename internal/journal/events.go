@@ -55,6 +55,9 @@ var (
 	Resumed          = event("7c1f2a2f6f8e4d6a9a4a5d1e0b7c3f1e", "resumed", "The node takes jobs again", "Asked for by the operator.")
 	StorageFailed    = event("7c1f2a2f6f8e4d6a9a4a5d1e0b7c3f1f", "storage-failed", "The store cannot be written", "The disk is full or read-only. New jobs are refused until it can be written again; nothing accepted is lost. Free some space: df -h on the state directory.")
 	ClockWrong       = event("7c1f2a2f6f8e4d6a9a4a5d1e0b7c3f20", "clock-wrong", "This machine's clock and the network's differ too much", "Frames outside of the protocol's window are refused, since they could be replays. Turn on time synchronisation: timedatectl set-ntp true")
+	ImageFailed      = event("7c1f2a2f6f8e4d6a9a4a5d1e0b7c3f21", "image-failed", "The runtime image could not be had", "The message has the cause: Podman or the registry does not answer, or the disk is full. Nothing is known to be wrong with the image. The agent tries again; a deployment that is up goes on.")
+	StoreRefused     = event("7c1f2a2f6f8e4d6a9a4a5d1e0b7c3f22", "store-refused", "The job store cannot be used", "The message says what is wrong with it: it is damaged, or another version of the agent wrote it. Nothing is changed; the agent ends with status 78. Move the file away to begin a new one: results that the network had not acknowledged are lost with it, the identity is not.")
+	AgentFailed      = event("7c1f2a2f6f8e4d6a9a4a5d1e0b7c3f23", "agent-failed", "The agent ended with an error", "The message has the cause. systemd starts the agent again, waiting longer each time; accepted jobs and results are kept. If it persists, the cause is on this machine.")
 )
 
 // Events lists all events, in the order of their ids.

@@ -58,19 +58,24 @@ type field struct{ name, value string }
 // Enabled implements [slog.Handler].
 func (h *handler) Enabled(_ context.Context, l slog.Level) bool { return l >= h.level }
 
-// Handle implements [slog.Handler].
+// Handle implements [slog.Handler]. The message gets the error, since it is all
+// that journalctl shows of a record.
 func (h *handler) Handle(_ context.Context, r slog.Record) error {
 	fields := make(map[string]string, len(h.fields)+r.NumAttrs())
 	for _, f := range h.fields {
 		fields[f.name] = f.value
 	}
+	message := r.Message
 	r.Attrs(func(a slog.Attr) bool {
+		if a.Key == "error" {
+			message += ": " + a.Value.String()
+		}
 		for _, f := range flatten(h.prefix, a) {
 			fields[f.name] = f.value
 		}
 		return true
 	})
-	return h.send(r.Message, priority(r.Level), fields)
+	return h.send(message, priority(r.Level), fields)
 }
 
 // WithAttrs implements [slog.Handler].

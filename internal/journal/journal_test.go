@@ -2,6 +2,7 @@ package journal
 
 import (
 	"bytes"
+	"io"
 	"log/slog"
 	"os"
 	"regexp"
@@ -32,6 +33,9 @@ func TestRecordBecomesFields(t *testing.T) {
 		if got[k] != v || !valid.MatchString(k) {
 			t.Errorf("%s = %q, want %q", k, got[k], v)
 		}
+	}
+	if log.Error("not done", "error", io.EOF, "id", "cd"); message != "not done: EOF" || got["RESULTITY_ERROR"] != "EOF" {
+		t.Errorf("%q %v: journalctl shows the message alone", message, got)
 	}
 	got = nil
 	if log.Debug("hidden"); got != nil {
