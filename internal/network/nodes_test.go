@@ -203,10 +203,14 @@ func TestFrameViolations(t *testing.T) {
 			frame[len(frame)-10] ^= 1
 			s.SendRaw(frame)
 		}, "signer", websocket.ClosePolicyViolation},
-		"slow clock":     {func(s *nodetest.Session) { s.SendRaw(sealed(later(s, -6*time.Second), ping)) }, "clock", websocket.ClosePolicyViolation},
-		"fast clock":     {func(s *nodetest.Session) { s.SendRaw(sealed(later(s, 6*time.Second), ping)) }, "clock", websocket.ClosePolicyViolation},
-		"too short":      {func(s *nodetest.Session) { s.SendRaw(make([]byte, 65)) }, "malformed", websocket.ClosePolicyViolation},
-		"text":           {func(s *nodetest.Session) { _ = s.Conn.WriteMessage(websocket.TextMessage, []byte("{}")) }, "malformed", websocket.ClosePolicyViolation},
+		"slow clock": {func(s *nodetest.Session) { s.SendRaw(sealed(later(s, -6*time.Second), ping)) }, "clock", websocket.ClosePolicyViolation},
+		"fast clock": {func(s *nodetest.Session) { s.SendRaw(sealed(later(s, 6*time.Second), ping)) }, "clock", websocket.ClosePolicyViolation},
+		"too short":  {func(s *nodetest.Session) { s.SendRaw(make([]byte, 65)) }, "malformed", websocket.ClosePolicyViolation},
+		"text": {func(s *nodetest.Session) {
+			if err := s.Conn.WriteMessage(websocket.TextMessage, sealed(later(s, 0), ping)); err != nil {
+				t.Error(err)
+			}
+		}, "malformed", websocket.ClosePolicyViolation},
 		"second hello":   {func(s *nodetest.Session) { s.Send(&wire.Hello{}) }, "order", websocket.ClosePolicyViolation},
 		"network's word": {func(s *nodetest.Session) { s.Send(&wire.Ack{}) }, "malformed", websocket.ClosePolicyViolation},
 		"oversize": {func(s *nodetest.Session) {

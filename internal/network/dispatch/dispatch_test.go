@@ -6,6 +6,7 @@ import (
 	"io"
 	"log/slog"
 	"maps"
+	"net/http/httptest"
 	"slices"
 	"strings"
 	"sync"
@@ -307,6 +308,19 @@ func (f *fixture) empty(results int) {
 	}
 }
 
+// metric returns the value of a series.
+func (f *fixture) metric(series string) string {
+	f.t.Helper()
+	w := httptest.NewRecorder()
+	f.m.Handler().ServeHTTP(w, httptest.NewRequest("GET", "/", nil))
+	for line := range strings.Lines(w.Body.String()) {
+		if v, ok := strings.CutPrefix(line, series+" "); ok {
+			return strings.TrimSpace(v)
+		}
+	}
+	return ""
+}
+
 func TestPlain(t *testing.T) {
 	run(t, Options{}, nil, func(t *testing.T, f *fixture) {
 		p := f.join(nil)
@@ -361,29 +375,56 @@ func TestJobThatCannotBeWritten(t *testing.T) {
 }
 
 func TestLeastBusyNodeFirst(t *testing.T) {
-	run(t, Options{}, func(c *snapshot.Config) { c.Runtime.Settings.Slots = 4 }, func(t *testing.T, f *fixture) {
+	run(t, Options{}, func(c *snapshot.Config) { c.Runtime.Settings.Slots = 8 }, func(t *testing.T, f *fixture) {
 		a, b := f.join(nil), f.join(nil)
 		b.beat(func(h *wire.Heartbeat) { h.Slots = 2 })
 		count := map[*peer]int{}
-		for range 6 {
-			f.submit(false)
-			for _, p := range []*peer{a, b} {
-				if j, ok := next[*wire.Job](p); ok {
-					count[p]++
-					p.member.Accepted(j.ID)
+		share := func(n int) {
+			for range n {
+				f.submit(false)
+				for _, p := range []*peer{a, b} {
+					if j, ok := next[*wire.Job](p); ok {
+						count[p]++
+						p.member.Accepted(j.ID)
+					}
 				}
 			}
-			if diff := count[a] - 2*count[b]; diff < -2 || diff > 2 {
-				t.Fatalf("a has %d of 4, b %d of 2", count[a], count[b])
-			}
 		}
-		if count[a] != 4 || count[b] != 2 {
-			t.Fatalf("a has %d, b has %d", count[a], count[b])
+		share(5)
+		if count[a] != 4 || count[b] != 1 {
+			t.Fatalf("a has %d of 8, b %d of 2", count[a], count[b])
+		}
+		share(5)
+		if count[a] != 8 || count[b] != 2 {
+			t.Fatalf("a has %d of 8, b %d of 2", count[a], count[b])
 		}
 		last := f.submit(false)
 		none[*wire.Job](a)
 		none[*wire.Job](b)
 		f.waiting(last)
+	})
+}
+
+// Nodes that are equally busy take turns.
+func TestTurns(t *testing.T) {
+	run(t, Options{}, nil, func(t *testing.T, f *fixture) {
+		peers := []*peer{f.join(nil), f.join(nil), f.join(nil)}
+		count := map[*peer]int{}
+		for range 9 {
+			f.submit(false)
+			for _, p := range peers {
+				if j, ok := next[*wire.Job](p); ok {
+					p.member.Accepted(j.ID)
+					p.deliver(j, "x")
+					count[p]++
+				}
+			}
+		}
+		for _, p := range peers {
+			if count[p] != 3 {
+				t.Errorf("one had %d of 9", count[p])
+			}
+		}
 	})
 }
 
@@ -559,6 +600,46 @@ func TestNotAccepted(t *testing.T) {
 	})
 }
 
+// A node that does not accept gets nothing else for a moment.
+func TestNotAcceptedPause(t *testing.T) {
+	run(t, Options{}, nil, func(t *testing.T, f *fixture) {
+		a := f.join(nil)
+		f.submit(false)
+		must[*wire.Job](a)
+		time.Sleep(3001 * time.Millisecond)
+		f.submit(false)
+		none[*wire.Job](a)
+		time.Sleep(refusalPause)
+		must[*wire.Job](a)
+	})
+}
+
+// A node that was busy after all is asked again, soon or at its next heartbeat.
+func TestRefusalPause(t *testing.T) {
+	for code, pause := range map[wire.Code]time.Duration{wire.CodeBusy: busyPause, wire.CodeNotReady: refusalPause} {
+		refused := func(t *testing.T, f *fixture) *peer {
+			a := f.join(nil)
+			f.submit(false)
+			a.member.Refused(&wire.Refuse{Job: must[*wire.Job](a).ID, Code: code})
+			f.submit(false) // a job that it has not refused
+			return a
+		}
+		run(t, Options{}, nil, func(t *testing.T, f *fixture) {
+			a := refused(t, f)
+			time.Sleep(pause - time.Millisecond)
+			none[*wire.Job](a)
+			time.Sleep(time.Millisecond)
+			must[*wire.Job](a)
+		})
+		run(t, Options{}, nil, func(t *testing.T, f *fixture) {
+			a := refused(t, f)
+			none[*wire.Job](a)
+			a.beat(nil)
+			must[*wire.Job](a)
+		})
+	}
+}
+
 // The only node accepts late: it keeps the job.
 func TestLateAccept(t *testing.T) {
 	run(t, Options{}, nil, func(t *testing.T, f *fixture) {
@@ -581,6 +662,9 @@ func TestStalled(t *testing.T) {
 		a := f.join(nil)
 		ticket := f.submit(false)
 		j := a.take()
+		f.sleep(25*time.Second, a)
+		none[*wire.Job](a) // it has it
+		a.member.Accepted(j.ID)
 		b := f.join(nil)
 		f.sleep(19*time.Second, a, b)
 		none[*wire.Job](b)
@@ -590,6 +674,89 @@ func TestStalled(t *testing.T) {
 		a.deliver(j, "hello")
 		f.answered(ticket, "hello")
 		must[*wire.Cancel](b)
+		f.empty(1)
+	})
+}
+
+// A job that takes long is no reason to ask the same node again, or to make
+// younger jobs wait.
+func TestStalledJobStandsBehind(t *testing.T) {
+	run(t, Options{}, func(c *snapshot.Config) { c.Runtime.Settings.Slots = 1 }, func(t *testing.T, f *fixture) {
+		a := f.join(nil)
+		slow := f.submit(false)
+		js := a.take()
+		quick := f.submit(false)
+		f.sleep(21*time.Second, a)
+		none[*wire.Job](a)
+		b := f.join(nil)
+		j := b.take()
+		if j.ID != quick.ID() {
+			t.Fatal("the slow job went first")
+		}
+		b.deliver(j, "quick")
+		f.answered(quick, "quick")
+		if j := b.take(); j.ID != slow.ID() {
+			t.Fatal("another job")
+		}
+		// The first one gives up: the second is at it, nobody else is needed.
+		if _, err := a.member.Result(&wire.Result{Job: js.ID, Code: wire.CodeEngine}); err != nil {
+			t.Fatal(err)
+		}
+		c := f.join(nil)
+		f.sleep(3*time.Second, a, b, c)
+		none[*wire.Job](a)
+		none[*wire.Job](c)
+		b.deliver(js, "slow")
+		f.answered(slow, "slow")
+		f.empty(2)
+	})
+}
+
+// The jobs of a node that broke the protocol do not wait for its return.
+func TestViolationTakesAllJobs(t *testing.T) {
+	run(t, Options{}, nil, func(t *testing.T, f *fixture) {
+		a := f.join(nil)
+		f.submit(false)
+		f.submit(false)
+		a.take()
+		a.take()
+		b := f.join(nil)
+		a.member.Leave(true)
+		b.take()
+		b.take()
+	})
+}
+
+// A result that is on its way to the disk when the deadline passes counts.
+func TestDeadlineWhileStoring(t *testing.T) {
+	run(t, Options{}, nil, func(t *testing.T, f *fixture) {
+		a := f.join(nil)
+		ticket := f.submit(false)
+		j := a.take()
+		hold := make(chan struct{})
+		f.store.putResult = func() error { <-hold; return nil }
+		a.deliver(j, "hello")
+		f.sleep(61*time.Second, a)
+		f.waiting(ticket)
+		close(hold)
+		f.answered(ticket, "hello")
+		f.empty(1)
+	})
+}
+
+// A result that a former run of the service has counted already is what counts.
+func TestResultOfAFormerRun(t *testing.T) {
+	run(t, Options{}, nil, func(t *testing.T, f *fixture) {
+		a := f.join(nil)
+		ticket := f.submit(false)
+		j := a.take()
+		body := nodetest.Body(j, "first")
+		if err := f.store.PutResult(t.Context(), a.node.Result(t, j, body, nil).Receipt, body); err != nil {
+			t.Fatal(err)
+		}
+		a.deliver(j, "second")
+		f.answered(ticket, "first")
+		a.acked(j)
 		f.empty(1)
 	})
 }
@@ -1079,6 +1246,9 @@ func TestResultsAtTheSameTime(t *testing.T) {
 		f.answered(ticket, "one")
 		a.acked(j)
 		b.acked(j)
+		if got := f.metric(`resultity_results_total{verdict="counted"}`); got != "1" {
+			t.Errorf("counted %s results", got)
+		}
 		f.empty(1)
 	})
 }
@@ -1105,6 +1275,7 @@ func TestCancel(t *testing.T) {
 		a.deliver(j, "hello")
 		synctest.Wait()
 		ticket.Cancel()
+		none[*wire.Cancel](a)
 		close(hold)
 		a.acked(j)
 		f.empty(1)
@@ -1242,7 +1413,8 @@ func TestReplacedSession(t *testing.T) {
 		f.waiting(ticket)
 		p.deliver(j, "hello")
 		f.answered(ticket, "hello")
-		f.empty(1)
+		f.submit(false)
+		must[*wire.Job](p)
 	})
 }
 

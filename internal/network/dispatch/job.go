@@ -96,7 +96,6 @@ type runner struct {
 	accepted bool
 	adopted  int   // how often it went on after a new session
 	pos      int64 // bytes of the response that came in order and equal what was sent
-	diverged bool  // its bytes contradict what was sent
 	lost     bool  // given up; the job waits or is elsewhere
 }
 
@@ -114,10 +113,11 @@ func newJob(d *Dispatcher, rec *store.Job, under *Terms, start time.Time) *job {
 	return j
 }
 
-// live returns a runner that is at the job, or nil.
+// live returns the runner that is at the job and not given up, or nil. There is
+// one at most.
 func (j *job) live() *runner {
 	for _, r := range j.runners {
-		if !r.lost && !r.diverged {
+		if !r.lost {
 			return r
 		}
 	}
@@ -171,9 +171,6 @@ func (r *runner) due(d *Dispatcher) (time.Time, Reason) {
 // whether the node's bytes still fit.
 func (r *runner) take(offset int64, data []byte) bool {
 	j := r.job
-	if r.diverged {
-		return false
-	}
 	// Bytes behind a gap can wait for the result, which is whole.
 	if offset > r.pos || offset+int64(len(data)) <= r.pos {
 		return true
@@ -181,7 +178,6 @@ func (r *runner) take(offset int64, data []byte) bool {
 	data = data[r.pos-offset:]
 	same := min(int64(len(data)), int64(len(j.body))-r.pos)
 	if !bytes.Equal(data[:same], j.body[r.pos:r.pos+same]) {
-		r.diverged = true
 		return false
 	}
 	r.pos += int64(len(data))
@@ -248,7 +244,7 @@ func (t *Ticket) Cancel() {
 	d := t.d
 	d.mu.Lock()
 	defer d.mu.Unlock()
-	if !t.j.storing && !d.closed {
+	if !t.j.storing {
 		d.fail(t.j, &Failure{Outcome: Cancelled, Code: wire.CodeCancelled, Message: "the client has gone"})
 	}
 }

@@ -263,7 +263,7 @@ func (m *Member) Chunk(c *wire.Chunk) (known bool, err error) {
 	}
 	first := len(j.body) == 0
 	if !r.take(c.Offset, c.Data) {
-		d.diverge(r)
+		d.diverge(j, r)
 		return true, nil
 	}
 	if first && len(j.body) > 0 {
@@ -272,14 +272,11 @@ func (m *Member) Chunk(c *wire.Chunk) (known bool, err error) {
 	return true, nil
 }
 
-// diverge takes a node whose bytes contradict the client's stream out of the
-// race, and ends the stream when nobody is left in it.
-func (d *Dispatcher) diverge(r *runner) {
-	j := r.job
-	for _, o := range j.runners {
-		if o != r && !o.diverged && !o.lost {
-			return // its result will be acknowledged and not used
-		}
+// diverge handles a node whose bytes contradict the client's stream: it is out
+// of the race. When nobody else is in it, the stream ends.
+func (d *Dispatcher) diverge(j *job, r *runner) {
+	if live := j.live(); live != nil && live != r {
+		return
 	}
 	d.metrics.Reassignments.WithLabelValues(string(Contradicted)).Inc()
 	d.fail(j, &Failure{Outcome: Diverged, Message: "the stream was interrupted and another node could not continue it; please try again"})
@@ -351,15 +348,11 @@ func (m *Member) valid(j *job, res *wire.Result) {
 		return
 	case j.attached && j.spec.Stream && !bytes.HasPrefix(res.Response, j.body):
 		m.ack("diverged", res.Job)
-		if r := m.runner(res.Job); r != nil {
-			r.diverged = true
-			d.diverge(r)
-			if !j.finished {
-				d.detach(r)
-				d.pump()
-			}
-		} else if j.live() == nil {
-			d.fail(j, &Failure{Outcome: Diverged, Message: "the stream was interrupted and another node could not continue it; please try again"})
+		r := m.runner(res.Job)
+		d.diverge(j, r)
+		if r != nil && !j.finished {
+			d.detach(r)
+			d.pump()
 		}
 		return
 	}

@@ -44,7 +44,7 @@ var ErrInvalid = errors.New("protocol violation")
 type claim struct {
 	job   *wire.Job
 	hash  digest.Digest // of job.Request
-	terms *Terms        // the configuration that the receipt names, nil when the job was never given out under it
+	terms *Terms        // of the configuration that the receipt names, nil when the job was never given out under it
 	node  evm.Address   // whose session it came through
 	now   time.Time
 }
@@ -74,8 +74,6 @@ func (c *claim) check(r *wire.Result) error {
 	switch {
 	case r.Receipt.ChainID() != cfg.Network.ChainID:
 		return bad("receipt is for chain %d, want %d", r.Receipt.ChainID(), cfg.Network.ChainID)
-	case rc.ConfigDigest != c.terms.Digest:
-		return bad("receipt names configuration %s, want %s", rc.ConfigDigest, c.terms.Digest)
 	case rc.ImageDigest != cfg.Runtime.Image.Digest():
 		return bad("receipt names image %s, want %s", rc.ImageDigest, cfg.Runtime.Image.Digest())
 	case rc.ModelDigest != c.terms.Model:
