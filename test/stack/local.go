@@ -92,19 +92,18 @@ func openLocal(ctx context.Context) (_ *local, err error) {
 			l.lock.Close()
 		}
 	}()
-	_, paused := l.pause()
 	if err := l.check(ctx); err != nil {
 		return nil, err
 	}
 	if err := os.MkdirAll(l.base, 0o700); err != nil {
 		return nil, err
 	}
-	if !paused {
+	if _, ok := l.pause(); !ok {
 		if err := l.WriteFile(filepath.Join(l.base, pauseNote), nil, 0o600); err != nil {
 			return nil, err
 		}
 	}
-	// From here on there is something to remove.
+	// Even asking for its version leaves a process of Podman's.
 	if err := l.checkPodman(ctx); err != nil {
 		return nil, errors.Join(err, l.remove(ctx))
 	}
@@ -125,14 +124,6 @@ func CloseLocal() error {
 func (l *local) check(ctx context.Context) error {
 	if _, err := l.Output(ctx, "systemctl", "--user", "show", "-P", "Version"); err != nil {
 		return fmt.Errorf("your service manager (systemd --user) does not answer: %w; log in by console, desktop or ssh, and on Debian install dbus-user-session", err)
-	}
-	out, err := l.Output(ctx, "podman", "version", "--format", "{{.Client.Version}}")
-	if err != nil {
-		return fmt.Errorf("podman: %w; install Podman 5.3 or newer", err)
-	}
-	var major, minor int
-	if _, err := fmt.Sscanf(string(out), "%d.%d", &major, &minor); err != nil || major < 5 || major == 5 && minor < 3 {
-		return fmt.Errorf("Podman %s is too old: 5.3 or newer is needed", bytes.TrimSpace(out))
 	}
 	if _, err := l.Output(ctx, "journalctl", "-q", "-n", "0", "--show-cursor"); err != nil {
 		return fmt.Errorf("you may not read your own journal: %w; have root make it persistent (mkdir /var/log/journal), or join the group systemd-journal", err)
@@ -168,9 +159,17 @@ const quadletFile = "resultity-runtime.container"
 
 func (l *local) quadlet() string { return filepath.Join(l.run, "containers/systemd", quadletFile) }
 
-// checkPodman looks at rootless containers.
+// checkPodman makes sure that rootless containers can run here.
 func (l *local) checkPodman(ctx context.Context) error {
-	out, err := l.Output(ctx, "podman", "unshare", "cat", "/proc/self/uid_map")
+	out, err := l.Output(ctx, "podman", "version", "--format", "{{.Client.Version}}")
+	if err != nil {
+		return fmt.Errorf("podman: %w; install Podman 5.3 or newer", err)
+	}
+	var major, minor int
+	if _, err := fmt.Sscanf(string(out), "%d.%d", &major, &minor); err != nil || major < 5 || major == 5 && minor < 3 {
+		return fmt.Errorf("Podman %s is too old: 5.3 or newer is needed", bytes.TrimSpace(out))
+	}
+	out, err = l.Output(ctx, "podman", "unshare", "cat", "/proc/self/uid_map")
 	if err != nil {
 		return fmt.Errorf("rootless Podman does not work: %w", err)
 	}
@@ -303,10 +302,9 @@ func (l *local) remove(ctx context.Context) error {
 		return nil
 	}
 	var errs []error
-	try := func(args ...string) []byte {
-		out, err := l.Output(ctx, args...)
+	try := func(args ...string) {
+		_, err := l.Output(ctx, args...)
 		errs = append(errs, err)
-		return out
 	}
 	files, err := filepath.Glob(filepath.Join(l.units(), localUnit+"*"))
 	errs = append(errs, err)
@@ -334,6 +332,7 @@ func (l *local) remove(ctx context.Context) error {
 		}
 	}
 	try("systemctl", "--user", "daemon-reload")
+	try("systemctl", "--user", "reset-failed", localUnit+"*", strings.TrimSuffix(Runtime, ".service")+"*")
 	for _, dir := range []string{filepath.Join(l.run, localName), filepath.Join(l.run, localUnit+"podman")} {
 		errs = append(errs, os.RemoveAll(dir))
 	}

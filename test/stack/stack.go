@@ -118,8 +118,8 @@ func Build(ctx context.Context) (Artifacts, error) {
 	return a, nil
 }
 
-// Prepare puts all that a stack is made of into dir, for machines on which
-// nothing can be built; see [Options].
+// Prepare puts all that a stack is made of into dir, and the demo, for machines
+// on which nothing can be built; see [Options].
 func Prepare(ctx context.Context, dir string) error {
 	from, err := Build(ctx)
 	if err != nil {
@@ -131,7 +131,8 @@ func Prepare(ctx context.Context, dir string) error {
 	}
 	from.Image = img.Layout
 	to := prebuilt(dir)
-	return errors.Join(copyTree(ctx, from.Root, to.Root), copyTree(ctx, from.Bin, to.Bin), copyTree(ctx, from.Image, to.Image))
+	return errors.Join(copyTree(ctx, from.Root, to.Root), copyTree(ctx, from.Bin, to.Bin), copyTree(ctx, from.Image, to.Image),
+		BuildProgram(ctx, filepath.Join(to.Bin, "demo"), "./test/demo"))
 }
 
 func prebuilt(dir string) Artifacts {
