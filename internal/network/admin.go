@@ -113,6 +113,35 @@ func decode(r io.Reader, v any) error {
 	return d.Decode(v)
 }
 
+// Reload makes the service of dir take over what is published, if one runs.
+func Reload(ctx context.Context, dir string) error {
+	c, err := dialAdmin(dir)
+	if c == nil || err != nil {
+		return err
+	}
+	defer c.Close()
+	_, err = c.call(ctx, http.MethodPost, "/reload", nil)
+	return err
+}
+
+// dialAdmin reaches the running service of dir; nil when none runs.
+func dialAdmin(dir string) (*adminClient, error) {
+	conn, err := net.Dial("unix", adminSocket(dir))
+	if errors.Is(err, fs.ErrNotExist) || errors.Is(err, syscall.ECONNREFUSED) {
+		return nil, nil
+	}
+	if err != nil {
+		return nil, fmt.Errorf("admin socket: %w", err)
+	}
+	_ = conn.Close() // only to see that somebody listens
+	return &adminClient{http.Client{Transport: &http.Transport{
+		DialContext: func(ctx context.Context, _, _ string) (net.Conn, error) {
+			var d net.Dialer
+			return d.DialContext(ctx, "unix", adminSocket(dir))
+		},
+	}, Timeout: 30 * time.Second}}, nil
+}
+
 // Admin changes what is in the store of a network.
 type Admin interface {
 	// CreateToken makes an enrolment token that is good for uses nodes.
@@ -121,9 +150,6 @@ type Admin interface {
 	CreateAPIKey(ctx context.Context, name string) (string, error)
 	// RevokeAPIKeys removes all API keys of a name and returns how many.
 	RevokeAPIKeys(ctx context.Context, name string) (int, error)
-	// Reload makes a running service take over what is published; without one
-	// there is nothing to do.
-	Reload(ctx context.Context) error
 	Close()
 }
 
@@ -133,19 +159,8 @@ func OpenAdmin(ctx context.Context, dir string, log *slog.Logger) (Admin, error)
 	if _, err := os.Stat(filepath.Join(dir, "publish.json")); err != nil {
 		return nil, fmt.Errorf("%w: dir: %s holds no network: %w", ErrConfig, dir, err)
 	}
-	c := &adminClient{http.Client{Transport: &http.Transport{
-		DialContext: func(ctx context.Context, _, _ string) (net.Conn, error) {
-			var d net.Dialer
-			return d.DialContext(ctx, "unix", adminSocket(dir))
-		},
-	}, Timeout: 30 * time.Second}}
-	conn, err := net.Dial("unix", adminSocket(dir))
-	if err == nil {
-		_ = conn.Close() // only to see that somebody listens
-		return c, nil
-	}
-	if !errors.Is(err, fs.ErrNotExist) && !errors.Is(err, syscall.ECONNREFUSED) {
-		return nil, fmt.Errorf("admin socket: %w", err)
+	if c, err := dialAdmin(dir); c != nil || err != nil {
+		return c, err
 	}
 	s, err := store.Open(ctx, filepath.Join(dir, "store"), log)
 	if err != nil {
@@ -172,8 +187,7 @@ func (a storeAdmin) RevokeAPIKeys(ctx context.Context, name string) (int, error)
 	return a.store.RevokeAPIKeys(ctx, name)
 }
 
-func (a storeAdmin) Reload(context.Context) error { return nil }
-func (a storeAdmin) Close()                       { a.store.Close() }
+func (a storeAdmin) Close() { a.store.Close() }
 
 // adminClient asks the running service.
 type adminClient struct{ http http.Client }
@@ -215,11 +229,6 @@ func (c *adminClient) CreateAPIKey(ctx context.Context, name string) (string, er
 func (c *adminClient) RevokeAPIKeys(ctx context.Context, name string) (int, error) {
 	r, err := c.call(ctx, http.MethodDelete, "/apikey/"+url.PathEscape(name), nil)
 	return r.Count, err
-}
-
-func (c *adminClient) Reload(ctx context.Context) error {
-	_, err := c.call(ctx, http.MethodPost, "/reload", nil)
-	return err
 }
 
 func (c *adminClient) Close() { c.http.CloseIdleConnections() }

@@ -11,12 +11,8 @@ import (
 	"time"
 
 	"github.com/resultity/node/internal/network/nodetest"
-	"github.com/resultity/node/internal/snapshot"
 	"github.com/resultity/node/internal/wire"
 )
-
-// calm lets nodes be silent for the length of a benchmark.
-func calm(c *snapshot.Config) { c.Network.Window = 3600 }
 
 // BenchmarkPlain is the time of a whole plain request whose node answers at
 // once: what the network and one hop to a node add.

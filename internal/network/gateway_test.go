@@ -180,7 +180,7 @@ func TestDeadline(t *testing.T) {
 }
 
 func TestNodeFailures(t *testing.T) {
-	n := start(t, nil)
+	n := start(t, calm)
 	s := n.node().Ready(t)
 	for _, tc := range []struct {
 		code   wire.Code
@@ -198,7 +198,6 @@ func TestNodeFailures(t *testing.T) {
 				j := s.Take()
 				s.Send(&wire.Result{Job: j.ID, Code: tc.code, Message: "why"})
 				nodetest.Expect[*wire.Ack](s)
-				s.Send(s.Node.Heartbeat())
 				done = !tc.code.Retryable() || n.metric(`resultity_jobs_total{outcome="failed"}`) > 0
 			}
 			if tc.code == wire.CodeEngine {

@@ -53,6 +53,9 @@ func TestMain(m *testing.M) {
 	os.Exit(code)
 }
 
+// calm lets nodes be silent for as long as a test takes.
+func calm(c *snapshot.Config) { c.Network.Window = 3600 }
+
 const asProgram = "RESULTITY_NETWORK_TEST"
 
 // testNetwork is a network under test: a real service on a real store.
@@ -68,7 +71,8 @@ type testNetwork struct {
 
 	url    string
 	apiKey string
-	stop   func() // ends the service and checks that it ended well
+	client *http.Client // nil for the default
+	stop   func()       // ends the service and checks that it ended well
 }
 
 // shortDir is a directory whose unix sockets have short paths.
@@ -204,13 +208,24 @@ func (n *testNetwork) do(ctx context.Context, method, path, body string, header 
 	for i := 0; i < len(header); i += 2 {
 		req.Header.Set(header[i], header[i+1])
 	}
-	res, err := http.DefaultClient.Do(req)
+	client := n.client
+	if client == nil {
+		client = http.DefaultClient
+	}
+	res, err := client.Do(req)
 	if err != nil {
 		return reply{err: err}
 	}
 	defer res.Body.Close()
 	b, err := io.ReadAll(res.Body)
 	return reply{res.StatusCode, res.Header, b, err}
+}
+
+// with is the same network reached in another way.
+func (n *testNetwork) with(client *http.Client, url string) *testNetwork {
+	other := *n
+	other.client, other.url = client, url
+	return &other
 }
 
 func (n *testNetwork) get(path string) reply {

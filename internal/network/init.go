@@ -126,7 +126,7 @@ func readMessageKey(dir string) (*evm.Key, error) {
 // Publish makes a configuration the network's. Beside what its nodes would
 // refuse it refuses what this service could not serve, and a change of the
 // network's name or chain, which would make every node a stranger. A running
-// service takes it over within seconds; [Admin] makes it do so at once.
+// service takes it over within seconds; [Reload] makes it do so at once.
 func Publish(dir string, raw []byte) error {
 	c, err := snapshot.Parse(raw)
 	if err != nil {

@@ -19,6 +19,7 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
+	"reflect"
 	"regexp"
 	"strings"
 	"sync"
@@ -600,4 +601,15 @@ func TestTLS(t *testing.T) {
 		defer c.Close()
 		return c.ConnectionState().PeerCertificates[0].Equal(renewed)
 	})
+}
+
+// The example file documents every key, with its default.
+func TestExampleFile(t *testing.T) {
+	var c network.Config
+	if err := c.ReadFile("network.toml"); err != nil {
+		t.Fatal(err)
+	}
+	if d := network.Defaults(); !reflect.DeepEqual(c, d) {
+		t.Errorf("example %+v, defaults %+v", c, d)
+	}
 }

@@ -208,8 +208,16 @@ func (s *service) handler() http.Handler {
 	mux.Handle("/v1/", gateway.New(s.store, s.dispatch, s.metrics, s.log))
 	mux.Handle("GET /metrics", s.metrics.Handler())
 	mux.HandleFunc("GET /healthz", s.healthz)
-	return http.MaxBytesHandler(mux, wire.MaxFrame) // no handler takes more; most take less
+	return http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		// Set for each request, since a deadline stays with a connection that is
+		// used again. What takes longer sets its own, and a WebSocket clears it.
+		_ = http.NewResponseController(w).SetWriteDeadline(time.Now().Add(answerTimeout))
+		mux.ServeHTTP(w, r)
+	})
 }
+
+// answerTimeout is how long a client may take to read a small answer.
+const answerTimeout = 30 * time.Second
 
 // healthz answers whether this process can do its work. Having no nodes is no
 // fault of its own.
@@ -299,7 +307,8 @@ func (s *service) formerTerms(ctx context.Context, d digest.Digest) (*dispatch.T
 // from another machine and copy the files.
 const watchEvery = 2 * time.Second
 
-// watch renews the timestamp on schedule and takes over what is published.
+// watch renews the timestamp on schedule, takes over what is published, and
+// fails when the store has failed.
 func (s *service) watch(ctx context.Context) error {
 	tick := time.NewTicker(watchEvery)
 	defer tick.Stop()
@@ -311,6 +320,10 @@ func (s *service) watch(ctx context.Context) error {
 			return nil
 		case <-tick.C:
 		}
+		if err := s.store.Healthy(); err != nil {
+			return err // it does not mend itself; a new start may find room
+		}
+		_, _ = daemon.SdNotify(false, daemon.SdNotifyWatchdog) // nobody may be there to be told
 		if !time.Now().Before(renew) {
 			if _, err := publish.Refresh(s.cfg.Dir); err != nil {
 				s.log.Error("timestamp was not renewed; nodes refuse the configuration once it has expired", "error", err)

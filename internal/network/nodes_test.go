@@ -11,6 +11,7 @@ import (
 
 	"github.com/gorilla/websocket"
 
+	"github.com/resultity/node/internal/digest"
 	"github.com/resultity/node/internal/evm"
 	"github.com/resultity/node/internal/network"
 	"github.com/resultity/node/internal/network/nodetest"
@@ -337,6 +338,17 @@ func TestBye(t *testing.T) {
 		t.Errorf("closed with %d", code)
 	}
 	n.until("the session is counted", func() bool {
-		return n.metric(`resultity_sessions_ended_total{why="bye"}`)+n.metric(`resultity_sessions_ended_total{reason="bye"}`) == 1
+		return n.metric(`resultity_sessions_ended_total{reason="bye"}`) == 1
 	})
+}
+
+// A node that was away when a configuration was published hears of it at once.
+func TestUpdateAtHello(t *testing.T) {
+	n := start(t, nil)
+	v := n.node()
+	v.Digest = digest.Digest{}
+	s := v.Connect(t)
+	if m, err := s.Receive(); err != nil || m.(*wire.Update).Version != 1 {
+		t.Fatalf("%T %v", m, err)
+	}
 }

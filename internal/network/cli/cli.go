@@ -143,7 +143,7 @@ func publishCommand() *cobra.Command {
 			return err
 		}
 		fmt.Fprintf(cmd.OutOrStdout(), "published version %d, %s\n", snap.Version(), snap.Digest())
-		return withAdmin(cmd, d, func(a network.Admin) error { return a.Reload(cmd.Context()) })
+		return network.Reload(cmd.Context(), d)
 	}
 	return cmd
 }

@@ -35,7 +35,7 @@ type Options struct {
 	NoNodeWait time.Duration // how long a new job waits where no node is routable; default 5 s
 	Grace      time.Duration // how long a node may be away before its jobs go elsewhere; default 2 s
 	Accept     time.Duration // how long a node may take to accept, beside the time its bytes take; default 3 s
-	Attempts   int           // how often a job is given out; default 8
+	Attempts   int           // how often a job is given out, to busy nodes not counted; default 5
 }
 
 func (o *Options) fill() {
@@ -51,7 +51,7 @@ func (o *Options) fill() {
 		o.MaxBytes = 256 << 20
 	}
 	if o.Attempts == 0 {
-		o.Attempts = 8
+		o.Attempts = 5
 	}
 	def(&o.NoNodeWait, 5*time.Second)
 	def(&o.Grace, 2*time.Second)
@@ -430,7 +430,7 @@ func (d *Dispatcher) requeue(j *job, ahead bool, why *Failure) {
 		}
 		return // whoever has it may still deliver, until the deadline
 	}
-	j.notBefore = time.Now().Add(retries[min(j.attempts-1, len(retries)-1)])
+	j.notBefore = time.Now().Add(retries[min(max(j.attempts-1, 0), len(retries)-1)])
 	d.enqueue(j, ahead)
 	d.pump()
 	d.arm(j)

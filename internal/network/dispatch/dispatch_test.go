@@ -640,6 +640,21 @@ func TestRefusalPause(t *testing.T) {
 	}
 }
 
+// However often a node is busy, its job does not fail for that.
+func TestBusyIsNoFailure(t *testing.T) {
+	run(t, Options{Attempts: 2}, nil, func(t *testing.T, f *fixture) {
+		a := f.join(nil)
+		ticket := f.submit(false)
+		for range 10 {
+			a.member.Refused(&wire.Refuse{Job: must[*wire.Job](a).ID, Code: wire.CodeBusy})
+			f.sleep(retries[0], a)
+		}
+		a.deliver(a.take(), "hello")
+		f.answered(ticket, "hello")
+		f.empty(1)
+	})
+}
+
 // The only node accepts late: it keeps the job.
 func TestLateAccept(t *testing.T) {
 	run(t, Options{}, nil, func(t *testing.T, f *fixture) {

@@ -215,8 +215,9 @@ func (m *Member) Refused(msg *wire.Refuse) (known bool) {
 		r.accepted, r.progress = true, time.Now()
 		d.arm(r.job)
 		return true
-	case wire.CodeBusy:
+	case wire.CodeBusy: // our books were behind its own: no fault of the job
 		m.node.blocked = time.Now().Add(busyPause)
+		r.job.attempts--
 	case wire.CodeDraining, wire.CodeNotReady, wire.CodeConfig, wire.CodeUnknownModel, wire.CodeStorage, wire.CodeInternal:
 		m.node.blocked = time.Now().Add(refusalPause)
 	}

@@ -34,9 +34,16 @@ import (
 const HeaderReceipt = "Resultity-Receipt"
 
 const (
-	bodyTimeout  = 30 * time.Second // for a request's body to arrive
-	writeTimeout = 30 * time.Second // for one write to a client
+	bodyTimeout  = 30 * time.Second // for a request's body to arrive; a long one gets more, see allow
+	writeTimeout = 30 * time.Second // for one write to a client, likewise
+	slowLink     = 64 << 10         // bytes a second; who is slower is cut off
 )
+
+// allow is when n bytes must have passed that may take d and what slowLink
+// gives them.
+func allow(d time.Duration, n int64) time.Time {
+	return time.Now().Add(d + time.Duration(n/slowLink)*time.Second)
+}
 
 // records is what the gateway reads of the store.
 type records interface {
@@ -93,6 +100,9 @@ func clean(method string) string {
 // ServeHTTP implements [http.Handler].
 func (g *Gateway) ServeHTTP(w http.ResponseWriter, r *http.Request) { g.mux.ServeHTTP(w, r) }
 
+// statusGone stands in metrics for a client that left before its answer.
+const statusGone = 499
+
 // status remembers the status code for metrics.
 type status struct {
 	http.ResponseWriter
@@ -111,6 +121,9 @@ func (g *Gateway) counted(route string, next http.HandlerFunc) http.Handler {
 	return http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
 		s := &status{ResponseWriter: w, code: http.StatusOK}
 		next(s, r)
+		if r.Context().Err() != nil {
+			s.code = statusGone
+		}
 		g.metrics.Requests.WithLabelValues(route, strconv.Itoa(s.code)).Inc()
 	})
 }
@@ -158,6 +171,8 @@ func (g *Gateway) infer(kind wire.Kind) func(http.ResponseWriter, *http.Request,
 			return
 		}
 		w.Header().Set("X-Request-Id", t.ID().String())
+		// The wait is bounded by the job's deadline; each write gets its own.
+		_ = http.NewResponseController(w).SetWriteDeadline(time.Time{})
 		if req.Stream {
 			g.stream(w, r, t)
 		} else {
@@ -174,7 +189,7 @@ func readBody(w http.ResponseWriter, r *http.Request, limit int64) ([]byte, *ope
 		}
 	}
 	rc := http.NewResponseController(w)
-	_ = rc.SetReadDeadline(time.Now().Add(bodyTimeout)) // a connection that cannot has timeouts of its own
+	_ = rc.SetReadDeadline(allow(bodyTimeout, limit)) // fails on a closed connection only, and then so does reading
 	var buf bytes.Buffer
 	if n := r.ContentLength; n > 0 && n <= limit {
 		buf.Grow(int(n) + bytes.MinRead)
@@ -211,8 +226,8 @@ func (g *Gateway) plain(w http.ResponseWriter, r *http.Request, t *dispatch.Tick
 	h.Set(HeaderReceipt, t.ID().String())
 	h.Set("Content-Type", "application/json")
 	h.Set("Content-Length", strconv.Itoa(len(response)))
-	_ = http.NewResponseController(w).SetWriteDeadline(time.Now().Add(writeTimeout + time.Duration(len(response))*time.Second/(64<<10)))
-	_, _ = w.Write(response) // a client that has gone may still fetch the receipt
+	_ = http.NewResponseController(w).SetWriteDeadline(allow(writeTimeout, int64(len(response)))) // as above
+	_, _ = w.Write(response)                                                                      // a client that has gone may still fetch the receipt
 }
 
 func (g *Gateway) stream(w http.ResponseWriter, r *http.Request, t *dispatch.Ticket) {
@@ -237,7 +252,7 @@ func (g *Gateway) stream(w http.ResponseWriter, r *http.Request, t *dispatch.Tic
 			if !bytes.HasSuffix(last, []byte("\n\n")) {
 				event = append([]byte("\n\n"), event...)
 			}
-			_ = rc.SetWriteDeadline(time.Now().Add(writeTimeout))
+			_ = rc.SetWriteDeadline(allow(writeTimeout, 0))
 			_, _ = w.Write(event) // nobody is left to be told
 			_ = rc.Flush()
 			return
@@ -249,7 +264,7 @@ func (g *Gateway) stream(w http.ResponseWriter, r *http.Request, t *dispatch.Tic
 			h.Set("Cache-Control", "no-cache")
 			h.Set("X-Accel-Buffering", "no") // reverse proxies must not collect events
 		}
-		_ = rc.SetWriteDeadline(time.Now().Add(writeTimeout)) // what cannot have one fails in Write
+		_ = rc.SetWriteDeadline(allow(writeTimeout, int64(len(data)))) // as above
 		if _, err = w.Write(data); err == nil {
 			err = rc.Flush()
 		}
@@ -269,6 +284,7 @@ func (g *Gateway) fail(w http.ResponseWriter, err error) {
 	} else if ok && (f.Outcome == dispatch.QueueFull || f.Outcome == dispatch.NoNode || f.Outcome == dispatch.Closing) {
 		g.metrics.Jobs.WithLabelValues(string(f.Outcome)).Inc()
 	}
+	_ = http.NewResponseController(w).SetWriteDeadline(allow(writeTimeout, 0)) // as above
 	switch e.Status {
 	case http.StatusTooManyRequests:
 		w.Header().Set("Retry-After", "1")

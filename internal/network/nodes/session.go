@@ -227,6 +227,9 @@ func (s *session) hello() (*dispatch.Member, error) {
 	}
 	s.m.replace(s)
 	s.Send(&wire.Welcome{Session: s.nonce.String(), Server: s.m.version})
+	if t := s.m.dispatch.Terms(); h.Config != t.Digest { // it may have been away when this was told
+		s.Send(&wire.Update{Version: t.Version})
+	}
 	return s.m.dispatch.Join(s.node, s), nil
 }
 

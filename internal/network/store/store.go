@@ -191,7 +191,7 @@ func (s *Store) Run(ctx context.Context, log *slog.Logger) error {
 func (s *Store) Healthy() error {
 	switch {
 	case !s.server.JetStreamEnabled():
-		return errors.New("store has turned itself off after a write error; make room on its disk and restart the service")
+		return errors.New("store has turned itself off after a write error; see the log lines before, and make room on its disk")
 	case !s.conn.IsConnected():
 		return errors.New("store connection is closed")
 	}
