@@ -100,7 +100,7 @@ func (s *Store) write(group []*change, t totals) (totals, error) {
 	case s.published(id):
 		// The new root is there but perhaps not on the disk, and bbolt has
 		// gone back to the old one: from here on the two would be mixed.
-		s.broken = fmt.Errorf("the job store cannot be written any more, restart the agent: %w", err)
+		s.broken = fmt.Errorf("%w: %w", ErrBroken, err)
 		return t, s.broken
 	case errors.Is(err, syscall.ENOSPC), errors.Is(err, syscall.EDQUOT):
 		return t, fmt.Errorf("%w: %w", ErrFull, err)

@@ -49,6 +49,10 @@ var (
 	// ErrCorrupt says that the file is not what this package has written.
 	ErrCorrupt = errors.New("job store is damaged; stop the agent and move the file away: the agent begins a new one, and what had not been delivered to the network is lost")
 
+	// ErrBroken says that a write has failed halfway, so that nothing more can
+	// be written before the store is opened anew.
+	ErrBroken = errors.New("job store cannot be written any more; restart the agent")
+
 	// ErrUnknown says that a result belongs to no accepted job.
 	ErrUnknown = errors.New("job was not accepted")
 
