@@ -2,11 +2,17 @@
 // receipt, and delivery until the network has acknowledged the result.
 //
 // The rules it keeps: a job is written down before it is accepted, and its
-// result before it is sent; a job runs under the terms it was accepted under;
-// what was accepted ends in exactly one result, over restarts too.
+// result before it is sent. A job runs under the terms it was accepted under.
+// What was accepted ends in exactly one result, over restarts too.
+//
+// A job that arrives again is answered from what is known of it, whatever else
+// the node is doing: accepted again while it runs, its result sent again when it
+// is done. A panic while a job runs is a bug and ends the agent: the next start
+// finds the job as it was accepted.
 package work
 
 import (
+	"bytes"
 	"context"
 	"errors"
 	"fmt"
@@ -26,12 +32,16 @@ import (
 )
 
 type (
+	// engine answers one request; see [runtime.Client.Run] for its errors.
 	engine interface {
 		Run(ctx context.Context, j runtime.Job, emit func([]byte) error) (runtime.Result, error)
 	}
+
+	// store is what must not be forgotten; see [state.Store].
 	store interface {
 		Accept(j *wire.Job) (state.Known, error)
 		Finish(r *wire.Result) error
+		Lookup(id receipt.JobID) (state.Known, error)
 		Unfinished() ([]*wire.Job, error)
 		Outbox(after uint64, f func(seq uint64, r *wire.Result) error) error
 		Result(id receipt.JobID) (*wire.Result, bool, error)
@@ -45,18 +55,20 @@ type (
 // while it is active.
 type Active struct {
 	Snapshot *snapshot.Snapshot
-	Image    digest.Digest
-	Model    digest.Digest
+	Image    digest.Digest // manifest of the runtime's image
+	Model    digest.Digest // manifest of the model's files
 	Engine   engine
 }
+
+func (a *Active) slots() int { return a.Snapshot.Config().Runtime.Settings.Slots }
 
 // Config is what a worker works with.
 type Config struct {
 	Store store
-	Key   *evm.Key
+	Key   *evm.Key // signs receipts
 	// Send hands a message to the session. Without one it fails at once; a
-	// result is then sent when there is one again. It may wait for room, but
-	// not for long.
+	// result is then sent when there is one again. A result may wait for room,
+	// but not for long; nothing else waits.
 	Send func(wire.Message) error
 	Log  *slog.Logger
 	Now  func() time.Time
@@ -65,42 +77,53 @@ type Config struct {
 // Worker runs jobs. Its methods are safe for concurrent use and do not wait for
 // engine, disk or network, but for Run, Idle and Drain.
 type Worker struct {
-	cfg Config
+	cfg   Config
+	fatal chan error // capacity 1: why Run must end
 
-	mu       sync.Mutex // guards all below; never held over disk, engine or network
-	base     context.Context
-	active   *Active
-	paused   bool // by the operator
-	stopping bool
-	running  map[receipt.JobID]*run
-	waiting  []*wire.Job   // accepted before this start; run when their terms are active again
-	changed  chan struct{} // closed and replaced when running changes
-	tasks    sync.WaitGroup
+	mu        sync.Mutex      // guards what follows; never held over disk, engine or network
+	base      context.Context // of everything that Run owns; nil while it does not run
+	active    *Active
+	paused    bool // by the operator
+	stopping  bool
+	jobs      map[receipt.JobID]*job // whose result is not stored yet
+	busy      int                    // of them have a slot
+	delivered int                    // tasks of jobs that have not ended; at least len(jobs)
+	early     bool                   // Connected was called before Run
+	heard     bool                   // something came from the network since the last housekeeping
+	changed   chan struct{}          // closed and replaced when active, busy or delivered change
+	tasks     sync.WaitGroup
 }
 
-// run is a job that has a slot.
-type run struct {
-	cancel   context.CancelCauseFunc
-	accepted bool // written down and announced
+// job is a job from admission until its result is stored.
+type job struct {
+	*wire.Job
+	cancel context.CancelCauseFunc
+	stream *stream // its chunks, if it has any
+
+	durable bool // written down: may be announced. Guarded by Worker.mu
 }
 
 // New makes a worker. It takes jobs once [Worker.Run] runs and a deployment is
 // active.
 func New(cfg Config) *Worker {
-	return &Worker{cfg: cfg, running: map[receipt.JobID]*run{}, changed: make(chan struct{})}
+	return &Worker{cfg: cfg, fatal: make(chan error, 1), jobs: map[receipt.JobID]*job{}, changed: make(chan struct{})}
 }
 
-// errStopping ends jobs that are to be run again at the next start.
-var errStopping = errors.New("the agent stops")
-
-// errCancelled ends jobs that the network does not want any more.
-var errCancelled = errors.New("cancelled by the network")
+// Why a job's context ended.
+var (
+	errStopping  = errors.New("the agent stops")
+	errCancelled = errors.New("cancelled by the network")
+	errDeadline  = errors.New("the deadline has passed")
+)
 
 // housekeeping is how often results past their time are dropped.
 const housekeeping = time.Minute
 
-// Run works until ctx ends. Jobs that run then are cut short and stay accepted:
-// the next start runs them again. It returns when nothing runs any more.
+// Run works until ctx ends, and returns nil when nothing runs any more. Jobs
+// that run then are cut short and stay accepted: the next start runs them again.
+//
+// It fails when a result cannot be stored although there is room: then what the
+// node has promised is kept only by starting anew from what the disk holds.
 func (w *Worker) Run(ctx context.Context) error {
 	jobs, err := w.cfg.Store.Unfinished()
 	if err != nil {
@@ -108,67 +131,69 @@ func (w *Worker) Run(ctx context.Context) error {
 	}
 	base, stop := context.WithCancelCause(context.WithoutCancel(ctx))
 	w.mu.Lock()
-	w.base, w.waiting = base, jobs
-	w.startWaitingLocked()
+	w.base = base
+	for _, j := range jobs {
+		k := &job{Job: j, durable: true}
+		w.goLocked(k, func(ctx context.Context) { w.resume(ctx, k) })
+	}
+	early := w.early
 	w.mu.Unlock()
-	w.Connected() // for a session that was quicker
+	if early {
+		w.Connected()
+	}
 
 	tick := time.NewTicker(housekeeping)
 	defer tick.Stop()
 	for {
-		w.endOverdue()
 		select {
-		case <-ctx.Done():
-			w.mu.Lock()
-			w.stopping, w.base = true, nil
-			w.mu.Unlock()
-			stop(errStopping)
-			w.tasks.Wait()
-			return nil
-		case <-w.nextOverdue():
 		case <-tick.C:
 			w.expire()
+			continue
+		case err = <-w.fatal:
+		case <-ctx.Done():
 		}
+		w.mu.Lock()
+		w.base, w.stopping = nil, true
+		w.mu.Unlock()
+		stop(errStopping)
+		w.tasks.Wait()
+		return err
 	}
 }
 
-// nextOverdue fires at the nearest deadline of a waiting job.
-func (w *Worker) nextOverdue() <-chan time.Time {
-	w.mu.Lock()
-	defer w.mu.Unlock()
-	if len(w.waiting) == 0 {
-		return nil
-	}
-	next := w.waiting[0].Deadline
-	for _, j := range w.waiting {
-		next = min(next, j.Deadline)
-	}
-	return time.After(max(time.UnixMilli(next).Sub(w.cfg.Now()), time.Millisecond))
+// goLocked runs a job's task. Its context ends at the deadline, and with one of
+// the causes above.
+func (w *Worker) goLocked(k *job, task func(context.Context)) {
+	ctx, cancel := context.WithCancelCause(w.base)
+	k.cancel = cancel
+	w.jobs[k.ID] = k
+	w.delivered++
+	w.tasks.Go(func() {
+		defer cancel(nil)
+		ctx, stop := context.WithTimeoutCause(ctx, time.UnixMilli(k.Deadline).Sub(w.cfg.Now()), errDeadline)
+		defer stop()
+		task(ctx)
+		w.mu.Lock()
+		defer w.mu.Unlock()
+		w.delivered--
+		w.changedLocked()
+	})
 }
 
-// endOverdue fails the waiting jobs whose deadline has passed.
-func (w *Worker) endOverdue() {
-	w.mu.Lock()
-	var over, left []*wire.Job
-	for _, j := range w.waiting {
-		if w.cfg.Now().UnixMilli() >= j.Deadline {
-			over = append(over, j)
-		} else {
-			left = append(left, j)
-		}
-	}
-	w.waiting = left
-	w.mu.Unlock()
-	for _, j := range over {
-		w.finish(&wire.Result{Job: j.ID, Code: wire.CodeDeadline, Message: "the agent was restarted and the deadline passed"}, j)
-	}
+func (w *Worker) changedLocked() {
+	close(w.changed)
+	w.changed = make(chan struct{})
 }
 
+// expire drops results past their time. It does so only while something is
+// heard from the network, which shows that the clock is right: what is heard
+// has passed the session's check of the time.
 func (w *Worker) expire() {
 	w.mu.Lock()
-	a := w.active
+	a, heard := w.active, w.heard
+	w.heard = false
 	w.mu.Unlock()
-	if a == nil {
+	if a == nil || !heard {
 		return
 	}
 	dropped, err := w.cfg.Store.Expire(a.Snapshot.Config().Limits.ResultTTL.Duration())
@@ -176,7 +201,7 @@ func (w *Worker) expire() {
 		w.cfg.Log.Error("old results not dropped", journal.StorageFailed.Attr(), "error", err)
 	}
 	if dropped > 0 {
-		w.cfg.Log.Warn("results were never acknowledged and are past their time", "dropped", dropped)
+		w.cfg.Log.Warn("results dropped that the network has never acknowledged", "results", dropped)
 	}
 }
 
@@ -186,41 +211,25 @@ func (w *Worker) SetActive(a *Active) {
 	w.mu.Lock()
 	defer w.mu.Unlock()
 	w.active = a
-	w.startWaitingLocked()
-}
-
-// startWaitingLocked gives jobs of an earlier start another run, under the very
-// terms they were accepted under.
-func (w *Worker) startWaitingLocked() {
-	if w.active == nil || w.base == nil {
-		return
-	}
-	var left []*wire.Job
-	for _, j := range w.waiting {
-		if j.Config != w.active.Snapshot.Digest() || len(w.running) >= w.active.Snapshot.Config().Runtime.Settings.Slots {
-			left = append(left, j)
-			continue
-		}
-		w.startLocked(j, w.active, true)
-	}
-	w.waiting = left
+	w.changedLocked()
 }
 
 // Status is what heartbeats say of the worker.
 type Status struct {
-	Slots, Busy, Outbox int
-	Draining            bool
+	Slots    int // jobs it can run at once
+	Busy     int // jobs that run
+	Outbox   int // results without an acknowledgement
+	Draining bool
 }
 
 // Status returns the worker's state.
 func (w *Worker) Status() Status {
 	w.mu.Lock()
-	s := Status{Busy: len(w.running), Draining: w.paused || w.stopping}
+	defer w.mu.Unlock()
+	s := Status{Busy: w.busy, Draining: w.paused || w.stopping, Outbox: w.cfg.Store.Counts().Results}
 	if w.active != nil {
-		s.Slots = w.active.Snapshot.Config().Runtime.Settings.Slots
+		s.Slots = w.active.slots()
 	}
-	w.mu.Unlock()
-	s.Outbox = w.cfg.Store.Counts().Results
 	return s
 }
 
@@ -238,11 +247,26 @@ func (w *Worker) Resume() {
 	w.paused = false
 }
 
-// Idle waits until no job runs, or fails when ctx ends before.
+// Idle waits until no job has a slot, or fails when ctx ends before.
 func (w *Worker) Idle(ctx context.Context) error {
+	return w.wait(ctx, func() int { return w.busy })
+}
+
+// Drain takes no new jobs from now on, and waits until those that run have
+// ended and their results are on the way. It fails when ctx ends before. There
+// is no way back: it is for the end of the agent.
+func (w *Worker) Drain(ctx context.Context) error {
+	w.mu.Lock()
+	w.stopping = true
+	w.changedLocked() // those that wait for a slot do not get one any more
+	w.mu.Unlock()
+	return w.wait(ctx, func() int { return w.delivered })
+}
+
+func (w *Worker) wait(ctx context.Context, count func() int) error {
 	for {
 		w.mu.Lock()
-		n, changed := len(w.running), w.changed
+		n, changed := count(), w.changed
 		w.mu.Unlock()
 		if n == 0 {
 			return nil
@@ -255,230 +279,209 @@ func (w *Worker) Idle(ctx context.Context) error {
 	}
 }
 
-// Drain takes no new jobs from now on and waits until none runs. There is no
-// way back: it is for the end of the agent.
-func (w *Worker) Drain(ctx context.Context) error {
-	w.mu.Lock()
-	w.stopping = true
-	w.mu.Unlock()
-	return w.Idle(ctx)
-}
-
 // Job takes or refuses a job. The answer goes out by Send.
 func (w *Worker) Job(j *wire.Job) {
 	w.mu.Lock()
 	defer w.mu.Unlock()
+	w.heard = true
 	if w.base == nil {
-		w.refuse(j, &refusal{wire.CodeNotReady, "the agent is starting or stopping"})
+		w.refuse(j, refusal{wire.CodeNotReady, "the agent is starting or stopping"})
 		return
 	}
-	if r := w.running[j.ID]; r != nil {
-		if r.accepted {
-			w.send(&wire.Accept{Job: j.ID}) // asked again: the first answer was lost
+	if k := w.jobs[j.ID]; k != nil {
+		if k.durable { // else the answer is on its way
+			w.send(&wire.Accept{Job: j.ID})
+			if k.stream != nil {
+				k.stream.again()
+			}
 		}
 		return
 	}
-	// What is known already is answered whatever the state of the node.
 	a := w.active
-	verdict := w.admitLocked(j)
-	base := w.base
-	if verdict == nil {
-		w.startLocked(j, a, false)
+	if r := w.admitLocked(j); r != nil {
+		base := w.base
+		w.tasks.Go(func() { w.answerKnown(base, j, *r) })
 		return
 	}
-	w.tasks.Go(func() { w.refuseUnlessKnown(base, j, verdict) })
+	w.busy++
+	k := &job{Job: j}
+	if j.Stream {
+		k.stream = &stream{job: j.ID, send: w.cfg.Send}
+	}
+	w.goLocked(k, func(ctx context.Context) { w.take(ctx, k, a) })
 }
 
-// refusal says why a job is not taken.
-type refusal struct {
-	code    wire.Code
-	message string
+// take accepts a job that has a slot, or refuses it after all, and runs it.
+func (w *Worker) take(ctx context.Context, k *job, a *Active) {
+	req, r := parse(a.Snapshot.Config(), k.Job)
+	if r == nil {
+		r = w.accept(k)
+	}
+	if r != nil {
+		w.release(k)
+		w.answerKnown(ctx, k.Job, *r)
+		return
+	}
+	w.mu.Lock()
+	k.durable = true
+	w.mu.Unlock()
+	w.send(&wire.Accept{Job: k.ID})
+	w.do(ctx, k, a, req)
 }
 
-// admitLocked checks a job against everything but the disk.
-func (w *Worker) admitLocked(j *wire.Job) *refusal {
-	if w.stopping || w.paused {
-		return &refusal{wire.CodeDraining, "takes no new jobs"}
-	}
-	if w.active == nil {
-		return &refusal{wire.CodeNotReady, "no active deployment"}
-	}
-	if r := Admit(w.active.Snapshot, j, w.cfg.Now()); r != nil {
-		return r
-	}
-	if slots := w.active.Snapshot.Config().Runtime.Settings.Slots; len(w.running) >= slots {
-		return &refusal{wire.CodeBusy, fmt.Sprintf("all %d slots are busy", slots)}
-	}
-	return nil
-}
-
-// Admit checks a job against the terms of a snapshot alone. It returns nil for
-// a job that may be taken.
-func Admit(s *snapshot.Snapshot, j *wire.Job, now time.Time) *refusal {
-	c := s.Config()
-	left := time.UnixMilli(j.Deadline).Sub(now)
+// accept writes the job down.
+func (w *Worker) accept(k *job) *refusal {
+	known, err := w.cfg.Store.Accept(k.Job)
 	switch {
-	case j.Config != s.Digest():
-		return &refusal{wire.CodeConfig, fmt.Sprintf("job is for configuration %s, this node has %s", j.Config, s.Digest())}
-	case j.Model != c.Runtime.Model:
-		return &refusal{wire.CodeUnknownModel, fmt.Sprintf("this node serves %q", c.Runtime.Model)}
-	case j.Kind != wire.KindChat && j.Kind != wire.KindCompletion:
-		return &refusal{wire.CodeBadRequest, "unknown kind of job"}
-	case int64(len(j.Request)) > c.Limits.RequestBytes:
-		return &refusal{wire.CodeLimit, fmt.Sprintf("request of %d bytes, at most %d", len(j.Request), c.Limits.RequestBytes)}
-	case left <= 0:
-		return &refusal{wire.CodeDeadline, "the deadline has passed"}
-	// The network's clock may be ahead by the window, so that much more is fine.
-	case left > c.Limits.Deadline.Duration()+c.Network.ClockWindow.Duration():
-		return &refusal{wire.CodeDeadline, fmt.Sprintf("the deadline is %v away, at most %v", left.Round(time.Second), c.Limits.Deadline.Duration())}
-	}
-	req, err := openai.Parse(j.Kind, j.Request, limits(c))
-	var bad *openai.Error
-	if errors.As(err, &bad) {
-		code := wire.CodeBadRequest
-		if bad.Status == 413 {
-			code = wire.CodeLimit
+	case errors.Is(err, state.ErrFull):
+		w.cfg.Log.Error("no room for a job", journal.StorageFailed.Attr(), "job", k.ID, "error", err)
+		return &refusal{wire.CodeStorage, "this node has no room for the job"}
+	case err != nil:
+		w.cfg.Log.Error("job not stored", journal.StorageFailed.Attr(), "job", k.ID, "error", err)
+		if errors.Is(err, state.ErrBroken) {
+			w.die(err)
 		}
-		return &refusal{code, bad.Message}
-	}
-	if req.Stream != j.Stream {
-		return &refusal{wire.CodeBadRequest, "job and request disagree about streaming"}
+		return &refusal{wire.CodeStorage, "this node cannot store the job"}
+	case known != state.New:
+		// Not "duplicate", which would say that a result may still come from
+		// here. If one may, answerKnown sends it instead.
+		return &refusal{wire.CodeInternal, "this node has delivered its receipt for the job already, and signs one only"}
 	}
 	return nil
 }
 
-func limits(c *snapshot.Config) openai.Limits {
-	return openai.Limits{RequestBytes: c.Limits.RequestBytes, Tokens: c.Limits.Tokens, Messages: c.Limits.Messages}
-}
-
-func (w *Worker) refuse(j *wire.Job, r *refusal) {
-	w.cfg.Log.Warn("job refused", journal.JobRefused.Attr(), "job", j.ID, "code", r.code)
-	w.send(&wire.Refuse{Job: j.ID, Code: r.code, Message: r.message})
-}
-
-// refuseUnlessKnown refuses a job, unless its result is here: then that is sent
-// again, since the network must have lost sight of it.
-func (w *Worker) refuseUnlessKnown(ctx context.Context, j *wire.Job, r *refusal) {
-	if res, ok, err := w.cfg.Store.Result(j.ID); err == nil && ok && ctx.Err() == nil {
-		w.send(&wire.Accept{Job: j.ID})
-		w.send(res)
-		return
+// answerKnown sends the result of a job again, if there is one: then the network
+// has lost sight of it. Otherwise it refuses the job.
+func (w *Worker) answerKnown(ctx context.Context, j *wire.Job, r refusal) {
+	switch known, err := w.cfg.Store.Lookup(j.ID); {
+	case err != nil:
+		w.cfg.Log.Error("job not looked up", journal.StorageFailed.Attr(), "job", j.ID, "error", err)
+	case known == state.Done:
+		res, ok, err := w.cfg.Store.Result(j.ID)
+		if err != nil {
+			w.cfg.Log.Error("result not read", journal.StorageFailed.Attr(), "job", j.ID, "error", err)
+		}
+		if ok && ctx.Err() == nil {
+			w.send(res)
+			return
+		}
 	}
 	w.refuse(j, r)
 }
 
-// startLocked gives the job a slot and runs it. known is for jobs that are
-// written down already.
-func (w *Worker) startLocked(j *wire.Job, a *Active, known bool) {
-	ctx, cancel := context.WithCancelCause(w.base)
-	r := &run{cancel: cancel, accepted: known}
-	w.running[j.ID] = r
-	w.tasks.Go(func() {
-		defer cancel(nil)
-		if known || w.accept(ctx, j, r) {
-			w.do(ctx, j, a)
-		}
+// resume runs a job of an earlier start again, under the very terms it was
+// accepted under. It ends it if those are not to be had.
+func (w *Worker) resume(ctx context.Context, k *job) {
+	for {
 		w.mu.Lock()
-		delete(w.running, j.ID)
-		w.startWaitingLocked()
-		close(w.changed)
-		w.changed = make(chan struct{})
+		a, changed := w.active, w.changed
+		run := a != nil && a.Snapshot.Digest() == k.Config && w.busy < a.slots() && !w.stopping
+		if run {
+			w.busy++
+		}
+		stopping := w.stopping
 		w.mu.Unlock()
-	})
-}
-
-// accept writes the job down and announces it. It reports whether to run it.
-func (w *Worker) accept(ctx context.Context, j *wire.Job, r *run) bool {
-	known, err := w.cfg.Store.Accept(j)
-	switch {
-	case err != nil:
-		w.cfg.Log.Error("job not stored", journal.StorageFailed.Attr(), "job", j.ID, "error", err)
-		w.refuse(j, &refusal{wire.CodeStorage, "the node cannot store the job"})
-		return false
-	case known == state.Running:
-		// Accepted before this start, and waiting for its terms or a slot.
-		w.send(&wire.Accept{Job: j.ID})
-		return w.takeWaiting(j.ID)
-	case known != state.New:
-		w.refuseUnlessKnown(ctx, j, &refusal{wire.CodeDuplicate, "this node has done the job"})
-		return false
-	}
-	w.mu.Lock()
-	r.accepted = true
-	w.mu.Unlock()
-	w.send(&wire.Accept{Job: j.ID})
-	return true
-}
-
-// takeWaiting removes a job from the waiting ones, and reports whether it was
-// there.
-func (w *Worker) takeWaiting(id receipt.JobID) bool {
-	w.mu.Lock()
-	defer w.mu.Unlock()
-	for i, j := range w.waiting {
-		if j.ID == id {
-			w.waiting = append(w.waiting[:i:i], w.waiting[i+1:]...)
-			return true
+		switch {
+		case stopping:
+			w.forget(k) // stays accepted; the next start finds it again
+			return
+		case run:
+			w.rerun(ctx, k, a)
+			return
+		case a != nil && a.Snapshot.Digest() != k.Config:
+			w.fail(ctx, k, wire.CodeConfig, "the node was restarted and is on another configuration", errors.New("restarted into another configuration"))
+			return
+		}
+		select {
+		case <-changed:
+		case <-ctx.Done():
+			code, message := classify(ctx, ctx.Err())
+			w.fail(ctx, k, code, message, context.Cause(ctx))
+			return
 		}
 	}
-	return false
 }
 
-// do runs an accepted job to its result.
-func (w *Worker) do(ctx context.Context, j *wire.Job, a *Active) {
-	ctx, cancel := context.WithDeadlineCause(ctx, time.UnixMilli(j.Deadline), context.DeadlineExceeded)
-	defer cancel()
-	c := a.Snapshot.Config()
-	started := w.cfg.Now()
-	res, err := w.run(ctx, j, a)
-	if errors.Is(context.Cause(ctx), errStopping) && err != nil {
-		return // stays accepted; the next start runs it again
-	}
-	if err != nil {
-		code, message := classify(ctx, err)
-		w.cfg.Log.Warn("job failed", journal.JobFailed.Attr(), "job", j.ID, "model", j.Model, "code", code, "error", err)
-		w.finish(&wire.Result{Job: j.ID, Code: code, Message: message}, j)
+func (w *Worker) rerun(ctx context.Context, k *job, a *Active) {
+	req, r := parse(a.Snapshot.Config(), k.Job)
+	if r != nil { // it was not, when the job was accepted
+		w.release(k)
+		w.fail(ctx, k, r.code, r.message, errors.New("the request does not pass any more"))
 		return
 	}
+	if k.Stream {
+		w.mu.Lock()
+		k.stream = &stream{job: k.ID, send: w.cfg.Send}
+		w.mu.Unlock()
+	}
+	w.do(ctx, k, a, req)
+}
+
+// do runs an accepted job that has a slot to its result.
+func (w *Worker) do(ctx context.Context, k *job, a *Active, req *openai.Request) {
+	c := a.Snapshot.Config()
+	started := w.cfg.Now()
+	res, err := w.ask(ctx, k, a, req)
 	finished := w.cfg.Now()
+	if err == nil {
+		err = check(c, k, res.Body)
+	}
+	w.release(k)
+	if err != nil {
+		code, message := classify(ctx, err)
+		w.fail(ctx, k, code, message, err)
+		return
+	}
 	r := receipt.Receipt{
-		Job: j.ID, Node: w.cfg.Key.Address(), ConfigDigest: a.Snapshot.Digest(), ImageDigest: a.Image, ModelDigest: a.Model,
-		RequestHash: digest.Of(j.Request), ResponseHash: digest.Of(res.Body),
-		PromptTokens: uint64(res.Usage.PromptTokens), CompletionTokens: uint64(res.Usage.CompletionTokens),
+		Job: k.ID, Node: w.cfg.Key.Address(), ConfigDigest: a.Snapshot.Digest(), ImageDigest: a.Image, ModelDigest: a.Model,
+		RequestHash: digest.Of(k.Request), ResponseHash: digest.Of(res.Body),
+		PromptTokens: res.Usage.PromptTokens, CompletionTokens: res.Usage.CompletionTokens,
+		// The clock may have been set while the engine worked.
 		StartedAt: uint64(started.UnixMilli()), FinishedAt: uint64(max(finished.UnixMilli(), started.UnixMilli())),
 	}
 	signed, err := r.Sign(c.Network.ChainID, w.cfg.Key)
 	if err != nil {
-		w.cfg.Log.Error("receipt not signed", journal.JobFailed.Attr(), "job", j.ID, "code", wire.CodeInternal, "error", err)
-		w.finish(&wire.Result{Job: j.ID, Code: wire.CodeInternal, Message: "the receipt could not be signed"}, j)
+		w.fail(ctx, k, wire.CodeInternal, "the receipt could not be signed", err)
 		return
 	}
-	w.cfg.Log.Info("job done", journal.JobDone.Attr(), "job", j.ID, "model", j.Model,
+	w.cfg.Log.Info("job done", journal.JobDone.Attr(), "job", k.ID, "model", k.Model,
 		"prompt_tokens", res.Usage.PromptTokens, "completion_tokens", res.Usage.CompletionTokens, "took", finished.Sub(started).Round(time.Microsecond))
-	w.finish(&wire.Result{Job: j.ID, Response: res.Body, Receipt: &signed}, j)
+	w.finish(k, &wire.Result{Job: k.ID, Response: res.Body, Receipt: &signed})
 }
 
-// run asks the engine, passing chunks on as they come.
-func (w *Worker) run(ctx context.Context, j *wire.Job, a *Active) (runtime.Result, error) {
-	c := a.Snapshot.Config()
-	req, err := openai.Parse(j.Kind, j.Request, limits(c))
-	if err != nil {
-		return runtime.Result{}, err
+// ask has the engine answer, and passes chunks on as they come.
+func (w *Worker) ask(ctx context.Context, k *job, a *Active, req *openai.Request) (runtime.Result, error) {
+	if ctx.Err() != nil {
+		return runtime.Result{}, context.Cause(ctx)
 	}
 	var emit func([]byte) error
-	if j.Stream {
-		var offset int64
+	if k.stream != nil {
 		emit = func(b []byte) error {
-			// A chunk that is not sent is no loss: the result has everything.
-			w.send(&wire.Chunk{Job: j.ID, Offset: offset, Data: append([]byte(nil), b...)})
-			offset += int64(len(b))
-			return nil
+			k.stream.write(b)
+			return nil // a chunk that is not sent is no loss: the result has everything
 		}
 	}
+	limits := &a.Snapshot.Config().Limits
 	return a.Engine.Run(ctx, runtime.Job{
-		ID: j.ID, Request: req, Model: j.Model, Created: j.Created, Seed: j.Seed,
-		Tokens: req.Bound(c.Limits.Tokens), ResponseBytes: c.Limits.ResponseBytes,
+		ID: k.ID, Request: req, Model: k.Model, Created: k.Created, Seed: k.Seed,
+		Tokens: limits.Tokens, ResponseBytes: limits.ResponseBytes,
 	}, emit)
+}
+
+// errUnsound says that an answer is not what this node may sign. The engine's
+// client has checked it; this is the last look before the receipt.
+var errUnsound = errors.New("the answer does not hold together")
+
+func check(c *snapshot.Config, k *job, body []byte) error {
+	switch {
+	case len(body) == 0:
+		return fmt.Errorf("%w: it is empty", errUnsound)
+	case int64(len(body)) > c.Limits.ResponseBytes:
+		return fmt.Errorf("%w: %d bytes, at most %d", errUnsound, len(body), c.Limits.ResponseBytes)
+	case k.stream != nil && !bytes.HasPrefix(body, k.stream.sofar()):
+		return fmt.Errorf("%w: it is not what was streamed", errUnsound)
+	}
+	return nil
 }
 
 // classify says in the protocol's words why a job failed, without a word of the
@@ -489,31 +492,101 @@ func classify(ctx context.Context, err error) (wire.Code, string) {
 	switch cause := context.Cause(ctx); {
 	case errors.Is(cause, errCancelled):
 		return wire.CodeCancelled, "cancelled"
-	case errors.Is(cause, context.DeadlineExceeded):
-		return wire.CodeDeadline, "the deadline passed while the engine worked"
+	case errors.Is(cause, errDeadline):
+		return wire.CodeDeadline, "the deadline passed before there was an answer"
 	case errors.As(err, &request):
 		return wire.CodeBadRequest, request.Message
 	case errors.As(err, &output):
 		return wire.CodeOutput, output.Error()
+	case errors.Is(err, errUnsound):
+		return wire.CodeOutput, err.Error()
 	}
 	return wire.CodeEngine, err.Error()
 }
 
+// fail ends a job without an answer, unless it was cut short by the agent's
+// stop: then it stays accepted.
+func (w *Worker) fail(ctx context.Context, k *job, code wire.Code, message string, err error) {
+	if errors.Is(context.Cause(ctx), errStopping) {
+		w.forget(k)
+		return
+	}
+	w.cfg.Log.Warn("job failed", journal.JobFailed.Attr(), "job", k.ID, "model", k.Model, "code", code, "error", err)
+	w.finish(k, &wire.Result{Job: k.ID, Code: code, Message: message})
+}
+
+// retries is how long a full disk is waited for; it stays at the last one.
+var retries = []time.Duration{time.Second, 5 * time.Second, 30 * time.Second}
+
 // finish makes the result durable, then sends it.
-func (w *Worker) finish(res *wire.Result, j *wire.Job) {
+func (w *Worker) finish(k *job, res *wire.Result) {
 	err := w.cfg.Store.Finish(res)
 	if errors.Is(err, state.ErrFull) && res.Code == "" {
-		// Room for a failure is kept from the moment of acceptance on.
-		res = &wire.Result{Job: j.ID, Code: wire.CodeStorage, Message: "the node cannot store the result"}
+		w.cfg.Log.Error("no room for a result", journal.StorageFailed.Attr(), "job", k.ID, "error", err)
+		res = &wire.Result{Job: k.ID, Code: wire.CodeStorage, Message: "this node has no room for the result"}
 		err = w.cfg.Store.Finish(res)
 	}
+	// Room for a failure is kept from the moment of acceptance on, where the
+	// file system can do that.
+	for try := 0; errors.Is(err, state.ErrFull); try++ {
+		w.cfg.Log.Error("result not stored, trying again", journal.StorageFailed.Attr(), "job", k.ID, "error", err)
+		if !w.pause(retries[min(try, len(retries)-1)]) {
+			w.forget(k)
+			return
+		}
+		err = w.cfg.Store.Finish(res)
+	}
+	w.forget(k)
 	if err != nil {
-		// It stays accepted: the next start runs it again, or another node does
-		// when the network's patience ends.
-		w.cfg.Log.Error("result not stored", journal.StorageFailed.Attr(), "job", j.ID, "error", err)
+		w.die(fmt.Errorf("job %s is accepted and its result cannot be stored: %w", k.ID, err))
 		return
 	}
 	w.send(res)
+}
+
+// die ends Run.
+func (w *Worker) die(err error) {
+	select {
+	case w.fatal <- err:
+	default: // it is ending already
+	}
+}
+
+// pause waits unless the worker stops first. A job's own context may have ended.
+func (w *Worker) pause(d time.Duration) bool {
+	w.mu.Lock()
+	base := w.base
+	w.mu.Unlock()
+	if base == nil {
+		return false
+	}
+	timer := time.NewTimer(d)
+	defer timer.Stop()
+	select {
+	case <-timer.C:
+		return true
+	case <-base.Done():
+		return false
+	}
+}
+
+// release gives a job's slot back. That comes before the result is sent: the
+// network counts the slot as free from then on, and may be quick.
+func (w *Worker) release(k *job) {
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	if !k.durable {
+		delete(w.jobs, k.ID) // it is refused
+	}
+	w.busy--
+	w.changedLocked()
+}
+
+// forget leaves the job to the store, which knows its state.
+func (w *Worker) forget(k *job) {
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	delete(w.jobs, k.ID)
 }
 
 // send hands a message to the session, if there is one.
@@ -526,16 +599,18 @@ func (w *Worker) send(m wire.Message) {
 // Cancel ends a job that the network does not want any more; its result says so.
 func (w *Worker) Cancel(c *wire.Cancel) {
 	w.mu.Lock()
-	r := w.running[c.Job]
-	w.mu.Unlock()
-	if r != nil {
-		r.cancel(errCancelled)
+	defer w.mu.Unlock()
+	w.heard = true
+	if k := w.jobs[c.Job]; k != nil {
+		k.cancel(errCancelled)
 	}
 }
 
 // Ack forgets results that the network has stored.
 func (w *Worker) Ack(a *wire.Ack) {
-	w.task(func() {
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	w.taskLocked(func(context.Context) {
 		if err := w.cfg.Store.Ack(a.Jobs); err != nil {
 			w.cfg.Log.Error("acknowledgement not stored; the results are sent again", journal.StorageFailed.Attr(), "error", err)
 		}
@@ -545,19 +620,26 @@ func (w *Worker) Ack(a *wire.Ack) {
 // Connected sends everything that has not been acknowledged, in order. Call it
 // when a session begins.
 func (w *Worker) Connected() {
-	w.task(func() {
-		err := w.cfg.Store.Outbox(0, func(_ uint64, r *wire.Result) error { return w.cfg.Send(r) })
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	w.early = w.base == nil
+	w.taskLocked(func(ctx context.Context) {
+		err := w.cfg.Store.Outbox(0, func(_ uint64, r *wire.Result) error {
+			if ctx.Err() != nil {
+				return ctx.Err()
+			}
+			return w.cfg.Send(r)
+		})
 		if err != nil {
 			w.cfg.Log.Debug("outbox not sent to its end; the next session sends it again", "error", err)
 		}
 	})
 }
 
-// task runs f beside the caller as long as the worker runs.
-func (w *Worker) task(f func()) {
-	w.mu.Lock()
-	defer w.mu.Unlock()
-	if w.base != nil {
-		w.tasks.Go(f)
+// taskLocked runs f, which the network has asked for, beside the caller.
+func (w *Worker) taskLocked(f func(context.Context)) {
+	w.heard = true
+	if base := w.base; base != nil {
+		w.tasks.Go(func() { f(base) })
 	}
 }
