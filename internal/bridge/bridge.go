@@ -118,7 +118,6 @@ func (b *bridge) settle() error {
 	if _, _, errno := syscall.RawSyscall(syscall.SYS_PRCTL, syscall.PR_SET_DUMPABLE, 0, 0); errno != 0 {
 		return fmt.Errorf("forbid tracing: %w", errno)
 	}
-	os.Unsetenv("NOTIFY_SOCKET")
 	// More processors than this only cost memory here.
 	runtime.GOMAXPROCS(min(runtime.GOMAXPROCS(0), 4))
 	const idle, perRequest = 12 << 20, 256 << 10

@@ -92,7 +92,7 @@ func newSpanTo(t testing.TB, upstream net.Listener, e *testEngine, change func(*
 		os.RemoveAll(dir)
 		noneLeft(t)
 	})
-	return &span{forwarder: f, engine: e, path: path, client: &http.Client{Transport: transport}}
+	return &span{forwarder: f, engine: e, path: path, client: &http.Client{Transport: transport, Timeout: time.Minute}}
 }
 
 // noneLeft fails the test when goroutines of this package are left, other than
@@ -116,7 +116,7 @@ func strays() string {
 	buf := make([]byte, 1<<20)
 	var left []string
 	for i, g := range strings.Split(string(buf[:runtime.Stack(buf, true)]), "\n\n") {
-		if i > 0 && strings.Contains(g, "/internal/bridge.") && !strings.Contains(g, "testing.tRunner") {
+		if i > 0 && strings.Contains(g, "/internal/bridge.") && !strings.Contains(g, "\ntesting.") {
 			left = append(left, g)
 		}
 	}
@@ -418,6 +418,7 @@ func TestEngineThatMisbehavesIsNoAnswer(t *testing.T) {
 	failed := uint64(0)
 	for _, order := range []string{
 		"headers", // without an end
+		"raw HTTP/1.1 200 OK\r\nX-Pad: " + strings.Repeat("x", 2*maxHeader) + "\r\nContent-Length: 0\r\n\r\n",
 		"raw ",
 		"raw SSH-2.0-OpenSSH_9.2\r\n",
 		"raw HTTP/1.1 200 OK\r\nContent-Length: x\r\n\r\n",
@@ -520,22 +521,63 @@ func TestBodyIsBounded(t *testing.T) {
 
 func TestHeadersAreBounded(t *testing.T) {
 	s := newSpan(t, nil)
+	for pad, want := range map[int]int{maxHeader / 2: http.StatusOK, 2 * maxHeader: http.StatusRequestHeaderFieldsTooLarge} {
+		req, _ := http.NewRequestWithContext(t.Context(), "GET", "http://engine/health", nil)
+		req.Header.Set("X-Pad", strings.Repeat("x", pad))
+		resp, err := s.client.Do(req)
+		if err != nil {
+			t.Fatal(err)
+		}
+		resp.Body.Close()
+		if resp.StatusCode != want {
+			t.Errorf("%d bytes: %d, want %d", pad, resp.StatusCode, want)
+		}
+	}
+}
+
+// A body that announces too much is not waited for.
+func TestAnnouncedBodyIsRefusedAtOnce(t *testing.T) {
+	s := newSpan(t, nil)
 	c, err := net.Dial("unix", s.path)
 	if err != nil {
 		t.Fatal(err)
 	}
 	defer c.Close()
-	go func() {
-		fmt.Fprintf(c, "GET /health HTTP/1.1\r\nHost: engine\r\n")
-		for {
-			if _, err := fmt.Fprintf(c, "X-Pad: %s\r\n", strings.Repeat("x", 1000)); err != nil {
-				return
-			}
-		}
-	}()
+	fmt.Fprintf(c, "POST /v1/completions HTTP/1.1\r\nHost: engine\r\nContent-Length: %d\r\n\r\n", s.maxBody+1)
+	c.SetReadDeadline(time.Now().Add(bodyPatience / 2))
 	resp, err := http.ReadResponse(bufio.NewReader(c), nil)
-	if err != nil || resp.StatusCode != http.StatusRequestHeaderFieldsTooLarge {
-		t.Errorf("endless headers: %v (%v)", resp, err)
+	if err != nil || resp.StatusCode != http.StatusRequestEntityTooLarge || !resp.Close {
+		t.Errorf("got %v (%v), want 413 and the end of the connection", resp, err)
+	}
+}
+
+// A caller that does not read is given up. Whether the patience is right is
+// not the point, so there is none.
+func TestSlowReaderIsGivenUp(t *testing.T) {
+	s := newSpan(t, nil)
+	for _, order := range []string{"random 3", "status 400"} {
+		w := expired{header: make(http.Header), write: os.ErrDeadlineExceeded}
+		r, _ := http.NewRequestWithContext(t.Context(), "POST", "/v1/completions", strings.NewReader(prompt(order)))
+		r.RequestURI = "/v1/completions"
+		func() {
+			defer func() {
+				if got := recover(); got != http.ErrAbortHandler {
+					t.Errorf("%s: panicked with %v, want an abort", order, got)
+				}
+			}()
+			s.ServeHTTP(&w, r)
+		}()
+		if w.writeDeadline.IsZero() {
+			t.Errorf("%s: no deadline", order)
+		}
+	}
+	w := expired{header: make(http.Header)}
+	errBusy.write(&w)
+	if w.writeDeadline.IsZero() {
+		t.Error("no deadline for an error")
+	}
+	if st := s.status(t); st.Canceled != 2 || st.InFlight != 0 {
+		t.Errorf("status %+v", st)
 	}
 }
 
@@ -577,12 +619,13 @@ func (r failing) Read([]byte) (int, error) { return 0, r.err }
 type expired struct {
 	header                      http.Header
 	status                      int
+	write                       error
 	readDeadline, writeDeadline time.Time
 }
 
 func (w *expired) Header() http.Header                { return w.header }
 func (w *expired) WriteHeader(status int)             { w.status = status }
-func (w *expired) Write(p []byte) (int, error)        { return len(p), nil }
+func (w *expired) Write(p []byte) (int, error)        { return len(p), w.write }
 func (w *expired) SetReadDeadline(t time.Time) error  { w.readDeadline = t; return nil }
 func (w *expired) SetWriteDeadline(t time.Time) error { w.writeDeadline = t; return nil }
 

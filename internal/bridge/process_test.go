@@ -156,7 +156,7 @@ func startIn(t testing.TB, dir, program string, args []string, flaws ...sealtest
 		return new(net.Dialer).DialContext(ctx, "unix", n.socket())
 	}}
 	t.Cleanup(transport.CloseIdleConnections)
-	n.client = &http.Client{Transport: transport}
+	n.client = &http.Client{Transport: transport, Timeout: time.Minute}
 	return n
 }
 
@@ -201,6 +201,8 @@ func (n *node) hear(what string) (message string, before []string) {
 // end waits for the bridge to end, which must be with a code.
 func (n *node) end(want int) {
 	n.t.Helper()
+	giveUp := time.AfterFunc(time.Minute, func() { n.box.Signal(syscall.SIGKILL) })
+	defer giveUp.Stop()
 	if code := n.box.Wait(); code != want {
 		n.t.Fatalf("ended with %d, want %d; log:\n%s", code, want, n.log())
 	}
@@ -289,10 +291,13 @@ func TestBridgeServes(t *testing.T) {
 	if got := n.ask("trace"); got != "got: " {
 		t.Errorf("the engine can reach into the bridge: %s", got)
 	}
-	n.hear("WATCHDOG=1\nSTATUS=serving tiny: 0 in flight, 3 answered")
+	if got := n.ask("filters"); got != "2" {
+		t.Errorf("the engine is under %s system call filters, want the container's and the bridge's", got)
+	}
+	n.hear("WATCHDOG=1\nSTATUS=serving tiny: 0 in flight, 4 answered")
 	var st contract.Status
 	n.get(contract.StatusPath, &st)
-	if st.State != contract.Serving || st.Model != "tiny" || st.Answered != 3 || st.StartMS < 1 {
+	if st.State != contract.Serving || st.Model != "tiny" || st.Answered != 4 || st.StartMS < 1 {
 		t.Errorf("status %+v", st)
 	}
 

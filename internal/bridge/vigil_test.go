@@ -280,3 +280,20 @@ func TestSpeech(t *testing.T) {
 		}
 	}
 }
+
+// However a stream is cut, the same is said in it.
+func FuzzSpeech(f *testing.F) {
+	f.Add("data: x\n\n: ping\n\n", 3)
+	f.Add(":\r\n\r\ndata", 2)
+	f.Fuzz(func(t *testing.T, text string, cut int) {
+		if cut < 0 || cut > len(text) {
+			return
+		}
+		whole, parts := speech{events: true}, speech{events: true}
+		want := whole.says([]byte(text))
+		first := parts.says([]byte(text[:cut]))
+		if got := parts.says([]byte(text[cut:])) || first; got != want {
+			t.Fatalf("%q cut at %d says %v, whole %v", text, cut, got, want)
+		}
+	})
+}

@@ -28,6 +28,28 @@
 // mode 0666, and only then says READY=1. From there on it sends WATCHDOG=1
 // three times in each --watchdog, but only while the engine is alive.
 //
+// # Sandbox
+//
+// What the bridge demands of the container, whatever the command line says: it
+// is PID 1, and one process with the same user and group id throughout, neither
+// of them 0; both are subordinate ids of the account outside; all capability
+// sets are empty, no_new_privs is set, and there is a system call filter. The
+// loopback interface is up and no other is, nothing is routed out, and no
+// abstract socket of anybody's is in sight. The root is read-only, the kernel's
+// interfaces below /proc and /sys are masked or read-only. There are no devices
+// but the standard ones and no open descriptors but 0, 1 and 2, the working
+// directory is inside the root, and no variable names a proxy.
+//
+// What it is told: --writable mount points and the socket's directory may be
+// writable, and nothing in any other mount may be; --read-only paths must exist
+// on read-only mounts; --device names the device nodes that may be there, and
+// the sockets and pipes, which are refused in all mounts otherwise.
+//
+// The engine is started in / with the bridge's environment but for what systemd
+// said in it, in a process group of its own, unable to trace the bridge, and
+// under one more system call filter: it makes unix, internet and netlink
+// sockets only, since others are not held by a network namespace.
+//
 // # Alive
 //
 // The engine owes bytes from the moment a request is with it until the answer
