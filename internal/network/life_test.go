@@ -613,3 +613,45 @@ func TestExampleFile(t *testing.T) {
 		t.Errorf("example %+v, defaults %+v", c, d)
 	}
 }
+
+// The disk gets full: clients are told, and the service ends, so that its
+// manager starts it anew; what was acknowledged is there then.
+func TestDiskFull(t *testing.T) {
+	n := start(t, nil)
+	v := n.node()
+	s := v.Ready(t)
+	first := n.ask(chat)
+	s.Finish(s.Take(), "secret answer")
+	id := n.answer(first).header.Get("Resultity-Receipt")
+	full := filepath.Join(n.dir, "store", "jetstream", "$G", "streams", "RESULTS", "msgs", "2.blk")
+	if err := os.Symlink("/dev/full", full); err != nil {
+		t.Fatal(err)
+	}
+	for {
+		ch := n.ask(chat)
+		j := s.Take()
+		s.Send(s.Node.Result(t, j, nodetest.Body(j, strings.Repeat("x", 400<<10)), nil))
+		m, err := s.Receive()
+		if _, ok := m.(*wire.Ack); ok {
+			n.answer(ch)
+			continue
+		}
+		if c := new(websocket.CloseError); !errors.As(err, &c) || c.Code != websocket.CloseServiceRestart {
+			t.Fatalf("%T %v", m, err)
+		}
+		if r := n.answer(ch); r.status != http.StatusServiceUnavailable {
+			t.Errorf("%d %s", r.status, r.body)
+		}
+		break
+	}
+	if err := n.ended(); err == nil || !strings.Contains(err.Error(), "make room on its disk") {
+		t.Fatalf("ended with %v", err)
+	}
+	if err := os.Remove(full); err != nil {
+		t.Fatal(err)
+	}
+	n.serve()
+	if r := n.get("/v1/receipts/" + id); r.status != http.StatusOK {
+		t.Errorf("receipt: %d", r.status)
+	}
+}

@@ -31,13 +31,13 @@ func (s *Store) PutJob(ctx context.Context, j *Job) error {
 	if err != nil {
 		return err
 	}
-	ctx, cancel := context.WithTimeout(ctx, opTimeout)
+	ctx, cancel := s.op(ctx)
 	defer cancel()
 	written := s.pending.begin()
 	ack, err := s.js.Publish(ctx, "jobs."+j.ID.String(), b, jetstream.WithExpectLastSequencePerSubject(0))
 	if err != nil {
 		written(0)
-		return fmt.Errorf("write job %s down: %w", j.ID, err)
+		return fmt.Errorf("write job %s down: %w", j.ID, s.failure(err))
 	}
 	j.Seq = ack.Sequence
 	written(j.Seq)
@@ -120,7 +120,7 @@ const maxDone = 1024
 func (s *Store) sweep(ctx context.Context) error {
 	below, above := s.pending.settled()
 	if len(below) > 0 {
-		ctx, cancel := context.WithTimeout(ctx, opTimeout)
+		ctx, cancel := s.op(ctx)
 		defer cancel()
 		if err := s.jobs.Purge(ctx, jetstream.WithPurgeSequence(slices.Max(below)+1)); err != nil {
 			return fmt.Errorf("delete finished jobs: %w", err)
@@ -139,7 +139,7 @@ func (s *Store) sweep(ctx context.Context) error {
 
 // DeleteJob forgets a job at once. A job that is gone already is no error.
 func (s *Store) DeleteJob(ctx context.Context, seq uint64) error {
-	ctx, cancel := context.WithTimeout(ctx, opTimeout)
+	ctx, cancel := s.op(ctx)
 	defer cancel()
 	if err := s.jobs.DeleteMsg(ctx, seq); err != nil {
 		if _, gone := s.jobs.GetMsg(ctx, seq); !errors.Is(gone, jetstream.ErrMsgNotFound) {
@@ -214,7 +214,7 @@ func (s *Store) PutResult(ctx context.Context, r *receipt.Signed, response []byt
 	if err != nil {
 		return err
 	}
-	ctx, cancel := context.WithTimeout(ctx, opTimeout)
+	ctx, cancel := s.op(ctx)
 	defer cancel()
 	id := r.Receipt().Job
 	_, err = s.js.Publish(ctx, "results."+id.String(), b, jetstream.WithExpectLastSequencePerSubject(0))
@@ -223,7 +223,7 @@ func (s *Store) PutResult(ctx context.Context, r *receipt.Signed, response []byt
 		return fmt.Errorf("result of job %s: %w", id, ErrExists)
 	}
 	if err != nil {
-		return fmt.Errorf("store result of job %s: %w", id, err)
+		return fmt.Errorf("store result of job %s: %w", id, s.failure(err))
 	}
 	return nil
 }

@@ -56,6 +56,10 @@ type Store struct {
 	clients clients
 	pending pending
 
+	// failed ends when JetStream can no longer write; its cause is why. fail ends it.
+	failed context.Context
+	fail   context.CancelCauseFunc
+
 	ttlMu sync.Mutex // held while the results' age is changed
 }
 
@@ -66,6 +70,7 @@ func Open(ctx context.Context, dir string, log *slog.Logger) (_ *Store, err erro
 		return nil, err
 	}
 	s := &Store{pending: pending{open: map[uint64]struct{}{}, done: map[uint64]struct{}{}, writing: map[*uint64]struct{}{}}}
+	s.failed, s.fail = context.WithCancelCause(context.Background())
 	defer func() {
 		if err != nil {
 			s.Close()
@@ -88,7 +93,7 @@ func Open(ctx context.Context, dir string, log *slog.Logger) (_ *Store, err erro
 	if err != nil {
 		return nil, fmt.Errorf("store: %w", err)
 	}
-	s.server.SetLoggerV2(natsLog{log}, false, false, false)
+	s.server.SetLoggerV2(natsLog{log, s.fail}, false, false, false)
 	s.server.Start()
 	if !s.server.ReadyForConnections(30 * time.Second) {
 		return nil, fmt.Errorf("store in %s did not become ready within 30 s; see the log lines before this one", dir)
@@ -153,6 +158,7 @@ func (s *Store) open(ctx context.Context) (err error) {
 
 // Close closes the store and waits until its files are closed.
 func (s *Store) Close() {
+	s.fail(errors.New("store is closed"))
 	if s.conn != nil {
 		s.conn.Close()
 	}
@@ -186,16 +192,35 @@ func (s *Store) Run(ctx context.Context, log *slog.Logger) error {
 	}
 }
 
-// Healthy fails when the store can no longer write, for example after the disk
-// was full: JetStream then turns itself off until the process starts again.
+// ErrFailed says that JetStream has stopped writing after an error of the disk.
+// It does not begin again by itself, even when there is room again: the process
+// has to.
+var ErrFailed = errors.New("store has stopped after a write error; make room on its disk")
+
+// Healthy fails when the store can no longer write.
 func (s *Store) Healthy() error {
 	switch {
-	case !s.server.JetStreamEnabled():
-		return errors.New("store has turned itself off after a write error; see the log lines before, and make room on its disk")
-	case !s.conn.IsConnected():
-		return errors.New("store connection is closed")
+	case s.failed.Err() != nil:
+		return context.Cause(s.failed)
+	case !s.server.JetStreamEnabled() || !s.conn.IsConnected():
+		return ErrFailed
 	}
 	return nil
+}
+
+// op bounds one operation, by time and by the store's health.
+func (s *Store) op(ctx context.Context) (context.Context, func()) {
+	ctx, cancel := context.WithTimeout(ctx, opTimeout)
+	stop := context.AfterFunc(s.failed, cancel)
+	return ctx, func() { stop(); cancel() }
+}
+
+// failure adds why an operation failed, when that is the store's own state.
+func (s *Store) failure(err error) error {
+	if err != nil && s.failed.Err() != nil {
+		return fmt.Errorf("%w: %w", context.Cause(s.failed), err)
+	}
+	return err
 }
 
 // acquire takes the lock file. The kernel drops the lock when the process
@@ -217,7 +242,13 @@ func acquire(name string) (*os.File, error) {
 
 // natsLog passes what the NATS server has to say to our log. Its notices are
 // about its own inner life and go to debug.
-type natsLog struct{ log *slog.Logger }
+//
+// It is also where a stream says that it has given up: after a failed write
+// JetStream does not answer any more, and offers no other sign of it.
+type natsLog struct {
+	log  *slog.Logger
+	fail context.CancelCauseFunc
+}
 
 func (l natsLog) put(level slog.Level, format string, v []any) {
 	if l.log.Enabled(context.Background(), level) {
@@ -234,5 +265,10 @@ func (l natsLog) Warnf(format string, v ...any) {
 	}
 	l.put(slog.LevelWarn, format, v)
 }
-func (l natsLog) Errorf(format string, v ...any) { l.put(slog.LevelError, format, v) }
+func (l natsLog) Errorf(format string, v ...any) {
+	l.put(slog.LevelError, format, v)
+	if strings.Contains(strings.ToLower(format), "critical write error") {
+		l.fail(fmt.Errorf("%w (%s)", ErrFailed, strings.TrimSpace(fmt.Sprintf(format, v...))))
+	}
+}
 func (l natsLog) Fatalf(format string, v ...any) { l.put(slog.LevelError, format, v) }

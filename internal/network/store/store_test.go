@@ -410,3 +410,45 @@ func TestLockFileMode(t *testing.T) {
 		t.Errorf("%v %v", st.Mode(), err)
 	}
 }
+
+// A full disk: JetStream gives up the stream without an answer. The store says
+// so at once, and after a new start everything that was acknowledged is there.
+func TestDiskFull(t *testing.T) {
+	dir := t.TempDir()
+	s := open(t, dir)
+	put(t, s, []byte("first"))
+	// The stream's next file is a disk without room.
+	next := filepath.Join(dir, "jetstream", "$G", "streams", "JOBS", "msgs", "2.blk")
+	if err := os.Symlink("/dev/full", next); err != nil {
+		t.Fatal(err)
+	}
+	big := bytes.Repeat([]byte("x"), 3<<20)
+	written := 1
+	for {
+		j := &Job{Job: wire.Job{ID: receipt.NewJobID(), Model: "m", Request: big}}
+		start := time.Now()
+		err := s.PutJob(t.Context(), j)
+		if err == nil {
+			if written++; written > 10 {
+				t.Fatal("the disk is not full")
+			}
+			continue
+		}
+		if took := time.Since(start); !errors.Is(err, ErrFailed) || took > opTimeout/2 {
+			t.Fatalf("after %v: %v", took, err)
+		}
+		break
+	}
+	if err := s.Healthy(); !errors.Is(err, ErrFailed) {
+		t.Errorf("healthy: %v", err)
+	}
+	s.Close()
+	if err := os.Remove(next); err != nil {
+		t.Fatal(err)
+	}
+	s = open(t, dir)
+	if got := ids(t, s); len(got) != written {
+		t.Errorf("%d of %d jobs are left", len(got), written)
+	}
+	put(t, s, []byte("again"))
+}
