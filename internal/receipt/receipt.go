@@ -15,6 +15,7 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"reflect"
 	"strconv"
 
 	"github.com/resultity/node/internal/digest"
@@ -264,6 +265,9 @@ func verify(b []byte) (Signed, error) {
 	if _, err := dec.Token(); err != io.EOF {
 		return Signed{}, errors.New("something follows the receipt")
 	}
+	if err := oneSpelling(b, &j); err != nil {
+		return Signed{}, err
+	}
 	t := &j.TypedData
 	switch {
 	case !equal(t.Types.Domain, domainFields), !equal(t.Types.Receipt, receiptFields), t.PrimaryType != primaryType:
@@ -288,6 +292,37 @@ func verify(b []byte) (Signed, error) {
 		return Signed{}, p.err
 	}
 	return s, s.check()
+}
+
+// oneSpelling fails unless every reader of b sees what was decoded into j. Go's
+// decoder takes names in any case and the last of several; others take them
+// exactly, or the first. Decoded without Go's tolerance, b must be the same tree
+// as j, and not larger: a repeated name would make it so.
+func oneSpelling(b []byte, j *signedJSON) error {
+	printed, err := json.Marshal(j)
+	if err != nil {
+		return err
+	}
+	var compact bytes.Buffer
+	if err := json.Compact(&compact, b); err != nil {
+		return err
+	}
+	got, want := tree(compact.Bytes()), tree(printed)
+	if compact.Len() != len(printed) || !reflect.DeepEqual(got, want) {
+		return errors.New("a field is repeated, missing, or spelt in another way")
+	}
+	return nil
+}
+
+// tree decodes without types, numbers as they are written.
+func tree(b []byte) any {
+	var v any
+	dec := json.NewDecoder(bytes.NewReader(b))
+	dec.UseNumber()
+	if err := dec.Decode(&v); err != nil {
+		return err
+	}
+	return v
 }
 
 func (s *Signed) check() error {

@@ -117,7 +117,11 @@ func TestVerifyRefusesEveryChange(t *testing.T) {
 	}
 	for name, bad := range map[string][]byte{
 		"truncated": raw[:len(raw)-1], "trailing": append(bytes.Clone(raw), "{}"...), "empty": nil,
-		"unknown field": bytes.Replace(raw, []byte(`"node"`), []byte(`"x":1,"node"`), 1), "huge": bytes.Repeat([]byte(" "), MaxSize+1),
+		"a field twice":          bytes.Replace(raw, []byte(`"message":{`), []byte(`"message":{"completionTokens":"999999"},"message":{`), 1),
+		"a field in other case":  bytes.Replace(raw, []byte(`"message":{`), []byte(`"message":{"completionTokens":"999999"},"Message":{`), 1),
+		"another case alone":     bytes.Replace(raw, []byte(`"completionTokens":"`), []byte(`"CompletionTokens":"`), 1),
+		"a value in two escapes": bytes.Replace(raw, []byte(`"primaryType":"Receipt"`), []byte(`"primaryType":"\u0052eceipt"`), 1),
+		"unknown field":          bytes.Replace(raw, []byte(`"node"`), []byte(`"x":1,"node"`), 1), "huge": bytes.Repeat([]byte(" "), MaxSize+1),
 	} {
 		if _, err := Verify(bad); !errors.Is(err, ErrInvalid) {
 			t.Errorf("%s: Verify = %v, want ErrInvalid", name, err)
