@@ -13,7 +13,7 @@
 // 28, s in the lower half of the group order. ‖ is concatenation. JSON is
 // UTF-8; unknown fields are refused; byte strings are base64 with padding;
 // digests are "sha256:" and 64 lower-case hexadecimal digits; addresses are
-// "0x" and 40 hexadecimal digits. All connections are TLS 1.3.
+// "0x" and 40 hexadecimal digits. Sessions and registrations are TLS 1.3.
 //
 // # Registration
 //

@@ -186,7 +186,9 @@ func strict(b []byte, v any) error {
 	dec := json.NewDecoder(bytes.NewReader(b))
 	dec.DisallowUnknownFields()
 	if err := dec.Decode(v); err != nil {
-		return fmt.Errorf("%w: %v", ErrMalformed, err)
+		// The decoder quotes what it was sent; that is the sender's text, of any
+		// length, and this ends in logs.
+		return fmt.Errorf("%w: %.200q", ErrMalformed, err.Error())
 	}
 	if _, err := dec.Token(); err != io.EOF {
 		return fmt.Errorf("%w: something follows the body", ErrMalformed)

@@ -158,6 +158,15 @@ func TestRegistration(t *testing.T) {
 	}
 }
 
+// What a peer sends does not come back at length in the error that is logged.
+func TestErrorsDoNotQuoteThePeerAtLength(t *testing.T) {
+	var e envelope
+	err := strict([]byte(`{"`+string(bytes.Repeat([]byte("x"), 1<<20))+`":1}`), &e)
+	if !errors.Is(err, ErrMalformed) || len(err.Error()) > 400 {
+		t.Errorf("error of %d bytes", len(err.Error()))
+	}
+}
+
 // Every type is listed, so that none can be sent that cannot be received.
 func TestEveryTypeDecodes(t *testing.T) {
 	for typ, f := range messages {
