@@ -17,8 +17,12 @@ if [ -z "$(getsubids "$account" 2>/dev/null)" ]; then
 			$2 + $3 > next_free { next_free = $2 + $3 }
 			END { print next_free }')
 		last=$((first + 65535))
+		if [ "$last" -ge 4294967295 ]; then
+			echo "resultity: no free range of subordinate ids in /etc/subuid; give $account one with usermod --add-subuids" >&2
+			exit 1
+		fi
 		usermod --add-subuids "$first-$last" --add-subgids "$first-$last" "$account"
-	) 9>/run/lock/resultity-subids
+	) 9<>/etc/subuid
 fi
 
 systemd-tmpfiles --create resultity.conf
