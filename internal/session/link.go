@@ -204,6 +204,7 @@ func (l *link) why(err error) error {
 	var closed *websocket.CloseError
 	var timeout net.Error
 	switch {
+	case errors.As(err, &closed) && closed.Code == websocket.CloseAbnormalClosure: // the library's word for an end without a close frame
 	case errors.As(err, &closed):
 		text := fmt.Errorf("the network ended the session: %d %.120q", closed.Code, closed.Text)
 		if clock := saysClock(closed.Text); clock != nil {
