@@ -114,6 +114,7 @@ var (
 	errStopping  = errors.New("the agent stops")
 	errCancelled = errors.New("cancelled by the network")
 	errDeadline  = errors.New("the deadline has passed")
+	errRefused   = errors.New("not written down")
 )
 
 // housekeeping is how often results past their time are dropped.
@@ -306,7 +307,7 @@ func (w *Worker) Job(j *wire.Job) {
 	w.busy++
 	k := &job{Job: j}
 	if j.Stream {
-		k.stream = &stream{job: j.ID, send: w.cfg.Send}
+		k.stream = &stream{job: j.ID, send: w.cfg.Send, held: true}
 	}
 	w.goLocked(k, func(ctx context.Context) { w.take(ctx, k, a) })
 }
@@ -314,23 +315,44 @@ func (w *Worker) Job(j *wire.Job) {
 // take accepts a job that has a slot, or refuses it after all, and runs it.
 func (w *Worker) take(ctx context.Context, k *job, a *Active) {
 	req, r := parse(a.Snapshot.Config(), k.Job)
-	if r == nil {
-		r = w.accept(k)
+	if known, err := w.cfg.Store.Lookup(k.ID); err == nil && known != 0 {
+		r = &seen
 	}
 	if r != nil {
 		w.release(k)
 		w.answerKnown(ctx, k.Job, *r)
 		return
 	}
-	w.mu.Lock()
-	k.durable = true
-	w.mu.Unlock()
-	w.send(&wire.Accept{Job: k.ID})
-	w.do(ctx, k, a, req)
+	// The engine begins while the job is being written down, which takes as
+	// long as a fast engine's answer. Nobody hears of it before.
+	accepted := make(chan *refusal, 1)
+	w.tasks.Go(func() {
+		r := w.writeDown(k)
+		if r == nil {
+			w.mu.Lock()
+			k.durable = true
+			w.mu.Unlock()
+			w.send(&wire.Accept{Job: k.ID})
+			if k.stream != nil {
+				k.stream.release()
+			}
+		} else {
+			k.cancel(errRefused)
+		}
+		accepted <- r
+	})
+	started := w.cfg.Now()
+	res, err := w.ask(ctx, k, a, req)
+	if r := <-accepted; r != nil {
+		w.release(k)
+		w.answerKnown(ctx, k.Job, *r)
+		return
+	}
+	w.conclude(ctx, k, a, started, res, err)
 }
 
-// accept writes the job down.
-func (w *Worker) accept(k *job) *refusal {
+// writeDown makes the job durable.
+func (w *Worker) writeDown(k *job) *refusal {
 	known, err := w.cfg.Store.Accept(k.Job)
 	switch {
 	case errors.Is(err, state.ErrFull):
@@ -343,12 +365,14 @@ func (w *Worker) accept(k *job) *refusal {
 		}
 		return &refusal{wire.CodeStorage, "this node cannot store the job"}
 	case known != state.New:
-		// Not "duplicate", which would say that a result may still come from
-		// here. If one may, answerKnown sends it instead.
-		return &refusal{wire.CodeInternal, "this node has delivered its receipt for the job already, and signs one only"}
+		return &seen
 	}
 	return nil
 }
+
+// seen refuses a job that is settled. Not as a duplicate, which would say that
+// its result may still come from here; if it may, answerKnown sends it instead.
+var seen = refusal{wire.CodeInternal, "this node has delivered its receipt for the job already, and signs one only"}
 
 // answerKnown sends the result of a job again, if there is one: then the network
 // has lost sight of it. Otherwise it refuses the job.
@@ -361,7 +385,7 @@ func (w *Worker) answerKnown(ctx context.Context, j *wire.Job, r refusal) {
 		if err != nil {
 			w.cfg.Log.Error("result not read", journal.StorageFailed.Attr(), "job", j.ID, "error", err)
 		}
-		if ok && ctx.Err() == nil {
+		if ok && !errors.Is(context.Cause(ctx), errStopping) {
 			w.send(res)
 			return
 		}
@@ -414,14 +438,14 @@ func (w *Worker) rerun(ctx context.Context, k *job, a *Active) {
 		k.stream = &stream{job: k.ID, send: w.cfg.Send}
 		w.mu.Unlock()
 	}
-	w.do(ctx, k, a, req)
-}
-
-// do runs an accepted job that has a slot to its result.
-func (w *Worker) do(ctx context.Context, k *job, a *Active, req *openai.Request) {
-	c := a.Snapshot.Config()
 	started := w.cfg.Now()
 	res, err := w.ask(ctx, k, a, req)
+	w.conclude(ctx, k, a, started, res, err)
+}
+
+// conclude makes the result of an accepted job of what the engine has said.
+func (w *Worker) conclude(ctx context.Context, k *job, a *Active, started time.Time, res runtime.Result, err error) {
+	c := a.Snapshot.Config()
 	finished := w.cfg.Now()
 	if err == nil {
 		err = check(c, k, res.Body)

@@ -373,6 +373,59 @@ func TestTheEngineIsAskedForWhatTheJobSays(t *testing.T) {
 	})
 }
 
+// Writing down takes time, and the engine begins meanwhile; but until it is done
+// nobody hears of it, and if it fails nobody ever does.
+func TestTheEngineBeginsBeforeTheDiskIsDone(t *testing.T) {
+	for name, fails := range map[string]bool{"and the disk is fine": false, "and the disk fails": true} {
+		t.Run(name, func(t *testing.T) {
+			bubble(t, func(t *testing.T) {
+				disk, begun, cancelled := make(chan struct{}), false, false
+				n := newNode(t, func(ctx context.Context, _ runtime.Job, emit func([]byte) error) (runtime.Result, error) {
+					begun = true
+					_ = emit([]byte("one "))
+					select {
+					case <-ctx.Done():
+						cancelled = true
+						return runtime.Result{}, context.Cause(ctx)
+					case <-time.After(time.Second):
+					}
+					_ = emit([]byte("two"))
+					return runtime.Result{Body: []byte("one two"), Usage: usage}, nil
+				})
+				n.store = &broken{Store: n.state, accept: func(*wire.Job) error {
+					<-disk
+					if fails {
+						return errors.New("input/output error")
+					}
+					return nil
+				}}
+				n.begin(n.active)
+				j := n.job(true)
+				n.worker.Job(j)
+				n.worker.Job(j) // while it is not accepted
+				n.expect()
+				if !begun {
+					t.Error("the engine waits for the disk")
+				}
+				close(disk)
+				if fails {
+					n.refused(wire.CodeStorage)
+					if !cancelled {
+						t.Error("the engine works on")
+					}
+					n.status(Status{Slots: 2})
+					time.Sleep(time.Minute)
+					n.expect()
+					return
+				}
+				n.expect("accept", "chunk")
+				time.Sleep(time.Second)
+				n.answered(j, n.expect("chunk", "result")[1], "one two")
+			})
+		})
+	}
+}
+
 // Every reason to refuse, one mended after the other: so this is their order too.
 func TestAdmission(t *testing.T) {
 	bubble(t, func(t *testing.T) {
@@ -620,8 +673,11 @@ func TestStream(t *testing.T) {
 		n.begin(n.active)
 		j := n.job(true)
 		n.worker.Job(j)
-		said := n.expect("accept", "chunk", "chunk", "chunk", "result")
-		n.answered(j, said[4], "data: "+answer)
+		said := n.said()
+		if said[0].Type() != "accept" {
+			t.Errorf("the node says %s first", said[0].Type())
+		}
+		n.answered(j, said[len(said)-1], "data: "+answer)
 		if got := joined(t, said); got != "data: "+answer {
 			t.Errorf("chunks %q", got)
 		}
@@ -652,6 +708,7 @@ func TestStreamWithoutRoom(t *testing.T) {
 	bubble(t, func(t *testing.T) {
 		want := strings.Repeat("0123456789", 15_000) // more than two chunks hold
 		n := newNode(t, func(_ context.Context, _ runtime.Job, emit func([]byte) error) (runtime.Result, error) {
+			time.Sleep(time.Second) // the job is accepted
 			for i := 0; i < len(want); i += 1000 {
 				_ = emit([]byte(want[i : i+1000]))
 			}
@@ -670,6 +727,8 @@ func TestStreamWithoutRoom(t *testing.T) {
 		})
 		j := n.job(true)
 		n.worker.Job(j)
+		n.expect("accept")
+		time.Sleep(time.Second)
 		said := n.said()
 		if got := joined(t, said); !strings.HasPrefix(want, got) || len(got) < 130_000 {
 			t.Errorf("chunks bring %d bytes", len(got))
@@ -747,7 +806,11 @@ func TestOneIDManyTimesAtOnce(t *testing.T) {
 // The result of a job is sent again whatever the node would say to a new one.
 func TestADoneJobArrivesAgain(t *testing.T) {
 	bubble(t, func(t *testing.T) {
-		n := newNode(t, say(answer))
+		runs := 0
+		n := newNode(t, func(ctx context.Context, j runtime.Job, emit func([]byte) error) (runtime.Result, error) {
+			runs++
+			return say(answer)(ctx, j, emit)
+		})
 		n.begin(n.active)
 		j := n.job(false)
 		n.worker.Job(j)
@@ -774,6 +837,9 @@ func TestADoneJobArrivesAgain(t *testing.T) {
 		n.worker.Job(j) // a second receipt for the same job is not signed
 		n.refused(wire.CodeInternal)
 		n.status(Status{Slots: 2})
+		if runs != 1 {
+			t.Errorf("it ran %d times", runs)
+		}
 	})
 }
 
