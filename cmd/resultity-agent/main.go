@@ -14,5 +14,5 @@ import (
 func main() {
 	ctx, stop := signal.NotifyContext(context.Background(), os.Interrupt, syscall.SIGTERM)
 	defer stop()
-	os.Exit(agent.Main(ctx, os.Args[1:], os.Stderr, os.Getenv, version.String()))
+	os.Exit(agent.Main(ctx, os.Args[1:], os.Stdout, os.Stderr, os.Getenv, version.String()))
 }

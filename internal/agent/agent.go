@@ -22,13 +22,39 @@ import (
 	"github.com/resultity/node/internal/evm"
 	"github.com/resultity/node/internal/hardware"
 	"github.com/resultity/node/internal/journal"
-	"github.com/resultity/node/internal/model"
+	"github.com/resultity/node/internal/runtime"
 	"github.com/resultity/node/internal/session"
+	"github.com/resultity/node/internal/snapshot"
 	"github.com/resultity/node/internal/state"
 	"github.com/resultity/node/internal/systemd"
-	"github.com/resultity/node/internal/tuf"
 	"github.com/resultity/node/internal/wire"
 	"github.com/resultity/node/internal/work"
+)
+
+// The outside world, as far as the loops need it.
+type (
+	snapshots interface {
+		// Refresh asks the network, Last the disk.
+		Refresh(ctx context.Context) (*snapshot.Snapshot, error)
+		Last() (*snapshot.Snapshot, error)
+	}
+	deployer interface {
+		Stage(ctx context.Context, s *snapshot.Snapshot) (*deploy.Plan, error)
+		Apply(ctx context.Context, p *deploy.Plan) (*deploy.Deployment, error)
+		Clean(ctx context.Context, keep ...*snapshot.Snapshot) error
+	}
+	units interface {
+		State(ctx context.Context, unit string) (systemd.State, error)
+		Watch(ctx context.Context, unit string, f func()) error
+	}
+	link interface {
+		Run(ctx context.Context) error
+		Send(m wire.Message) error
+	}
+	engine interface {
+		Run(ctx context.Context, j runtime.Job, emit func([]byte) error) (runtime.Result, error)
+		Close()
+	}
 )
 
 // Agent is a node that has been put together by [New] and not started.
@@ -39,15 +65,17 @@ type Agent struct {
 
 	key     *evm.Key
 	store   *state.Store
-	snaps   *tuf.Client
-	models  *model.Store
-	units   *systemd.Conn
-	session *session.Session
+	snaps   snapshots
+	units   units
+	session link
 	worker  *work.Worker
 	http    *http.Client
 	profile wire.Hardware // read once; its disk space at each heartbeat
+	closers []func() error
 
-	openDeployer func(context.Context) (*deploy.Deployer, error)
+	openDeployer func(context.Context) (deployer, error)
+	openEngine   func(socket string) engine
+	enrol        func(context.Context, session.Registration) (*wire.Registered, error)
 
 	board      board
 	update     chan struct{} // capacity 1: ask the network for a newer configuration, then look
@@ -115,6 +143,8 @@ func (a *Agent) drainForStop(ctx context.Context) {
 	if err := systemd.Stopping("finishing jobs"); err != nil {
 		a.log.Warn("service manager not told", "error", err)
 	}
+	a.worker.Pause()
+	poke(a.beat) // so that the network gives its jobs to others from now on
 	ctx, cancel := context.WithTimeout(ctx, stopPatience)
 	defer cancel()
 	if err := a.worker.Drain(ctx); err != nil {
@@ -157,7 +187,7 @@ func (a *Agent) heartbeats(ctx context.Context) error {
 func (a *Agent) heartbeat() *wire.Heartbeat {
 	w := a.worker.Status()
 	h := &wire.Heartbeat{
-		Config: a.board.served(), Runtime: a.board.runtimeState(), Hardware: a.profile,
+		Config: a.board.config(), Runtime: a.board.runtimeState(), Hardware: a.profile,
 		Slots: w.Slots, Busy: w.Busy, Outbox: w.Outbox, Draining: w.Draining, Models: []wire.ModelState{},
 	}
 	for _, m := range a.board.modelStates() {
@@ -177,12 +207,19 @@ func (a *Agent) Opened() {
 
 // Closed implements [session.Handler].
 func (a *Agent) Closed(err error) {
-	a.board.set(func(b *board) { b.connected, b.sessErr, b.word = false, err, nil })
+	var opened bool
+	var before error
+	a.board.set(func(b *board) {
+		opened, before = b.connected, b.sessErr
+		b.connected, b.sessErr, b.word = false, err, nil
+	})
 	event := journal.SessionClosed
 	if errors.Is(err, wire.ErrClock) {
 		event = journal.ClockWrong
 	}
-	a.log.Warn("session closed", event.Attr(), "error", err)
+	if opened || !sameError(before, err) { // say it once, not at every try
+		a.log.Warn("session closed", event.Attr(), "error", err)
+	}
 }
 
 // Message implements [session.Handler]. It must not block: what takes time
@@ -241,7 +278,7 @@ func (a *Agent) Jobs(limit int) ([]control.Job, error) {
 	if err != nil {
 		return nil, err
 	}
-	for _, j := range running {
+	for _, j := range running[:min(len(running), limit)] {
 		jobs = append(jobs, control.Job{ID: j.ID.String(), State: "running", Model: j.Model})
 	}
 	errFull := errors.New("enough")

@@ -3,16 +3,27 @@ package agent
 import (
 	"errors"
 	"fmt"
+	"slices"
 	"sync"
 	"time"
 
 	"github.com/resultity/node/internal/control"
 	"github.com/resultity/node/internal/deploy"
 	"github.com/resultity/node/internal/digest"
+	"github.com/resultity/node/internal/model"
+	"github.com/resultity/node/internal/podman"
 	"github.com/resultity/node/internal/session"
 	"github.com/resultity/node/internal/snapshot"
 	"github.com/resultity/node/internal/tuf"
 	"github.com/resultity/node/internal/wire"
+)
+
+// Phases of the runtime, in the words of [wire.RuntimeState].
+const (
+	stopped  = "stopped"
+	starting = "starting"
+	active   = "active"
+	failed   = "failed"
 )
 
 // board is what the loops tell each other and the operator. Each value is
@@ -27,11 +38,12 @@ type board struct {
 	account    string             // "" until registered
 	registered bool
 	regErr     error
-	failed     *deploy.Error // why the deployment is not up
+	step       deploy.Step   // where snap is on its way; "" when its deployment is active
+	failed     *deploy.Error // why it stands there, or nil
 	active     *deploy.Deployment
-	phase      string // of the runtime, in the words of wire.RuntimeState
+	phase      string // of the runtime
 	restarts   int
-	models     map[digest.Digest]int64 // verified bytes, by model
+	models     map[digest.Digest]int64 // verified bytes, by model of snap
 
 	// Written by the session.
 	connected bool
@@ -45,6 +57,80 @@ func (b *board) set(f func(*board)) {
 	f(b)
 }
 
+// learn makes s the newest snapshot. What is known about the way of another one
+// is forgotten.
+func (b *board) learn(s *snapshot.Snapshot) {
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	if b.snap == nil || b.snap.Digest() != s.Digest() {
+		b.step, b.failed = deploy.StepImage, nil
+		if b.active != nil && b.active.Snapshot().Digest() == s.Digest() {
+			b.step = ""
+		}
+		models := map[digest.Digest]int64{}
+		for i := range s.Config().Models {
+			d := s.Config().Models[i].Digest()
+			models[d] = b.models[d]
+		}
+		b.models = models
+	}
+	b.snap = s
+}
+
+// advance says that a snapshot has come to a step. Until a repeated try is past
+// the step that failed before, the failure is what the operator has to see.
+func (b *board) advance(s *snapshot.Snapshot, step deploy.Step) {
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	if b.snap == nil || b.snap.Digest() != s.Digest() {
+		return
+	}
+	if b.failed != nil && slices.Index(deploy.Steps, step) <= slices.Index(deploy.Steps, b.failed.Step) {
+		return
+	}
+	b.step, b.failed = step, nil
+	if b.active == nil && b.phase == failed {
+		b.phase = stopped
+	}
+}
+
+// fail says why a snapshot is not up. It reports whether that is news.
+func (b *board) fail(s *snapshot.Snapshot, e *deploy.Error) (news bool) {
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	if b.snap == nil || b.snap.Digest() != s.Digest() {
+		return true
+	}
+	news = b.failed == nil || b.failed.Error() != e.Error()
+	if b.active == nil {
+		b.phase = failed
+	}
+	if !b.served(s) {
+		b.step, b.failed = e.Step, e
+	}
+	return news
+}
+
+// setActive says what runs, nil for nothing.
+func (b *board) setActive(d *deploy.Deployment, phase string) {
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	lost := b.active != nil && d == nil && b.served(b.snap)
+	b.active, b.phase = d, phase
+	switch {
+	case d != nil && b.served(b.snap):
+		b.step, b.failed = "", nil
+	case lost:
+		b.step = deploy.StepStart
+	}
+}
+
+// served reports whether the active deployment is that of s. The caller holds
+// the lock.
+func (b *board) served(s *snapshot.Snapshot) bool {
+	return b.active != nil && s != nil && b.active.Snapshot().Digest() == s.Digest()
+}
+
 // snapshot returns the newest verified snapshot, or nil.
 func (b *board) snapshot() *snapshot.Snapshot {
 	b.mu.Lock()
@@ -52,9 +138,9 @@ func (b *board) snapshot() *snapshot.Snapshot {
 	return b.snap
 }
 
-// served returns the digest of the configuration whose deployment is active, or
+// config returns the digest of the configuration whose deployment is active, or
 // else of the newest: what is served counts, not what is being prepared.
-func (b *board) served() digest.Digest {
+func (b *board) config() digest.Digest {
 	b.mu.Lock()
 	defer b.mu.Unlock()
 	switch {
@@ -82,7 +168,7 @@ func (b *board) modelStates() []control.Model {
 			done, state = m.Size(), "active"
 		case done == m.Size():
 			state = "inactive"
-		case b.failed != nil && b.failed.Step == deploy.StepModel:
+		case b.failed != nil && b.failed.Model == m.Digest():
 			state = "failed"
 		}
 		ms = append(ms, control.Model{
@@ -107,106 +193,206 @@ func (b *board) runtimeState() wire.RuntimeState {
 	return r
 }
 
-// gates walks from identity to jobs.
+// gates walks from identity to jobs. Every closed gate says what opens it.
 func (b *board) gates(node string, draining bool, now time.Time) []control.Gate {
 	b.mu.Lock()
 	defer b.mu.Unlock()
-	gs := []control.Gate{{Name: "identity", Open: true, Detail: "node " + node}}
-	add := func(name string, open bool, detail, remedy string) {
-		if open {
-			remedy = ""
-		}
-		gs = append(gs, control.Gate{Name: name, Open: open, Detail: detail, Remedy: remedy})
+	gs := []control.Gate{{Name: "identity", Open: true, Detail: "node " + node}, b.configurationGate(now), b.registrationGate()}
+	gs = append(gs, b.runtimeGates()...)
+	gs = append(gs, b.sessionGate())
+	if draining {
+		gs = append(gs, control.Gate{Name: "accepting", Detail: "draining: takes no new jobs", Remedy: "resultityctl resume, or wait for the restart"})
+	} else {
+		gs = append(gs, control.Gate{Name: "accepting", Open: true, Detail: "takes jobs"})
 	}
-	b.configurationGate(add, now)
-	switch {
-	case b.registered:
-		add("registration", true, "known to the network as a node of "+b.account, "")
-	case b.regErr != nil:
-		add("registration", false, b.regErr.Error(), "put a valid token into the file that network.enrolment_token names, then restart the agent")
-	default:
-		add("registration", false, "not registered yet", "it follows the first configuration")
-	}
-	b.runtimeGates(add)
-	switch {
-	case b.connected:
-		add("session", true, "connected to the network", "")
-	case errors.Is(b.sessErr, session.ErrNotRegistered):
-		add("session", false, b.sessErr.Error(), "the network does not know this node; ask its operator")
-	case b.sessErr != nil:
-		add("session", false, b.sessErr.Error(), "check that this machine reaches network.url; the agent keeps trying")
-	default:
-		add("session", false, "not connected yet", "it follows the registration")
-	}
-	add("accepting", !draining, map[bool]string{true: "draining: takes no new jobs", false: "takes jobs"}[draining], "resultityctl resume")
-	switch {
-	case b.connected && b.word != nil && b.word.Routable:
-		add("routable", true, "the network sends jobs to this node", "")
-	case b.connected && b.word != nil:
-		add("routable", false, "the network says: "+b.word.Reason, "open the gates above; if all are open, ask the network's operator")
-	default:
-		add("routable", false, "the network has not said", "it follows the session")
-	}
-	return gs
+	return append(gs, b.routableGate())
 }
 
-type adder = func(name string, open bool, detail, remedy string)
+// A cause is a kind of error and what mends it.
+type cause struct {
+	is     error
+	remedy string
+}
 
-func (b *board) configurationGate(add adder, now time.Time) {
+// remedyOf returns the remedy of the first cause that err is, or the last one.
+func remedyOf(err error, causes []cause, otherwise string) string {
+	for _, c := range causes {
+		if errors.Is(err, c.is) {
+			return c.remedy
+		}
+	}
+	return otherwise
+}
+
+const (
+	remedyReach    = "check that this machine reaches network.url, and network.ca for a private network; the agent keeps trying"
+	remedyClock    = "set this machine's clock: timedatectl set-ntp true"
+	remedyToken    = "put a valid token into the file that network.enrolment_token names; ask the network's operator for one"
+	remedyNames    = "network.name and network.url in agent.toml belong to different networks; correct one of them"
+	remedyUpgrade  = "upgrade the agent; if it is the newest, ask the network's operator"
+	remedyOperator = "ask the network's operator"
+	remedyWait     = "wait; the gates above come first"
+)
+
+var snapshotCauses = []cause{
+	{tuf.ErrUnreachable, remedyReach},
+	{tuf.ErrExpired, remedyClock + "; if it is right, the network has not renewed its configuration: " + remedyOperator},
+	{errOtherNetwork, remedyNames},
+	{snapshot.ErrInvalid, remedyUpgrade},
+	{snapshot.ErrUntrusted, "check that network.root is this network's, then " + remedyOperator},
+}
+
+func (b *board) configurationGate(now time.Time) control.Gate {
+	g := control.Gate{Name: "configuration"}
 	switch {
 	case b.snap == nil && b.snapErr == nil:
-		add("configuration", false, "not fetched yet", "wait a moment")
-	case b.snap == nil && errors.Is(b.snapErr, tuf.ErrUnreachable):
-		add("configuration", false, b.snapErr.Error(), "check that this machine reaches network.url, and network.ca for a private network")
+		g.Detail, g.Remedy = "not fetched yet", "wait a moment"
+		return g
 	case b.snap == nil:
-		add("configuration", false, b.snapErr.Error(), "check network.root and this machine's clock, then ask the network's operator")
-	case b.snapErr != nil:
+		g.Detail = b.snapErr.Error()
+		g.Remedy = remedyOf(b.snapErr, snapshotCauses, "the detail names the cause, on this machine; the agent keeps trying")
+		return g
+	}
+	g.Open = true
+	g.Detail = fmt.Sprintf("version %d, verified", b.snap.Version())
+	if b.snapErr != nil {
 		// Going on with the last verified one is right, so the gate is open; but
 		// it says so.
-		add("configuration", true, fmt.Sprintf("version %d, last confirmed %s ago: %v", b.snap.Version(), age(now, b.refreshed), b.snapErr), "")
-	default:
-		add("configuration", true, fmt.Sprintf("version %d, verified", b.snap.Version()), "")
+		g.Detail = fmt.Sprintf("version %d, last confirmed %s: %v", b.snap.Version(), age(now, b.refreshed), b.snapErr)
 	}
+	if b.active != nil && !b.served(b.snap) {
+		g.Detail += fmt.Sprintf("; version %d runs", b.active.Snapshot().Version())
+	}
+	return g
 }
 
 func age(now, then time.Time) string {
 	if then.IsZero() {
 		return "before this start"
 	}
-	return now.Sub(then).Round(time.Second).String()
+	return now.Sub(then).Round(time.Second).String() + " ago"
 }
 
-// runtimeGates are image, model, runtime and validation: those before the
-// failed step are open, those after it closed.
-func (b *board) runtimeGates(add adder) {
-	steps := []struct {
-		name, good, remedy string
-		steps              []deploy.Step
-	}{
-		{"image", "signature verified twice, stored", "the network's operator has to sign the image; journalctl -x has the reason", []deploy.Step{deploy.StepImage}},
-		{"model", "complete and verified", "see resultityctl models; the agent keeps trying and resumes what arrived", []deploy.Step{deploy.StepModel}},
-		{"runtime", "runs in its sandbox", "journalctl _SYSTEMD_USER_UNIT=resultity-runtime.service has the engine's own words", []deploy.Step{deploy.StepUnit, deploy.StepStart, deploy.StepSandbox}},
-		{"validation", "gave the expected answers", "the model or the engine does not compute what the network expects; ask its operator", []deploy.Step{deploy.StepValidate}},
+var registrationCauses = []cause{
+	{errToken, remedyToken},
+	{session.ErrToken, remedyToken},
+	{session.ErrWrongNetwork, remedyNames},
+	{session.ErrProtocol, remedyUpgrade},
+	{wire.ErrClock, remedyClock},
+	{wire.ErrSigner, remedyOperator},
+}
+
+func (b *board) registrationGate() control.Gate {
+	g := control.Gate{Name: "registration"}
+	switch {
+	case b.registered:
+		g.Open, g.Detail = true, "known to the network as a node of "+b.account
+	case b.regErr != nil:
+		g.Detail, g.Remedy = b.regErr.Error(), remedyOf(b.regErr, registrationCauses, remedyReach)
+	default:
+		g.Detail, g.Remedy = "not registered yet", remedyWait
 	}
-	blocked := false
-	for _, s := range steps {
-		bad := false
-		if b.failed != nil && b.active == nil {
-			for _, step := range s.steps {
-				bad = bad || b.failed.Step == step
+	return g
+}
+
+// A station is a gate of a deployment, and the steps that it stands for.
+type station struct {
+	name, good string
+	steps      []deploy.Step
+}
+
+var stations = []station{
+	{"image", "signature verified twice, stored", []deploy.Step{deploy.StepImage}},
+	{"model", "complete and verified", []deploy.Step{deploy.StepModel}},
+	{"runtime", "runs in its sandbox", []deploy.Step{deploy.StepUnit, deploy.StepStart, deploy.StepSandbox}},
+	{"validation", "gave the expected answers", []deploy.Step{deploy.StepValidate}},
+}
+
+// runtimeGates are those of the newest configuration, since the network gives
+// jobs to nobody who is on another one: what it has passed is open, where it
+// stands and what follows is closed.
+func (b *board) runtimeGates() []control.Gate {
+	var gs []control.Gate
+	at := len(stations)
+	if b.step != "" || b.snap == nil {
+		at = max(slices.IndexFunc(stations, func(s station) bool { return slices.Contains(s.steps, b.step) }), 0)
+	}
+	for i, s := range stations {
+		g := control.Gate{Name: s.name}
+		switch {
+		case i < at:
+			g.Open, g.Detail = true, s.good
+		case i > at || b.snap == nil:
+			g.Detail, g.Remedy = "not reached", remedyWait
+		case b.failed == nil:
+			g.Detail, g.Remedy = fmt.Sprintf("in progress, of version %d", b.snap.Version()), "wait a moment; resultityctl models shows how much of a model is here"
+		default:
+			g.Detail, g.Remedy = fmt.Sprintf("version %d: %v", b.snap.Version(), b.failed.Err), remedyOfStep(b.failed)
+			if b.active != nil {
+				g.Detail += fmt.Sprintf("; version %d goes on running", b.active.Snapshot().Version())
 			}
 		}
-		switch {
-		case b.active != nil:
-			add(s.name, true, s.good, "")
-		case bad:
-			add(s.name, false, b.failed.Error(), s.remedy)
-			blocked = true
-		case b.failed != nil && !blocked:
-			add(s.name, true, s.good, "")
-		default:
-			add(s.name, false, "in progress ("+b.phase+")", "wait a moment")
-			blocked = true
-		}
+		gs = append(gs, g)
 	}
+	return gs
+}
+
+// remedyOfStep says what mends a failed deployment.
+func remedyOfStep(e *deploy.Error) string {
+	var space *model.NoSpaceError
+	switch {
+	case errors.Is(e, podman.ErrUnavailable):
+		return "systemctl --user status resultity-podman.socket resultity-podman.service, in the account of the agent"
+	case e.Step == deploy.StepImage && imageRefused(e):
+		return "the network's operator has to sign the image, or to publish its key"
+	case e.Step == deploy.StepImage:
+		return "check that this machine reaches the image's registry; the agent keeps trying"
+	case errors.As(e, &space):
+		return "free some space on the file system of the state directory; the agent keeps trying"
+	case e.Step == deploy.StepModel && errors.Is(e, digest.ErrMismatch):
+		return "the model's sources serve wrong bytes; ask the network's operator"
+	case e.Step == deploy.StepModel:
+		return "see resultityctl models; the agent keeps trying and resumes what arrived"
+	case e.Step == deploy.StepUnit:
+		return "the detail names what this machine lacks; the agent keeps trying"
+	case e.Step == deploy.StepStart:
+		return "journalctl _SYSTEMD_USER_UNIT=resultity-runtime.service has the engine's own words"
+	case e.Step == deploy.StepSandbox:
+		return "remove what loosens the sandbox, such as a drop-in of resultity-runtime.service, and restart the agent"
+	}
+	return "the model or the engine does not compute what the network expects; ask its operator, or restart the agent to try again"
+}
+
+var sessionCauses = []cause{
+	{session.ErrNotRegistered, "the network does not know this node; " + remedyOperator},
+	{session.ErrWrongNetwork, remedyNames},
+	{session.ErrProtocol, remedyUpgrade},
+	{wire.ErrClock, remedyClock},
+	{wire.ErrSigner, "the network signs with a key that its configuration does not list; " + remedyOperator},
+}
+
+func (b *board) sessionGate() control.Gate {
+	g := control.Gate{Name: "session"}
+	switch {
+	case b.connected:
+		g.Open, g.Detail = true, "connected to the network"
+	case b.sessErr != nil:
+		g.Detail, g.Remedy = b.sessErr.Error(), remedyOf(b.sessErr, sessionCauses, remedyReach)
+	default:
+		g.Detail, g.Remedy = "not connected yet", remedyWait
+	}
+	return g
+}
+
+func (b *board) routableGate() control.Gate {
+	g := control.Gate{Name: "routable"}
+	switch {
+	case b.connected && b.word != nil && b.word.Routable:
+		g.Open, g.Detail = true, "the network sends jobs to this node"
+	case b.connected && b.word != nil:
+		g.Detail, g.Remedy = "the network says: "+b.word.Reason, "open the gates above; if all are open, "+remedyOperator
+	default:
+		g.Detail, g.Remedy = "the network has not said", remedyWait
+	}
+	return g
 }

@@ -7,11 +7,15 @@ import (
 	"errors"
 	"flag"
 	"fmt"
+	"io"
+	"io/fs"
 	"log/slog"
 	"net/http"
 	"os"
 	"path/filepath"
+	"slices"
 	"strings"
+	"syscall"
 	"time"
 
 	"github.com/resultity/node/internal/config"
@@ -46,18 +50,32 @@ const (
 // DefaultConfig is where a packaged agent's configuration is.
 const DefaultConfig = "/etc/resultity/agent.toml"
 
-// configError is a failure that only the operator can mend.
-type configError struct {
+// finalError is a failure that only the operator can mend.
+type finalError struct {
 	event *journal.Event
 	err   error
 }
 
-func (e *configError) Error() string { return e.err.Error() }
-func (e *configError) Unwrap() error { return e.err }
+func (e *finalError) Error() string { return e.err.Error() }
+func (e *finalError) Unwrap() error { return e.err }
+
+// inDir sorts what can go wrong with a directory of ours. Whether a full disk is
+// still full a moment later is worth a look; who may write there is not.
+func inDir(key string, err error) error {
+	switch {
+	case errors.Is(err, syscall.EROFS):
+		return &finalError{journal.ConfigInvalid, fmt.Errorf("%s: %w; if the unit's sandbox is the reason, name the directory in ReadWritePaths= of a drop-in", key, err)}
+	case errors.Is(err, fs.ErrPermission), errors.Is(err, syscall.ENOTDIR):
+		return &finalError{journal.ConfigInvalid, fmt.Errorf("%s: %w; it has to be a directory that the agent's user may write", key, err)}
+	case err != nil:
+		return fmt.Errorf("%s: %w", key, err)
+	}
+	return nil
+}
 
 // Main reads the command line, puts the agent together and runs it until ctx
-// ends. It returns the exit code.
-func Main(ctx context.Context, args []string, stderr *os.File, env func(string) string, version string) int {
+// ends. It returns the exit code. What goes wrong is one record in the log.
+func Main(ctx context.Context, args []string, stdout io.Writer, stderr *os.File, env func(string) string, version string) int {
 	flags := flag.NewFlagSet("resultity-agent", flag.ContinueOnError)
 	flags.SetOutput(stderr)
 	flags.Usage = func() {
@@ -75,22 +93,22 @@ func Main(ctx context.Context, args []string, stderr *os.File, env func(string) 
 		return ExitUsage
 	}
 	log := journal.New(stderr, slog.LevelInfo)
-	switch flags.Arg(0) {
-	case "version":
-		fmt.Println(version)
-		return ExitOK
-	case "run", "check":
-	default:
-		flags.Usage()
+	verb := flags.Arg(0)
+	if flags.NArg() != 1 || !slices.Contains([]string{"run", "check", "version"}, verb) {
+		flags.Usage() // flags come first: one that follows the verb would be ignored
 		return ExitUsage
+	}
+	if verb == "version" {
+		fmt.Fprintln(stdout, version)
+		return ExitOK
 	}
 	cfg, err := config.Load(*file, env)
 	if err != nil {
-		log.Error("configuration: "+err.Error(), journal.ConfigInvalid.Attr())
+		log.Error("configuration", journal.ConfigInvalid.Attr(), "error", err)
 		return ExitConfig
 	}
-	if flags.Arg(0) == "check" {
-		fmt.Printf("%s: ok\n", *file)
+	if verb == "check" {
+		fmt.Fprintf(stdout, "%s: ok\n", *file)
 		return ExitOK
 	}
 	log = journal.New(stderr, cfg.Log.SlogLevel()).With("network", cfg.Network.Name)
@@ -98,16 +116,21 @@ func Main(ctx context.Context, args []string, stderr *os.File, env func(string) 
 	if err == nil {
 		err = errors.Join(a.Run(ctx), a.Close())
 	}
-	var bad *configError
+	return exitCode(ctx, err, log)
+}
+
+// exitCode logs why the agent ended, if not because it was told to.
+func exitCode(ctx context.Context, err error, log *slog.Logger) int {
+	final, isFinal := errors.AsType[*finalError](err)
 	switch {
-	case errors.As(err, &bad):
-		log.Error(bad.Error(), bad.event.Attr())
+	case err == nil, ctx.Err() != nil && errors.Is(err, ctx.Err()): // told to stop while it started
+		return ExitOK
+	case isFinal:
+		log.Error("cannot run", final.event.Attr(), "error", err)
 		return ExitConfig
-	case err != nil:
-		log.Error("stopped: " + err.Error())
-		return ExitFailed
 	}
-	return ExitOK
+	log.Error("stopped", journal.AgentFailed.Attr(), "error", err)
+	return ExitFailed
 }
 
 // defaultConfig prefers an ordinary user's own file.
@@ -125,54 +148,73 @@ func defaultConfig(env func(string) string) string {
 // New puts an agent together. It opens the store and the identity, and reaches
 // the user manager; Podman and the network are reached when they are needed.
 func New(ctx context.Context, cfg *config.Config, env func(string) string, log *slog.Logger, version string) (_ *Agent, err error) {
-	a := &Agent{
-		cfg: cfg, version: version, log: log,
-		update: make(chan struct{}, 1), look: make(chan struct{}, 1), beat: make(chan struct{}, 1), registered: make(chan struct{}),
-	}
-	a.board.models = map[digest.Digest]int64{}
-	a.board.phase = "stopped"
+	a := empty(cfg, log, version)
 	defer func() {
 		if err != nil {
 			err = errors.Join(err, a.Close())
 		}
 	}()
-	for _, dir := range []string{cfg.Paths.State, cfg.Paths.Runtime} {
-		if err := os.MkdirAll(dir, 0o700); err != nil {
-			return nil, err
-		}
-	}
-	// The store first: its lock says whether another agent runs here.
 	networkDir := filepath.Join(cfg.Paths.State, "networks", cfg.Network.Name)
 	if err := os.MkdirAll(networkDir, 0o700); err != nil {
+		return nil, inDir("paths.state", err)
+	}
+	if err := os.MkdirAll(cfg.Paths.Runtime, 0o700); err != nil {
+		return nil, inDir("paths.runtime", err)
+	}
+	// The store first: its lock says whether another agent runs here.
+	a.store, err = state.Open(filepath.Join(networkDir, "jobs.db"), state.Bounds{Jobs: 10_000, Bytes: 2 << 30, IDs: 100_000}, time.Now)
+	switch {
+	case errors.Is(err, state.ErrCorrupt):
+		return nil, &finalError{journal.StoreRefused, err}
+	case err != nil && !errors.Is(err, state.ErrLocked): // whoever holds it may go away
+		return nil, inDir("paths.state", err)
+	case err != nil:
 		return nil, err
 	}
-	if a.store, err = state.Open(filepath.Join(networkDir, "jobs.db"), state.Bounds{Jobs: 10_000, Bytes: 2 << 30, IDs: 100_000}, time.Now); err != nil {
-		return nil, err
-	}
+	a.closers = append(a.closers, a.store.Close)
 	if err := a.openIdentity(env); err != nil {
+		return nil, err
+	}
+	if err := a.sameNode(networkDir); err != nil {
 		return nil, err
 	}
 	var ca []byte
 	if a.http, ca, err = client(cfg.Network.CA); err != nil {
-		return nil, &configError{journal.ConfigInvalid, err}
+		return nil, &finalError{journal.ConfigInvalid, err}
 	}
 	root, err := os.ReadFile(cfg.Network.Root)
 	if err != nil {
-		return nil, &configError{journal.ConfigInvalid, fmt.Errorf("network.root: %w; get the network's first root.json from its operator", err)}
+		return nil, &finalError{journal.ConfigInvalid, fmt.Errorf("network.root: %w; get the network's first root.json from its operator", err)}
 	}
 	if a.snaps, err = tuf.New(tuf.Config{Dir: filepath.Join(networkDir, "tuf"), URL: cfg.Network.URL + "/tuf", Root: root, Client: a.http, Now: time.Now}); err != nil {
-		return nil, &configError{journal.ConfigInvalid, fmt.Errorf("network.root: %w", err)}
+		return nil, &finalError{journal.ConfigInvalid, fmt.Errorf("network.root: %w", err)}
 	}
-	if a.models, err = model.Open(filepath.Join(cfg.Paths.State, "models"), a.http, log); err != nil {
+	models, err := model.Open(filepath.Join(cfg.Paths.State, "models"), a.http, log)
+	if err != nil {
 		return nil, err
 	}
-	if a.units, err = systemd.Dial(ctx); err != nil {
+	a.closers = append(a.closers, models.Close)
+	units, err := systemd.Dial(ctx)
+	if err != nil {
 		return nil, err
 	}
+	a.closers = append(a.closers, func() error { units.Close(); return nil })
+	a.units = units
 	a.profile = hardware.Profile(cfg.Paths.State)
-	a.openDeployer = func(ctx context.Context) (*deploy.Deployer, error) { return a.newDeployer(ctx, ca) }
+	a.openDeployer = func(ctx context.Context) (deployer, error) { return a.newDeployer(ctx, models, units, ca) }
+	a.openEngine = func(socket string) engine { return runtime.New(socket) }
+	a.enrol = session.Register
 	a.openJobs()
 	return a, nil
+}
+
+// empty returns an agent without a world around it.
+func empty(cfg *config.Config, log *slog.Logger, version string) *Agent {
+	return &Agent{
+		cfg: cfg, version: version, log: log,
+		update: make(chan struct{}, 1), look: make(chan struct{}, 1), beat: make(chan struct{}, 1), registered: make(chan struct{}),
+		board: board{phase: stopped, models: map[digest.Digest]int64{}},
+	}
 }
 
 func (a *Agent) openIdentity(env func(string) string) error {
@@ -180,14 +222,28 @@ func (a *Agent) openIdentity(env func(string) string) error {
 		Dir: filepath.Join(a.cfg.Paths.State, "identity"), Passphrase: a.cfg.Identity.Passphrase, Credentials: env("CREDENTIALS_DIRECTORY"),
 	})
 	if errors.Is(err, identity.ErrRefused) {
-		return &configError{journal.IdentityRefused, err}
+		return &finalError{journal.IdentityRefused, err}
 	}
 	if err != nil {
-		return err
+		return inDir("paths.state", err)
 	}
 	a.key = key
 	if created {
 		a.log.Info("identity created", journal.IdentityCreated.Attr(), "node", key.Address())
+	}
+	return nil
+}
+
+// sameNode refuses a store of another node, before the network hears of this
+// one: its results could be delivered to nobody.
+func (a *Agent) sameNode(dir string) error {
+	reg, err := a.store.Registration()
+	if err != nil {
+		return err
+	}
+	if reg != nil && (reg.Node != a.key.Address() || reg.Network != a.cfg.Network.Name) {
+		return &finalError{journal.IdentityRefused, fmt.Errorf("%s belongs to node %s of network %s, and the key is that of node %s; put the old key back, or move that directory away to begin as a new node",
+			dir, reg.Node, reg.Network, a.key.Address())}
 	}
 	return nil
 }
@@ -215,7 +271,7 @@ func client(caFile string) (*http.Client, []byte, error) {
 
 // newDeployer starts Podman's API service, which takes a moment that the start
 // of the agent does not wait for.
-func (a *Agent) newDeployer(ctx context.Context, ca []byte) (*deploy.Deployer, error) {
+func (a *Agent) newDeployer(ctx context.Context, models *model.Store, units *systemd.Conn, ca []byte) (*deploy.Deployer, error) {
 	p, err := podman.Dial(ctx, a.cfg.Paths.Podman)
 	if err != nil {
 		return nil, err
@@ -227,28 +283,19 @@ func (a *Agent) newDeployer(ctx context.Context, ca []byte) (*deploy.Deployer, e
 		return nil, err
 	}
 	return &deploy.Deployer{
-		Images: images, Models: a.models, Units: a.units, Containers: p, Devices: hardware.DeviceNodes,
+		Images: images, Models: models, Units: units, Containers: p, Devices: hardware.DeviceNodes,
 		Look:      func(pid int) (*sandbox.Outside, error) { return sandbox.Look("/proc", pid) },
 		Engine:    func(socket string) deploy.Engine { return runtime.New(socket) },
 		UnitDir:   a.cfg.Paths.Units,
 		SocketDir: filepath.Join(a.cfg.Paths.Runtime, "engine"),
 		Bridge:    a.cfg.Paths.Bridge, Log: a.log,
-		Progress: func(m *snapshot.Model, done, _ int64) {
-			a.board.set(func(b *board) { b.models[m.Digest()] = done })
-		},
+		Progress: a.progress,
 	}, nil
 }
 
 // trusted says which keys may sign for the network, by the newest snapshot.
 func trusted(s *snapshot.Snapshot) func(evm.Address) bool {
-	return func(a evm.Address) bool {
-		for _, k := range s.Config().Network.MessageKeys {
-			if k == a {
-				return true
-			}
-		}
-		return false
-	}
+	return func(a evm.Address) bool { return slices.Contains(s.Config().Network.MessageKeys, a) }
 }
 
 func (a *Agent) openJobs() {
@@ -260,7 +307,7 @@ func (a *Agent) openJobs() {
 			s := a.board.snapshot()
 			return s != nil && trusted(s)(k)
 		},
-		Config: a.board.served,
+		Config: a.board.config,
 		ClockWindow: func() time.Duration {
 			s := a.board.snapshot()
 			if s == nil {
@@ -275,14 +322,8 @@ func (a *Agent) openJobs() {
 // Close gives back what New opened.
 func (a *Agent) Close() error {
 	var errs []error
-	if a.models != nil {
-		errs = append(errs, a.models.Close())
-	}
-	if a.units != nil {
-		a.units.Close()
-	}
-	if a.store != nil {
-		errs = append(errs, a.store.Close())
+	for _, f := range slices.Backward(a.closers) {
+		errs = append(errs, f())
 	}
 	return errors.Join(errs...)
 }

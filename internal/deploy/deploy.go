@@ -41,6 +41,9 @@ const (
 	StepValidate Step = "validation"
 )
 
+// Steps lists the steps in order.
+var Steps = []Step{StepImage, StepModel, StepUnit, StepStart, StepSandbox, StepValidate}
+
 // Error says which step failed.
 type Error struct {
 	Step  Step

@@ -200,10 +200,9 @@ func TestEveryStepFails(t *testing.T) {
 // The unit may be down again as soon as its start was reported.
 func TestUpForAMoment(t *testing.T) {
 	m, s := New(t), NewNetwork(t).Publish(nil)
-	m.Fail(State, &Fault{When: func() bool { return false }})
 	started := false
 	m.Fail(Start, &Fault{Late: true, Also: func(*Locked) { started = true }})
-	m.Fail(State, &Fault{When: func() bool { return started }, Also: func(m *Locked) { m.Crash(false) }, Late: true})
+	m.Fail(State, &Fault{When: func(*Locked) bool { return started }, Also: func(m *Locked) { m.Crash(false) }, Late: true})
 	if dep, err := bring(t, m.Deployer(), s); dep != nil || step(err) != deploy.StepStart {
 		t.Errorf("got %v, %v", dep, err)
 	}

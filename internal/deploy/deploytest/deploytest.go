@@ -55,11 +55,11 @@ const (
 // Fault is how a call fails.
 type Fault struct {
 	Err   error
-	Late  bool            // after the effect
-	Times int             // how often; 0 is always
-	Block bool            // until the context ends
-	When  func() bool     // nil is always
-	Also  func(m *Locked) // what else happens then
+	Late  bool                 // after the effect
+	Times int                  // how often; 0 is always
+	Block bool                 // until the context ends
+	When  func(m *Locked) bool // nil is always
+	Also  func(m *Locked)      // what else happens then
 }
 
 // Machine is the machine. Its methods are safe for concurrent use.
@@ -94,8 +94,17 @@ func New(t testing.TB) *Machine {
 	if err != nil {
 		t.Fatal(err)
 	}
+	dir, err := os.MkdirTemp("", "deploytest") // names of tests have characters that units must not have
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() {
+		if err := os.RemoveAll(dir); err != nil {
+			t.Error(err)
+		}
+	})
 	m := &Machine{
-		t: t, dir: t.TempDir(), faults: map[string]*Fault{}, images: map[snapshot.ImageRef]bool{}, models: map[digest.Digest]bool{},
+		t: t, dir: dir, faults: map[string]*Fault{}, images: map[snapshot.ImageRef]bool{}, models: map[digest.Digest]bool{},
 		state: systemd.State{Load: "not-found", Active: "inactive"}, watch: map[chan struct{}]bool{},
 		record:  contract.Sandbox{Version: contract.Version, OK: true, UID: 1000, GID: 1000, Checks: []contract.Check{{Name: "user", OK: true}}},
 		outside: sandbox.Outside{UIDs: []int{100999, 100999, 100999, 100999}, NoNewPrivs: true, Seccomp: 2, Interfaces: []string{"lo"}},
@@ -199,6 +208,11 @@ func (l *Locked) Activate(active string) { l.state.Active = active; l.changed() 
 // Come lets a unit that systemd is starting by itself come up.
 func (l *Locked) Come() { l.up(); l.changed() }
 
+// Runs reports whether the unit's file is that of s, by its image.
+func (l *Locked) Runs(s *snapshot.Snapshot) bool {
+	return bytes.Contains(l.text, []byte("Image="+s.Config().Runtime.Image.String()))
+}
+
 // Outside changes what the kernel says of the container.
 func (l *Locked) Outside(f func(*sandbox.Outside)) { f(&l.outside) }
 
@@ -233,7 +247,7 @@ func (m *Machine) fail(ctx context.Context, call string, effect func() error) er
 	m.mu.Lock()
 	m.calls = append(m.calls, call)
 	f := m.faults[call]
-	if f != nil && f.When != nil && !f.When() {
+	if f != nil && f.When != nil && !f.When(&Locked{m}) {
 		f = nil
 	}
 	if f != nil && f.Block {

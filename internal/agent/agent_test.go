@@ -1,0 +1,599 @@
+package agent
+
+import (
+	"bytes"
+	"context"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"io/fs"
+	"log/slog"
+	"net"
+	"os"
+	"path/filepath"
+	"regexp"
+	gort "runtime"
+	"slices"
+	"strings"
+	"sync"
+	"testing"
+	"testing/synctest"
+	"time"
+
+	"github.com/resultity/node/internal/config"
+	"github.com/resultity/node/internal/control"
+	"github.com/resultity/node/internal/deploy/deploytest"
+	"github.com/resultity/node/internal/evm"
+	"github.com/resultity/node/internal/journal"
+	"github.com/resultity/node/internal/openai"
+	"github.com/resultity/node/internal/receipt"
+	"github.com/resultity/node/internal/runtime"
+	"github.com/resultity/node/internal/session"
+	"github.com/resultity/node/internal/snapshot"
+	"github.com/resultity/node/internal/state"
+	"github.com/resultity/node/internal/wire"
+	"github.com/resultity/node/internal/work"
+)
+
+var nodeKey = newKey()
+
+func newKey() *evm.Key {
+	k, err := evm.NewKey()
+	if err != nil {
+		panic(err)
+	}
+	return k
+}
+
+// TestMain fails when a test leaves a goroutine of ours behind.
+func TestMain(m *testing.M) {
+	code := m.Run()
+	if left := strays(); code == 0 && left != "" {
+		fmt.Fprintln(os.Stderr, "goroutines left:\n"+left)
+		code = 1
+	}
+	os.Exit(code)
+}
+
+func strays() string {
+	var left []string
+	for range 500 { // what is ending may take a moment
+		buf := make([]byte, 4<<20)
+		left = nil
+		for i, g := range strings.Split(string(buf[:gort.Stack(buf, true)]), "\n\n") {
+			if i > 0 && strings.Contains(g, "resultity/node/internal/") {
+				left = append(left, g)
+			}
+		}
+		if left == nil {
+			return ""
+		}
+		time.Sleep(10 * time.Millisecond)
+	}
+	return strings.Join(left, "\n\n")
+}
+
+// logbook keeps what was logged.
+type logbook struct {
+	mu sync.Mutex
+	b  bytes.Buffer
+}
+
+func (l *logbook) Write(p []byte) (int, error) {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	return l.b.Write(p)
+}
+
+func (l *logbook) String() string {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	return l.b.String()
+}
+
+// count returns how often an event was logged.
+func (l *logbook) count(e *journal.Event) int {
+	return len(regexp.MustCompile(`event=`+e.Name+`\b`).FindAllString(l.String(), -1))
+}
+
+// tufs is the network's repository and the cache, as package tuf shows them.
+type tufs struct {
+	mu    sync.Mutex
+	next  *snapshot.Snapshot // what the network has
+	err   error              // what it answers in its place
+	last  *snapshot.Snapshot // what is kept
+	bad   error              // of what is kept
+	asked []time.Time
+	busy  bool
+}
+
+func (f *tufs) serve(s *snapshot.Snapshot, err error) {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	f.next, f.err = s, err
+}
+
+func (f *tufs) calls() []time.Time {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	return slices.Clone(f.asked)
+}
+
+func (f *tufs) Refresh(ctx context.Context) (*snapshot.Snapshot, error) {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	f.asked = append(f.asked, time.Now())
+	switch {
+	case ctx.Err() != nil:
+		return nil, ctx.Err()
+	case f.err != nil:
+		return nil, f.err
+	}
+	f.last = f.next
+	return f.next, nil
+}
+
+func (f *tufs) Last() (*snapshot.Snapshot, error) {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	switch {
+	case f.bad != nil:
+		return nil, f.bad
+	case f.last == nil:
+		return nil, fs.ErrNotExist
+	}
+	return f.last, nil
+}
+
+// wirelink is the session, which connects when it runs.
+type wirelink struct {
+	h    session.Handler
+	sent chan wire.Message
+	up   chan struct{} // closed when it runs
+}
+
+func (l *wirelink) Run(ctx context.Context) error {
+	close(l.up) // a second Run fails here
+	l.h.Opened()
+	<-ctx.Done()
+	return nil
+}
+
+func (l *wirelink) Send(m wire.Message) error {
+	select {
+	case <-l.up:
+	default:
+		return session.ErrNotConnected
+	}
+	l.sent <- m
+	return nil
+}
+
+// talker is an engine that answers when it is told to.
+type talker struct {
+	mu     sync.Mutex
+	open   int
+	asked  chan struct{}
+	answer chan struct{}
+}
+
+func (e *talker) Run(ctx context.Context, _ runtime.Job, _ func([]byte) error) (runtime.Result, error) {
+	e.asked <- struct{}{}
+	select {
+	case <-e.answer:
+		return runtime.Result{Body: []byte("{}"), Usage: openai.Usage{PromptTokens: 1, CompletionTokens: 1}}, nil
+	case <-ctx.Done():
+		return runtime.Result{}, context.Cause(ctx)
+	}
+}
+
+func (e *talker) Close() {
+	e.mu.Lock()
+	defer e.mu.Unlock()
+	e.open--
+}
+
+// fixture is an agent in a world that does as it is told.
+type fixture struct {
+	*Agent
+	t       *testing.T
+	machine *deploytest.Machine
+	tuf     *tufs
+	link    *wirelink
+	engine  *talker
+	book    *logbook
+
+	mu      sync.Mutex
+	enrols  []session.Registration
+	refused error // of registrations
+}
+
+var errBroken = errors.New("broken")
+
+// build makes an agent. Call it again with the same directory for a restart.
+func build(t *testing.T, dir string, m *deploytest.Machine) *fixture {
+	t.Helper()
+	cfg := &config.Config{
+		Network: config.Network{Name: "testnet", URL: "https://network.example.net"},
+		Paths:   config.Paths{State: dir, Runtime: filepath.Join(dir, "run")},
+	}
+	f := &fixture{t: t, machine: m, tuf: &tufs{}, book: &logbook{}, engine: &talker{asked: make(chan struct{}, 16), answer: make(chan struct{}, 16)}}
+	f.Agent = empty(cfg, slog.New(journal.Text(f.book, slog.LevelInfo)), "1.2.3")
+	f.link = &wirelink{h: f.Agent, sent: make(chan wire.Message, 1000), up: make(chan struct{})}
+	f.key, f.snaps, f.units, f.session = nodeKey, f.tuf, m.Units(), f.link
+	var err error
+	if f.store, err = state.Open(filepath.Join(dir, "jobs.db"), state.DefaultBounds, time.Now); err != nil {
+		t.Fatal(err)
+	}
+	f.closers = append(f.closers, f.store.Close)
+	f.worker = work.New(work.Config{Store: f.store, Key: f.key, Send: f.link.Send, Log: f.log, Now: time.Now})
+	f.openDeployer = func(context.Context) (deployer, error) {
+		d := m.Deployer()
+		d.Progress = f.progress
+		return d, nil
+	}
+	f.openEngine = func(string) engine {
+		f.engine.mu.Lock()
+		defer f.engine.mu.Unlock()
+		f.engine.open++
+		return f.engine
+	}
+	f.enrol = func(_ context.Context, r session.Registration) (*wire.Registered, error) {
+		f.mu.Lock()
+		defer f.mu.Unlock()
+		f.enrols = append(f.enrols, r)
+		if f.refused != nil {
+			return nil, f.refused
+		}
+		return &wire.Registered{Network: r.Body.Network, Node: r.Body.Node, Account: "acme", Time: 1}, nil
+	}
+	return f
+}
+
+// refuse is the network's answer to registrations from now on.
+func (f *fixture) refuse(err error) {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	f.refused = err
+}
+
+// run runs the loops until the returned function is called. Only what a bubble
+// of synctest can follow: no control socket.
+func (f *fixture) run() (stop func()) {
+	ctx, cancel := context.WithCancel(f.t.Context())
+	var wg sync.WaitGroup
+	for _, loop := range []func(context.Context) error{f.worker.Run, f.updates, f.watchRuntime, f.heartbeats} {
+		wg.Go(func() {
+			if err := loop(ctx); err != nil {
+				f.t.Error(err)
+			}
+		})
+	}
+	return func() {
+		cancel()
+		wg.Wait()
+		if err := f.Close(); err != nil {
+			f.t.Error(err)
+		}
+		if f.engine.open != 0 {
+			f.t.Errorf("%d engine clients were not closed", f.engine.open)
+		}
+	}
+}
+
+// bubble runs a test with an agent whose time is its own.
+func bubble(t *testing.T, test func(t *testing.T, f *fixture, n *deploytest.Network)) {
+	t.Helper()
+	n, dir := deploytest.NewNetwork(t), t.TempDir()
+	m := deploytest.New(t)
+	synctest.Test(t, func(t *testing.T) { test(t, build(t, dir, m), n) })
+}
+
+// pass lets some time pass.
+func pass(d time.Duration) { time.Sleep(d); synctest.Wait() }
+
+func (f *fixture) gate(name string) control.Gate {
+	f.t.Helper()
+	for _, g := range f.Status().Gates {
+		if g.Name == name {
+			return g
+		}
+	}
+	f.t.Fatalf("no gate %s", name)
+	return control.Gate{}
+}
+
+// serves checks what is active, nil for nothing.
+func (f *fixture) serves(s *snapshot.Snapshot) {
+	f.t.Helper()
+	slots := f.worker.Status().Slots
+	phase := f.board.runtimeState().State
+	switch {
+	case s == nil && (slots != 0 || phase == active):
+		f.t.Errorf("%d slots, %s; want nothing active", slots, phase)
+	case s != nil && (slots != s.Config().Runtime.Settings.Slots || phase != active || f.board.config() != s.Digest()):
+		f.t.Errorf("%d slots, %s, configuration %s; want version %d active\n%s", slots, phase, f.board.config().Short(), s.Version(), f.book)
+	}
+}
+
+// last returns the newest message of a type.
+func last[M wire.Message](f *fixture) (m M) {
+	for {
+		select {
+		case x := <-f.link.sent:
+			if y, ok := x.(M); ok {
+				m = y
+			}
+		default:
+			return m
+		}
+	}
+}
+
+func TestRun(t *testing.T) {
+	n, m := deploytest.NewNetwork(t), deploytest.New(t)
+	f := build(t, t.TempDir(), m)
+	s := n.Publish(nil)
+	f.tuf.serve(s, nil)
+
+	// systemd's side.
+	name := filepath.Join(t.TempDir(), "notify")
+	conn, err := net.ListenUnixgram("unixgram", &net.UnixAddr{Name: name, Net: "unixgram"})
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer conn.Close()
+	t.Setenv("NOTIFY_SOCKET", name)
+	t.Setenv("WATCHDOG_USEC", "30000")
+	t.Setenv("WATCHDOG_PID", fmt.Sprint(os.Getpid()))
+	expect := func(want string) {
+		t.Helper()
+		buf := make([]byte, 4096)
+		for {
+			if err := conn.SetReadDeadline(time.Now().Add(20 * time.Second)); err != nil {
+				t.Fatal(err)
+			}
+			k, err := conn.Read(buf)
+			if err != nil {
+				t.Fatalf("no %s: %v\n%s", want, err, f.book)
+			}
+			if strings.HasPrefix(string(buf[:k]), want) {
+				return
+			}
+		}
+	}
+
+	ctx, cancel := context.WithCancel(t.Context())
+	defer cancel()
+	done := make(chan error, 1)
+	if err := os.MkdirAll(f.cfg.Paths.Runtime, 0o700); err != nil {
+		t.Fatal(err)
+	}
+	go func() { done <- f.Run(ctx) }()
+	expect("READY=1")
+	expect("WATCHDOG=1")
+
+	// A hung agent says nothing. One message may have been on its way.
+	f.board.mu.Lock()
+	buf := make([]byte, 4096)
+	quiet := func() int {
+		k := 0
+		if err := conn.SetReadDeadline(time.Now().Add(150 * time.Millisecond)); err != nil {
+			t.Error(err)
+		}
+		for {
+			if _, err := conn.Read(buf); err != nil {
+				return k
+			}
+			k++
+		}
+	}
+	first, second := quiet(), quiet()
+	f.board.mu.Unlock()
+	if second > 0 {
+		t.Errorf("%d and then %d messages from an agent that hangs", first, second)
+	}
+	expect("WATCHDOG=1")
+
+	// The control socket answers, and a job is taken.
+	client := control.NewClient(filepath.Join(f.cfg.Paths.Runtime, control.SocketName))
+	await(t, f, func(h *wire.Heartbeat) bool { return h.Runtime.State == active && h.Slots > 0 })
+	f.Message(&wire.Status{Routable: true})
+	var st control.Status
+	if err := client.Get(ctx, "status", &st); err != nil || st.Closed() != nil || st.Node != nodeKey.Address().Hex() || st.Snapshot.Digest != s.Digest().String() || st.Version != "1.2.3" {
+		t.Errorf("%+v, %v", st, err)
+	}
+	f.Message(job(s))
+	await(t, f, func(*wire.Accept) bool { return true })
+	<-f.engine.asked
+	var jobs []control.Job
+	if err := client.Get(ctx, "jobs", &jobs); err != nil || len(jobs) != 1 || jobs[0].State != "running" {
+		t.Errorf("jobs %+v, %v", jobs, err)
+	}
+
+	// Told to stop, it finishes the job, takes no other and says goodbye.
+	cancel()
+	expect("STOPPING=1")
+	await(t, f, func(h *wire.Heartbeat) bool { return h.Draining }) // so that others get the jobs
+	other := job(s)
+	f.Message(other)
+	select {
+	case err := <-done:
+		t.Fatalf("it ended before the job: %v", err)
+	default:
+	}
+	f.engine.answer <- struct{}{}
+	if err := <-done; err != nil {
+		t.Error(err)
+	}
+	var results, byes int
+	close(f.link.sent)
+	for m := range f.link.sent {
+		switch m := m.(type) {
+		case *wire.Result:
+			if results++; m.Code != "" || m.Receipt == nil {
+				t.Errorf("result %+v", m)
+			}
+		case *wire.Bye:
+			byes++
+		case *wire.Refuse:
+			if m.Job != other.ID || m.Code != wire.CodeDraining {
+				t.Errorf("%+v", m)
+			}
+		}
+	}
+	if results != 1 || byes != 1 {
+		t.Errorf("%d results, %d goodbyes", results, byes)
+	}
+	if err := client.Get(context.Background(), "status", &st); !errors.Is(err, control.ErrNotRunning) {
+		t.Errorf("after the end: %v", err)
+	}
+	if err := f.Close(); err != nil {
+		t.Error(err)
+	}
+}
+
+// await waits for a message that is ok.
+func await[M wire.Message](t *testing.T, f *fixture, ok func(M) bool) {
+	t.Helper()
+	late := time.After(20 * time.Second)
+	for {
+		select {
+		case m := <-f.link.sent:
+			if h, is := m.(M); is && ok(h) {
+				return
+			}
+		case <-late:
+			t.Fatalf("the message does not come\n%s", f.book)
+		}
+	}
+}
+
+func job(s *snapshot.Snapshot) *wire.Job {
+	return &wire.Job{
+		ID: receipt.NewJobID(), Model: s.Config().Runtime.Model, Kind: wire.KindChat, Config: s.Digest(),
+		Request:  []byte(`{"model":"tiny-chat","messages":[{"role":"user","content":"hi"}]}`),
+		Deadline: time.Now().Add(time.Minute).UnixMilli(),
+	}
+}
+
+// A loop that fails ends the agent, with everything.
+func TestRunFails(t *testing.T) {
+	f := build(t, t.TempDir(), deploytest.New(t))
+	if err := os.MkdirAll(f.cfg.Paths.Runtime, 0o700); err != nil {
+		t.Fatal(err)
+	}
+	f.tuf.serve(nil, errBroken)
+	if err := f.store.Close(); err != nil { // the worker cannot read it
+		t.Fatal(err)
+	}
+	if err := f.Run(t.Context()); err == nil {
+		t.Error("it ran without a store")
+	}
+	f = build(t, t.TempDir(), deploytest.New(t))
+	f.cfg.Paths.Runtime = filepath.Join(t.TempDir(), "missing")
+	if err := f.Run(t.Context()); err == nil {
+		t.Error("it ran without a control socket")
+	}
+	if err := f.Close(); err != nil {
+		t.Error(err)
+	}
+}
+
+func TestHeartbeats(t *testing.T) {
+	bubble(t, func(t *testing.T, f *fixture, n *deploytest.Network) {
+		s := n.Publish(map[string]any{"network.heartbeat_s": 7, "network.window_s": 60})
+		f.tuf.serve(s, nil)
+		close(f.link.up)
+		defer f.run()()
+		pass(time.Second)
+		h := last[*wire.Heartbeat](f)
+		if h == nil || h.Config != s.Digest() || h.Runtime.State != active || h.Slots != 4 || len(h.Models) != 1 || h.Models[0].State != "active" || h.Draining {
+			t.Fatalf("%+v", h)
+		}
+		pass(6*time.Second - time.Millisecond)
+		if h := last[*wire.Heartbeat](f); h != nil {
+			t.Errorf("one before its time: %+v", h)
+		}
+		pass(time.Millisecond)
+		if h := last[*wire.Heartbeat](f); h == nil {
+			t.Error("none at the interval")
+		}
+		f.Drain()
+		synctest.Wait()
+		if h := last[*wire.Heartbeat](f); h == nil || !h.Draining {
+			t.Errorf("after drain: %+v", h)
+		}
+		f.Resume()
+		synctest.Wait()
+		if h := last[*wire.Heartbeat](f); h == nil || h.Draining {
+			t.Errorf("after resume: %+v", h)
+		}
+	})
+}
+
+func TestSessionNews(t *testing.T) {
+	f := build(t, t.TempDir(), deploytest.New(t))
+	defer f.Close()
+	f.Closed(errBroken)
+	f.Closed(errBroken)
+	if got := f.book.count(journal.SessionClosed); got != 1 {
+		t.Errorf("a failure that repeats was logged %d times", got)
+	}
+	f.Closed(fmt.Errorf("x: %w", wire.ErrClock))
+	if f.book.count(journal.ClockWrong) != 1 {
+		t.Errorf("the clock was not named:\n%s", f.book)
+	}
+	f.Opened()
+	f.Message(&wire.Status{Reason: "no heartbeat"})
+	f.Message(&wire.Status{Reason: "no heartbeat"})
+	f.Message(&wire.Status{Routable: true})
+	f.Message(&wire.Status{Routable: true})
+	if f.book.count(journal.NotRoutable) != 1 || f.book.count(journal.Routable) != 1 {
+		t.Errorf("the network's word was not logged once:\n%s", f.book)
+	}
+	f.Message(&wire.Update{})
+	select {
+	case <-f.update:
+	default:
+		t.Error("an update does not wake the loop")
+	}
+	f.Closed(errBroken)
+	if f.gate("routable").Open || f.gate("session").Open {
+		t.Error("gates are open without a session")
+	}
+}
+
+func TestIdentity(t *testing.T) {
+	f := build(t, t.TempDir(), deploytest.New(t))
+	defer f.Close()
+	f.board.account = "acme"
+	if got, want := f.Identity(), (control.Identity{Node: nodeKey.Address().Hex(), Network: "testnet", Account: "acme"}); got != want {
+		t.Errorf("%+v", got)
+	}
+	if raw, err := json.Marshal(f.Models()); err != nil || string(raw) != "[]" {
+		t.Errorf("models %s, %v; want a list", raw, err)
+	}
+}
+
+func TestJobsAreBounded(t *testing.T) {
+	f := build(t, t.TempDir(), deploytest.New(t))
+	defer f.Close()
+	s := deploytest.NewNetwork(t).Publish(nil)
+	for i := range 4 {
+		j := job(s)
+		if _, err := f.store.Accept(j); err != nil {
+			t.Fatal(err)
+		}
+		if i%2 == 0 {
+			if err := f.store.Finish(&wire.Result{Job: j.ID, Code: wire.CodeEngine}); err != nil {
+				t.Fatal(err)
+			}
+		}
+	}
+	for limit, want := range map[int]int{0: 0, 1: 1, 3: 3, 9: 4} {
+		if js, err := f.Jobs(limit); err != nil || len(js) != want {
+			t.Errorf("at most %d: %d jobs, %v", limit, len(js), err)
+		}
+	}
+}

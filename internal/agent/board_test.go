@@ -1,0 +1,172 @@
+package agent
+
+import (
+	"fmt"
+	"slices"
+	"strings"
+	"testing"
+	"time"
+
+	"github.com/resultity/node/internal/control"
+	"github.com/resultity/node/internal/deploy"
+	"github.com/resultity/node/internal/deploy/deploytest"
+	"github.com/resultity/node/internal/digest"
+	"github.com/resultity/node/internal/image"
+	"github.com/resultity/node/internal/model"
+	"github.com/resultity/node/internal/podman"
+	"github.com/resultity/node/internal/sandbox"
+	"github.com/resultity/node/internal/session"
+	"github.com/resultity/node/internal/snapshot"
+	"github.com/resultity/node/internal/tuf"
+	"github.com/resultity/node/internal/wire"
+)
+
+var gateNames = []string{"identity", "configuration", "registration", "image", "model", "runtime", "validation", "session", "accepting", "routable"}
+
+func TestGates(t *testing.T) {
+	m, n := deploytest.New(t), deploytest.NewNetwork(t)
+	s, next := n.Publish(nil), n.Publish(map[string]any{"runtime.image": deploytest.Image(2)})
+	d := m.Deployer()
+	p, err := d.Stage(t.Context(), s)
+	if err != nil {
+		t.Fatal(err)
+	}
+	dep, err := d.Apply(t.Context(), p)
+	if err != nil {
+		t.Fatal(err)
+	}
+	now := time.Unix(1_000_000, 0)
+
+	well := func() *board {
+		return &board{snap: s, registered: true, account: "acme", active: dep, phase: active, connected: true, word: &wire.Status{Routable: true}}
+	}
+	for _, c := range []struct {
+		name   string
+		edit   func(*board)
+		drain  bool
+		closed string // the first closed gate
+		detail string // in it
+		remedy string // in it
+	}{
+		{name: "all is well", edit: func(*board) {}},
+		{name: "stale", edit: func(b *board) { b.snapErr, b.refreshed = tuf.ErrUnreachable, now.Add(-90*time.Second) }},
+		{name: "nothing yet", edit: func(b *board) { b.forget(nil) }, closed: "configuration", detail: "not fetched"},
+		{name: "unreachable", edit: func(b *board) { b.forget(tuf.ErrUnreachable) }, closed: "configuration", detail: "reached", remedy: "network.url"},
+		{name: "expired", edit: func(b *board) { b.forget(fmt.Errorf("%w %w", snapshot.ErrUntrusted, tuf.ErrExpired)) }, closed: "configuration", remedy: "timedatectl"},
+		{name: "rolled back", edit: func(b *board) { b.forget(fmt.Errorf("%w %w", snapshot.ErrUntrusted, tuf.ErrRollback)) }, closed: "configuration", remedy: "network.root"},
+		{name: "unknown schema", edit: func(b *board) { b.forget(snapshot.ErrInvalid) }, closed: "configuration", remedy: "upgrade"},
+		{name: "other network", edit: func(b *board) { b.forget(errOtherNetwork) }, closed: "configuration", remedy: "network.name"},
+		{name: "full disk", edit: func(b *board) { b.forget(errBroken) }, closed: "configuration", remedy: "this machine"},
+		{name: "not registered", edit: func(b *board) { b.registered = false }, closed: "registration"},
+		{name: "token", edit: func(b *board) { b.registered, b.regErr = false, session.ErrToken }, closed: "registration", remedy: "network.enrolment_token"},
+		{name: "token file", edit: func(b *board) { b.registered, b.regErr = false, errToken }, closed: "registration", remedy: "network.enrolment_token"},
+		{name: "registration times out", edit: func(b *board) { b.registered, b.regErr = false, errBroken }, closed: "registration", remedy: "network.url"},
+
+		{name: "image in progress", edit: func(b *board) { b.active, b.step = nil, deploy.StepImage }, closed: "image", detail: "in progress"},
+		{name: "model in progress", edit: func(b *board) { b.active, b.step = nil, deploy.StepModel }, closed: "model", detail: "in progress", remedy: "resultityctl models"},
+		{name: "unit in progress", edit: func(b *board) { b.active, b.step = nil, deploy.StepUnit }, closed: "runtime"},
+		{name: "start in progress", edit: func(b *board) { b.active, b.step = nil, deploy.StepStart }, closed: "runtime"},
+		{name: "validation in progress", edit: func(b *board) { b.active, b.step = nil, deploy.StepValidate }, closed: "validation"},
+		{name: "next in progress", edit: func(b *board) { b.learn(next) }, closed: "image", detail: "version 2"},
+
+		{name: "not connected", edit: func(b *board) { b.connected = false }, closed: "session"},
+		{name: "no way", edit: func(b *board) { b.connected, b.sessErr = false, errBroken }, closed: "session", detail: "broken", remedy: "network.url"},
+		{name: "unknown node", edit: func(b *board) { b.connected, b.sessErr = false, session.ErrNotRegistered }, closed: "session", remedy: "operator"},
+		{name: "wrong name", edit: func(b *board) { b.connected, b.sessErr = false, session.ErrWrongNetwork }, closed: "session", remedy: "network.name"},
+		{name: "clock", edit: func(b *board) { b.connected, b.sessErr = false, wire.ErrClock }, closed: "session", remedy: "timedatectl"},
+		{name: "draining", edit: func(*board) {}, drain: true, closed: "accepting", remedy: "resume"},
+		{name: "no word", edit: func(b *board) { b.word = nil }, closed: "routable"},
+		{name: "a word", edit: func(b *board) { b.word = &wire.Status{Reason: "too slow"} }, closed: "routable", detail: "too slow", remedy: "operator"},
+	} {
+		t.Run(c.name, func(t *testing.T) {
+			b := well()
+			c.edit(b)
+			check(t, b.gates("0xaa", c.drain, now), c.closed, c.detail, c.remedy)
+		})
+	}
+
+	// A deployment that failed, with and without an older one that runs.
+	for _, c := range []struct {
+		step   deploy.Step
+		err    error
+		closed string
+		remedy string
+	}{
+		{deploy.StepImage, podman.ErrUnavailable, "image", "resultity-podman"},
+		{deploy.StepImage, image.ErrUnsigned, "image", "sign"},
+		{deploy.StepImage, image.ErrPull, "image", "registry"},
+		{deploy.StepModel, &model.NoSpaceError{}, "model", "free some space"},
+		{deploy.StepModel, digest.ErrMismatch, "model", "sources"},
+		{deploy.StepModel, model.ErrStalled, "model", "resumes"},
+		{deploy.StepUnit, errBroken, "runtime", "lacks"},
+		{deploy.StepStart, errBroken, "runtime", "journalctl"},
+		{deploy.StepSandbox, sandbox.ErrNotSealed, "runtime", "drop-in"},
+		{deploy.StepValidate, errBroken, "validation", "compute"},
+	} {
+		for _, older := range []bool{false, true} {
+			t.Run(fmt.Sprintf("%s fails, older %v: %.20v", c.step, older, c.err), func(t *testing.T) {
+				b := well()
+				if !older {
+					b.setActive(nil, stopped)
+				}
+				b.learn(next)
+				b.word = &wire.Status{Reason: "it is on another configuration"}
+				if !b.fail(next, &deploy.Error{Step: c.step, Err: c.err}) || b.fail(next, &deploy.Error{Step: c.step, Err: c.err}) {
+					t.Error("news twice, or not once")
+				}
+				gs := b.gates("0xaa", false, now)
+				check(t, gs, c.closed, c.err.Error(), c.remedy)
+				at := slices.Index(gateNames, c.closed)
+				if got := strings.Contains(gs[at].Detail, "version 1 goes on running"); got != older {
+					t.Errorf("%q: does it say what runs?", gs[at].Detail)
+				}
+				if got := strings.Contains(gs[1].Detail, "version 1 runs"); got != older {
+					t.Errorf("%q: does it say what runs?", gs[1].Detail)
+				}
+				// A new try shows the failure until it is past that step.
+				b.advance(next, deploy.StepImage)
+				if g := b.gates("0xaa", false, now)[at]; g.Open || !strings.Contains(g.Detail, c.err.Error()) {
+					t.Errorf("at the next try: %+v", g)
+				}
+			})
+		}
+	}
+}
+
+// forget makes a board of a first start, which has met err.
+func (b *board) forget(err error) {
+	b.snap, b.snapErr, b.registered, b.active, b.phase, b.connected, b.word = nil, err, false, nil, stopped, false, nil
+}
+
+func check(t *testing.T, gs []control.Gate, closed, detail, remedy string) {
+	t.Helper()
+	first := ""
+	for i, g := range gs {
+		if i >= len(gateNames) || g.Name != gateNames[i] {
+			t.Fatalf("gate %d is %s", i, g.Name)
+		}
+		if g.Detail == "" || g.Open != (g.Remedy == "") {
+			t.Errorf("%+v: want a detail, and a remedy when it is closed", g)
+		}
+		if !g.Open && first == "" {
+			first = g.Name
+			if !strings.Contains(g.Detail, detail) || !strings.Contains(g.Remedy, remedy) {
+				t.Errorf("%+v: want %q with the remedy %q", g, detail, remedy)
+			}
+		}
+	}
+	if first != closed {
+		t.Errorf("%q is closed, want %q", first, closed)
+	}
+}
+
+func TestStaleSaysSinceWhen(t *testing.T) {
+	b := board{snap: deploytest.NewNetwork(t).Publish(nil), snapErr: tuf.ErrUnreachable}
+	now := time.Unix(1_000_000, 0)
+	for at, want := range map[time.Time]string{{}: "before this start", now.Add(-90 * time.Second): "1m30s ago"} {
+		b.refreshed = at
+		if g := b.configurationGate(now); !g.Open || !strings.Contains(g.Detail, want) {
+			t.Errorf("%+v, want %q", g, want)
+		}
+	}
+}
