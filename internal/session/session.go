@@ -12,6 +12,7 @@
 package session
 
 import (
+	"cmp"
 	"context"
 	"crypto/tls"
 	"errors"
@@ -80,7 +81,7 @@ type Config struct {
 	Now     func() time.Time
 
 	Config      func() digest.Digest // of the verified snapshot, said in hello
-	ClockWindow func() time.Duration // how far clocks may differ; 30 s
+	ClockWindow func() time.Duration // how far clocks may differ; 0 stands for 30 s
 	Ping        time.Duration        // interval of WebSocket pings; 5 s
 	Dead        time.Duration        // silence that ends a session; three pings
 	Delays      []time.Duration      // between attempts; the last one goes on
@@ -129,7 +130,7 @@ func New(cfg Config, h Handler) *Session {
 		cfg.Config = func() digest.Digest { return digest.Digest{} }
 	}
 	if cfg.ClockWindow == nil {
-		cfg.ClockWindow = func() time.Duration { return 30 * time.Second }
+		cfg.ClockWindow = func() time.Duration { return 0 }
 	}
 	if cfg.Ping == 0 {
 		cfg.Ping = 5 * time.Second
@@ -246,7 +247,8 @@ func (s *Session) once(ctx context.Context) (lasted time.Duration, err error) {
 	wg.Go(func() { l.ping(s.cfg.Ping) })
 	defer context.AfterFunc(ctx, func() { l.goodbye(s.patience.leave) })()
 
-	opener := wire.NewOpener(s.cfg.Trusted, nonce, wire.ToNode, s.cfg.Now, s.cfg.ClockWindow())
+	window := cmp.Or(s.cfg.ClockWindow(), 30*time.Second)
+	opener := wire.NewOpener(s.cfg.Trusted, nonce, wire.ToNode, s.cfg.Now, window)
 	if err := l.send(&wire.Hello{Agent: s.cfg.Agent, Config: s.cfg.Config()}); err != nil {
 		return 0, err
 	}

@@ -476,6 +476,19 @@ func TestFirstFrameIsWelcome(t *testing.T) {
 	}
 }
 
+// All that may be left zero has a default that works.
+func TestDefaults(t *testing.T) {
+	n := newNetwork(t, func(p *peer) {
+		p.welcome()
+		p.end()
+	})
+	cfg := config(n)
+	cfg.Config, cfg.ClockWindow, cfg.Delays = nil, nil, nil
+	h := newRecorder()
+	run(t, New(cfg, h))
+	get(t, h.opened)
+}
+
 func TestNoWelcome(t *testing.T) {
 	n := newNetwork(t, func(p *peer) { p.end() })
 	h := newRecorder()
