@@ -283,7 +283,8 @@ func (a *Agent) newDeployer(ctx context.Context, models *model.Store, units *sys
 		return nil, err
 	}
 	return &deploy.Deployer{
-		Images: images, Models: models, Units: units, Containers: p, Devices: hardware.DeviceNodes,
+		Images: images, Models: models, Units: units, Containers: p,
+		Devices:   func(names []string) ([]string, error) { return hardware.DeviceNodes(hardware.SpecDirs, names) },
 		Look:      func(pid int) (*sandbox.Outside, error) { return sandbox.Look("/proc", pid) },
 		Engine:    func(socket string) deploy.Engine { return runtime.New(socket) },
 		UnitDir:   a.cfg.Paths.Units,

@@ -304,6 +304,20 @@ func TestFirstDeploymentFails(t *testing.T) {
 	}
 }
 
+// Another configuration does not wait for the schedule of one that fails.
+func TestNextOneIsTriedAtOnce(t *testing.T) {
+	bubble(t, func(t *testing.T, f *fixture, n *deploytest.Network) {
+		one, next := two(t, f, n)
+		f.machine.Fail(deploytest.Start, &deploytest.Fault{Err: errBroken, When: func(m *deploytest.Locked) bool { return m.Runs(one) }})
+		defer f.run()()
+		pass(20 * time.Minute)
+		f.serves(nil)
+		f.publish(next)
+		pass(untilSettled)
+		f.serves(next)
+	})
+}
+
 // Podman's service may come later than the agent.
 func TestNoPodman(t *testing.T) {
 	bubble(t, func(t *testing.T, f *fixture, n *deploytest.Network) {

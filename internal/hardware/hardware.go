@@ -5,7 +5,9 @@ package hardware
 
 import (
 	"bufio"
+	"errors"
 	"fmt"
+	"maps"
 	"os"
 	"path/filepath"
 	"runtime"
@@ -24,7 +26,7 @@ import (
 // for its free space. What cannot be read is left empty: a profile is never a
 // reason to fail.
 func Profile(store string) wire.Hardware {
-	h := wire.Hardware{Arch: runtime.GOARCH, CPUs: runtime.NumCPU(), Memory: memory("/proc/meminfo"), OS: osName("/etc/os-release"), GPUs: Devices(), Disk: Free(store)}
+	h := wire.Hardware{Arch: runtime.GOARCH, CPUs: runtime.NumCPU(), Memory: memory("/proc/meminfo"), OS: osName("/etc/os-release"), GPUs: Devices(SpecDirs), Disk: Free(store)}
 	var u unix.Utsname
 	if unix.Uname(&u) == nil {
 		h.Kernel = unix.ByteSliceToString(u.Release[:])
@@ -32,30 +34,37 @@ func Profile(store string) wire.Hardware {
 	return h
 }
 
-// Devices lists the CDI devices that containers can be given, sorted; never nil.
-func Devices() []string {
+// SpecDirs is where every Podman looks for CDI specifications; a later one wins.
+var SpecDirs = []string{"/etc/cdi", "/var/run/cdi"}
+
+// maxDevices bounds what a profile lists.
+const maxDevices = 64
+
+// Devices lists the CDI devices that containers can be given, by the
+// specifications in dirs, sorted; never nil.
+func Devices(dirs []string) []string {
 	names := []string{}
-	c, err := cache()
+	c, err := cache(dirs)
 	if err != nil {
 		return names
 	}
 	names = append(names, c.ListDevices()...)
 	slices.Sort(names)
-	return names[:min(len(names), 64)]
+	return names[:min(len(names), maxDevices)]
 }
 
-// cache reads the CDI specifications where every Podman looks for them.
-func cache() (*cdi.Cache, error) {
-	return cdi.NewCache(cdi.WithAutoRefresh(false), cdi.WithSpecDirs("/etc/cdi", "/var/run/cdi"))
+func cache(dirs []string) (*cdi.Cache, error) {
+	return cdi.NewCache(cdi.WithAutoRefresh(false), cdi.WithSpecDirs(dirs...))
 }
 
 // DeviceNodes lists the device nodes, and the sockets of device daemons, that
-// the CDI devices bring into a container.
-func DeviceNodes(names []string) ([]string, error) {
+// the CDI devices bring into a container, by the specifications in dirs: under
+// their paths in the container, sorted, each once.
+func DeviceNodes(dirs, names []string) ([]string, error) {
 	if len(names) == 0 {
 		return nil, nil
 	}
-	c, err := cache()
+	c, err := cache(dirs)
 	if err != nil {
 		return nil, err
 	}
@@ -63,7 +72,8 @@ func DeviceNodes(names []string) ([]string, error) {
 	for _, name := range names {
 		d := c.GetDevice(name)
 		if d == nil {
-			return nil, fmt.Errorf("no CDI specification has the device %s; for NVIDIA: nvidia-ctk cdi generate --output=/etc/cdi/nvidia.yaml", name)
+			return nil, fmt.Errorf("%w: %s (specifications are in %s; for NVIDIA: nvidia-ctk cdi generate --output=/etc/cdi/nvidia.yaml)%s",
+				ErrNoDevice, name, strings.Join(dirs, " and "), broken(c))
 		}
 		for _, e := range []*specs.ContainerEdits{&d.ContainerEdits, &d.GetSpec().ContainerEdits} {
 			for _, n := range e.DeviceNodes {
@@ -78,6 +88,21 @@ func DeviceNodes(names []string) ([]string, error) {
 	}
 	slices.Sort(nodes)
 	return slices.Compact(nodes), nil
+}
+
+// ErrNoDevice says that no CDI specification has a device.
+var ErrNoDevice = errors.New("no such device")
+
+// broken says which specifications cannot be read: the device may be in one of
+// them. Two that name the same device are at fault, too.
+func broken(c *cdi.Cache) string {
+	var b strings.Builder
+	errs := c.GetErrors()
+	for _, file := range slices.Sorted(maps.Keys(errs)) {
+		fmt.Fprintf(&b, "; %s: %v", file, errors.Join(errs[file]...))
+	}
+	s := b.String()
+	return s[:min(len(s), 1000)]
 }
 
 // Free returns the free bytes of the file system that dir is on, 0 where that

@@ -1,8 +1,12 @@
 package hardware
 
 import (
+	"errors"
+	"fmt"
+	"net"
 	"os"
 	"path/filepath"
+	"slices"
 	"strings"
 	"testing"
 )
@@ -11,6 +15,93 @@ func TestProfileOfThisMachine(t *testing.T) {
 	h := Profile(t.TempDir())
 	if h.Arch == "" || h.CPUs < 1 || h.Memory < 1<<20 || h.Disk <= 0 || h.Kernel == "" || h.GPUs == nil {
 		t.Errorf("%+v", h)
+	}
+}
+
+// specDirs writes CDI specifications and returns their directories.
+func specDirs(t *testing.T, files map[string]string) []string {
+	t.Helper()
+	base := t.TempDir()
+	dirs := []string{filepath.Join(base, "etc"), filepath.Join(base, "run"), filepath.Join(base, "missing")}
+	for name, text := range files {
+		name = filepath.Join(base, name)
+		if err := os.MkdirAll(filepath.Dir(name), 0o700); err != nil {
+			t.Fatal(err)
+		}
+		if err := os.WriteFile(name, []byte(strings.ReplaceAll(text, "BASE", base)), 0o600); err != nil {
+			t.Fatal(err)
+		}
+	}
+	return dirs
+}
+
+const nvidia = `{"cdiVersion": "0.6.0", "kind": "nvidia.com/gpu",
+"devices": [
+	{"name": "0", "containerEdits": {"deviceNodes": [{"path": "/dev/nvidia0"}]}},
+	{"name": "1", "containerEdits": {"deviceNodes": [{"path": "/dev/nvidia1", "hostPath": "/dev/host-only"}]}},
+	{"name": "all", "containerEdits": {"deviceNodes": [{"path": "/dev/nvidia0"}, {"path": "/dev/nvidia1"}]}}],
+"containerEdits": {"deviceNodes": [{"path": "/dev/nvidiactl"}], "mounts": [
+	{"hostPath": "BASE/daemon.sock", "containerPath": "/run/daemon.sock"},
+	{"hostPath": "BASE/etc/nvidia.json", "containerPath": "/usr/lib/libcuda.so"},
+	{"hostPath": "BASE/gone", "containerPath": "/run/gone"}]}}`
+
+func TestDeviceNodes(t *testing.T) {
+	dirs := specDirs(t, map[string]string{"etc/nvidia.json": nvidia})
+	l, err := net.Listen("unix", filepath.Join(filepath.Dir(dirs[0]), "daemon.sock"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer l.Close()
+	common := []string{"/dev/nvidiactl", "/run/daemon.sock"}
+	for _, c := range []struct {
+		names, want []string
+	}{
+		{nil, nil},
+		{[]string{"nvidia.com/gpu=0"}, append([]string{"/dev/nvidia0"}, common...)},
+		{[]string{"nvidia.com/gpu=1"}, append([]string{"/dev/nvidia1"}, common...)},
+		{[]string{"nvidia.com/gpu=1", "nvidia.com/gpu=all"}, append([]string{"/dev/nvidia0", "/dev/nvidia1"}, common...)},
+	} {
+		if got, err := DeviceNodes(dirs, c.names); err != nil || !slices.Equal(got, c.want) {
+			t.Errorf("%q: %q, %v; want %q", c.names, got, err, c.want)
+		}
+	}
+	if got := Devices(dirs); !slices.Equal(got, []string{"nvidia.com/gpu=0", "nvidia.com/gpu=1", "nvidia.com/gpu=all"}) {
+		t.Errorf("devices %q", got)
+	}
+}
+
+// A device that is missing is said, with what may be the reason.
+func TestNoSuchDevice(t *testing.T) {
+	for name, c := range map[string]struct {
+		files map[string]string
+		says  string
+	}{
+		"no specification": {nil, "nvidia-ctk"},
+		"another one":      {map[string]string{"etc/nvidia.json": nvidia}, "nvidia.com/gpu=7"},
+		"a broken one":     {map[string]string{"etc/nvidia.json": nvidia, "run/other.json": "{"}, "other.json"},
+	} {
+		dirs := specDirs(t, c.files)
+		if got, err := DeviceNodes(dirs, []string{"nvidia.com/gpu=7"}); got != nil || !errors.Is(err, ErrNoDevice) || !strings.Contains(err.Error(), c.says) {
+			t.Errorf("%s: %q, %v; want an error with %q", name, got, err, c.says)
+		}
+	}
+	dirs := specDirs(t, map[string]string{"etc/a.json": nvidia, "etc/b.json": nvidia}) // who is right?
+	if got, err := DeviceNodes(dirs, []string{"nvidia.com/gpu=0"}); !errors.Is(err, ErrNoDevice) || !strings.Contains(err.Error(), "conflict") {
+		t.Errorf("two of the same: %q, %v", got, err)
+	}
+	if got := Devices(nil); got == nil || len(got) != 0 {
+		t.Errorf("devices %#v", got)
+	}
+}
+
+func TestProfileIsBounded(t *testing.T) {
+	var b strings.Builder
+	for i := range 2 * maxDevices {
+		fmt.Fprintf(&b, `,{"name": "d%d", "containerEdits": {"deviceNodes": [{"path": "/dev/x"}]}}`, i)
+	}
+	dirs := specDirs(t, map[string]string{"etc/x.json": `{"cdiVersion": "0.6.0", "kind": "example.com/x", "devices": [` + b.String()[1:] + `]}`})
+	if n := len(Devices(dirs)); n != maxDevices {
+		t.Errorf("%d devices", n)
 	}
 }
 
