@@ -11,11 +11,12 @@ import (
 	"fmt"
 	"io"
 	"io/fs"
+	"log"
 	"net"
 	"net/http"
 	"os"
 	"path/filepath"
-	"strings"
+	"syscall"
 	"time"
 
 	"github.com/resultity/node/internal/wire"
@@ -100,8 +101,13 @@ type Backend interface {
 const maxJobs = 1000
 
 // Listen binds the socket, mode 0600, replacing one that a killed agent left.
-// The agent's store is locked by then, so that no other agent can own it.
+// The agent's store is locked by then, so that no other agent can own it. dir
+// becomes the agent's alone, so that nobody gets in before the socket has its
+// mode.
 func Listen(dir string) (net.Listener, error) {
+	if err := os.Chmod(dir, 0o700); err != nil {
+		return nil, err
+	}
 	path := filepath.Join(dir, SocketName)
 	if err := os.Remove(path); err != nil && !errors.Is(err, fs.ErrNotExist) {
 		return nil, err
@@ -117,7 +123,11 @@ func Listen(dir string) (net.Listener, error) {
 	return l, nil
 }
 
-// Serve answers on l until ctx ends.
+// goodbye is how long requests may take to end with Serve.
+const goodbye = time.Second
+
+// Serve answers on l until ctx ends. No call of b outlives it, unless it takes
+// longer than a second.
 func Serve(ctx context.Context, l net.Listener, b Backend) error {
 	mux := http.NewServeMux()
 	get := func(path string, f func() (any, error)) {
@@ -139,15 +149,37 @@ func Serve(ctx context.Context, l net.Listener, b Backend) error {
 	post("/v1/drain", b.Drain)
 	post("/v1/resume", b.Resume)
 	s := &http.Server{
-		Handler: http.MaxBytesHandler(mux, 1<<10), MaxHeaderBytes: 8 << 10,
+		Handler: noBody(mux), MaxHeaderBytes: 8 << 10,
 		ReadTimeout: 10 * time.Second, WriteTimeout: 10 * time.Second, IdleTimeout: time.Minute,
+		ErrorLog: log.New(io.Discard, "", 0), // whoever speaks no HTTP here is told so
 	}
-	stop := context.AfterFunc(ctx, func() { _ = s.Close() }) // ends Serve below, which reports
-	defer stop()
-	if err := s.Serve(l); !errors.Is(err, http.ErrServerClosed) || ctx.Err() == nil {
+	closed := make(chan struct{})
+	stop := context.AfterFunc(ctx, func() {
+		defer close(closed)
+		gctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), goodbye)
+		defer cancel()
+		if s.Shutdown(gctx) != nil {
+			_ = s.Close() // somebody who asks slowly, or does not read
+		}
+	})
+	err := s.Serve(l)
+	if stop() { // ctx goes on: it failed by itself
+		_ = s.Close() // the error says more
 		return fmt.Errorf("control socket: %w", err)
 	}
+	<-closed
 	return nil
+}
+
+// noBody refuses requests with a body: no request here has anything to say.
+func noBody(h http.Handler) http.Handler {
+	return http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		if r.ContentLength != 0 {
+			http.Error(w, "requests have no body", http.StatusRequestEntityTooLarge)
+			return
+		}
+		h.ServeHTTP(w, r)
+	})
 }
 
 func reply(w http.ResponseWriter, v any, err error) {
@@ -162,13 +194,19 @@ func reply(w http.ResponseWriter, v any, err error) {
 // Client asks a running agent.
 type Client struct{ http *http.Client }
 
-// ErrNotRunning says that no agent answers on the socket.
-var ErrNotRunning = errors.New("the agent does not run")
+// Why an agent cannot be asked.
+var (
+	// ErrNotRunning says that no agent answers on the socket.
+	ErrNotRunning = errors.New("the agent does not run")
+	// ErrDenied says that the agent is another user's.
+	ErrDenied = errors.New("only root and the agent's own account may ask the agent")
+)
 
 // NewClient returns a client of the agent whose socket is at path. It connects
-// at the first call.
+// at each call.
 func NewClient(path string) *Client {
 	return &Client{&http.Client{Timeout: 15 * time.Second, Transport: &http.Transport{
+		DisableKeepAlives: true, // nothing to close
 		DialContext: func(ctx context.Context, _, _ string) (net.Conn, error) {
 			return new(net.Dialer).DialContext(ctx, "unix", path)
 		},
@@ -192,8 +230,12 @@ func (c *Client) do(ctx context.Context, method, what string, answer any) error 
 	}
 	res, err := c.http.Do(req)
 	if err != nil {
-		if errors.Is(err, fs.ErrNotExist) || strings.Contains(err.Error(), "connection refused") {
+		var dial *net.OpError
+		switch {
+		case errors.Is(err, fs.ErrNotExist), errors.Is(err, syscall.ECONNREFUSED):
 			return fmt.Errorf("%w (%w)", ErrNotRunning, err)
+		case errors.As(err, &dial) && errors.Is(dial, fs.ErrPermission):
+			return fmt.Errorf("%w (%w)", ErrDenied, err)
 		}
 		return err
 	}

@@ -1,0 +1,350 @@
+package control
+
+import (
+	"bufio"
+	"context"
+	"errors"
+	"fmt"
+	"io"
+	"net"
+	"net/http"
+	"os"
+	"path/filepath"
+	"reflect"
+	"runtime"
+	"strings"
+	"sync"
+	"syscall"
+	"testing"
+	"time"
+
+	"github.com/resultity/node/internal/digest"
+	"github.com/resultity/node/internal/wire"
+)
+
+// TestMain fails when a test leaves a goroutine of ours behind.
+func TestMain(m *testing.M) {
+	code := m.Run()
+	for try := 0; code == 0; try++ {
+		buf := make([]byte, 1<<20)
+		s := string(buf[:runtime.Stack(buf, true)])
+		if strings.Count(s, "internal/control.") == strings.Count(s, "internal/control.TestMain(") {
+			break
+		}
+		if try == 500 {
+			fmt.Fprintf(os.Stderr, "goroutines left:\n%s\n", s)
+			code = 1
+		}
+		time.Sleep(10 * time.Millisecond) // what is ending may take a moment
+	}
+	os.Exit(code)
+}
+
+// node is a backend that remembers its orders.
+type node struct {
+	mu       sync.Mutex
+	draining bool
+	limit    int
+	err      error
+	enter    chan struct{} // if there is one, Jobs says that it runs, and waits
+	leave    chan struct{}
+}
+
+func (n *node) Status() Status {
+	n.mu.Lock()
+	defer n.mu.Unlock()
+	return Status{
+		Version: "1.2.3", Node: "0xaa", Network: "testnet", Gates: []Gate{{Name: "identity", Open: true, Detail: "d"}, {Name: "image", Detail: "e", Remedy: "r"}},
+		Snapshot: &Snapshot{Version: 7, Digest: "sha256:aa", Expires: time.Unix(1_000_000, 0).UTC()}, Slots: 4, Busy: 1, Outbox: 2, Draining: n.draining,
+	}
+}
+func (n *node) Identity() Identity {
+	return Identity{Node: "0xaa", Network: "testnet", Account: "acme"}
+}
+func (n *node) Models() []Model {
+	return []Model{{ModelState: wire.ModelState{Name: "tiny", Version: "1", Digest: digest.Of(nil), State: "pending"}, Bytes: 10, Done: 5}}
+}
+func (n *node) Jobs(limit int) ([]Job, error) {
+	n.mu.Lock()
+	n.limit = limit
+	n.mu.Unlock()
+	if n.enter != nil {
+		close(n.enter)
+		<-n.leave
+	}
+	return []Job{{ID: "aa", State: "running"}}, n.err
+}
+func (n *node) Drain()  { n.set(true) }
+func (n *node) Resume() { n.set(false) }
+func (n *node) set(draining bool) {
+	n.mu.Lock()
+	defer n.mu.Unlock()
+	n.draining = draining
+}
+
+// serve serves n until the returned function is called.
+func serve(t *testing.T, n Backend) (path string, stop func()) {
+	t.Helper()
+	dir := t.TempDir()
+	l, err := Listen(dir)
+	if err != nil {
+		t.Fatal(err)
+	}
+	ctx, cancel := context.WithCancel(t.Context())
+	done := make(chan error, 1)
+	go func() { done <- Serve(ctx, l, n) }()
+	stop = sync.OnceFunc(func() {
+		cancel()
+		if err := <-done; err != nil {
+			t.Error(err)
+		}
+	})
+	t.Cleanup(stop)
+	return filepath.Join(dir, SocketName), stop
+}
+
+func TestEndpoints(t *testing.T) {
+	n := &node{}
+	path, _ := serve(t, n)
+	c := NewClient(path)
+	for what, want := range map[string]any{
+		"status": n.Status(), "identity": n.Identity(), "models": n.Models(), "jobs": []Job{{ID: "aa", State: "running"}},
+	} {
+		got := reflect.New(reflect.TypeOf(want))
+		if err := c.Get(t.Context(), what, got.Interface()); err != nil || !reflect.DeepEqual(got.Elem().Interface(), want) {
+			t.Errorf("%s: %+v, %v; want %+v", what, got.Elem(), err, want)
+		}
+		if err := c.Post(t.Context(), what, got.Interface()); err == nil {
+			t.Errorf("%s can be posted", what)
+		}
+	}
+	if n.limit != maxJobs {
+		t.Errorf("at most %d jobs were asked for", n.limit)
+	}
+	for what, want := range map[string]bool{"drain": true, "resume": false} {
+		var s Status
+		if err := c.Get(t.Context(), what, &s); err == nil {
+			t.Errorf("looking at %s is an order", what)
+		}
+		if err := c.Post(t.Context(), what, &s); err != nil || s.Draining != want {
+			t.Errorf("%s: %+v, %v", what, s, err)
+		}
+	}
+	n.err = errors.New("the disk is gone")
+	if err := c.Get(t.Context(), "jobs", new([]Job)); err == nil || !strings.Contains(err.Error(), "the disk is gone") {
+		t.Errorf("jobs: %v", err)
+	}
+	if err := c.Get(t.Context(), "else", new(Status)); err == nil || errors.Is(err, ErrNotRunning) {
+		t.Errorf("an unknown endpoint: %v", err)
+	}
+}
+
+func TestClosed(t *testing.T) {
+	s := new(node).Status()
+	if g := s.Closed(); g == nil || g.Name != "image" {
+		t.Errorf("%+v", g)
+	}
+	s.Gates = s.Gates[:1]
+	if g := s.Closed(); g != nil {
+		t.Errorf("%+v", g)
+	}
+}
+
+// Only the account and root get in, whatever the umask.
+func TestMode(t *testing.T) {
+	for _, umask := range []int{0, 0o777} {
+		dir := t.TempDir()
+		if err := os.Chmod(dir, 0o755); err != nil {
+			t.Fatal(err)
+		}
+		old := syscall.Umask(umask)
+		l, err := Listen(dir)
+		syscall.Umask(old)
+		if err != nil {
+			t.Fatal(err)
+		}
+		for name, want := range map[string]os.FileMode{SocketName: os.ModeSocket | 0o600, ".": os.ModeDir | 0o700} {
+			if st, err := os.Stat(filepath.Join(dir, name)); err != nil || st.Mode() != want {
+				t.Errorf("umask %03o: %s is %v, %v; want %v", umask, name, st.Mode(), err, want)
+			}
+		}
+		if err := l.Close(); err != nil {
+			t.Error(err)
+		}
+	}
+}
+
+func TestStaleSocket(t *testing.T) {
+	dir := t.TempDir()
+	old, err := net.ListenUnix("unix", &net.UnixAddr{Name: filepath.Join(dir, SocketName), Net: "unix"})
+	if err != nil {
+		t.Fatal(err)
+	}
+	old.SetUnlinkOnClose(false) // as a kill does
+	if err := old.Close(); err != nil {
+		t.Fatal(err)
+	}
+	if err := NewClient(filepath.Join(dir, SocketName)).Get(t.Context(), "status", new(Status)); !errors.Is(err, ErrNotRunning) {
+		t.Errorf("nobody listens: %v", err)
+	}
+	l, err := Listen(dir)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := l.Close(); err != nil {
+		t.Error(err)
+	}
+}
+
+func TestListenFails(t *testing.T) {
+	dir := t.TempDir()
+	if l, err := Listen(filepath.Join(dir, "missing")); err == nil {
+		t.Errorf("listens on %v", l.Addr())
+	}
+	if err := os.MkdirAll(filepath.Join(dir, SocketName, "x"), 0o700); err != nil {
+		t.Fatal(err)
+	}
+	if l, err := Listen(dir); err == nil {
+		t.Errorf("listens on %v in place of a directory with something in it", l.Addr())
+	}
+}
+
+func TestClientErrors(t *testing.T) {
+	dir := t.TempDir()
+	if err := NewClient(filepath.Join(dir, "x")).Get(t.Context(), "status", new(Status)); !errors.Is(err, ErrNotRunning) {
+		t.Errorf("no socket: %v", err)
+	}
+	path, stop := serve(t, &node{})
+	stop()
+	if err := NewClient(path).Get(t.Context(), "status", new(Status)); !errors.Is(err, ErrNotRunning) {
+		t.Errorf("after the end: %v", err)
+	}
+	ctx, cancel := context.WithCancel(t.Context())
+	cancel()
+	path, _ = serve(t, &node{})
+	if err := NewClient(path).Get(ctx, "status", new(Status)); !errors.Is(err, context.Canceled) {
+		t.Errorf("cancelled: %v", err)
+	}
+}
+
+// The kernel's word for a socket of somebody else's becomes ours. (Root gets in
+// everywhere, so that it cannot be asked for a real one here.)
+func TestDenied(t *testing.T) {
+	c := &Client{&http.Client{Transport: &http.Transport{DialContext: func(context.Context, string, string) (net.Conn, error) {
+		return nil, &net.OpError{Op: "dial", Net: "unix", Err: os.NewSyscallError("connect", syscall.EACCES)}
+	}}}}
+	if err := c.Get(t.Context(), "status", new(Status)); !errors.Is(err, ErrDenied) || errors.Is(err, ErrNotRunning) {
+		t.Error(err)
+	}
+}
+
+// raw sends text as it is and returns the answer's status line.
+func raw(t *testing.T, path, text string) string {
+	t.Helper()
+	conn, err := net.Dial("unix", path)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer conn.Close()
+	if err := conn.SetDeadline(time.Now().Add(20 * time.Second)); err != nil {
+		t.Fatal(err)
+	}
+	if _, err := io.WriteString(conn, text); err != nil {
+		t.Fatal(err)
+	}
+	line, err := bufio.NewReader(conn).ReadString('\n')
+	if err != nil {
+		t.Errorf("%.60q: %v", text, err)
+	}
+	return strings.TrimSpace(line)
+}
+
+func TestOddRequests(t *testing.T) {
+	n := &node{}
+	path, _ := serve(t, n)
+	for text, want := range map[string]string{
+		"POST /v1/drain HTTP/1.1\r\nHost: a\r\nContent-Length: 1\r\n\r\nx":                     "413",
+		"POST /v1/drain HTTP/1.1\r\nHost: a\r\nContent-Length: 99999999999\r\n\r\n":            "413",
+		"POST /v1/drain HTTP/1.1\r\nHost: a\r\nTransfer-Encoding: chunked\r\n\r\n0\r\n\r\n":    "413",
+		"GET /v1/status HTTP/1.1\r\nHost: a\r\nX: " + strings.Repeat("x", 64<<10) + "\r\n\r\n": "431",
+		"hello\r\n\r\n": "400",
+		"DELETE /v1/status HTTP/1.1\r\nHost: a\r\n\r\n": "405",
+		"GET / HTTP/1.1\r\nHost: a\r\n\r\n":             "404",
+	} {
+		if got := raw(t, path, text); !strings.Contains(got, want) {
+			t.Errorf("%.60q: %q, want %s", text, got, want)
+		}
+	}
+	if n.Status().Draining {
+		t.Error("a refused order was carried out")
+	}
+}
+
+// Somebody who asks slowly, or does not read, holds up neither others nor the
+// end.
+func TestSlowClient(t *testing.T) {
+	path, stop := serve(t, &node{})
+	for range 20 {
+		conn, err := net.Dial("unix", path)
+		if err != nil {
+			t.Fatal(err)
+		}
+		defer conn.Close()
+		if _, err := io.WriteString(conn, "GET /v1/sta"); err != nil {
+			t.Fatal(err)
+		}
+	}
+	if err := NewClient(path).Get(t.Context(), "status", new(Status)); err != nil {
+		t.Error(err)
+	}
+	begin := time.Now()
+	stop()
+	if took := time.Since(begin); took > 8*goodbye {
+		t.Errorf("the end took %v", took)
+	}
+}
+
+// Serve returns when nobody asks the backend any more, and who had asked gets
+// an answer.
+func TestEndWaitsForAnswers(t *testing.T) {
+	n := &node{enter: make(chan struct{}), leave: make(chan struct{})}
+	dir := t.TempDir()
+	l, err := Listen(dir)
+	if err != nil {
+		t.Fatal(err)
+	}
+	ctx, cancel := context.WithCancel(t.Context())
+	served, answered := make(chan error, 1), make(chan error, 1)
+	go func() { served <- Serve(ctx, l, n) }()
+	go func() {
+		answered <- NewClient(filepath.Join(dir, SocketName)).Get(context.Background(), "jobs", new([]Job))
+	}()
+	<-n.enter
+	cancel()
+	select {
+	case err := <-served:
+		t.Errorf("it ended (%v) while it was asking", err)
+	case <-time.After(goodbye / 10):
+	}
+	close(n.leave)
+	if err := <-answered; err != nil {
+		t.Error(err)
+	}
+	if err := <-served; err != nil {
+		t.Error(err)
+	}
+}
+
+// A socket that fails by itself is an error.
+func TestServeFails(t *testing.T) {
+	l, err := Listen(t.TempDir())
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := l.Close(); err != nil {
+		t.Fatal(err)
+	}
+	if err := Serve(t.Context(), l, &node{}); err == nil {
+		t.Error("nobody listens, and all is well")
+	}
+}
