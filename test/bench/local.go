@@ -14,6 +14,7 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
+	"runtime/debug"
 	"strconv"
 	"strings"
 	"sync/atomic"
@@ -69,6 +70,13 @@ func turns(rounds int, span time.Duration, ops []op) (map[string][]float64, erro
 }
 
 func crypto(_ context.Context, b *bench, t *table) error {
+	if info, ok := debug.ReadBuildInfo(); ok {
+		for _, s := range info.Settings {
+			if s.Key == "CGO_ENABLED" { // with cgo it is libsecp256k1 that signs and checks
+				t.Measured += ", " + s.Key + "=" + s.Value
+			}
+		}
+	}
 	key, err := evm.NewKey()
 	if err != nil {
 		return err

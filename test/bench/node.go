@@ -9,6 +9,7 @@ import (
 	"fmt"
 	"os"
 	"path/filepath"
+	"slices"
 	"strconv"
 	"strings"
 	"time"
@@ -177,32 +178,35 @@ func token(o load.Outcome) float64 { return o.Token }
 func rate(o load.Outcome) float64  { return float64(o.Requests) / o.Seconds }
 
 // bothWays measures each op on both ways in turns, and adds rows: direct,
-// through the network and the node, and the difference.
-func (b *bench) bothWays(ctx context.Context, n *stack.Node, t *table, rounds int, series []series) error {
-	var ops []load.Op
-	for range rounds {
-		for _, s := range series {
-			direct := s.op
-			direct.Direct = true
-			ops = append(ops, direct, s.op)
-		}
+// through the network and the node, and the difference. It returns what was
+// added to the first value of the first series, by round, and the floor of that.
+func (b *bench) bothWays(ctx context.Context, n *stack.Node, t *table, rounds int, all []series) (added, floor []float64, err error) {
+	round := []load.Op{{Floor: true, Requests: all[0].op.Requests, Concurrency: 1}}
+	for _, s := range all {
+		direct := s.op
+		direct.Direct = true
+		round = append(round, direct, s.op)
 	}
 	// What is opened and read at the first request is no part of any round.
-	out, err := b.load(ctx, n, append(ops[:2*len(series):2*len(series)], ops...)...)
+	out, err := b.load(ctx, n, slices.Repeat(round, 1+rounds)...)
 	if err != nil {
-		return err
+		return nil, nil, err
 	}
-	out = out[2*len(series):]
-	for i, s := range series {
+	out = out[len(round):]
+	for i, s := range all {
 		for _, v := range s.values {
-			direct := pick(out, 2*i, 2*len(series), v.f)
-			path := pick(out, 2*i+1, 2*len(series), v.f)
+			direct := pick(out, 1+2*i, len(round), v.f)
+			path := pick(out, 2+2*i, len(round), v.f)
+			more := paired(path, direct, minus)
+			if added == nil {
+				added = more
+			}
 			t.add(v.name+", engine's socket", "µs", direct)
 			t.add(v.name+", API", "µs", path)
-			t.add(v.name+", added", "µs", paired(path, direct, minus), v.goal...)
+			t.add(v.name+", added", "µs", more, v.goal...)
 		}
 	}
-	return nil
+	return added, pick(out, 0, len(round), total), nil
 }
 
 type series struct {
@@ -230,10 +234,11 @@ func addedReal(ctx context.Context, b *bench, t *table) error {
 	}
 	p := model.Prompts()[0].User
 	each := b.scale(15, 3)
-	return b.bothWays(ctx, n, t, b.scale(15, 3), []series{
+	_, _, err = b.bothWays(ctx, n, t, b.scale(15, 3), []series{
 		{load.Op{Prompt: p, Tokens: 1, Requests: each, Concurrency: 1}, []value{{"plain, one token", total, addedGoal}}},
-		{load.Op{Prompt: p, Tokens: 1, Requests: each, Concurrency: 1, Stream: true}, []value{{"stream, first token", first, addedGoal}}},
+		{load.Op{Prompt: p, Tokens: 1, Requests: each, Concurrency: 1, Stream: true}, []value{{"stream, first token", first, addedGoal}, {"stream, whole", total, nil}}},
 	})
+	return err
 }
 
 func addedInstant(ctx context.Context, b *bench, t *table) error {
@@ -243,12 +248,18 @@ func addedInstant(ctx context.Context, b *bench, t *table) error {
 	}
 	const long = 500
 	each := b.scale(25, 5)
-	return b.bothWays(ctx, n, t, b.scale(15, 3), []series{
+	added, floor, err := b.bothWays(ctx, n, t, b.scale(15, 3), []series{
 		{load.Op{Prompt: "x", Tokens: 1, Want: instant.Text(1), Requests: each, Concurrency: 1}, []value{{"plain, one token", total, addedGoal}}},
 		{load.Op{Prompt: "x", Tokens: 1, Want: instant.Text(1), Requests: each, Concurrency: 1, Stream: true}, []value{{"stream, first token", first, addedGoal}}},
 		{load.Op{Prompt: instant.Pace(2 * time.Millisecond), Tokens: 200, Stamped: true, Requests: 1, Concurrency: 1, Stream: true}, []value{{"token each 2 ms, its way", token, tokenGoal}}},
 		{load.Op{Prompt: "x", Tokens: long, Want: instant.Text(long), Requests: 2, Concurrency: 1, Stream: true}, []value{{"token as fast as it goes, time for each", token, tokenGoal}}},
 	})
+	if err != nil {
+		return err
+	}
+	t.add(fmt.Sprintf("floor of plain: %d durable writes, %d signatures, %d checks of one", load.Syncs, load.Signs, load.Checks), "µs", floor)
+	t.add("plain, added / floor", "ratio", paired(added, floor, over), atMost(3))
+	return nil
 }
 
 func throughput(ctx context.Context, b *bench, t *table) error {

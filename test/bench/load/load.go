@@ -51,6 +51,7 @@ type Op struct {
 	Want        string // the answer's text; "" where it is not known
 	Stamped     bool   // the tokens say when they were written
 	Receipts    bool   // check that each answer's receipt is over the bytes that came
+	Floor       bool   // no request at all, but what one may not do without, see floor
 }
 
 // Outcome is what came of an op. Times are medians over its exact answers, in
@@ -128,12 +129,21 @@ func (r *runner) op(ctx context.Context, o *Op) (Outcome, error) {
 		tokens []float64
 		wg     sync.WaitGroup
 	)
+	ask := func() (answer, error) { return r.ask(ctx, o, body) }
+	if o.Floor {
+		f, err := newFloor()
+		if err != nil {
+			return Outcome{}, err
+		}
+		defer f.close()
+		ask = f.once
+	}
 	left.Store(int64(o.Requests))
 	begin := time.Now()
 	for range o.Concurrency {
 		wg.Go(func() {
 			for left.Add(-1) >= 0 {
-				a, err := r.ask(ctx, o, body)
+				a, err := ask()
 				mu.Lock()
 				switch {
 				case err == nil:
