@@ -53,7 +53,15 @@ func Devices(dirs []string) []string {
 	return names[:min(len(names), maxDevices)]
 }
 
-func cache(dirs []string) (*cdi.Cache, error) {
+// cache reads the specifications. The library that does so panics at some that
+// are wrong, such as one with a class of a single letter; any program may have
+// put those there, and a node without a GPU does not even need them.
+func cache(dirs []string) (_ *cdi.Cache, err error) {
+	defer func() {
+		if p := recover(); p != nil {
+			err = fmt.Errorf("a CDI specification in %s cannot be read: %v", strings.Join(dirs, " or "), p)
+		}
+	}()
 	return cdi.NewCache(cdi.WithAutoRefresh(false), cdi.WithSpecDirs(dirs...))
 }
 

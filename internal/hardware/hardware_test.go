@@ -94,12 +94,23 @@ func TestNoSuchDevice(t *testing.T) {
 	}
 }
 
+// A specification that the library panics at is one that cannot be read.
+func TestSpecificationThatPanics(t *testing.T) {
+	dirs := specDirs(t, map[string]string{"etc/x.json": `{"cdiVersion": "0.6.0", "kind": "example.com/x", "devices": [{"name": "a", "containerEdits": {"deviceNodes": [{"path": "/dev/x"}]}}]}`})
+	if got := Devices(dirs); got == nil || len(got) != 0 {
+		t.Errorf("devices %#v", got)
+	}
+	if got, err := DeviceNodes(dirs, []string{"example.com/x=a"}); got != nil || err == nil {
+		t.Errorf("%q, %v", got, err)
+	}
+}
+
 func TestProfileIsBounded(t *testing.T) {
 	var b strings.Builder
 	for i := range 2 * maxDevices {
 		fmt.Fprintf(&b, `,{"name": "d%d", "containerEdits": {"deviceNodes": [{"path": "/dev/x"}]}}`, i)
 	}
-	dirs := specDirs(t, map[string]string{"etc/x.json": `{"cdiVersion": "0.6.0", "kind": "example.com/x", "devices": [` + b.String()[1:] + `]}`})
+	dirs := specDirs(t, map[string]string{"etc/x.json": `{"cdiVersion": "0.6.0", "kind": "example.com/xx", "devices": [` + b.String()[1:] + `]}`})
 	if n := len(Devices(dirs)); n != maxDevices {
 		t.Errorf("%d devices", n)
 	}
