@@ -17,7 +17,7 @@ import (
 // BenchmarkPlain is the time of a whole plain request whose node answers at
 // once: what the network and one hop to a node add.
 func BenchmarkPlain(b *testing.B) {
-	n := start(b, calm)
+	n := start(b, nil)
 	s := n.node().Ready(b)
 	go func() {
 		for {
@@ -46,7 +46,7 @@ func BenchmarkPlain(b *testing.B) {
 // BenchmarkToken is the time from a chunk's sending by the node to its reading
 // by the client, one at a time.
 func BenchmarkToken(b *testing.B) {
-	n := start(b, calm)
+	n := start(b, nil)
 	s := n.node().Ready(b)
 	req, err := http.NewRequest(http.MethodPost, n.url+"/v1/chat/completions", strings.NewReader(chatStream))
 	if err != nil {

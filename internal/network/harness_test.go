@@ -53,9 +53,6 @@ func TestMain(m *testing.M) {
 	os.Exit(code)
 }
 
-// calm lets nodes be silent for as long as a test takes.
-func calm(c *snapshot.Config) { c.Network.Window = 3600 }
-
 const asProgram = "RESULTITY_NETWORK_TEST"
 
 // testNetwork is a network under test: a real service on a real store.
@@ -101,6 +98,7 @@ func setUp(t testing.TB, change func(*snapshot.Config)) *testNetwork {
 	}
 	n.key, n.apiKey = key, n.file("api-key")
 	n.config = nodetest.Config(t, key)
+	n.config.Network.Window = 3600 // test nodes send heartbeats when they are told to
 	if change != nil {
 		change(n.config)
 	}

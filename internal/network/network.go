@@ -39,6 +39,7 @@ import (
 	"path/filepath"
 	"slices"
 	"sync"
+	"syscall"
 	"time"
 
 	"github.com/coreos/go-systemd/v22/daemon"
@@ -211,13 +212,17 @@ func (s *service) handler() http.Handler {
 	return http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
 		// Set for each request, since a deadline stays with a connection that is
 		// used again. What takes longer sets its own, and a WebSocket clears it.
-		_ = http.NewResponseController(w).SetWriteDeadline(time.Now().Add(answerTimeout))
+		// They fail on a closed connection only, and then so does all else.
+		rc, at := http.NewResponseController(w), time.Now().Add(smallTimeout)
+		_ = rc.SetReadDeadline(at)
+		_ = rc.SetWriteDeadline(at)
 		mux.ServeHTTP(w, r)
 	})
 }
 
-// answerTimeout is how long a client may take to read a small answer.
-const answerTimeout = 30 * time.Second
+// smallTimeout is how long a client may take to send a small request, and to
+// read a small answer.
+const smallTimeout = 30 * time.Second
 
 // healthz answers whether this process can do its work. Having no nodes is no
 // fault of its own.
@@ -351,7 +356,7 @@ func (s *service) stamp() string {
 	if err != nil {
 		return err.Error()
 	}
-	return fmt.Sprint(st.ModTime().UnixNano(), st.Size(), st.Sys())
+	return fmt.Sprint(st.ModTime().UnixNano(), st.Size(), st.Sys().(*syscall.Stat_t).Ino)
 }
 
 // reload takes over what is published now.

@@ -236,7 +236,6 @@ func TestFrameViolations(t *testing.T) {
 			}
 			n.until("the refusal is counted", func() bool { return n.metric(series) == before+1 })
 			ch := n.ask(chat)
-			bystander.Send(bystander.Node.Heartbeat())
 			bystander.Finish(bystander.Take(), "fine")
 			if r := n.answer(ch); r.status != http.StatusOK {
 				t.Fatalf("%d %s", r.status, r.body)

@@ -5,6 +5,25 @@
 // is the one in the receipt. What does not come from a node, an error, has no
 // receipt; in a stream that has begun it is an event with an "error" object in
 // place of the end mark.
+//
+// # Answers
+//
+// Every request under /v1/ needs the header Authorization: Bearer KEY. Errors
+// have OpenAI's form, {"error": {"message", "type", "param", "code"}}:
+//
+//	400  what the request asks for cannot be had; code and param say what
+//	401  invalid_api_key
+//	404  model_not_found, receipt_not_found, unknown_url
+//	405  method_not_allowed
+//	413  request_too_large
+//	415  invalid_content_type
+//	429  queue_full, with Retry-After
+//	502  node_failed: every attempt failed; stream_interrupted: only within a stream
+//	503  no_node, unavailable, model_withdrawn, stopping, storage, with Retry-After
+//	504  deadline
+//
+// GET /v1/receipts/{id} returns the receipt of a response, GET /v1/nodes the
+// registered nodes and what is known about each.
 package gateway
 
 import (

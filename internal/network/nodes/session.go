@@ -9,6 +9,7 @@ import (
 	"io"
 	"log/slog"
 	"net"
+	"strings"
 	"sync"
 	"time"
 
@@ -63,7 +64,7 @@ func newSession(m *Manager, node evm.Address, nonce wire.Nonce, from string) *se
 	window := m.dispatch.Terms().Config.Network.ClockWindow.Duration()
 	return &session{
 		m: m, node: node, nonce: nonce, log: m.log.With("node", node, "from", from),
-		opener: wire.NewOpener(func(a evm.Address) bool { return a == node }, nonce, wire.ToNetwork, time.Now, window),
+		opener: wire.NewOpener(func(a evm.Address) bool { return a == node }, nonce, wire.ToNetwork, window),
 		stray:  rate.NewLimiter(20, 200),
 		stop:   make(chan struct{}), work: make(chan struct{}, 1),
 	}
@@ -262,6 +263,7 @@ func (s *session) next(buf *bytes.Buffer) (wire.Message, error) {
 	if err != nil {
 		return nil, err
 	}
+	begun := time.Now()
 	if typ != websocket.BinaryMessage {
 		return nil, errNotBinary
 	}
@@ -269,7 +271,7 @@ func (s *session) next(buf *bytes.Buffer) (wire.Message, error) {
 	if _, err := io.Copy(buf, r); err != nil {
 		return nil, err
 	}
-	return s.opener.Open(buf.Bytes())
+	return s.opener.Open(buf.Bytes(), begun)
 }
 
 func (s *session) handle(member *dispatch.Member, msg wire.Message) error {
@@ -323,10 +325,7 @@ func (s *session) write() {
 	for {
 		select {
 		case <-s.stop:
-			text := s.reason
-			if len(text) > 120 { // what fits into a close frame
-				text = text[:120]
-			}
+			text := strings.ToValidUTF8(s.reason[:min(len(s.reason), 120)], "") // what fits into a close frame
 			// The peer may be gone; closing is what counts.
 			_ = s.conn.WriteControl(websocket.CloseMessage, websocket.FormatCloseMessage(s.code, text), time.Now().Add(time.Second))
 			return

@@ -203,7 +203,7 @@ func (n *Node) Dial(t testing.TB, h http.Header, nonce wire.Nonce) (*Session, in
 	s := &Session{t: t, Node: n, Conn: conn, Nonce: wire.SessionNonce(n.Config.Network.Name, n.Key.Address(), nonce, theirs)}
 	conn.SetReadLimit(wire.MaxFrame)
 	s.sealer = wire.NewSealer(n.Key, s.Nonce, wire.ToNetwork, time.Now)
-	s.opener = wire.NewOpener(func(a evm.Address) bool { return a == n.Config.Network.MessageKeys[0] }, s.Nonce, wire.ToNode, time.Now, time.Minute)
+	s.opener = wire.NewOpener(func(a evm.Address) bool { return a == n.Config.Network.MessageKeys[0] }, s.Nonce, wire.ToNode, time.Minute)
 	return s, res.StatusCode, nil
 }
 
@@ -282,7 +282,7 @@ func (s *Session) Receive() (wire.Message, error) {
 	if err != nil {
 		return nil, err
 	}
-	return s.opener.Open(frame)
+	return s.opener.Open(frame, time.Now())
 }
 
 // Expect returns the next message of type M. Status and Update come at any time
