@@ -16,6 +16,7 @@ import (
 	"context"
 	"crypto/tls"
 	"errors"
+	"io"
 	"log/slog"
 	"maps"
 	"math/rand/v2"
@@ -248,7 +249,7 @@ func (s *Session) once(ctx context.Context) (lasted time.Duration, err error) {
 	defer context.AfterFunc(ctx, func() { l.goodbye(s.patience.leave) })()
 
 	window := cmp.Or(s.cfg.ClockWindow(), 30*time.Second)
-	opener := wire.NewOpener(s.cfg.Trusted, nonce, wire.ToNode, s.cfg.Now, window)
+	opener := wire.NewOpener(s.cfg.Trusted, nonce, wire.ToNode, window)
 	if err := l.send(&wire.Hello{Agent: s.cfg.Agent, Config: s.cfg.Config()}); err != nil {
 		return 0, err
 	}
@@ -311,7 +312,12 @@ var kinds = []struct {
 
 // read returns the next message that has been checked.
 func (s *Session) read(l *link, opener *wire.Opener) (wire.Message, error) {
-	typ, frame, err := l.conn.ReadMessage()
+	typ, r, err := l.conn.NextReader()
+	begun := s.cfg.Now()
+	var frame []byte
+	if err == nil {
+		frame, err = io.ReadAll(r) // bounded by the connection's read limit
+	}
 	if err != nil {
 		if errors.Is(err, websocket.ErrReadLimit) {
 			return nil, s.refuse(l, err)
@@ -321,7 +327,7 @@ func (s *Session) read(l *link, opener *wire.Opener) (wire.Message, error) {
 	if typ != websocket.BinaryMessage {
 		return nil, s.refuse(l, errNotBinary)
 	}
-	m, err := opener.Open(frame)
+	m, err := opener.Open(frame, begun)
 	if err != nil {
 		return nil, s.refuse(l, err)
 	}

@@ -129,7 +129,7 @@ func (n *network) serve(t testing.TB, w http.ResponseWriter, r *http.Request) {
 	n.script(&peer{
 		t: t, r: r, conn: conn, nonce: nonce,
 		sealer: wire.NewSealer(networkKey, nonce, wire.ToNode, time.Now),
-		opener: wire.NewOpener(func(a evm.Address) bool { return a == nodeKey.Address() }, nonce, wire.ToNetwork, time.Now, time.Minute),
+		opener: wire.NewOpener(func(a evm.Address) bool { return a == nodeKey.Address() }, nonce, wire.ToNetwork, time.Minute),
 	})
 }
 
@@ -139,7 +139,7 @@ func (p *peer) next() wire.Message {
 	if err != nil {
 		return nil
 	}
-	m, err := p.opener.Open(frame)
+	m, err := p.opener.Open(frame, time.Now())
 	if err != nil {
 		p.t.Errorf("a frame of the node: %v", err)
 		return nil
@@ -565,7 +565,7 @@ func TestLargeMessagesOverASlowLink(t *testing.T) {
 			time.Sleep(60 * time.Millisecond) // this is the slow link
 			_, err = io.CopyN(&frame, r, 32<<10)
 		}
-		m, err := p.opener.Open(frame.Bytes())
+		m, err := p.opener.Open(frame.Bytes(), time.Now())
 		if err != nil {
 			p.t.Error(err)
 		}

@@ -134,20 +134,22 @@ type Opener struct {
 	trusted func(evm.Address) bool
 	nonce   Nonce
 	dir     Direction
-	now     func() time.Time
 	window  time.Duration
 	seq     uint64
 }
 
 // NewOpener begins a direction. trusted says which keys may sign; window is how
 // far the sender's clock may be off.
-func NewOpener(trusted func(evm.Address) bool, nonce Nonce, dir Direction, now func() time.Time, window time.Duration) *Opener {
-	return &Opener{trusted: trusted, nonce: nonce, dir: dir, now: now, window: window}
+func NewOpener(trusted func(evm.Address) bool, nonce Nonce, dir Direction, window time.Duration) *Opener {
+	return &Opener{trusted: trusted, nonce: nonce, dir: dir, window: window}
 }
 
 // Open checks a frame and returns its message. The signature is checked over
 // the received bytes before anything looks inside. Any error ends the session.
-func (o *Opener) Open(frame []byte) (Message, error) {
+//
+// begun is when the frame began to arrive. A large one may take longer on a slow
+// link than clocks may differ, and that says nothing about clocks.
+func (o *Opener) Open(frame []byte, begun time.Time) (Message, error) {
 	var sig evm.Signature
 	switch {
 	case len(frame) > MaxFrame:
@@ -170,7 +172,7 @@ func (o *Opener) Open(frame []byte) (Message, error) {
 	if e.Seq != o.seq+1 {
 		return nil, fmt.Errorf("%w: number %d, want %d", ErrSequence, e.Seq, o.seq+1)
 	}
-	if off := o.now().Sub(time.UnixMilli(e.Time)).Abs(); off > o.window {
+	if off := begun.Sub(time.UnixMilli(e.Time)).Abs(); off > o.window {
 		return nil, fmt.Errorf("%w: %v apart, at most %v", ErrClock, off.Round(time.Millisecond), o.window)
 	}
 	m, err := decode(e.Type, o.dir, e.Data)

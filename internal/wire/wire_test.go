@@ -33,7 +33,7 @@ func newSide(t testing.TB) side {
 
 func (s side) sealer() *Sealer { return NewSealer(s.key, s.nonce, ToNetwork, now) }
 func (s side) opener() *Opener {
-	return NewOpener(func(a evm.Address) bool { return a == s.key.Address() }, s.nonce, ToNetwork, now, time.Minute)
+	return NewOpener(func(a evm.Address) bool { return a == s.key.Address() }, s.nonce, ToNetwork, time.Minute)
 }
 
 func seal(t testing.TB, s *Sealer, m Message) []byte {
@@ -54,7 +54,7 @@ func TestFramesArriveInOrder(t *testing.T) {
 		&Chunk{Job: receipt.NewJobID(), Offset: 3, Data: []byte("data")},
 	}
 	for _, m := range want {
-		got, err := o.Open(seal(t, s, m))
+		got, err := o.Open(seal(t, s, m), at)
 		if err != nil || !reflect.DeepEqual(got, m) {
 			t.Fatalf("Open = %+v, %v; want %+v", got, err, m)
 		}
@@ -67,12 +67,12 @@ func TestOpenRefusesEveryFlippedByte(t *testing.T) {
 	for i := range f {
 		bad := bytes.Clone(f)
 		bad[i] ^= 1
-		if m, err := p.opener().Open(bad); !errors.Is(err, ErrSigner) {
+		if m, err := p.opener().Open(bad, at); !errors.Is(err, ErrSigner) {
 			t.Errorf("byte %d flipped: Open = %v, %v; want ErrSigner", i, m, err)
 		}
 	}
 	for n := range f {
-		if _, err := p.opener().Open(f[:n]); err == nil {
+		if _, err := p.opener().Open(f[:n], at); err == nil {
 			t.Errorf("truncated to %d bytes and accepted", n)
 		}
 	}
@@ -94,7 +94,7 @@ func TestOpenRefuses(t *testing.T) {
 	late := NewSealer(p.key, p.nonce, ToNetwork, func() time.Time { return at.Add(-61 * time.Second) })
 	early := NewSealer(p.key, p.nonce, ToNetwork, func() time.Time { return at.Add(61 * time.Second) })
 	replay := p.opener()
-	if _, err := replay.Open(first); err != nil {
+	if _, err := replay.Open(first, at); err != nil {
 		t.Fatal(err)
 	}
 	for _, c := range []struct {
@@ -121,7 +121,7 @@ func TestOpenRefuses(t *testing.T) {
 		{"no data", p.opener(), raw(`{"seq":1,"time":1800000000000,"type":"hello"}`), ErrMalformed},
 		{"null data", p.opener(), raw(`{"seq":1,"time":1800000000000,"type":"hello","data":null}`), ErrMalformed},
 	} {
-		if m, err := c.opener.Open(c.frame); !errors.Is(err, c.want) {
+		if m, err := c.opener.Open(c.frame, at); !errors.Is(err, c.want) {
 			t.Errorf("%s: Open = %v, %v; want %v", c.name, m, err, c.want)
 		}
 	}
@@ -133,7 +133,7 @@ func TestSealRefusesTooLargeAndGoesOn(t *testing.T) {
 	if _, err := s.Seal(&Result{Response: make([]byte, MaxFrame)}); !errors.Is(err, ErrTooLarge) {
 		t.Fatalf("Seal = %v, want ErrTooLarge", err)
 	}
-	if _, err := o.Open(seal(t, s, &Hello{})); err != nil {
+	if _, err := o.Open(seal(t, s, &Hello{}), at); err != nil {
 		t.Fatalf("a message that did not fit used up a number: %v", err)
 	}
 }
@@ -194,7 +194,7 @@ func FuzzOpen(f *testing.F) {
 		if err != nil {
 			t.Fatal(err)
 		}
-		m, err := p.opener().Open(append(sig[:], body...))
+		m, err := p.opener().Open(append(sig[:], body...), at)
 		if err == nil && m.direction() != ToNetwork {
 			t.Fatalf("%T the wrong way", m)
 		}
@@ -206,7 +206,7 @@ func BenchmarkSealOpenChunk(b *testing.B) {
 	s, o := p.sealer(), p.opener()
 	m := &Chunk{Job: receipt.NewJobID(), Data: make([]byte, 200)}
 	for b.Loop() {
-		if _, err := o.Open(seal(b, s, m)); err != nil {
+		if _, err := o.Open(seal(b, s, m), at); err != nil {
 			b.Fatal(err)
 		}
 	}

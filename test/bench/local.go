@@ -131,8 +131,8 @@ func crypto(_ context.Context, b *bench, t *table) error {
 		}
 		ops = append(ops, op{"seal " + name, func() error { _, err := s.Seal(m); return err }}, op{"open " + name, func() error {
 			// A frame opens once in a session, so each time is a new one.
-			o := wire.NewOpener(func(evm.Address) bool { return true }, wire.Nonce{}, wire.ToNetwork, time.Now, time.Hour)
-			_, err := o.Open(frame)
+			o := wire.NewOpener(func(evm.Address) bool { return true }, wire.Nonce{}, wire.ToNetwork, time.Hour)
+			_, err := o.Open(frame, time.Now())
 			return err
 		}})
 	}
