@@ -104,7 +104,6 @@ type tufs struct {
 	last  *snapshot.Snapshot // what is kept
 	bad   error              // of what is kept
 	asked []time.Time
-	busy  bool
 }
 
 func (f *tufs) serve(s *snapshot.Snapshot, err error) {
