@@ -12,8 +12,11 @@ import (
 	"os"
 	"os/user"
 	"path/filepath"
+	"strconv"
+	"strings"
 	"text/tabwriter"
 	"time"
+	"unicode"
 
 	"github.com/spf13/cobra"
 
@@ -66,6 +69,9 @@ func Main(ctx context.Context, args []string, stdio IO, version string) int {
 	case errors.Is(err, errUsage):
 		fmt.Fprintf(stdio.Err, "resultityctl: %v\n", err)
 		return ExitUsage
+	case errors.Is(err, control.ErrDenied):
+		fmt.Fprintf(stdio.Err, "resultityctl: %v\nTry: sudo resultityctl …\n", err)
+		return ExitFailed
 	}
 	fmt.Fprintf(stdio.Err, "resultityctl: %v\n", err)
 	return ExitFailed
@@ -83,6 +89,16 @@ func (c *command) root(version string) *cobra.Command {
 	root := &cobra.Command{
 		Use: "resultityctl", Short: "Look at and steer a Resultity node", Version: version,
 		SilenceErrors: true, SilenceUsage: true,
+		// Without these cobra takes no command, and any other, for a call for help.
+		Args: func(cmd *cobra.Command, a []string) error {
+			if len(a) > 0 {
+				return fmt.Errorf("%w: unknown command %q; see resultityctl --help", errUsage, a[0])
+			}
+			return nil
+		},
+		RunE: func(*cobra.Command, []string) error {
+			return fmt.Errorf("%w: which command? see resultityctl --help", errUsage)
+		},
 	}
 	root.SetFlagErrorFunc(func(_ *cobra.Command, err error) error { return fmt.Errorf("%w: %w", errUsage, err) })
 	root.PersistentFlags().StringVar(&c.socket, "socket", "", "the agent's control socket (default: that of your own agent, else of the account "+Account+")")
@@ -108,16 +124,34 @@ func (c *command) root(version string) *cobra.Command {
 // client finds the agent's socket: the one asked for, this user's own, or the
 // packaged account's.
 func (c *command) client() *control.Client {
-	path := c.socket
-	if path == "" {
-		path = filepath.Join(c.Getenv("XDG_RUNTIME_DIR"), "resultity", control.SocketName)
-		if _, err := os.Stat(path); err != nil {
-			if u, err := user.Lookup(Account); err == nil {
-				path = filepath.Join("/run/user", u.Uid, "resultity", control.SocketName)
-			}
+	return control.NewClient(socketPath(c.socket, c.Getenv("XDG_RUNTIME_DIR"), func() string {
+		if u, err := user.Lookup(Account); err == nil {
+			return u.Uid
+		}
+		return ""
+	}))
+}
+
+func socketPath(asked, runtimeDir string, uid func() string) string {
+	below := func(dir string) string { return filepath.Join(dir, "resultity", control.SocketName) }
+	if asked != "" {
+		return asked
+	}
+	// Never below the current directory, where anybody may have put a socket.
+	own := ""
+	if filepath.IsAbs(runtimeDir) {
+		own = below(runtimeDir)
+		if _, err := os.Stat(own); err == nil {
+			return own
 		}
 	}
-	return control.NewClient(path)
+	if id := uid(); id != "" {
+		return below(filepath.Join("/run/user", id))
+	}
+	if own == "" {
+		own = below(filepath.Join("/run/user", strconv.Itoa(os.Getuid())))
+	}
+	return own
 }
 
 func (c *command) show(v any, text func(w *tabwriter.Writer)) error {
@@ -126,10 +160,31 @@ func (c *command) show(v any, text func(w *tabwriter.Writer)) error {
 		e.SetIndent("", "  ")
 		return e.Encode(v)
 	}
-	w := tabwriter.NewWriter(c.Out, 0, 0, 2, ' ', 0)
+	w := tabwriter.NewWriter(&printable{c.Out}, 0, 0, 2, ' ', 0)
 	text(w)
 	return w.Flush()
 }
+
+// printable lets through what prints. Details come from the network and from
+// engines, who have no business with the operator's terminal.
+type printable struct{ w io.Writer }
+
+func (p *printable) Write(b []byte) (int, error) {
+	clean := strings.Map(func(r rune) rune {
+		if r == '\n' || unicode.IsPrint(r) {
+			return r
+		}
+		return '?'
+	}, string(b))
+	if _, err := io.WriteString(p.w, clean); err != nil {
+		return 0, err
+	}
+	return len(b), nil
+}
+
+// line makes one line of a text of several, so that it cannot pass for lines of
+// ours.
+func line(s string) string { return strings.Join(strings.Fields(s), " ") }
 
 func (c *command) status(ctx context.Context, _ []string) error {
 	var s control.Status
@@ -147,7 +202,11 @@ func (c *command) order(ctx context.Context, what string) error {
 	if c.json {
 		return c.show(s, nil)
 	}
-	_, err := fmt.Fprintf(c.Out, "draining: %v, %d of %d slots busy\n", s.Draining, s.Busy, s.Slots)
+	word := "takes jobs"
+	if s.Draining {
+		word = "takes no new jobs"
+	}
+	_, err := fmt.Fprintf(c.Out, "%s; %d of %d slots busy\n", word, s.Busy, s.Slots)
 	return err
 }
 
@@ -164,13 +223,13 @@ func (c *command) showStatus(s *control.Status) error {
 			if !g.Open {
 				mark = "CLOSED"
 			}
-			fmt.Fprintf(w, "%s\t%s\t%s\n", g.Name, mark, g.Detail)
+			fmt.Fprintf(w, "%s\t%s\t%s\n", g.Name, mark, line(g.Detail))
 		}
 		if closed == nil {
 			fmt.Fprintln(w, "\nAll gates are open: the network sends jobs to this node.")
 			return
 		}
-		fmt.Fprintf(w, "\nNo jobs, because %q is closed: %s\n", closed.Name, closed.Detail)
+		fmt.Fprintf(w, "\nNo jobs, because %q is closed: %s\n", closed.Name, line(closed.Detail))
 		if closed.Remedy != "" {
 			fmt.Fprintf(w, "What to do: %s\n", closed.Remedy)
 		}

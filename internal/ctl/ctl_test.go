@@ -1,0 +1,238 @@
+package ctl
+
+import (
+	"bytes"
+	"context"
+	"encoding/json"
+	"errors"
+	"net"
+	"os"
+	"path/filepath"
+	"strconv"
+	"strings"
+	"sync"
+	"testing"
+	"time"
+
+	"github.com/rogpeppe/go-internal/testscript"
+
+	"github.com/resultity/node/internal/control"
+	"github.com/resultity/node/internal/digest"
+	"github.com/resultity/node/internal/evm"
+	"github.com/resultity/node/internal/receipt"
+	"github.com/resultity/node/internal/wire"
+)
+
+func TestMain(m *testing.M) {
+	testscript.Main(m, map[string]func(){
+		"resultityctl": func() {
+			os.Exit(Main(context.Background(), os.Args[1:], IO{In: os.Stdin, Out: os.Stdout, Err: os.Stderr, Getenv: os.Getenv}, "1.2.3"))
+		},
+	})
+}
+
+// The scripts have commands of their own:
+//
+//	agent FILE [broken]      an agent with this status listens in $WORK/run/resultity
+//	ctl [CODE] ARGS          resultityctl asks it and ends with the code (0)
+//	ctl-plain CODE ARGS      the same, without being told where the agent is
+//	for-each CODE ARGS -- C  ctl-plain with each command
+//	stale FILE               leaves a socket on which nobody listens
+//	receipt FILE             writes a signed receipt
+//	change FROM TO OLD NEW   copies a file with a text replaced once
+//	large FILE               writes more than any receipt has
+func TestScripts(t *testing.T) {
+	testscript.Run(t, testscript.Params{
+		Dir:                 "testdata",
+		RequireExplicitExec: true,
+		Setup: func(e *testscript.Env) error {
+			return os.MkdirAll(filepath.Join(e.WorkDir, "run/resultity"), 0o700)
+		},
+		Cmds: map[string]func(ts *testscript.TestScript, neg bool, args []string){
+			"agent": startAgent,
+			"ctl": func(ts *testscript.TestScript, _ bool, args []string) {
+				code := "0"
+				if _, err := strconv.Atoi(args[0]); err == nil {
+					code, args = args[0], args[1:]
+				}
+				if args[0] != "--socket" {
+					args = append([]string{"--socket", ts.MkAbs(ts.Getenv("WORK") + "/run/resultity/" + control.SocketName)}, args...)
+				}
+				plain(ts, code, args)
+			},
+			"ctl-plain": func(ts *testscript.TestScript, _ bool, args []string) { plain(ts, args[0], args[1:]) },
+			"for-each": func(ts *testscript.TestScript, _ bool, args []string) {
+				for i, a := range args {
+					if a == "--" {
+						for _, c := range args[i+1:] {
+							plain(ts, args[0], append(args[1:i:i], c))
+						}
+					}
+				}
+			},
+			"stale": func(ts *testscript.TestScript, _ bool, args []string) {
+				l, err := net.ListenUnix("unix", &net.UnixAddr{Name: args[0], Net: "unix"})
+				ts.Check(err)
+				l.SetUnlinkOnClose(false)
+				ts.Check(l.Close())
+			},
+			"receipt": func(ts *testscript.TestScript, _ bool, args []string) {
+				ts.Check(os.WriteFile(ts.MkAbs(args[0]), signed(ts), 0o600))
+			},
+			"change": func(ts *testscript.TestScript, _ bool, args []string) {
+				text := ts.ReadFile(args[0])
+				if strings.Count(text, args[2]) != 1 {
+					ts.Fatalf("%q is %d times in %s", args[2], strings.Count(text, args[2]), text)
+				}
+				ts.Check(os.WriteFile(ts.MkAbs(args[1]), []byte(strings.Replace(text, args[2], args[3], 1)), 0o600))
+			},
+			"large": func(ts *testscript.TestScript, _ bool, args []string) {
+				ts.Check(os.WriteFile(ts.MkAbs(args[0]), append(signed(ts), bytes.Repeat([]byte(" "), receipt.MaxSize)...), 0o600))
+			},
+		},
+	})
+}
+
+// plain runs the program and checks its exit code.
+func plain(ts *testscript.TestScript, code string, args []string) {
+	err := ts.Exec("resultityctl", args...)
+	got := "0"
+	if err != nil {
+		var exit interface{ ExitCode() int }
+		if !errors.As(err, &exit) {
+			ts.Fatalf("%v", err)
+		}
+		got = strconv.Itoa(exit.ExitCode())
+	}
+	if got != code {
+		ts.Fatalf("resultityctl %q: exit code %s, want %s", args, got, code)
+	}
+}
+
+// node is an agent of a script.
+type node struct {
+	mu     sync.Mutex
+	status control.Status
+	broken bool
+}
+
+func startAgent(ts *testscript.TestScript, _ bool, args []string) {
+	n := &node{broken: len(args) > 1}
+	ts.Check(json.Unmarshal([]byte(ts.ReadFile(args[0])), &n.status))
+	// The one before it goes on until the end, and nobody finds it any more.
+	l, err := control.Listen(ts.MkAbs(ts.Getenv("WORK") + "/run/resultity"))
+	ts.Check(err)
+	l.(*net.UnixListener).SetUnlinkOnClose(false)
+	ctx, cancel := context.WithCancel(context.Background())
+	done := make(chan error, 1)
+	go func() { done <- control.Serve(ctx, l, n) }()
+	ts.Defer(func() {
+		cancel()
+		ts.Check(<-done)
+	})
+}
+
+func (n *node) Status() control.Status {
+	n.mu.Lock()
+	defer n.mu.Unlock()
+	return n.status
+}
+func (n *node) Identity() control.Identity {
+	return control.Identity{Node: n.status.Node, Network: n.status.Network}
+}
+func (n *node) Models() []control.Model {
+	return []control.Model{
+		{ModelState: wire.ModelState{Name: "tiny", Version: "1", Digest: digest.Of(nil), State: "pending"}, Bytes: 10, Done: 5},
+		{ModelState: wire.ModelState{Name: "none", Version: "1", Digest: digest.Of(nil), State: "failed"}},
+	}
+}
+func (n *node) Jobs(int) ([]control.Job, error) {
+	if n.broken {
+		return nil, errors.New("the disk is gone")
+	}
+	return []control.Job{{ID: "aa", State: "running", Model: "tiny"}, {ID: "bb", State: "unacknowledged", Code: wire.CodeEngine}}, nil
+}
+func (n *node) Drain()  { n.set(true) }
+func (n *node) Resume() { n.set(false) }
+func (n *node) set(draining bool) {
+	n.mu.Lock()
+	defer n.mu.Unlock()
+	n.status.Draining = draining
+}
+
+func signed(ts *testscript.TestScript) []byte {
+	key, err := evm.NewKey()
+	ts.Check(err)
+	r := receipt.Receipt{
+		Job: receipt.NewJobID(), Node: key.Address(), ConfigDigest: digest.Of([]byte("c")), ImageDigest: digest.Of([]byte("i")), ModelDigest: digest.Of([]byte("m")),
+		RequestHash: digest.Of([]byte("q")), ResponseHash: digest.Of([]byte("a")), PromptTokens: 3, CompletionTokens: 5,
+		StartedAt: 1_000_000_000_000, FinishedAt: 1_000_000_000_250,
+	}
+	s, err := r.Sign(31337, key)
+	ts.Check(err)
+	raw, err := json.Marshal(s)
+	ts.Check(err)
+	return raw
+}
+
+func TestSocketPath(t *testing.T) {
+	dir := t.TempDir()
+	own := filepath.Join(dir, "resultity", control.SocketName)
+	none, some := func() string { return "" }, func() string { return "990" }
+	mine := "/run/user/" + strconv.Itoa(os.Getuid()) + "/resultity/" + control.SocketName
+	for _, c := range []struct {
+		asked, run string
+		uid        func() string
+		want       string
+	}{
+		{"/x.sock", dir, some, "/x.sock"},
+		{"", dir, some, "/run/user/990/resultity/control.sock"}, // nothing of our own runs
+		{"", dir, none, own},
+		{"", "", none, mine},
+		{"", ".", none, mine},
+		{"", "", some, "/run/user/990/resultity/control.sock"},
+	} {
+		if got := socketPath(c.asked, c.run, c.uid); got != c.want {
+			t.Errorf("%q, %q: %s, want %s", c.asked, c.run, got, c.want)
+		}
+	}
+	if err := os.MkdirAll(filepath.Dir(own), 0o700); err != nil {
+		t.Fatal(err)
+	}
+	if err := os.WriteFile(own, nil, 0o600); err != nil {
+		t.Fatal(err)
+	}
+	if got := socketPath("", dir, some); got != own {
+		t.Errorf("%s, want %s", got, own)
+	}
+}
+
+// A terminal that is gone is an error, not silence.
+func TestOutputFails(t *testing.T) {
+	l, err := control.Listen(t.TempDir())
+	if err != nil {
+		t.Fatal(err)
+	}
+	ctx, cancel := context.WithTimeout(t.Context(), 20*time.Second)
+	done := make(chan error, 1)
+	go func() { done <- control.Serve(ctx, l, &node{}) }()
+	r, w, err := os.Pipe()
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := r.Close(); err != nil {
+		t.Fatal(err)
+	}
+	for _, args := range [][]string{{"models"}, {"models", "--json"}, {"drain"}} {
+		var said strings.Builder
+		code := Main(ctx, append(args, "--socket", l.Addr().String()), IO{In: strings.NewReader(""), Out: w, Err: &said, Getenv: func(string) string { return "" }}, "1")
+		if code != ExitFailed || said.Len() == 0 {
+			t.Errorf("%q: exit code %d, %q", args, code, said.String())
+		}
+	}
+	_ = w.Close() // nobody reads
+	cancel()
+	if err := <-done; err != nil {
+		t.Error(err)
+	}
+}
