@@ -415,11 +415,11 @@ func TestStaleSocketIsReplaced(t *testing.T) {
 func TestEngineThatNeverAnswersIsNotReady(t *testing.T) {
 	t.Parallel()
 	for word, want := range map[string]string{
-		"silent": "engine is not ready after 1s: waits for /health",
-		"frozen": "engine is not ready after 1s: waits for a first completion",
+		"silent": "engine is not ready after 3s: waits for /health",
+		"frozen": "engine is not ready after 3s: waits for a first completion",
 	} {
 		o := testOptions(word)
-		o.StartTimeout = time.Second
+		o.StartTimeout = 3 * time.Second // enough for a busy machine to get to the second wait
 		n := start(t, o)
 		n.end(contract.ExitNotReady)
 		n.hear("STATUS=" + want)
