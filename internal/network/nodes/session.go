@@ -25,10 +25,9 @@ const (
 	// maxQueue and maxQueueBytes bound what waits to be sent to one node.
 	maxQueue      = 1024
 	maxQueueBytes = 64 << 20
-	// writeTimeout is for a small message; a large one gets a second more for
-	// each slowLink bytes.
+	// writeTimeout is for a message or a fragment of a large one, bytes.
 	writeTimeout = 10 * time.Second
-	slowLink     = 1 << 20
+	fragment     = 64 << 10
 	// keepBuffer is the largest read buffer that a session keeps, in bytes.
 	keepBuffer = 32 << 10
 )
@@ -46,6 +45,7 @@ type session struct {
 	// stray slows down a node that sends what nobody asked for: the reader waits,
 	// and then so does the node.
 	stray *rate.Limiter // the reader's
+	met   bool          // hello has been taken; the reader's
 
 	stop chan struct{} // closed when the session is to end
 	work chan struct{} // has an element when the queue may have grown
@@ -221,8 +221,11 @@ func (s *session) hello() (*dispatch.Member, error) {
 		return nil, fmt.Errorf("%w: %s before hello", errOrder, msg.Type())
 	}
 	s.log = s.log.With("agent", fmt.Sprintf("%.64q", h.Agent))
+	s.met = true
 	s.conn.SetReadLimit(wire.MaxFrame)
 	s.conn.SetPongHandler(func(string) error { return s.alive() })
+	pong := s.conn.PingHandler()
+	s.conn.SetPingHandler(func(data string) error { return errors.Join(s.alive(), pong(data)) })
 	if err := s.alive(); err != nil {
 		return nil, err
 	}
@@ -268,10 +271,27 @@ func (s *session) next(buf *bytes.Buffer) (wire.Message, error) {
 		return nil, errNotBinary
 	}
 	buf.Reset()
-	if _, err := io.Copy(buf, r); err != nil {
+	if _, err := buf.ReadFrom(arriving{s, r}); err != nil {
 		return nil, err
 	}
 	return s.opener.Open(buf.Bytes(), begun)
+}
+
+// arriving reads a frame whose bytes are signs of life: a large one may take
+// longer than silence may.
+type arriving struct {
+	s *session
+	r io.Reader
+}
+
+func (a arriving) Read(p []byte) (int, error) {
+	n, err := a.r.Read(p)
+	if n > 0 && a.s.met {
+		if err := a.s.alive(); err != nil {
+			return n, err
+		}
+	}
+	return n, err
 }
 
 func (s *session) handle(member *dispatch.Member, msg wire.Message) error {
@@ -341,6 +361,32 @@ func (s *session) write() {
 	}
 }
 
+// writeFrame writes one message, a large one in fragments: each has its own time
+// and lets pings pass, so that a slow link is not taken for a dead one.
+func (s *session) writeFrame(frame []byte) error {
+	if len(frame) <= fragment {
+		if err := s.conn.SetWriteDeadline(time.Now().Add(writeTimeout)); err != nil {
+			return err
+		}
+		return s.conn.WriteMessage(websocket.BinaryMessage, frame)
+	}
+	w, err := s.conn.NextWriter(websocket.BinaryMessage)
+	if err != nil {
+		return err
+	}
+	for len(frame) > 0 {
+		n := min(len(frame), fragment)
+		if err := s.conn.SetWriteDeadline(time.Now().Add(writeTimeout)); err != nil {
+			return err
+		}
+		if _, err := w.Write(frame[:n]); err != nil {
+			return err
+		}
+		frame = frame[n:]
+	}
+	return w.Close()
+}
+
 // flush sends the queue.
 func (s *session) flush(sealer *wire.Sealer) error {
 	for {
@@ -356,11 +402,7 @@ func (s *session) flush(sealer *wire.Sealer) error {
 			if err != nil {
 				return err
 			}
-			limit := writeTimeout + time.Duration(len(frame))*time.Second/slowLink
-			if err := s.conn.SetWriteDeadline(time.Now().Add(limit)); err != nil {
-				return err
-			}
-			if err := s.conn.WriteMessage(websocket.BinaryMessage, frame); err != nil {
+			if err := s.writeFrame(frame); err != nil {
 				return err
 			}
 			s.mu.Lock()

@@ -1,6 +1,8 @@
 package nodes
 
 import (
+	"bytes"
+	"errors"
 	"log/slog"
 	"net/http"
 	"net/http/httptest"
@@ -111,6 +113,54 @@ func TestSilentPeer(t *testing.T) {
 	if violation := s.blame(s.frames(nil)); violation || s.why != "timeout" {
 		t.Errorf("ended because %s", s.why)
 	}
+	s.write()
+	s.m.remove(s)
+}
+
+// A large frame may take longer to arrive than silence may last.
+func TestSlowLink(t *testing.T) {
+	s, client := rig(t, Options{Ping: 50 * time.Millisecond})
+	s.met = true
+	if err := s.alive(); err != nil {
+		t.Fatal(err)
+	}
+	go func() {
+		w, err := client.NextWriter(websocket.BinaryMessage)
+		for range 10 {
+			if err == nil {
+				_, err = w.Write(make([]byte, 64<<10))
+			}
+			time.Sleep(30 * time.Millisecond) // this is the slow link
+		}
+		if err == nil {
+			err = w.Close()
+		}
+		if err != nil {
+			t.Error(err)
+		}
+	}()
+	if _, err := s.next(new(bytes.Buffer)); !errors.Is(err, wire.ErrSigner) {
+		t.Errorf("got %v, want the frame to arrive and to be refused", err)
+	}
+	s.end(websocket.CloseNormalClosure, "test", "")
+	s.write()
+	s.m.remove(s)
+}
+
+// A large message arrives whole.
+func TestFragments(t *testing.T) {
+	s, client := rig(t, Options{})
+	want := bytes.Repeat([]byte("0123456789"), 20_000)
+	done := make(chan error, 1)
+	go func() { done <- s.writeFrame(want) }()
+	_, got, err := client.ReadMessage()
+	if err != nil || !bytes.Equal(got, want) {
+		t.Errorf("%d bytes, want %d; %v", len(got), len(want), err)
+	}
+	if err := <-done; err != nil {
+		t.Error(err)
+	}
+	s.end(websocket.CloseNormalClosure, "test", "")
 	s.write()
 	s.m.remove(s)
 }
