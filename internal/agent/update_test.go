@@ -423,7 +423,7 @@ func TestUpdateCannotBeStaged(t *testing.T) {
 				}
 				// The runtime is lost meanwhile: the old one comes back.
 				f.machine.Do(func(m *deploytest.Locked) { m.Crash(false) })
-				pass(6 * time.Minute)
+				pass(untilSettled)
 				f.serves(one)
 				f.machine.Fail(call, nil)
 				pass(10 * time.Minute)
