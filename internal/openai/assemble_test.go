@@ -318,7 +318,7 @@ func TestAllocationsPerToken(t *testing.T) {
 		if _, err := a.Event(event); err != nil {
 			t.Fatal(err)
 		}
-	}); n > 1 {
+	}); n > 2 { // 1; the race detector has pools forget things at random
 		t.Errorf("%v allocations per event", n)
 	}
 }
