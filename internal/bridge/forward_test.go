@@ -99,13 +99,17 @@ func newSpanTo(t testing.TB, upstream net.Listener, e *testEngine, change func(*
 // tests.
 func noneLeft(t testing.TB) {
 	t.Helper()
-	for deadline := time.Now().Add(10 * time.Second); ; runtime.Gosched() {
+	if left := straysAfter(10 * time.Second); left != "" {
+		t.Fatalf("goroutines left:\n%s", left)
+	}
+}
+
+// straysAfter gives goroutines that are on their way out the time to end.
+func straysAfter(patience time.Duration) string {
+	for deadline := time.Now().Add(patience); ; runtime.Gosched() {
 		left := strays()
-		if left == "" {
-			return
-		}
-		if time.Now().After(deadline) {
-			t.Fatalf("goroutines left:\n%s", left)
+		if left == "" || time.Now().After(deadline) {
+			return left
 		}
 	}
 }
