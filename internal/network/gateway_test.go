@@ -128,6 +128,7 @@ func TestModelsAndNodes(t *testing.T) {
 }
 
 func TestNoNodeAtAll(t *testing.T) {
+	t.Parallel() // it waits more than it works
 	n := start(t, nil)
 	r := n.answer(n.ask(chat))
 	if r.status != 503 || r.code() != "no_node" || r.header.Get("Retry-After") == "" {
@@ -156,6 +157,7 @@ func TestQueueFull(t *testing.T) {
 }
 
 func TestDeadline(t *testing.T) {
+	t.Parallel() // it waits more than it works
 	n := start(t, func(c *snapshot.Config) { c.Limits.Deadline = 1 })
 	s := n.node().Ready(t)
 	plain, stream := n.ask(chat), n.ask(chatStream)
@@ -180,6 +182,7 @@ func TestDeadline(t *testing.T) {
 }
 
 func TestNodeFailures(t *testing.T) {
+	t.Parallel() // it waits more than it works
 	n := start(t, nil)
 	s := n.node().Ready(t)
 	for _, tc := range []struct {
@@ -288,6 +291,7 @@ func TestStreamIsLive(t *testing.T) {
 
 // A node dies in the middle of a stream: another one goes on, byte for byte.
 func TestStreamSurvivesItsNode(t *testing.T) {
+	t.Parallel() // it waits more than it works
 	n := start(t, nil)
 	a := n.node().Ready(t)
 	ch := n.ask(chatStream)

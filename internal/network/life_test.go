@@ -149,6 +149,7 @@ func (k *killable) kill() {
 // saw ends in one stored result, and nothing that was acknowledged or answered
 // is lost.
 func TestKill(t *testing.T) {
+	t.Parallel() // it waits more than it works
 	n := setUp(t, nil)
 	v := nodetest.New(t, "", n.raw)
 	outbox := map[receipt.JobID]*wire.Job{}
@@ -271,6 +272,7 @@ func TestPublishWhileServing(t *testing.T) {
 
 // Files that somebody copies into the repository are taken over too.
 func TestPublishBehindTheBack(t *testing.T) {
+	t.Parallel() // it waits more than it works
 	n := start(t, nil)
 	n.config.Limits.Messages = 1
 	if err := publish.Publish(n.dir, nodetest.JSON(t, n.config)); err != nil {
@@ -617,6 +619,7 @@ func TestExampleFile(t *testing.T) {
 // The disk gets full: clients are told, and the service ends, so that its
 // manager starts it anew; what was acknowledged is there then.
 func TestDiskFull(t *testing.T) {
+	t.Parallel() // it waits more than it works
 	n := start(t, nil)
 	v := n.node()
 	s := v.Ready(t)
