@@ -413,9 +413,13 @@ func TestUpdateCannotBeStaged(t *testing.T) {
 				f.Opened()
 				f.Message(&wire.Status{Reason: "it is on another configuration"})
 				f.machine.Fail(call, &deploytest.Fault{Err: image.ErrUnsigned})
+				f.machine.Calls()
 				f.publish(next)
 				pass(time.Minute)
 				f.serves(one)
+				if calls := f.machine.Calls(); slices.Contains(calls, deploytest.Golden) {
+					t.Errorf("what serves was disturbed: %q", calls)
+				}
 				st := f.Status()
 				if g := st.Closed(); g == nil || g.Name != gate || !strings.Contains(g.Detail, image.ErrUnsigned.Error()) ||
 					!strings.Contains(g.Detail, fmt.Sprintf("version %d", next.Version())) || !strings.Contains(g.Detail, fmt.Sprintf("version %d goes on", one.Version())) {
@@ -425,7 +429,10 @@ func TestUpdateCannotBeStaged(t *testing.T) {
 				f.machine.Do(func(m *deploytest.Locked) { m.Crash(false) })
 				pass(untilSettled)
 				f.serves(one)
-				f.machine.Fail(call, nil)
+				f.machine.Do(func(m *deploytest.Locked) { m.Crash(true) })
+				pass(untilSettled)
+				f.serves(one)
+				f.machine.Fail(call, nil) // and the new one is not given up
 				pass(10 * time.Minute)
 				f.serves(next)
 				if st := f.Status(); slices.ContainsFunc(st.Gates[:6], func(g control.Gate) bool { return !g.Open }) {
@@ -473,9 +480,11 @@ func TestUpdateFails(t *testing.T) {
 				if tries != 1 {
 					t.Errorf("%d tries", tries)
 				}
-				// And the last good one needs its files.
-				if image, model := f.machine.Has(one); !image || !model {
-					t.Errorf("image %v, model %v", image, model)
+				// And both are kept: the one that runs, and what the network lists.
+				for _, s := range []*snapshot.Snapshot{one, next} {
+					if image, model := f.machine.Has(s); !image || !model {
+						t.Errorf("version %d: image %v, model %v", s.Version(), image, model)
+					}
 				}
 				third := n.Publish(map[string]any{"runtime.image": deploytest.Image(3)})
 				f.publish(third)
