@@ -85,6 +85,10 @@ func (b *bridge) run() int {
 		return b.fail(contract.ExitInternal, err)
 	}
 
+	// Before the inspection, which a pipe left there would fail for ever.
+	if err := clearDir(filepath.Dir(b.o.Socket)); err != nil {
+		return b.fail(contract.ExitConfig, err)
+	}
 	record := sandbox.Inspect(b.order())
 	if !record.OK {
 		failed := sandbox.Failed(record)
@@ -94,9 +98,6 @@ func (b *bridge) run() int {
 		b.log.Print("the sandbox is not the one that was ordered: the engine is not started")
 		b.tell(status("sandbox: %s", failed[0]))
 		return contract.ExitSandbox
-	}
-	if err := clearSocket(b.o.Socket); err != nil {
-		return b.fail(contract.ExitConfig, err)
 	}
 
 	var err error

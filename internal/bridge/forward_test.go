@@ -19,6 +19,7 @@ import (
 	"strings"
 	"sync"
 	"sync/atomic"
+	"syscall"
 	"testing"
 	"time"
 
@@ -750,18 +751,6 @@ func TestClosedIdleConnectionIsNotAnError(t *testing.T) {
 func TestSocket(t *testing.T) {
 	dir := t.TempDir()
 	path := filepath.Join(dir, "engine.sock")
-	if err := clearSocket(path); err != nil {
-		t.Fatalf("nothing there: %v", err)
-	}
-	stale, err := net.ListenUnix("unix", &net.UnixAddr{Name: path})
-	if err != nil {
-		t.Fatal(err)
-	}
-	stale.SetUnlinkOnClose(false)
-	stale.Close()
-	if err := clearSocket(path); err != nil {
-		t.Fatalf("a stale socket: %v", err)
-	}
 	l, err := listen(path, 1)
 	if err != nil {
 		t.Fatal(err)
@@ -785,20 +774,54 @@ func TestSocket(t *testing.T) {
 	}
 	other.Close()
 	l.Close()
+}
+
+// Whatever an engine left in the directory is gone before the next one starts.
+func TestClearDir(t *testing.T) {
+	dir := t.TempDir()
+	outside := filepath.Join(t.TempDir(), "kept")
+	if err := os.WriteFile(outside, nil, 0o600); err != nil {
+		t.Fatal(err)
+	}
+	left := func(name string) string { return filepath.Join(dir, name) }
 	for _, make := range []func() error{
-		func() error { return os.WriteFile(path, nil, 0o600) },
-		func() error { return os.Mkdir(path, 0o700) },
-		func() error { return os.Symlink(filepath.Join(dir, "elsewhere"), path) },
+		func() error { return os.WriteFile(left("engine.sock"), []byte("data"), 0o600) },
+		func() error { return os.MkdirAll(left("a/b/c"), 0o700) },
+		func() error { return os.Mkdir(left("closed"), 0) },
+		func() error { return os.Symlink(outside, left("link")) },
+		func() error { return os.Symlink(filepath.Dir(outside), left("linkdir")) },
+		func() error { return syscall.Mkfifo(left("pipe"), 0o666) },
+		func() error { // as a killed bridge leaves it
+			l, err := net.ListenUnix("unix", &net.UnixAddr{Name: left("stale.sock")})
+			if err == nil {
+				l.SetUnlinkOnClose(false)
+				err = l.Close()
+			}
+			return err
+		},
+		func() error {
+			for i := range 1000 {
+				if err := os.WriteFile(left(fmt.Sprint("many", i)), nil, 0o600); err != nil {
+					return err
+				}
+			}
+			return nil
+		},
 	} {
 		if err := make(); err != nil {
 			t.Fatal(err)
 		}
-		if err := clearSocket(path); err == nil || !strings.Contains(err.Error(), "is not a socket") {
-			t.Errorf("clearSocket: %v, want a refusal", err)
+	}
+	for range 2 { // an empty one is fine, too
+		if err := clearDir(dir); err != nil {
+			t.Fatal(err)
 		}
-		if err := os.Remove(path); err != nil {
-			t.Fatalf("it was removed: %v", err)
-		}
+	}
+	if names, err := os.ReadDir(dir); err != nil || len(names) != 0 {
+		t.Errorf("left: %v, %v", names, err)
+	}
+	if _, err := os.Stat(outside); err != nil {
+		t.Errorf("removed what a link led to: %v", err)
 	}
 }
 

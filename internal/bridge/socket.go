@@ -3,26 +3,56 @@ package bridge
 import (
 	"errors"
 	"fmt"
+	"io"
 	"io/fs"
 	"net"
 	"os"
 	"sync"
 )
 
-// clearSocket removes the socket of an earlier run. It removes nothing else.
-func clearSocket(path string) error {
-	switch info, err := os.Lstat(path); {
-	case errors.Is(err, fs.ErrNotExist):
-		return nil
-	case err != nil:
-		return fmt.Errorf("socket: %w", err)
-	case info.Mode().Type() != fs.ModeSocket:
-		return fmt.Errorf("socket: %s exists and is not a socket; mount an empty directory there", path)
-	}
-	if err := os.Remove(path); err != nil {
+// clearDir empties the directory of the socket. The directory outlives the
+// container and the engine can write there: what an earlier run left would be
+// something kept between runs, and a pipe, or a directory in the socket's place,
+// could keep the bridge from ever starting again.
+func clearDir(dir string) error {
+	root, err := os.OpenRoot(dir)
+	if err != nil {
 		return fmt.Errorf("socket: %w", err)
 	}
-	return nil
+	defer root.Close()
+	for {
+		// From the start each time: removing moves the rest about.
+		names, err := someNames(root)
+		if err != nil {
+			return fmt.Errorf("socket: empty %s: %w", dir, err)
+		}
+		if len(names) == 0 {
+			return nil
+		}
+		for _, name := range names {
+			// A directory that its owner may not enter cannot be emptied either.
+			if info, err := root.Lstat(name); err == nil && info.IsDir() {
+				_ = root.Chmod(name, 0o700) // RemoveAll says what stays
+			}
+			if err := root.RemoveAll(name); err != nil {
+				return fmt.Errorf("socket: an earlier run left what cannot be removed: %w; stop the runtime and empty its socket directory", err)
+			}
+		}
+	}
+}
+
+// someNames lists some of what is in root, and nothing when it is empty.
+func someNames(root *os.Root) ([]string, error) {
+	f, err := root.Open(".")
+	if err != nil {
+		return nil, err
+	}
+	defer f.Close()
+	names, err := f.Readdirnames(256)
+	if errors.Is(err, io.EOF) {
+		err = nil
+	}
+	return names, err
 }
 
 // listener is the socket. It accepts a bounded number of connections, and
