@@ -69,7 +69,8 @@ type Agent struct {
 	units   units
 	session link
 	worker  *work.Worker
-	http    *http.Client
+	http    *http.Client  // for the network
+	sources *http.Client  // for models and images
 	profile wire.Hardware // read once; its disk space at each heartbeat
 	closers []func() error
 

@@ -162,7 +162,7 @@ func New(ctx context.Context, cfg *config.Config, env func(string) string, log *
 		return nil, inDir("paths.runtime", err)
 	}
 	// The store first: its lock says whether another agent runs here.
-	a.store, err = state.Open(filepath.Join(networkDir, "jobs.db"), state.Bounds{Jobs: 10_000, Bytes: 2 << 30, IDs: 100_000}, time.Now)
+	a.store, err = state.Open(filepath.Join(networkDir, "jobs.db"), state.DefaultBounds, time.Now)
 	switch {
 	case errors.Is(err, state.ErrCorrupt):
 		return nil, &finalError{journal.StoreRefused, err}
@@ -179,7 +179,7 @@ func New(ctx context.Context, cfg *config.Config, env func(string) string, log *
 		return nil, err
 	}
 	var ca []byte
-	if a.http, ca, err = client(cfg.Network.CA); err != nil {
+	if a.http, a.sources, ca, err = clients(cfg.Network.CA); err != nil {
 		return nil, &finalError{journal.ConfigInvalid, err}
 	}
 	root, err := os.ReadFile(cfg.Network.Root)
@@ -189,7 +189,7 @@ func New(ctx context.Context, cfg *config.Config, env func(string) string, log *
 	if a.snaps, err = tuf.New(tuf.Config{Dir: filepath.Join(networkDir, "tuf"), URL: cfg.Network.URL + "/tuf", Root: root, Client: a.http, Now: time.Now}); err != nil {
 		return nil, &finalError{journal.ConfigInvalid, fmt.Errorf("network.root: %w", err)}
 	}
-	models, err := model.Open(filepath.Join(cfg.Paths.State, "models"), a.http, log)
+	models, err := model.Open(filepath.Join(cfg.Paths.State, "models"), a.sources, log)
 	if err != nil {
 		return nil, err
 	}
@@ -248,25 +248,35 @@ func (a *Agent) sameNode(dir string) error {
 	return nil
 }
 
-// client makes the HTTP client for everything outside: the network, model
-// sources and the registry.
-func client(caFile string) (*http.Client, []byte, error) {
-	t := &tls.Config{MinVersion: tls.VersionTLS12}
-	var ca []byte
-	if caFile != "" {
-		var err error
-		if ca, err = os.ReadFile(caFile); err != nil {
-			return nil, nil, fmt.Errorf("network.ca: %w", err)
-		}
-		t.RootCAs = x509.NewCertPool()
-		if !t.RootCAs.AppendCertsFromPEM(ca) {
-			return nil, nil, fmt.Errorf("network.ca: %s has no PEM certificate", caFile)
-		}
+// clients makes the HTTP clients for the network and for sources of models and
+// images. network.ca stands in place of the system's authorities for the network
+// itself, which it names, and beside them for the sources: a private network may
+// well take its models from a public host.
+func clients(caFile string) (network, sources *http.Client, ca []byte, err error) {
+	if caFile == "" {
+		c := client(nil)
+		return c, c, nil, nil
 	}
+	if ca, err = os.ReadFile(caFile); err != nil {
+		return nil, nil, nil, fmt.Errorf("network.ca: %w", err)
+	}
+	own := x509.NewCertPool()
+	if !own.AppendCertsFromPEM(ca) {
+		return nil, nil, nil, fmt.Errorf("network.ca: %s has no PEM certificate", caFile)
+	}
+	all, err := x509.SystemCertPool()
+	if err != nil {
+		return nil, nil, nil, fmt.Errorf("the system's certificates: %w", err)
+	}
+	all.AppendCertsFromPEM(ca)
+	return client(own), client(all), ca, nil
+}
+
+func client(roots *x509.CertPool) *http.Client {
 	return &http.Client{Transport: &http.Transport{
-		Proxy: http.ProxyFromEnvironment, TLSClientConfig: t, TLSHandshakeTimeout: 15 * time.Second,
+		Proxy: http.ProxyFromEnvironment, TLSClientConfig: &tls.Config{MinVersion: tls.VersionTLS12, RootCAs: roots}, TLSHandshakeTimeout: 15 * time.Second,
 		ResponseHeaderTimeout: 30 * time.Second, IdleConnTimeout: time.Minute, MaxIdleConnsPerHost: 4, ForceAttemptHTTP2: true,
-	}}, ca, nil
+	}}
 }
 
 // newDeployer starts Podman's API service, which takes a moment that the start
@@ -278,7 +288,7 @@ func (a *Agent) newDeployer(ctx context.Context, models *model.Store, units *sys
 	}
 	// HOME of the API service is below the state directory; see
 	// resultity-podman.service.
-	images, err := image.New(a.http.Transport, p, filepath.Join(a.cfg.Paths.State, "podman/.config/containers"), ca, a.log)
+	images, err := image.New(a.sources.Transport, p, filepath.Join(a.cfg.Paths.State, "podman/.config/containers"), ca, a.log)
 	if err != nil {
 		return nil, err
 	}

@@ -39,7 +39,7 @@ type Network struct {
 	Name           string `koanf:"name"`            // as in the network's snapshot
 	URL            string `koanf:"url"`             // https://host[:port]
 	Root           string `koanf:"root"`            // file: the network's first TUF root
-	CA             string `koanf:"ca"`              // file: PEM certificates trusted instead of the system's; "" for the system's
+	CA             string `koanf:"ca"`              // file: PEM certificates of a private network; "" for the system's
 	EnrolmentToken string `koanf:"enrolment_token"` // file: token for the first registration; "" for none
 }
 
