@@ -59,10 +59,14 @@ var levels = [][]string{
 	{"wire", "snapshot", "bridge/contract"}, //
 	{"openai", "quadlet", "config"},         //
 	{"identity", "tuf", "session", "image", "model", "podman", "systemd", "runtime", "state"}, // edges
-	{"control", "sandbox"},
+	{"control", "sandbox", "hardware"},
 	{"work", "deploy"}, // order
 	{"agent", "ctl"},
 }
+
+// outside of the levels are programs of their own, what generates files, and
+// helpers of tests.
+var outside = []string{"network", "publish", "bridge", "journal/catalog", "deploy/deploytest"}
 
 func level(path string) int {
 	name, ok := strings.CutPrefix(path, module+"/internal/")
@@ -75,9 +79,13 @@ func level(path string) int {
 func TestImportDirection(t *testing.T) {
 	found := map[string]bool{}
 	for _, p := range list(t) {
-		found[strings.TrimPrefix(p.ImportPath, module+"/internal/")] = true
+		name, internal := strings.CutPrefix(p.ImportPath, module+"/internal/")
+		found[name] = true
 		from := level(p.ImportPath)
 		if from < 0 {
+			if internal && !slices.ContainsFunc(outside, func(dir string) bool { return name == dir || strings.HasPrefix(name, dir+"/") }) {
+				t.Errorf("%s has no level: give it one", p.ImportPath)
+			}
 			continue
 		}
 		for _, i := range p.Imports {
