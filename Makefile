@@ -18,14 +18,14 @@ $(PROGRAMS:%=build/bin/%): build/bin/%:
 # What a package contains; packaging/scripts/postinstall.sh does the rest.
 .PHONY: install
 install: $(PROGRAMS:%=build/bin/%)
-	install -D -m 0755 -t $(DESTDIR)/usr/bin build/bin/resultity-agent build/bin/resultityctl
-	install -D -m 0755 -t $(DESTDIR)/usr/libexec/resultity build/bin/resultity-bridge packaging/scripts/postinstall.sh
-	install -D -m 0644 -t $(DESTDIR)/usr/lib/systemd/user units/resultity-agent.service units/resultity-podman.socket units/resultity-podman.service
-	install -D -m 0644 units/sysusers.conf $(DESTDIR)/usr/lib/sysusers.d/resultity.conf
-	install -D -m 0644 units/tmpfiles.conf $(DESTDIR)/usr/lib/tmpfiles.d/resultity.conf
-	install -D -m 0644 units/user.preset $(DESTDIR)/usr/lib/systemd/user-preset/90-resultity.preset
-	install -D -m 0644 -t $(DESTDIR)/usr/lib/systemd/catalog units/resultity.catalog
-	install -D -m 0644 -t $(DESTDIR)/usr/share/doc/resultity-agent internal/config/agent.toml README.md LICENSE
+	install -C -D -m 0755 -t $(DESTDIR)/usr/bin build/bin/resultity-agent build/bin/resultityctl
+	install -C -D -m 0755 -t $(DESTDIR)/usr/libexec/resultity build/bin/resultity-bridge packaging/scripts/postinstall.sh
+	install -C -D -m 0644 -t $(DESTDIR)/usr/lib/systemd/user units/resultity-agent.service units/resultity-podman.socket units/resultity-podman.service
+	install -C -D -m 0644 units/sysusers.conf $(DESTDIR)/usr/lib/sysusers.d/resultity.conf
+	install -C -D -m 0644 units/tmpfiles.conf $(DESTDIR)/usr/lib/tmpfiles.d/resultity.conf
+	install -C -D -m 0644 units/user.preset $(DESTDIR)/usr/lib/systemd/user-preset/90-resultity.preset
+	install -C -D -m 0644 -t $(DESTDIR)/usr/lib/systemd/catalog units/resultity.catalog
+	install -C -D -m 0644 -t $(DESTDIR)/usr/share/doc/resultity-agent internal/config/agent.toml README.md LICENSE
 
 # The network service checks every node's signatures; with cgo and libsecp256k1
 # that is five times faster.

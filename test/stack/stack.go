@@ -26,6 +26,8 @@ import (
 	"sync"
 	"time"
 
+	"golang.org/x/sys/unix"
+
 	"github.com/resultity/node/internal/digest"
 	"github.com/resultity/node/internal/evm"
 	"github.com/resultity/node/internal/snapshot"
@@ -107,6 +109,20 @@ func Build(ctx context.Context) (Artifacts, error) {
 		return Artifacts{}, err
 	}
 	a := Artifacts{Root: filepath.Join(top, "build/root"), Bin: filepath.Join(top, "build/bin")}
+	// Test programs of several packages run at once and build into one place.
+	// What is the same already is left alone, so that whoever copies it meanwhile
+	// finds it.
+	if err := os.MkdirAll(filepath.Join(top, "build"), 0o755); err != nil {
+		return Artifacts{}, err
+	}
+	lock, err := os.OpenFile(filepath.Join(top, "build/.lock"), os.O_CREATE|os.O_RDWR, 0o644)
+	if err != nil {
+		return Artifacts{}, err
+	}
+	defer lock.Close() // which gives the lock back
+	if err := unix.Flock(int(lock.Fd()), unix.LOCK_EX); err != nil {
+		return Artifacts{}, fmt.Errorf("lock %s: %w", lock.Name(), err)
+	}
 	if err := run(ctx, top, "make", "--no-print-directory", "install", "DESTDIR="+a.Root); err != nil {
 		return Artifacts{}, err
 	}
