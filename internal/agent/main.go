@@ -251,11 +251,11 @@ func (a *Agent) sameNode(dir string) error {
 // clients makes the HTTP clients for the network and for sources of models and
 // images. network.ca stands in place of the system's authorities for the network
 // itself, which it names, and beside them for the sources: a private network may
-// well take its models from a public host.
+// well take its models from a public host. The protocol is TLS 1.3; what hosts of
+// models speak is theirs.
 func clients(caFile string) (network, sources *http.Client, ca []byte, err error) {
 	if caFile == "" {
-		c := client(nil)
-		return c, c, nil, nil
+		return client(tls.VersionTLS13, nil), client(tls.VersionTLS12, nil), nil, nil
 	}
 	if ca, err = os.ReadFile(caFile); err != nil {
 		return nil, nil, nil, fmt.Errorf("network.ca: %w", err)
@@ -269,12 +269,12 @@ func clients(caFile string) (network, sources *http.Client, ca []byte, err error
 		return nil, nil, nil, fmt.Errorf("the system's certificates: %w", err)
 	}
 	all.AppendCertsFromPEM(ca)
-	return client(own), client(all), ca, nil
+	return client(tls.VersionTLS13, own), client(tls.VersionTLS12, all), ca, nil
 }
 
-func client(roots *x509.CertPool) *http.Client {
+func client(oldest uint16, roots *x509.CertPool) *http.Client {
 	return &http.Client{Transport: &http.Transport{
-		Proxy: http.ProxyFromEnvironment, TLSClientConfig: &tls.Config{MinVersion: tls.VersionTLS12, RootCAs: roots}, TLSHandshakeTimeout: 15 * time.Second,
+		Proxy: http.ProxyFromEnvironment, TLSClientConfig: &tls.Config{MinVersion: oldest, RootCAs: roots}, TLSHandshakeTimeout: 15 * time.Second,
 		ResponseHeaderTimeout: 30 * time.Second, IdleConnTimeout: time.Minute, MaxIdleConnsPerHost: 4, ForceAttemptHTTP2: true,
 	}}
 }
