@@ -11,13 +11,8 @@ import (
 // The calls below do nothing where no service manager listens, as in a
 // developer's terminal.
 
-// Ready says that the service is up, or up again after [Reloading].
+// Ready says that the service is up.
 func Ready(status string) error { return notify(daemon.SdNotifyReady, statusLine(status)) }
-
-// Reloading says that the configuration is being read again; [Ready] ends it.
-func Reloading() error {
-	return notify(daemon.SdNotifyReloading, strings.TrimSpace(daemon.SdNotifyMonotonicUsec()))
-}
 
 // Stopping says that the service is on its way down.
 func Stopping(status string) error { return notify(daemon.SdNotifyStopping, statusLine(status)) }

@@ -12,7 +12,6 @@ import (
 	"bytes"
 	"context"
 	"crypto/tls"
-	"crypto/x509"
 	"encoding/json"
 	"errors"
 	"fmt"
@@ -557,9 +556,6 @@ func (s *Stack) Open(ctx context.Context, method, path string, body any) (*http.
 	req.Header.Set("Content-Type", "application/json")
 	return s.HTTP.Do(req)
 }
-
-// Pool returns the authority that the stack's certificates lead to.
-func (s *Stack) Pool() *x509.CertPool { return s.ca.pool() }
 
 // BuildProgram builds one of the tests' own programs to the file out.
 func BuildProgram(ctx context.Context, out, pkg string) error {
