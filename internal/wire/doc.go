@@ -27,7 +27,8 @@
 // by a message key. Registering again answers the same and changes nothing;
 // the enrolment token is looked at only the first time. 400 malformed or
 // wrong clock, 401 wrong signer, 403 token unknown, used up or expired, 409
-// another network's name; the body of an error is text for people.
+// another network's name; 429 and 500, with Retry-After, ask to try again. The
+// body of an error is text for people.
 //
 // # Session
 //
@@ -42,8 +43,9 @@
 //
 //	session = keccak("resultity.v1 session\n" ‖ keccak(NAME) ‖ node ‖ node's nonce ‖ network's nonce)
 //
-// 403 says that the node is not registered, 409 that the network has another
-// name. A second session of a node ends the first.
+// 400 says that a header is missing or malformed, 403 that the node is not
+// registered, 409 that the network has another name, 503 to try again later. A
+// second session of a node ends the first once its Hello has been checked.
 //
 // # Frames
 //
@@ -58,9 +60,9 @@
 //
 // seq starts at 1 in each direction and rises by one. time is the sender's
 // clock in Unix milliseconds and must be within the clock window of the
-// snapshot. The first frames are [Hello] and [Welcome]. A frame that is too
-// large, malformed, signed by another key, out of sequence or off in time ends
-// the session: the receiver closes with status 1008 (1009 for size) and counts
+// snapshot when the frame begins to arrive. The first frames are [Hello] and
+// [Welcome]. A frame that is too large, malformed, signed by another key, out of
+// sequence or off in time ends the session: the receiver closes with status 1008 (1009 for size) and counts
 // it. Whatever is received is checked over the received bytes; nothing is
 // serialised again before checking. WebSocket pings keep the connection known
 // to be alive; they carry no meaning.
@@ -85,7 +87,9 @@
 //
 // A node accepts a job id at most once at a time. When a job arrives that it
 // is working on, it answers Accept again; when it has the result, it sends
-// the Result again. After a reconnect the node first sends every unacknowledged
+// the Result again. A job whose result with a receipt has been acknowledged is
+// refused with internal: a node never signs two receipts for one job. After a
+// reconnect the node first sends every unacknowledged
 // result. The network counts the first valid result of a job and acknowledges
 // any further one without counting it, so delivery is at least once and the
 // effect exactly once.
