@@ -9,7 +9,6 @@ package deploy
 
 import (
 	"context"
-	"encoding/json"
 	"errors"
 	"fmt"
 	"log/slog"
@@ -18,7 +17,6 @@ import (
 	"slices"
 	"time"
 
-	"github.com/resultity/node/internal/bridge/contract"
 	"github.com/resultity/node/internal/digest"
 	"github.com/resultity/node/internal/journal"
 	"github.com/resultity/node/internal/podman"
@@ -315,30 +313,4 @@ func (d *Deployer) start(ctx context.Context, p *Plan, state systemd.State) (sys
 		err = fmt.Errorf("%s is %s right after its start (%s)", p.unit.Service, state.Active, state.Result)
 	}
 	return state, err
-}
-
-// checkSealed compares the inside view, the outside view and the image.
-func (d *Deployer) checkSealed(ctx context.Context, p *Plan, engine Engine) error {
-	ctx, cancel := context.WithTimeout(ctx, lookTimeout)
-	defer cancel()
-	c, err := d.Containers.Container(ctx, quadlet.ContainerName)
-	if err != nil {
-		return err
-	}
-	if want := p.snapshot.Config().Runtime.Image.Digest(); c.ImageDigest != want {
-		return fmt.Errorf("%w: it runs image %s, not %s", sandbox.ErrNotSealed, c.ImageDigest, want)
-	}
-	out, err := d.Look(c.PID)
-	if err != nil {
-		return err
-	}
-	raw, err := engine.Sandbox(ctx)
-	if err != nil {
-		return err
-	}
-	var in contract.Sandbox
-	if err := json.Unmarshal(raw, &in); err != nil {
-		return fmt.Errorf("%w: the bridge's record cannot be read: %w", sandbox.ErrNotSealed, err)
-	}
-	return sandbox.Check(out, &in, os.Getuid())
 }
