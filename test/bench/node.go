@@ -178,10 +178,10 @@ func token(o load.Outcome) float64 { return o.Token }
 func rate(o load.Outcome) float64  { return float64(o.Requests) / o.Seconds }
 
 // bothWays measures each op on both ways in turns, and adds rows: direct,
-// through the network and the node, and the difference. It returns what was
-// added to the first value of the first series, by round, and the floor of that.
-func (b *bench) bothWays(ctx context.Context, n *stack.Node, t *table, rounds int, all []series) (added, floor []float64, err error) {
-	round := []load.Op{{Floor: true, Requests: all[0].op.Requests, Concurrency: 1}}
+// through the network and the node, and the difference.
+func (b *bench) bothWays(ctx context.Context, n *stack.Node, t *table, rounds int, floors []load.Op, all []series) (m measured, err error) {
+	round := slices.Clone(floors)
+	first := len(round)
 	for _, s := range all {
 		direct := s.op
 		direct.Direct = true
@@ -190,23 +190,34 @@ func (b *bench) bothWays(ctx context.Context, n *stack.Node, t *table, rounds in
 	// What is opened and read at the first request is no part of any round.
 	out, err := b.load(ctx, n, slices.Repeat(round, 1+rounds)...)
 	if err != nil {
-		return nil, nil, err
+		return m, err
 	}
 	out = out[len(round):]
 	for i, s := range all {
 		for _, v := range s.values {
-			direct := pick(out, 1+2*i, len(round), v.f)
-			path := pick(out, 2+2*i, len(round), v.f)
+			direct := pick(out, first+2*i, len(round), v.f)
+			path := pick(out, first+1+2*i, len(round), v.f)
 			more := paired(path, direct, minus)
-			if added == nil {
-				added = more
-			}
+			m.added = append(m.added, more)
 			t.add(v.name+", engine's socket", "µs", direct)
 			t.add(v.name+", API", "µs", path)
 			t.add(v.name+", added", "µs", more, v.goal...)
 		}
 	}
-	return added, pick(out, 0, len(round), total), nil
+	m.out, m.step = out, len(round)
+	return m, nil
+}
+
+// measured is what bothWays has seen, by round.
+type measured struct {
+	added [][]float64 // µs, to each value of each series, in their order
+	out   []load.Outcome
+	step  int // outcomes in a round
+}
+
+// floor is what the i-th floor took.
+func (m *measured) floor(i int, f func(load.Outcome) float64) []float64 {
+	return pick(m.out, i, m.step, f)
 }
 
 type series struct {
@@ -234,7 +245,7 @@ func addedReal(ctx context.Context, b *bench, t *table) error {
 	}
 	p := model.Prompts()[0].User
 	each := b.scale(15, 3)
-	_, _, err = b.bothWays(ctx, n, t, b.scale(15, 3), []series{
+	_, err = b.bothWays(ctx, n, t, b.scale(15, 3), nil, []series{
 		{load.Op{Prompt: p, Tokens: 1, Requests: each, Concurrency: 1}, []value{{"plain, one token", total, addedGoal}}},
 		{load.Op{Prompt: p, Tokens: 1, Requests: each, Concurrency: 1, Stream: true}, []value{{"stream, first token", first, addedGoal}, {"stream, whole", total, nil}}},
 	})
@@ -248,7 +259,11 @@ func addedInstant(ctx context.Context, b *bench, t *table) error {
 	}
 	const long = 500
 	each := b.scale(25, 5)
-	added, floor, err := b.bothWays(ctx, n, t, b.scale(15, 3), []series{
+	m, err := b.bothWays(ctx, n, t, b.scale(15, 3), []load.Op{
+		{Floor: true, Requests: each, Concurrency: 1},
+		{Hops: true, Requests: 1, Concurrency: 1},
+		{Hops: true, Relays: 2, Requests: 1, Concurrency: 1},
+	}, []series{
 		{load.Op{Prompt: "x", Tokens: 1, Want: instant.Text(1), Requests: each, Concurrency: 1}, []value{{"plain, one token", total, addedGoal}}},
 		{load.Op{Prompt: "x", Tokens: 1, Want: instant.Text(1), Requests: each, Concurrency: 1, Stream: true}, []value{{"stream, first token", first, addedGoal}}},
 		{load.Op{Prompt: instant.Pace(2 * time.Millisecond), Tokens: 200, Stamped: true, Requests: 1, Concurrency: 1, Stream: true}, []value{{"token each 2 ms, its way", token, tokenGoal}}},
@@ -257,8 +272,11 @@ func addedInstant(ctx context.Context, b *bench, t *table) error {
 	if err != nil {
 		return err
 	}
-	t.add(fmt.Sprintf("floor of plain: %d durable writes, %d signatures, %d checks of one", load.Syncs, load.Signs, load.Checks), "µs", floor)
-	t.add("plain, added / floor", "ratio", paired(added, floor, over), atMost(3))
+	t.add(fmt.Sprintf("floor of plain: %d durable writes, %d signatures, %d checks of one", load.Syncs, load.Signs, load.Checks), "µs", m.floor(0, total))
+	t.add("plain, added / floor", "ratio", paired(m.added[0], m.floor(0, total), over), atMost(3))
+	hops := paired(m.floor(2, token), m.floor(1, token), minus)
+	t.add("floor of a token each 2 ms: two programs that pass bytes on, over TLS", "µs", hops)
+	t.add("token each 2 ms, added / floor", "ratio", paired(m.added[2], hops, over))
 	return nil
 }
 

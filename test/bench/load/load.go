@@ -52,6 +52,8 @@ type Op struct {
 	Stamped     bool   // the tokens say when they were written
 	Receipts    bool   // check that each answer's receipt is over the bytes that came
 	Floor       bool   // no request at all, but what one may not do without, see floor
+	Hops        bool   // no request at all, but the way of a token with nothing on it, see hops
+	Relays      int    // programs on that way, between its ends
 }
 
 // Outcome is what came of an op. Times are medians over its exact answers, in
@@ -130,7 +132,10 @@ func (r *runner) op(ctx context.Context, o *Op) (Outcome, error) {
 		wg     sync.WaitGroup
 	)
 	ask := func() (answer, error) { return r.ask(ctx, o, body) }
-	if o.Floor {
+	switch {
+	case o.Hops:
+		ask = func() (answer, error) { return hops(ctx, o.Relays) }
+	case o.Floor:
 		f, err := newFloor()
 		if err != nil {
 			return Outcome{}, err

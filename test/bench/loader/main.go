@@ -1,6 +1,7 @@
 // Command loader runs on a host: it reads what to do from its standard input
 // and prints what came of it, see package load. As "loader spin" it does
-// nothing but keep one core busy.
+// nothing but keep one core busy; "loader source" and "loader relay" are the
+// ends and steps of a way for bytes.
 package main
 
 import (
@@ -13,20 +14,36 @@ import (
 )
 
 func main() {
-	if len(os.Args) > 1 && os.Args[1] == "spin" {
-		for n := 0; ; n++ { // until it is killed
-		}
-	}
-	var s load.Spec
-	err := json.NewDecoder(os.Stdin).Decode(&s)
-	if err == nil {
-		var out []load.Outcome
-		if out, err = load.Run(context.Background(), &s); err == nil {
-			err = json.NewEncoder(os.Stdout).Encode(out)
-		}
-	}
-	if err != nil {
+	if err := run(os.Args[1:]); err != nil {
 		fmt.Fprintln(os.Stderr, "loader:", err)
 		os.Exit(1)
 	}
+}
+
+func run(args []string) error {
+	if len(args) == 0 {
+		return work()
+	}
+	switch args[0] {
+	case "spin":
+		for { // until it is killed
+		}
+	case "source":
+		return load.Source(args[1])
+	case "relay":
+		return load.Relay(args[1], args[2] == "true", args[3])
+	}
+	return fmt.Errorf("%q: not a part that it plays", args[0])
+}
+
+func work() error {
+	var s load.Spec
+	if err := json.NewDecoder(os.Stdin).Decode(&s); err != nil {
+		return err
+	}
+	out, err := load.Run(context.Background(), &s)
+	if err != nil {
+		return err
+	}
+	return json.NewEncoder(os.Stdout).Encode(out)
 }
