@@ -9,13 +9,13 @@ package receipt
 import (
 	"bytes"
 	"crypto/rand"
-	"encoding/binary"
 	"encoding/hex"
 	"encoding/json"
 	"errors"
 	"fmt"
 	"io"
 	"reflect"
+	"slices"
 	"strconv"
 
 	"github.com/resultity/node/internal/digest"
@@ -78,62 +78,28 @@ type Receipt struct {
 	FinishedAt       uint64 // Unix milliseconds, by the node's clock
 }
 
-const (
-	domainName    = "Resultity"
-	domainVersion = "1"
-	primaryType   = "Receipt"
-)
-
-type field struct {
-	Name string `json:"name"`
-	Type string `json:"type"`
-}
+const primaryType = "Receipt"
 
 var (
-	domainFields  = []field{{"name", "string"}, {"version", "string"}, {"chainId", "uint256"}}
-	receiptFields = []field{
-		{"job", "bytes16"}, {"node", "address"},
-		{"configDigest", "bytes32"}, {"imageDigest", "bytes32"}, {"modelDigest", "bytes32"},
-		{"requestHash", "bytes32"}, {"responseHash", "bytes32"},
-		{"promptTokens", "uint64"}, {"completionTokens", "uint64"},
-		{"startedAt", "uint64"}, {"finishedAt", "uint64"},
+	domainFields  = evm.DomainFields()
+	receiptFields = []evm.Field{
+		{Name: "job", Type: "bytes16"}, {Name: "node", Type: "address"},
+		{Name: "configDigest", Type: "bytes32"}, {Name: "imageDigest", Type: "bytes32"}, {Name: "modelDigest", Type: "bytes32"},
+		{Name: "requestHash", Type: "bytes32"}, {Name: "responseHash", Type: "bytes32"},
+		{Name: "promptTokens", Type: "uint64"}, {Name: "completionTokens", Type: "uint64"},
+		{Name: "startedAt", Type: "uint64"}, {Name: "finishedAt", Type: "uint64"},
 	}
-	domainTypeHash  = evm.Keccak([]byte(encodeType("EIP712Domain", domainFields)))
-	receiptTypeHash = evm.Keccak([]byte(encodeType(primaryType, receiptFields)))
-	nameHash        = evm.Keccak([]byte(domainName))
-	versionHash     = evm.Keccak([]byte(domainVersion))
+	receiptTypeHash = evm.TypeHash(primaryType, receiptFields)
 )
-
-func encodeType(name string, fields []field) string {
-	var b bytes.Buffer
-	b.WriteString(name + "(")
-	for i, f := range fields {
-		if i > 0 {
-			b.WriteByte(',')
-		}
-		b.WriteString(f.Type + " " + f.Name)
-	}
-	b.WriteByte(')')
-	return b.String()
-}
-
-func word(v uint64) []byte {
-	var w [32]byte
-	binary.BigEndian.PutUint64(w[24:], v)
-	return w[:]
-}
 
 // Hash returns the EIP-712 hash that a node of the chain signs.
 func (r *Receipt) Hash(chainID uint64) evm.Hash {
-	separator := evm.Keccak(domainTypeHash[:], nameHash[:], versionHash[:], word(chainID))
-	var job, node [32]byte
-	copy(job[:], r.Job[:])     // bytesN is padded on the right,
-	copy(node[12:], r.Node[:]) // an address on the left
+	var job [32]byte
+	copy(job[:], r.Job[:]) // bytesN is padded on the right
 	sums := [5][32]byte{r.ConfigDigest.Sum(), r.ImageDigest.Sum(), r.ModelDigest.Sum(), r.RequestHash.Sum(), r.ResponseHash.Sum()}
-	message := evm.Keccak(receiptTypeHash[:], job[:], node[:],
+	return evm.TypedHash(chainID, receiptTypeHash, job[:], evm.AddressWord(r.Node),
 		sums[0][:], sums[1][:], sums[2][:], sums[3][:], sums[4][:],
-		word(r.PromptTokens), word(r.CompletionTokens), word(r.StartedAt), word(r.FinishedAt))
-	return evm.Keccak([]byte{0x19, 0x01}, separator[:], message[:])
+		evm.Word(r.PromptTokens), evm.Word(r.CompletionTokens), evm.Word(r.StartedAt), evm.Word(r.FinishedAt))
 }
 
 // Sign makes the signed form. The key must be r.Node's.
@@ -179,8 +145,8 @@ type signedJSON struct {
 
 type typedData struct {
 	Types struct {
-		Domain  []field `json:"EIP712Domain"`
-		Receipt []field `json:"Receipt"`
+		Domain  []evm.Field `json:"EIP712Domain"`
+		Receipt []evm.Field `json:"Receipt"`
 	} `json:"types"`
 	PrimaryType string `json:"primaryType"`
 	Domain      struct {
@@ -210,7 +176,7 @@ func (s Signed) MarshalJSON() ([]byte, error) {
 	var j signedJSON
 	j.TypedData.Types.Domain, j.TypedData.Types.Receipt = domainFields, receiptFields
 	j.TypedData.PrimaryType = primaryType
-	j.TypedData.Domain.Name, j.TypedData.Domain.Version = domainName, domainVersion
+	j.TypedData.Domain.Name, j.TypedData.Domain.Version = evm.DomainName, evm.DomainVersion
 	j.TypedData.Domain.ChainID = json.Number(strconv.FormatUint(s.chainID, 10))
 	r := &s.receipt
 	u := func(v uint64) string { return strconv.FormatUint(v, 10) }
@@ -270,10 +236,10 @@ func verify(b []byte) (Signed, error) {
 	}
 	t := &j.TypedData
 	switch {
-	case !equal(t.Types.Domain, domainFields), !equal(t.Types.Receipt, receiptFields), t.PrimaryType != primaryType:
+	case !slices.Equal(t.Types.Domain, domainFields), !slices.Equal(t.Types.Receipt, receiptFields), t.PrimaryType != primaryType:
 		return Signed{}, errors.New("types are not those of a Resultity receipt")
-	case t.Domain.Name != domainName || t.Domain.Version != domainVersion:
-		return Signed{}, fmt.Errorf("domain is %.40q version %.40q, want %q version %q", t.Domain.Name, t.Domain.Version, domainName, domainVersion)
+	case t.Domain.Name != evm.DomainName || t.Domain.Version != evm.DomainVersion:
+		return Signed{}, fmt.Errorf("domain is %.40q version %.40q, want %q version %q", t.Domain.Name, t.Domain.Version, evm.DomainName, evm.DomainVersion)
 	}
 	var p parser
 	s := Signed{chainID: p.number("chainId", t.Domain.ChainID.String()), sig: j.Signature}
@@ -334,18 +300,6 @@ func (s *Signed) check() error {
 		return fmt.Errorf("%w: by %s, not by node %s; a field may have been changed", evm.ErrSignature, signer, s.receipt.Node)
 	}
 	return nil
-}
-
-func equal(a, b []field) bool {
-	if len(a) != len(b) {
-		return false
-	}
-	for i := range a {
-		if a[i] != b[i] {
-			return false
-		}
-	}
-	return true
 }
 
 // parser keeps the first error, so that a row of fields reads as a row.

@@ -1,0 +1,61 @@
+package evm
+
+import (
+	"encoding/binary"
+	"strings"
+)
+
+// DomainName and DomainVersion begin the EIP-712 domain of all that is signed
+// here; the chain's id completes it.
+const (
+	DomainName    = "Resultity"
+	DomainVersion = "1"
+)
+
+// Field is a member of an EIP-712 struct type.
+type Field struct {
+	Name string `json:"name"`
+	Type string `json:"type"`
+}
+
+// DomainFields returns the members of the domain.
+func DomainFields() []Field {
+	return []Field{{"name", "string"}, {"version", "string"}, {"chainId", "uint256"}}
+}
+
+var (
+	domainTypeHash = TypeHash("EIP712Domain", DomainFields())
+	nameHash       = Keccak([]byte(DomainName))
+	versionHash    = Keccak([]byte(DomainVersion))
+)
+
+// TypeHash is EIP-712's typeHash of a struct without structs in it.
+func TypeHash(name string, fields []Field) Hash {
+	members := make([]string, len(fields))
+	for i, f := range fields {
+		members[i] = f.Type + " " + f.Name
+	}
+	return Keccak([]byte(name + "(" + strings.Join(members, ",") + ")"))
+}
+
+// TypedHash is the EIP-712 hash that wallets sign: that of a struct in our
+// domain. Each member is its encoded 32 bytes.
+func TypedHash(chainID uint64, typeHash Hash, members ...[]byte) Hash {
+	separator := Keccak(domainTypeHash[:], nameHash[:], versionHash[:], Word(chainID))
+	message := Keccak(append([][]byte{typeHash[:]}, members...)...)
+	return Keccak([]byte{0x19, 0x01}, separator[:], message[:])
+}
+
+// Word encodes a number in 32 bytes.
+func Word(v uint64) []byte {
+	var w [32]byte
+	binary.BigEndian.PutUint64(w[24:], v)
+	return w[:]
+}
+
+// AddressWord encodes an address in 32 bytes.
+func AddressWord(a Address) []byte {
+	var w [32]byte
+	copy(w[12:], a[:])
+	return w[:]
+}
