@@ -48,7 +48,7 @@
 // Imports go downward only; test/rules holds the list and fails otherwise.
 //
 //	leaves  digest, durable, evm, journal, version
-//	pure    receipt, wire, snapshot, openai, quadlet, bridge/contract   no I/O, no clock
+//	pure    receipt, binding, wire, snapshot, openai, quadlet, bridge/contract   no I/O, no clock
 //	edges   identity, tuf, session, image, model, podman, systemd, runtime, state, sandbox, control, hardware
 //	order   deploy, work
 //	top     agent, ctl

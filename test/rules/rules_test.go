@@ -55,9 +55,9 @@ func list(t *testing.T) []pkg {
 // own, so that edges (network, Podman, systemd, engine, disk) never meet.
 var levels = [][]string{
 	{"digest", "durable", "evm", "journal", "version"}, // leaves
-	{"receipt"},                             // pure: no I/O, no clock
-	{"wire", "snapshot", "bridge/contract"}, //
-	{"openai", "quadlet", "config"},         //
+	{"receipt", "binding"},                             // pure: no I/O, no clock
+	{"wire", "snapshot", "bridge/contract"},            //
+	{"openai", "quadlet", "config"},                    //
 	{"identity", "tuf", "session", "image", "model", "podman", "systemd", "runtime", "state"}, // edges
 	{"control", "sandbox", "hardware"},
 	{"work", "deploy"}, // order
@@ -107,7 +107,7 @@ func TestImportDirection(t *testing.T) {
 }
 
 // Packages that decide without looking at the world.
-var pure = []string{"receipt", "wire", "snapshot", "openai", "bridge/contract", "quadlet"}
+var pure = []string{"receipt", "binding", "wire", "snapshot", "openai", "bridge/contract", "quadlet"}
 
 func TestPurePackagesStayPure(t *testing.T) {
 	bad := map[string]string{"os": "files", "net": "network", "os/exec": "programs", "log": "logging", "log/slog": "logging"}
