@@ -174,6 +174,7 @@ func skeleton(o InitOptions, key evm.Address) any {
 		Schema     int      `json:"schema"`
 		Network    any      `json:"network"`
 		Limits     any      `json:"limits"`
+		Logs       any      `json:"logs"`
 		ImageKeys  []string `json:"image_keys"`
 		Models     []object `json:"models"`
 		Runtime    any      `json:"runtime"`
@@ -186,6 +187,7 @@ func skeleton(o InitOptions, key evm.Address) any {
 		Limits: snapshot.Limits{
 			RequestBytes: 1 << 20, ResponseBytes: 4 << 20, Tokens: 4096, Messages: 256, Deadline: 300, ResultTTL: 7 * 24 * 3600,
 		},
+		Logs:      snapshot.Logs{Interval: 900, BatchBytes: 64 << 10},
 		ImageKeys: []string{"FILL-IN: the text of cosign.pub"},
 		Models: []object{{
 			"name": model, "version": "1", "format": "gguf",

@@ -27,6 +27,7 @@ type Config struct {
 	Schema     int      `json:"schema"` // 1
 	Network    Network  `json:"network"`
 	Limits     Limits   `json:"limits"`
+	Logs       Logs     `json:"logs"`
 	ImageKeys  []string `json:"image_keys"` // cosign public keys in PEM; any one of them may sign an image
 	Models     []Model  `json:"models"`     // what a node keeps; everything else is removed
 	Runtime    Runtime  `json:"runtime"`
@@ -51,6 +52,12 @@ type Limits struct {
 	Messages      int     `json:"messages"`   // of a chat
 	Deadline      Seconds `json:"deadline_s"` // longest time a job may be given
 	ResultTTL     Seconds `json:"result_ttl_s"`
+}
+
+// Logs says how a node uploads its own log, if its operator lets it.
+type Logs struct {
+	Interval   Seconds `json:"interval_s"`  // at least this often, if there is anything
+	BatchBytes int     `json:"batch_bytes"` // of one message, compressed
 }
 
 // Model is a named set of files.
@@ -342,6 +349,8 @@ func (c *Config) check() error {
 		between(l.Messages, "limits.messages", 1, 10_000),
 		between(l.Deadline, "limits.deadline_s", 1, day),
 		between(l.ResultTTL, "limits.result_ttl_s", 60, 30*day),
+		between(c.Logs.Interval, "logs.interval_s", 10, day),
+		between(c.Logs.BatchBytes, "logs.batch_bytes", 4<<10, 256<<10),
 		between(len(c.ImageKeys), "number of image_keys", 1, 16),
 		between(len(c.Models), "number of models", 1, maxModels),
 		between(len(c.Validation), "number of validation requests", 1, 64),

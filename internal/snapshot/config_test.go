@@ -180,6 +180,12 @@ func TestParseRefuses(t *testing.T) {
 		{"limits.result_ttl_s", 59, []any{"limits", "result_ttl_s"}},
 		{"limits.result_ttl_s", 30*86_400 + 1, []any{"limits", "result_ttl_s"}},
 
+		{"logs.interval_s", drop, []any{"logs"}},
+		{"logs.interval_s", 9, []any{"logs", "interval_s"}},
+		{"logs.interval_s", 86_401, []any{"logs", "interval_s"}},
+		{"logs.batch_bytes", 4095, []any{"logs", "batch_bytes"}},
+		{"logs.batch_bytes", 256<<10 + 1, []any{"logs", "batch_bytes"}},
+
 		{"image_keys", []any{}, []any{"image_keys"}},
 		{"image_keys", many(17, key), []any{"image_keys"}},
 		{"image_keys[0]", "", []any{"image_keys", 0}},

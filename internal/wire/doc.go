@@ -72,8 +72,8 @@
 // The type of a message is its struct's name in lower case.
 //
 // From the node: [Hello], [Heartbeat], [Accept], [Refuse], [Chunk], [Result],
-// [Bye]. From the network: [Welcome], [Status], [Job], [Cancel], [Ack],
-// [Update].
+// [Bye], [OrderDone], [Logs]. From the network: [Welcome], [Status], [Job],
+// [Cancel], [Ack], [Update], [Order], [OrderAck], [LogsAck].
 //
 // The life of a job:
 //
@@ -101,6 +101,54 @@
 // stream can go on from another node or from the result: bytes that were
 // passed on already are skipped if they are equal. [Result.Response] is always
 // the whole body.
+//
+// # Orders
+//
+// An [Order] has a node do something outside of its jobs. Its body is the JSON of
+// a [Directive], at most 8 KiB, and its signature is by a message key, over
+//
+//	keccak("resultity.v1 order\n" ‖ body)
+//
+// so that it can be kept and shown as evidence of who ordered what. Network and
+// node stand in the body. A node refuses an order that is signed by another key,
+// for another node or network, malformed, past its expiry (by its own clock), of
+// a kind that it does not know, or one too many to remember, with an [OrderDone]
+// whose outcome is refused; none of these ends the session. It refuses a drain or
+// resume that was issued before the last one that it has carried out. Expiry is at
+// most 7 days after issue.
+//
+//	network                                   node
+//	  writes it down (synced)
+//	  Order ──────────────────────────────────▶ writes it down (synced), does it
+//	  ◀───────────────────────────── OrderDone    writes the outcome down (synced)
+//	  writes it down (synced)
+//	  OrderAck ───────────────────────────────▶ sends it no more
+//
+// The network sends an order again at each new session until it is answered or
+// expired, those of a node in the order of their issue. A node carries out an id at most
+// once, over restarts too: it remembers ids until they have expired, and answers
+// one that comes again with the same outcome. One whose doing a crash cut short
+// has failed. After a reconnect it sends every unacknowledged OrderDone again. The
+// network acknowledges answers to orders it does not know.
+//
+// # Logs
+//
+// A node sends what its log has gained as [Logs]: a body with the JSON of a
+// [LogBatch], signed by the node over
+//
+//	keccak("resultity.v1 logs\n" ‖ body)
+//
+// and Data, gzip of lines, each the JSON of a [LogRecord]; at most 256 KiB, at most
+// 4 MiB inflated. Positions rise by one with each record that the node has
+// written, from the beginning of its spool; numbers that are missing are of records
+// that were dropped at the spool's bound. At most one batch of a node is on its way. The
+// network stores a batch (synced) whose After is not below the position that it
+// has of this spool, and answers every batch with a [LogsAck] that holds the
+// position it has then. The node goes on from there. So each record is stored at
+// most once, and at least once while the node has it. Only the fields named in
+// [LogField] may be in a record, within their lengths, and a record with the
+// field job has neither error nor reason. A batch that breaks this, or is signed by
+// another key, is a protocol violation.
 //
 // # Response bodies
 //

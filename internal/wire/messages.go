@@ -216,6 +216,11 @@ func (*Ack) Type() Type       { return "ack" }
 func (*Cancel) Type() Type    { return "cancel" }
 func (*Update) Type() Type    { return "update" }
 func (*Bye) Type() Type       { return "bye" }
+func (*Order) Type() Type     { return "order" }
+func (*OrderDone) Type() Type { return "orderdone" }
+func (*OrderAck) Type() Type  { return "orderack" }
+func (*Logs) Type() Type      { return "logs" }
+func (*LogsAck) Type() Type   { return "logsack" }
 
 func (*Hello) direction() Direction     { return ToNetwork }
 func (*Welcome) direction() Direction   { return ToNode }
@@ -230,6 +235,11 @@ func (*Ack) direction() Direction       { return ToNode }
 func (*Cancel) direction() Direction    { return ToNode }
 func (*Update) direction() Direction    { return ToNode }
 func (*Bye) direction() Direction       { return ToNetwork }
+func (*Order) direction() Direction     { return ToNode }
+func (*OrderDone) direction() Direction { return ToNetwork }
+func (*OrderAck) direction() Direction  { return ToNode }
+func (*Logs) direction() Direction      { return ToNetwork }
+func (*LogsAck) direction() Direction   { return ToNode }
 
 // messages makes an empty value of each type; the one list of them.
 var messages = func() map[Type]func() Message {
@@ -239,7 +249,8 @@ var messages = func() map[Type]func() Message {
 		func() Message { return new(Status) }, func() Message { return new(Job) }, func() Message { return new(Accept) },
 		func() Message { return new(Refuse) }, func() Message { return new(Chunk) }, func() Message { return new(Result) },
 		func() Message { return new(Ack) }, func() Message { return new(Cancel) }, func() Message { return new(Update) },
-		func() Message { return new(Bye) },
+		func() Message { return new(Bye) }, func() Message { return new(Order) }, func() Message { return new(OrderDone) },
+		func() Message { return new(OrderAck) }, func() Message { return new(Logs) }, func() Message { return new(LogsAck) },
 	} {
 		m[f().Type()] = f
 	}

@@ -1,0 +1,253 @@
+package wire
+
+import (
+	"bytes"
+	"compress/gzip"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"math/rand/v2"
+	"strings"
+	"testing"
+
+	"github.com/resultity/node/internal/digest"
+	"github.com/resultity/node/internal/evm"
+)
+
+func testKey(t *testing.T) *evm.Key {
+	t.Helper()
+	k, err := evm.NewKey()
+	if err != nil {
+		t.Fatal(err)
+	}
+	return k
+}
+
+func TestOrder(t *testing.T) {
+	key := testKey(t)
+	want := Directive{ID: NewOrderID(), Network: "testnet", Node: key.Address(), Kind: "dance", Reason: "well", Issued: 1, Expires: 2}
+	o, err := SealOrder(key, &want)
+	if err != nil {
+		t.Fatal(err)
+	}
+	raw, err := json.Marshal(o)
+	if err != nil {
+		t.Fatal(err)
+	}
+	m, err := decode("order", ToNode, raw)
+	if err != nil {
+		t.Fatal(err)
+	}
+	got, who, err := m.(*Order).Open()
+	if err != nil || who != key.Address() || *got != want {
+		t.Fatalf("%+v by %s, %v; an unknown kind is no matter of the form", got, who, err)
+	}
+	for i := range o.Body {
+		bad := *o
+		bad.Body = bytes.Clone(o.Body)
+		bad.Body[i] ^= 1
+		if _, who, err := bad.Open(); err == nil && who == key.Address() {
+			t.Fatalf("byte %d of an order does not matter", i)
+		}
+	}
+	// A signature over the same bytes for another purpose is none over an order.
+	if s, err := makeStatement(key, logsDomain, &want); err != nil {
+		t.Fatal(err)
+	} else if _, who, _ := (&Order{want.ID, s}).Open(); who == key.Address() {
+		t.Error("a batch of logs passes for an order")
+	}
+	for name, change := range map[string]func(*Directive){
+		"for ever":    func(d *Directive) { d.Expires = d.Issued + MaxOrderLife*1000 + 1 },
+		"never":       func(d *Directive) { d.Expires = d.Issued },
+		"long reason": func(d *Directive) { d.Reason = strings.Repeat("x", MaxOrderReason+1) },
+		"control":     func(d *Directive) { d.Reason = "a\x1b[2J" },
+	} {
+		d := want
+		change(&d)
+		o, err := SealOrder(key, &d)
+		if err != nil {
+			t.Fatal(err)
+		}
+		if _, _, err := o.Open(); !errors.Is(err, ErrMalformed) {
+			t.Errorf("%s: %v", name, err)
+		}
+	}
+	other := *o
+	other.ID = NewOrderID()
+	if _, _, err := other.Open(); !errors.Is(err, ErrMalformed) {
+		t.Errorf("an order under another id: %v", err)
+	}
+	s, err := makeStatement(key, orderDomain, map[string]any{"id": want.ID, "force": true})
+	if err != nil {
+		t.Fatal(err)
+	}
+	if _, _, err := (&Order{want.ID, s}).Open(); !errors.Is(err, ErrMalformed) {
+		t.Errorf("an order with an unknown field: %v", err)
+	}
+}
+
+func TestOrderDoneIsBounded(t *testing.T) {
+	for _, d := range []OrderDone{{Outcome: "perhaps"}, {Outcome: OutcomeOK, Message: strings.Repeat("x", 301)}, {Outcome: OutcomeOK, Message: "a\nb"}} {
+		if d.Check() == nil {
+			t.Errorf("%+v passes", d)
+		}
+	}
+}
+
+func record(n uint64, fields map[string]string) LogRecord {
+	return LogRecord{Position: n, Time: 1, Level: "INFO", Event: "job-done", Message: "job done", Fields: fields}
+}
+
+func pack(t *testing.T, limit int, records ...LogRecord) (*LogBatch, []byte) {
+	t.Helper()
+	p := NewPacker(limit)
+	for _, r := range records {
+		b, err := json.Marshal(r)
+		if err != nil {
+			t.Fatal(err)
+		}
+		if !p.Add(b) {
+			t.Fatal("no room")
+		}
+	}
+	last := records[len(records)-1].Position
+	return &LogBatch{Network: "testnet", Spool: strings.Repeat("ab", 16), Last: last, Count: uint64(len(records))}, p.Data()
+}
+
+func TestLogs(t *testing.T) {
+	key := testKey(t)
+	b, data := pack(t, 1<<16, record(1, map[string]string{"job": "ab"}), record(4, map[string]string{"error": "no /dev/null on host x"}))
+	b.Node = key.Address()
+	l, err := SealLogs(key, *b, data)
+	if err != nil {
+		t.Fatal(err)
+	}
+	raw, err := json.Marshal(l)
+	if err != nil {
+		t.Fatal(err)
+	}
+	m, err := decode("logs", ToNetwork, raw)
+	if err != nil {
+		t.Fatal(err)
+	}
+	got, who, err := m.(*Logs).Open()
+	if err != nil || who != key.Address() || got.Dropped() != 2 {
+		t.Fatalf("%+v by %s, %v", got, who, err)
+	}
+	records, err := got.Unpack(m.(*Logs).Data)
+	if err != nil || len(records) != 2 || records[1].Position != 4 || records[0].Fields["job"] != "ab" {
+		t.Fatalf("%+v, %v", records, err)
+	}
+	for i := range l.Data {
+		bad := *l
+		bad.Data = bytes.Clone(l.Data)
+		bad.Data[i] ^= 1
+		if _, _, err := bad.Open(); !errors.Is(err, ErrLogs) {
+			t.Fatalf("byte %d of the data does not matter: %v", i, err)
+		}
+	}
+	for name, change := range map[string]func(*LogBatch){
+		"backwards": func(b *LogBatch) { b.After = b.Last },
+		"too many":  func(b *LogBatch) { b.Count = 5 },
+		"none":      func(b *LogBatch) { b.Count = 0 },
+		"spool":     func(b *LogBatch) { b.Spool = "../x" },
+	} {
+		c := *b
+		change(&c)
+		bad, err := SealLogs(key, c, data)
+		if err != nil {
+			t.Fatal(err)
+		}
+		if _, _, err := bad.Open(); !errors.Is(err, ErrLogs) {
+			t.Errorf("%s: %v", name, err)
+		}
+	}
+	big, err := SealLogs(key, *b, make([]byte, MaxLogBatch+1))
+	if err != nil {
+		t.Fatal(err)
+	}
+	if _, _, err := big.Open(); !errors.Is(err, ErrLogs) {
+		t.Errorf("oversize: %v", err)
+	}
+}
+
+func TestLogsHoldOnlyWhatMayLeave(t *testing.T) {
+	for name, r := range map[string]LogRecord{
+		"text":           record(1, map[string]string{"prompt": "secret"}),
+		"unknown":        record(1, map[string]string{"path": "/home"}),
+		"long field":     record(1, map[string]string{"model": strings.Repeat("m", 129)}),
+		"control":        record(1, map[string]string{"model": "\x1b[2J"}),
+		"job with error": record(1, map[string]string{"job": "ab", "error": "secret"}),
+		"debug":          {Position: 1, Level: "DEBUG", Message: "x"},
+		"long message":   {Position: 1, Level: "INFO", Message: strings.Repeat("x", 201)},
+		"event":          {Position: 1, Level: "INFO", Event: "Secret words", Message: "x"},
+		"behind":         record(2, nil),
+	} {
+		b, data := pack(t, 1<<16, r)
+		b.Last = 1
+		if _, err := b.Unpack(data); !errors.Is(err, ErrLogs) {
+			t.Errorf("%s: %v", name, err)
+		}
+	}
+	b, data := pack(t, 1<<16, record(1, nil), record(2, nil))
+	b.Count = 1
+	if _, err := b.Unpack(data); !errors.Is(err, ErrLogs) {
+		t.Errorf("more records than said: %v", err)
+	}
+	b.Count, b.Last = 2, 3
+	if _, err := b.Unpack(data); !errors.Is(err, ErrLogs) {
+		t.Errorf("ends before it says: %v", err)
+	}
+	if _, err := b.Unpack([]byte("gzip?")); !errors.Is(err, ErrLogs) {
+		t.Errorf("no gzip: %v", err)
+	}
+}
+
+func TestLogsBomb(t *testing.T) {
+	line := fmt.Sprintf(`{"n":%%d,"time":1,"level":"INFO","message":%q}`+"\n", strings.Repeat("x", 200))
+	var buf bytes.Buffer
+	w := gzip.NewWriter(&buf)
+	n := uint64(0)
+	for size := 0; size <= MaxLogInflated; n++ {
+		k, _ := fmt.Fprintf(w, line, n+1)
+		size += k
+	}
+	_ = w.Close()
+	if buf.Len() > MaxLogBatch {
+		t.Fatalf("the bomb has %d bytes", buf.Len())
+	}
+	b := LogBatch{Spool: strings.Repeat("ab", 16), Last: n, Count: n, Digest: digest.Of(buf.Bytes())}
+	if _, err := b.Unpack(buf.Bytes()); !errors.Is(err, ErrLogs) || !strings.Contains(err.Error(), "inflates") {
+		t.Errorf("%v", err)
+	}
+	// Zeros without a line's end.
+	buf.Reset()
+	w = gzip.NewWriter(&buf)
+	_, _ = w.Write(make([]byte, 64<<20))
+	_ = w.Close()
+	if _, err := b.Unpack(buf.Bytes()); !errors.Is(err, ErrLogs) {
+		t.Errorf("one endless line: %v", err)
+	}
+}
+
+// However badly records compress, a batch keeps to its bound.
+func TestPackerKeepsItsBound(t *testing.T) {
+	for _, limit := range []int{4 << 10, 64 << 10, MaxLogBatch} {
+		p := NewPacker(limit)
+		rng := rand.New(rand.NewPCG(1, 2))
+		n := 0
+		for {
+			line := make([]byte, 900)
+			for i := range line {
+				line[i] = byte(rng.Uint32())
+			}
+			if !p.Add(line) {
+				break
+			}
+			n++
+		}
+		if size := len(p.Data()); size > limit || n < limit/900/2 {
+			t.Errorf("limit %d: %d bytes of %d records", limit, size, n)
+		}
+	}
+}
