@@ -24,11 +24,43 @@
 //
 // and the JSON is a [Registration]. The time must be within the network's
 // clock window. The reply, 200, has the same form with a [Registered], signed
-// by a message key. Registering again answers the same and changes nothing;
-// the enrolment token is looked at only the first time. 400 malformed or
+// by a message key. Registering again changes nothing and answers how things
+// are; the enrolment token is looked at only the first time. A network may let
+// nodes register without one: they are bound to no account then. 400 malformed or
 // wrong clock, 401 wrong signer, 403 token unknown, used up or expired, 409
 // another network's name; 429 and 500, with Retry-After, ask to try again. The
 // body of an error is text for people.
+//
+// # Binding
+//
+// A node belongs to one account at a time, or to none; an account may have many
+// nodes. A binding takes two consents: the owner's, which is a wallet's signature,
+// control of an e-mail address, or an enrolment token; and the node's, which is
+// its signature of the request. A node that is bound to nobody keeps its session
+// and gets no jobs.
+//
+// POST /node/v1/binding has the form of a registration, with a [BindRequest]
+// signed over
+//
+//	keccak("resultity.v1 binding\n" ‖ JSON)
+//
+// and a [BindReply]. The step "begin" answers a nonce, which replaces the one
+// before and is good for ten minutes and one change; a request that
+// names it is refused after that, except that a repetition of the request which
+// led to the present state is answered with that state. The steps:
+//
+//	wallet  statement: package binding; action bind, or unbind by the present owner
+//	email   sends a code of eight digits, good for ten minutes and five tries;
+//	        the answer does not depend on whose address it is
+//	code    binds to the account of the address that the code was sent to
+//	token   binds to the account of an enrolment token, one use per node
+//	unbind  the node's own wish
+//
+// A node that is bound is refused (409) until it has been unbound. An account
+// is named by the wallet's address, by what the token says, or by an opaque name
+// that stands for an e-mail address. 400 malformed, wrong clock or nonce, 401
+// wrong signer, 403 not registered, or a consent that does not hold, 409 bound
+// already, or another network's name, 429 too often, 500 and 503 not now.
 //
 // # Session
 //
@@ -72,8 +104,10 @@
 // The type of a message is its struct's name in lower case.
 //
 // From the node: [Hello], [Heartbeat], [Accept], [Refuse], [Chunk], [Result],
-// [Bye], [OrderDone], [Logs]. From the network: [Welcome], [Status], [Job],
-// [Cancel], [Ack], [Update], [Order], [OrderAck], [LogsAck].
+// [Bye], [OrderDone], [Logs]. From the network: [Welcome], [Bound], [Status],
+// [Job], [Cancel], [Ack], [Update], [Order], [OrderAck], [LogsAck].
+//
+// Bound follows Welcome, and comes again whenever the binding has changed.
 //
 // The life of a job:
 //

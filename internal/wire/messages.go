@@ -72,8 +72,10 @@ type Registration struct {
 type Registered struct {
 	Network string      `json:"network"`
 	Node    evm.Address `json:"node"`
-	Account string      `json:"account"`
-	Time    int64       `json:"time"` // Unix milliseconds of the first registration
+	Account string      `json:"account"`          // "" for none
+	Method  Method      `json:"method,omitempty"` // how it was bound to the account
+	Since   int64       `json:"since,omitempty"`  // Unix milliseconds of the binding
+	Time    int64       `json:"time"`             // Unix milliseconds of the first registration
 }
 
 // Hello is the node's first frame.
@@ -251,6 +253,7 @@ var messages = func() map[Type]func() Message {
 		func() Message { return new(Ack) }, func() Message { return new(Cancel) }, func() Message { return new(Update) },
 		func() Message { return new(Bye) }, func() Message { return new(Order) }, func() Message { return new(OrderDone) },
 		func() Message { return new(OrderAck) }, func() Message { return new(Logs) }, func() Message { return new(LogsAck) },
+		func() Message { return new(Bound) },
 	} {
 		m[f().Type()] = f
 	}

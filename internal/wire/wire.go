@@ -17,6 +17,7 @@ const (
 	Subprotocol  = "resultity.v1"
 	SessionPath  = "/node/v1/session"
 	RegisterPath = "/node/v1/register"
+	BindPath     = "/node/v1/binding"
 
 	HeaderNode    = "Resultity-Node"
 	HeaderNonce   = "Resultity-Nonce"
@@ -29,6 +30,7 @@ const (
 	sessionDomain  = "resultity.v1 session\n"
 	frameDomain    = "resultity.v1 frame\n"
 	registerDomain = "resultity.v1 register\n"
+	bindDomain     = "resultity.v1 binding\n"
 )
 
 // Errors of the frame layer. Each ends the session: after one of them nothing
@@ -200,26 +202,41 @@ func strict(b []byte, v any) error {
 
 // SealRegistration signs the body of a registration request or reply.
 func SealRegistration(key signer, body any) ([]byte, error) {
+	return sealBody(key, registerDomain, body)
+}
+
+// OpenRegistration checks a sealed registration into body and returns its
+// signer, which the caller compares with who it should be.
+func OpenRegistration(b []byte, body any) (evm.Address, error) {
+	return openBody(b, registerDomain, body)
+}
+
+// SealBinding and OpenBinding are the same for requests about a binding. The
+// domains differ, so that neither can be shown as the other.
+func SealBinding(key signer, body any) ([]byte, error) { return sealBody(key, bindDomain, body) }
+
+// OpenBinding is described at [SealBinding].
+func OpenBinding(b []byte, body any) (evm.Address, error) { return openBody(b, bindDomain, body) }
+
+func sealBody(key signer, domain string, body any) ([]byte, error) {
 	b, err := json.Marshal(body)
 	if err != nil {
 		return nil, err
 	}
-	sig, err := key.Sign(evm.Keccak([]byte(registerDomain), b))
+	sig, err := key.Sign(evm.Keccak([]byte(domain), b))
 	if err != nil {
 		return nil, err
 	}
 	return append(sig[:], b...), nil
 }
 
-// OpenRegistration checks a sealed registration into body and returns its
-// signer, which the caller compares with who it should be.
-func OpenRegistration(b []byte, body any) (evm.Address, error) {
+func openBody(b []byte, domain string, body any) (evm.Address, error) {
 	var sig evm.Signature
 	if len(b) <= len(sig) || len(b) > 64<<10 {
-		return evm.Address{}, fmt.Errorf("%w: registration of %d bytes", ErrMalformed, len(b))
+		return evm.Address{}, fmt.Errorf("%w: a body of %d bytes", ErrMalformed, len(b))
 	}
 	raw := b[copy(sig[:], b):]
-	who, err := evm.Recover(evm.Keccak([]byte(registerDomain), raw), sig)
+	who, err := evm.Recover(evm.Keccak([]byte(domain), raw), sig)
 	if err != nil {
 		return evm.Address{}, fmt.Errorf("%w: %w", ErrSigner, err)
 	}
