@@ -1,6 +1,7 @@
 package host
 
 import (
+	"bytes"
 	"context"
 	"crypto/sha256"
 	"errors"
@@ -244,6 +245,31 @@ func (f fabric) remove(ctx context.Context, r labRecord) error {
 			return fmt.Errorf("unmount %s: %w", f, err)
 		}
 	}
+}
+
+// lose drops packets at random, in percent, in the network namespace of the
+// calling thread.
+func lose(ctx context.Context, in, out int) error {
+	var b strings.Builder
+	b.WriteString("table inet lose {}\ndelete table inet lose\n") // there or not, it is gone
+	b.WriteString("table inet lose {\n")
+	for _, c := range []struct {
+		hook, link string
+		percent    int
+	}{{"input", "iifname", in}, {"output", "oifname", out}} {
+		which := fmt.Sprintf("%s != \"lo\" numgen random mod 100 < %d", c.link, c.percent)
+		if c.percent >= 100 { // nft knows that this is no comparison
+			which = c.link + " != \"lo\""
+		}
+		fmt.Fprintf(&b, "chain %[1]s { type filter hook %[1]s priority 0; %[2]s drop; }\n", c.hook, which)
+	}
+	b.WriteString("}\n")
+	cmd := exec.CommandContext(ctx, "nft", "-f", "-")
+	cmd.Stdin = strings.NewReader(b.String())
+	if out, err := cmd.CombinedOutput(); err != nil {
+		return fmt.Errorf("nft: %w: %s", err, bytes.TrimSpace(out))
+	}
+	return nil
 }
 
 // ip runs commands of ip(8), in the network namespace of the calling thread.

@@ -486,6 +486,22 @@ func (h *Host) setCut(ctx context.Context, cut bool) error {
 	return h.lab.fabric().heal(ctx, r.Addr)
 }
 
+// Lose makes the network lose so many of a hundred packets that the host gets,
+// and of those that it sends, until it is called with zeros or the host boots.
+func (h *Host) Lose(ctx context.Context, in, out int) error {
+	pidfd, err := h.open()
+	if err != nil {
+		return err
+	}
+	defer unix.Close(pidfd)
+	return thread(func() error {
+		if err := enter(pidfd, unix.CLONE_NEWNET); err != nil {
+			return err
+		}
+		return lose(ctx, in, out)
+	})
+}
+
 // Name returns the host's name.
 func (h *Host) Name() string { return h.name }
 

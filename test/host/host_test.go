@@ -283,6 +283,26 @@ func links(t *testing.T) map[string]bool {
 	return names
 }
 
+// TestLose checks that packets can be lost in one direction alone.
+func TestLose(t *testing.T) {
+	t.Parallel()
+	ctx := t.Context()
+	l := newLab(t, Options{})
+	a, b := up(t, l, Config{Name: "a"}), up(t, l, Config{Name: "b"})
+	serve(t, b, ":7000")
+	for _, c := range []struct {
+		in, out int
+		want    string
+	}{{100, 0, "timeout"}, {0, 100, "timeout"}, {0, 0, "connected"}} {
+		if err := a.Lose(ctx, c.in, c.out); err != nil {
+			t.Fatal(err)
+		}
+		if got := output(t, a, "", "peer", "dial", "b:7000", "3s"); got != c.want {
+			t.Errorf("%d %% in and %d %% out: %s, want %s", c.in, c.out, got, c.want)
+		}
+	}
+}
+
 // TestCut checks that a cut is silence: an established connection neither
 // ends nor delivers, a new one does not even fail, and both go on after Heal.
 func TestCut(t *testing.T) {

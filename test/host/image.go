@@ -340,7 +340,7 @@ func Setup(ctx context.Context, progress io.Writer) error {
 // missingPackages returns the packages that the machine lacks, sorted.
 func missingPackages() []string {
 	var missing []string
-	for tool, pkg := range map[string]string{"mmdebstrap": "mmdebstrap", "ip": "iproute2", "unshare": "util-linux", "cp": "coreutils"} {
+	for tool, pkg := range map[string]string{"mmdebstrap": "mmdebstrap", "ip": "iproute2", "unshare": "util-linux", "nft": "nftables", "cp": "coreutils"} {
 		if _, err := exec.LookPath(tool); err != nil {
 			missing = append(missing, pkg)
 		}
