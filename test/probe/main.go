@@ -4,9 +4,11 @@
 //
 //	probe ADDRESS:PORT
 //
-// The address is one that a process outside of the container reaches. Podman
-// lets a container make user namespaces, so what their root can do is tried,
-// too.
+// The address is one that a process outside of the container reaches. What
+// podman exec starts is in the container alone; what the engine is confined to
+// beside that is tried by the same program, started again the way the bridge
+// starts engines. Podman lets a container make user namespaces, so what their
+// root can do is tried, too.
 package main
 
 import (
@@ -15,13 +17,21 @@ import (
 	"net"
 	"os"
 	"path/filepath"
+	"slices"
+	"strings"
 	"syscall"
 	"time"
+
+	"golang.org/x/sys/unix"
+
+	"github.com/resultity/node/internal/bridge/sandbox"
 )
 
-// asRoot is the second argument of the probe that runs as the root of a user
-// namespace of its own.
-const asRoot = "as-root"
+// The second argument of the probe that was started again.
+const (
+	asRoot   = "as-root"   // as the root of a user namespace of its own
+	asEngine = "as-engine" // as confined as an engine is
+)
 
 func main() {
 	if len(os.Args) < 2 {
@@ -29,11 +39,22 @@ func main() {
 		os.Exit(64)
 	}
 	p := probe{outside: os.Args[1]}
-	if len(os.Args) > 2 && os.Args[2] == asRoot {
+	switch {
+	case slices.Contains(os.Args, asRoot):
 		p.asRoot()
-	} else {
+	case slices.Contains(os.Args, asEngine):
 		p.asEngine()
-		p.again()
+	default:
+		p.inContainer()
+		p.again(asRoot, &syscall.SysProcAttr{
+			Cloneflags:  syscall.CLONE_NEWUSER | syscall.CLONE_NEWNS,
+			UidMappings: []syscall.SysProcIDMap{{HostID: os.Getuid(), Size: 1}},
+			GidMappings: []syscall.SysProcIDMap{{HostID: os.Getgid(), Size: 1}},
+		})
+		if err := sandbox.Confine(func() { p.again(asEngine, nil) }); err != nil {
+			fmt.Println("WORKED   escape the engine's confinement:", err)
+			p.bad++
+		}
 	}
 	if p.bad > 0 {
 		fmt.Printf("%d attempts worked\n", p.bad)
@@ -55,24 +76,122 @@ func (p *probe) try(what string, f func() error) {
 	fmt.Printf("WORKED   %s\n", what)
 }
 
-// again starts the probe anew with every right that a process can give itself.
-func (p *probe) again() {
-	one := func(id int) []syscall.SysProcIDMap { return []syscall.SysProcIDMap{{HostID: id, Size: 1}} }
-	proc, err := os.StartProcess("/proc/self/exe", []string{"probe", p.outside, asRoot}, &os.ProcAttr{
-		Files: []*os.File{nil, os.Stdout, os.Stderr},
-		Sys: &syscall.SysProcAttr{
-			Cloneflags:  syscall.CLONE_NEWUSER | syscall.CLONE_NEWNS,
-			UidMappings: one(os.Getuid()), GidMappings: one(os.Getgid()),
-		},
+// again starts the probe anew.
+func (p *probe) again(how string, attr *syscall.SysProcAttr) {
+	proc, err := os.StartProcess("/proc/self/exe", []string{"probe", p.outside, how}, &os.ProcAttr{
+		Files: []*os.File{nil, os.Stdout, os.Stderr}, Sys: attr,
 	})
 	if err != nil {
-		fmt.Printf("refused  become root of a user namespace: %v\n", err)
+		fmt.Printf("refused  start a process %s: %v\n", how, err)
 		return
 	}
 	if st, err := proc.Wait(); err != nil || !st.Success() {
-		fmt.Printf("as root of a user namespace: %v, %v\n", st, err)
+		fmt.Printf("WORKED   %s: %v, %v\n", how, st, err)
 		p.bad++
 	}
+}
+
+// asEngine tries what only the bridge's own confinement of the engine refuses.
+func (p *probe) asEngine() {
+	try := func(what string, f func() error) { p.try("as the engine, "+what, f) }
+	for _, ns := range []struct {
+		name string
+		flag int
+	}{
+		{"user", unix.CLONE_NEWUSER}, {"mount", unix.CLONE_NEWNS}, {"network", unix.CLONE_NEWNET}, {"process", unix.CLONE_NEWPID},
+		{"IPC", unix.CLONE_NEWIPC}, {"name", unix.CLONE_NEWUTS}, {"cgroup", unix.CLONE_NEWCGROUP}, {"time", unix.CLONE_NEWTIME},
+	} {
+		try("make a "+ns.name+" namespace", func() error { return refused(unix.SYS_UNSHARE, unix.EPERM, uintptr(ns.flag)) })
+	}
+	try("start a process as root of a user namespace", func() error {
+		_, err := os.StartProcess("/proc/self/exe", []string{"probe"}, &os.ProcAttr{Sys: &syscall.SysProcAttr{Cloneflags: syscall.CLONE_NEWUSER}})
+		return err
+	})
+	for _, c := range []struct {
+		what string
+		nr   uintptr
+		want unix.Errno
+	}{
+		{"clone with arguments that no filter sees", unix.SYS_CLONE3, unix.ENOSYS},
+		{"enter a namespace", unix.SYS_SETNS, unix.EPERM},
+		{"mount", unix.SYS_MOUNT, unix.EPERM}, {"unmount", unix.SYS_UMOUNT2, unix.EPERM}, {"change the root", unix.SYS_PIVOT_ROOT, unix.EPERM},
+		{"copy a mount", unix.SYS_OPEN_TREE, unix.EPERM}, {"move a mount", unix.SYS_MOVE_MOUNT, unix.EPERM},
+		{"open a file system", unix.SYS_FSOPEN, unix.EPERM}, {"change a mount", unix.SYS_MOUNT_SETATTR, unix.EPERM},
+		{"open a file by its handle", unix.SYS_OPEN_BY_HANDLE_AT, unix.EPERM},
+		{"trace a process", unix.SYS_PTRACE, unix.EPERM}, {"read another's memory", unix.SYS_PROCESS_VM_READV, unix.EPERM},
+		{"write another's memory", unix.SYS_PROCESS_VM_WRITEV, unix.EPERM}, {"compare processes", unix.SYS_KCMP, unix.EPERM},
+		{"add a key", unix.SYS_ADD_KEY, unix.EPERM}, {"ask for a key", unix.SYS_REQUEST_KEY, unix.EPERM}, {"use the keyring", unix.SYS_KEYCTL, unix.EPERM},
+		{"load a program into the kernel", unix.SYS_BPF, unix.EPERM}, {"count performance events", unix.SYS_PERF_EVENT_OPEN, unix.EPERM},
+		{"handle page faults", unix.SYS_USERFAULTFD, unix.EPERM}, {"make rings", unix.SYS_IO_URING_SETUP, unix.ENOSYS},
+		{"enter rings", unix.SYS_IO_URING_ENTER, unix.ENOSYS},
+	} {
+		try(c.what, func() error { return refused(c.nr, c.want, ^uintptr(0)) })
+	}
+	try("talk to the hypervisor", func() error { return socket(unix.AF_VSOCK, unix.SOCK_STREAM, 0) })
+	try("take a descriptor of the bridge", func() error {
+		fd, err := unix.PidfdOpen(1, 0)
+		if err != nil {
+			return err
+		}
+		_, err = unix.PidfdGetfd(fd, 1, 0)
+		return err
+	})
+	// That all this is so for the engine that runs.
+	try("find an engine that is confined less", lessConfined)
+}
+
+// refused is the kernel's answer to a call with senseless arguments. Where it is
+// another than the filter's, the call went through.
+func refused(nr uintptr, want unix.Errno, first uintptr) error {
+	const none = ^uintptr(0)
+	_, _, errno := unix.RawSyscall6(nr, first, none, none, none, none, none)
+	if errno == want {
+		return errno
+	}
+	fmt.Printf("         (%v, want %v)\n", errno, want)
+	return nil
+}
+
+// lessConfined fails if every other process has as many filters as this one,
+// but for the bridge, which made the last.
+func lessConfined() error {
+	own, err := filters("self")
+	if err != nil {
+		return nil
+	}
+	all, err := filepath.Glob("/proc/[0-9]*")
+	if err != nil {
+		return nil
+	}
+	others := 0
+	for _, dir := range all {
+		pid := filepath.Base(dir)
+		exe, err := os.ReadFile(filepath.Join(dir, "comm"))
+		if err != nil || pid == "1" || strings.HasPrefix(string(exe), "probe") || strings.HasPrefix(string(exe), "exe") {
+			continue
+		}
+		if n, err := filters(pid); err != nil || n != own {
+			fmt.Printf("         (%s has %q filters, this process %q)\n", strings.TrimSpace(string(exe)), n, own)
+			return nil
+		}
+		others++
+	}
+	if others == 0 {
+		fmt.Println("         (no engine)")
+		return nil
+	}
+	return fmt.Errorf("%d processes with %s filters", others, own)
+}
+
+// filters is how many system call filters a process has.
+func filters(pid string) (string, error) {
+	status, err := os.ReadFile("/proc/" + pid + "/status")
+	_, rest, ok := strings.Cut(string(status), "\nSeccomp_filters:")
+	if err == nil && !ok {
+		err = fmt.Errorf("no such line")
+	}
+	n, _, _ := strings.Cut(rest, "\n")
+	return strings.TrimSpace(n), err
 }
 
 // asRoot tries what a user namespace could help with. Mounting over things is
@@ -97,8 +216,8 @@ func (p *probe) asRoot() {
 	})
 }
 
-// asEngine tries what the engine could.
-func (p *probe) asEngine() {
+// inContainer tries what any process of the container could.
+func (p *probe) inContainer() {
 	outside, try := p.outside, p.try
 	ctx, cancel := context.WithTimeout(context.Background(), 5*time.Second)
 	defer cancel()

@@ -359,10 +359,24 @@ func (s *Stack) ServeModel(name string, data []byte) error {
 	return s.net.WriteFile(filepath.Join(s.net.path(modelDir), name), data, 0o644)
 }
 
-// Probe puts test/probe on the node's machine and returns where.
-func (s *Stack) Probe(n *Node) (string, error) {
+// Probe runs test/probe as a process of the node's container, which must not
+// reach the address, and returns what it prints. The error says that an attempt
+// worked, or that none could be made.
+func (s *Stack) Probe(ctx context.Context, n *Node, outside string) ([]byte, error) {
+	// Nothing that the container sees of the host can be executed, so the
+	// account puts the program into the container's root from outside.
 	name := n.prefix + "/usr/local/bin/probe"
-	return name, n.CopyTo(s.probe, name)
+	if err := n.CopyTo(s.probe, name); err != nil {
+		return nil, err
+	}
+	out, err := n.Podman(ctx, "unshare", "sh", "-c", `cp "$0" "$(podman mount resultity-runtime)/usr/bin/probe"`, name)
+	if err == nil {
+		out, err = n.Podman(ctx, "exec", "resultity-runtime", "/usr/bin/probe", outside)
+	}
+	if err != nil {
+		return nil, fmt.Errorf("%w:\n%s", err, out)
+	}
+	return out, nil
 }
 
 // NetworkJournal returns what the network has logged, for failures.

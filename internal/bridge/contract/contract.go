@@ -47,8 +47,11 @@
 //
 // The engine is started in / with the bridge's environment but for what systemd
 // said in it, in a process group of its own, unable to trace the bridge, and
-// under one more system call filter: it makes unix, internet and netlink
-// sockets only, since others are not held by a network namespace.
+// under one more system call filter. It makes unix, internet and netlink
+// sockets only, since others are not held by a network namespace. It makes no
+// namespaces and no mounts, reaches into no other process, and has none of the
+// kernel's keys, io_uring, bpf, performance events or userfaultfd. The bridge
+// has tried each of these calls before.
 //
 // # Alive
 //

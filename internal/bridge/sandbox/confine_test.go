@@ -4,82 +4,10 @@ import (
 	"errors"
 	"net"
 	"os"
-	"slices"
 	"strings"
 	"syscall"
 	"testing"
 )
-
-// run interprets a filter's program on one system call, as the kernel does.
-func run(t *testing.T, prog []syscall.SockFilter, arch, nr, arg uint32) uint32 {
-	t.Helper()
-	data := map[uint32]uint32{0: nr, 4: arch, 16: arg}
-	var a uint32
-	for pc := 0; pc < len(prog); pc++ {
-		switch i := prog[pc]; i.Code {
-		case syscall.BPF_LD | syscall.BPF_W | syscall.BPF_ABS:
-			v, ok := data[i.K]
-			if !ok {
-				t.Fatalf("instruction %d reads at %d", pc, i.K)
-			}
-			a = v
-		case syscall.BPF_JMP | syscall.BPF_JEQ | syscall.BPF_K:
-			pc += jump(a == i.K, i)
-		case syscall.BPF_JMP | syscall.BPF_JGE | syscall.BPF_K:
-			pc += jump(a >= i.K, i)
-		case syscall.BPF_RET | syscall.BPF_K:
-			return i.K
-		default:
-			t.Fatalf("instruction %d: code %#x", pc, i.Code)
-		}
-	}
-	t.Fatal("ran past the end")
-	return 0
-}
-
-func jump(yes bool, i syscall.SockFilter) int {
-	if yes {
-		return int(i.Jt)
-	}
-	return int(i.Jf)
-}
-
-func TestFilterLetsOnlyNamespacedSocketsPass(t *testing.T) {
-	const (
-		arch  = 0xc000003e
-		other = 0x40000003 // 32-bit x86, whose socketcall hides the family
-	)
-	prog := socketFilter(arch)
-	errno := func(e syscall.Errno) uint32 { return seccompErrno | uint32(e) }
-	for _, nr := range []uint32{syscall.SYS_SOCKET, syscall.SYS_SOCKETPAIR} {
-		for family := range uint32(256) {
-			want := errno(syscall.EAFNOSUPPORT)
-			if slices.Contains(families, family) {
-				want = seccompAllow
-			}
-			if got := run(t, prog, arch, nr, family); got != want {
-				t.Errorf("call %d, family %d: %#x, want %#x", nr, family, got, want)
-			}
-		}
-	}
-	for nr := range uint32(600) {
-		want := uint32(seccompAllow)
-		if nr == syscall.SYS_SOCKET || nr == syscall.SYS_SOCKETPAIR {
-			continue
-		}
-		if nr == 425 {
-			want = errno(syscall.ENOSYS)
-		}
-		if got := run(t, prog, arch, nr, 40); got != want {
-			t.Errorf("call %d: %#x, want %#x", nr, got, want)
-		}
-		for _, strange := range []uint32{run(t, prog, other, nr, 1), run(t, prog, arch, nr|0x40000000, 1)} {
-			if strange != errno(syscall.ENOSYS) {
-				t.Errorf("call %d, not native: %#x", nr, strange)
-			}
-		}
-	}
-}
 
 func TestConfineHoldsItsThreadAndChildrenAlone(t *testing.T) {
 	var inside, netlink error

@@ -105,7 +105,7 @@ func (e *eye) network() {
 	} else if !errors.Is(err, fs.ErrNotExist) { // a kernel without IPv6 has none
 		e.problem(err)
 	}
-	e.families()
+	e.confined()
 	e.Sockets = append(e.Sockets, parseUnix(e.read("/proc/self/net/unix"))...)
 	// Connecting a datagram socket asks for the route and sends nothing. The
 	// addresses are the ones kept for documentation.
@@ -117,10 +117,11 @@ func (e *eye) network() {
 	}
 }
 
-// families tries, confined as the engine will be, to make a socket of each
-// other kind.
-func (e *eye) families() {
+// confined tries, confined as the engine will be, to make a socket of each
+// other kind and the system calls that are refused.
+func (e *eye) confined() {
 	e.problem(Confine(func() {
+		e.Calls = passing()
 		for family := range lastFamily + 1 {
 			if slices.Contains(families, uint32(family)) {
 				continue

@@ -44,6 +44,7 @@ type facts struct {
 	Routes     []string // destinations that have a route not over lo
 	Reachable  []string // addresses that the kernel would send packets to
 	Families   []string // kinds of sockets beyond the usual ones that can be made
+	Calls      []string // system calls that should be refused and are not
 	Writes     map[string]string
 	ReadOnly   map[string]bool // mount flag, by path
 	Shields    []shield
@@ -114,6 +115,7 @@ func judge(f facts, o Order) contract.Sandbox {
 	none("routes", "none out", f.Routes)
 	none("reachable addresses", "none", f.Reachable)
 	none("socket families", "unix, internet and netlink", f.Families)
+	none("system calls", "none that makes namespaces, mounts or reaches into the kernel", f.Calls)
 	check("root", "read-only", f.write("/"), f.sealed("/"))
 	for _, p := range o.ReadOnly {
 		check("read-only "+p, "read-only", f.write(p), f.sealed(p))

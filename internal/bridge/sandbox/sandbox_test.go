@@ -238,6 +238,7 @@ func TestJudgeRefuses(t *testing.T) {
 	}{
 		{"inspection", func(f *facts) { f.Problems = []string{"unreadable"} }},
 		{"socket families", func(f *facts) { f.Families = []string{"40"} }},
+		{"system calls", func(f *facts) { f.Calls = []string{"unshare (errno 0)"} }},
 		{"reachable addresses", func(f *facts) { f.Reachable = []string{"192.0.2.1:9"} }},
 		{"user", func(f *facts) { f.Status.UID[2] = 0 }},
 		{"group", func(f *facts) { f.Status.GID[1] = 0 }},
@@ -270,7 +271,7 @@ func TestJudgeRefusesMissingFacts(t *testing.T) {
 	}
 	// These are lists of what was found; that they are complete is the first
 	// check, which look fails whenever it could not read something.
-	want := []string{"inspection", "routes", "reachable addresses", "socket families", "mounts", "kernel interfaces", "devices", "sockets and pipes", "descriptors", "proxy variables"}
+	want := []string{"inspection", "routes", "reachable addresses", "socket families", "system calls", "mounts", "kernel interfaces", "devices", "sockets and pipes", "descriptors", "proxy variables"}
 	if !slices.Equal(passing, want) {
 		t.Errorf("with no facts at all these pass: %q, want %q", passing, want)
 	}
