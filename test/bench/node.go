@@ -1,7 +1,6 @@
 package main
 
 import (
-	"archive/tar"
 	"bytes"
 	"context"
 	"encoding/json"
@@ -14,17 +13,12 @@ import (
 	"strings"
 	"time"
 
-	"github.com/google/go-containerregistry/pkg/v1/mutate"
-	"github.com/google/go-containerregistry/pkg/v1/static"
-	"github.com/google/go-containerregistry/pkg/v1/types"
-
 	"github.com/resultity/node/internal/control"
 	"github.com/resultity/node/internal/snapshot"
 	"github.com/resultity/node/test/bench/instant"
 	"github.com/resultity/node/test/bench/load"
 	"github.com/resultity/node/test/host"
 	"github.com/resultity/node/test/model"
-	"github.com/resultity/node/test/oci"
 	"github.com/resultity/node/test/stack"
 )
 
@@ -78,7 +72,7 @@ func (b *bench) instantNode(ctx context.Context) (*stack.Node, error) {
 	if err != nil {
 		return nil, err
 	}
-	ref, err := b.pushEngine(ctx, program)
+	ref, err := b.s.PushEngine(ctx, "instant", program)
 	if err != nil {
 		return nil, err
 	}
@@ -96,38 +90,6 @@ func (b *bench) instantNode(ctx context.Context) (*stack.Node, error) {
 	return n, n.WaitStatus(ctx, "the instant engine", func(s *control.Status) bool {
 		return s.Closed() == nil && s.Runtime.Image == ref.Digest()
 	})
-}
-
-// pushEngine makes, pushes and signs an image with the program in the place
-// where a unit of llama.cpp has its own.
-func (b *bench) pushEngine(ctx context.Context, program []byte) (snapshot.ImageRef, error) {
-	img, err := oci.Single("instant-engine", program)
-	if err != nil {
-		return snapshot.ImageRef{}, err
-	}
-	var layer bytes.Buffer
-	w := tar.NewWriter(&layer)
-	err = errors.Join(
-		w.WriteHeader(&tar.Header{Name: "usr/", Typeflag: tar.TypeDir, Mode: 0o755}),
-		w.WriteHeader(&tar.Header{Name: "usr/bin/", Typeflag: tar.TypeDir, Mode: 0o755}),
-		w.WriteHeader(&tar.Header{Name: "usr/bin/llama-server", Typeflag: tar.TypeSymlink, Linkname: "/instant-engine", Mode: 0o777}),
-		w.Close(),
-	)
-	if err != nil {
-		return snapshot.ImageRef{}, err
-	}
-	if img, err = mutate.AppendLayers(img, static.NewLayer(layer.Bytes(), types.OCIUncompressedLayer)); err != nil {
-		return snapshot.ImageRef{}, err
-	}
-	pushed, err := b.s.Reg.Push(ctx, "resultity/instant", img)
-	if err != nil {
-		return snapshot.ImageRef{}, err
-	}
-	if err := b.s.Reg.Sign(ctx, pushed, b.s.Key); err != nil {
-		return snapshot.ImageRef{}, err
-	}
-	registry, _, _ := strings.Cut(b.s.Image.Repository(), "/")
-	return snapshot.ParseImageRef(registry + "/resultity/instant@" + pushed.DigestStr())
 }
 
 // load runs ops on the node's host. All answers must be exact.

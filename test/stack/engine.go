@@ -1,0 +1,48 @@
+package stack
+
+import (
+	"archive/tar"
+	"bytes"
+	"context"
+	"errors"
+	"strings"
+
+	"github.com/google/go-containerregistry/pkg/v1/mutate"
+	"github.com/google/go-containerregistry/pkg/v1/static"
+	"github.com/google/go-containerregistry/pkg/v1/types"
+
+	"github.com/resultity/node/internal/snapshot"
+	"github.com/resultity/node/test/oci"
+)
+
+// PushEngine makes an image with the program in the place where a unit of
+// llama.cpp has its own, pushes it under a name, and signs it.
+func (s *Stack) PushEngine(ctx context.Context, name string, program []byte) (snapshot.ImageRef, error) {
+	img, err := oci.Single(name+"-engine", program)
+	if err != nil {
+		return snapshot.ImageRef{}, err
+	}
+	var layer bytes.Buffer
+	w := tar.NewWriter(&layer)
+	err = errors.Join(
+		w.WriteHeader(&tar.Header{Name: "usr/", Typeflag: tar.TypeDir, Mode: 0o755}),
+		w.WriteHeader(&tar.Header{Name: "usr/bin/", Typeflag: tar.TypeDir, Mode: 0o755}),
+		w.WriteHeader(&tar.Header{Name: "usr/bin/llama-server", Typeflag: tar.TypeSymlink, Linkname: "/" + name + "-engine", Mode: 0o777}),
+		w.Close(),
+	)
+	if err != nil {
+		return snapshot.ImageRef{}, err
+	}
+	if img, err = mutate.AppendLayers(img, static.NewLayer(layer.Bytes(), types.OCIUncompressedLayer)); err != nil {
+		return snapshot.ImageRef{}, err
+	}
+	pushed, err := s.Reg.Push(ctx, "resultity/"+name, img)
+	if err != nil {
+		return snapshot.ImageRef{}, err
+	}
+	if err := s.Reg.Sign(ctx, pushed, s.Key); err != nil {
+		return snapshot.ImageRef{}, err
+	}
+	registry, _, _ := strings.Cut(s.Image.Repository(), "/")
+	return snapshot.ParseImageRef(registry + "/resultity/" + name + "@" + pushed.DigestStr())
+}
