@@ -28,6 +28,7 @@ import (
 	"github.com/resultity/node/internal/journal"
 	"github.com/resultity/node/internal/model"
 	"github.com/resultity/node/internal/podman"
+	"github.com/resultity/node/internal/quadlet"
 	"github.com/resultity/node/internal/runtime"
 	"github.com/resultity/node/internal/sandbox"
 	"github.com/resultity/node/internal/session"
@@ -202,7 +203,7 @@ func New(ctx context.Context, cfg *config.Config, env func(string) string, log *
 	a.units = units
 	a.profile = hardware.Profile(cfg.Paths.State)
 	a.openDeployer = func(ctx context.Context) (deployer, error) { return a.newDeployer(ctx, models, units, ca) }
-	a.openEngine = func(socket string) engine { return runtime.New(socket) }
+	a.openEngine = func(socket string) engine { return openEngine(socket) }
 	a.enrol = session.Register
 	a.openJobs()
 	return a, nil
@@ -279,6 +280,12 @@ func client(oldest uint16, roots *x509.CertPool) *http.Client {
 	}}
 }
 
+// openEngine makes a client of the engine that talks to the runtime's container
+// and to nobody else.
+func openEngine(socket string) *runtime.Client {
+	return runtime.New(socket, runtime.Container("/proc", quadlet.ServiceName))
+}
+
 // newDeployer starts Podman's API service, which takes a moment that the start
 // of the agent does not wait for.
 func (a *Agent) newDeployer(ctx context.Context, models *model.Store, units *systemd.Conn, ca []byte) (*deploy.Deployer, error) {
@@ -296,7 +303,7 @@ func (a *Agent) newDeployer(ctx context.Context, models *model.Store, units *sys
 		Images: images, Models: models, Units: units, Containers: p,
 		Devices:   func(names []string) ([]string, error) { return hardware.DeviceNodes(hardware.SpecDirs, names) },
 		Look:      func(pid int) (*sandbox.Outside, error) { return sandbox.Look("/proc", pid) },
-		Engine:    func(socket string) deploy.Engine { return runtime.New(socket) },
+		Engine:    func(socket string) deploy.Engine { return openEngine(socket) },
 		UnitDir:   a.cfg.Paths.Units,
 		SocketDir: filepath.Join(a.cfg.Paths.Runtime, "engine"),
 		Bridge:    a.cfg.Paths.Bridge, Log: a.log,

@@ -3,11 +3,13 @@ package deploy
 import (
 	"context"
 	"encoding/json"
+	"errors"
 	"fmt"
 	"os"
 
 	"github.com/resultity/node/internal/bridge/contract"
 	"github.com/resultity/node/internal/quadlet"
+	"github.com/resultity/node/internal/runtime"
 	"github.com/resultity/node/internal/sandbox"
 )
 
@@ -27,6 +29,9 @@ func (d *Deployer) checkSealed(ctx context.Context, p *Plan, engine Engine) erro
 		return err
 	}
 	raw, err := engine.Sandbox(ctx)
+	if errors.Is(err, runtime.ErrForeign) {
+		return fmt.Errorf("%w: %w", sandbox.ErrNotSealed, err)
+	}
 	if err != nil {
 		return err
 	}

@@ -1,10 +1,11 @@
 // Package runtime is the client of the engine in the sealed container, over
 // the one unix socket that leads there.
 //
-// The rule it keeps: the engine is always asked to stream and its output is
-// checked event by event, also where the client wants a plain answer, so that
-// an engine stops working when nobody wants its answer any more, and so that no
-// byte of it leaves unchecked.
+// The rules it keeps: nothing is sent before the kernel has said that the
+// container is on the other side; and the engine is always asked to stream and
+// its output is checked event by event, also where the client wants a plain
+// answer, so that an engine stops working when nobody wants its answer any
+// more, and so that no byte of it leaves unchecked.
 package runtime
 
 import (
@@ -17,6 +18,7 @@ import (
 	"mime"
 	"net"
 	"net/http"
+	"net/url"
 	"strings"
 	"time"
 
@@ -43,13 +45,10 @@ type Client struct {
 }
 
 // New makes a client of the socket at path. Nothing is opened before the first
-// request.
-func New(path string) *Client {
-	var dialer net.Dialer
+// request; each connection is shown to guard before it is used.
+func New(path string, guard Guard) *Client {
 	t := &http.Transport{
-		DialContext: func(ctx context.Context, _, _ string) (net.Conn, error) {
-			return dialer.DialContext(ctx, "unix", path)
-		},
+		DialContext:            func(ctx context.Context, _, _ string) (net.Conn, error) { return dial(ctx, path, guard) },
 		DisableCompression:     true,
 		MaxIdleConnsPerHost:    64,
 		IdleConnTimeout:        time.Minute,
@@ -93,6 +92,11 @@ var errProtocol = errors.New("what came is not HTTP")
 func quiet(err error) error {
 	var op *net.OpError
 	switch {
+	case errors.Is(err, ErrForeign):
+		if u, ok := errors.AsType[*url.Error](err); ok {
+			return u.Err
+		}
+		return err
 	case errors.As(err, &op):
 		return op
 	case errors.Is(err, io.ErrUnexpectedEOF):

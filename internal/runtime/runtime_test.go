@@ -54,7 +54,7 @@ func serve(t testing.TB, h http.HandlerFunc) *Client {
 	s := &http.Server{Handler: h}
 	var done sync.WaitGroup
 	done.Go(func() { _ = s.Serve(l) })
-	c := New(path)
+	c := New(path, anybody)
 	t.Cleanup(func() { c.Close(); _ = s.Close(); done.Wait() })
 	return c
 }
@@ -83,7 +83,7 @@ func raw(t testing.TB, answer func(net.Conn)) *Client {
 			})
 		}
 	})
-	c := New(path)
+	c := New(path, anybody)
 	t.Cleanup(func() { c.Close(); _ = l.Close(); done.Wait() })
 	return c
 }
@@ -308,7 +308,7 @@ func TestBadEngine(t *testing.T) {
 }
 
 func TestNoSocket(t *testing.T) {
-	c := New(filepath.Join(t.TempDir(), "none"))
+	c := New(filepath.Join(t.TempDir(), "none"), anybody)
 	defer c.Close()
 	_, err := c.Run(t.Context(), job(t, false), nil)
 	var e *EngineError
@@ -381,7 +381,7 @@ func TestRestartedEngine(t *testing.T) {
 	answer := func(conn net.Conn) {
 		_, _ = fmt.Fprintf(conn, "HTTP/1.1 200 OK\r\nContent-Type: text/event-stream\r\nContent-Length: %d\r\n\r\n%s", len(role+end), role+end)
 	}
-	c := New(path)
+	c := New(path, anybody)
 	defer c.Close()
 	for range 20 {
 		l, err := net.Listen("unix", path)
