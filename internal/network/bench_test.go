@@ -11,6 +11,7 @@ import (
 	"time"
 
 	"github.com/resultity/node/internal/network/nodetest"
+	"github.com/resultity/node/internal/snapshot"
 	"github.com/resultity/node/internal/wire"
 )
 
@@ -46,7 +47,7 @@ func BenchmarkPlain(b *testing.B) {
 // BenchmarkToken is the time from a chunk's sending by the node to its reading
 // by the client, one at a time.
 func BenchmarkToken(b *testing.B) {
-	n := start(b, nil)
+	n := start(b, func(c *snapshot.Config) { c.Limits.ResponseBytes, c.Limits.Deadline = 16<<20, 3600 })
 	s := n.node().Ready(b)
 	req, err := http.NewRequest(http.MethodPost, n.url+"/v1/chat/completions", strings.NewReader(chatStream))
 	if err != nil {

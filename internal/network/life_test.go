@@ -146,8 +146,8 @@ func (k *killable) kill() {
 }
 
 // The program is killed again and again under load. Every job that a node ever
-// saw ends in one stored result, and nothing that was acknowledged or answered
-// is lost.
+// saw ends in one stored result, unless it was killed while the job was being
+// written down; nothing that was answered is lost.
 func TestKill(t *testing.T) {
 	t.Parallel() // it waits more than it works
 	n := setUp(t, nil)
@@ -216,10 +216,14 @@ func TestKill(t *testing.T) {
 		stop()
 		clients.Wait()
 		if last {
+			unwritten := 0
 			for id := range seen {
 				if r := n.get("/v1/receipts/" + id.String()); r.status != http.StatusOK {
-					t.Errorf("receipt of %s: %d", id, r.status)
+					unwritten++
 				}
+			}
+			if unwritten > 3*7 { // one of each client at each kill
+				t.Errorf("%d jobs without a receipt", unwritten)
 			}
 			for id := range answered {
 				if r := n.get("/v1/receipts/" + id); r.status != http.StatusOK {
@@ -616,8 +620,8 @@ func TestExampleFile(t *testing.T) {
 	}
 }
 
-// The disk gets full: clients are told, and the service ends, so that its
-// manager starts it anew; what was acknowledged is there then.
+// The disk gets full: the service ends, so that its manager starts it anew. What
+// was acknowledged is there then, and what was not comes from its node.
 func TestDiskFull(t *testing.T) {
 	t.Parallel() // it waits more than it works
 	n := start(t, nil)
@@ -630,21 +634,24 @@ func TestDiskFull(t *testing.T) {
 	if err := os.Symlink("/dev/full", full); err != nil {
 		t.Fatal(err)
 	}
+	big := strings.Repeat("x", 400<<10)
+	var last *wire.Job // answered, and not acknowledged
 	for {
 		ch := n.ask(chat)
 		j := s.Take()
-		s.Send(s.Node.Result(t, j, nodetest.Body(j, strings.Repeat("x", 400<<10)), nil))
+		s.Send(s.Node.Result(t, j, nodetest.Body(j, big), nil))
+		r := n.answer(ch)
+		if r.status != http.StatusOK {
+			t.Fatalf("%d %s", r.status, r.body)
+		}
 		m, err := s.Receive()
 		if _, ok := m.(*wire.Ack); ok {
-			n.answer(ch)
 			continue
 		}
-		if c := new(websocket.CloseError); !errors.As(err, &c) || c.Code != websocket.CloseServiceRestart {
+		if c := new(websocket.CloseError); !errors.As(err, &c) || c.Code != websocket.CloseGoingAway {
 			t.Fatalf("%T %v", m, err)
 		}
-		if r := n.answer(ch); r.status != http.StatusServiceUnavailable {
-			t.Errorf("%d %s", r.status, r.body)
-		}
+		last = j
 		break
 	}
 	if err := n.ended(); err == nil || !strings.Contains(err.Error(), "make room on its disk") {
@@ -656,5 +663,12 @@ func TestDiskFull(t *testing.T) {
 	n.serve()
 	if r := n.get("/v1/receipts/" + id); r.status != http.StatusOK {
 		t.Errorf("receipt: %d", r.status)
+	}
+	v.URL = n.url
+	s = v.Connect(t)
+	s.Send(s.Node.Result(t, last, nodetest.Body(last, big), nil))
+	nodetest.Expect[*wire.Ack](s)
+	if r := n.get("/v1/receipts/" + last.ID.String()); r.status != http.StatusOK {
+		t.Errorf("receipt of the last answer: %d", r.status)
 	}
 }

@@ -86,24 +86,33 @@ var penalties = []time.Duration{10 * time.Second, 30 * time.Second, time.Minute,
 // forgiven is how long after its last violation a node starts afresh.
 const forgiven = 30 * time.Minute
 
+// storeRetries is how long a result that could not be stored waits in memory
+// before the next try.
+var storeRetries = []time.Duration{time.Second, 2 * time.Second, 5 * time.Second, 10 * time.Second, 30 * time.Second}
+
+// restoredPause is how long a job of a former run is kept for the node that had
+// it, which comes back with the result or is at it still. Its client may have
+// that node's answer already: a result of another node would count instead.
+const restoredPause = 30 * time.Second
+
 // Dispatcher gives jobs to nodes. All methods are safe for concurrent use and
-// none waits for a node or, but for Submit, for the disk.
+// none waits for a node or for the disk, but for Restore and Close.
 type Dispatcher struct {
 	store   jobStore
 	metrics *metrics.Metrics
 	log     *slog.Logger
 	opt     Options
 	wg      sync.WaitGroup // durable writes under way
+	closing chan struct{}  // closed by Close
 
 	// mu guards everything below and in every job and node. It is held for
 	// look-ups and list operations, and to compare one chunk; never for I/O.
 	mu       sync.Mutex
 	closed   bool
 	terms    *Terms
-	jobs     map[receipt.JobID]*job // unfinished and durable
+	jobs     map[receipt.JobID]*job // without a durable end
 	queue    list.List              // of *job
-	reserved int                    // jobs on their way into the store
-	bytes    int64                  // of requests, reserved ones included
+	bytes    int64                  // of the requests of jobs, and of their results that are not stored yet
 	nodes    map[evm.Address]*node
 	free     nodeHeap // routable nodes with a free slot
 	routable int
@@ -117,7 +126,7 @@ func New(s jobStore, t *Terms, m *metrics.Metrics, log *slog.Logger, opt Options
 	opt.fill()
 	return &Dispatcher{
 		store: s, metrics: m, log: log, opt: opt, terms: t,
-		jobs: map[receipt.JobID]*job{}, nodes: map[evm.Address]*node{}, noneAt: time.Now(),
+		closing: make(chan struct{}), jobs: map[receipt.JobID]*job{}, nodes: map[evm.Address]*node{}, noneAt: time.Now(),
 		recent: recent{set: map[receipt.JobID]struct{}{}},
 	}
 }
@@ -171,58 +180,76 @@ type Work struct {
 	Client string // name of the API key
 }
 
-// Submit writes a job down and queues it. The error is a [*Failure], or a
-// failure of the store.
-func (d *Dispatcher) Submit(ctx context.Context, w Work) (*Ticket, error) {
-	start := time.Now()
-	terms, err := d.reserve(int64(len(w.Body)), start)
-	if err != nil {
-		return nil, err
-	}
-	lim := terms.Config.Limits.Deadline.Duration()
+// Submit queues a job and begins to write it down. The error is a [*Failure].
+func (d *Dispatcher) Submit(w Work) (*Ticket, error) {
+	now := time.Now()
 	rec := &store.Job{Client: w.Client, Job: wire.Job{
-		ID: receipt.NewJobID(), Model: w.Model, Kind: w.Kind, Stream: w.Stream, Request: w.Body, Seed: rand.Uint32(),
-		Created: start.Unix(), Deadline: start.Add(lim).UnixMilli(), Config: terms.Digest,
+		ID: receipt.NewJobID(), Model: w.Model, Kind: w.Kind, Stream: w.Stream, Request: w.Body, Seed: rand.Uint32(), Created: now.Unix(),
 	}}
-	j := newJob(d, rec, terms, start)
-	j.attached = true
-	// A client that leaves now leaves a job behind that ends below; the write
-	// itself must have a known outcome.
-	err = d.store.PutJob(context.WithoutCancel(ctx), rec)
-	d.metrics.StoreSeconds.WithLabelValues("job").Observe(time.Since(start).Seconds())
+	hash := digest.Of(w.Body)
 
 	d.mu.Lock()
 	defer d.mu.Unlock()
-	d.reserved--
-	if err != nil {
-		d.bytes -= int64(len(w.Body))
-		return nil, err
+	if f := d.refuse(int64(len(w.Body)), now); f != nil {
+		return nil, f
 	}
-	d.jobs[j.spec.ID] = j
-	if d.closed {
-		return nil, &Failure{Outcome: Closing, Message: "the service is stopping"} // the job is found again at the next start
-	}
+	rec.Config = d.terms.Digest
+	rec.Deadline = now.Add(d.terms.Config.Limits.Deadline.Duration()).UnixMilli()
+	j := newJob(rec, hash, d.terms, now)
+	j.attached = true
+	d.add(j)
+	d.wg.Go(func() { d.write(j) })
 	d.enqueue(j, false)
 	d.pump()
 	d.arm(j)
 	return &Ticket{d: d, j: j}, nil
 }
 
-func (d *Dispatcher) reserve(size int64, now time.Time) (*Terms, error) {
+// refuse says why a job of so many bytes is not taken, or returns nil.
+func (d *Dispatcher) refuse(size int64, now time.Time) *Failure {
+	switch {
+	case d.closed:
+		return &Failure{Outcome: Closing, Message: "the service is stopping"}
+	case d.routable == 0 && now.Sub(d.noneAt) >= d.opt.NoNodeWait:
+		return &Failure{Outcome: NoNode, Message: "no node is ready to serve the model"}
+	case d.queue.Len() >= d.opt.MaxQueued || d.bytes+size > d.opt.MaxBytes:
+		return &Failure{Outcome: QueueFull, Message: "too many requests are waiting"}
+	}
+	return nil
+}
+
+// add makes a job known.
+func (d *Dispatcher) add(j *job) {
+	d.jobs[j.spec.ID] = j
+	d.bytes += int64(len(j.spec.Request))
+}
+
+// write writes a job down while nodes are at it already. A job that cannot be
+// written ends, unless its result is stored: then nothing needs the record.
+func (d *Dispatcher) write(j *job) {
+	start := time.Now()
+	err := d.store.PutJob(context.Background(), j.spec)
+	d.metrics.StoreSeconds.WithLabelValues("job").Observe(time.Since(start).Seconds())
 	d.mu.Lock()
 	defer d.mu.Unlock()
 	switch {
-	case d.closed:
-		return nil, &Failure{Outcome: Closing, Message: "the service is stopping"}
-	case d.routable == 0 && now.Sub(d.noneAt) >= d.opt.NoNodeWait:
-		return nil, &Failure{Outcome: NoNode, Message: "no node is ready to serve the model"}
-	case d.reserved+d.queue.Len() >= d.opt.MaxQueued || d.bytes+size > d.opt.MaxBytes:
-		return nil, &Failure{Outcome: QueueFull, Message: "too many requests are waiting"}
+	case err == nil && j.ended:
+		d.forget(j) // it ended before it was written
+	case err == nil:
+		j.record = written
+		d.answer(j)
+	default:
+		j.record = unwritten
+		close(j.lost)
+		d.log.Error("job could not be written down", "job", j.spec.ID, "error", err)
+		if j.result == nil {
+			d.fail(j, notWritten)
+		}
 	}
-	d.reserved++
-	d.bytes += size
-	return d.terms, nil
 }
+
+// notWritten ends a job of which neither the record nor a result could be stored.
+var notWritten = &Failure{Outcome: Storage, Code: wire.CodeStorage, Message: "the network could not write the request down"}
 
 // Restore queues jobs that a former run of the service left behind. Nobody
 // waits for them any more, but their results count. lookup finds the terms of
@@ -242,9 +269,11 @@ func (d *Dispatcher) Restore(ctx context.Context, jobs []*store.Job, lookup func
 			return err
 		}
 		d.mu.Lock()
-		j := newJob(d, rec, under, time.Now())
-		d.jobs[rec.ID] = j
-		d.bytes += int64(len(rec.Request))
+		now := time.Now()
+		j := newJob(rec, digest.Of(rec.Request), under, now)
+		j.record = written
+		j.notBefore = now.Add(min(restoredPause, j.deadline.Sub(now)/2))
+		d.add(j)
 		switch {
 		case !time.Now().Before(j.deadline):
 			d.fail(j, &Failure{Outcome: Deadline, Message: "the deadline passed while the service was down"})
@@ -260,16 +289,20 @@ func (d *Dispatcher) Restore(ctx context.Context, jobs []*store.Job, lookup func
 }
 
 // Close ends every waiting client with [Closing], leaves the jobs in the store
-// for the next start, and waits for writes under way.
+// for the next start, and waits for writes under way. Results that cannot be
+// stored stay with their nodes.
 func (d *Dispatcher) Close() {
 	d.mu.Lock()
-	d.closed = true
+	if !d.closed {
+		d.closed = true
+		close(d.closing)
+	}
 	for _, n := range d.nodes {
 		n.timer.stop()
 	}
 	for _, j := range d.jobs {
 		j.timer.stop()
-		if !j.storing {
+		if j.result == nil {
 			j.end(nil, &Failure{Outcome: Closing, Message: "the service is stopping"})
 		}
 	}
@@ -331,6 +364,9 @@ func (d *Dispatcher) pump() {
 // longer has it.
 func (d *Dispatcher) pick(j *job, now time.Time) *node {
 	if len(j.tried) == 0 {
+		if now.Before(j.notBefore) {
+			return nil
+		}
 		return d.free[0]
 	}
 	var aside []*node
@@ -350,16 +386,21 @@ func (d *Dispatcher) pick(j *job, now time.Time) *node {
 		}
 		aside = append(aside, heap.Pop(&d.free).(*node))
 	}
+	if d.others(j) > 0 || now.Before(j.notBefore) {
+		return nil // wait for one of them, or a little
+	}
+	return second
+}
+
+// others counts the routable nodes that have not had a job.
+func (d *Dispatcher) others(j *job) int {
 	others := d.routable
 	for a := range j.tried {
 		if n := d.nodes[a]; n != nil && n.routable {
 			others--
 		}
 	}
-	if others > 0 || now.Before(j.notBefore) {
-		return nil // wait for one of them, or a little
-	}
-	return second
+	return others
 }
 
 // assign gives a job to a node.
@@ -421,7 +462,7 @@ func (d *Dispatcher) detach(r *runner) {
 // requeue queues a job unless a node is at it still. why is what the client is
 // told when this was the last attempt.
 func (d *Dispatcher) requeue(j *job, ahead bool, why *Failure) {
-	if j.finished || j.storing || j.place != nil || j.live() != nil {
+	if j.settled() || j.place != nil || j.live() != nil {
 		return
 	}
 	if j.attempts >= d.opt.Attempts {
@@ -448,53 +489,69 @@ func (d *Dispatcher) revive(r *runner) {
 
 // fail ends a job without a result.
 func (d *Dispatcher) fail(j *job, f *Failure) {
-	if !j.finished && f.Outcome != Cancelled {
-		d.log.Info("job failed", "job", j.spec.ID, "outcome", f.Outcome, "code", f.Code, "attempts", j.attempts)
-	}
-	d.finish(j, nil, f, nil)
-}
-
-// finish ends a job: it is forgotten here and in the store, everybody who
-// works on it is told but by, and the client is answered.
-func (d *Dispatcher) finish(j *job, response []byte, f *Failure, by *node) {
-	if j.finished {
+	if j.ended {
 		return
 	}
-	outcome := OK
-	if f != nil {
-		outcome = f.Outcome
+	if f.Outcome != Cancelled {
+		d.log.Info("job failed", "job", j.spec.ID, "outcome", f.Outcome, "code", f.Code, "attempts", j.attempts)
 	}
+	j.end(nil, f)
+	d.finish(j, f.Outcome)
+	for _, w := range j.waiting {
+		w.ack("unneeded", j.spec.ID)
+	}
+}
+
+// answer gives the client its result once that survives a crash: the node keeps
+// the result until it is acknowledged, and with the job's record it counts
+// whenever it comes; or it is stored itself.
+func (d *Dispatcher) answer(j *job) {
+	if j.result != nil && !j.finished && (j.record == written || j.stored) {
+		j.end(j.result.Response, nil)
+	}
+}
+
+// finish forgets a job whose end is durable, or needs not be, and tells whoever
+// works on it.
+func (d *Dispatcher) finish(j *job, outcome Outcome) {
+	j.ended = true
 	j.timer.stop()
 	d.dequeue(j)
 	delete(d.jobs, j.spec.ID)
 	d.bytes -= int64(len(j.spec.Request))
-	d.recent.add(j.spec.ID, outcome == OK)
-	j.end(response, f)
+	if j.result != nil {
+		d.bytes -= int64(len(j.result.Response))
+	}
+	if outcome == OK {
+		d.recent.add(j.spec.ID)
+	}
 	for _, r := range j.runners {
 		delete(r.node.running, j.spec.ID)
-		if r.node != by && r.node.member != nil {
+		if r.node.member != nil {
 			r.node.member.peer.Send(&wire.Cancel{Job: j.spec.ID, Reason: string(outcome)})
 		}
 		d.refresh(r.node)
 	}
 	j.runners = nil
 	d.metrics.Jobs.WithLabelValues(string(outcome)).Inc()
-	d.metrics.JobSeconds.WithLabelValues(string(outcome)).Observe(time.Since(j.start).Seconds())
-	d.forget(j.spec.Seq, outcome)
+	d.metrics.JobSeconds.WithLabelValues(string(outcome)).Observe(j.took.Seconds())
+	if j.record == written {
+		d.forget(j)
+	}
 	d.pump()
 }
 
-// forget deletes a job from the store: one with a result when the store gets
-// to it, since its result says at any start that it is done, any other at once,
-// since nothing else does. A failure is only logged: the job is given out once
-// more after the next start.
-func (d *Dispatcher) forget(seq uint64, outcome Outcome) {
-	if outcome == OK {
-		d.store.JobDone(seq)
+// forget deletes an ended job from the store: one with a stored result when the
+// store gets to it, since its result says at any start that it is done, any
+// other at once, since nothing else does. A failure is only logged: the job is
+// given out once more after the next start.
+func (d *Dispatcher) forget(j *job) {
+	if j.stored {
+		d.store.JobDone(j.spec.Seq)
 		return
 	}
 	d.wg.Go(func() {
-		if err := d.store.DeleteJob(context.Background(), seq); err != nil {
+		if err := d.store.DeleteJob(context.Background(), j.spec.Seq); err != nil {
 			d.log.Error("finished job stays in the store until the next start", "error", err)
 		}
 	})
@@ -502,7 +559,7 @@ func (d *Dispatcher) forget(seq uint64, outcome Outcome) {
 
 // arm sets a job's timer to the next moment at which something may be due.
 func (d *Dispatcher) arm(j *job) {
-	if j.finished || d.closed {
+	if j.settled() || d.closed {
 		return
 	}
 	at := j.deadline
@@ -539,7 +596,7 @@ func (d *Dispatcher) mayGiveUp(j *job) bool {
 func (d *Dispatcher) wake(j *job) {
 	d.mu.Lock()
 	defer d.mu.Unlock()
-	if j.finished || d.closed || j.storing {
+	if j.settled() || d.closed {
 		return
 	}
 	now := time.Now()
@@ -564,17 +621,14 @@ func (d *Dispatcher) wake(j *job) {
 	d.arm(j)
 }
 
-// recent remembers finished jobs, the oldest forgotten first.
+// recent remembers jobs whose result is stored, the oldest forgotten first.
 type recent struct {
 	set  map[receipt.JobID]struct{}
 	ring []receipt.JobID
 	next int
 }
 
-func (r *recent) add(id receipt.JobID, counted bool) {
-	if !counted {
-		return
-	}
+func (r *recent) add(id receipt.JobID) {
 	if len(r.ring) < remembered {
 		r.ring = append(r.ring, id)
 	} else {

@@ -10,6 +10,7 @@ import (
 	"slices"
 	"strings"
 	"sync"
+	"sync/atomic"
 	"testing"
 	"testing/synctest"
 	"time"
@@ -95,12 +96,11 @@ func (m *memory) count() (jobs, results int) {
 
 // peer is a node's session that keeps what it is sent.
 type peer struct {
-	f         *fixture
-	node      *nodetest.Node
-	member    *Member
-	mu        sync.Mutex
-	sent      []wire.Message
-	restarted string
+	f      *fixture
+	node   *nodetest.Node
+	member *Member
+	mu     sync.Mutex
+	sent   []wire.Message
 }
 
 func (p *peer) Send(m wire.Message) {
@@ -108,8 +108,6 @@ func (p *peer) Send(m wire.Message) {
 	defer p.mu.Unlock()
 	p.sent = append(p.sent, m)
 }
-
-func (p *peer) Restart(reason string) { p.restarted = reason }
 
 // next waits until everything has settled and takes the first message of type M.
 func next[M wire.Message](p *peer) (found M, ok bool) {
@@ -220,7 +218,7 @@ func (f *fixture) sleep(d time.Duration, peers ...*peer) {
 func (f *fixture) submit(stream bool) *Ticket {
 	f.t.Helper()
 	body := `{"model":"tiny"}`
-	t, err := f.d.Submit(f.t.Context(), Work{Kind: wire.KindChat, Model: nodetest.Model, Stream: stream, Body: []byte(body), Client: "test"})
+	t, err := f.d.Submit(Work{Kind: wire.KindChat, Model: nodetest.Model, Stream: stream, Body: []byte(body), Client: "test"})
 	if err != nil {
 		f.t.Fatal(err)
 	}
@@ -295,8 +293,8 @@ func (f *fixture) empty(results int) {
 	}
 	f.d.mu.Lock()
 	defer f.d.mu.Unlock()
-	if len(f.d.jobs) != 0 || f.d.queue.Len() != 0 || f.d.bytes != 0 || f.d.reserved != 0 {
-		f.t.Errorf("%d jobs, %d queued, %d bytes, %d reserved are left", len(f.d.jobs), f.d.queue.Len(), f.d.bytes, f.d.reserved)
+	if len(f.d.jobs) != 0 || f.d.queue.Len() != 0 || f.d.bytes != 0 {
+		f.t.Errorf("%d jobs, %d queued, %d bytes are left", len(f.d.jobs), f.d.queue.Len(), f.d.bytes)
 	}
 	for _, n := range f.d.nodes {
 		if len(n.running) != 0 {
@@ -340,38 +338,115 @@ func TestPlain(t *testing.T) {
 	})
 }
 
-// Nothing leaves before it is on disk: neither the job nor the answer.
+// A node gets a job at once; the client gets its answer when the job is on
+// disk, and the node its acknowledgement when the result is.
 func TestDurableFirst(t *testing.T) {
 	run(t, Options{}, nil, func(t *testing.T, f *fixture) {
 		p := f.join(nil)
-		hold := make(chan struct{})
-		wait := func() error { <-hold; return nil }
-		f.store.putJob, f.store.putResult = wait, wait
-		var ticket *Ticket
-		go func() { ticket = f.submit(false) }()
-		none[*wire.Job](p)
-		hold <- struct{}{}
+		job, result := make(chan error), make(chan error)
+		f.store.putJob, f.store.putResult = func() error { return <-job }, func() error { return <-result }
+		ticket := f.submit(false)
 		j := p.take()
 		p.deliver(j, "hello")
 		f.waiting(ticket)
 		none[*wire.Ack](p)
-		hold <- struct{}{}
+		if f.d.Receipt(j.ID) != nil {
+			t.Fatal("a receipt before the answer")
+		}
+		job <- nil
 		f.answered(ticket, "hello")
+		if r := f.d.Receipt(j.ID); r == nil || r.Receipt().Job != j.ID {
+			t.Fatalf("receipt %v", r)
+		}
+		none[*wire.Ack](p)
+		result <- nil
 		p.acked(j)
+		f.empty(1)
+	})
+}
+
+// A result that is stored before its job answers the client by itself, and the
+// job's record goes as soon as it is there.
+func TestResultIsStoredFirst(t *testing.T) {
+	for name, err := range map[string]error{"written": nil, "failed": errors.New("disk full")} {
+		t.Run(name, func(t *testing.T) {
+			run(t, Options{}, nil, func(t *testing.T, f *fixture) {
+				p := f.join(nil)
+				job := make(chan error)
+				f.store.putJob = func() error { return <-job }
+				ticket := f.submit(true)
+				j := p.take()
+				p.deliver(j, "hello")
+				f.answered(ticket, "hello")
+				p.acked(j)
+				job <- err
+				f.empty(1)
+			})
+		})
+	}
+}
+
+// A job that ends before it is written down does not stay behind.
+func TestCancelWhileWriting(t *testing.T) {
+	run(t, Options{}, nil, func(t *testing.T, f *fixture) {
+		p := f.join(nil)
+		job := make(chan error)
+		f.store.putJob = func() error { return <-job }
+		ticket := f.submit(false)
+		p.take()
+		ticket.Cancel()
+		must[*wire.Cancel](p)
+		job <- nil
+		f.empty(0)
 	})
 }
 
 func TestJobThatCannotBeWritten(t *testing.T) {
 	run(t, Options{}, nil, func(t *testing.T, f *fixture) {
 		p := f.join(nil)
-		full := errors.New("disk full")
-		f.store.putJob = func() error { return full }
-		if _, err := f.d.Submit(t.Context(), Work{Kind: wire.KindChat, Model: nodetest.Model, Body: []byte("{}")}); !errors.Is(err, full) {
-			t.Fatalf("got %v", err)
+		f.store.putJob = func() error { return errors.New("disk full") }
+		ticket := f.submit(false)
+		f.failed(ticket, Storage)
+		j := must[*wire.Job](p)
+		if c := must[*wire.Cancel](p); c.Job != j.ID {
+			t.Fatal("another job")
 		}
-		none[*wire.Job](p)
+		p.deliver(j, "hello") // it was faster; nobody needs it, and it is no fault
+		p.acked(j)
 		f.empty(0)
 	})
+}
+
+// When neither the job nor its result can be stored, the client is told, and
+// the node may forget the result.
+func TestNothingCanBeWritten(t *testing.T) {
+	for _, first := range []string{"job", "result"} {
+		t.Run(first, func(t *testing.T) {
+			run(t, Options{}, nil, func(t *testing.T, f *fixture) {
+				p := f.join(nil)
+				full := errors.New("disk full")
+				job, result := make(chan error), make(chan error, 2)
+				f.store.putJob, f.store.putResult = func() error { return <-job }, func() error { return <-result }
+				ticket := f.submit(false)
+				j := p.take()
+				p.deliver(j, "hello")
+				f.waiting(ticket)
+				if first == "job" {
+					job <- full
+					f.waiting(ticket)
+					result <- full
+				} else {
+					result <- full
+					f.waiting(ticket)
+					result <- full // for the try that the job's outcome brings about
+					job <- full
+				}
+				f.failed(ticket, Storage)
+				p.acked(j)
+				f.empty(0)
+			})
+		})
+	}
 }
 
 func TestLeastBusyNodeFirst(t *testing.T) {
@@ -677,14 +752,12 @@ func TestStalled(t *testing.T) {
 		a := f.join(nil)
 		ticket := f.submit(false)
 		j := a.take()
-		f.sleep(25*time.Second, a)
-		none[*wire.Job](a) // it has it
-		a.member.Accepted(j.ID)
 		b := f.join(nil)
 		f.sleep(19*time.Second, a, b)
 		none[*wire.Job](b)
 		f.sleep(time.Second, a, b)
 		b.take()
+		none[*wire.Job](a)    // it has it
 		none[*wire.Cancel](a) // it may still be first
 		a.deliver(j, "hello")
 		f.answered(ticket, "hello")
@@ -752,25 +825,25 @@ func TestDeadlineWhileStoring(t *testing.T) {
 		f.store.putResult = func() error { <-hold; return nil }
 		a.deliver(j, "hello")
 		f.sleep(61*time.Second, a)
-		f.waiting(ticket)
-		close(hold)
 		f.answered(ticket, "hello")
+		close(hold)
+		a.acked(j)
 		f.empty(1)
 	})
 }
 
-// A result that a former run of the service has counted already is what counts.
-func TestResultOfAFormerRun(t *testing.T) {
+// A try to store a result whose outcome was not heard of may have been good.
+func TestResultIsStoredAlready(t *testing.T) {
 	run(t, Options{}, nil, func(t *testing.T, f *fixture) {
 		a := f.join(nil)
 		ticket := f.submit(false)
 		j := a.take()
-		body := nodetest.Body(j, "first")
+		body := nodetest.Body(j, "hello")
 		if err := f.store.PutResult(t.Context(), a.node.Result(t, j, body, nil).Receipt, body); err != nil {
 			t.Fatal(err)
 		}
-		a.deliver(j, "second")
-		f.answered(ticket, "first")
+		a.deliver(j, "hello")
+		f.answered(ticket, "hello")
 		a.acked(j)
 		f.empty(1)
 	})
@@ -799,13 +872,130 @@ func TestRefusals(t *testing.T) {
 				a := f.join(nil)
 				ticket := f.submit(false)
 				j := must[*wire.Job](a)
-				b := f.join(nil)
-				a.member.Refused(&wire.Refuse{Job: j.ID, Code: code, Message: strings.Repeat("x", 1000)})
-				none[*wire.Job](b)
-				if got := f.failed(ticket, Refused); got.Code != code || len(got.Message) > 300 {
+				a.member.Refused(&wire.Refuse{Job: j.ID, Code: code, Message: "a node's text"})
+				if got := f.failed(ticket, Refused); got.Code != code || strings.Contains(got.Message, "a node's") {
 					t.Fatalf("failure %+v", got)
 				}
 				f.empty(0)
+			})
+		})
+	}
+}
+
+// One node cannot end a job that another one can do.
+func TestSecondOpinion(t *testing.T) {
+	refuse := func(p *peer, j *wire.Job, code wire.Code) {
+		p.member.Refused(&wire.Refuse{Job: j.ID, Code: code})
+	}
+	give := func(t *testing.T, f *fixture, nodes int) (*Ticket, []*peer, *wire.Job) {
+		list := []*peer{f.join(nil)}
+		ticket := f.submit(false)
+		j := list[0].take()
+		for range nodes - 1 {
+			list = append(list, f.join(nil))
+		}
+		refuse(list[0], j, wire.CodeBadRequest)
+		return ticket, list, j
+	}
+	to := func(list []*peer, j *wire.Job) (*peer, []*peer) {
+		for i, p := range list {
+			if got, ok := next[*wire.Job](p); ok && got.ID == j.ID {
+				return p, slices.Delete(slices.Clone(list), i, i+1)
+			}
+		}
+		t.Fatal("nobody has the job")
+		return nil, nil
+	}
+	t.Run("another does it", func(t *testing.T) {
+		run(t, Options{}, nil, func(t *testing.T, f *fixture) {
+			ticket, list, j := give(t, f, 2)
+			p, _ := to(list[1:], j)
+			p.member.Accepted(j.ID)
+			p.deliver(j, "hello")
+			f.answered(ticket, "hello")
+			f.empty(1)
+		})
+	})
+	t.Run("two agree", func(t *testing.T) {
+		run(t, Options{}, nil, func(t *testing.T, f *fixture) {
+			ticket, list, j := give(t, f, 3)
+			p, rest := to(list[1:], j)
+			p.member.Accepted(j.ID)
+			if _, err := p.member.Result(&wire.Result{Job: j.ID, Code: wire.CodeBadRequest}); err != nil {
+				t.Fatal(err)
+			}
+			f.failed(ticket, Refused)
+			none[*wire.Job](rest[0])
+			f.empty(0)
+		})
+	})
+	t.Run("two differ", func(t *testing.T) {
+		run(t, Options{}, nil, func(t *testing.T, f *fixture) {
+			ticket, list, j := give(t, f, 3)
+			p, rest := to(list[1:], j)
+			refuse(p, j, wire.CodeLimit)
+			p, _ = to(rest, j)
+			p.member.Accepted(j.ID)
+			p.deliver(j, "hello")
+			f.answered(ticket, "hello")
+			f.empty(1)
+		})
+	})
+	t.Run("the other is lost", func(t *testing.T) {
+		run(t, Options{}, nil, func(t *testing.T, f *fixture) {
+			ticket, list, j := give(t, f, 2)
+			p, _ := to(list[1:], j)
+			p.member.Leave(false)
+			f.sleep(5*time.Second, list[0]) // it gets the job once more
+			must[*wire.Job](list[0])
+			refuse(list[0], j, wire.CodeBadRequest)
+			f.failed(ticket, Refused)
+			f.empty(0)
+		})
+	})
+	t.Run("while another is at it", func(t *testing.T) {
+		run(t, Options{}, nil, func(t *testing.T, f *fixture) {
+			a := f.join(nil)
+			ticket := f.submit(false)
+			j := a.take()
+			b := f.join(nil)
+			f.sleep(20*time.Second, a, b) // a stalls
+			b.take()
+			if _, err := a.member.Result(&wire.Result{Job: j.ID, Code: wire.CodeLimit}); err != nil {
+				t.Fatal(err)
+			}
+			f.waiting(ticket)
+			b.deliver(j, "hello")
+			f.answered(ticket, "hello")
+			f.empty(1)
+		})
+	})
+}
+
+// A node cannot keep a job by repeating itself.
+func TestRepetitionIsNoProgress(t *testing.T) {
+	for name, say := range map[string]func(*peer, *wire.Job){
+		"accept":    func(p *peer, j *wire.Job) { p.member.Accepted(j.ID) },
+		"duplicate": func(p *peer, j *wire.Job) { p.member.Refused(&wire.Refuse{Job: j.ID, Code: wire.CodeDuplicate}) },
+		"chunk":     func(p *peer, j *wire.Job) { p.chunk(j, nodetest.Body(j, "hello"), 0, 50) },
+	} {
+		t.Run(name, func(t *testing.T) {
+			run(t, Options{}, nil, func(t *testing.T, f *fixture) {
+				a := f.join(nil)
+				ticket := f.submit(true)
+				j := a.take()
+				say(a, j)
+				b := f.join(nil)
+				for range 20 {
+					none[*wire.Job](b)
+					f.sleep(time.Second, a, b)
+					say(a, j)
+				}
+				b.take()
+				b.deliver(j, "hello")
+				f.answered(ticket, "hello")
+				b.acked(j)
+				f.empty(1)
 			})
 		})
 	}
@@ -883,7 +1073,7 @@ func TestNoNode(t *testing.T) {
 		ticket := f.submit(false) // the service has just begun: nodes may be on their way
 		f.sleep(5 * time.Second)
 		f.failed(ticket, NoNode)
-		_, err := f.d.Submit(t.Context(), Work{Kind: wire.KindChat, Model: nodetest.Model, Body: []byte("{}")})
+		_, err := f.d.Submit(Work{Kind: wire.KindChat, Model: nodetest.Model, Body: []byte("{}")})
 		if got, ok := AsFailure(err); !ok || got.Outcome != NoNode {
 			t.Fatalf("got %v", err)
 		}
@@ -904,11 +1094,11 @@ func TestNoNode(t *testing.T) {
 func TestQueueBounds(t *testing.T) {
 	run(t, Options{MaxQueued: 2, MaxBytes: 100}, nil, func(t *testing.T, f *fixture) {
 		f.submit(false)
-		if _, err := f.d.Submit(t.Context(), Work{Model: nodetest.Model, Body: make([]byte, 90)}); err.Error() != "too many requests are waiting" {
+		if _, err := f.d.Submit(Work{Model: nodetest.Model, Body: make([]byte, 90)}); err.Error() != "too many requests are waiting" {
 			t.Fatalf("bytes: %v", err)
 		}
 		f.submit(false)
-		_, err := f.d.Submit(t.Context(), Work{Model: nodetest.Model, Body: []byte("{}")})
+		_, err := f.d.Submit(Work{Model: nodetest.Model, Body: []byte("{}")})
 		if got, ok := AsFailure(err); !ok || got.Outcome != QueueFull {
 			t.Fatalf("count: %v", err)
 		}
@@ -954,18 +1144,15 @@ func TestStream(t *testing.T) {
 			t.Fatalf("%q %v", got, err)
 		}
 		a.chunk(j, body, 40, len(body))
-		// The end mark waits for the disk.
+		// The end mark waits for the receipt.
 		mark := len(body) - len(endMark)
 		if got, _ := f.read(ticket, 40); got != string(body[40:mark]) {
 			t.Fatalf("%q", got)
 		}
-		hold := make(chan struct{})
-		f.store.putResult = func() error { <-hold; return nil }
-		a.deliver(j, "one two three")
 		if got, err := f.read(ticket, mark); !errors.Is(err, context.DeadlineExceeded) {
 			t.Fatalf("%q %v", got, err)
 		}
-		close(hold)
+		a.deliver(j, "one two three")
 		if got, _ := f.read(ticket, mark); got != endMark {
 			t.Fatalf("%q", got)
 		}
@@ -1219,25 +1406,76 @@ func TestPenalty(t *testing.T) {
 	})
 }
 
+// A result that cannot be stored is kept: in memory, where it is tried again,
+// and by its node, which is not told to forget it.
 func TestResultThatCannotBeStored(t *testing.T) {
 	run(t, Options{}, nil, func(t *testing.T, f *fixture) {
 		a := f.join(nil)
 		ticket := f.submit(false)
 		j := a.take()
-		f.store.putResult = func() error { return errors.New("disk full") }
-		a.deliver(j, "hello")
-		synctest.Wait()
-		none[*wire.Ack](a)
-		if a.restarted == "" {
-			t.Fatal("the session goes on, so the node will not send the result again")
+		var room atomic.Bool
+		f.store.putResult = func() error {
+			if !room.Load() {
+				return errors.New("disk full")
+			}
+			return nil
 		}
-		f.waiting(ticket)
-		f.store.putResult = nil
+		a.deliver(j, "hello")
+		f.answered(ticket, "hello")
+		f.sleep(time.Minute, a)
+		none[*wire.Ack](a)
+		if f.d.Receipt(j.ID) == nil {
+			t.Fatal("the receipt that the client was promised is not there")
+		}
+		// The node sends it again in a new session, and any number of times.
 		a.member.Leave(false)
 		a2 := f.join(a.node)
-		a2.deliver(j, "hello")
-		f.answered(ticket, "hello")
+		none[*wire.Job](a2)
+		res := a2.node.Result(t, j, nodetest.Body(j, "hello"), nil)
+		for i, want := range []bool{true, false, false} {
+			if known, err := a2.member.Result(res); known != want || err != nil {
+				t.Fatalf("%d: %v %v", i, known, err)
+			}
+		}
+		room.Store(true)
+		f.sleep(time.Minute, a2)
 		a2.acked(j)
+		none[*wire.Ack](a2)
+		if got := f.metric(`resultity_results_total{verdict="counted"}`); got != "1" {
+			t.Errorf("counted %s results", got)
+		}
+		f.empty(1)
+	})
+}
+
+// The service ends between the answer and the store: the node sends the result
+// again to the next run, where it counts, and no other node's.
+func TestCrashBetweenAnswerAndStore(t *testing.T) {
+	run(t, Options{}, nil, func(t *testing.T, f *fixture) {
+		a := f.join(nil)
+		ticket := f.submit(false)
+		j := a.take()
+		f.store.putResult = func() error { return errors.New("it ends here") }
+		a.deliver(j, "hello")
+		f.answered(ticket, "hello")
+		f.d.Close()
+		none[*wire.Ack](a)
+		f.store.putResult = nil
+
+		f.d = New(f.store, f.terms, f.m, slog.New(slog.DiscardHandler), Options{})
+		lookup := func(context.Context, digest.Digest) (*Terms, error) { return f.terms, nil }
+		if err := f.d.Restore(t.Context(), slices.Collect(maps.Values(f.store.jobs)), lookup); err != nil {
+			t.Fatal(err)
+		}
+		b := f.join(nil) // is there first, and must not get it
+		none[*wire.Job](b)
+		a = f.join(a.node)
+		a.deliver(j, "hello")
+		a.acked(j)
+		none[*wire.Job](b)
+		if r, err := f.store.Result(t.Context(), j.ID); err != nil || r.Receipt.Receipt().Node != a.node.Key.Address() {
+			t.Fatalf("%+v %v", r, err)
+		}
 		f.empty(1)
 	})
 }
@@ -1257,8 +1495,8 @@ func TestResultsAtTheSameTime(t *testing.T) {
 		synctest.Wait()
 		b.deliver(j, "two")
 		none[*wire.Ack](b)
-		close(hold)
 		f.answered(ticket, "one")
+		close(hold)
 		a.acked(j)
 		b.acked(j)
 		if got := f.metric(`resultity_results_total{verdict="counted"}`); got != "1" {
@@ -1352,6 +1590,8 @@ func TestRestoredJobIsGivenOut(t *testing.T) {
 		}
 		f.sleep(20 * time.Second)
 		a := f.join(nil)
+		none[*wire.Job](a) // the node that had it may come
+		f.sleep(10*time.Second, a)
 		j := a.take()
 		a.chunk(j, nodetest.Body(j, "hello"), 0, 50) // nobody reads it
 		a.deliver(j, "hello")

@@ -23,16 +23,18 @@ const (
 	OK        Outcome = "ok"
 	QueueFull Outcome = "queue_full" // not taken
 	NoNode    Outcome = "no_node"    // no node to give it to
-	Refused   Outcome = "refused"    // nodes say that it cannot be done
+	Refused   Outcome = "refused"    // two nodes say that it cannot be done, or the only one
 	Failed    Outcome = "failed"     // every attempt failed
 	Deadline  Outcome = "deadline"   // not finished in time
 	Diverged  Outcome = "diverged"   // the stream could not be continued by another node
 	Cancelled Outcome = "cancelled"  // the client has gone
 	Withdrawn Outcome = "withdrawn"  // the model is no longer served
 	Closing   Outcome = "closing"    // the service stops
+	Storage   Outcome = "storage"    // it could not be written down
 )
 
-// Failure is why a job has no result. Message is for the client.
+// Failure is why a job has no result. Message is for the client, and never a
+// node's text.
 type Failure struct {
 	Outcome Outcome
 	Code    wire.Code // of the node that had it last, or ""
@@ -68,6 +70,7 @@ type job struct {
 	stall    time.Duration
 	done     chan struct{} // closed when finished
 	more     chan struct{} // has an element when a stream may have grown
+	lost     chan struct{} // closed when the job could not be written down
 
 	// ———
 	attached  bool // a client waits
@@ -75,16 +78,32 @@ type job struct {
 	notBefore time.Time     // for a node that had it
 	place     *list.Element // in the queue, or nil
 	tried     map[evm.Address]struct{}
+	against   map[evm.Address]wire.Code // nodes that say that no node can do it, and why
 	runners   []*runner
 	under     map[digest.Digest]*Terms // configurations it was given out under
 	body      []byte                   // of a stream: bytes sent to the client, or ready to be; only grows
-	storing   bool                     // a valid result is on its way to the disk
-	waiting   []*Member                // sent the result too while it was
-	finished  bool
-	response  []byte
-	failure   *Failure
 	timer     timer
+
+	record  record       // whether the job is in the store
+	result  *wire.Result // the first valid one, the one that counts; or nil
+	stored  bool         // it is
+	waiting []*Member    // sessions that sent a result and wait for its acknowledgement
+
+	finished bool // the client is answered, with what follows
+	took     time.Duration
+	response []byte
+	failure  *Failure
+	ended    bool // no longer among Dispatcher.jobs
 }
+
+// record is how far a job is on its way into the store.
+type record int
+
+const (
+	writing record = iota
+	written
+	unwritten // it could not be
+)
 
 // runner is a node's part in a job. Guarded by Dispatcher.mu.
 type runner struct {
@@ -92,26 +111,30 @@ type runner struct {
 	node     *node
 	terms    *Terms
 	sent     time.Time
-	progress time.Time // of the last sign of it
+	progress time.Time // of the last sign of it: the first acceptance, or a chunk that goes further
 	accepted bool
 	adopted  int   // how often it went on after a new session
+	end      int64 // where the furthest of its chunks ended
 	pos      int64 // bytes of the response that came in order and equal what was sent
 	lost     bool  // given up; the job waits or is elsewhere
 }
 
-func newJob(d *Dispatcher, rec *store.Job, under *Terms, start time.Time) *job {
+func newJob(rec *store.Job, hash digest.Digest, under *Terms, start time.Time) *job {
 	deadline := time.UnixMilli(rec.Deadline)
 	j := &job{
-		spec: rec, hash: digest.Of(rec.Request), start: start, deadline: deadline,
+		spec: rec, hash: hash, start: start, deadline: deadline,
 		stall: deadline.Sub(time.Unix(rec.Created, 0)) / stallShare,
-		done:  make(chan struct{}), more: make(chan struct{}, 1),
-		tried: map[evm.Address]struct{}{}, under: map[digest.Digest]*Terms{},
+		done:  make(chan struct{}), more: make(chan struct{}, 1), lost: make(chan struct{}),
+		tried: map[evm.Address]struct{}{}, against: map[evm.Address]wire.Code{}, under: map[digest.Digest]*Terms{},
 	}
 	if under != nil {
 		j.under[under.Digest] = under
 	}
 	return j
 }
+
+// settled reports whether nothing that nodes do changes the job's end any more.
+func (j *job) settled() bool { return j.ended || j.result != nil }
 
 // live returns the runner that is at the job and not given up, or nil. There is
 // one at most.
@@ -129,7 +152,7 @@ func (j *job) end(response []byte, f *Failure) {
 	if j.finished {
 		return
 	}
-	j.finished, j.response, j.failure = true, response, f
+	j.finished, j.response, j.failure, j.took = true, response, f, time.Since(j.start)
 	if f == nil && j.spec.Stream {
 		j.body = response // what was sent is its beginning
 	}
@@ -167,6 +190,17 @@ func (r *runner) due(d *Dispatcher) (time.Time, Reason) {
 	return r.progress.Add(r.job.stall), Stalled
 }
 
+// accept notes that a node has a job. Only its first word is progress: it could
+// repeat itself for ever.
+func (r *runner) accept(d *Dispatcher) {
+	if r.accepted {
+		return
+	}
+	r.accepted, r.progress = true, time.Now()
+	d.revive(r)
+	d.arm(r.job)
+}
+
 // take compares a chunk with what was sent and takes what is new. It reports
 // whether the node's bytes still fit.
 func (r *runner) take(offset int64, data []byte) bool {
@@ -200,7 +234,8 @@ func (t *Ticket) ID() receipt.JobID { return t.j.spec.ID }
 // Created is the creation time that the response carries, in Unix seconds.
 func (t *Ticket) Created() int64 { return t.j.spec.Created }
 
-// Wait returns the whole response once its result is durable, or a [*Failure].
+// Wait returns the whole response once its result cannot be lost any more, or a
+// [*Failure].
 // It returns ctx's error when ctx ends; the job goes on.
 func (t *Ticket) Wait(ctx context.Context) ([]byte, error) {
 	select {
@@ -238,13 +273,13 @@ func (t *Ticket) Next(ctx context.Context, offset int) ([]byte, error) {
 	}
 }
 
-// Cancel gives the job up: the client has gone. A job whose result is being
-// stored, or that has ended, is not touched.
+// Cancel gives the job up: the client has gone. A job that has its result, or
+// has ended, is not touched.
 func (t *Ticket) Cancel() {
 	d := t.d
 	d.mu.Lock()
 	defer d.mu.Unlock()
-	if !t.j.storing {
+	if t.j.result == nil {
 		d.fail(t.j, &Failure{Outcome: Cancelled, Code: wire.CodeCancelled, Message: "the client has gone"})
 	}
 }

@@ -20,9 +20,6 @@ import (
 type Peer interface {
 	// Send queues a message; a session that cannot keep up ends itself.
 	Send(wire.Message)
-	// Restart ends the session so that the node connects anew and sends its
-	// unacknowledged results again.
-	Restart(reason string)
 }
 
 // node is a node that is connected, has jobs, or is being punished. Guarded by
@@ -77,7 +74,7 @@ func (d *Dispatcher) Join(addr evm.Address, peer Peer) *Member {
 	n.member, n.since, n.beat, n.told, n.foreign, n.blocked = m, now, nil, nil, 0, time.Time{}
 	for _, r := range n.running {
 		j := r.job
-		if j.storing || r.adopted >= adoptions || r.lost && j.place == nil {
+		if j.result != nil || r.adopted >= adoptions || r.lost && j.place == nil {
 			continue // it is elsewhere by now
 		}
 		r.adopted++
@@ -187,9 +184,7 @@ func (m *Member) Accepted(id receipt.JobID) (known bool) {
 	if r == nil {
 		return false
 	}
-	r.accepted, r.progress = true, time.Now()
-	d.revive(r)
-	d.arm(r.job)
+	r.accept(d)
 	return true
 }
 
@@ -212,8 +207,7 @@ func (m *Member) Refused(msg *wire.Refuse) (known bool) {
 	}
 	switch msg.Code {
 	case wire.CodeDuplicate: // it has the job, which is all we want
-		r.accepted, r.progress = true, time.Now()
-		d.arm(r.job)
+		r.accept(d)
 		return true
 	case wire.CodeBusy: // our books were behind its own: no fault of the job
 		m.node.blocked = time.Now().Add(busyPause)
@@ -221,23 +215,45 @@ func (m *Member) Refused(msg *wire.Refuse) (known bool) {
 	case wire.CodeDraining, wire.CodeNotReady, wire.CodeConfig, wire.CodeUnknownModel, wire.CodeStorage, wire.CodeInternal:
 		m.node.blocked = time.Now().Add(refusalPause)
 	}
-	d.unable(r, NodeRefused, msg.Code, msg.Message)
+	d.unable(r, NodeRefused, msg.Code)
 	return true
 }
 
-// unable handles a node's word that it will not deliver.
-func (d *Dispatcher) unable(r *runner, reason Reason, code wire.Code, message string) {
+// unable handles a node's word that it will not deliver. That no node could do
+// the job is believed when a second node says the same, or there is no second
+// one: the request was checked before, so it is the node that may be at fault.
+func (d *Dispatcher) unable(r *runner, reason Reason, code wire.Code) {
+	j, why := r.job, &Failure{Outcome: Failed, Code: code, Message: "no node could finish the job"}
 	// We asked nobody to stop: a job that is still known was not cancelled, so
 	// a node that says so means itself.
 	if code.Retryable() || code == wire.CodeCancelled {
-		d.drop(r, reason, &Failure{Outcome: Failed, Code: code, Message: "no node could finish the job"})
+		d.drop(r, reason, why)
+		return
+	}
+	agreed := false
+	for node, said := range j.against {
+		agreed = agreed || said == code && node != r.node.addr
+	}
+	j.against[r.node.addr] = code
+	live := j.live()
+	second := live != nil && live != r || j.attempts < d.opt.Attempts && d.others(j) > 0
+	if second && !agreed {
+		d.drop(r, reason, why)
 		return
 	}
 	d.detach(r)
-	if len(message) > 300 {
-		message = message[:300]
+	d.fail(j, &Failure{Outcome: Refused, Code: code, Message: refusal(code, r.terms)})
+}
+
+// refusal is what a client is told for a code that ends its job.
+func refusal(code wire.Code, t *Terms) string {
+	switch code {
+	case wire.CodeBadRequest:
+		return fmt.Sprintf("The model cannot serve this request. Most often its prompt, with the tokens that it asks for, is longer than the context of %d tokens.", t.Config.Runtime.Settings.Context)
+	case wire.CodeLimit:
+		return "The request is over a limit of the nodes."
 	}
-	d.fail(r.job, &Failure{Outcome: Refused, Code: code, Message: message})
+	return "The request could not be finished in time."
 }
 
 // Chunk takes a part of a streamed response. The error ends the session.
@@ -246,7 +262,7 @@ func (m *Member) Chunk(c *wire.Chunk) (known bool, err error) {
 	d.mu.Lock()
 	defer d.mu.Unlock()
 	r := m.runner(c.Job)
-	if r == nil || r.job.storing {
+	if r == nil || r.job.result != nil {
 		return false, nil // late: cancelled, or somebody else was first
 	}
 	j := r.job
@@ -257,8 +273,11 @@ func (m *Member) Chunk(c *wire.Chunk) (known bool, err error) {
 	case c.Offset < 0 || c.Offset > limit || c.Offset+int64(len(c.Data)) > limit:
 		return true, fmt.Errorf("%w: the stream is longer than %d bytes", ErrInvalid, limit)
 	}
-	r.accepted, r.progress = true, time.Now()
-	d.revive(r)
+	r.accept(d)
+	if end := c.Offset + int64(len(c.Data)); end > r.end {
+		r.end, r.progress = end, time.Now()
+		d.revive(r)
+	}
 	if !j.attached {
 		return true, nil
 	}
@@ -293,7 +312,7 @@ func (m *Member) Result(res *wire.Result) (known bool, err error) {
 	case m.gone || d.closed: // the node sends it again in its next session
 		d.mu.Unlock()
 		return true, nil
-	case j == nil || j.finished:
+	case j == nil:
 		verdict := "unneeded"
 		if d.recent.has(res.Job) {
 			verdict = "duplicate"
@@ -306,8 +325,8 @@ func (m *Member) Result(res *wire.Result) (known bool, err error) {
 		return false, nil
 	case res.Code != "":
 		m.ack("failed", res.Job)
-		if r := m.runner(res.Job); r != nil && !j.storing {
-			d.unable(r, NodeFailed, res.Code, res.Message)
+		if r := m.runner(res.Job); r != nil && j.result == nil {
+			d.unable(r, NodeFailed, res.Code)
 		}
 		d.mu.Unlock()
 		return true, nil
@@ -329,77 +348,115 @@ func (m *Member) Result(res *wire.Result) (known bool, err error) {
 		}
 		return true, err
 	}
-	m.valid(j, res)
-	return true, nil
+	return m.valid(j, res), nil
 }
 
-// valid takes a checked result: the first one is stored and counts.
-func (m *Member) valid(j *job, res *wire.Result) {
+// valid takes a checked result: the first one counts. It reports whether the
+// session had not sent it before.
+func (m *Member) valid(j *job, res *wire.Result) (news bool) {
 	d := m.d
 	d.mu.Lock()
 	defer d.mu.Unlock()
+	r := m.runner(res.Job)
 	switch {
 	case d.closed: // the node sends it again in its next session
-		return
-	case j.finished:
+		return true
+	case j.ended:
 		m.ack("duplicate", res.Job)
-		return
-	case j.storing:
+		return true
+	case j.result != nil: // acknowledged once the one that counts is stored
+		j.waiting = slices.DeleteFunc(j.waiting, func(w *Member) bool { return w.gone })
+		if m.gone || slices.Contains(j.waiting, m) {
+			return false
+		}
 		j.waiting = append(j.waiting, m)
-		return
-	case j.attached && j.spec.Stream && !bytes.HasPrefix(res.Response, j.body):
-		m.ack("diverged", res.Job)
-		r := m.runner(res.Job)
-		d.diverge(j, r)
-		if r != nil && !j.finished {
+		if r != nil {
 			d.detach(r)
 			d.pump()
 		}
-		return
+		return true
+	case j.attached && j.spec.Stream && !bytes.HasPrefix(res.Response, j.body):
+		m.ack("diverged", res.Job)
+		d.diverge(j, r)
+		if r != nil && !j.ended {
+			d.detach(r)
+			d.pump()
+		}
+		return true
 	}
-	j.storing = true
+	j.result = res
+	j.waiting = []*Member{m}
+	j.timer.stop()
 	d.dequeue(j)
-	d.wg.Go(func() { m.storeResult(j, res) })
+	d.bytes += int64(len(res.Response))
+	d.wg.Go(func() { d.storeResult(j) })
+	d.answer(j)
+	if r != nil {
+		d.detach(r)
+		d.pump()
+	}
+	return true
 }
 
-// storeResult makes a result durable, then answers everybody.
-func (m *Member) storeResult(j *job, res *wire.Result) {
-	d := m.d
-	start := time.Now()
-	response := res.Response
-	err := d.store.PutResult(context.Background(), res.Receipt, response)
-	d.metrics.StoreSeconds.WithLabelValues("result").Observe(time.Since(start).Seconds())
-	if errors.Is(err, store.ErrExists) {
-		// Counted by a former run of the service that ended before it forgot the
-		// job. What is stored is what counts.
-		var old *store.Result
-		if old, err = d.store.Result(context.Background(), res.Job); err == nil {
-			response = old.Response
+// storeResult makes the result that counts durable, then acknowledges it. Until
+// then it is kept in memory, and by the node.
+func (d *Dispatcher) storeResult(j *job) {
+	res := j.result
+	for try := 0; ; try++ {
+		start := time.Now()
+		err := d.store.PutResult(context.Background(), res.Receipt, res.Response)
+		d.metrics.StoreSeconds.WithLabelValues("result").Observe(time.Since(start).Seconds())
+		if err == nil || errors.Is(err, store.ErrExists) { // an earlier try that was not heard of
+			break
 		}
-	}
-	d.mu.Lock()
-	defer d.mu.Unlock()
-	waiting := append([]*Member{m}, j.waiting...)
-	j.storing, j.waiting = false, nil
-	if err != nil {
-		d.log.Error("result could not be stored; the node keeps it and sends it again", "job", res.Job, "node", m.node.addr, "error", err)
-		for _, w := range waiting {
-			w.peer.Restart("result could not be stored")
+		if !d.keep(j, try, err) {
+			return
 		}
-		if !d.closed {
-			d.requeue(j, true, &Failure{Outcome: Failed, Code: wire.CodeStorage, Message: "the result could not be stored"})
-			d.arm(j)
+		select {
+		case <-time.After(storeRetries[min(try, len(storeRetries)-1)]):
+		case <-j.lost: // a client waits for the outcome of the next try
+		case <-d.closing:
+			return // the node sends it again after the next start
 		}
-		return
 	}
 	rc := res.Receipt.Receipt()
-	d.log.Debug("job done", "job", res.Job, "node", m.node.addr, "client", j.spec.Client, "prompt_tokens", rc.PromptTokens,
-		"completion_tokens", rc.CompletionTokens, "took", time.Since(j.start), "attempts", j.attempts)
-	m.ack("counted", res.Job)
-	d.finish(j, response, nil, m.node)
-	for _, w := range waiting[1:] {
-		w.ack("duplicate", res.Job)
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	j.stored = true
+	d.answer(j)
+	d.log.Debug("job done", "job", res.Job, "node", rc.Node, "client", j.spec.Client, "prompt_tokens", rc.PromptTokens,
+		"completion_tokens", rc.CompletionTokens, "took", j.took, "attempts", j.attempts)
+	d.finish(j, OK)
+	for _, w := range j.waiting {
+		verdict := "duplicate"
+		if w == j.waiting[0] {
+			verdict = "counted"
+		}
+		w.ack(verdict, res.Job)
 	}
+}
+
+// keep handles a result that could not be stored. It reports whether it is kept
+// for another try: it is not when there is no record of the job either.
+func (d *Dispatcher) keep(j *job, try int, err error) bool {
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	d.log.Error("result could not be stored; it is kept in memory and by its node", "job", j.spec.ID, "try", try+1, "error", err)
+	if j.record == unwritten {
+		d.fail(j, notWritten)
+	}
+	return !j.ended
+}
+
+// Receipt returns the receipt of a response that was given to its client and is
+// not in the store yet, or nil.
+func (d *Dispatcher) Receipt(id receipt.JobID) *receipt.Signed {
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	if j := d.jobs[id]; j != nil && j.result != nil && j.finished {
+		return j.result.Receipt
+	}
+	return nil
 }
 
 // ack lets a node forget a result; the dispatcher's mutex is held.

@@ -184,7 +184,7 @@ func (g *Gateway) infer(kind wire.Kind) func(http.ResponseWriter, *http.Request,
 			openai.WriteError(w, openai.ModelNotFound(req.Model))
 			return
 		}
-		t, err := g.dispatch.Submit(r.Context(), dispatch.Work{Kind: kind, Model: req.Model, Stream: req.Stream, Body: body, Client: client.Name})
+		t, err := g.dispatch.Submit(dispatch.Work{Kind: kind, Model: req.Model, Stream: req.Stream, Body: body, Client: client.Name})
 		if err != nil {
 			g.fail(w, err)
 			return
@@ -298,9 +298,7 @@ func (g *Gateway) stream(w http.ResponseWriter, r *http.Request, t *dispatch.Tic
 // fail answers with what went wrong.
 func (g *Gateway) fail(w http.ResponseWriter, err error) {
 	e := asError(err)
-	if f, ok := dispatch.AsFailure(err); !ok && e.Status == http.StatusServiceUnavailable {
-		g.log.Error("job could not be taken", "error", err)
-	} else if ok && (f.Outcome == dispatch.QueueFull || f.Outcome == dispatch.NoNode || f.Outcome == dispatch.Closing) {
+	if f, ok := dispatch.AsFailure(err); ok && (f.Outcome == dispatch.QueueFull || f.Outcome == dispatch.NoNode || f.Outcome == dispatch.Closing) {
 		g.metrics.Jobs.WithLabelValues(string(f.Outcome)).Inc()
 	}
 	_ = http.NewResponseController(w).SetWriteDeadline(allow(writeTimeout, 0)) // as above
@@ -324,11 +322,13 @@ func asError(err error) *openai.Error {
 	}
 	f, ok := dispatch.AsFailure(err)
 	if !ok {
-		return server(http.StatusServiceUnavailable, "storage", "The network could not write the request down. Please try again later.")
+		return server(http.StatusInternalServerError, "internal", "Internal error.")
 	}
 	switch f.Outcome {
 	case dispatch.QueueFull:
 		return &openai.Error{Status: http.StatusTooManyRequests, Type: "rate_limit_error", Code: "queue_full", Message: "Too many requests are waiting. Please try again later."}
+	case dispatch.Storage:
+		return server(http.StatusServiceUnavailable, "storage", "The network could not write the request down. Please try again later.")
 	case dispatch.NoNode:
 		return server(http.StatusServiceUnavailable, "no_node", "No node is ready to serve the model. Please try again later.")
 	case dispatch.Withdrawn:
@@ -389,6 +389,10 @@ func (g *Gateway) receipt(w http.ResponseWriter, r *http.Request, _ store.Client
 	id, err := receipt.ParseJobID(r.PathValue("id"))
 	if err != nil {
 		openai.WriteError(w, missing)
+		return
+	}
+	if r := g.dispatch.Receipt(id); r != nil { // asked first: it leaves for the store
+		g.write(w, r)
 		return
 	}
 	res, err := g.records.Result(r.Context(), id)

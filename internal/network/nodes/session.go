@@ -109,11 +109,6 @@ func weight(msg wire.Message) int {
 	return 0
 }
 
-// Restart ends the session so that the node connects anew.
-func (s *session) Restart(reason string) {
-	s.end(websocket.CloseServiceRestart, "restart", reason)
-}
-
 // end asks the session to end. The first call decides what is said about it.
 func (s *session) end(code int, why, reason string) {
 	s.mu.Lock()
