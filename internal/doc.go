@@ -47,9 +47,9 @@
 //
 // Imports go downward only; test/rules holds the list and fails otherwise.
 //
-//	leaves  digest, durable, evm, journal, version
+//	leaves  digest, durable, evm, gate, journal, version
 //	pure    receipt, binding, wire, snapshot, openai, quadlet, bridge/contract   no I/O, no clock
-//	edges   identity, tuf, session, image, model, podman, systemd, runtime, state, sandbox, control, hardware
+//	edges   identity, tuf, session, image, model, podman, systemd, runtime, state, sandbox, control, hardware, preflight
 //	order   deploy, work
 //	top     agent, ctl
 //

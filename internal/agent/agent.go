@@ -20,6 +20,7 @@ import (
 	"github.com/resultity/node/internal/control"
 	"github.com/resultity/node/internal/deploy"
 	"github.com/resultity/node/internal/evm"
+	"github.com/resultity/node/internal/gate"
 	"github.com/resultity/node/internal/hardware"
 	"github.com/resultity/node/internal/journal"
 	"github.com/resultity/node/internal/runtime"
@@ -77,8 +78,11 @@ type Agent struct {
 	openDeployer func(context.Context) (deployer, error)
 	openEngine   func(socket string) engine
 	enrol        func(context.Context, session.Registration) (*wire.Registered, error)
+	machine      func(context.Context) []gate.Gate // looks at the machine; nil for none
+	ahead        func() *time.Duration             // this clock before the network's
 
 	board      board
+	seen       sightings
 	update     chan struct{} // capacity 1: ask the network for a newer configuration, then look
 	look       chan struct{} // capacity 1: look again at what should be and what is
 	beat       chan struct{} // capacity 1: tell the network how things are
@@ -179,6 +183,7 @@ func (a *Agent) heartbeats(ctx context.Context) error {
 			timer.Stop()
 		case <-timer.C:
 		}
+		a.watchGates()
 		if err := a.session.Send(a.heartbeat()); err != nil && !errors.Is(err, session.ErrNotConnected) {
 			a.log.Debug("heartbeat not sent", "error", err)
 		}
@@ -253,8 +258,13 @@ func (a *Agent) Status() control.Status {
 	w := a.worker.Status()
 	s := control.Status{
 		Version: a.version, Node: a.key.Address().Hex(), Network: a.cfg.Network.Name,
-		Gates:   a.board.gates(a.key.Address().Hex(), w.Draining, time.Now()),
+		Gates:   a.gates(w.Draining),
 		Runtime: a.board.runtimeState(), Slots: w.Slots, Busy: w.Busy, Outbox: w.Outbox, Draining: w.Draining,
+	}
+	ended := a.worker.Ended()
+	s.Done, s.Failed = ended.Done, ended.Failed
+	if !ended.Last.IsZero() {
+		s.LastJob = &ended.Last
 	}
 	if c := a.board.snapshot(); c != nil {
 		s.Snapshot = &control.Snapshot{Version: c.Version(), Digest: c.Digest().String(), Expires: c.Expires()}

@@ -24,6 +24,7 @@ import (
 	"github.com/resultity/node/internal/control"
 	"github.com/resultity/node/internal/deploy/deploytest"
 	"github.com/resultity/node/internal/evm"
+	"github.com/resultity/node/internal/gate"
 	"github.com/resultity/node/internal/journal"
 	"github.com/resultity/node/internal/openai"
 	"github.com/resultity/node/internal/receipt"
@@ -291,7 +292,7 @@ func bubble(t *testing.T, test func(t *testing.T, f *fixture, n *deploytest.Netw
 // pass lets some time pass.
 func pass(d time.Duration) { time.Sleep(d); synctest.Wait() }
 
-func (f *fixture) gate(name string) control.Gate {
+func (f *fixture) gate(name string) gate.Gate {
 	f.t.Helper()
 	for _, g := range f.Status().Gates {
 		if g.Name == name {
@@ -299,7 +300,7 @@ func (f *fixture) gate(name string) control.Gate {
 		}
 	}
 	f.t.Fatalf("no gate %s", name)
-	return control.Gate{}
+	return gate.Gate{}
 }
 
 // serves checks what is active, nil for nothing.
@@ -399,7 +400,7 @@ func TestRun(t *testing.T) {
 	await(t, f, func(h *wire.Heartbeat) bool { return h.Runtime.State == active && h.Slots > 0 })
 	f.Message(&wire.Status{Routable: true})
 	var st control.Status
-	if err := client.Get(ctx, "status", &st); err != nil || st.Closed() != nil || st.Node != nodeKey.Address().Hex() || st.Snapshot.Digest != s.Digest().String() || st.Version != "1.2.3" {
+	if err := client.Get(ctx, "status", &st); err != nil || !st.GetsJobs() || st.Node != nodeKey.Address().Hex() || st.Snapshot.Digest != s.Digest().String() || st.Version != "1.2.3" {
 		t.Errorf("%+v, %v", st, err)
 	}
 	f.Message(job(s))
@@ -558,7 +559,7 @@ func TestSessionNews(t *testing.T) {
 		t.Error("an update does not wake the loop")
 	}
 	f.Closed(errBroken)
-	if f.gate("routable").Open || f.gate("session").Open {
+	if f.gate("routable").State == gate.Open || f.gate("session").State == gate.Open {
 		t.Error("gates are open without a session")
 	}
 }

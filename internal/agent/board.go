@@ -10,6 +10,7 @@ import (
 	"github.com/resultity/node/internal/control"
 	"github.com/resultity/node/internal/deploy"
 	"github.com/resultity/node/internal/digest"
+	"github.com/resultity/node/internal/gate"
 	"github.com/resultity/node/internal/model"
 	"github.com/resultity/node/internal/podman"
 	"github.com/resultity/node/internal/session"
@@ -194,16 +195,16 @@ func (b *board) runtimeState() wire.RuntimeState {
 }
 
 // gates walks from identity to jobs. Every closed gate says what opens it.
-func (b *board) gates(node string, draining bool, now time.Time) []control.Gate {
+func (b *board) gates(node string, draining bool, now time.Time) []gate.Gate {
 	b.mu.Lock()
 	defer b.mu.Unlock()
-	gs := []control.Gate{{Name: "identity", Open: true, Detail: "node " + node}, b.configurationGate(now), b.registrationGate()}
+	gs := []gate.Gate{{Name: gate.Identity, State: gate.Open, Detail: "node " + node}, b.registrationGate(), b.configurationGate(now)}
 	gs = append(gs, b.runtimeGates()...)
 	gs = append(gs, b.sessionGate())
 	if draining {
-		gs = append(gs, control.Gate{Name: "accepting", Detail: "draining: takes no new jobs", Remedy: "resultityctl resume, or wait for the restart"})
+		gs = append(gs, gate.Gate{Name: gate.Accepting, Detail: "draining: takes no new jobs", Remedy: "resultityctl resume, or wait for the restart"})
 	} else {
-		gs = append(gs, control.Gate{Name: "accepting", Open: true, Detail: "takes jobs"})
+		gs = append(gs, gate.Gate{Name: gate.Accepting, State: gate.Open, Detail: "takes jobs"})
 	}
 	return append(gs, b.routableGate())
 }
@@ -242,8 +243,8 @@ var snapshotCauses = []cause{
 	{snapshot.ErrUntrusted, "check that network.root is this network's, then " + remedyOperator},
 }
 
-func (b *board) configurationGate(now time.Time) control.Gate {
-	g := control.Gate{Name: "configuration"}
+func (b *board) configurationGate(now time.Time) gate.Gate {
+	g := gate.Gate{Name: gate.Configuration}
 	switch {
 	case b.snap == nil && b.snapErr == nil:
 		g.Detail, g.Remedy = "not fetched yet", "wait a moment"
@@ -253,7 +254,7 @@ func (b *board) configurationGate(now time.Time) control.Gate {
 		g.Remedy = remedyOf(b.snapErr, snapshotCauses, "the detail names the cause, on this machine; the agent keeps trying")
 		return g
 	}
-	g.Open = true
+	g.State = gate.Open
 	g.Detail = fmt.Sprintf("version %d, verified", b.snap.Version())
 	if b.snapErr != nil {
 		// Going on with the last verified one is right, so the gate is open; but
@@ -282,13 +283,15 @@ var registrationCauses = []cause{
 	{wire.ErrSigner, remedyOperator},
 }
 
-func (b *board) registrationGate() control.Gate {
-	g := control.Gate{Name: "registration"}
+func (b *board) registrationGate() gate.Gate {
+	g := gate.Gate{Name: gate.Registration}
 	switch {
 	case b.registered:
-		g.Open, g.Detail = true, "known to the network as a node of "+b.account
+		g.State, g.Detail = gate.Open, "known to the network as a node of "+b.account
 	case b.regErr != nil:
 		g.Detail, g.Remedy = b.regErr.Error(), remedyOf(b.regErr, registrationCauses, remedyReach)
+	case b.snap == nil: // whose signatures the network's answer would be checked by
+		g.State, g.Detail = gate.Unknown, "needs the configuration first"
 	default:
 		g.Detail, g.Remedy = "not registered yet", remedyWait
 	}
@@ -302,26 +305,27 @@ type station struct {
 }
 
 var stations = []station{
-	{"image", "signature verified twice, stored", []deploy.Step{deploy.StepImage}},
-	{"model", "complete and verified", []deploy.Step{deploy.StepModel}},
-	{"runtime", "runs in its sandbox", []deploy.Step{deploy.StepUnit, deploy.StepStart, deploy.StepSandbox}},
-	{"validation", "gave the expected answers", []deploy.Step{deploy.StepValidate}},
+	{gate.Image, "signature verified twice, stored", []deploy.Step{deploy.StepImage}},
+	{gate.Model, "complete and verified", []deploy.Step{deploy.StepModel}},
+	{gate.Runtime, "the engine runs", []deploy.Step{deploy.StepUnit, deploy.StepStart}},
+	{gate.Sandbox, "sealed, seen from inside and outside", []deploy.Step{deploy.StepSandbox}},
+	{gate.Validation, "gave the expected answers", []deploy.Step{deploy.StepValidate}},
 }
 
 // runtimeGates are those of the newest configuration, since the network gives
 // jobs to nobody who is on another one: what it has passed is open, where it
 // stands and what follows is closed.
-func (b *board) runtimeGates() []control.Gate {
-	var gs []control.Gate
+func (b *board) runtimeGates() []gate.Gate {
+	var gs []gate.Gate
 	at := len(stations)
 	if b.step != "" || b.snap == nil {
 		at = max(slices.IndexFunc(stations, func(s station) bool { return slices.Contains(s.steps, b.step) }), 0)
 	}
 	for i, s := range stations {
-		g := control.Gate{Name: s.name}
+		g := gate.Gate{Name: s.name}
 		switch {
 		case i < at:
-			g.Open, g.Detail = true, s.good
+			g.State, g.Detail = gate.Open, s.good
 		case i > at || b.snap == nil:
 			g.Detail, g.Remedy = "not reached", remedyWait
 		case b.failed == nil:
@@ -371,11 +375,11 @@ var sessionCauses = []cause{
 	{wire.ErrSigner, "the network signs with a key that its configuration does not list; " + remedyOperator},
 }
 
-func (b *board) sessionGate() control.Gate {
-	g := control.Gate{Name: "session"}
+func (b *board) sessionGate() gate.Gate {
+	g := gate.Gate{Name: gate.Session}
 	switch {
 	case b.connected:
-		g.Open, g.Detail = true, "connected to the network"
+		g.State, g.Detail = gate.Open, "connected to the network"
 	case b.sessErr != nil:
 		g.Detail, g.Remedy = b.sessErr.Error(), remedyOf(b.sessErr, sessionCauses, remedyReach)
 	default:
@@ -384,11 +388,11 @@ func (b *board) sessionGate() control.Gate {
 	return g
 }
 
-func (b *board) routableGate() control.Gate {
-	g := control.Gate{Name: "routable"}
+func (b *board) routableGate() gate.Gate {
+	g := gate.Gate{Name: gate.Routable}
 	switch {
 	case b.connected && b.word != nil && b.word.Routable:
-		g.Open, g.Detail = true, "the network sends jobs to this node"
+		g.State, g.Detail = gate.Open, "the network sends jobs to this node"
 	case b.connected && b.word != nil:
 		g.Detail, g.Remedy = "the network says: "+b.word.Reason, "open the gates above; if all are open, "+remedyOperator
 	default:

@@ -1,16 +1,17 @@
 package agent
 
 import (
+	"context"
 	"fmt"
 	"slices"
 	"strings"
 	"testing"
 	"time"
 
-	"github.com/resultity/node/internal/control"
 	"github.com/resultity/node/internal/deploy"
 	"github.com/resultity/node/internal/deploy/deploytest"
 	"github.com/resultity/node/internal/digest"
+	"github.com/resultity/node/internal/gate"
 	"github.com/resultity/node/internal/image"
 	"github.com/resultity/node/internal/model"
 	"github.com/resultity/node/internal/podman"
@@ -21,7 +22,7 @@ import (
 	"github.com/resultity/node/internal/wire"
 )
 
-var gateNames = []string{"identity", "configuration", "registration", "image", "model", "runtime", "validation", "session", "accepting", "routable"}
+var gateNames = []string{"identity", "registration", "configuration", "image", "model", "runtime", "sandbox", "validation", "session", "accepting", "routable"}
 
 func TestGates(t *testing.T) {
 	m, n := deploytest.New(t), deploytest.NewNetwork(t)
@@ -100,7 +101,7 @@ func TestGates(t *testing.T) {
 		{deploy.StepModel, model.ErrStalled, "model", "resumes"},
 		{deploy.StepUnit, errBroken, "runtime", "lacks"},
 		{deploy.StepStart, errBroken, "runtime", "journalctl"},
-		{deploy.StepSandbox, sandbox.ErrNotSealed, "runtime", "drop-in"},
+		{deploy.StepSandbox, sandbox.ErrNotSealed, "sandbox", "drop-in"},
 		{deploy.StepValidate, errBroken, "validation", "compute"},
 	} {
 		for _, older := range []bool{false, true} {
@@ -120,12 +121,12 @@ func TestGates(t *testing.T) {
 				if got := strings.Contains(gs[at].Detail, "version 1 goes on running"); got != older {
 					t.Errorf("%q: does it say what runs?", gs[at].Detail)
 				}
-				if got := strings.Contains(gs[1].Detail, "version 1 runs"); got != older {
-					t.Errorf("%q: does it say what runs?", gs[1].Detail)
+				if got := strings.Contains(gs[2].Detail, "version 1 runs"); got != older {
+					t.Errorf("%q: does it say what runs?", gs[2].Detail)
 				}
 				// A new try shows the failure until it is past that step.
 				b.advance(next, deploy.StepImage)
-				if g := b.gates("0xaa", false, now)[at]; g.Open || !strings.Contains(g.Detail, c.err.Error()) {
+				if g := b.gates("0xaa", false, now)[at]; g.State != gate.Closed || !strings.Contains(g.Detail, c.err.Error()) {
 					t.Errorf("at the next try: %+v", g)
 				}
 			})
@@ -138,17 +139,17 @@ func (b *board) forget(err error) {
 	b.snap, b.snapErr, b.registered, b.active, b.phase, b.connected, b.word = nil, err, false, nil, stopped, false, nil
 }
 
-func check(t *testing.T, gs []control.Gate, closed, detail, remedy string) {
+func check(t *testing.T, gs []gate.Gate, closed, detail, remedy string) {
 	t.Helper()
 	first := ""
 	for i, g := range gs {
 		if i >= len(gateNames) || g.Name != gateNames[i] {
 			t.Fatalf("gate %d is %s", i, g.Name)
 		}
-		if g.Detail == "" || g.Open != (g.Remedy == "") {
+		if g.Detail == "" || (g.State == gate.Closed) != (g.Remedy != "") {
 			t.Errorf("%+v: want a detail, and a remedy when it is closed", g)
 		}
-		if !g.Open && first == "" {
+		if g.State == gate.Closed && first == "" {
 			first = g.Name
 			if !strings.Contains(g.Detail, detail) || !strings.Contains(g.Remedy, remedy) {
 				t.Errorf("%+v: want %q with the remedy %q", g, detail, remedy)
@@ -165,8 +166,51 @@ func TestStaleSaysSinceWhen(t *testing.T) {
 	now := time.Unix(1_000_000, 0)
 	for at, want := range map[time.Time]string{{}: "before this start", now.Add(-90 * time.Second): "1m30s ago"} {
 		b.refreshed = at
-		if g := b.configurationGate(now); !g.Open || !strings.Contains(g.Detail, want) {
+		if g := b.configurationGate(now); g.State != gate.Open || !strings.Contains(g.Detail, want) {
 			t.Errorf("%+v, want %q", g, want)
 		}
 	}
+}
+
+// Machine gates come before the agent's, one look serves several callers, and a
+// gate that stays closed keeps the time at which that was first seen.
+func TestSinceWhenAGateIsClosed(t *testing.T) {
+	bubble(t, func(t *testing.T, f *fixture, n *deploytest.Network) {
+		f.tuf.serve(n.Publish(nil), nil)
+		looks, closed := 0, true
+		f.surround(func() []gate.Gate {
+			looks++
+			g := gate.Gate{Name: gate.Linger, Detail: "off", Remedy: "on"}
+			if !closed {
+				g = gate.Gate{Name: gate.Linger, State: gate.Open, Detail: "on"}
+			}
+			return []gate.Gate{g}
+		})
+		defer f.run()()
+		pass(untilSettled)
+		first := f.Status()
+		pass(time.Hour)
+		st := f.Status()
+		g := st.Closed()
+		if g == nil || g.Name != gate.Linger || g.Since == nil || !g.Since.Equal(*first.Closed().Since) || time.Since(*g.Since) < time.Hour {
+			t.Fatalf("closed: %+v", g)
+		}
+		before := looks
+		if f.Status(); looks != before {
+			t.Error("looked again within two seconds")
+		}
+		if i := len(st.Gates) - len(gateNames); st.Gates[0].Name != gate.Linger || st.Gates[i-1].Name != gate.Agent || st.Gates[i].Name != gate.Identity {
+			t.Errorf("gates %+v", st.Gates)
+		}
+		closed = false
+		pass(time.Minute)
+		if g := f.gate(gate.Linger); g.State != gate.Open || g.Since != nil {
+			t.Errorf("opened: %+v", g)
+		}
+	})
+}
+
+// surround replaces the machine around the agent.
+func (f *fixture) surround(look func() []gate.Gate) {
+	f.Agent.machine = func(context.Context) []gate.Gate { return look() }
 }

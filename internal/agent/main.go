@@ -206,6 +206,7 @@ func New(ctx context.Context, cfg *config.Config, env func(string) string, log *
 	a.openEngine = func(socket string) engine { return openEngine(socket) }
 	a.enrol = session.Register
 	a.openJobs()
+	a.machine = a.lookAround
 	return a, nil
 }
 
@@ -317,7 +318,7 @@ func trusted(s *snapshot.Snapshot) func(evm.Address) bool {
 }
 
 func (a *Agent) openJobs() {
-	a.session = session.New(session.Config{
+	s := session.New(session.Config{
 		URL: "wss" + strings.TrimPrefix(a.cfg.Network.URL, "https"), Network: a.cfg.Network.Name,
 		Node: a.key.Address(), Key: a.key, Agent: a.version, Log: a.log, Now: time.Now,
 		TLS: a.http.Transport.(*http.Transport).TLSClientConfig,
@@ -334,6 +335,7 @@ func (a *Agent) openJobs() {
 			return s.Config().Network.ClockWindow.Duration()
 		},
 	}, a)
+	a.session, a.ahead = s, s.Ahead
 	a.worker = work.New(work.Config{Store: a.store, Key: a.key, Send: a.session.Send, Log: a.log, Now: time.Now})
 }
 

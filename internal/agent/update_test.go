@@ -13,10 +13,10 @@ import (
 	"testing/synctest"
 	"time"
 
-	"github.com/resultity/node/internal/control"
 	"github.com/resultity/node/internal/deploy"
 	"github.com/resultity/node/internal/deploy/deploytest"
 	"github.com/resultity/node/internal/digest"
+	"github.com/resultity/node/internal/gate"
 	"github.com/resultity/node/internal/image"
 	"github.com/resultity/node/internal/journal"
 	"github.com/resultity/node/internal/podman"
@@ -89,7 +89,7 @@ func TestUnreachableNetwork(t *testing.T) {
 		if k := f.book.count(journal.SnapshotStale); k != 1 {
 			t.Errorf("said %d times", k)
 		}
-		if g := f.gate("configuration"); g.Open || !strings.Contains(g.Remedy, "network.url") {
+		if g := f.gate("configuration"); g.State == gate.Open || !strings.Contains(g.Remedy, "network.url") {
 			t.Errorf("%+v", g)
 		}
 		s := n.Publish(nil)
@@ -115,10 +115,10 @@ func TestUnreachableNetworkWithKeptSnapshot(t *testing.T) {
 		defer f.run()()
 		pass(untilSettled)
 		f.serves(s)
-		if g := f.gate("configuration"); !g.Open || !strings.Contains(g.Detail, "before this start") || !strings.Contains(g.Detail, tuf.ErrUnreachable.Error()) {
+		if g := f.gate("configuration"); g.State != gate.Open || !strings.Contains(g.Detail, "before this start") || !strings.Contains(g.Detail, tuf.ErrUnreachable.Error()) {
 			t.Errorf("%+v", g)
 		}
-		if g := f.gate("registration"); !g.Open || !strings.Contains(g.Detail, "acme") {
+		if g := f.gate("registration"); g.State != gate.Open || !strings.Contains(g.Detail, "acme") {
 			t.Errorf("%+v", g)
 		}
 	})
@@ -140,7 +140,7 @@ func TestRefusedSnapshots(t *testing.T) {
 				f.tuf.serve(nil, c.err)
 				defer f.run()()
 				pass(untilSettled)
-				if g := f.gate("configuration"); g.Open || !strings.Contains(g.Remedy, c.remedy) {
+				if g := f.gate("configuration"); g.State == gate.Open || !strings.Contains(g.Remedy, c.remedy) {
 					t.Errorf("%+v, want a remedy with %q", g, c.remedy)
 				}
 				s := n.Publish(nil)
@@ -154,7 +154,7 @@ func TestRefusedSnapshots(t *testing.T) {
 				if k := f.book.count(journal.SnapshotRefused) - before; k != 1 {
 					t.Errorf("the refusal was logged %d times", k)
 				}
-				if g := f.gate("configuration"); !g.Open || !strings.Contains(g.Detail, c.err.Error()) {
+				if g := f.gate("configuration"); g.State != gate.Open || !strings.Contains(g.Detail, c.err.Error()) {
 					t.Errorf("%+v", g)
 				}
 			})
@@ -175,7 +175,7 @@ func TestOtherNetwork(t *testing.T) {
 		if f.board.snapshot() != nil || len(f.enrols) != 0 {
 			t.Errorf("snapshot %v, %d registrations", f.board.snapshot(), len(f.enrols))
 		}
-		if g := f.gate("configuration"); g.Open || !strings.Contains(g.Detail, "mainnet") || !strings.Contains(g.Remedy, "network.name") {
+		if g := f.gate("configuration"); g.State == gate.Open || !strings.Contains(g.Detail, "mainnet") || !strings.Contains(g.Remedy, "network.name") {
 			t.Errorf("%+v", g)
 		}
 		for _, c := range f.machine.Calls() {
@@ -260,7 +260,7 @@ func TestFirstDeploymentFails(t *testing.T) {
 		{deploytest.Install, errBroken, journal.RuntimeFailed, "runtime"},
 		{deploytest.State, errBroken, journal.RuntimeFailed, "runtime"},
 		{deploytest.Start, errBroken, journal.RuntimeFailed, "runtime"},
-		{deploytest.Record, sandbox.ErrNotSealed, journal.SandboxRefused, "runtime"},
+		{deploytest.Record, sandbox.ErrNotSealed, journal.SandboxRefused, "sandbox"},
 		{deploytest.Golden, &runtime.GoldenError{Name: "sum"}, journal.ValidationFailed, "validation"},
 	} {
 		t.Run(c.call, func(t *testing.T) {
@@ -333,7 +333,7 @@ func TestNoPodman(t *testing.T) {
 		}
 		defer f.run()()
 		pass(untilSettled)
-		if g := f.gate("image"); g.Open || !strings.Contains(g.Remedy, "resultity-podman") {
+		if g := f.gate("image"); g.State == gate.Open || !strings.Contains(g.Remedy, "resultity-podman") {
 			t.Errorf("%+v", g)
 		}
 		up.Store(true)
@@ -404,7 +404,7 @@ func TestUpdateDoesNotWaitForEver(t *testing.T) {
 
 // While the new image or model cannot be had, the old deployment serves.
 func TestUpdateCannotBeStaged(t *testing.T) {
-	for call, gate := range map[string]string{deploytest.EnsureImage: "image", deploytest.EnsureModel: "model"} {
+	for call, closed := range map[string]string{deploytest.EnsureImage: "image", deploytest.EnsureModel: "model"} {
 		t.Run(call, func(t *testing.T) {
 			bubble(t, func(t *testing.T, f *fixture, n *deploytest.Network) {
 				one, next := two(t, f, n)
@@ -421,7 +421,7 @@ func TestUpdateCannotBeStaged(t *testing.T) {
 					t.Errorf("what serves was disturbed: %q", calls)
 				}
 				st := f.Status()
-				if g := st.Closed(); g == nil || g.Name != gate || !strings.Contains(g.Detail, image.ErrUnsigned.Error()) ||
+				if g := st.Closed(); g == nil || g.Name != closed || !strings.Contains(g.Detail, image.ErrUnsigned.Error()) ||
 					!strings.Contains(g.Detail, fmt.Sprintf("version %d", next.Version())) || !strings.Contains(g.Detail, fmt.Sprintf("version %d goes on", one.Version())) {
 					t.Errorf("closed: %+v", g)
 				}
@@ -435,7 +435,7 @@ func TestUpdateCannotBeStaged(t *testing.T) {
 				f.machine.Fail(call, nil) // and the new one is not given up
 				pass(10 * time.Minute)
 				f.serves(next)
-				if st := f.Status(); slices.ContainsFunc(st.Gates[:6], func(g control.Gate) bool { return !g.Open }) {
+				if st := f.Status(); slices.ContainsFunc(st.Gates[:6], func(g gate.Gate) bool { return g.State != gate.Open }) {
 					t.Errorf("gates %+v", st.Gates)
 				}
 			})
@@ -446,7 +446,7 @@ func TestUpdateCannotBeStaged(t *testing.T) {
 // A configuration that does not come up is left for the last good one, and not
 // tried again until the network has another one.
 func TestUpdateFails(t *testing.T) {
-	for call, gate := range map[string]string{deploytest.Start: "runtime", deploytest.Record: "runtime", deploytest.Golden: "validation"} {
+	for call, closed := range map[string]string{deploytest.Start: "runtime", deploytest.Record: "sandbox", deploytest.Golden: "validation"} {
 		t.Run(call, func(t *testing.T) {
 			bubble(t, func(t *testing.T, f *fixture, n *deploytest.Network) {
 				one, next := two(t, f, n)
@@ -463,7 +463,7 @@ func TestUpdateFails(t *testing.T) {
 				pass(untilSettled)
 				f.serves(one)
 				st := f.Status()
-				if g := st.Closed(); g == nil || g.Name != gate || !strings.Contains(g.Detail, "broken") || !strings.Contains(g.Detail, fmt.Sprintf("version %d goes on", one.Version())) {
+				if g := st.Closed(); g == nil || g.Name != closed || !strings.Contains(g.Detail, "broken") || !strings.Contains(g.Detail, fmt.Sprintf("version %d goes on", one.Version())) {
 					t.Errorf("closed: %+v", g)
 				}
 				_, starts := f.machine.Now()
@@ -491,8 +491,8 @@ func TestUpdateFails(t *testing.T) {
 				pass(untilSettled)
 				f.serves(third)
 				st = f.Status()
-				for _, g := range st.Gates[:7] {
-					if !g.Open {
+				for _, g := range st.Gates[:8] {
+					if g.State != gate.Open {
 						t.Errorf("%+v", g)
 					}
 				}
@@ -584,7 +584,7 @@ func TestRegistration(t *testing.T) {
 	}
 	closed := func(t *testing.T, f *fixture, detail, remedy string) {
 		t.Helper()
-		if g := f.gate("registration"); g.Open || !strings.Contains(g.Detail, detail) || !strings.Contains(g.Remedy, remedy) {
+		if g := f.gate("registration"); g.State == gate.Open || !strings.Contains(g.Detail, detail) || !strings.Contains(g.Remedy, remedy) {
 			t.Errorf("%+v", g)
 		}
 	}
@@ -660,7 +660,7 @@ func TestRegistrationIsNotKept(t *testing.T) {
 		ctx, cancel := context.WithCancel(t.Context())
 		go func() { _ = f.updates(ctx) }()
 		pass(time.Minute)
-		if f.isRegistered() || f.gate("registration").Open {
+		if f.isRegistered() || f.gate("registration").State == gate.Open {
 			t.Error("registered, and it is not kept")
 		}
 		cancel()

@@ -16,36 +16,35 @@ import (
 	"net/http"
 	"os"
 	"path/filepath"
+	"slices"
 	"syscall"
 	"time"
 
+	"github.com/resultity/node/internal/gate"
 	"github.com/resultity/node/internal/wire"
 )
 
 // SocketName is the socket's name in the agent's runtime directory.
 const SocketName = "control.sock"
 
-// Gate is one condition between a node and its jobs. Gates are listed in the
-// order in which they open.
-type Gate struct {
-	Name   string `json:"name"`
-	Open   bool   `json:"open"`
-	Detail string `json:"detail"`           // what is so
-	Remedy string `json:"remedy,omitempty"` // what opens it, when it is closed
-}
-
-// Status is the answer to "why no jobs".
+// Status is the answer to "why no jobs". Where no agent runs, resultityctl fills
+// in what it can see by itself: version, node and network are empty then.
 type Status struct {
-	Version  string            `json:"version"`
-	Node     string            `json:"node"` // address
+	Version  string            `json:"version"` // of the agent that runs
+	Node     string            `json:"node"`    // address
 	Network  string            `json:"network"`
-	Gates    []Gate            `json:"gates"`
+	Gates    []gate.Gate       `json:"gates"` // in the order of [gate.List]
 	Snapshot *Snapshot         `json:"snapshot,omitempty"`
 	Runtime  wire.RuntimeState `json:"runtime"`
 	Slots    int               `json:"slots"`
 	Busy     int               `json:"busy"`
 	Outbox   int               `json:"outbox"` // results that the network has not acknowledged
 	Draining bool              `json:"draining"`
+
+	// Since the agent's start, and no longer ago than a day.
+	Done    int        `json:"done"`              // jobs with an answer
+	Failed  int        `json:"failed"`            // jobs that ended without one
+	LastJob *time.Time `json:"lastJob,omitempty"` // end of the last job since the agent's start
 }
 
 // Snapshot is the configuration in force.
@@ -56,13 +55,15 @@ type Snapshot struct {
 }
 
 // Closed returns the first gate that is closed, or nil.
-func (s *Status) Closed() *Gate {
-	for i := range s.Gates {
-		if !s.Gates[i].Open {
-			return &s.Gates[i]
-		}
-	}
-	return nil
+func (s *Status) Closed() *gate.Gate { return gate.FirstClosed(s.Gates) }
+
+// GetsJobs reports whether the network sends jobs to the node now: it says so,
+// and nothing of what the agent does is in the way. A gate of the machine may be
+// closed all the same, and end that at the next logout or reboot.
+func (s *Status) GetsJobs() bool {
+	own := slices.IndexFunc(s.Gates, func(g gate.Gate) bool { return g.Name == gate.Identity })
+	last := len(s.Gates) - 1
+	return own >= 0 && gate.FirstClosed(s.Gates[own:]) == nil && s.Gates[last].Name == gate.Routable && s.Gates[last].State == gate.Open
 }
 
 // Identity is who the node is.

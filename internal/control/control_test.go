@@ -19,6 +19,7 @@ import (
 	"time"
 
 	"github.com/resultity/node/internal/digest"
+	"github.com/resultity/node/internal/gate"
 	"github.com/resultity/node/internal/wire"
 )
 
@@ -54,7 +55,7 @@ func (n *node) Status() Status {
 	n.mu.Lock()
 	defer n.mu.Unlock()
 	return Status{
-		Version: "1.2.3", Node: "0xaa", Network: "testnet", Gates: []Gate{{Name: "identity", Open: true, Detail: "d"}, {Name: "image", Detail: "e", Remedy: "r"}},
+		Version: "1.2.3", Node: "0xaa", Network: "testnet", Gates: []gate.Gate{{Name: "identity", State: gate.Open, Detail: "d"}, {Name: "image", Detail: "e", Remedy: "r"}},
 		Snapshot: &Snapshot{Version: 7, Digest: "sha256:aa", Expires: time.Unix(1_000_000, 0).UTC()}, Slots: 4, Busy: 1, Outbox: 2, Draining: n.draining,
 	}
 }

@@ -1,6 +1,27 @@
 // Package ctl owns resultityctl, the operator's command. It shows what the
 // agent says and decides nothing itself, except for receipts, which it checks
-// without any agent or network.
+// without any agent or network, and for a node whose agent does not answer: then
+// it looks at the machine by itself.
+//
+// # For scripts
+//
+// `status --json` prints a [control.Status], also where no agent runs. Its
+// fields stay; new ones may come. gates has the gates in a fixed order, that of
+// [gate.List]: name, state ("open", "closed" or "unknown"), detail, and where
+// they make sense remedy and since (RFC 3339). The first one that is closed
+// answers "why no jobs". What an agent alone can tell is "unknown" without one.
+//
+// `doctor --json` prints a [control.Report]: checks in a fixed order with name,
+// result ("PASS", "FAIL" or "NOT MEASURED"), detail, remedy and, where something
+// was timed, ms.
+//
+// Exit codes:
+//
+//	0   done; status: no gate is closed; doctor: nothing has failed
+//	1   the command failed
+//	2   status: a gate is closed; doctor: a check has failed
+//	64  the command line is wrong
+//	69  the agent does not run (doctor: 2, since that is what it has found)
 package ctl
 
 import (
@@ -21,6 +42,7 @@ import (
 	"github.com/spf13/cobra"
 
 	"github.com/resultity/node/internal/control"
+	"github.com/resultity/node/internal/preflight"
 	"github.com/resultity/node/internal/receipt"
 )
 
@@ -28,13 +50,13 @@ import (
 const (
 	ExitOK     = 0
 	ExitFailed = 1 // the command failed
-	ExitClosed = 2 // status: the node gets no jobs; a gate is closed
+	ExitClosed = 2 // status: a gate is closed; doctor: a check has failed
 	ExitUsage  = 64
 	ExitDown   = 69 // the agent does not run
 )
 
 // Account is the system account that the packaged agent runs as.
-const Account = "resultity"
+const Account = preflight.Packaged
 
 // IO is what the command reads and writes.
 type IO struct {
@@ -50,7 +72,7 @@ func (e exitError) Error() string { return fmt.Sprintf("exit status %d", int(e))
 
 // Main runs the command and returns its exit code.
 func Main(ctx context.Context, args []string, stdio IO, version string) int {
-	c := &command{IO: stdio}
+	c := &command{IO: stdio, version: version}
 	root := c.root(version)
 	root.SetArgs(args)
 	root.SetIn(stdio.In)
@@ -81,8 +103,9 @@ var errUsage = errors.New("usage")
 
 type command struct {
 	IO
-	socket string
-	json   bool
+	version string
+	socket  string
+	json    bool
 }
 
 func (c *command) root(version string) *cobra.Command {
@@ -186,14 +209,6 @@ func (p *printable) Write(b []byte) (int, error) {
 // ours.
 func line(s string) string { return strings.Join(strings.Fields(s), " ") }
 
-func (c *command) status(ctx context.Context, _ []string) error {
-	var s control.Status
-	if err := c.client().Get(ctx, "status", &s); err != nil {
-		return err
-	}
-	return c.showStatus(&s)
-}
-
 func (c *command) order(ctx context.Context, what string) error {
 	var s control.Status
 	if err := c.client().Post(ctx, what, &s); err != nil {
@@ -207,36 +222,6 @@ func (c *command) order(ctx context.Context, what string) error {
 		word = "takes no new jobs"
 	}
 	_, err := fmt.Fprintf(c.Out, "%s; %d of %d slots busy\n", word, s.Busy, s.Slots)
-	return err
-}
-
-func (c *command) showStatus(s *control.Status) error {
-	closed := s.Closed()
-	err := c.show(s, func(w *tabwriter.Writer) {
-		fmt.Fprintf(w, "node\t%s\nnetwork\t%s\n", s.Node, s.Network)
-		if s.Snapshot != nil {
-			fmt.Fprintf(w, "configuration\tversion %d, %s, expires %s\n", s.Snapshot.Version, s.Snapshot.Digest, s.Snapshot.Expires.Format(time.RFC3339))
-		}
-		fmt.Fprintf(w, "jobs\t%d of %d slots busy, %d results to deliver\n\n", s.Busy, s.Slots, s.Outbox)
-		for _, g := range s.Gates {
-			mark := "open"
-			if !g.Open {
-				mark = "CLOSED"
-			}
-			fmt.Fprintf(w, "%s\t%s\t%s\n", g.Name, mark, line(g.Detail))
-		}
-		if closed == nil {
-			fmt.Fprintln(w, "\nAll gates are open: the network sends jobs to this node.")
-			return
-		}
-		fmt.Fprintf(w, "\nNo jobs, because %q is closed: %s\n", closed.Name, line(closed.Detail))
-		if closed.Remedy != "" {
-			fmt.Fprintf(w, "What to do: %s\n", closed.Remedy)
-		}
-	})
-	if err == nil && closed != nil {
-		return exitError(ExitClosed)
-	}
 	return err
 }
 

@@ -115,6 +115,15 @@ type Session struct {
 	mu      sync.Mutex // guards what follows; never held while anything blocks
 	current *link      // after the handshake, else nil
 	stats   Stats
+	ahead   *time.Duration // nil before the first frame
+}
+
+// Ahead is how far this machine's clock was ahead of the network's at the last
+// frame, as far as the way of the frame does not blur that; nil before the first.
+func (s *Session) Ahead() *time.Duration {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	return s.ahead
 }
 
 // Stats counts since the start.
@@ -328,6 +337,11 @@ func (s *Session) read(l *link, opener *wire.Opener) (wire.Message, error) {
 		return nil, s.refuse(l, errNotBinary)
 	}
 	m, err := opener.Open(frame, begun)
+	if err == nil || errors.Is(err, wire.ErrClock) {
+		s.mu.Lock()
+		s.ahead = new(opener.Ahead())
+		s.mu.Unlock()
+	}
 	if err != nil {
 		return nil, s.refuse(l, err)
 	}

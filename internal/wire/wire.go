@@ -138,7 +138,12 @@ type Opener struct {
 	dir     Direction
 	window  time.Duration
 	seq     uint64
+	ahead   time.Duration
 }
+
+// Ahead is how far this machine's clock was ahead of the sender's at the last
+// frame that was signed as it must be, also of one that was refused for that.
+func (o *Opener) Ahead() time.Duration { return o.ahead }
 
 // NewOpener begins a direction. trusted says which keys may sign; window is how
 // far the sender's clock may be off.
@@ -174,7 +179,8 @@ func (o *Opener) Open(frame []byte, begun time.Time) (Message, error) {
 	if e.Seq != o.seq+1 {
 		return nil, fmt.Errorf("%w: number %d, want %d", ErrSequence, e.Seq, o.seq+1)
 	}
-	if off := begun.Sub(time.UnixMilli(e.Time)).Abs(); off > o.window {
+	o.ahead = begun.Sub(time.UnixMilli(e.Time))
+	if off := o.ahead.Abs(); off > o.window {
 		return nil, fmt.Errorf("%w: %v apart, at most %v", ErrClock, off.Round(time.Millisecond), o.window)
 	}
 	m, err := decode(e.Type, o.dir, e.Data)

@@ -91,6 +91,7 @@ type Worker struct {
 	early     bool                   // Connected was called before Run
 	heard     bool                   // something came from the network since the last housekeeping
 	changed   chan struct{}          // closed and replaced when active, busy or delivered change
+	tally     tally
 	tasks     sync.WaitGroup
 }
 
@@ -565,6 +566,9 @@ func (w *Worker) finish(k *job, res *wire.Result) {
 		w.die(fmt.Errorf("job %s is accepted and its result cannot be stored: %w", k.ID, err))
 		return
 	}
+	w.mu.Lock()
+	w.tally.count(w.cfg.Now(), res.Code != "")
+	w.mu.Unlock()
 	w.send(res)
 }
 

@@ -88,7 +88,7 @@ func (b *bench) instantNode(ctx context.Context) (*stack.Node, error) {
 	defer cancel()
 	b.fast = true
 	return n, n.WaitStatus(ctx, "the instant engine", func(s *control.Status) bool {
-		return s.Closed() == nil && s.Runtime.Image == ref.Digest()
+		return s.GetsJobs() && s.Runtime.Image == ref.Digest()
 	})
 }
 

@@ -15,6 +15,7 @@ import (
 
 	"github.com/resultity/node/internal/control"
 	"github.com/resultity/node/internal/digest"
+	"github.com/resultity/node/internal/gate"
 	"github.com/resultity/node/internal/journal"
 	"github.com/resultity/node/internal/snapshot"
 	"github.com/resultity/node/test/model"
@@ -225,7 +226,7 @@ func (d *demo) comesBack(ctx context.Context, n *stack.Node, signal string) (str
 	}
 	if err := n.WaitStatus(ctx, "another engine", func(s *control.Status) bool {
 		now, err := engine(ctx, n)
-		return err == nil && now != "" && now != pid && s.Closed() == nil
+		return err == nil && now != "" && now != pid && s.GetsJobs()
 	}); err != nil {
 		return "", err
 	}
@@ -271,7 +272,7 @@ func (d *demo) onlyOn(ctx context.Context, n *stack.Node) error {
 		}
 		if err := o.WaitStatus(ctx, "the network to know", func(s *control.Status) bool {
 			last := s.Gates[len(s.Gates)-1]
-			return last.Name == "routable" && last.Open == (o == n)
+			return last.Name == gate.Routable && (last.State == gate.Open) == (o == n)
 		}); err != nil {
 			return err
 		}
@@ -357,7 +358,7 @@ func (d *demo) killedOnce(ctx context.Context, n *stack.Node) (string, error) {
 	if _, err := d.ask(ctx, long(), true, func() error { return d.killWithResult(ctx, n) }); err != nil {
 		return "", errors.Join(err, n.Heal(ctx))
 	}
-	if err := n.WaitStatus(ctx, "an empty outbox", func(s *control.Status) bool { return s.Outbox == 0 && s.Busy == 0 && s.Closed() == nil }); err != nil {
+	if err := n.WaitStatus(ctx, "an empty outbox", func(s *control.Status) bool { return s.Outbox == 0 && s.Busy == 0 && s.GetsJobs() }); err != nil {
 		return "", err
 	}
 	after, err := d.results(ctx)

@@ -215,7 +215,7 @@ func TestReboot(t *testing.T) {
 	if err := n.Reboot(t.Context()); err != nil {
 		t.Fatal(err)
 	}
-	if err := n.WaitStatus(t.Context(), "jobs after a reboot", func(st *control.Status) bool { return st.Closed() == nil }); err != nil {
+	if err := n.WaitStatus(t.Context(), "jobs after a reboot", (*control.Status).GetsJobs); err != nil {
 		t.Fatalf("%v\n%s", err, n.Journal(t.Context(), 60))
 	}
 	if after, err := n.Status(t.Context()); err != nil || after.Node != before.Node {

@@ -54,11 +54,11 @@ func list(t *testing.T) []pkg {
 // Levels of the node's packages. A package imports only from levels below its
 // own, so that edges (network, Podman, systemd, engine, disk) never meet.
 var levels = [][]string{
-	{"digest", "durable", "evm", "journal", "version"}, // leaves
-	{"receipt", "binding"},                             // pure: no I/O, no clock
-	{"wire", "snapshot", "bridge/contract"},            //
-	{"openai", "quadlet", "config"},                    //
-	{"identity", "tuf", "session", "image", "model", "podman", "systemd", "runtime", "state"}, // edges
+	{"digest", "durable", "evm", "gate", "journal", "version"}, // leaves
+	{"receipt", "binding"},                  // pure: no I/O, no clock
+	{"wire", "snapshot", "bridge/contract"}, //
+	{"openai", "quadlet", "config"},         //
+	{"identity", "tuf", "session", "image", "model", "podman", "systemd", "runtime", "state", "preflight"}, // edges
 	{"control", "sandbox", "hardware"},
 	{"work", "deploy"}, // order
 	{"agent", "ctl"},

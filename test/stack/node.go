@@ -159,7 +159,7 @@ func (n *Node) WaitStatus(ctx context.Context, what string, ok func(*control.Sta
 
 // WaitRoutable waits until every gate of the node is open.
 func (n *Node) WaitRoutable(ctx context.Context) error {
-	return n.WaitStatus(ctx, "jobs", func(s *control.Status) bool { return s.Closed() == nil })
+	return n.WaitStatus(ctx, "jobs", (*control.Status).GetsJobs)
 }
 
 // Journal returns what the account's units have logged, for failures.

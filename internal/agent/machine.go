@@ -1,0 +1,132 @@
+package agent
+
+import (
+	"context"
+	"os"
+	"os/user"
+	"path/filepath"
+	"strconv"
+	"sync"
+	"time"
+
+	"github.com/resultity/node/internal/deploy"
+	"github.com/resultity/node/internal/gate"
+	"github.com/resultity/node/internal/preflight"
+)
+
+// Of the look at the machine.
+const (
+	lookAtMost = 3 * time.Second  // one look takes; who asks for the status waits that long
+	lookFresh  = 2 * time.Second  // within which a look is not repeated
+	lookAgain  = 10 * time.Minute // when nobody asks; Podman's service may sleep in between
+)
+
+// sightings is what was seen of the gates, and since when they are closed.
+type sightings struct {
+	looking sync.Mutex // held during a look at the machine
+	mu      sync.Mutex // guards what follows; held only to copy values
+	machine []gate.Gate
+	at      time.Time
+	closed  map[string]time.Time
+}
+
+// note remembers since when gates are closed and writes it into them.
+func (s *sightings) note(gs []gate.Gate, now time.Time) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if s.closed == nil {
+		s.closed = map[string]time.Time{}
+	}
+	for i := range gs {
+		g := &gs[i]
+		if g.State != gate.Closed {
+			delete(s.closed, g.Name)
+			continue
+		}
+		if _, known := s.closed[g.Name]; !known {
+			s.closed[g.Name] = now.Truncate(time.Second)
+		}
+		g.Since = new(s.closed[g.Name])
+	}
+}
+
+// machineGates returns what look saw, which is looked at again when that was
+// longer ago than fresh.
+func (s *sightings) machineGates(look func(context.Context) []gate.Gate, fresh time.Duration) []gate.Gate {
+	if look == nil {
+		return nil
+	}
+	s.looking.Lock()
+	defer s.looking.Unlock()
+	s.mu.Lock()
+	last, at := s.machine, s.at
+	s.mu.Unlock()
+	if last != nil && time.Since(at) < fresh {
+		return last
+	}
+	ctx, cancel := context.WithTimeout(context.Background(), lookAtMost)
+	defer cancel()
+	last = look(ctx)
+	s.mu.Lock()
+	s.machine, s.at = last, time.Now()
+	s.mu.Unlock()
+	return last
+}
+
+// gates walks from the machine to the network's own word.
+func (a *Agent) gates(draining bool) []gate.Gate { return a.lookAtGates(draining, lookFresh) }
+
+// watchGates looks at the gates when nobody asks, so that status can say since
+// when one is closed.
+func (a *Agent) watchGates() { a.lookAtGates(a.worker.Status().Draining, lookAgain) }
+
+func (a *Agent) lookAtGates(draining bool, fresh time.Duration) []gate.Gate {
+	now := time.Now()
+	gs := append([]gate.Gate(nil), a.seen.machineGates(a.machine, fresh)...)
+	if a.machine != nil {
+		gs = append(gs, gate.Gate{Name: gate.Agent, State: gate.Open, Detail: "runs, " + a.version})
+	}
+	own := a.board.gates(a.key.Address().Hex(), draining, now)
+	if id := preflight.Identity(filepath.Join(a.cfg.Paths.State, "identity")); id.State == gate.Closed {
+		own[0] = id // loosened since the start, which would have refused it
+	}
+	gs = append(gs, own...)
+	a.seen.note(gs, now)
+	return gs
+}
+
+// lookAround asks preflight about this machine.
+func (a *Agent) lookAround(ctx context.Context) []gate.Gate { return a.surroundings().Gates(ctx) }
+
+// surroundings describes the machine, as far as the agent knows it.
+func (a *Agent) surroundings() *preflight.Machine {
+	m := &preflight.Machine{
+		Root: "/", Account: "uid " + strconv.Itoa(os.Getuid()), UID: os.Getuid(), Socket: a.cfg.Paths.Podman, State: a.cfg.Paths.State,
+		Need: a.board.missing(), Running: true, Window: 30 * time.Second,
+	}
+	if u, err := user.LookupId(strconv.Itoa(m.UID)); err == nil {
+		m.Account = u.Username
+	}
+	if s := a.board.snapshot(); s != nil && s.Config().Network.ClockWindow > 0 {
+		m.Window = s.Config().Network.ClockWindow.Duration()
+	}
+	if a.ahead != nil {
+		m.Offset = a.ahead()
+	}
+	return m
+}
+
+// missing returns the bytes of the snapshot's models that are not here yet, once
+// the model store has said how much is.
+func (b *board) missing() (n int64) {
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	if b.snap == nil || b.step != deploy.StepModel {
+		return 0
+	}
+	for i := range b.snap.Config().Models {
+		m := &b.snap.Config().Models[i]
+		n += max(0, m.Size()-b.models[m.Digest()])
+	}
+	return n
+}

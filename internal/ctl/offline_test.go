@@ -1,0 +1,74 @@
+package ctl
+
+import (
+	"context"
+	"errors"
+	"os"
+	"path/filepath"
+	"strings"
+	"testing"
+
+	"github.com/resultity/node/internal/gate"
+	"github.com/resultity/node/internal/preflight"
+)
+
+// What the service manager and the journal say becomes one gate with a command.
+func TestAgentGateOffline(t *testing.T) {
+	for _, c := range []struct {
+		name, show, journal string
+		err                 error
+		detail, remedy      string
+	}{
+		{"ended over a file", "LoadState=loaded\nActiveState=failed\nSubState=failed\nExecMainStatus=78\nStateChangeTimestamp=@1000000000\n", "configuration: /etc/resultity/agent.toml: network.urll: unknown key\n", nil,
+			"exit status 78, over something that no restart mends; its last words: configuration: /etc/resultity/agent.toml: network.urll: unknown key", "mend what it names, then sudo systemctl --user -M resultity@ start resultity-agent"},
+		{"stopped", "LoadState=loaded\nActiveState=inactive\nSubState=dead\nExecMainStatus=0\n", "old news", nil, "it is stopped", "sudo systemctl --user -M resultity@ start resultity-agent"},
+		{"in a loop", "LoadState=loaded\nActiveState=activating\nSubState=auto-restart\nExecMainStatus=1\n", "no space left", nil, "again and again, with exit status 1; its last words: no space left", "restart"},
+		{"hangs", "LoadState=loaded\nActiveState=active\nSubState=running\n", "", nil, "does not answer", "restart"},
+		{"failed", "LoadState=loaded\nActiveState=failed\nExecMainStatus=1\n", "", nil, "exit status 1", "start"},
+		{"not installed", "LoadState=not-found\nActiveState=inactive\n", "", nil, "not installed", "install"},
+		{"no manager", "", "", errors.New("exit status 1"), "service manager of resultity does not answer", "sudo systemctl start user@990.service"},
+	} {
+		o := &offline{Machine: &preflight.Machine{Root: t.TempDir(), Account: "resultity", UID: 990}, home: t.TempDir(),
+			run: func(_ context.Context, name string, args ...string) ([]byte, error) {
+				if name == "journalctl" {
+					return []byte(c.journal), nil
+				}
+				return []byte(c.show), c.err
+			}}
+		g := o.agentGate(t.Context())
+		if g.State != gate.Closed || !strings.Contains(g.Detail, c.detail) || !strings.Contains(g.Remedy, c.remedy) {
+			t.Errorf("%s: %+v, want %q and %q", c.name, g, c.detail, c.remedy)
+		}
+		if c.name == "stopped" && strings.Contains(g.Detail, "old news") {
+			t.Error("what was said before an orderly stop is no reason")
+		}
+	}
+}
+
+// Without the account's service manager the reason is lingering, which comes
+// first, and all gates are there.
+func TestOfflineNamesTheFirstCause(t *testing.T) {
+	root := t.TempDir()
+	for name, text := range map[string]string{"etc/subuid": "resultity:524288:65536\n", "etc/subgid": "resultity:524288:65536\n", "usr/bin/podman": "", "sys/fs/cgroup/cgroup.controllers": "cpu memory pids\n"} {
+		if err := os.MkdirAll(filepath.Dir(filepath.Join(root, name)), 0o755); err != nil {
+			t.Fatal(err)
+		}
+		if err := os.WriteFile(filepath.Join(root, name), []byte(text), 0o644); err != nil {
+			t.Fatal(err)
+		}
+	}
+	o := &offline{Machine: &preflight.Machine{Root: root, Account: "resultity", UID: 990, Synced: func(context.Context) (bool, error) { return true, nil }}, home: root,
+		run: func(context.Context, string, ...string) ([]byte, error) { return nil, errors.New("exit status 1") }}
+	s := o.status(t.Context())
+	if g := s.Closed(); g == nil || g.Name != gate.Linger || g.Remedy != "sudo loginctl enable-linger resultity" {
+		t.Errorf("closed: %+v", g)
+	}
+	if len(s.Gates) != len(gate.List) {
+		t.Fatalf("%d gates, want %d", len(s.Gates), len(gate.List))
+	}
+	for i, g := range s.Gates {
+		if g.Name != gate.List[i].Name {
+			t.Errorf("gate %d is %s", i, g.Name)
+		}
+	}
+}

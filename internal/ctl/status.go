@@ -1,0 +1,101 @@
+package ctl
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"text/tabwriter"
+	"time"
+
+	"github.com/resultity/node/internal/control"
+	"github.com/resultity/node/internal/gate"
+)
+
+func (c *command) status(ctx context.Context, _ []string) error {
+	var s control.Status
+	err := c.client().Get(ctx, "status", &s)
+	if errors.Is(err, control.ErrNotRunning) {
+		s = c.lookOffline(ctx)
+		if err := c.showStatus(&s); err != nil {
+			return err
+		}
+		return exitError(ExitDown)
+	}
+	if err == nil {
+		err = c.showStatus(&s)
+	}
+	if err == nil && s.Closed() != nil {
+		return exitError(ExitClosed)
+	}
+	return err
+}
+
+// showStatus begins with the answer, and ends with where it comes from.
+func (c *command) showStatus(s *control.Status) error {
+	return c.show(s, func(w *tabwriter.Writer) {
+		c.answer(w, s)
+		fmt.Fprintln(w)
+		if s.Node != "" {
+			fmt.Fprintf(w, "node\t%s\nnetwork\t%s\n", s.Node, s.Network)
+		}
+		if s.Snapshot != nil {
+			fmt.Fprintf(w, "configuration\tversion %d, %s, expires %s\n", s.Snapshot.Version, s.Snapshot.Digest, s.Snapshot.Expires.Format(time.RFC3339))
+		}
+		if s.Node != "" {
+			fmt.Fprintf(w, "jobs\t%d of %d slots busy, %d results to deliver; last day: %d done, %d failed", s.Busy, s.Slots, s.Outbox, s.Done, s.Failed)
+			if s.LastJob != nil {
+				fmt.Fprintf(w, "; last one %s ago", ago(*s.LastJob))
+			}
+			fmt.Fprint(w, "\n\n")
+		}
+		for _, g := range s.Gates {
+			mark := g.State.String()
+			if g.State == gate.Closed {
+				mark = "CLOSED"
+			}
+			fmt.Fprintf(w, "%s\t%s\t%s\n", g.Name, mark, line(g.Detail))
+		}
+		if s.Version != "" && s.Version != c.version {
+			fmt.Fprintf(w, "\nThe agent is %s and resultityctl %s: restart the agent to finish an upgrade.\n", line(s.Version), c.version)
+		}
+	})
+}
+
+// answer says in at most two lines why there are no jobs, or that there are.
+func (c *command) answer(w *tabwriter.Writer, s *control.Status) {
+	closed := s.Closed()
+	if closed == nil {
+		if s.GetsJobs() {
+			fmt.Fprintln(w, "The network sends jobs to this node.")
+		} else {
+			fmt.Fprintln(w, "No gate is closed, but not all could be looked at.")
+		}
+		return
+	}
+	begin := "No jobs, because"
+	if s.GetsJobs() {
+		begin = "The network sends jobs to this node, but"
+	}
+	since := ""
+	if closed.Since != nil {
+		since = " for " + ago(*closed.Since)
+	}
+	fmt.Fprintf(w, "%s %q is closed%s: %s\n", begin, closed.Name, since, line(closed.Detail))
+	if closed.Remedy != "" {
+		fmt.Fprintf(w, "What to do: %s\n", line(closed.Remedy))
+	}
+}
+
+// ago is how long something is past, for people.
+func ago(t time.Time) string {
+	d := max(0, time.Since(t))
+	switch {
+	case d < time.Minute:
+		return fmt.Sprintf("%d s", d/time.Second)
+	case d < 2*time.Hour:
+		return fmt.Sprintf("%d min", d/time.Minute)
+	case d < 48*time.Hour:
+		return fmt.Sprintf("%d h", d/time.Hour)
+	}
+	return fmt.Sprintf("%d days", d/(24*time.Hour))
+}
