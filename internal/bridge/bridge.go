@@ -89,7 +89,8 @@ func (b *bridge) run() int {
 	if err := clearDir(filepath.Dir(b.o.Socket)); err != nil {
 		return b.fail(contract.ExitConfig, err)
 	}
-	record := sandbox.Inspect(b.order())
+	order := b.order()
+	record := sandbox.Inspect(order)
 	if !record.OK {
 		failed := sandbox.Failed(record)
 		for _, line := range failed {
@@ -101,7 +102,7 @@ func (b *bridge) run() int {
 	}
 
 	var err error
-	if b.engine, err = startEngine(b.o.Command); err != nil {
+	if b.engine, err = startEngine(b.o.Command, order); err != nil {
 		return b.fail(contract.ExitConfig, err)
 	}
 	ctx, cancel := context.WithCancel(context.Background())
@@ -129,10 +130,11 @@ func (b *bridge) settle() error {
 // order is what the sandbox is compared with.
 func (b *bridge) order() sandbox.Order {
 	return sandbox.Order{
-		Writable: append([]string{filepath.Dir(b.o.Socket)}, b.o.Writable...),
-		ReadOnly: b.o.ReadOnly,
-		Devices:  b.o.Devices,
-		Sockets:  []string{b.notifier.socket, b.o.Socket},
+		Writable:  b.o.Writable,
+		SocketDir: filepath.Dir(b.o.Socket),
+		ReadOnly:  b.o.ReadOnly,
+		Devices:   b.o.Devices,
+		Sockets:   []string{b.notifier.socket, b.o.Socket},
 	}
 }
 

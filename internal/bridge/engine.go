@@ -20,10 +20,10 @@ type engine struct {
 	exited  chan syscall.WaitStatus // gets one value
 }
 
-// startEngine starts the engine in a process group of its own, confined to the
-// sockets that the sandbox holds, in a directory where nobody can put files,
+// startEngine starts the engine in a process group of its own, confined by
+// [sandbox.Confine], in a directory where nobody can put files,
 // and without a way to speak to systemd by mistake.
-func startEngine(argv []string) (*engine, error) {
+func startEngine(argv []string, order sandbox.Order) (*engine, error) {
 	null, err := os.Open(os.DevNull)
 	if err != nil {
 		return nil, err
@@ -31,7 +31,7 @@ func startEngine(argv []string) (*engine, error) {
 	defer null.Close()
 	var pid int
 	var forkErr error
-	err = sandbox.Confine(func() {
+	_, err = sandbox.Confine(order, func() {
 		// Not os/exec: this process reaps all children itself.
 		pid, forkErr = syscall.ForkExec(argv[0], argv, &syscall.ProcAttr{
 			Dir:   "/",

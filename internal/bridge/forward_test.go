@@ -216,7 +216,7 @@ func TestForwardsOnlyWhatIsAllowed(t *testing.T) {
 		{"POST", "/v1/completions", `{"choices":[{"text":"b"}]}`},
 		{"POST", "/v1/chat/completions", `{"choices":[{"text":"b"}]}`},
 
-		{"GET", "/.bridge/sandbox", `{"version":1,"ok":true,"checks":null,"uid":0,"gid":0,"groups":null,"uidMap":null,"gidMap":null,"namespaces":null,"label":"","mounts":null}`},
+		{"GET", "/.bridge/sandbox", `{"version":1,"ok":true,"checks":null,"uid":0,"gid":0,"groups":null,"uidMap":null,"gidMap":null,"namespaces":null,"label":"","landlock":0,"mounts":null}`},
 	} {
 		status, body := s.target(t, tt.method, tt.target)
 		if status != 200 || body != tt.want {

@@ -51,8 +51,14 @@ func main() {
 			UidMappings: []syscall.SysProcIDMap{{HostID: os.Getuid(), Size: 1}},
 			GidMappings: []syscall.SysProcIDMap{{HostID: os.Getgid(), Size: 1}},
 		})
-		if err := sandbox.Confine(func() { p.again(asEngine, nil) }); err != nil {
-			fmt.Println("WORKED   escape the engine's confinement:", err)
+		// As the agent orders it; see internal/quadlet.
+		order := sandbox.Order{Writable: []string{"/tmp", "/dev/shm"}, SocketDir: socketDir}
+		landlock, err := sandbox.Confine(order, func() { p.again(asEngine, nil) })
+		if err == nil && landlock == 0 {
+			err = fmt.Errorf("the kernel has no Landlock")
+		}
+		if err != nil {
+			fmt.Println("WORKED   start a program less confined than the engine:", err)
 			p.bad++
 		}
 	}
@@ -61,6 +67,8 @@ func main() {
 		os.Exit(1)
 	}
 }
+
+const socketDir = "/run/resultity"
 
 type probe struct {
 	outside string
@@ -136,6 +144,22 @@ func (p *probe) asEngine() {
 		_, err = unix.PidfdGetfd(fd, 1, 0)
 		return err
 	})
+	try("fill the socket's directory", func() error {
+		return os.WriteFile(filepath.Join(socketDir, "probe-was-here"), []byte("x"), 0o600)
+	})
+	try("replace the socket", func() error { return os.Remove(filepath.Join(socketDir, "engine.sock")) })
+	try("put a link beside the socket", func() error { return os.Symlink("/", filepath.Join(socketDir, "probe-was-here")) })
+	try("signal the bridge", func() error { return syscall.Kill(1, 0) })
+	// What it needs it has.
+	for _, dir := range []string{"/tmp", "/dev/shm"} {
+		try("find "+dir+" closed to it", func() error {
+			name := filepath.Join(dir, "probe-was-here")
+			if os.Mkdir(name, 0o700) == nil && os.WriteFile(name+"/a", []byte("x"), 0o600) == nil && os.Rename(name+"/a", name+"-too") == nil && os.RemoveAll(name) == nil && os.Remove(name+"-too") == nil {
+				return fmt.Errorf("it is open")
+			}
+			return nil
+		})
+	}
 	// That all this is so for the engine that runs.
 	try("find an engine that is confined less", lessConfined)
 }

@@ -51,7 +51,9 @@
 // sockets only, since others are not held by a network namespace. It makes no
 // namespaces and no mounts, reaches into no other process, and has none of the
 // kernel's keys, io_uring, bpf, performance events or userfaultfd. The bridge
-// has tried each of these calls before.
+// has tried each of these calls before. Where the kernel has Landlock, the
+// engine can change files below the --writable paths alone, which leaves out the
+// socket's directory, and cannot signal the bridge; [Sandbox] says whether.
 //
 // # Alive
 //
@@ -154,6 +156,7 @@ type Sandbox struct {
 	GIDMap     []IDRange         `json:"gidMap"`
 	Namespaces map[string]string `json:"namespaces"` // "net" to "net:[4026532000]", and so on
 	Label      string            `json:"label"`      // of the security module, "" without one
+	Landlock   int               `json:"landlock"`   // version that the engine is confined with; 0: the kernel has none, or too old a one
 	Mounts     []Mount           `json:"mounts"`     // all, in the kernel's order
 }
 

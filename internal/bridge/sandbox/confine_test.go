@@ -4,6 +4,7 @@ import (
 	"errors"
 	"net"
 	"os"
+	"path/filepath"
 	"strings"
 	"syscall"
 	"testing"
@@ -12,7 +13,7 @@ import (
 func TestConfineHoldsItsThreadAndChildrenAlone(t *testing.T) {
 	var inside, netlink error
 	var pid int
-	err := Confine(func() {
+	_, err := Confine(Order{}, func() {
 		inside = try(syscall.AF_PACKET, syscall.SOCK_DGRAM)
 		netlink = try(syscall.AF_NETLINK, syscall.SOCK_RAW)
 		// The child is this test binary, which reports in its exit code.
@@ -35,6 +36,44 @@ func TestConfineHoldsItsThreadAndChildrenAlone(t *testing.T) {
 		t.Errorf("the child ended with %v (%v), want exit code %d", ws, err, childConfined)
 	}
 }
+
+// An engine makes and moves files where it may, and nothing elsewhere.
+func TestConfinedWritesGoWhereTheyMay(t *testing.T) {
+	may, mayNot := t.TempDir(), t.TempDir()
+	there := filepath.Join(mayNot, "there")
+	if err := os.WriteFile(there, nil, 0o600); err != nil {
+		t.Fatal(err)
+	}
+	var fine, bad []error
+	version, err := Confine(Order{Writable: []string{may, "/there/is/none"}, SocketDir: mayNot}, func() {
+		fine = []error{
+			os.Mkdir(filepath.Join(may, "a"), 0o700), os.Mkdir(filepath.Join(may, "b"), 0o700), os.WriteFile(filepath.Join(may, "a/x"), []byte("x"), 0o600),
+			os.Rename(filepath.Join(may, "a/x"), filepath.Join(may, "b/x")), os.Truncate(filepath.Join(may, "b/x"), 0), os.Remove(filepath.Join(may, "b/x")),
+			os.WriteFile("/dev/null", []byte("x"), 0o600), os.WriteFile("/proc/thread-self/comm", []byte("x"), 0o600),
+			readable(there),
+		}
+		bad = []error{
+			os.WriteFile(filepath.Join(mayNot, "x"), []byte("x"), 0o600), os.WriteFile(there, []byte("x"), 0o600), os.Truncate(there, 0), os.Remove(there),
+			os.Mkdir(filepath.Join(mayNot, "a"), 0o700), os.Symlink("/", filepath.Join(mayNot, "l")), syscall.Mkfifo(filepath.Join(mayNot, "p"), 0o600),
+			os.Rename(there, filepath.Join(may, "there")), os.WriteFile("/dev/made", nil, 0o600),
+		}
+	})
+	if err != nil || version < oldestLandlock {
+		t.Fatalf("version %d, %v; this kernel cannot be tested on", version, err)
+	}
+	for i, err := range fine {
+		if err != nil {
+			t.Errorf("allowed %d: %v", i, err)
+		}
+	}
+	for i, err := range bad {
+		if !errors.Is(err, syscall.EACCES) && !errors.Is(err, syscall.EXDEV) {
+			t.Errorf("not allowed %d: %v", i, err)
+		}
+	}
+}
+
+func readable(name string) error { _, err := os.ReadFile(name); return err }
 
 // childVar makes the test binary a child that tells whether it is confined.
 const (

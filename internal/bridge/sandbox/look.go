@@ -34,6 +34,7 @@ func look(o Order) facts {
 	e.descriptors() // first, while all that is open was handed over
 	e.process()
 	e.network()
+	e.confined(o)
 	e.try("/")
 	for _, p := range o.ReadOnly {
 		e.try(p)
@@ -105,7 +106,6 @@ func (e *eye) network() {
 	} else if !errors.Is(err, fs.ErrNotExist) { // a kernel without IPv6 has none
 		e.problem(err)
 	}
-	e.confined()
 	e.Sockets = append(e.Sockets, parseUnix(e.read("/proc/self/net/unix"))...)
 	// Connecting a datagram socket asks for the route and sends nothing. The
 	// addresses are the ones kept for documentation.
@@ -118,10 +118,12 @@ func (e *eye) network() {
 }
 
 // confined tries, confined as the engine will be, to make a socket of each
-// other kind and the system calls that are refused.
-func (e *eye) confined() {
-	e.problem(Confine(func() {
+// other kind, the system calls that are refused, and a file beside the socket.
+func (e *eye) confined(o Order) {
+	var err error
+	e.Landlock, err = Confine(o, func() {
 		e.Calls = passing()
+		e.Engine = name(tryWrite(o.SocketDir))
 		for family := range lastFamily + 1 {
 			if slices.Contains(families, uint32(family)) {
 				continue
@@ -134,14 +136,14 @@ func (e *eye) confined() {
 				}
 			}
 		}
-	}))
+	})
+	e.problem(err)
 }
 
 // lastFamily is above the highest AF_ number of today's kernels.
 const lastFamily = 63
 
-// try finds out whether something could be written at path: a new file in a
-// directory, or the file itself, which is opened but not changed.
+// try finds out whether something could be written at path.
 func (e *eye) try(path string) {
 	var st syscall.Statfs_t
 	if err := syscall.Statfs(path, &st); err != nil {
@@ -149,18 +151,24 @@ func (e *eye) try(path string) {
 		return
 	}
 	e.ReadOnly[path] = st.Flags&stReadOnly != 0
+	e.Writes[path] = name(tryWrite(path))
+}
+
+// tryWrite tries to make a file in a directory, which is removed again, or to
+// open the file itself, which is not changed.
+func tryWrite(path string) error {
 	target, flags := path, os.O_WRONLY
 	if info, err := os.Stat(path); err == nil && info.IsDir() {
 		target, flags = filepath.Join(path, ".resultity-bridge-try"), os.O_WRONLY|os.O_CREATE|os.O_EXCL
 	}
 	f, err := os.OpenFile(target, flags, 0o600)
-	e.Writes[path] = name(err)
 	if err == nil {
 		f.Close()
 		if target != path {
 			os.Remove(target)
 		}
 	}
+	return err
 }
 
 // stReadOnly is ST_RDONLY of statfs(2): the mount or its file system is.
@@ -218,7 +226,7 @@ func (e *eye) mounts(o Order) {
 		if m.Point == "/" || kernel[m.Type] {
 			continue // the root has its own check, kernel interfaces too
 		}
-		e.walk(m, points, slices.Contains(o.Writable, m.Point))
+		e.walk(m, points, o.allows(m.Point))
 	}
 }
 

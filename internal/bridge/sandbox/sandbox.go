@@ -19,10 +19,16 @@ import (
 // Order is the part of the sandbox that differs from one runtime to the next.
 // Everything else about it is fixed.
 type Order struct {
-	Writable []string // mount points that may be writable
-	ReadOnly []string // paths that must exist on a read-only mount
-	Devices  []string // device nodes, and sockets of device daemons, beside the standard ones
-	Sockets  []string // other unix sockets that may be there
+	Writable  []string // mount points that may be writable, by the engine too
+	SocketDir string   // one more, but not by the engine
+	ReadOnly  []string // paths that must exist on a read-only mount
+	Devices   []string // device nodes, and sockets of device daemons, beside the standard ones
+	Sockets   []string // other unix sockets that may be there
+}
+
+// allows says whether a mount may be writable.
+func (o Order) allows(point string) bool {
+	return point == o.SocketDir || slices.Contains(o.Writable, point)
 }
 
 // Inspect looks around and judges. It must run before the caller opens files
@@ -45,6 +51,8 @@ type facts struct {
 	Reachable  []string // addresses that the kernel would send packets to
 	Families   []string // kinds of sockets beyond the usual ones that can be made
 	Calls      []string // system calls that should be refused and are not
+	Landlock   int      // version, 0 without
+	Engine     string   // how the engine's try to write into the socket's directory will go
 	Writes     map[string]string
 	ReadOnly   map[string]bool // mount flag, by path
 	Shields    []shield
@@ -93,6 +101,7 @@ func judge(f facts, o Order) contract.Sandbox {
 		GIDMap:     f.GIDMap,
 		Namespaces: f.Namespaces,
 		Label:      f.Label,
+		Landlock:   f.Landlock,
 	}
 	check := func(name, want, got string, ok bool) {
 		s.Checks = append(s.Checks, contract.Check{Name: name, Want: want, Got: got, OK: ok})
@@ -116,6 +125,7 @@ func judge(f facts, o Order) contract.Sandbox {
 	none("reachable addresses", "none", f.Reachable)
 	none("socket families", "unix, internet and netlink", f.Families)
 	none("system calls", "none that makes namespaces, mounts or reaches into the kernel", f.Calls)
+	check("engine's writes", "refused in the socket's directory where the kernel can", f.Engine, f.Landlock == 0 || refusals[f.Engine])
 	check("root", "read-only", f.write("/"), f.sealed("/"))
 	for _, p := range o.ReadOnly {
 		check("read-only "+p, "read-only", f.write(p), f.sealed(p))
@@ -233,7 +243,7 @@ func judgeMounts(f facts, o Order) (all []contract.Mount, wrong []string) {
 			Point:    m.Point,
 			Type:     m.Type,
 			ReadOnly: m.ReadOnly,
-			Allowed:  slices.Contains(o.Writable, m.Point),
+			Allowed:  o.allows(m.Point),
 			Writable: f.Writable[m.ID],
 		}
 		switch {

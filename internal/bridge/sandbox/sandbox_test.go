@@ -47,9 +47,10 @@ func inspect(order string) {
 // ordered is what the containers of these tests are checked against.
 func ordered() Order {
 	return Order{
-		Writable: []string{"/tmp", "/dev/shm", "/run/resultity"},
-		ReadOnly: []string{"/models", "/models/model.gguf"},
-		Sockets:  []string{"/run/notify/notify.sock"},
+		Writable:  []string{"/tmp", "/dev/shm"},
+		SocketDir: "/run/resultity",
+		ReadOnly:  []string{"/models", "/models/model.gguf"},
+		Sockets:   []string{"/run/notify/notify.sock"},
 	}
 }
 
@@ -90,6 +91,9 @@ func TestInspectAcceptsASealedContainer(t *testing.T) {
 	if s.Version != contract.Version || s.UID != sealtest.User || s.GID != sealtest.User || len(s.UIDMap) != 1 {
 		t.Errorf("record of %+v", s)
 	}
+	if s.Landlock < oldestLandlock {
+		t.Errorf("Landlock %d", s.Landlock)
+	}
 	if net, ours := s.Namespaces["net"], readlink(t, "/proc/self/ns/net"); net == ours || !strings.HasPrefix(net, "net:[") {
 		t.Errorf("network namespace %q, outside %q", net, ours)
 	}
@@ -121,7 +125,7 @@ func TestInspectRefuses(t *testing.T) {
 		{sealtest.AccountMap, []string{"user mapping", "group mapping"}, "1000 is 0 outside"},
 		{sealtest.KeptBounding, []string{"capabilities"}, "CapBnd"},
 		{sealtest.KeptAmbient, []string{"capabilities"}, "CapAmb"},
-		{sealtest.NewPrivileges, []string{"inspection", "no new privileges"}, "system call filter"},
+		{sealtest.NewPrivileges, []string{"inspection", "no new privileges"}, "landlock: operation not permitted"},
 		{sealtest.NoFilter, []string{"system call filter"}, "0"},
 		{sealtest.Interface, []string{"interfaces", "routes"}, "leak0"},
 		{sealtest.DefaultRoute, []string{"interfaces", "routes", "reachable addresses"}, "leak0"},
@@ -211,9 +215,10 @@ func TestJudgeAcceptsPodman(t *testing.T) {
 
 func podmanOrder() Order {
 	return Order{
-		Writable: []string{"/tmp", "/var/tmp", "/dev/shm", "/run/resultity"},
-		ReadOnly: []string{"/models"},
-		Sockets:  []string{"/run/notify/notify.sock"},
+		Writable:  []string{"/tmp", "/var/tmp", "/dev/shm"},
+		SocketDir: "/run/resultity",
+		ReadOnly:  []string{"/models"},
+		Sockets:   []string{"/run/notify/notify.sock"},
 	}
 }
 
@@ -238,6 +243,7 @@ func TestJudgeRefuses(t *testing.T) {
 	}{
 		{"inspection", func(f *facts) { f.Problems = []string{"unreadable"} }},
 		{"socket families", func(f *facts) { f.Families = []string{"40"} }},
+		{"engine's writes", func(f *facts) { f.Landlock, f.Engine = 7, "possible" }},
 		{"system calls", func(f *facts) { f.Calls = []string{"unshare (errno 0)"} }},
 		{"reachable addresses", func(f *facts) { f.Reachable = []string{"192.0.2.1:9"} }},
 		{"user", func(f *facts) { f.Status.UID[2] = 0 }},
@@ -271,7 +277,7 @@ func TestJudgeRefusesMissingFacts(t *testing.T) {
 	}
 	// These are lists of what was found; that they are complete is the first
 	// check, which look fails whenever it could not read something.
-	want := []string{"inspection", "routes", "reachable addresses", "socket families", "system calls", "mounts", "kernel interfaces", "devices", "sockets and pipes", "descriptors", "proxy variables"}
+	want := []string{"inspection", "routes", "reachable addresses", "socket families", "system calls", "engine's writes", "mounts", "kernel interfaces", "devices", "sockets and pipes", "descriptors", "proxy variables"}
 	if !slices.Equal(passing, want) {
 		t.Errorf("with no facts at all these pass: %q, want %q", passing, want)
 	}
