@@ -17,6 +17,7 @@ import (
 	"reflect"
 	"slices"
 	"strconv"
+	"strings"
 
 	"github.com/resultity/node/internal/digest"
 	"github.com/resultity/node/internal/evm"
@@ -36,11 +37,12 @@ func NewJobID() JobID {
 // ParseJobID reads the one spelling of a job id.
 func ParseJobID(s string) (JobID, error) {
 	var id JobID
-	b, err := hex.DecodeString(s)
-	if err != nil || len(b) != len(id) || hex.EncodeToString(b) != s {
+	if len(s) != 2*len(id) || strings.ContainsAny(s, "ABCDEF") {
 		return JobID{}, fmt.Errorf("job id %.40q: want %d lower-case hexadecimal digits", s, 2*len(id))
 	}
-	copy(id[:], b)
+	if _, err := hex.Decode(id[:], []byte(s)); err != nil {
+		return JobID{}, fmt.Errorf("job id %.40q: want %d lower-case hexadecimal digits", s, 2*len(id))
+	}
 	if id == (JobID{}) {
 		return JobID{}, errors.New("job id: all zero")
 	}
