@@ -78,6 +78,13 @@
 // Response hashes in receipts are over the HTTP body that the client got, byte
 // for byte, also for streams: `sha256sum` on the client's side is the check.
 //
+// Frames of a session are not signed one by one: the first of each side is, and
+// with it the X25519 keys from which both make the keys of the tags that all
+// later frames carry. TLS alone would not do, as it may end at an operator's
+// front proxy; a signature for each frame costs a hundred times a tag, for each
+// token of a stream, and would have whoever holds the node's key asked for each.
+// A frame therefore proves nothing to third parties. Receipts do.
+//
 // SHA-256 names all content (it has hardware support and a command on every
 // machine); Keccak-256 appears only where EVM signatures need it.
 package internal

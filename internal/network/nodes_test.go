@@ -2,7 +2,6 @@ package network_test
 
 import (
 	"bytes"
-	"crypto/rand"
 	"encoding/json"
 	"net/http"
 	"sync"
@@ -123,28 +122,28 @@ func TestSessionRefused(t *testing.T) {
 	n := start(t, nil)
 	v := n.node()
 	stranger := nodetest.New(t, n.url, n.raw)
-	var nonce wire.Nonce
-	_, _ = rand.Read(nonce[:])
+	own := wire.NewSecret()
 	for name, tc := range map[string]struct {
 		node   *nodetest.Node
 		change func(http.Header)
 		status int
 	}{
-		"not registered": {stranger, func(http.Header) {}, http.StatusForbidden},
-		"other network":  {v, func(h http.Header) { h.Set(wire.HeaderNetwork, "mainnet") }, http.StatusConflict},
-		"no network":     {v, func(h http.Header) { h.Del(wire.HeaderNetwork) }, http.StatusConflict},
-		"bad address":    {v, func(h http.Header) { h.Set(wire.HeaderNode, "0x12") }, http.StatusBadRequest},
-		"bad nonce":      {v, func(h http.Header) { h.Set(wire.HeaderNonce, "12") }, http.StatusBadRequest},
-		"a browser":      {v, func(h http.Header) { h.Set("Origin", n.url) }, http.StatusForbidden},
+		"not registered":     {stranger, func(http.Header) {}, http.StatusForbidden},
+		"other network":      {v, func(h http.Header) { h.Set(wire.HeaderNetwork, "mainnet") }, http.StatusConflict},
+		"no network":         {v, func(h http.Header) { h.Del(wire.HeaderNetwork) }, http.StatusConflict},
+		"bad address":        {v, func(h http.Header) { h.Set(wire.HeaderNode, "0x12") }, http.StatusBadRequest},
+		"bad key":            {v, func(h http.Header) { h.Set(wire.HeaderKey, "12") }, http.StatusBadRequest},
+		"a key of low order": {v, func(h http.Header) { h.Set(wire.HeaderKey, wire.PublicKey{1}.String()) }, http.StatusBadRequest},
+		"a browser":          {v, func(h http.Header) { h.Set("Origin", n.url) }, http.StatusForbidden},
 	} {
-		h := tc.node.Headers(nonce)
+		h := tc.node.Headers(own)
 		tc.change(h)
-		if _, status, err := tc.node.Dial(t, h, nonce); err == nil || status != tc.status {
+		if _, status, err := tc.node.Dial(t, h, own); err == nil || status != tc.status {
 			t.Errorf("%s: status %d, want %d; %v", name, status, tc.status, err)
 		}
 	}
 	d := websocket.Dialer{Subprotocols: []string{"other"}}
-	if _, res, err := d.Dial("ws"+n.url[4:]+wire.SessionPath, v.Headers(nonce)); err == nil || res.StatusCode != http.StatusBadRequest {
+	if _, res, err := d.Dial("ws"+n.url[4:]+wire.SessionPath, v.Headers(own)); err == nil || res.StatusCode != http.StatusBadRequest {
 		t.Errorf("other subprotocol: %v", err)
 	}
 }
@@ -155,10 +154,10 @@ func TestFrameViolations(t *testing.T) {
 	n := start(t, nil)
 	bystander := n.node().Ready(t)
 	later := func(s *nodetest.Session, d time.Duration) *wire.Sealer {
-		return wire.NewSealer(s.Node.Key, s.Nonce, wire.ToNetwork, func() time.Time { return time.Now().Add(d) })
+		return wire.NewSealer(s.Node.Key, s.Agreed, wire.ToNetwork, func() time.Time { return time.Now().Add(d) })
 	}
 	seal := func(s *wire.Sealer, m wire.Message) []byte {
-		frame, err := s.Seal(m)
+		frame, err := s.Seal(nil, m)
 		if err != nil {
 			t.Fatal(err)
 		}
@@ -170,9 +169,10 @@ func TestFrameViolations(t *testing.T) {
 		seal(k, m)
 		return seal(k, m)
 	}
-	other, err := evm.NewKey()
-	if err != nil {
-		t.Fatal(err)
+	elsewhere := n.node().Ready(t)
+	elsewhere.Send(&wire.Bye{}) // it gets none of the jobs
+	if code := elsewhere.Closed(); code != websocket.CloseNormalClosure {
+		t.Fatalf("closed with %d", code)
 	}
 	ping := &wire.Accept{Job: receipt.NewJobID()}
 	for name, tc := range map[string]struct {
@@ -190,14 +190,14 @@ func TestFrameViolations(t *testing.T) {
 			sealed(k, ping)
 			s.SendRaw(seal(k, ping))
 		}, "sequence", websocket.ClosePolicyViolation},
-		"wrong signer": {func(s *nodetest.Session) {
-			s.SendRaw(sealed(wire.NewSealer(other, s.Nonce, wire.ToNetwork, time.Now), ping))
+		"signed, not tagged": {func(s *nodetest.Session) {
+			s.SendRaw(seal(later(s, 0), ping))
 		}, "signer", websocket.ClosePolicyViolation},
 		"wrong direction": {func(s *nodetest.Session) {
-			s.SendRaw(sealed(wire.NewSealer(s.Node.Key, s.Nonce, wire.ToNode, time.Now), ping))
+			s.SendRaw(sealed(wire.NewSealer(s.Node.Key, s.Agreed, wire.ToNode, time.Now), ping))
 		}, "signer", websocket.ClosePolicyViolation},
 		"another session's": {func(s *nodetest.Session) {
-			s.SendRaw(sealed(wire.NewSealer(s.Node.Key, wire.Nonce{1}, wire.ToNetwork, time.Now), ping))
+			s.SendRaw(sealed(wire.NewSealer(elsewhere.Node.Key, elsewhere.Agreed, wire.ToNetwork, time.Now), ping))
 		}, "signer", websocket.ClosePolicyViolation},
 		"a changed byte": {func(s *nodetest.Session) {
 			frame := sealed(later(s, 0), ping)
@@ -206,7 +206,7 @@ func TestFrameViolations(t *testing.T) {
 		}, "signer", websocket.ClosePolicyViolation},
 		"slow clock": {func(s *nodetest.Session) { s.SendRaw(sealed(later(s, -6*time.Second), ping)) }, "clock", websocket.ClosePolicyViolation},
 		"fast clock": {func(s *nodetest.Session) { s.SendRaw(sealed(later(s, 6*time.Second), ping)) }, "clock", websocket.ClosePolicyViolation},
-		"too short":  {func(s *nodetest.Session) { s.SendRaw(make([]byte, 65)) }, "malformed", websocket.ClosePolicyViolation},
+		"too short":  {func(s *nodetest.Session) { s.SendRaw(make([]byte, 32)) }, "malformed", websocket.ClosePolicyViolation},
 		"text": {func(s *nodetest.Session) {
 			if err := s.Conn.WriteMessage(websocket.TextMessage, sealed(later(s, 0), ping)); err != nil {
 				t.Error(err)
@@ -223,7 +223,7 @@ func TestFrameViolations(t *testing.T) {
 			k := later(s, 0)
 			seal(k, ping)
 			seal(k, ping)
-			s.SendRaw(falseReceipt(t, s))
+			s.SendRaw(seal(k, falseResult{s.Node.Result(t, &wire.Job{ID: receipt.NewJobID(), Kind: wire.KindChat, Model: nodetest.Model}, []byte("{}"), nil)}))
 		}, "malformed", websocket.ClosePolicyViolation},
 	} {
 		t.Run(name, func(t *testing.T) {
@@ -244,36 +244,22 @@ func TestFrameViolations(t *testing.T) {
 	}
 }
 
-// falseReceipt is a frame, signed as it should be, around a receipt with a field
-// that was changed after signing.
-func falseReceipt(t *testing.T, s *nodetest.Session) []byte {
-	t.Helper()
-	job := &wire.Job{ID: receipt.NewJobID(), Kind: wire.KindChat, Model: nodetest.Model}
-	res := s.Node.Result(t, job, []byte("{}"), nil)
-	data, err := json.Marshal(res)
-	if err != nil {
-		t.Fatal(err)
-	}
-	data = bytes.Replace(data, []byte(`"completionTokens":"3"`), []byte(`"completionTokens":"4"`), 1)
-	body, err := json.Marshal(map[string]any{"seq": 3, "time": time.Now().UnixMilli(), "type": "result", "data": json.RawMessage(data)})
-	if err != nil {
-		t.Fatal(err)
-	}
-	sig, err := s.Node.Key.Sign(evm.Keccak([]byte("resultity.v1 frame\n"), s.Nonce[:], []byte{byte(wire.ToNetwork)}, body))
-	if err != nil {
-		t.Fatal(err)
-	}
-	return append(sig[:], body...)
+// falseResult is a result around a receipt with a field that was changed after
+// signing.
+type falseResult struct{ *wire.Result }
+
+func (r falseResult) MarshalJSON() ([]byte, error) {
+	data, err := json.Marshal(r.Result)
+	return bytes.Replace(data, []byte(`"completionTokens":"3"`), []byte(`"completionTokens":"4"`), 1), err
 }
 
 func TestBeforeHello(t *testing.T) {
 	n := start(t, nil)
 	v := n.node()
 	good := v.Ready(t)
-	var nonce wire.Nonce
 	dial := func() *nodetest.Session {
-		_, _ = rand.Read(nonce[:])
-		s, _, err := v.Dial(t, v.Headers(nonce), nonce)
+		own := wire.NewSecret()
+		s, _, err := v.Dial(t, v.Headers(own), own)
 		if err != nil {
 			t.Fatal(err)
 		}
@@ -295,7 +281,7 @@ func TestBeforeHello(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	frame, err := wire.NewSealer(thief, s.Nonce, wire.ToNetwork, time.Now).Seal(&wire.Hello{})
+	frame, err := wire.NewSealer(thief, s.Agreed, wire.ToNetwork, time.Now).Seal(nil, &wire.Hello{})
 	if err != nil {
 		t.Fatal(err)
 	}

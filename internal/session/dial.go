@@ -3,7 +3,6 @@ package session
 import (
 	"bytes"
 	"context"
-	"crypto/rand"
 	"crypto/tls"
 	"errors"
 	"fmt"
@@ -20,15 +19,13 @@ import (
 	"github.com/resultity/node/internal/wire"
 )
 
-// dial makes the connection and returns it with the session's nonce.
-func (s *Session) dial(ctx context.Context) (*link, wire.Nonce, error) {
-	var none wire.Nonce
+// dial makes the connection and agrees with whoever is there on a session.
+func (s *Session) dial(ctx context.Context) (*link, *wire.Session, error) {
 	u, err := endpoint(s.cfg.URL, "wss", wire.SessionPath)
 	if err != nil {
-		return nil, none, err
+		return nil, nil, err
 	}
-	var own wire.Nonce
-	_, _ = rand.Read(own[:]) // never fails: it ends the program instead
+	own := wire.NewSecret()
 
 	config := s.cfg.TLS.Clone() // nil is fine
 	if config == nil {
@@ -63,44 +60,46 @@ func (s *Session) dial(ctx context.Context) (*link, wire.Nonce, error) {
 	conn, resp, err := d.DialContext(ctx, u, http.Header{
 		wire.HeaderNetwork: {s.cfg.Network},
 		wire.HeaderNode:    {s.cfg.Node.Hex()},
-		wire.HeaderNonce:   {own.String()},
+		wire.HeaderKey:     {own.Public().String()},
 		"User-Agent":       {"resultity-agent/" + s.cfg.Agent},
 	})
 	if errors.Is(err, websocket.ErrBadHandshake) {
-		return nil, none, refused(resp)
+		return nil, nil, refused(resp)
 	}
 	if err != nil {
-		return nil, none, fmt.Errorf("connect to %s: %w", u, err)
+		return nil, nil, fmt.Errorf("connect to %s: %w", u, err)
 	}
-	theirs, err := checkReply(conn, resp)
+	agreed, err := s.checkReply(conn, resp, own)
 	if err != nil {
 		_ = conn.Close() // the error says more
-		return nil, none, err
+		return nil, nil, err
 	}
 	if !keep() {
-		return nil, none, ctx.Err()
+		return nil, nil, ctx.Err()
 	}
 	conn.SetReadLimit(wire.MaxFrame)
 	raw.live = true
-	return newLink(conn, raw), wire.SessionNonce(s.cfg.Network, s.cfg.Node, own, theirs), nil
+	return newLink(conn, raw), agreed, nil
 }
 
 // checkReply looks at what the WebSocket library lets pass in a 101 reply.
-func checkReply(conn *websocket.Conn, resp *http.Response) (wire.Nonce, error) {
-	var none wire.Nonce
+func (s *Session) checkReply(conn *websocket.Conn, resp *http.Response, own *wire.Secret) (*wire.Session, error) {
 	if got := conn.Subprotocol(); got != wire.Subprotocol {
-		return none, fmt.Errorf("%w: it chose the subprotocol %.40q", ErrProtocol, got)
+		return nil, fmt.Errorf("%w: it chose the subprotocol %.40q", ErrProtocol, got)
 	}
 	// Not offered, and the library would agree: then a small frame could become
 	// a large one in memory.
 	if got := resp.Header.Get("Sec-Websocket-Extensions"); got != "" {
-		return none, fmt.Errorf("%w: it insists on the extension %.40q", ErrProtocol, got)
+		return nil, fmt.Errorf("%w: it insists on the extension %.40q", ErrProtocol, got)
 	}
-	nonce, err := wire.ParseNonce(resp.Header.Get(wire.HeaderNonce))
-	if err != nil {
-		return none, fmt.Errorf("%w: header %s: %w", ErrProtocol, wire.HeaderNonce, err)
+	theirs, err := wire.ParsePublicKey(resp.Header.Get(wire.HeaderKey))
+	if err == nil {
+		var agreed *wire.Session
+		if agreed, err = own.Agree(s.cfg.Network, s.cfg.Node, own.Public(), theirs); err == nil {
+			return agreed, nil
+		}
 	}
-	return nonce, nil
+	return nil, fmt.Errorf("%w: header %s: %w", ErrProtocol, wire.HeaderKey, err)
 }
 
 // refused makes an error of a reply that is not 101.

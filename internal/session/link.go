@@ -6,22 +6,28 @@ import (
 	"log/slog"
 	"net"
 	"os"
+	"slices"
 	"sync"
 	"time"
 
 	"github.com/gorilla/websocket"
 
+	"github.com/resultity/node/internal/receipt"
 	"github.com/resultity/node/internal/wire"
 )
 
 // Bounds on what waits to be sent.
 const (
-	maxControl = 4096    // messages that are neither chunk nor result
-	maxChunks  = 1 << 20 // bytes that may wait when a chunk is queued
-	maxBulk    = 8 << 20 // bytes that may wait when a result is queued, unless it is alone
+	maxControl = 4096     // messages that are neither chunk nor result
+	maxChunks  = 1 << 20  // bytes that may wait when a chunk is queued
+	maxBulk    = 8 << 20  // bytes that may wait when a result is queued, unless it is alone
+	maxJoined  = 64 << 10 // bytes of a chunk made of several: other jobs' chunks find their way between them
 )
 
 var errSlow = errors.New("the network does not take what is sent to it")
+
+// keepBuffer is the largest buffer for frames that a link keeps, in bytes.
+const keepBuffer = 128 << 10
 
 // link is one connection: its queue and its end. The reader is the goroutine
 // that made it.
@@ -33,15 +39,17 @@ type link struct {
 	mu      sync.Mutex // guards what follows; held for list operations
 	changed *sync.Cond // any of it changed
 	control []wire.Message
-	bulk    []wire.Message // chunks, results and bye, in order
-	bytes   int            // of bulk, and of what is being written of it
-	leaving bool           // nothing more may be queued
+	bulk    []wire.Message                // chunks, results and bye, in order
+	bytes   int                           // of bulk, and of what is being written of it
+	tails   map[receipt.JobID]*wire.Chunk // the last chunk of each job in bulk; ours to change
+	opened  bool                          // the peer is known: there may be more than hello
+	leaving bool                          // nothing more may be queued
 	ended   bool
 	cause   error // of the end
 }
 
 func newLink(conn *websocket.Conn, raw *liveConn) *link {
-	l := &link{conn: conn, raw: raw, done: make(chan struct{})}
+	l := &link{conn: conn, raw: raw, done: make(chan struct{}), tails: map[receipt.JobID]*wire.Chunk{}}
 	l.changed = sync.NewCond(&l.mu)
 	return l
 }
@@ -67,14 +75,35 @@ func (l *link) send(m wire.Message) error {
 	if l.leaving || l.ended {
 		return ErrNotConnected
 	}
-	if size > 0 {
+	switch c, ok := m.(*wire.Chunk); {
+	case ok && l.join(c):
+		return nil // the writer knows of the one that it is a part of
+	case ok:
+		own := *c
+		own.Data = slices.Clip(own.Data) // the sender's, until something is joined to it
+		l.tails[c.Job] = &own
+		m = &own
+		fallthrough
+	case size > 0:
 		l.bulk = append(l.bulk, m)
 		l.bytes += size
-	} else {
+	default:
 		l.control = append(l.control, m)
 	}
 	l.changed.Broadcast()
 	return nil
+}
+
+// join makes a chunk a part of the one before it, if that still waits: while
+// the writer is busy, one large frame grows and not a queue of small ones.
+func (l *link) join(c *wire.Chunk) bool {
+	tail := l.tails[c.Job]
+	if tail == nil || tail.Offset+int64(len(tail.Data)) != c.Offset || len(tail.Data)+len(c.Data) > maxJoined {
+		return false
+	}
+	tail.Data = append(tail.Data, c.Data...)
+	l.bytes += len(c.Data)
+	return true
 }
 
 // weight is what a message of the bulk counts in bytes, and 0 for all others.
@@ -103,6 +132,9 @@ func (l *link) next() wire.Message {
 				m := (*q)[0]
 				(*q)[0] = nil
 				*q = (*q)[1:]
+				if c, ok := m.(*wire.Chunk); ok && l.tails[c.Job] == c {
+					delete(l.tails, c.Job)
+				}
 				return m
 			}
 		}
@@ -117,23 +149,27 @@ func (l *link) next() wire.Message {
 // write sends what is queued until the link ends, or until it is leaving and
 // everything has been said; then it closes the session in order.
 func (l *link) write(sealer *wire.Sealer, log *slog.Logger) error {
+	var buf []byte
 	for {
 		m := l.next()
 		if m == nil {
 			l.closeFrame(websocket.CloseNormalClosure, "")
 			return nil
 		}
-		frame, err := sealer.Seal(m)
+		frame, err := sealer.Seal(buf[:0], m)
 		switch {
 		case errors.Is(err, wire.ErrTooLarge):
 			// Whoever queued it has a bound that is wrong; the others' messages
 			// are not to suffer.
 			log.Error("message cannot be sent", "type", m.Type(), "error", err)
 		case err != nil:
-			return fmt.Errorf("sign %s: %w", m.Type(), err)
+			return fmt.Errorf("seal %s: %w", m.Type(), err)
 		default:
 			if err := l.conn.WriteMessage(websocket.BinaryMessage, frame); err != nil {
 				return l.why(err)
+			}
+			if cap(frame) <= keepBuffer {
+				buf = frame
 			}
 		}
 		l.mu.Lock()
@@ -143,9 +179,10 @@ func (l *link) write(sealer *wire.Sealer, log *slog.Logger) error {
 	}
 }
 
-// ping asks for a sign of life until the link ends. A ping that cannot be
-// written is no concern of its own: the silence, or the writer, will tell.
-func (l *link) ping(every time.Duration) {
+// ping asks for a sign of life until the link ends, or until the peer is not
+// trusted any more. A ping that cannot be written is no concern of its own: the
+// silence, or the writer, will tell.
+func (l *link) ping(every time.Duration, trusted func() bool) {
 	ticker := time.NewTicker(every)
 	defer ticker.Stop()
 	for {
@@ -153,9 +190,19 @@ func (l *link) ping(every time.Duration) {
 		case <-l.done:
 			return
 		case <-ticker.C:
+			if !trusted() {
+				return
+			}
 			_ = l.conn.WriteControl(websocket.PingMessage, nil, time.Now().Add(every))
 		}
 	}
+}
+
+// open says that the peer is known.
+func (l *link) open() {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	l.opened = true
 }
 
 // goodbye has the link say what is queued, and bye, and then end, all within
@@ -166,7 +213,9 @@ func (l *link) goodbye(within time.Duration) {
 	if l.leaving || l.ended {
 		return
 	}
-	l.bulk = append(l.bulk, &wire.Bye{Reason: "the agent stops"}) // behind everything
+	if l.opened {
+		l.bulk = append(l.bulk, &wire.Bye{Reason: "the agent stops"}) // behind everything
+	}
 	l.leaving = true
 	l.changed.Broadcast()
 	time.AfterFunc(within, func() { l.end(nil) })

@@ -16,6 +16,7 @@ import (
 	"context"
 	"crypto/tls"
 	"errors"
+	"fmt"
 	"io"
 	"log/slog"
 	"maps"
@@ -75,7 +76,7 @@ type Config struct {
 	Network string
 	Node    evm.Address
 	Key     signer                 // the node's
-	Trusted func(evm.Address) bool // may this key sign for the network? asked for each frame
+	Trusted func(evm.Address) bool // may this key sign for the network? Asked again for each frame and each ping, so that a session ends with its key
 	Agent   string                 // version
 	TLS     *tls.Config
 	Log     *slog.Logger
@@ -240,7 +241,7 @@ func hopeless(err error) bool {
 
 // once holds one session, and returns how long it lasted and why it ended.
 func (s *Session) once(ctx context.Context) (lasted time.Duration, err error) {
-	l, nonce, err := s.dial(ctx)
+	l, agreed, err := s.dial(ctx)
 	if err != nil {
 		return 0, err
 	}
@@ -250,15 +251,14 @@ func (s *Session) once(ctx context.Context) (lasted time.Duration, err error) {
 	defer wg.Wait()
 	defer func() { l.end(err) }()
 	wg.Go(func() {
-		if err := l.write(wire.NewSealer(s.cfg.Key, nonce, wire.ToNetwork, s.cfg.Now), s.cfg.Log); err != nil {
+		if err := l.write(wire.NewSealer(s.cfg.Key, agreed, wire.ToNetwork, s.cfg.Now), s.cfg.Log); err != nil {
 			l.end(err)
 		}
 	})
-	wg.Go(func() { l.ping(s.cfg.Ping) })
 	defer context.AfterFunc(ctx, func() { l.goodbye(s.patience.leave) })()
 
 	window := cmp.Or(s.cfg.ClockWindow(), 30*time.Second)
-	opener := wire.NewOpener(s.cfg.Trusted, nonce, wire.ToNode, window)
+	opener := wire.NewOpener(s.cfg.Trusted, agreed, wire.ToNode, window)
 	if err := l.send(&wire.Hello{Agent: s.cfg.Agent, Config: s.cfg.Config()}); err != nil {
 		return 0, err
 	}
@@ -272,6 +272,17 @@ func (s *Session) once(ctx context.Context) (lasted time.Duration, err error) {
 		return 0, s.refuse(l, errOrder)
 	}
 	late.Stop()
+	l.open()
+	signer := opener.Signer()
+	wg.Go(func() {
+		l.ping(s.cfg.Ping, func() bool {
+			if s.cfg.Trusted(signer) {
+				return true
+			}
+			_ = s.refuse(l, fmt.Errorf("%w: %s", wire.ErrRevoked, signer)) // the reader returns it
+			return false
+		})
+	})
 
 	start := time.Now()
 	s.mu.Lock()
@@ -312,6 +323,7 @@ var kinds = []struct {
 	{wire.ErrTooLarge, "too_large", websocket.CloseMessageTooBig},
 	{websocket.ErrReadLimit, "too_large", websocket.CloseMessageTooBig},
 	{wire.ErrSigner, "signer", websocket.ClosePolicyViolation},
+	{wire.ErrRevoked, "revoked", websocket.ClosePolicyViolation},
 	{wire.ErrSequence, "sequence", websocket.ClosePolicyViolation},
 	{wire.ErrClock, "clock", websocket.ClosePolicyViolation},
 	{wire.ErrMalformed, "malformed", websocket.ClosePolicyViolation},

@@ -13,9 +13,11 @@ import (
 	"net/http/httptest"
 	"os"
 	"reflect"
+	"runtime"
 	"runtime/pprof"
 	"strings"
 	"sync"
+	"sync/atomic"
 	"testing"
 	"time"
 
@@ -80,7 +82,7 @@ type peer struct {
 	t      testing.TB
 	r      *http.Request
 	conn   *websocket.Conn
-	nonce  wire.Nonce
+	agreed *wire.Session
 	sealer *wire.Sealer
 	opener *wire.Opener
 }
@@ -105,14 +107,14 @@ func newNetwork(t testing.TB, script func(*peer)) *network {
 func (n *network) serve(t testing.TB, w http.ResponseWriter, r *http.Request) {
 	n.peers.Add(1)
 	defer n.peers.Done()
-	own := wire.Nonce{1, 2, 3}
-	theirs, err := wire.ParseNonce(r.Header.Get(wire.HeaderNonce))
+	own := wire.NewSecret()
+	theirs, err := wire.ParsePublicKey(r.Header.Get(wire.HeaderKey))
 	if err != nil || r.URL.Path != "/base"+wire.SessionPath || r.Header.Get(wire.HeaderNetwork) != "testnet" || r.Header.Get(wire.HeaderNode) != nodeKey.Address().Hex() {
 		t.Errorf("request %s with %v (%v)", r.URL, r.Header, err)
 	}
 	h := n.header.Clone()
-	if h.Get(wire.HeaderNonce) == "" {
-		h.Set(wire.HeaderNonce, own.String())
+	if h.Get(wire.HeaderKey) == "" {
+		h.Set(wire.HeaderKey, own.Public().String())
 	}
 	up := websocket.Upgrader{}
 	if h.Get("Sec-Websocket-Protocol") == "" {
@@ -125,11 +127,15 @@ func (n *network) serve(t testing.TB, w http.ResponseWriter, r *http.Request) {
 	}
 	defer conn.Close()
 	_ = conn.SetReadDeadline(time.Now().Add(wait))
-	nonce := wire.SessionNonce("testnet", nodeKey.Address(), theirs, own)
+	agreed, err := own.Agree("testnet", nodeKey.Address(), theirs, own.Public())
+	if err != nil {
+		t.Errorf("agree: %v", err)
+		return
+	}
 	n.script(&peer{
-		t: t, r: r, conn: conn, nonce: nonce,
-		sealer: wire.NewSealer(networkKey, nonce, wire.ToNode, time.Now),
-		opener: wire.NewOpener(func(a evm.Address) bool { return a == nodeKey.Address() }, nonce, wire.ToNetwork, time.Minute),
+		t: t, r: r, conn: conn, agreed: agreed,
+		sealer: wire.NewSealer(networkKey, agreed, wire.ToNode, time.Now),
+		opener: wire.NewOpener(func(a evm.Address) bool { return a == nodeKey.Address() }, agreed, wire.ToNetwork, time.Minute),
 	})
 }
 
@@ -148,7 +154,7 @@ func (p *peer) next() wire.Message {
 }
 
 func (p *peer) seal(m wire.Message) []byte {
-	f, err := p.sealer.Seal(m)
+	f, err := p.sealer.Seal(nil, m)
 	if err != nil {
 		p.t.Error(err)
 	}
@@ -332,8 +338,9 @@ func TestHandshakeIsRefused(t *testing.T) {
 		{name: "another subprotocol", header: http.Header{"Sec-Websocket-Protocol": {"resultity.v2"}}, want: ErrProtocol, text: "resultity.v2"},
 		{name: "no subprotocol", header: http.Header{"Sec-Websocket-Protocol": {" "}}, want: ErrProtocol, text: "subprotocol"},
 		{name: "compression", header: http.Header{"Sec-Websocket-Extensions": {"permessage-deflate; server_no_context_takeover; client_no_context_takeover"}}, want: ErrProtocol, text: "permessage-deflate"},
-		{name: "no nonce", header: http.Header{wire.HeaderNonce: {" "}}, want: ErrProtocol, text: wire.HeaderNonce},
-		{name: "a short nonce", header: http.Header{wire.HeaderNonce: {"00"}}, want: ErrProtocol, text: wire.HeaderNonce},
+		{name: "no key", header: http.Header{wire.HeaderKey: {" "}}, want: ErrProtocol, text: wire.HeaderKey},
+		{name: "a short key", header: http.Header{wire.HeaderKey: {"00"}}, want: ErrProtocol, text: wire.HeaderKey},
+		{name: "a key of low order", header: http.Header{wire.HeaderKey: {wire.PublicKey{}.String()}}, want: ErrProtocol, text: wire.HeaderKey},
 	} {
 		t.Run(c.name, func(t *testing.T) {
 			n := newNetwork(t, func(p *peer) { p.end() })
@@ -372,7 +379,7 @@ func handUpgrade(t testing.TB, w http.ResponseWriter, r *http.Request, h http.He
 	defer conn.Close()
 	all := http.Header{
 		"Upgrade": {"websocket"}, "Connection": {"Upgrade"}, "Sec-Websocket-Accept": {acceptKey(r)},
-		"Sec-Websocket-Protocol": {wire.Subprotocol}, wire.HeaderNonce: {wire.Nonce{1}.String()},
+		"Sec-Websocket-Protocol": {wire.Subprotocol}, wire.HeaderKey: {wire.NewSecret().Public().String()},
 	}
 	for k, v := range h {
 		all[k] = v
@@ -389,16 +396,40 @@ func handUpgrade(t testing.TB, w http.ResponseWriter, r *http.Request, h http.He
 // counted, and nothing of it arrives.
 func TestFramesAreRefused(t *testing.T) {
 	status := &wire.Status{Routable: true}
-	sealWith := func(p *peer, k *evm.Key, nonce wire.Nonce, d wire.Direction, now func() time.Time) []byte {
-		s := wire.NewSealer(k, nonce, d, now)
-		if _, err := s.Seal(&wire.Welcome{}); err != nil {
-			p.t.Error(err)
+	// second is the frame after welcome, by another sealer.
+	second := func(p *peer, of *wire.Session, d wire.Direction, now func() time.Time) []byte {
+		s := wire.NewSealer(networkKey, of, d, now)
+		var f []byte
+		for _, m := range []wire.Message{&wire.Welcome{}, status} {
+			var err error
+			if f, err = s.Seal(nil, m); err != nil {
+				p.t.Error(err)
+			}
 		}
-		f, err := s.Seal(status)
+		return f
+	}
+	signed := func(p *peer, k *evm.Key) []byte {
+		f, err := wire.NewSealer(k, p.agreed, wire.ToNode, time.Now).Seal(nil, status)
 		if err != nil {
 			p.t.Error(err)
 		}
 		return f
+	}
+	// another is a session with the same node, in which both have met.
+	another := func(p *peer) *wire.Session {
+		a, b := wire.NewSecret(), wire.NewSecret()
+		s, err := a.Agree("testnet", nodeKey.Address(), a.Public(), b.Public())
+		if err != nil {
+			p.t.Error(err)
+		}
+		f, err := wire.NewSealer(nodeKey, s, wire.ToNetwork, time.Now).Seal(nil, &wire.Hello{})
+		if err != nil {
+			p.t.Error(err)
+		}
+		if _, err := wire.NewOpener(func(evm.Address) bool { return true }, s, wire.ToNetwork, time.Minute).Open(f, time.Now()); err != nil {
+			p.t.Error(err)
+		}
+		return s
 	}
 	for _, c := range []struct {
 		name string
@@ -407,21 +438,22 @@ func TestFramesAreRefused(t *testing.T) {
 		kind string
 		code int
 	}{
-		{"another signer", func(p *peer) { p.write(sealWith(p, otherKey, p.nonce, wire.ToNode, time.Now)) }, wire.ErrSigner, "signer", 1008},
-		{"another session", func(p *peer) { p.write(sealWith(p, networkKey, wire.Nonce{9}, wire.ToNode, time.Now)) }, wire.ErrSigner, "signer", 1008},
-		{"sent back", func(p *peer) { p.write(sealWith(p, networkKey, p.nonce, wire.ToNetwork, time.Now)) }, wire.ErrSigner, "signer", 1008},
+		{"signed, not tagged", func(p *peer) { p.write(signed(p, networkKey)) }, wire.ErrSigner, "signer", 1008},
+		{"signed by another", func(p *peer) { p.write(signed(p, otherKey)) }, wire.ErrSigner, "signer", 1008},
+		{"another session", func(p *peer) { p.write(second(p, another(p), wire.ToNode, time.Now)) }, wire.ErrSigner, "signer", 1008},
+		{"sent back", func(p *peer) { p.write(second(p, p.agreed, wire.ToNetwork, time.Now)) }, wire.ErrSigner, "signer", 1008},
 		{"a flipped bit", func(p *peer) { f := p.seal(status); f[len(f)-9] ^= 1; p.write(f) }, wire.ErrSigner, "signer", 1008},
 		{"replayed", func(p *peer) { f := p.seal(&wire.Update{}); p.write(f); p.write(f) }, wire.ErrSequence, "sequence", 1008},
 		{"a gap", func(p *peer) { p.seal(status); p.send(status) }, wire.ErrSequence, "sequence", 1008},
 		{"slow clock", func(p *peer) {
-			p.write(sealWith(p, networkKey, p.nonce, wire.ToNode, func() time.Time { return time.Now().Add(-2 * time.Minute) }))
+			p.write(second(p, p.agreed, wire.ToNode, func() time.Time { return time.Now().Add(-2 * time.Minute) }))
 		}, wire.ErrClock, "clock", 1008},
 		{"fast clock", func(p *peer) {
-			p.write(sealWith(p, networkKey, p.nonce, wire.ToNode, func() time.Time { return time.Now().Add(2 * time.Minute) }))
+			p.write(second(p, p.agreed, wire.ToNode, func() time.Time { return time.Now().Add(2 * time.Minute) }))
 		}, wire.ErrClock, "clock", 1008},
 		{"a text message", func(p *peer) { _ = p.conn.WriteMessage(websocket.TextMessage, p.seal(status)) }, errNotBinary, "malformed", 1008},
 		{"empty", func(p *peer) { p.write(nil) }, wire.ErrMalformed, "malformed", 1008},
-		{"short", func(p *peer) { p.write(make([]byte, 65)) }, wire.ErrMalformed, "malformed", 1008},
+		{"short", func(p *peer) { p.write(make([]byte, 32)) }, wire.ErrMalformed, "malformed", 1008},
 		{"too large", func(p *peer) { p.write(make([]byte, wire.MaxFrame+1)) }, websocket.ErrReadLimit, "too_large", 1009},
 		{"a second welcome", func(p *peer) { p.send(&wire.Welcome{}) }, errOrder, "order", 1008},
 	} {
@@ -657,10 +689,205 @@ func TestSmallMessagesOvertakeAndByeIsLast(t *testing.T) {
 		}
 	}
 	for i, want := range []int{2, 4, 0, 1, 3} {
-		if got := l.next(); got != sent[want] {
+		if got := l.next(); got.Type() != sent[want].Type() {
 			t.Fatalf("message %d is %T, want %T", i, got, sent[want])
 		}
 	}
+}
+
+// While the writer is busy, chunks of one job that belong together become one.
+// None is held back for that, and the sender's bytes stay what they are.
+func TestWaitingChunksAreJoined(t *testing.T) {
+	l := newLink(nil, nil)
+	a, b := receipt.NewJobID(), receipt.NewJobID()
+	send := func(job receipt.JobID, offset int64, data []byte) {
+		t.Helper()
+		if err := l.send(&wire.Chunk{Job: job, Offset: offset, Data: data}); err != nil {
+			t.Fatal(err)
+		}
+	}
+	expect := func(job receipt.JobID, offset int64, data string) {
+		t.Helper()
+		m := l.next()
+		if c, ok := m.(*wire.Chunk); !ok || c.Job != job || c.Offset != offset || string(c.Data) != data {
+			t.Fatalf("got %+v, want %d bytes at %d of %s", m, len(data), offset, job)
+		}
+		l.bytes -= weight(m)
+	}
+	body := []byte("0123456789")
+	send(a, 0, body[:2])
+	expect(a, 0, "01") // nothing waits for company
+	send(a, 2, body[2:4])
+	send(b, 0, body[:1])
+	send(a, 4, body[4:5])
+	send(a, 5, []byte("abc"))
+	send(b, 1, body[1:2])
+	send(a, 9, body[9:]) // a gap
+	send(a, 0, body[:1]) // and once more from the beginning
+	send(a, 1, body[1:2])
+	expect(a, 2, "234abc")
+	expect(b, 0, "01")
+	expect(a, 9, "9")
+	expect(a, 0, "01")
+	if string(body) != "0123456789" {
+		t.Errorf("the sender's bytes are now %q", body)
+	}
+	// A chunk that has been taken does not grow any more, and none without end.
+	large := make([]byte, maxJoined-1)
+	send(a, 2, large)
+	send(a, 2+int64(len(large)), body[:2])
+	expect(a, 2, string(large))
+	expect(a, 2+int64(len(large)), "01")
+	if l.bytes != 0 || len(l.tails) != 0 {
+		t.Errorf("%d bytes and %d jobs wait when nothing does", l.bytes, len(l.tails))
+	}
+}
+
+// A stream arrives whole and in order, whatever was joined on the way.
+func TestJoinedChunksArrive(t *testing.T) {
+	id := receipt.NewJobID()
+	const count, size = 3000, 100
+	got := make(chan []byte, 1)
+	n := newNetwork(t, func(p *peer) {
+		p.welcome()
+		var all []byte
+		for len(all) < count*size {
+			c, ok := p.next().(*wire.Chunk)
+			if !ok || c.Job != id || c.Offset != int64(len(all)) {
+				p.t.Errorf("chunk %+v after %d bytes", c, len(all))
+				break
+			}
+			all = append(all, c.Data...)
+		}
+		got <- all
+		p.end()
+	})
+	h := newRecorder()
+	s := New(config(n), h)
+	run(t, s)
+	get(t, h.opened)
+	var want []byte
+	for i := range count {
+		data := bytes.Repeat([]byte{byte(i)}, size)
+		for {
+			err := s.Send(&wire.Chunk{Job: id, Offset: int64(len(want)), Data: data})
+			if err == nil {
+				break
+			}
+			if !errors.Is(err, ErrFull) {
+				t.Fatal(err)
+			}
+			runtime.Gosched()
+		}
+		want = append(want, data...)
+	}
+	if !bytes.Equal(get(t, got), want) {
+		t.Error("the stream has changed")
+	}
+}
+
+// A session does not outlive the trust in the key that signed its welcome,
+// whether the network goes on talking or not.
+func TestKeyIsRevoked(t *testing.T) {
+	for _, talks := range []bool{true, false} {
+		t.Run(fmt.Sprintf("talks=%v", talks), func(t *testing.T) {
+			var revoked atomic.Bool
+			codes := make(chan int, 100)
+			talk := make(chan struct{}, 1)
+			n := newNetwork(t, func(p *peer) {
+				p.welcome()
+				if talks {
+					<-talk
+					p.send(&wire.Update{})
+				}
+				codes <- p.end()
+			})
+			cfg := config(n)
+			cfg.Trusted = func(a evm.Address) bool { return a == networkKey.Address() && !revoked.Load() }
+			cfg.Ping = time.Hour
+			if !talks {
+				cfg.Ping = 10 * time.Millisecond
+			}
+			cfg.Dead = wait
+			cfg.Delays = []time.Duration{time.Hour}
+			h := newRecorder()
+			s := New(cfg, h)
+			run(t, s)
+			get(t, h.opened)
+			revoked.Store(true)
+			talk <- struct{}{}
+			err := get(t, h.closed)
+			if !errors.Is(err, wire.ErrRevoked) || hopeless(err) || !strings.Contains(err.Error(), networkKey.Address().Hex()) {
+				t.Errorf("Closed(%v), want ErrRevoked with the key, and another attempt soon", err)
+			}
+			if got := get(t, codes); got != 1008 {
+				t.Errorf("the network was told %d, want 1008", got)
+			}
+			if s.Stats().FrameErrors["revoked"] == 0 || len(h.messages) != 0 {
+				t.Errorf("Stats = %+v, %d messages", s.Stats(), len(h.messages))
+			}
+		})
+	}
+}
+
+// Before the network has shown who it is, it hears hello and nothing else.
+func TestStopBeforeWelcome(t *testing.T) {
+	seen, codes := make(chan wire.Message, 1), make(chan int, 1)
+	n := newNetwork(t, func(p *peer) {
+		seen <- p.next()
+		_, _, err := p.conn.ReadMessage()
+		var c *websocket.CloseError
+		if !errors.As(err, &c) {
+			c = &websocket.CloseError{}
+		}
+		codes <- c.Code
+	})
+	stop := run(t, New(config(n), newRecorder()))
+	if _, ok := get(t, seen).(*wire.Hello); !ok {
+		t.Error("no hello")
+	}
+	stop()
+	if got := get(t, codes); got != websocket.CloseNormalClosure {
+		t.Errorf("closed with %d, want %d", got, websocket.CloseNormalClosure)
+	}
+}
+
+// A welcome that is not the network's opens nothing.
+func TestWelcomeIsRefused(t *testing.T) {
+	for name, frame := range map[string]func(*peer) []byte{
+		"another signer":      func(p *peer) []byte { return sealed(p, otherKey, p.agreed, wire.ToNode) },
+		"our own hello":       func(p *peer) []byte { return sealed(p, nodeKey, p.agreed, wire.ToNetwork) },
+		"our key, their word": func(p *peer) []byte { return sealed(p, nodeKey, p.agreed, wire.ToNode) },
+		"a tag": func(p *peer) []byte {
+			f := p.seal(&wire.Welcome{})
+			return append(make([]byte, 32), f[65:]...)
+		},
+	} {
+		t.Run(name, func(t *testing.T) {
+			n := newNetwork(t, func(p *peer) {
+				p.next()
+				p.write(frame(p))
+				p.end()
+			})
+			h := newRecorder()
+			s := New(config(n), h)
+			run(t, s)
+			if err := get(t, h.closed); !errors.Is(err, wire.ErrSigner) {
+				t.Errorf("Closed(%v), want ErrSigner", err)
+			}
+			if len(h.opened) != 0 || s.Stats().FrameErrors["signer"] == 0 {
+				t.Errorf("opened %d times, Stats = %+v", len(h.opened), s.Stats())
+			}
+		})
+	}
+}
+
+func sealed(p *peer, k *evm.Key, of *wire.Session, d wire.Direction) []byte {
+	f, err := wire.NewSealer(k, of, d, time.Now).Seal(nil, &wire.Welcome{})
+	if err != nil {
+		p.t.Error(err)
+	}
+	return f
 }
 
 // A message that is too large is the sender's fault and nobody else's.

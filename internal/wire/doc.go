@@ -1,9 +1,10 @@
 // Package wire owns the protocol between a node and its network: the exact
-// bytes that are signed, the messages, and their bounds. It does no I/O.
+// bytes that are signed and tagged, the messages, and their bounds. It does no
+// I/O.
 //
-// The rule it keeps: a message leaves [Opener.Open] only after its signature,
-// its session, its direction, its place in the order and its time have been
-// checked over the very bytes that arrived.
+// The rule it keeps: a message leaves [Opener.Open] only after its sender, its
+// session, its direction, its place in the order and its time have been checked
+// over the very bytes that arrived.
 //
 // # Specification, version 1
 //
@@ -69,11 +70,19 @@
 //
 //	Resultity-Network: NAME
 //	Resultity-Node: 0x…
-//	Resultity-Nonce: 64 hexadecimal digits, random
+//	Resultity-Key: 64 lower-case hexadecimal digits
 //
-// and the 101 reply Resultity-Nonce, 64 digits of the network's. Both compute
+// and the 101 reply Resultity-Key, 64 digits of the network's. They are X25519
+// public keys (RFC 7748), made for this session and used in no other; each is
+// its side's nonce, too. Both sides compute, over the 32 bytes of each key as
+// they were sent,
 //
-//	session = keccak("resultity.v1 session\n" ‖ keccak(NAME) ‖ node ‖ node's nonce ‖ network's nonce)
+//	session = keccak("resultity.v1 session\n" ‖ keccak(NAME) ‖ node ‖ node's key ‖ network's key)
+//	key(d)  = HKDF-SHA256(secret = X25519, salt = session, info = "resultity.v1 tag\n" ‖ d, 32 bytes)
+//
+// where d is a direction: one byte, 1 to the network and 2 to the node. A shared
+// secret of zeros and a key that equals one's own are refused. Both sides forget
+// the private keys then, and key(d) with the session.
 //
 // 400 says that a header is missing or malformed, 403 that the node is not
 // registered, 409 that the network has another name, 503 to try again later. A
@@ -83,21 +92,49 @@
 //
 // Every message is one binary WebSocket message of at most 24 MiB:
 //
-//	frame = signature ‖ body
+//	first frame of a direction = signature ‖ body
+//	every later one            = tag ‖ body
 //	signature over keccak("resultity.v1 frame\n" ‖ session ‖ direction ‖ body)
+//	tag = HMAC-SHA256(key(direction), body), 32 bytes
 //
-// direction is one byte, 1 to the network and 2 to the node. The body is
+// The first frames are [Hello] of the node and then [Welcome] of the network,
+// each with the key that the other knows. As session has both X25519 keys in it,
+// the two signatures say who holds them: whoever exchanged one on the way has
+// another session, and no signature for it. The network sends Welcome after it
+// has checked Hello, and may send tagged frames right behind it. A node sends
+// and accepts a tagged frame only after it has checked Welcome. A tag where a
+// signature is due, or the other way round, is as wrong as a false one.
 //
-//	{"seq": 1, "time": 1767225600000, "type": "hello", "data": {…}}
+// The session lives as long as the key that signed Welcome: when a newer
+// snapshot does not list it any more, the node ends the session, at the next
+// frame that it receives and at its next ping. It connects again as usual.
+//
+// The body is
+//
+//	{"seq":1,"time":1767225600000,"type":"hello","data":{…}}
+//
+// in exactly this spelling: these four names in this order, no white space
+// outside of data, numbers in decimal without sign and leading zeros and below
+// 2^63, no escapes in type. data is a JSON object; white space in it is free
+// but for [Chunk] and [Result], which have one spelling, too: no white space,
+// the fields in the order in which their types list them, and those of a result
+// that are empty left out.
 //
 // seq starts at 1 in each direction and rises by one. time is the sender's
 // clock in Unix milliseconds and must be within the clock window of the
-// snapshot when the frame begins to arrive. The first frames are [Hello] and
-// [Welcome]. A frame that is too large, malformed, signed by another key, out of
-// sequence or off in time ends the session: the receiver closes with status 1008 (1009 for size) and counts
-// it. Whatever is received is checked over the received bytes; nothing is
-// serialised again before checking. WebSocket pings keep the connection known
-// to be alive; they carry no meaning.
+// snapshot when the frame begins to arrive. A frame that is too large,
+// malformed, by somebody else, out of sequence or off in time ends the session:
+// the receiver closes with status 1008 (1009 for size) and counts it. Whatever
+// is received is checked over the received bytes; nothing is serialised again
+// before checking. WebSocket pings keep the connection known to be alive; they
+// carry no meaning.
+//
+// Why tags beside TLS: TLS may end at a front proxy of the network's operator,
+// and the node does not take that proxy's word. Why not signatures: one costs
+// a hundred times a tag, for each token; and a key that is kept outside of the
+// agent is asked once for each session. What is lost: a tagged frame proves
+// nothing to a third party, since both sides can make it. Nothing needs that:
+// what a node answers for is in its receipts, which it signs.
 //
 // # Messages
 //
@@ -131,6 +168,7 @@
 // A job is dispatched under a configuration: [Job.Config] is the digest of the
 // snapshot, and a node that is on another refuses with config_mismatch.
 //
+// How a stream is cut into chunks means nothing; a node joins those that wait.
 // Chunk.Offset is the place of its bytes in the response body, so that a
 // stream can go on from another node or from the result: bytes that were
 // passed on already are skipped if they are equal. [Result.Response] is always

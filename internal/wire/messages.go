@@ -1,7 +1,6 @@
 package wire
 
 import (
-	"encoding/json"
 	"fmt"
 
 	"github.com/resultity/node/internal/digest"
@@ -260,20 +259,26 @@ var messages = func() map[Type]func() Message {
 	return m
 }()
 
-func decode(t Type, d Direction, data json.RawMessage) (Message, error) {
-	f, ok := messages[t]
+func decode(typ []byte, d Direction, data []byte) (Message, error) {
+	f, ok := messages[Type(typ)]
 	if !ok {
-		return nil, fmt.Errorf("%w: unknown type %.40q", ErrMalformed, t)
+		return nil, fmt.Errorf("%w: unknown type %.40q", ErrMalformed, typ)
 	}
 	m := f()
 	if m.direction() != d {
-		return nil, fmt.Errorf("%w: %s goes the other way", ErrMalformed, t)
+		return nil, fmt.Errorf("%w: %s goes the other way", ErrMalformed, typ)
 	}
-	if len(data) == 0 || data[0] != '{' {
-		return nil, fmt.Errorf("%w: data of %s is not an object", ErrMalformed, t)
+	var err error
+	switch m := m.(type) {
+	case *Chunk:
+		err = malformed(m.parse(data))
+	case *Result:
+		err = malformed(m.parse(data))
+	default:
+		err = strict(data, m)
 	}
-	if err := strict(data, m); err != nil {
-		return nil, fmt.Errorf("%s: %w", t, err)
+	if err != nil {
+		return nil, fmt.Errorf("%s: %w", typ, err)
 	}
 	return m, nil
 }

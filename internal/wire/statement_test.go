@@ -11,20 +11,10 @@ import (
 	"testing"
 
 	"github.com/resultity/node/internal/digest"
-	"github.com/resultity/node/internal/evm"
 )
 
-func testKey(t *testing.T) *evm.Key {
-	t.Helper()
-	k, err := evm.NewKey()
-	if err != nil {
-		t.Fatal(err)
-	}
-	return k
-}
-
 func TestOrder(t *testing.T) {
-	key := testKey(t)
+	key := newKey(t)
 	want := Directive{ID: NewOrderID(), Network: "testnet", Node: key.Address(), Kind: "dance", Reason: "well", Issued: 1, Expires: 2}
 	o, err := SealOrder(key, &want)
 	if err != nil {
@@ -34,7 +24,7 @@ func TestOrder(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	m, err := decode("order", ToNode, raw)
+	m, err := decode([]byte("order"), ToNode, raw)
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -115,7 +105,7 @@ func pack(t *testing.T, limit int, records ...LogRecord) (*LogBatch, []byte) {
 }
 
 func TestLogs(t *testing.T) {
-	key := testKey(t)
+	key := newKey(t)
 	b, data := pack(t, 1<<16, record(1, map[string]string{"job": "ab"}), record(4, map[string]string{"error": "no /dev/null on host x"}))
 	b.Node = key.Address()
 	l, err := SealLogs(key, *b, data)
@@ -126,7 +116,7 @@ func TestLogs(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	m, err := decode("logs", ToNetwork, raw)
+	m, err := decode([]byte("logs"), ToNetwork, raw)
 	if err != nil {
 		t.Fatal(err)
 	}

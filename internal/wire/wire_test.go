@@ -2,9 +2,12 @@ package wire
 
 import (
 	"bytes"
+	"encoding/hex"
 	"encoding/json"
 	"errors"
+	"fmt"
 	"reflect"
+	"strings"
 	"testing"
 	"time"
 
@@ -17,153 +20,567 @@ var at = time.UnixMilli(1_800_000_000_000)
 
 func now() time.Time { return at }
 
-type side struct {
-	key   *evm.Key
-	nonce Nonce
-}
-
-func newSide(t testing.TB) side {
+func newKey(t testing.TB) *evm.Key {
 	t.Helper()
 	k, err := evm.NewKey()
 	if err != nil {
 		t.Fatal(err)
 	}
-	return side{key: k, nonce: SessionNonce("testnet", k.Address(), Nonce{1}, Nonce{2})}
+	return k
 }
 
-func (s side) sealer() *Sealer { return NewSealer(s.key, s.nonce, ToNetwork, now) }
-func (s side) opener() *Opener {
-	return NewOpener(func(a evm.Address) bool { return a == s.key.Address() }, s.nonce, ToNetwork, time.Minute)
+// pair is both sides of one session.
+type pair struct {
+	t             testing.TB
+	node, network *evm.Key
+	ofNode        *Session // as the node has computed it
+	ofNetwork     *Session
 }
+
+func newPair(t testing.TB) *pair {
+	t.Helper()
+	p := &pair{t: t, node: newKey(t), network: newKey(t)}
+	a, b := NewSecret(), NewSecret()
+	p.ofNode = agree(t, a, p.node.Address(), a.Public(), b.Public())
+	p.ofNetwork = agree(t, b, p.node.Address(), a.Public(), b.Public())
+	return p
+}
+
+func agree(t testing.TB, s *Secret, node evm.Address, ofNode, ofNetwork PublicKey) *Session {
+	t.Helper()
+	session, err := s.Agree("testnet", node, ofNode, ofNetwork)
+	if err != nil {
+		t.Fatal(err)
+	}
+	return session
+}
+
+func only(k *evm.Key) func(evm.Address) bool {
+	return func(a evm.Address) bool { return a == k.Address() }
+}
+
+// The halves of a session, by who uses them.
+func (p *pair) nodeSeals() *Sealer    { return NewSealer(p.node, p.ofNode, ToNetwork, now) }
+func (p *pair) networkSeals() *Sealer { return NewSealer(p.network, p.ofNetwork, ToNode, now) }
+func (p *pair) nodeOpens() *Opener    { return NewOpener(only(p.network), p.ofNode, ToNode, time.Minute) }
+func (p *pair) networkOpens() *Opener {
+	return NewOpener(only(p.node), p.ofNetwork, ToNetwork, time.Minute)
+}
+
+// shake has both sides exchange their first frames.
+func (p *pair) shake() (nodeSeals *Sealer, networkOpens *Opener, networkSeals *Sealer, nodeOpens *Opener) {
+	p.t.Helper()
+	nodeSeals, networkOpens, networkSeals, nodeOpens = p.nodeSeals(), p.networkOpens(), p.networkSeals(), p.nodeOpens()
+	open(p.t, networkOpens, seal(p.t, nodeSeals, hello))
+	open(p.t, nodeOpens, seal(p.t, networkSeals, &Welcome{Session: "s", Server: "1"}))
+	return nodeSeals, networkOpens, networkSeals, nodeOpens
+}
+
+var hello = &Hello{Agent: "1"}
 
 func seal(t testing.TB, s *Sealer, m Message) []byte {
 	t.Helper()
-	f, err := s.Seal(m)
+	f, err := s.Seal(nil, m)
 	if err != nil {
 		t.Fatal(err)
 	}
 	return f
 }
 
+func open(t testing.TB, o *Opener, frame []byte) Message {
+	t.Helper()
+	m, err := o.Open(frame, at)
+	if err != nil {
+		t.Fatal(err)
+	}
+	return m
+}
+
 func TestFramesArriveInOrder(t *testing.T) {
-	p := newSide(t)
-	s, o := p.sealer(), p.opener()
-	want := []Message{
-		&Hello{Agent: "1", Config: digest.Of([]byte("c"))},
+	p := newPair(t)
+	s, o := p.nodeSeals(), p.networkOpens()
+	open(t, o, seal(t, s, &Hello{Agent: "1", Config: digest.Of([]byte("c"))}))
+	open(t, p.nodeOpens(), seal(t, p.networkSeals(), &Welcome{}))
+	for _, want := range []Message{
 		&Heartbeat{Models: []ModelState{{Name: "m", State: "active"}}},
 		&Chunk{Job: receipt.NewJobID(), Offset: 3, Data: []byte("data")},
+		newResult(t, 5),
+		&Bye{Reason: "\n\"<é"},
+	} {
+		if got := open(t, o, seal(t, s, want)); !reflect.DeepEqual(got, want) {
+			t.Fatalf("Open = %+v; want %+v", got, want)
+		}
 	}
-	for _, m := range want {
-		got, err := o.Open(seal(t, s, m), at)
-		if err != nil || !reflect.DeepEqual(got, m) {
-			t.Fatalf("Open = %+v, %v; want %+v", got, err, m)
+	if o.Signer() != p.node.Address() {
+		t.Errorf("Signer = %s, want %s", o.Signer(), p.node.Address())
+	}
+}
+
+// Only the first frame of a direction costs a signature, and a recovery.
+func TestOnlyTheFirstFrameIsSigned(t *testing.T) {
+	p := newPair(t)
+	s, o, _, _ := p.shake()
+	s.key = nil // would panic
+	for range 3 {
+		f := seal(t, s, hello)
+		if body := f[tagSize:]; body[0] != '{' {
+			t.Errorf("no body behind the tag: %.20q", body)
+		}
+		open(t, o, f)
+	}
+}
+
+// What is appended to stays.
+func TestSealAppends(t *testing.T) {
+	p := newPair(t)
+	s, o := p.nodeSeals(), p.networkOpens()
+	buf, err := s.Seal([]byte("before"), hello)
+	if err != nil || string(buf[:6]) != "before" {
+		t.Fatalf("Seal = %.10q, %v", buf, err)
+	}
+	open(t, o, buf[6:])
+}
+
+// A node must know who the network is before it says anything but hello.
+func TestNothingIsTaggedBeforeThePeerIsMet(t *testing.T) {
+	p := newPair(t)
+	s := p.nodeSeals()
+	seal(t, s, hello)
+	if f, err := s.Seal(nil, &Bye{}); !errors.Is(err, errNotMet) {
+		t.Fatalf("Seal = %q, %v; want errNotMet", f, err)
+	}
+	o := p.nodeOpens()
+	welcome := seal(t, p.networkSeals(), &Welcome{})
+	bad := bytes.Clone(welcome)
+	bad[len(bad)-1] ^= 1
+	if _, err := o.Open(bad, at); err == nil {
+		t.Fatal("a changed welcome was taken")
+	}
+	if _, err := s.Seal(nil, &Bye{}); !errors.Is(err, errNotMet) {
+		t.Fatalf("after a welcome that was refused: Seal = %v; want errNotMet", err)
+	}
+	open(t, o, welcome)
+	seal(t, s, &Bye{})
+}
+
+func TestOpenRefusesEveryFlippedBit(t *testing.T) {
+	p := newPair(t)
+	s, _, _, _ := p.shake()
+	later := seal(t, s, &Chunk{Job: receipt.NewJobID(), Data: []byte("x")})
+	for name, c := range map[string]struct {
+		frame  []byte
+		opener func() *Opener
+	}{
+		"first": {seal(t, p.nodeSeals(), hello), p.networkOpens},
+		"later": {later, func() *Opener { _, o, _, _ := p.shake(); return o }},
+	} {
+		open(t, c.opener(), c.frame) // it is good as it is
+		o := c.opener()
+		for i := range 8 * len(c.frame) {
+			bad := bytes.Clone(c.frame)
+			bad[i/8] ^= 1 << (i % 8)
+			if m, err := o.Open(bad, at); !errors.Is(err, ErrSigner) {
+				t.Errorf("%s: bit %d flipped: Open = %v, %v; want ErrSigner", name, i, m, err)
+			}
+		}
+		for n := range c.frame {
+			if _, err := o.Open(c.frame[:n], at); err == nil {
+				t.Errorf("%s: truncated to %d bytes and accepted", name, n)
+			}
 		}
 	}
 }
 
-func TestOpenRefusesEveryFlippedByte(t *testing.T) {
-	p := newSide(t)
-	f := seal(t, p.sealer(), &Hello{Agent: "1"})
-	for i := range f {
-		bad := bytes.Clone(f)
-		bad[i] ^= 1
-		if m, err := p.opener().Open(bad, at); !errors.Is(err, ErrSigner) {
-			t.Errorf("byte %d flipped: Open = %v, %v; want ErrSigner", i, m, err)
+// signed and tagged make frames around any body.
+func (p *pair) signed(k *evm.Key, body string) []byte {
+	sig, err := k.Sign(p.ofNode.hash(ToNetwork, []byte(body)))
+	if err != nil {
+		p.t.Fatal(err)
+	}
+	return append(sig[:], body...)
+}
+
+func (p *pair) tagged(d Direction, body string) []byte {
+	tags := newTagger(p.ofNode, d)
+	return append(bytes.Clone(tags.tag([]byte(body))), body...)
+}
+
+const (
+	first  = `{"seq":1,"time":1800000000000,"type":"hello","data":{"agent":"1","config":""}}`
+	second = `{"seq":2,"time":1800000000000,"type":"bye","data":{"reason":""}}`
+)
+
+func TestOpenRefusesTheFirstFrame(t *testing.T) {
+	p, other := newPair(t), newPair(t)
+	tooEarly, tooLate := p.nodeSeals(), p.nodeSeals()
+	tooEarly.now = func() time.Time { return at.Add(61 * time.Second) }
+	tooLate.now = func() time.Time { return at.Add(-61 * time.Second) }
+	for _, c := range []struct {
+		name  string
+		frame []byte
+		want  error
+	}{
+		{"another signer", p.signed(p.network, first), ErrSigner},
+		{"another session", other.signed(p.node, first), ErrSigner},
+		{"other direction", seal(t, NewSealer(p.node, p.ofNode, ToNode, now), hello), ErrSigner},
+		{"a tag instead", p.tagged(ToNetwork, first), ErrSigner},
+		{"a number beyond", p.signed(p.node, second), ErrSequence},
+		{"fast clock", seal(t, tooEarly, hello), ErrClock},
+		{"slow clock", seal(t, tooLate, hello), ErrClock},
+		{"too large", make([]byte, MaxFrame+1), ErrTooLarge},
+		{"empty", nil, ErrMalformed},
+		{"signature alone", make([]byte, signatureSize), ErrMalformed},
+	} {
+		o := p.networkOpens()
+		if m, err := o.Open(c.frame, at); !errors.Is(err, c.want) {
+			t.Errorf("%s: Open = %v, %v; want %v", c.name, m, err, c.want)
+		}
+		if o.Signer() != (evm.Address{}) || p.ofNetwork.met.Load() {
+			t.Errorf("%s: the signer counts as met", c.name)
 		}
 	}
-	for n := range f {
-		if _, err := p.opener().Open(f[:n], at); err == nil {
-			t.Errorf("truncated to %d bytes and accepted", n)
+	if m, err := p.networkOpens().Open(p.signed(p.node, first), at); err != nil || !reflect.DeepEqual(m, hello) || !p.ofNetwork.met.Load() {
+		t.Fatalf("the good one: Open = %v, %v", m, err)
+	}
+}
+
+func TestOpenRefusesLaterFrames(t *testing.T) {
+	p, other := newPair(t), newPair(t)
+	p.shake()
+	other.shake()
+	for _, c := range []struct {
+		name  string
+		frame []byte
+		want  error
+	}{
+		{"good", p.tagged(ToNetwork, second), nil},
+		{"wrong tag", append(make([]byte, tagSize), second...), ErrSigner},
+		{"tag of the other direction", p.tagged(ToNode, second), ErrSigner},
+		{"tag of another session", other.tagged(ToNetwork, second), ErrSigner},
+		{"a signature instead", p.signed(p.node, second), ErrSigner},
+		{"the hello again", p.signed(p.node, first), ErrSigner},
+		{"replay", p.tagged(ToNetwork, first), ErrSequence},
+		{"gap", p.tagged(ToNetwork, strings.Replace(second, "2", "3", 1)), ErrSequence},
+		{"tag alone", p.tagged(ToNetwork, ""), ErrMalformed},
+		{"too large", make([]byte, MaxFrame+1), ErrTooLarge},
+	} {
+		_, o, _, _ := p.shake()
+		m, err := o.Open(c.frame, at)
+		if !errors.Is(err, c.want) || (m != nil) != (err == nil) {
+			t.Errorf("%s: Open = %v, %v; want %v", c.name, m, err, c.want)
+		}
+	}
+	_, o, _, _ := p.shake()
+	open(t, o, p.tagged(ToNetwork, second))
+	if m, err := o.Open(p.tagged(ToNetwork, second), at); !errors.Is(err, ErrSequence) {
+		t.Errorf("the same again: Open = %v, %v; want ErrSequence", m, err)
+	}
+}
+
+// A key that is no longer trusted ends the session with the next frame.
+func TestRevokedKey(t *testing.T) {
+	p := newPair(t)
+	trust := true
+	o := NewOpener(func(a evm.Address) bool { return trust && a == p.network.Address() }, p.ofNode, ToNode, time.Minute)
+	s := p.networkSeals()
+	open(t, p.networkOpens(), seal(t, p.nodeSeals(), hello))
+	open(t, o, seal(t, s, &Welcome{}))
+	open(t, o, seal(t, s, &Update{}))
+	trust = false
+	if m, err := o.Open(seal(t, s, &Update{}), at); !errors.Is(err, ErrRevoked) {
+		t.Errorf("Open = %v, %v; want ErrRevoked", m, err)
+	}
+}
+
+// Whoever changes a header on the way changes the session, so that the first
+// frame is refused.
+func TestManInTheMiddle(t *testing.T) {
+	p := newPair(t)
+	node, network, mallory := NewSecret(), NewSecret(), NewSecret()
+	addr := p.node.Address()
+	for name, c := range map[string]struct{ toNetwork, toNode PublicKey }{
+		"the node's key":    {mallory.Public(), network.Public()},
+		"the network's key": {node.Public(), mallory.Public()},
+		"both":              {mallory.Public(), mallory.Public()},
+		// X25519 passes the highest bit over, the session does not.
+		"a bit that counts for nothing": {func() PublicKey { k := node.Public(); k[31] ^= 0x80; return k }(), network.Public()},
+	} {
+		ofNode := agree(t, node, addr, node.Public(), c.toNode)
+		ofNetwork := agree(t, network, addr, c.toNetwork, network.Public())
+		if ofNode.ID() == ofNetwork.ID() {
+			t.Errorf("%s: the session is the same", name)
+		}
+		if ofNode.keys == ofNetwork.keys {
+			t.Errorf("%s: the keys are the same", name)
+		}
+		o := NewOpener(only(p.node), ofNetwork, ToNetwork, time.Minute)
+		if m, err := o.Open(seal(t, NewSealer(p.node, ofNode, ToNetwork, now), hello), at); !errors.Is(err, ErrSigner) {
+			t.Errorf("%s: the network opens %v, %v; want ErrSigner", name, m, err)
+		}
+		o = NewOpener(only(p.network), ofNode, ToNode, time.Minute)
+		if m, err := o.Open(seal(t, NewSealer(p.network, ofNetwork, ToNode, now), &Welcome{}), at); !errors.Is(err, ErrSigner) {
+			t.Errorf("%s: the node opens %v, %v; want ErrSigner", name, m, err)
 		}
 	}
 }
 
-func TestOpenRefuses(t *testing.T) {
-	p, other := newSide(t), newSide(t)
-	hello := &Hello{Agent: "1"}
-	first := seal(t, p.sealer(), hello)
-	raw := func(body string) []byte {
-		sig, err := p.key.Sign(signingHash(p.nonce, ToNetwork, []byte(body)))
+func TestAgree(t *testing.T) {
+	a, b := NewSecret(), NewSecret()
+	base := agree(t, a, evm.Address{1}, a.Public(), b.Public())
+	if same := agree(t, b, evm.Address{1}, a.Public(), b.Public()); same.ID() != base.ID() || same.keys != base.keys {
+		t.Error("the two sides disagree")
+	}
+	if base.keys[0] == base.keys[1] {
+		t.Error("both directions have the same key")
+	}
+	elsewhere, err := a.Agree("mainnet", evm.Address{1}, a.Public(), b.Public())
+	if err != nil {
+		t.Fatal(err)
+	}
+	for name, other := range map[string]*Session{
+		"another network": elsewhere,
+		"another node":    agree(t, a, evm.Address{2}, a.Public(), b.Public()),
+		"turned round":    agree(t, a, evm.Address{1}, b.Public(), a.Public()),
+	} {
+		if other.ID() == base.ID() || other.keys == base.keys {
+			t.Errorf("%s: the same session", name)
+		}
+	}
+	for name, k := range lowOrder(t) {
+		if _, err := a.Agree("testnet", evm.Address{1}, a.Public(), k); err == nil {
+			t.Errorf("point of low order %s was taken from the network", name)
+		}
+		if _, err := a.Agree("testnet", evm.Address{1}, k, a.Public()); err == nil {
+			t.Errorf("point of low order %s was taken from a node", name)
+		}
+	}
+	if _, err := a.Agree("testnet", evm.Address{1}, a.Public(), a.Public()); err == nil {
+		t.Error("our own key was taken as the peer's")
+	}
+	if _, err := a.Agree("testnet", evm.Address{1}, b.Public(), NewSecret().Public()); err == nil {
+		t.Error("keys of others were taken")
+	}
+}
+
+// lowOrder is every u-coordinate of a point whose order divides the cofactor.
+func lowOrder(t *testing.T) map[string]PublicKey {
+	t.Helper()
+	points := map[string]PublicKey{}
+	for name, h := range map[string]string{
+		"0":    "0000000000000000000000000000000000000000000000000000000000000000",
+		"1":    "0100000000000000000000000000000000000000000000000000000000000000",
+		"8":    "e0eb7a7c3b41b8ae1656e3faf19fc46ada098deb9c32b1fd866205165f49b800",
+		"8'":   "5f9c95bca3508c24b1d0b1559c83ef5b04445cc4581c8e86d8224eddd09f1157",
+		"p-1":  "ecffffffffffffffffffffffffffffffffffffffffffffffffffffffffffff7f",
+		"p":    "edffffffffffffffffffffffffffffffffffffffffffffffffffffffffffff7f",
+		"p+1":  "eeffffffffffffffffffffffffffffffffffffffffffffffffffffffffffff7f",
+		"0, h": "0000000000000000000000000000000000000000000000000000000000000080",
+	} {
+		b, err := hex.DecodeString(h)
 		if err != nil {
 			t.Fatal(err)
 		}
-		return append(sig[:], body...)
+		points[name] = PublicKey(b)
 	}
-	gap := p.sealer()
-	seal(t, gap, hello)
-	late := NewSealer(p.key, p.nonce, ToNetwork, func() time.Time { return at.Add(-61 * time.Second) })
-	early := NewSealer(p.key, p.nonce, ToNetwork, func() time.Time { return at.Add(61 * time.Second) })
-	replay := p.opener()
-	if _, err := replay.Open(first, at); err != nil {
+	return points
+}
+
+func TestParsePublicKey(t *testing.T) {
+	k := NewSecret().Public()
+	if got, err := ParsePublicKey(k.String()); err != nil || got != k {
+		t.Errorf("ParsePublicKey = %v, %v", got, err)
+	}
+	for _, bad := range []string{"", "00", strings.Repeat("A", 64), strings.Repeat("g", 64), k.String() + "00", " " + k.String()[1:]} {
+		if _, err := ParsePublicKey(bad); err == nil {
+			t.Errorf("ParsePublicKey(%q) succeeds", bad)
+		}
+	}
+}
+
+// An envelope has one spelling.
+func TestOpenRefusesOtherSpellings(t *testing.T) {
+	p := newPair(t)
+	_, good, _, _ := p.shake()
+	open(t, good, p.tagged(ToNetwork, second))
+	job := receipt.NewJobID()
+	chunk := func(data string) string {
+		return `{"seq":2,"time":1800000000000,"type":"chunk","data":` + strings.ReplaceAll(data, "ID", job.String()) + `}`
+	}
+	result := func(data string) string { return strings.Replace(chunk(data), `"chunk"`, `"result"`, 1) }
+	for name, body := range map[string]string{
+		"chunk":           chunk(`{"job":"ID","offset":0,"data":"aGk="}`),
+		"empty chunk":     chunk(`{"job":"ID","offset":0,"data":""}`),
+		"result":          result(`{"job":"ID","code":"busy","message":"a \"\\ b","response":"aGk="}`),
+		"space in data":   `{"seq":2,"time":1800000000000,"type":"bye","data":{ "reason" : "" }}`,
+		"without a field": `{"seq":2,"time":1800000000000,"type":"bye","data":{}}`,
+	} {
+		_, o, _, _ := p.shake()
+		if _, err := o.Open(p.tagged(ToNetwork, body), at); err != nil {
+			t.Errorf("%s: %v", name, err)
+		}
+	}
+	for name, body := range map[string]string{
+		"not JSON":               "hello",
+		"empty object":           "{}",
+		"space before":           " " + second,
+		"space after":            second + " ",
+		"line end after":         second + "\n",
+		"space in the middle":    strings.Replace(second, ":2", ": 2", 1),
+		"space before data":      strings.Replace(second, `"data":`, `"data": `, 1),
+		"space behind data":      strings.Replace(second, `}}`, `} }`, 1),
+		"another order":          `{"time":1800000000000,"seq":2,"type":"bye","data":{"reason":""}}`,
+		"wrong case":             strings.Replace(second, "seq", "Seq", 1),
+		"wrong case of type":     strings.Replace(second, "bye", "Bye", 1),
+		"duplicate":              strings.Replace(second, `{"seq":2`, `{"seq":2,"seq":2`, 1),
+		"unknown field":          strings.Replace(second, `,"type"`, `,"x":1,"type"`, 1),
+		"unknown field behind":   strings.Replace(second, `}}`, `},"x":{}}`, 1),
+		"something follows":      second + `{}`,
+		"something follows data": strings.Replace(second, `}}`, `}{}}`, 1),
+		"leading zero":           strings.Replace(second, `:2`, `:02`, 1),
+		"sign":                   strings.Replace(second, `:2`, `:+2`, 1),
+		"negative":               strings.Replace(second, `:2`, `:-2`, 1),
+		"fraction":               strings.Replace(second, `:2`, `:2.0`, 1),
+		"exponent":               strings.Replace(second, `:2`, `:2e0`, 1),
+		"a string":               strings.Replace(second, `:2`, `:"2"`, 1),
+		"no number":              strings.Replace(second, `:2`, `:`, 1),
+		"of 64 bits":             strings.Replace(second, `:2`, `:9223372036854775808`, 1),
+		"endless number":         strings.Replace(second, `:2`, `:`+strings.Repeat("2", 1<<20), 1),
+		"escape in type":         strings.Replace(second, "bye", `b\u0079e`, 1),
+		"unknown type":           strings.Replace(second, "bye", "zap", 1),
+		"no type":                strings.Replace(second, "bye", "", 1),
+		"endless type":           strings.Replace(second, `bye"`, strings.Repeat("b", 1<<20), 1),
+		"wrong way":              strings.Replace(second, "bye", "welcome", 1),
+		"no data":                `{"seq":2,"time":1800000000000,"type":"bye"}`,
+		"null data":              strings.Replace(second, `{"reason":""}`, "null", 1),
+		"a list":                 strings.Replace(second, `{"reason":""}`, "[]", 1),
+		"half an object":         `{"seq":2,"time":1800000000000,"type":"bye","data":{}`,
+		"unknown data field":     strings.Replace(second, "reason", "x", 1),
+		"chunk: space":           chunk(`{"job":"ID", "offset":0,"data":"aGk="}`),
+		"chunk: another order":   chunk(`{"offset":0,"job":"ID","data":"aGk="}`),
+		"chunk: wrong case":      chunk(`{"Job":"ID","offset":0,"data":"aGk="}`),
+		"chunk: duplicate":       chunk(`{"job":"ID","job":"ID","offset":0,"data":"aGk="}`),
+		"chunk: unknown field":   chunk(`{"job":"ID","offset":0,"data":"aGk=","x":1}`),
+		"chunk: no data":         chunk(`{"job":"ID","offset":0}`),
+		"chunk: null data":       chunk(`{"job":"ID","offset":0,"data":null}`),
+		"chunk: half":            chunk(`{"job":"ID","offset":0,"data":"aGk=}`),
+		"chunk: negative":        chunk(`{"job":"ID","offset":-1,"data":"aGk="}`),
+		"chunk: no padding":      chunk(`{"job":"ID","offset":0,"data":"aGk"}`),
+		"chunk: loose bits":      chunk(`{"job":"ID","offset":0,"data":"aGl="}`),
+		"chunk: line break":      chunk("{\"job\":\"ID\",\"offset\":0,\"data\":\"aG\nk=\"}"),
+		"chunk: break at end":    chunk("{\"job\":\"ID\",\"offset\":0,\"data\":\"aGk=\n\"}"),
+		"chunk: escape":          chunk(`{"job":"ID","offset":0,"data":"aGk\u003d"}`),
+		"chunk: not base64":      chunk(`{"job":"ID","offset":0,"data":"....."}`),
+		"chunk: upper case job":  strings.Replace(chunk(`{"job":"ID","offset":0,"data":"aGk="}`), job.String(), strings.Repeat("AB", 16), 1),
+		"chunk: zero job":        strings.Replace(chunk(`{"job":"ID","offset":0,"data":"aGk="}`), job.String(), strings.Repeat("00", 16), 1),
+		"chunk: short job":       strings.Replace(chunk(`{"job":"ID","offset":0,"data":"aGk="}`), job.String(), "ab", 1),
+		"result: nothing":        result(`{}`),
+		"result: space":          result(`{"job":"ID" }`),
+		"result: zero job":       strings.Replace(result(`{"job":"ID"}`), job.String(), strings.Repeat("00", 16), 1),
+		"result: another order":  result(`{"job":"ID","message":"a","code":"busy"}`),
+		"result: wrong case":     result(`{"job":"ID","Code":"busy"}`),
+		"result: duplicate":      result(`{"job":"ID","code":"busy","code":"busy"}`),
+		"result: unknown field":  result(`{"job":"ID","x":1}`),
+		"result: null code":      result(`{"job":"ID","code":null}`),
+		"result: empty code":     result(`{"job":"ID","code":""}`),
+		"result: empty message":  result(`{"job":"ID","message":""}`),
+		"result: no end":         result(`{"job":"ID","message":"a\"}`),
+		"result: bad escape":     result(`{"job":"ID","message":"\x"}`),
+		"result: raw line end":   result("{\"job\":\"ID\",\"message\":\"\n\"}"),
+		"result: empty response": result(`{"job":"ID","response":""}`),
+		"result: not base64":     result(`{"job":"ID","response":"...."}`),
+		"result: null receipt":   result(`{"job":"ID","receipt":null}`),
+		"result: bad receipt":    result(`{"job":"ID","receipt":{}}`),
+		"result: half a receipt": result(`{"job":"ID","receipt":}`),
+	} {
+		_, o, _, _ := p.shake()
+		m, err := o.Open(p.tagged(ToNetwork, body), at)
+		if !errors.Is(err, ErrMalformed) {
+			t.Errorf("%s: Open = %v, %v; want ErrMalformed", name, m, err)
+		} else if len(err.Error()) > 1000 {
+			t.Errorf("%s: an error of %d bytes", name, len(err.Error()))
+		}
+	}
+}
+
+func newResult(t testing.TB, size int) *Result {
+	t.Helper()
+	k := newKey(t)
+	d := digest.Of([]byte("d"))
+	r := receipt.Receipt{
+		Job: receipt.NewJobID(), Node: k.Address(), ConfigDigest: d, ImageDigest: d, ModelDigest: d, RequestHash: d, ResponseHash: d,
+	}
+	signed, err := r.Sign(31337, k)
+	if err != nil {
 		t.Fatal(err)
 	}
-	for _, c := range []struct {
-		name   string
-		opener *Opener
-		frame  []byte
-		want   error
-	}{
-		{"another signer", p.opener(), seal(t, NewSealer(other.key, p.nonce, ToNetwork, now), hello), ErrSigner},
-		{"another session", p.opener(), seal(t, NewSealer(p.key, other.nonce, ToNetwork, now), hello), ErrSigner},
-		{"other direction", p.opener(), seal(t, NewSealer(p.key, p.nonce, ToNode, now), hello), ErrSigner},
-		{"replay", replay, first, ErrSequence},
-		{"gap", p.opener(), seal(t, gap, hello), ErrSequence},
-		{"slow clock", p.opener(), seal(t, late, hello), ErrClock},
-		{"fast clock", p.opener(), seal(t, early, hello), ErrClock},
-		{"too large", p.opener(), make([]byte, MaxFrame+1), ErrTooLarge},
-		{"empty", p.opener(), nil, ErrMalformed},
-		{"not JSON", p.opener(), raw("hello"), ErrMalformed},
-		{"trailing", p.opener(), raw(`{"seq":1,"time":1800000000000,"type":"hello","data":{"agent":"1","config":""}} {}`), ErrMalformed},
-		{"unknown field", p.opener(), raw(`{"seq":1,"time":1800000000000,"type":"hello","x":1,"data":{}}`), ErrMalformed},
-		{"unknown data field", p.opener(), raw(`{"seq":1,"time":1800000000000,"type":"hello","data":{"x":1}}`), ErrMalformed},
-		{"unknown type", p.opener(), raw(`{"seq":1,"time":1800000000000,"type":"zap","data":{}}`), ErrMalformed},
-		{"wrong way", p.opener(), raw(`{"seq":1,"time":1800000000000,"type":"welcome","data":{}}`), ErrMalformed},
-		{"no data", p.opener(), raw(`{"seq":1,"time":1800000000000,"type":"hello"}`), ErrMalformed},
-		{"null data", p.opener(), raw(`{"seq":1,"time":1800000000000,"type":"hello","data":null}`), ErrMalformed},
+	return &Result{Job: r.Job, Response: bytes.Repeat([]byte("r"), size), Receipt: &signed}
+}
+
+// What is written by hand is what package json writes, and reads back.
+func TestHandWrittenIsJSON(t *testing.T) {
+	id := receipt.NewJobID()
+	for _, m := range []Message{
+		&Chunk{Job: id, Data: []byte{}},
+		&Chunk{Job: id, Offset: 1<<63 - 1, Data: []byte("\x00\xff<>&\"\\")},
+		&Result{Job: id},
+		&Result{Job: id, Code: CodeBusy, Message: "a \"quoted\" \\ <text>\n\u2028 é"},
+		&Result{Job: id, Code: "\"", Message: "\\"},
+		&Result{Job: id, Response: []byte("x")},
+		newResult(t, 1), newResult(t, 1000),
 	} {
-		if m, err := c.opener.Open(c.frame, at); !errors.Is(err, c.want) {
-			t.Errorf("%s: Open = %v, %v; want %v", c.name, m, err, c.want)
+		got, err := encode(nil, m)
+		if err != nil {
+			t.Fatal(err)
+		}
+		want, err := json.Marshal(m)
+		if err != nil || !bytes.Equal(got, want) {
+			t.Errorf("encode(%+v) = %s, want %s (%v)", m, got, want, err)
+		}
+		if back, err := decode([]byte(m.Type()), ToNetwork, got); err != nil || !reflect.DeepEqual(back, m) {
+			t.Errorf("decode(%s) = %+v, %v; want %+v", got, back, err, m)
 		}
 	}
 }
 
 func TestSealRefusesTooLargeAndGoesOn(t *testing.T) {
-	p := newSide(t)
-	s, o := p.sealer(), p.opener()
-	if _, err := s.Seal(&Result{Response: make([]byte, MaxFrame)}); !errors.Is(err, ErrTooLarge) {
-		t.Fatalf("Seal = %v, want ErrTooLarge", err)
+	p := newPair(t)
+	s, o, _, _ := p.shake()
+	for _, m := range []Message{&Result{Response: make([]byte, MaxFrame)}, &Bye{Reason: strings.Repeat("x", MaxFrame)}} {
+		if _, err := s.Seal(nil, m); !errors.Is(err, ErrTooLarge) {
+			t.Fatalf("Seal = %v, want ErrTooLarge", err)
+		}
 	}
-	if _, err := o.Open(seal(t, s, &Hello{}), at); err != nil {
+	if _, err := o.Open(seal(t, s, &Bye{}), at); err != nil {
 		t.Fatalf("a message that did not fit used up a number: %v", err)
 	}
 }
 
 func TestRegistration(t *testing.T) {
-	p := newSide(t)
-	want := Registration{Network: "testnet", Node: p.key.Address(), Token: "t", Time: 1, Agent: "v"}
-	b, err := SealRegistration(p.key, want)
+	key := newKey(t)
+	want := Registration{Network: "testnet", Node: key.Address(), Token: "t", Time: 1, Agent: "v"}
+	b, err := SealRegistration(key, want)
 	if err != nil {
 		t.Fatal(err)
 	}
 	var got Registration
-	if who, err := OpenRegistration(b, &got); err != nil || who != p.key.Address() || got != want {
+	if who, err := OpenRegistration(b, &got); err != nil || who != key.Address() || got != want {
 		t.Fatalf("OpenRegistration = %v, %v, %+v", who, err, got)
 	}
 	for i := range b {
 		bad := bytes.Clone(b)
 		bad[i] ^= 1
-		if who, err := OpenRegistration(bad, new(Registration)); err == nil && who == p.key.Address() {
+		if who, err := OpenRegistration(bad, new(Registration)); err == nil && who == key.Address() {
 			t.Errorf("byte %d flipped and still the node's", i)
 		}
 	}
-}
-
-// What a peer sends does not come back at length in the error that is logged.
-func TestErrorsDoNotQuoteThePeerAtLength(t *testing.T) {
-	var e envelope
-	err := strict([]byte(`{"`+string(bytes.Repeat([]byte("x"), 1<<20))+`":1}`), &e)
-	if !errors.Is(err, ErrMalformed) || len(err.Error()) > 400 {
-		t.Errorf("error of %d bytes", len(err.Error()))
+	// What a peer sends does not come back at length in the error that is logged.
+	long := `{"` + strings.Repeat("x", 1<<15) + `":1}`
+	sig, err := key.Sign(evm.Keccak([]byte(registerDomain), []byte(long)))
+	if err != nil {
+		t.Fatal(err)
+	}
+	if _, err := OpenRegistration(append(sig[:], long...), &got); !errors.Is(err, ErrMalformed) || len(err.Error()) > 400 {
+		t.Errorf("error of %d bytes", len(fmt.Sprint(err)))
 	}
 }
 
@@ -174,40 +591,127 @@ func TestEveryTypeDecodes(t *testing.T) {
 		if m.Type() != typ {
 			t.Errorf("%s is listed as %s", m.Type(), typ)
 		}
-		data, err := json.Marshal(m)
-		if err != nil {
-			t.Fatal(err)
-		}
-		_ = data // zero values need not decode (ids are refused when zero); the switch below is the check
-		if _, err := decode(typ, 3, data); !errors.Is(err, ErrMalformed) {
+		if _, err := decode([]byte(typ), 3, []byte("{}")); !errors.Is(err, ErrMalformed) {
 			t.Errorf("%s accepted from nowhere", typ)
 		}
 	}
 }
 
+// Whatever body the node itself tags, the network takes it or refuses it; what
+// it takes is spelt in the one way.
 func FuzzOpen(f *testing.F) {
-	p := newSide(f)
-	f.Add([]byte(`{"seq":1,"time":1800000000000,"type":"hello","data":{"agent":"1","config":""}}`))
-	f.Add([]byte(`{"seq":1,"time":1800000000000,"type":"result","data":{"job":"00000000000000000000000000000001","response":"aGk="}}`))
+	p := newPair(f)
+	_, met, _, _ := p.shake()
+	f.Add([]byte(second))
+	for _, m := range []Message{&Chunk{Job: receipt.NewJobID(), Data: []byte("hi")}, newResult(f, 10), &Heartbeat{}, &Refuse{Code: CodeBusy}} {
+		s, _, _, _ := p.shake()
+		f.Add(seal(f, s, m)[tagSize:])
+	}
 	f.Fuzz(func(t *testing.T, body []byte) {
-		sig, err := p.key.Sign(signingHash(p.nonce, ToNetwork, body))
+		o := *met
+		m, err := o.Open(p.tagged(ToNetwork, string(body)), at)
+		if err != nil {
+			return
+		}
+		if m.direction() != ToNetwork {
+			t.Fatalf("%T the wrong way", m)
+		}
+		e, err := parseEnvelope(body)
 		if err != nil {
 			t.Fatal(err)
 		}
-		m, err := p.opener().Open(append(sig[:], body...), at)
-		if err == nil && m.direction() != ToNetwork {
-			t.Fatalf("%T the wrong way", m)
+		if want := fmt.Sprintf(`{"seq":%d,"time":%d,"type":"%s","data":%s}`, e.seq, e.time, e.typ, e.data); want != string(body) {
+			t.Fatalf("%q was taken for %q", body, want)
+		}
+		if c, ok := m.(*Chunk); ok && !bytes.Equal(c.append(nil), e.data) {
+			t.Fatalf("%q was taken for %q", e.data, c.append(nil))
 		}
 	})
 }
 
-func BenchmarkSealOpenChunk(b *testing.B) {
-	p := newSide(b)
-	s, o := p.sealer(), p.opener()
-	m := &Chunk{Job: receipt.NewJobID(), Data: make([]byte, 200)}
-	for b.Loop() {
-		if _, err := o.Open(seal(b, s, m), at); err != nil {
-			b.Fatal(err)
+// A frame that was changed anywhere is refused.
+func FuzzFlip(f *testing.F) {
+	p := newPair(f)
+	s, met, _, _ := p.shake()
+	frames := [][]byte{seal(f, p.nodeSeals(), hello), seal(f, s, &Chunk{Job: receipt.NewJobID(), Data: []byte("hi")})}
+	f.Add(true, uint(3), []byte{1})
+	f.Add(false, uint(100), []byte{0, 0xff})
+	f.Fuzz(func(t *testing.T, later bool, at uint, mask []byte) {
+		frame, o := frames[0], p.networkOpens()
+		if later {
+			again := *met
+			frame, o = frames[1], &again
 		}
+		bad := bytes.Clone(frame)
+		for i, m := range mask[:min(len(mask), len(bad))] {
+			bad[(at%uint(len(bad))+uint(i))%uint(len(bad))] ^= m
+		}
+		if _, err := o.Open(bad, now()); !bytes.Equal(bad, frame) && !errors.Is(err, ErrSigner) {
+			t.Fatalf("Open = %v, want ErrSigner", err)
+		}
+	})
+}
+
+// What a token of a stream and a plain answer cost each way.
+func BenchmarkFrame(b *testing.B) {
+	p := newPair(b)
+	for _, c := range []struct {
+		name string
+		m    Message
+	}{
+		{"hello", hello},
+		{"chunk of 200 B", &Chunk{Job: receipt.NewJobID(), Data: make([]byte, 200)}},
+		{"result of 4 KiB", newResult(b, 4<<10)},
+		{"result of 64 KiB", newResult(b, 64<<10)},
+	} {
+		s, o, _, _ := p.shake()
+		if c.m == hello {
+			s, o = p.nodeSeals(), p.networkOpens()
+		}
+		start := *s
+		frame := seal(b, s, c.m)
+		b.Run("seal "+c.name, func(b *testing.B) {
+			b.ReportAllocs()
+			buf := make([]byte, 0, len(frame))
+			for b.Loop() {
+				s := start
+				if _, err := s.Seal(buf, c.m); err != nil {
+					b.Fatal(err)
+				}
+			}
+		})
+		b.Run("open "+c.name, func(b *testing.B) {
+			b.ReportAllocs()
+			for b.Loop() {
+				o := *o
+				if _, err := o.Open(frame, at); err != nil {
+					b.Fatal(err)
+				}
+			}
+		})
+	}
+}
+
+// The bounds on what a token allocates: its frame's buffer is the caller's.
+func TestAllocations(t *testing.T) {
+	p := newPair(t)
+	s, o, _, _ := p.shake()
+	var m Message = &Chunk{Job: receipt.NewJobID(), Data: make([]byte, 200)}
+	frame := seal(t, s, m)
+	buf := make([]byte, 0, 1024)
+	if n := testing.AllocsPerRun(100, func() {
+		if _, err := s.Seal(buf, m); err != nil {
+			t.Error(err)
+		}
+	}); n > 0 {
+		t.Errorf("Seal of a chunk allocates %v times, want 0", n)
+	}
+	if n := testing.AllocsPerRun(100, func() {
+		o := *o
+		if _, err := o.Open(frame, at); err != nil {
+			t.Error(err)
+		}
+	}); n > 4 { // the opener's copy, the job's name, the message and its data
+		t.Errorf("Open of a chunk allocates %v times, want 4 at most", n)
 	}
 }

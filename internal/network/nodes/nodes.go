@@ -10,7 +10,6 @@ package nodes
 
 import (
 	"context"
-	"crypto/rand"
 	"errors"
 	"fmt"
 	"io"
@@ -170,22 +169,20 @@ func (m *Manager) registerNode(ctx context.Context, body io.Reader) (reply []byt
 
 // ServeSession answers GET /node/v1/session.
 func (m *Manager) ServeSession(w http.ResponseWriter, r *http.Request) {
-	node, theirs, status, err := m.admit(r)
+	own := wire.NewSecret()
+	node, agreed, status, err := m.admit(r, own)
 	if err != nil {
 		m.log.Warn("session refused", "status", status, "from", r.RemoteAddr, "error", err)
 		http.Error(w, err.Error(), status)
 		return
 	}
-	var ours wire.Nonce
-	_, _ = rand.Read(ours[:]) // crypto/rand never fails: it ends the program instead
-	network := m.dispatch.Terms().Config.Network.Name
-	s := newSession(m, node, wire.SessionNonce(network, node, theirs, ours), r.RemoteAddr)
+	s := newSession(m, node, agreed, r.RemoteAddr)
 	if !m.add(s) {
 		w.Header().Set("Retry-After", "5")
 		http.Error(w, "too many sessions, or the service is stopping", http.StatusServiceUnavailable)
 		return
 	}
-	conn, err := m.upgrader.Upgrade(w, r, http.Header{wire.HeaderNonce: {ours.String()}})
+	conn, err := m.upgrader.Upgrade(w, r, http.Header{wire.HeaderKey: {own.Public().String()}})
 	if err != nil { // Upgrade has answered
 		m.remove(s)
 		m.log.Warn("session refused", "node", node, "from", r.RemoteAddr, "error", err)
@@ -200,29 +197,33 @@ func (m *Manager) ServeSession(w http.ResponseWriter, r *http.Request) {
 	go s.run() // the handler returns, and the HTTP server's buffers with it
 }
 
-// admit checks the request for a session.
-func (m *Manager) admit(r *http.Request) (node evm.Address, nonce wire.Nonce, status int, err error) {
+// admit checks the request for a session and agrees on one.
+func (m *Manager) admit(r *http.Request, own *wire.Secret) (node evm.Address, agreed *wire.Session, status int, err error) {
 	name := m.dispatch.Terms().Config.Network.Name
 	if got := r.Header.Get(wire.HeaderNetwork); got != name {
-		return node, nonce, http.StatusConflict, fmt.Errorf("this is network %s, not %.64q", name, got)
+		return node, nil, http.StatusConflict, fmt.Errorf("this is network %s, not %.64q", name, got)
 	}
 	if node, err = evm.ParseAddress(r.Header.Get(wire.HeaderNode)); err != nil {
-		return node, nonce, http.StatusBadRequest, fmt.Errorf("header %s: %w", wire.HeaderNode, err)
+		return node, nil, http.StatusBadRequest, fmt.Errorf("header %s: %w", wire.HeaderNode, err)
 	}
-	if nonce, err = wire.ParseNonce(r.Header.Get(wire.HeaderNonce)); err != nil {
-		return node, nonce, http.StatusBadRequest, fmt.Errorf("header %s: %w", wire.HeaderNonce, err)
+	theirs, err := wire.ParsePublicKey(r.Header.Get(wire.HeaderKey))
+	if err != nil {
+		return node, nil, http.StatusBadRequest, fmt.Errorf("header %s: %w", wire.HeaderKey, err)
 	}
 	if !slices.Contains(websocket.Subprotocols(r), wire.Subprotocol) {
-		return node, nonce, http.StatusBadRequest, fmt.Errorf("want WebSocket subprotocol %s", wire.Subprotocol)
+		return node, nil, http.StatusBadRequest, fmt.Errorf("want WebSocket subprotocol %s", wire.Subprotocol)
 	}
 	_, err = m.registry.Node(r.Context(), node)
 	if errors.Is(err, store.ErrNotFound) {
-		return node, nonce, http.StatusForbidden, fmt.Errorf("node %s is not registered", node)
+		return node, nil, http.StatusForbidden, fmt.Errorf("node %s is not registered", node)
 	}
 	if err != nil {
-		return node, nonce, http.StatusServiceUnavailable, errors.New("the network cannot read its registry; try again later")
+		return node, nil, http.StatusServiceUnavailable, errors.New("the network cannot read its registry; try again later")
 	}
-	return node, nonce, 0, nil
+	if agreed, err = own.Agree(name, node, theirs, own.Public()); err != nil {
+		return node, nil, http.StatusBadRequest, fmt.Errorf("header %s: %w", wire.HeaderKey, err)
+	}
+	return node, agreed, 0, nil
 }
 
 // add counts a session in; false when there are too many.

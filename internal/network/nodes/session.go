@@ -35,11 +35,11 @@ const (
 // session is one WebSocket of a node. Its reader is the goroutine of run, its
 // writer the one of write; the writer also closes the connection.
 type session struct {
-	m     *Manager
-	conn  *websocket.Conn // set before run
-	node  evm.Address
-	log   *slog.Logger
-	nonce wire.Nonce
+	m      *Manager
+	conn   *websocket.Conn // set before run
+	node   evm.Address
+	log    *slog.Logger
+	agreed *wire.Session
 
 	opener *wire.Opener // the reader's
 	// stray slows down a node that sends what nobody asked for: the reader waits,
@@ -60,11 +60,11 @@ type session struct {
 	reason string // for people
 }
 
-func newSession(m *Manager, node evm.Address, nonce wire.Nonce, from string) *session {
+func newSession(m *Manager, node evm.Address, agreed *wire.Session, from string) *session {
 	window := m.dispatch.Terms().Config.Network.ClockWindow.Duration()
 	return &session{
-		m: m, node: node, nonce: nonce, log: m.log.With("node", node, "from", from),
-		opener: wire.NewOpener(func(a evm.Address) bool { return a == node }, nonce, wire.ToNetwork, window),
+		m: m, node: node, agreed: agreed, log: m.log.With("node", node, "from", from),
+		opener: wire.NewOpener(func(a evm.Address) bool { return a == node }, agreed, wire.ToNetwork, window),
 		stray:  rate.NewLimiter(20, 200),
 		stop:   make(chan struct{}), work: make(chan struct{}, 1),
 	}
@@ -225,7 +225,7 @@ func (s *session) hello() (*dispatch.Member, error) {
 		return nil, err
 	}
 	s.m.replace(s)
-	s.Send(&wire.Welcome{Session: s.nonce.String(), Server: s.m.version})
+	s.Send(&wire.Welcome{Session: s.agreed.ID().String(), Server: s.m.version})
 	if t := s.m.dispatch.Terms(); h.Config != t.Digest { // it may have been away when this was told
 		s.Send(&wire.Update{Version: t.Version})
 	}
@@ -334,7 +334,7 @@ func (s *session) pause() error {
 // says why and closes the connection, which ends the reader.
 func (s *session) write() {
 	defer s.conn.Close()
-	sealer := wire.NewSealer(s.m.key, s.nonce, wire.ToNode, time.Now)
+	sealer := wire.NewSealer(s.m.key, s.agreed, wire.ToNode, time.Now)
 	ping := time.NewTicker(s.m.opt.Ping)
 	defer ping.Stop()
 	for {
@@ -382,8 +382,9 @@ func (s *session) writeFrame(frame []byte) error {
 	return w.Close()
 }
 
-// flush sends the queue.
+// flush sends the queue. An idle session holds no buffer.
 func (s *session) flush(sealer *wire.Sealer) error {
+	var buf []byte
 	for {
 		s.mu.Lock()
 		queue := s.queue
@@ -393,10 +394,11 @@ func (s *session) flush(sealer *wire.Sealer) error {
 			return nil
 		}
 		for _, msg := range queue {
-			frame, err := sealer.Seal(msg)
+			frame, err := sealer.Seal(buf[:0], msg)
 			if err != nil {
 				return err
 			}
+			buf = frame
 			if err := s.writeFrame(frame); err != nil {
 				return err
 			}

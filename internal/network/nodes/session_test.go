@@ -36,6 +36,28 @@ func TestMain(m *testing.M) {
 	os.Exit(code)
 }
 
+// metSession is a session whose node has said hello.
+func metSession(t *testing.T) *wire.Session {
+	t.Helper()
+	key, err := evm.NewKey()
+	if err != nil {
+		t.Fatal(err)
+	}
+	node, own := wire.NewSecret(), wire.NewSecret()
+	agreed, err := own.Agree("testnet", key.Address(), node.Public(), own.Public())
+	if err != nil {
+		t.Fatal(err)
+	}
+	hello, err := wire.NewSealer(key, agreed, wire.ToNetwork, time.Now).Seal(nil, &wire.Hello{})
+	if err != nil {
+		t.Fatal(err)
+	}
+	if _, err := wire.NewOpener(func(evm.Address) bool { return true }, agreed, wire.ToNetwork, time.Minute).Open(hello, time.Now()); err != nil {
+		t.Fatal(err)
+	}
+	return agreed
+}
+
 // rig is a session with a connection under it and no service around it.
 func rig(t *testing.T, opt Options) (s *session, client *websocket.Conn) {
 	t.Helper()
@@ -66,7 +88,7 @@ func rig(t *testing.T, opt Options) (s *session, client *websocket.Conn) {
 		t.Fatal(err)
 	}
 	t.Cleanup(func() { _ = client.Close() })
-	s = newSession(mgr, evm.Address{1}, wire.Nonce{}, "test")
+	s = newSession(mgr, evm.Address{1}, metSession(t), "test")
 	s.conn = <-conns
 	if !mgr.add(s) {
 		t.Fatal("no room")
@@ -188,11 +210,11 @@ func TestStrayMessagesAreSlowedDown(t *testing.T) {
 
 func TestSessionsAreBounded(t *testing.T) {
 	s, _ := rig(t, Options{MaxSessions: 1})
-	if s.m.add(newSession(s.m, evm.Address{2}, wire.Nonce{}, "test")) {
+	if s.m.add(newSession(s.m, evm.Address{2}, metSession(t), "test")) {
 		t.Error("one more than allowed")
 	}
 	s.m.remove(s)
-	other := newSession(s.m, evm.Address{2}, wire.Nonce{}, "test")
+	other := newSession(s.m, evm.Address{2}, metSession(t), "test")
 	if !s.m.add(other) {
 		t.Error("no room after one has gone")
 	}

@@ -170,23 +170,23 @@ type Session struct {
 	t      testing.TB
 	Node   *Node
 	Conn   *websocket.Conn
-	Nonce  wire.Nonce // of the session
+	Agreed *wire.Session
 	sealer *wire.Sealer
 	opener *wire.Opener
 }
 
 // Headers is what an honest node sends with the upgrade.
-func (n *Node) Headers(nonce wire.Nonce) http.Header {
+func (n *Node) Headers(own *wire.Secret) http.Header {
 	return http.Header{
 		wire.HeaderNetwork: {n.Config.Network.Name},
 		wire.HeaderNode:    {n.Key.Address().Hex()},
-		wire.HeaderNonce:   {nonce.String()},
+		wire.HeaderKey:     {own.Public().String()},
 	}
 }
 
 // Dial opens a WebSocket with the given headers and returns the HTTP status
 // when that fails.
-func (n *Node) Dial(t testing.TB, h http.Header, nonce wire.Nonce) (*Session, int, error) {
+func (n *Node) Dial(t testing.TB, h http.Header, own *wire.Secret) (*Session, int, error) {
 	t.Helper()
 	d := websocket.Dialer{TLSClientConfig: n.TLS, Subprotocols: []string{wire.Subprotocol}, HandshakeTimeout: Patience}
 	conn, res, err := d.Dial("ws"+strings.TrimPrefix(n.URL, "http")+wire.SessionPath, h)
@@ -197,23 +197,26 @@ func (n *Node) Dial(t testing.TB, h http.Header, nonce wire.Nonce) (*Session, in
 		return nil, 0, err
 	}
 	t.Cleanup(func() { _ = conn.Close() })
-	theirs, err := wire.ParseNonce(res.Header.Get(wire.HeaderNonce))
+	theirs, err := wire.ParsePublicKey(res.Header.Get(wire.HeaderKey))
 	if err != nil {
 		return nil, res.StatusCode, err
 	}
-	s := &Session{t: t, Node: n, Conn: conn, Nonce: wire.SessionNonce(n.Config.Network.Name, n.Key.Address(), nonce, theirs)}
+	agreed, err := own.Agree(n.Config.Network.Name, n.Key.Address(), own.Public(), theirs)
+	if err != nil {
+		return nil, res.StatusCode, err
+	}
+	s := &Session{t: t, Node: n, Conn: conn, Agreed: agreed}
 	conn.SetReadLimit(wire.MaxFrame)
-	s.sealer = wire.NewSealer(n.Key, s.Nonce, wire.ToNetwork, time.Now)
-	s.opener = wire.NewOpener(func(a evm.Address) bool { return a == n.Config.Network.MessageKeys[0] }, s.Nonce, wire.ToNode, time.Minute)
+	s.sealer = wire.NewSealer(n.Key, agreed, wire.ToNetwork, time.Now)
+	s.opener = wire.NewOpener(func(a evm.Address) bool { return a == n.Config.Network.MessageKeys[0] }, agreed, wire.ToNode, time.Minute)
 	return s, res.StatusCode, nil
 }
 
 // Connect opens a session and says hello.
 func (n *Node) Connect(t testing.TB) *Session {
 	t.Helper()
-	var nonce wire.Nonce
-	_, _ = rand.Read(nonce[:])
-	s, status, err := n.Dial(t, n.Headers(nonce), nonce)
+	own := wire.NewSecret()
+	s, status, err := n.Dial(t, n.Headers(own), own)
 	if err != nil {
 		t.Fatalf("session: status %d, %v", status, err)
 	}
@@ -250,7 +253,7 @@ func (n *Node) Heartbeat() *wire.Heartbeat {
 // Send sends a message.
 func (s *Session) Send(m wire.Message) {
 	s.t.Helper()
-	frame, err := s.sealer.Seal(m)
+	frame, err := s.sealer.Seal(nil, m)
 	if err != nil {
 		s.t.Fatal(err)
 	}
@@ -259,7 +262,7 @@ func (s *Session) Send(m wire.Message) {
 
 // TrySend is Send where the network may have ended the session already.
 func (s *Session) TrySend(m wire.Message) error {
-	frame, err := s.sealer.Seal(m)
+	frame, err := s.sealer.Seal(nil, m)
 	if err != nil {
 		return err
 	}
