@@ -12,6 +12,7 @@ import (
 	"fmt"
 	"log/slog"
 	"net/http"
+	"sync/atomic"
 	"time"
 
 	"golang.org/x/sync/errgroup"
@@ -23,6 +24,7 @@ import (
 	"github.com/resultity/node/internal/gate"
 	"github.com/resultity/node/internal/hardware"
 	"github.com/resultity/node/internal/journal"
+	"github.com/resultity/node/internal/order"
 	"github.com/resultity/node/internal/runtime"
 	"github.com/resultity/node/internal/session"
 	"github.com/resultity/node/internal/snapshot"
@@ -43,10 +45,12 @@ type (
 		Stage(ctx context.Context, s *snapshot.Snapshot) (*deploy.Plan, error)
 		Apply(ctx context.Context, p *deploy.Plan) (*deploy.Deployment, error)
 		Clean(ctx context.Context, keep ...*snapshot.Snapshot) error
+		Validate(ctx context.Context, d *deploy.Deployment) error
 	}
 	units interface {
 		State(ctx context.Context, unit string) (systemd.State, error)
 		Watch(ctx context.Context, unit string, f func()) error
+		Stop(ctx context.Context, unit string) error
 	}
 	link interface {
 		Run(ctx context.Context) error
@@ -81,6 +85,13 @@ type Agent struct {
 	machine      func(context.Context) []gate.Gate // looks at the machine; nil for none
 	ahead        func() *time.Duration             // this clock before the network's
 
+	orderBook  *order.Book                                           // of the network's orders
+	verify     func(ctx context.Context, s *snapshot.Snapshot) error // hashes the models' files again
+	inbox      chan wire.Message                                     // orders, and what the network says of their answers
+	retell     chan struct{}                                         // capacity 1: tell the network every outcome that it has not acknowledged
+	tasks      chan task                                             // for the update loop
+	leaving    atomic.Bool                                           // the network has ordered a shutdown
+	halt       chan struct{}                                         // capacity maxLong: that has been done, and the agent ends
 	board      board
 	seen       sightings
 	update     chan struct{} // capacity 1: ask the network for a newer configuration, then look
@@ -114,6 +125,7 @@ func (a *Agent) Run(ctx context.Context) error {
 	g.Go(func() error { return a.updates(work) })
 	g.Go(func() error { return a.watchRuntime(work) })
 	g.Go(func() error { return a.heartbeats(work) })
+	g.Go(func() error { return a.orders(work) })
 	g.Go(func() error { return systemd.Watchdog(work, a.responsive) })
 	g.Go(func() error {
 		select {
@@ -130,6 +142,9 @@ func (a *Agent) Run(ctx context.Context) error {
 	g.Go(func() error {
 		select {
 		case <-ctx.Done():
+			a.drainForStop(work)
+			stop()
+		case <-a.halt:
 			a.drainForStop(work)
 			stop()
 		case <-work.Done():
@@ -208,6 +223,7 @@ func (a *Agent) Opened() {
 	a.board.set(func(b *board) { b.connected, b.sessErr, b.word = true, nil, nil })
 	a.log.Info("session opened", journal.SessionOpened.Attr())
 	a.worker.Connected()
+	poke(a.retell)
 	poke(a.beat)
 }
 
@@ -240,6 +256,8 @@ func (a *Agent) Message(m wire.Message) {
 		a.worker.Ack(m)
 	case *wire.Update:
 		poke(a.update)
+	case *wire.Order, *wire.OrderAck:
+		a.post(m)
 	case *wire.Status:
 		var before *wire.Status
 		a.board.set(func(b *board) { before, b.word = b.word, m })
@@ -256,10 +274,14 @@ func (a *Agent) Message(m wire.Message) {
 // Status implements [control.Backend].
 func (a *Agent) Status() control.Status {
 	w := a.worker.Status()
+	drains := a.drains(w)
 	s := control.Status{
 		Version: a.version, Node: a.key.Address().Hex(), Network: a.cfg.Network.Name,
-		Gates:   a.gates(w.Draining),
-		Runtime: a.board.runtimeState(), Slots: w.Slots, Busy: w.Busy, Outbox: w.Outbox, Draining: w.Draining,
+		Gates:   a.gates(),
+		Runtime: a.board.runtimeState(), Slots: w.Slots, Busy: w.Busy, Outbox: w.Outbox, Draining: w.Draining, Drains: drains, Orders: a.lastOrders(),
+	}
+	if p := a.orderBook.Penalty(); p != nil {
+		s.Penalty = &control.Penalty{Reason: p.Reason, Until: time.UnixMilli(p.Until).UTC()}
 	}
 	ended := a.worker.Ended()
 	s.Done, s.Failed = ended.Done, ended.Failed

@@ -206,6 +206,7 @@ type fixture struct {
 	mu      sync.Mutex
 	enrols  []session.Registration
 	refused error // of registrations
+	damaged error // what is found when the models are hashed
 }
 
 var errBroken = errors.New("broken")
@@ -226,7 +227,12 @@ func build(t *testing.T, dir string, m *deploytest.Machine) *fixture {
 		t.Fatal(err)
 	}
 	f.closers = append(f.closers, f.store.Close)
+	if err := f.openBook(filepath.Join(dir, "orders.json")); err != nil {
+		t.Fatal(err)
+	}
+	f.verify = func(ctx context.Context, s *snapshot.Snapshot) error { return f.damaged }
 	f.worker = work.New(work.Config{Store: f.store, Key: f.key, Send: f.link.Send, Log: f.log, Now: time.Now})
+	f.worker.Hold(f.orderBook.Drain() != nil)
 	f.openDeployer = func(context.Context) (deployer, error) {
 		d := m.Deployer()
 		d.Progress = f.progress
@@ -262,7 +268,7 @@ func (f *fixture) refuse(err error) {
 func (f *fixture) run() (stop func()) {
 	ctx, cancel := context.WithCancel(f.t.Context())
 	var wg sync.WaitGroup
-	for _, loop := range []func(context.Context) error{f.worker.Run, f.updates, f.watchRuntime, f.heartbeats} {
+	for _, loop := range []func(context.Context) error{f.worker.Run, f.updates, f.watchRuntime, f.heartbeats, f.orders} {
 		wg.Go(func() {
 			if err := loop(ctx); err != nil {
 				f.t.Error(err)

@@ -4,6 +4,7 @@ import (
 	"errors"
 	"fmt"
 	"slices"
+	"strings"
 	"sync"
 	"time"
 
@@ -195,19 +196,44 @@ func (b *board) runtimeState() wire.RuntimeState {
 }
 
 // gates walks from identity to jobs. Every closed gate says what opens it.
-func (b *board) gates(node string, draining bool, now time.Time) []gate.Gate {
+func (b *board) gates(node string, drains []control.Drain, now time.Time) []gate.Gate {
 	b.mu.Lock()
 	defer b.mu.Unlock()
 	gs := []gate.Gate{{Name: gate.Identity, State: gate.Open, Detail: "node " + node}, b.registrationGate(), b.configurationGate(now)}
 	gs = append(gs, b.runtimeGates()...)
 	gs = append(gs, b.sessionGate())
-	if draining {
-		gs = append(gs, gate.Gate{Name: gate.Accepting, Detail: "draining: takes no new jobs", Remedy: "resultityctl resume, or wait for the restart"})
-	} else {
-		gs = append(gs, gate.Gate{Name: gate.Accepting, State: gate.Open, Detail: "takes jobs"})
-	}
+	gs = append(gs, acceptingGate(drains))
 	return append(gs, b.routableGate())
 }
+
+// acceptingGate names everybody who has drained the node.
+func acceptingGate(drains []control.Drain) gate.Gate {
+	if len(drains) == 0 {
+		return gate.Gate{Name: gate.Accepting, State: gate.Open, Detail: "takes jobs"}
+	}
+	var who, remedies []string
+	for _, d := range drains {
+		text, remedy := "by its own end", "wait for the end, or for the restart"
+		switch d.By {
+		case byOperator:
+			text, remedy = "by the operator", "resultityctl resume"
+		case byNetwork:
+			text, remedy = "by the network", "only the network takes its drain back; "+remedyOperator
+		}
+		if d.Reason != "" {
+			text += " (" + d.Reason + ")"
+		}
+		who, remedies = append(who, text), append(remedies, remedy)
+	}
+	return gate.Gate{Name: gate.Accepting, Detail: "drained " + strings.Join(who, " and ") + ": takes no new jobs", Remedy: strings.Join(remedies, "; ")}
+}
+
+// Who can drain a node, in the words of [control.Drain].
+const (
+	byOperator = "operator"
+	byNetwork  = "network"
+	byAgent    = "agent" // it ends
+)
 
 // A cause is a kind of error and what mends it.
 type cause struct {

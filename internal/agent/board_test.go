@@ -8,6 +8,7 @@ import (
 	"testing"
 	"time"
 
+	"github.com/resultity/node/internal/control"
 	"github.com/resultity/node/internal/deploy"
 	"github.com/resultity/node/internal/deploy/deploytest"
 	"github.com/resultity/node/internal/digest"
@@ -82,7 +83,7 @@ func TestGates(t *testing.T) {
 		t.Run(c.name, func(t *testing.T) {
 			b := well()
 			c.edit(b)
-			check(t, b.gates("0xaa", c.drain, now), c.closed, c.detail, c.remedy)
+			check(t, b.gates("0xaa", drains(c.drain), now), c.closed, c.detail, c.remedy)
 		})
 	}
 
@@ -115,7 +116,7 @@ func TestGates(t *testing.T) {
 				if !b.fail(next, &deploy.Error{Step: c.step, Err: c.err}) || b.fail(next, &deploy.Error{Step: c.step, Err: c.err}) {
 					t.Error("news twice, or not once")
 				}
-				gs := b.gates("0xaa", false, now)
+				gs := b.gates("0xaa", nil, now)
 				check(t, gs, c.closed, c.err.Error(), c.remedy)
 				at := slices.Index(gateNames, c.closed)
 				if got := strings.Contains(gs[at].Detail, "version 1 goes on running"); got != older {
@@ -126,7 +127,7 @@ func TestGates(t *testing.T) {
 				}
 				// A new try shows the failure until it is past that step.
 				b.advance(next, deploy.StepImage)
-				if g := b.gates("0xaa", false, now)[at]; g.State != gate.Closed || !strings.Contains(g.Detail, c.err.Error()) {
+				if g := b.gates("0xaa", nil, now)[at]; g.State != gate.Closed || !strings.Contains(g.Detail, c.err.Error()) {
 					t.Errorf("at the next try: %+v", g)
 				}
 			})
@@ -213,4 +214,11 @@ func TestSinceWhenAGateIsClosed(t *testing.T) {
 // surround replaces the machine around the agent.
 func (f *fixture) surround(look func() []gate.Gate) {
 	f.Agent.machine = func(context.Context) []gate.Gate { return look() }
+}
+
+func drains(operator bool) []control.Drain {
+	if !operator {
+		return nil
+	}
+	return []control.Drain{{By: byOperator}}
 }

@@ -74,19 +74,19 @@ func (s *sightings) machineGates(look func(context.Context) []gate.Gate, fresh t
 }
 
 // gates walks from the machine to the network's own word.
-func (a *Agent) gates(draining bool) []gate.Gate { return a.lookAtGates(draining, lookFresh) }
+func (a *Agent) gates() []gate.Gate { return a.lookAtGates(lookFresh) }
 
 // watchGates looks at the gates when nobody asks, so that status can say since
 // when one is closed.
-func (a *Agent) watchGates() { a.lookAtGates(a.worker.Status().Draining, lookAgain) }
+func (a *Agent) watchGates() { a.lookAtGates(lookAgain) }
 
-func (a *Agent) lookAtGates(draining bool, fresh time.Duration) []gate.Gate {
+func (a *Agent) lookAtGates(fresh time.Duration) []gate.Gate {
 	now := time.Now()
 	gs := append([]gate.Gate(nil), a.seen.machineGates(a.machine, fresh)...)
 	if a.machine != nil {
 		gs = append(gs, gate.Gate{Name: gate.Agent, State: gate.Open, Detail: "runs, " + a.version})
 	}
-	own := a.board.gates(a.key.Address().Hex(), draining, now)
+	own := a.board.gates(a.key.Address().Hex(), a.drains(a.worker.Status()), now)
 	if id := preflight.Identity(filepath.Join(a.cfg.Paths.State, "identity")); id.State == gate.Closed {
 		own[0] = id // loosened since the start, which would have refused it
 	}

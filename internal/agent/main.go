@@ -36,6 +36,7 @@ import (
 	"github.com/resultity/node/internal/state"
 	"github.com/resultity/node/internal/systemd"
 	"github.com/resultity/node/internal/tuf"
+	"github.com/resultity/node/internal/wire"
 	"github.com/resultity/node/internal/work"
 )
 
@@ -179,6 +180,9 @@ func New(ctx context.Context, cfg *config.Config, env func(string) string, log *
 	if err := a.sameNode(networkDir); err != nil {
 		return nil, err
 	}
+	if err := a.openBook(filepath.Join(networkDir, "orders.json")); err != nil {
+		return nil, err
+	}
 	var ca []byte
 	if a.http, a.sources, ca, err = clients(cfg.Network.CA); err != nil {
 		return nil, &finalError{journal.ConfigInvalid, err}
@@ -195,6 +199,14 @@ func New(ctx context.Context, cfg *config.Config, env func(string) string, log *
 		return nil, err
 	}
 	a.closers = append(a.closers, models.Close)
+	a.verify = func(ctx context.Context, s *snapshot.Snapshot) error {
+		for i := range s.Config().Models {
+			if err := models.Verify(ctx, &s.Config().Models[i]); err != nil {
+				return err
+			}
+		}
+		return nil
+	}
 	units, err := systemd.Dial(ctx)
 	if err != nil {
 		return nil, err
@@ -215,6 +227,7 @@ func empty(cfg *config.Config, log *slog.Logger, version string) *Agent {
 	return &Agent{
 		cfg: cfg, version: version, log: log,
 		update: make(chan struct{}, 1), look: make(chan struct{}, 1), beat: make(chan struct{}, 1), registered: make(chan struct{}),
+		inbox: make(chan wire.Message, maxInbox), retell: make(chan struct{}, 1), tasks: make(chan task), halt: make(chan struct{}, maxLong),
 		board: board{phase: stopped, models: map[digest.Digest]int64{}},
 	}
 }
@@ -337,6 +350,7 @@ func (a *Agent) openJobs() {
 	}, a)
 	a.session, a.ahead = s, s.Ahead
 	a.worker = work.New(work.Config{Store: a.store, Key: a.key, Send: a.session.Send, Log: a.log, Now: time.Now})
+	a.worker.Hold(a.orderBook.Drain() != nil)
 }
 
 // Close gives back what New opened.

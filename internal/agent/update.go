@@ -99,6 +99,8 @@ func (a *Agent) updates(ctx context.Context) error {
 		case <-a.update:
 			ask = true
 		case <-a.look:
+		case t := <-a.tasks:
+			t.done <- t.do(ctx, u)
 		case <-timer.C:
 		}
 		timer.Stop()
@@ -369,16 +371,8 @@ func (a *Agent) progress(m *snapshot.Model, done, _ int64) {
 
 // apply switches: no new jobs, running ones end, then the new one comes up.
 func (u *updater) apply(ctx context.Context, plan *deploy.Plan) error {
-	if u.active != nil {
-		u.worker.SetActive(nil)
-		poke(u.beat)
-		limit := u.active.Snapshot().Config().Limits.Deadline.Duration()
-		ictx, cancel := context.WithTimeout(ctx, limit)
-		err := u.worker.Idle(ictx)
-		cancel()
-		if err != nil && ctx.Err() != nil {
-			return ctx.Err()
-		}
+	if err := u.idle(ctx); err != nil {
+		return err
 	}
 	u.setActive(nil, starting)
 	snap := plan.Snapshot()
@@ -395,6 +389,20 @@ func (u *updater) apply(ctx context.Context, plan *deploy.Plan) error {
 		u.log.Warn("unlisted images or models not removed", "error", err)
 	}
 	return nil
+}
+
+// idle gives out no more jobs and waits until those that run have ended, or are
+// past any deadline. It fails only with ctx.
+func (u *updater) idle(ctx context.Context) error {
+	if u.active == nil {
+		return nil
+	}
+	u.worker.SetActive(nil)
+	poke(u.beat)
+	ictx, cancel := context.WithTimeout(ctx, u.active.Snapshot().Config().Limits.Deadline.Duration())
+	defer cancel()
+	_ = u.worker.Idle(ictx) // past their deadline they end without our waiting
+	return ctx.Err()
 }
 
 // setActive publishes what runs; nil for nothing that may be given jobs.

@@ -40,11 +40,38 @@ type Status struct {
 	Busy     int               `json:"busy"`
 	Outbox   int               `json:"outbox"` // results that the network has not acknowledged
 	Draining bool              `json:"draining"`
+	Drains   []Drain           `json:"drains,omitempty"`  // who has drained the node; all have to take it back
+	Penalty  *Penalty          `json:"penalty,omitempty"` // the network's, in force
+	Orders   []Order           `json:"orders,omitempty"`  // the network's last ones, oldest first
 
 	// Since the agent's start, and no longer ago than a day.
 	Done    int        `json:"done"`              // jobs with an answer
 	Failed  int        `json:"failed"`            // jobs that ended without one
 	LastJob *time.Time `json:"lastJob,omitempty"` // end of the last job since the agent's start
+}
+
+// Drain is somebody's word that the node takes no new jobs.
+type Drain struct {
+	By     string    `json:"by"` // operator, network, or agent: it ends
+	Reason string    `json:"reason,omitempty"`
+	Since  time.Time `json:"since,omitzero"`
+}
+
+// Penalty is a notice of the network's.
+type Penalty struct {
+	Reason string    `json:"reason"`
+	Until  time.Time `json:"until"`
+}
+
+// Order is one of the network's orders and what became of it.
+type Order struct {
+	ID      string       `json:"id"`
+	Kind    string       `json:"kind"`
+	Reason  string       `json:"reason,omitempty"`
+	Issued  time.Time    `json:"issued"`
+	Outcome wire.Outcome `json:"outcome"` // begun, ok or failed
+	Message string       `json:"message,omitempty"`
+	Told    bool         `json:"told"` // the network has acknowledged the outcome
 }
 
 // Snapshot is the configuration in force.

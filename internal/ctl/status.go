@@ -55,10 +55,24 @@ func (c *command) showStatus(s *control.Status) error {
 			}
 			fmt.Fprintf(w, "%s\t%s\t%s\n", g.Name, mark, line(g.Detail))
 		}
+		c.showOrders(w, s)
 		if s.Version != "" && s.Version != c.version {
 			fmt.Fprintf(w, "\nThe agent is %s and resultityctl %s: restart the agent to finish an upgrade.\n", line(s.Version), c.version)
 		}
 	})
+}
+
+// showOrders shows what the network has ordered, and its penalty.
+func (c *command) showOrders(w *tabwriter.Writer, s *control.Status) {
+	if p := s.Penalty; p != nil {
+		fmt.Fprintf(w, "\nPenalised by the network until %s: %s\n", p.Until.Format(time.RFC3339), line(p.Reason))
+	}
+	if len(s.Orders) > 0 {
+		fmt.Fprintln(w, "\nThe network's last orders:")
+	}
+	for _, o := range s.Orders {
+		fmt.Fprintf(w, "%s\t%s\t%s\t%s\n", o.Issued.Format(time.RFC3339), o.Kind, o.Outcome, line(o.Reason+" "+o.Message))
+	}
 }
 
 // answer says in at most two lines why there are no jobs, or that there are.

@@ -256,12 +256,27 @@ func (d *Deployer) apply(ctx context.Context, p *Plan) (*Deployment, error) {
 	if err := d.checkSealed(ctx, p, engine); err != nil {
 		return nil, fails(StepSandbox, err)
 	}
-	for _, g := range p.snapshot.Config().Validation {
-		if err := engine.Golden(ctx, g, p.snapshot.Config().Runtime.Model); err != nil {
-			return nil, fails(StepValidate, err)
-		}
+	if err := validate(ctx, engine, p.snapshot.Config()); err != nil {
+		return nil, err
 	}
 	return dep, nil
+}
+
+// validate asks the golden requests.
+func validate(ctx context.Context, engine Engine, c *snapshot.Config) error {
+	for _, g := range c.Validation {
+		if err := engine.Golden(ctx, g, c.Runtime.Model); err != nil {
+			return fails(StepValidate, err)
+		}
+	}
+	return nil
+}
+
+// Validate repeats the golden requests of a deployment that is up.
+func (d *Deployer) Validate(ctx context.Context, dep *Deployment) error {
+	engine := d.Engine(dep.socket)
+	defer engine.Close()
+	return validate(ctx, engine, dep.snapshot.Config())
 }
 
 // Clean removes images and models that none of the snapshots asks for.

@@ -60,6 +60,19 @@ var (
 	AgentFailed      = event("7c1f2a2f6f8e4d6a9a4a5d1e0b7c3f23", "agent-failed", "The agent ended with an error", "The message has the cause. systemd starts the agent again, waiting longer each time; accepted jobs and results are kept. If it persists, the cause is on this machine.")
 )
 
+// The network's orders, and logs.
+var (
+	OrderDrain      = event("7c1f2a2f6f8e4d6a9a4a5d1e0b7c3f40", "order-drain", "The network has drained this node", "The network ordered this node to take no new jobs: @RESULTITY_REASON@. Running jobs are finished. Only the network takes this back, by an order to resume; a restart of the agent does not. A drain of your own (`resultityctl drain`) is another matter and stays whatever the network orders.")
+	OrderResume     = event("7c1f2a2f6f8e4d6a9a4a5d1e0b7c3f41", "order-resume", "The network has taken back its drain", "The node takes jobs again, unless its operator has drained it: then `resultityctl resume` is needed, too.")
+	OrderRestart    = event("7c1f2a2f6f8e4d6a9a4a5d1e0b7c3f42", "order-restart", "The network ordered a restart of the runtime", "The reason given: @RESULTITY_REASON@. Running jobs are finished, the runtime is started anew and validated. Nothing is to be done.")
+	OrderRevalidate = event("7c1f2a2f6f8e4d6a9a4a5d1e0b7c3f43", "order-revalidate", "The network ordered a validation of the model", "The reason given: @RESULTITY_REASON@. Every file is hashed again while the node serves, then the golden requests are repeated. If something is wrong, the node is out of service until it has been mended: a damaged file is fetched again.")
+	OrderShutdown   = event("7c1f2a2f6f8e4d6a9a4a5d1e0b7c3f45", "order-shutdown", "The network ordered this node to shut down", "The reason given: @RESULTITY_REASON@. Running jobs are finished, the runtime is stopped and the agent ends with status 0, so that systemd leaves it at that. To begin again: systemctl --user start resultity-agent (or a reboot). Ask the network's operator before.")
+	OrderPenalty    = event("7c1f2a2f6f8e4d6a9a4a5d1e0b7c3f46", "order-penalty", "The network has penalised this node", "Until @RESULTITY_UNTIL@, because: @RESULTITY_REASON@. The node goes on; the network gives it fewer jobs or none. Mend what the reason names; if it names nothing that you know of, ask the network's operator. `resultityctl status` shows the penalty until it ends.")
+	OrderDone       = event("7c1f2a2f6f8e4d6a9a4a5d1e0b7c3f47", "order-done", "An order of the network was carried out", "The network is told until it has acknowledged this.")
+	OrderFailed     = event("7c1f2a2f6f8e4d6a9a4a5d1e0b7c3f48", "order-failed", "An order of the network could not be carried out", "The message has the cause. The network is told and may give the order again; the node does not repeat it by itself.")
+	OrderRefused    = event("7c1f2a2f6f8e4d6a9a4a5d1e0b7c3f49", "order-refused", "An order of the network was refused", "The message says why: it is not signed by a key of the network's configuration, is for another node, has expired (check this machine's clock), or asks for something that this agent does not know (upgrade it). It had no effect.")
+)
+
 // Events lists all events, in the order of their ids.
 var Events []*Event
 

@@ -29,7 +29,7 @@ func (w *Worker) refuse(j *wire.Job, r refusal) {
 // admitLocked checks a job against all that can be known at once: not its
 // request's content, which parse reads, and not the disk.
 func (w *Worker) admitLocked(j *wire.Job) *refusal {
-	if w.stopping || w.paused {
+	if w.stopping || w.paused || w.held {
 		return refuse(wire.CodeDraining, "this node takes no new jobs")
 	}
 	if w.active == nil {

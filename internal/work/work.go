@@ -84,6 +84,7 @@ type Worker struct {
 	base      context.Context // of everything that Run owns; nil while it does not run
 	active    *Active
 	paused    bool // by the operator
+	held      bool // by the network
 	stopping  bool
 	jobs      map[receipt.JobID]*job // whose result is not stored yet
 	busy      int                    // of them have a slot
@@ -218,17 +219,18 @@ func (w *Worker) SetActive(a *Active) {
 
 // Status is what heartbeats say of the worker.
 type Status struct {
-	Slots    int // jobs it can run at once
-	Busy     int // jobs that run
-	Outbox   int // results without an acknowledgement
-	Draining bool
+	Slots    int  // jobs it can run at once
+	Busy     int  // jobs that run
+	Outbox   int  // results without an acknowledgement
+	Draining bool // takes no new jobs, for whatever reason
+	Paused   bool // by the operator
 }
 
 // Status returns the worker's state.
 func (w *Worker) Status() Status {
 	w.mu.Lock()
 	defer w.mu.Unlock()
-	s := Status{Busy: w.busy, Draining: w.paused || w.stopping, Outbox: w.cfg.Store.Counts().Results}
+	s := Status{Busy: w.busy, Draining: w.paused || w.held || w.stopping, Paused: w.paused, Outbox: w.cfg.Store.Counts().Results}
 	if w.active != nil {
 		s.Slots = w.active.slots()
 	}
@@ -247,6 +249,14 @@ func (w *Worker) Resume() {
 	w.mu.Lock()
 	defer w.mu.Unlock()
 	w.paused = false
+}
+
+// Hold refuses new jobs while on is true. It is the network's word, and apart from
+// the operator's: jobs are taken when neither refuses.
+func (w *Worker) Hold(on bool) {
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	w.held = on
 }
 
 // Idle waits until no job has a slot, or fails when ctx ends before.

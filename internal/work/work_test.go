@@ -940,10 +940,15 @@ func TestPauseIdleDrain(t *testing.T) {
 		n.worker.Job(j)
 		n.expect("accept")
 		n.worker.Pause()
+		n.status(Status{Slots: 2, Busy: 1, Draining: true, Paused: true})
+		n.worker.Job(n.job(false))
+		n.refused(wire.CodeDraining)
+		n.worker.Hold(true) // the network does, too
+		n.worker.Resume()
 		n.status(Status{Slots: 2, Busy: 1, Draining: true})
 		n.worker.Job(n.job(false))
 		n.refused(wire.CodeDraining)
-		n.worker.Resume()
+		n.worker.Hold(false)
 		n.status(Status{Slots: 2, Busy: 1})
 
 		for name, wait := range map[string]func(context.Context) error{"Idle": n.worker.Idle, "Drain": n.worker.Drain} {

@@ -1,0 +1,226 @@
+package order
+
+import (
+	"errors"
+	"os"
+	"path/filepath"
+	"strings"
+	"testing"
+	"time"
+
+	"github.com/resultity/node/internal/evm"
+	"github.com/resultity/node/internal/wire"
+)
+
+type world struct {
+	t    *testing.T
+	key  *evm.Key // the network's
+	node *evm.Key
+	now  time.Time
+	path string
+}
+
+func newWorld(t *testing.T) *world {
+	t.Helper()
+	w := &world{t: t, now: time.UnixMilli(1_800_000_000_000), path: filepath.Join(t.TempDir(), "orders.json")}
+	for _, k := range []**evm.Key{&w.key, &w.node} {
+		var err error
+		if *k, err = evm.NewKey(); err != nil {
+			t.Fatal(err)
+		}
+	}
+	return w
+}
+
+func (w *world) open() *Book {
+	w.t.Helper()
+	b, err := Open(w.path, "testnet", w.node.Address(), func() time.Time { return w.now })
+	if err != nil {
+		w.t.Fatal(err)
+	}
+	return b
+}
+
+func (w *world) trusted(a evm.Address) bool { return a == w.key.Address() }
+
+func (w *world) directive(kind wire.OrderKind) wire.Directive {
+	return wire.Directive{
+		ID: wire.NewOrderID(), Network: "testnet", Node: w.node.Address(), Kind: kind, Reason: "test",
+		Issued: w.now.UnixMilli(), Expires: w.now.Add(time.Hour).UnixMilli(), Until: w.now.Add(time.Hour).UnixMilli(),
+	}
+}
+
+func (w *world) order(key *evm.Key, d wire.Directive) *wire.Order {
+	w.t.Helper()
+	o, err := wire.SealOrder(key, &d)
+	if err != nil {
+		w.t.Fatal(err)
+	}
+	return o
+}
+
+func (w *world) carryOut(b *Book, d wire.Directive) Entry {
+	w.t.Helper()
+	if _, known, err := b.Begin(w.order(w.key, d), w.trusted); known || err != nil {
+		w.t.Fatalf("%s: known %v, %v", d.Kind, known, err)
+	}
+	e, err := b.Finish(d.ID, nil)
+	if err != nil {
+		w.t.Fatal(err)
+	}
+	return e
+}
+
+func TestRefusals(t *testing.T) {
+	w := newWorld(t)
+	stranger, err := evm.NewKey()
+	if err != nil {
+		t.Fatal(err)
+	}
+	b := w.open()
+	later := w.directive(wire.OrderDrain)
+	later.Issued++
+	w.carryOut(b, later)
+	before, err := os.ReadFile(w.path)
+	if err != nil {
+		t.Fatal(err)
+	}
+	change := func(f func(*wire.Directive)) *wire.Order {
+		d := w.directive(wire.OrderDrain)
+		d.Issued += 2
+		f(&d)
+		return w.order(w.key, d)
+	}
+	torn := w.order(w.key, w.directive(wire.OrderDrain))
+	torn.Body = torn.Body[:len(torn.Body)-1]
+	for name, c := range map[string]struct {
+		order *wire.Order
+		want  string
+	}{
+		"forged":            {w.order(stranger, w.directive(wire.OrderDrain)), "not signed by a message key"},
+		"by the node":       {w.order(w.node, w.directive(wire.OrderDrain)), "not signed by a message key"},
+		"cut short":         {torn, "not signed by a message key"},
+		"another node's":    {change(func(d *wire.Directive) { d.Node = stranger.Address() }), "it is for node"},
+		"another network's": {change(func(d *wire.Directive) { d.Network = "mainnet" }), "it is for node"},
+		"expired":           {change(func(d *wire.Directive) { d.Issued -= 7200_000; d.Expires = w.now.UnixMilli() }), "expired"},
+		"for ever":          {change(func(d *wire.Directive) { d.Expires = d.Issued + 8*24*3600_000 }), "malformed"},
+		"unknown kind":      {change(func(d *wire.Directive) { d.Kind = "dance" }), `"dance"`},
+		"endless penalty":   {change(func(d *wire.Directive) { d.Kind, d.Until = wire.OrderPenalty, d.Issued }), "has to end"},
+		"overtaken":         {change(func(d *wire.Directive) { d.Kind = wire.OrderResume; d.Issued -= 2 }), "later order"},
+	} {
+		_, known, err := b.Begin(c.order, w.trusted)
+		var r *Refusal
+		if known || !errors.As(err, &r) || !strings.Contains(r.Reason, c.want) {
+			t.Errorf("%s: known %v, %v, want a refusal with %q", name, known, err, c.want)
+		}
+	}
+	if after, err := os.ReadFile(w.path); err != nil || string(after) != string(before) {
+		t.Errorf("refused orders left a trace: %v", err)
+	}
+}
+
+// An order is begun once, whatever happens between, and what was cut short has
+// failed.
+func TestOnceOverRestarts(t *testing.T) {
+	w := newWorld(t)
+	b := w.open()
+	d := w.directive(wire.OrderRestart)
+	o := w.order(w.key, d)
+	if _, known, err := b.Begin(o, w.trusted); known || err != nil {
+		t.Fatal(known, err)
+	}
+	if e, known, err := b.Begin(o, w.trusted); !known || err != nil || e.Outcome != Begun {
+		t.Fatalf("again while it is under way: %+v %v %v", e, known, err)
+	}
+	b = w.open() // after a kill
+	e, known, err := b.Begin(o, w.trusted)
+	if !known || err != nil || e.Outcome != wire.OutcomeFailed {
+		t.Fatalf("after a restart: %+v %v %v", e, known, err)
+	}
+	if u := b.Untold(); len(u) != 1 || u[0].ID != d.ID || u[0].Check() != nil {
+		t.Fatalf("untold %+v", u)
+	}
+	if err := b.Told(d.ID); err != nil {
+		t.Fatal(err)
+	}
+	b = w.open()
+	if u := b.Untold(); len(u) != 0 {
+		t.Errorf("told, and told again: %+v", u)
+	}
+	// Replayed when it has been forgotten, it has expired.
+	w.now = w.now.Add(2 * time.Hour)
+	w.carryOut(b, w.directive(wire.OrderRevalidate))
+	if n := len(b.Last(10)); n != 1 {
+		t.Errorf("%d orders are remembered, want the new one", n)
+	}
+	if _, known, err := b.Begin(o, w.trusted); known || !errors.As(err, new(*Refusal)) {
+		t.Errorf("replayed after it was forgotten: %v %v", known, err)
+	}
+}
+
+func TestDrainAndPenaltyStay(t *testing.T) {
+	w := newWorld(t)
+	b := w.open()
+	w.carryOut(b, w.directive(wire.OrderDrain))
+	w.carryOut(b, w.directive(wire.OrderPenalty))
+	b = w.open()
+	if b.Drain() == nil || b.Drain().Reason != "test" || b.Penalty() == nil {
+		t.Fatalf("drain %v, penalty %v", b.Drain(), b.Penalty())
+	}
+	w.now = w.now.Add(time.Hour)
+	if b.Penalty() != nil {
+		t.Error("the penalty does not end")
+	}
+	w.carryOut(b, w.directive(wire.OrderResume))
+	if b = w.open(); b.Drain() != nil {
+		t.Error("drained after a resume")
+	}
+}
+
+func TestFlood(t *testing.T) {
+	w := newWorld(t)
+	b := w.open()
+	for range maxEntries {
+		w.carryOut(b, w.directive(wire.OrderPenalty))
+	}
+	_, _, err := b.Begin(w.order(w.key, w.directive(wire.OrderDrain)), w.trusted)
+	if !errors.As(err, new(*Refusal)) {
+		t.Fatalf("one too many: %v", err)
+	}
+	if st, err := os.Stat(w.path); err != nil || st.Size() > maxFile {
+		t.Fatalf("%v, %v", st, err)
+	}
+	w.now = w.now.Add(untold + 2*time.Hour)
+	w.carryOut(b, w.directive(wire.OrderDrain))
+}
+
+func TestDamagedMemory(t *testing.T) {
+	w := newWorld(t)
+	w.carryOut(w.open(), w.directive(wire.OrderDrain))
+	good, err := os.ReadFile(w.path)
+	if err != nil {
+		t.Fatal(err)
+	}
+	for name, raw := range map[string][]byte{"empty": {}, "torn": good[:len(good)/2], "huge": make([]byte, maxFile+1), "other": []byte(`{"orders":[],"more":1}`)} {
+		if err := os.WriteFile(w.path, raw, 0o600); err != nil {
+			t.Fatal(err)
+		}
+		if _, err := Open(w.path, "testnet", w.node.Address(), time.Now); !errors.Is(err, ErrCorrupt) {
+			t.Errorf("%s: %v", name, err)
+		}
+	}
+}
+
+// What cannot be written down is not begun.
+func TestFullDisk(t *testing.T) {
+	w := newWorld(t)
+	b := w.open()
+	w.carryOut(b, w.directive(wire.OrderPenalty))
+	b.path = filepath.Join("/dev/full", "orders.json")
+	d := w.directive(wire.OrderDrain)
+	if _, known, err := b.Begin(w.order(w.key, d), w.trusted); known || err == nil || errors.As(err, new(*Refusal)) {
+		t.Fatalf("known %v, %v", known, err)
+	}
+	b.path = w.path
+	w.carryOut(b, d)
+}
