@@ -2,7 +2,6 @@ package dispatch
 
 import (
 	"container/heap"
-	"container/list"
 	"context"
 	"errors"
 	"log/slog"
@@ -32,6 +31,7 @@ type jobStore interface {
 type Options struct {
 	MaxQueued  int           // jobs that wait for a node; default 1024
 	MaxBytes   int64         // request bytes of all unfinished jobs; default 256 MiB
+	Share      int           // how much of both one client may hold, in percent; default 50
 	NoNodeWait time.Duration // how long a new job waits where no node is routable; default 5 s
 	Grace      time.Duration // how long a node may be away before its jobs go elsewhere; default 2 s
 	Accept     time.Duration // how long a node may take to accept, beside the time its bytes take; default 3 s
@@ -49,6 +49,9 @@ func (o *Options) fill() {
 	}
 	if o.MaxBytes == 0 {
 		o.MaxBytes = 256 << 20
+	}
+	if o.Share == 0 {
+		o.Share = 50
 	}
 	if o.Attempts == 0 {
 		o.Attempts = 5
@@ -111,8 +114,8 @@ type Dispatcher struct {
 	closed   bool
 	terms    *Terms
 	jobs     map[receipt.JobID]*job // without a durable end
-	queue    list.List              // of *job
-	bytes    int64                  // of the requests of jobs, and of their results that are not stored yet
+	queue    queue
+	bytes    int64 // of the requests of jobs, and of their results that are not stored yet
 	nodes    map[evm.Address]*node
 	free     nodeHeap // routable nodes with a free slot
 	routable int
@@ -126,7 +129,7 @@ func New(s jobStore, t *Terms, m *metrics.Metrics, log *slog.Logger, opt Options
 	opt.fill()
 	return &Dispatcher{
 		store: s, metrics: m, log: log, opt: opt, terms: t,
-		closing: make(chan struct{}), jobs: map[receipt.JobID]*job{}, nodes: map[evm.Address]*node{}, noneAt: time.Now(),
+		closing: make(chan struct{}), jobs: map[receipt.JobID]*job{}, queue: queue{lanes: map[string]*lane{}}, nodes: map[evm.Address]*node{}, noneAt: time.Now(),
 		recent: recent{set: map[receipt.JobID]struct{}{}},
 	}
 }
@@ -149,14 +152,14 @@ func (d *Dispatcher) Configure(t *Terms) {
 	d.terms = t
 	var withdrawn []*job
 	if changed {
-		for e := d.queue.Front(); e != nil; e = e.Next() {
-			if j := e.Value.(*job); j.spec.Model != t.Config.Runtime.Model {
+		for j := range d.queue.all() {
+			if j.spec.Model != t.Config.Runtime.Model {
 				withdrawn = append(withdrawn, j)
 			}
 		}
 	}
 	for _, j := range withdrawn { // before a node of the new configuration could get one
-		d.dequeue(j)
+		d.queue.remove(j)
 	}
 	for _, n := range d.nodes {
 		if n.member != nil && newer {
@@ -190,7 +193,7 @@ func (d *Dispatcher) Submit(w Work) (*Ticket, error) {
 
 	d.mu.Lock()
 	defer d.mu.Unlock()
-	if f := d.refuse(int64(len(w.Body)), now); f != nil {
+	if f := d.refuse(w.Client, int64(len(w.Body)), now); f != nil {
 		return nil, f
 	}
 	rec.Config = d.terms.Digest
@@ -199,21 +202,24 @@ func (d *Dispatcher) Submit(w Work) (*Ticket, error) {
 	j.attached = true
 	d.add(j)
 	d.wg.Go(func() { d.write(j) })
-	d.enqueue(j, false)
+	d.queue.push(j, false)
 	d.pump()
 	d.arm(j)
 	return &Ticket{d: d, j: j}, nil
 }
 
-// refuse says why a job of so many bytes is not taken, or returns nil.
-func (d *Dispatcher) refuse(size int64, now time.Time) *Failure {
-	switch {
+// refuse says why a client's job of so many bytes is not taken, or returns nil.
+func (d *Dispatcher) refuse(client string, size int64, now time.Time) *Failure {
+	share := d.opt.Share
+	switch l := d.queue.lanes[client]; {
 	case d.closed:
 		return &Failure{Outcome: Closing, Message: "the service is stopping"}
 	case d.routable == 0 && now.Sub(d.noneAt) >= d.opt.NoNodeWait:
 		return &Failure{Outcome: NoNode, Message: "no node is ready to serve the model"}
-	case d.queue.Len() >= d.opt.MaxQueued || d.bytes+size > d.opt.MaxBytes:
-		return &Failure{Outcome: QueueFull, Message: "too many requests are waiting"}
+	case d.queue.places >= d.opt.MaxQueued || d.bytes+size > d.opt.MaxBytes:
+		return &Failure{Outcome: QueueFull, Message: "Too many requests are waiting. Please try again later."}
+	case l != nil && (l.places >= max(1, d.opt.MaxQueued*share/100) || l.bytes+size > d.opt.MaxBytes/100*int64(share)):
+		return &Failure{Outcome: QueueFull, Message: "Too many requests of this API key are waiting. Please try again later."}
 	}
 	return nil
 }
@@ -221,6 +227,7 @@ func (d *Dispatcher) refuse(size int64, now time.Time) *Failure {
 // add makes a job known.
 func (d *Dispatcher) add(j *job) {
 	d.jobs[j.spec.ID] = j
+	d.queue.open(j)
 	d.bytes += int64(len(j.spec.Request))
 }
 
@@ -280,7 +287,7 @@ func (d *Dispatcher) Restore(ctx context.Context, jobs []*store.Job, lookup func
 		case rec.Model != d.terms.Config.Runtime.Model:
 			d.fail(j, &Failure{Outcome: Withdrawn, Message: "the model is no longer served"})
 		default:
-			d.enqueue(j, false)
+			d.queue.push(j, false)
 			d.arm(j)
 		}
 		d.mu.Unlock()
@@ -315,7 +322,7 @@ func (d *Dispatcher) State() metrics.State {
 	d.mu.Lock()
 	defer d.mu.Unlock()
 	s := metrics.State{
-		Routable: d.routable, Queued: d.queue.Len(), Running: len(d.jobs) - d.queue.Len(),
+		Routable: d.routable, Queued: d.queue.len, Running: len(d.jobs) - d.queue.len,
 		ConfigVersion: d.terms.Version, ConfigExpires: d.terms.Expires,
 	}
 	for _, n := range d.nodes {
@@ -326,37 +333,20 @@ func (d *Dispatcher) State() metrics.State {
 	return s
 }
 
-// enqueue puts a job into the queue: behind the others, or, when it had its
-// turn before, ahead of them.
-func (d *Dispatcher) enqueue(j *job, ahead bool) {
-	if ahead {
-		j.place = d.queue.PushFront(j)
-	} else {
-		j.place = d.queue.PushBack(j)
-	}
-}
-
-func (d *Dispatcher) dequeue(j *job) {
-	if j.place != nil {
-		d.queue.Remove(j.place)
-		j.place = nil
-	}
-}
-
 // pump gives waiting jobs to free nodes.
 func (d *Dispatcher) pump() {
-	if d.closed {
+	if d.closed || d.free.Len() == 0 {
 		return
 	}
 	now := time.Now()
-	for e := d.queue.Front(); e != nil && d.free.Len() > 0; {
-		j := e.Value.(*job)
-		e = e.Next()
-		if n := d.pick(j, now); n != nil {
-			d.dequeue(j)
+	d.queue.match(func(j *job) (taken, more bool) {
+		n := d.pick(j, now)
+		if n != nil {
+			d.queue.remove(j)
 			d.assign(j, n, now)
 		}
-	}
+		return n != nil, d.free.Len() > 0
+	})
 }
 
 // pick returns the least busy free node for a job: one that has not had it
@@ -472,7 +462,7 @@ func (d *Dispatcher) requeue(j *job, ahead bool, why *Failure) {
 		return // whoever has it may still deliver, until the deadline
 	}
 	j.notBefore = time.Now().Add(retries[min(max(j.attempts-1, 0), len(retries)-1)])
-	d.enqueue(j, ahead)
+	d.queue.push(j, ahead)
 	d.pump()
 	d.arm(j)
 }
@@ -482,7 +472,7 @@ func (d *Dispatcher) requeue(j *job, ahead bool, why *Failure) {
 func (d *Dispatcher) revive(r *runner) {
 	if r.lost && r.job.place != nil && r.node.member != nil {
 		r.lost = false
-		d.dequeue(r.job)
+		d.queue.remove(r.job)
 		d.arm(r.job)
 	}
 }
@@ -516,7 +506,7 @@ func (d *Dispatcher) answer(j *job) {
 func (d *Dispatcher) finish(j *job, outcome Outcome) {
 	j.ended = true
 	j.timer.stop()
-	d.dequeue(j)
+	d.queue.close(j)
 	delete(d.jobs, j.spec.ID)
 	d.bytes -= int64(len(j.spec.Request))
 	if j.result != nil {

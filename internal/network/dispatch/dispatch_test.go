@@ -293,8 +293,8 @@ func (f *fixture) empty(results int) {
 	}
 	f.d.mu.Lock()
 	defer f.d.mu.Unlock()
-	if len(f.d.jobs) != 0 || f.d.queue.Len() != 0 || f.d.bytes != 0 {
-		f.t.Errorf("%d jobs, %d queued, %d bytes are left", len(f.d.jobs), f.d.queue.Len(), f.d.bytes)
+	if len(f.d.jobs) != 0 || f.d.queue.len != 0 || f.d.queue.places != 0 || len(f.d.queue.lanes) != 0 || f.d.bytes != 0 {
+		f.t.Errorf("%d jobs, %d queued, %d bytes are left", len(f.d.jobs), f.d.queue.len, f.d.bytes)
 	}
 	for _, n := range f.d.nodes {
 		if len(n.running) != 0 {
@@ -1092,9 +1092,9 @@ func TestNoNode(t *testing.T) {
 }
 
 func TestQueueBounds(t *testing.T) {
-	run(t, Options{MaxQueued: 2, MaxBytes: 100}, nil, func(t *testing.T, f *fixture) {
+	run(t, Options{MaxQueued: 2, MaxBytes: 100, Share: 100}, nil, func(t *testing.T, f *fixture) {
 		f.submit(false)
-		if _, err := f.d.Submit(Work{Model: nodetest.Model, Body: make([]byte, 90)}); err.Error() != "too many requests are waiting" {
+		if _, err := f.d.Submit(Work{Model: nodetest.Model, Body: make([]byte, 90)}); !strings.HasPrefix(err.Error(), "Too many requests are waiting") {
 			t.Fatalf("bytes: %v", err)
 		}
 		f.submit(false)
@@ -1105,6 +1105,105 @@ func TestQueueBounds(t *testing.T) {
 		f.join(nil) // takes both
 		synctest.Wait()
 		f.submit(false)
+	})
+}
+
+func (f *fixture) submitAs(client string, size int) (*Ticket, error) {
+	return f.d.Submit(Work{Kind: wire.KindChat, Model: nodetest.Model, Body: make([]byte, size), Client: client})
+}
+
+// One client cannot take all places, nor all bytes.
+func TestShares(t *testing.T) {
+	run(t, Options{MaxQueued: 8, MaxBytes: 1000}, nil, func(t *testing.T, f *fixture) {
+		full := func(client string, size int, want string) {
+			t.Helper()
+			_, err := f.submitAs(client, size)
+			if got, ok := AsFailure(err); !ok || got.Outcome != QueueFull || !strings.Contains(got.Message, want) {
+				t.Fatalf("got %v, want %q", err, want)
+			}
+		}
+		taken := func(client string, size int) *Ticket {
+			t.Helper()
+			ticket, err := f.submitAs(client, size)
+			if err != nil {
+				t.Fatal(err)
+			}
+			return ticket
+		}
+		for range 4 {
+			taken("greedy", 10)
+		}
+		full("greedy", 10, "of this API key")
+		big := taken("big", 450)
+		full("big", 100, "of this API key")
+		taken("big", 50)
+		for range 2 {
+			taken("modest", 10)
+		}
+		full("modest", 10, "requests are waiting")
+		big.Cancel()
+		taken("big", 450)
+	})
+}
+
+// A request larger than the share is served when it is the only one.
+func TestShareOfOneRequest(t *testing.T) {
+	run(t, Options{MaxQueued: 1, MaxBytes: 1000}, nil, func(t *testing.T, f *fixture) {
+		if _, err := f.submitAs("a", 900); err != nil {
+			t.Fatal(err)
+		}
+	})
+}
+
+// Clients take turns; each one's requests are served in their order.
+func TestClientsTakeTurns(t *testing.T) {
+	run(t, Options{}, func(c *snapshot.Config) { c.Runtime.Settings.Slots = 1 }, func(t *testing.T, f *fixture) {
+		p := f.join(nil)
+		name := map[receipt.JobID]string{}
+		put := func(client string, count int) {
+			for range count {
+				ticket, err := f.submitAs(client, 10)
+				if err != nil {
+					t.Fatal(err)
+				}
+				name[ticket.ID()] = client
+			}
+		}
+		put("a", 5)
+		put("b", 2)
+		put("c", 1)
+		var got string
+		for range 8 {
+			j := p.take()
+			got += name[j.ID]
+			p.deliver(j, "x")
+		}
+		if got != "aabcabaa" {
+			t.Errorf("served %s", got)
+		}
+		f.empty(8)
+	})
+}
+
+// A job that no node may have yet is in nobody's way.
+func TestTurnsPassOver(t *testing.T) {
+	run(t, Options{}, nil, func(t *testing.T, f *fixture) {
+		a := f.join(nil)
+		ticket, err := f.submitAs("a", 10)
+		if err != nil {
+			t.Fatal(err)
+		}
+		j := a.take()
+		a.member.Refused(&wire.Refuse{Job: j.ID, Code: wire.CodeEngine})
+		for _, client := range []string{"a", "b"} { // its own client's, and another's
+			if _, err := f.submitAs(client, 10); err != nil {
+				t.Fatal(err)
+			}
+			if got := a.take(); got.ID == j.ID {
+				t.Fatal("the job came back at once")
+			}
+		}
+		f.waiting(ticket)
 	})
 }
 

@@ -76,7 +76,8 @@ type job struct {
 	attached  bool // a client waits
 	attempts  int
 	notBefore time.Time     // for a node that had it
-	place     *list.Element // in the queue, or nil
+	lane      *lane         // of its client
+	place     *list.Element // in the lane, or nil when it does not wait
 	tried     map[evm.Address]struct{}
 	against   map[evm.Address]wire.Code // nodes that say that no node can do it, and why
 	runners   []*runner

@@ -387,7 +387,7 @@ func (m *Member) valid(j *job, res *wire.Result) (news bool) {
 	j.result = res
 	j.waiting = []*Member{m}
 	j.timer.stop()
-	d.dequeue(j)
+	d.queue.remove(j)
 	d.bytes += int64(len(res.Response))
 	d.wg.Go(func() { d.storeResult(j) })
 	d.answer(j)
@@ -479,8 +479,8 @@ func (d *Dispatcher) refresh(n *node) {
 			d.routable++
 		} else if d.routable--; d.routable == 0 {
 			d.noneAt = now
-			for e := d.queue.Front(); e != nil; e = e.Next() {
-				d.arm(e.Value.(*job))
+			for j := range d.queue.all() {
+				d.arm(j)
 			}
 		}
 	}

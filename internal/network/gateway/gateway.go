@@ -326,7 +326,7 @@ func asError(err error) *openai.Error {
 	}
 	switch f.Outcome {
 	case dispatch.QueueFull:
-		return &openai.Error{Status: http.StatusTooManyRequests, Type: "rate_limit_error", Code: "queue_full", Message: "Too many requests are waiting. Please try again later."}
+		return &openai.Error{Status: http.StatusTooManyRequests, Type: "rate_limit_error", Code: "queue_full", Message: f.Message}
 	case dispatch.Storage:
 		return server(http.StatusServiceUnavailable, "storage", "The network could not write the request down. Please try again later.")
 	case dispatch.NoNode:
