@@ -38,6 +38,10 @@ type Config struct {
 	// MaxQueued and MaxQueuedBytes bound the requests that wait for a node.
 	MaxQueued      int   `koanf:"max_queued"`
 	MaxQueuedBytes int64 `koanf:"max_queued_bytes"`
+	// MaxUploadBytes bounds the requests that are still arriving.
+	MaxUploadBytes int64 `koanf:"max_upload_bytes"`
+	// KeyShare is how much of these three one API key may hold, in percent.
+	KeyShare int `koanf:"key_share"`
 	// MaxSessions bounds the nodes that are connected at once.
 	MaxSessions int `koanf:"max_sessions"`
 	// Drain is how long requests may go on after the service was told to stop.
@@ -54,7 +58,8 @@ type Config struct {
 func Defaults() Config {
 	return Config{
 		Dir: "/var/lib/resultity-network", Listen: "127.0.0.1:8443",
-		MaxQueued: 1024, MaxQueuedBytes: 256 << 20, MaxSessions: 16384, Drain: 10 * time.Second, LogLevel: "info",
+		MaxQueued: 1024, MaxQueuedBytes: 256 << 20, MaxUploadBytes: 256 << 20, KeyShare: 50,
+		MaxSessions: 16384, Drain: 10 * time.Second, LogLevel: "info",
 	}
 }
 
@@ -148,10 +153,16 @@ func (c *Config) check() error {
 	if ip := net.ParseIP(host); c.TLSCert == "" && host != "localhost" && (ip == nil || !ip.IsLoopback()) {
 		return bad("tls_cert", "%s can be reached from other machines, so a certificate is needed: set tls_cert and tls_key, or listen on 127.0.0.1", c.Listen)
 	}
-	for key, v := range map[string]int64{"max_queued": int64(c.MaxQueued), "max_queued_bytes": c.MaxQueuedBytes, "max_sessions": int64(c.MaxSessions)} {
+	for key, v := range map[string]int64{
+		"max_queued": int64(c.MaxQueued), "max_queued_bytes": c.MaxQueuedBytes, "max_upload_bytes": c.MaxUploadBytes,
+		"max_sessions": int64(c.MaxSessions),
+	} {
 		if v < 1 {
 			return bad(key, "is %d, want at least 1", v)
 		}
+	}
+	if c.KeyShare < 1 || c.KeyShare > 100 {
+		return bad("key_share", "is %d, want 1 to 100 percent", c.KeyShare)
 	}
 	if c.Drain < 0 || c.Drain > 10*time.Minute {
 		return bad("drain", "is %v, want 0s to 10m", c.Drain)

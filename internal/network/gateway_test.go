@@ -152,20 +152,107 @@ func TestQueueFull(t *testing.T) {
 	// The slot is free before the first result is on disk: the second job and the
 	// acknowledgement come in either order.
 	s.Send(s.Node.Result(t, j, nodetest.Body(j, "one"), nil))
-	for acks := 0; acks < 2; {
+	serveAll(t, s, 2)
+	if a, b := n.answer(first), n.answer(second); a.status != 200 || b.status != 200 {
+		t.Fatalf("%d, %d", a.status, b.status)
+	}
+}
+
+// Slow uploads take no more memory than there is for them, and one key's leave
+// room for those of another.
+func TestSlowUploads(t *testing.T) {
+	n := setUp(t, nil)
+	n.tweak = func(c *network.Config) { c.MaxUploadBytes = 4000 }
+	n.serve()
+	code, other, stderr := command(t, "apikey", "create", "--dir", n.dir, "--name", "other")
+	if code != 0 {
+		t.Fatal(stderr)
+	}
+	s := n.node().Ready(t)
+	begin := func(key string, length int64) (*io.PipeWriter, <-chan reply) {
+		body, w := io.Pipe()
+		req, err := http.NewRequest(http.MethodPost, n.url+"/v1/chat/completions", body)
+		if err != nil {
+			t.Fatal(err)
+		}
+		req.Header.Set("Authorization", "Bearer "+key)
+		req.Header.Set("Content-Type", "application/json")
+		req.ContentLength = length
+		ch := make(chan reply, 1)
+		go func() {
+			res, err := http.DefaultClient.Do(req)
+			if err != nil {
+				ch <- reply{err: err}
+				return
+			}
+			defer res.Body.Close()
+			b, err := io.ReadAll(res.Body)
+			ch <- reply{res.StatusCode, res.Header, b, err}
+		}()
+		return w, ch
+	}
+	slow := chat + strings.Repeat(" ", 1900-len(chat))
+	w, first := begin(n.apiKey, int64(len(slow)))
+	if _, err := io.WriteString(w, slow[:10]); err != nil {
+		t.Fatal(err)
+	}
+	full := func(r reply) bool {
+		return r.status == http.StatusTooManyRequests && r.code() == "uploads_full" && r.header.Get("Retry-After") != ""
+	}
+	blank := strings.Repeat(" ", len(slow)) // read to its end, it is refused for what it is
+	n.until("the first one is being read", func() bool { return full(n.answer(n.ask(blank))) })
+	// One of unknown length counts as the largest.
+	if r := n.do(t.Context(), http.MethodPost, "/v1/chat/completions", "", "Content-Type", "text/plain"); r.status != http.StatusUnsupportedMediaType {
+		t.Errorf("an empty one: %d %s", r.status, r.body)
+	}
+	w2, second := begin(other, -1)
+	if _, err := io.WriteString(w2, "{"); err != nil {
+		t.Fatal(err)
+	}
+	if r := n.answer(second); !full(r) {
+		t.Errorf("of unknown length: %d %s", r.status, r.body)
+	}
+	_ = w2.Close() // nobody reads it any more
+	w3, third := begin(other, int64(len(slow)))
+	for _, w := range []*io.PipeWriter{w3, w} {
+		at := 0
+		if w != w3 {
+			at = 10
+		}
+		if _, err := io.WriteString(w, slow[at:]); err != nil {
+			t.Fatal(err)
+		}
+		if err := w.Close(); err != nil {
+			t.Fatal(err)
+		}
+	}
+	serveAll(t, s, 2)
+	for _, ch := range []<-chan reply{first, third} {
+		if r := n.answer(ch); r.status != http.StatusOK {
+			t.Errorf("%d %s", r.status, r.body)
+		}
+	}
+	last := n.ask(slow) // there is room again
+	serveAll(t, s, 1)
+	if r := n.answer(last); r.status != http.StatusOK {
+		t.Errorf("afterwards: %d %s", r.status, r.body)
+	}
+}
+
+// serveAll does jobs until so many results are acknowledged.
+func serveAll(t *testing.T, s *nodetest.Session, results int) {
+	t.Helper()
+	for acks := 0; acks < results; {
 		m, err := s.Receive()
 		if err != nil {
 			t.Fatal(err)
 		}
 		switch m := m.(type) {
 		case *wire.Job:
-			s.Send(s.Node.Result(t, m, nodetest.Body(m, "two"), nil))
+			s.Send(s.Node.Result(t, m, nodetest.Body(m, "fine"), nil))
 		case *wire.Ack:
 			acks += len(m.Jobs)
 		}
-	}
-	if a, b := n.answer(first), n.answer(second); a.status != 200 || b.status != 200 {
-		t.Fatalf("%d, %d", a.status, b.status)
 	}
 }
 

@@ -440,6 +440,7 @@ func TestConfigErrors(t *testing.T) {
 		{"lisen: unknown key; known are dir, listen", []string{"serve", "--config", file(`lisen = ":1"`)}},
 		{"max_queued: want a whole number, got many", []string{"serve", "--config", file(`max_queued = "many"`)}},
 		{"max_queued: is 0", []string{"serve", "--dir", n.dir, "--config", file(`max_queued = 0`)}},
+		{"key_share: is 101", []string{"serve", "--dir", n.dir, "--config", file(`key_share = 101`)}},
 		{"drain: want a duration in quotes", []string{"serve", "--config", file(`drain = 10`)}},
 		{"drain: want a duration", []string{"serve", "--config", file(`drain = "soon"`)}},
 		{"dir: want a text in quotes", []string{"serve", "--config", file(`dir = 1`)}},

@@ -129,7 +129,9 @@ func (s *service) begin(ctx context.Context, snap *snapshot.Snapshot) error {
 		return err
 	}
 	s.metrics = metrics.New(func() metrics.State { return s.dispatch.State() })
-	s.dispatch = dispatch.New(s.store, terms, s.metrics, s.log, dispatch.Options{MaxQueued: s.cfg.MaxQueued, MaxBytes: s.cfg.MaxQueuedBytes})
+	s.dispatch = dispatch.New(s.store, terms, s.metrics, s.log, dispatch.Options{
+		MaxQueued: s.cfg.MaxQueued, MaxBytes: s.cfg.MaxQueuedBytes, Share: s.cfg.KeyShare,
+	})
 	jobs, err := s.store.Jobs(ctx, func(seq uint64, err error) {
 		s.log.Error("job in the store cannot be read and is passed over", "seq", seq, "error", err)
 	})
@@ -206,7 +208,9 @@ func (s *service) handler() http.Handler {
 	mux.Handle("/tuf/", http.StripPrefix("/tuf", publish.Handler(s.cfg.Dir)))
 	mux.HandleFunc("POST "+wire.RegisterPath, s.nodes.ServeRegister)
 	mux.HandleFunc("GET "+wire.SessionPath, s.nodes.ServeSession)
-	mux.Handle("/v1/", gateway.New(s.store, s.dispatch, s.metrics, s.log))
+	mux.Handle("/v1/", gateway.New(s.store, s.dispatch, s.metrics, s.log, gateway.Options{
+		MaxUploadBytes: s.cfg.MaxUploadBytes, Share: s.cfg.KeyShare,
+	}))
 	mux.Handle("GET /metrics", s.metrics.Handler())
 	mux.HandleFunc("GET /healthz", s.healthz)
 	return http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {

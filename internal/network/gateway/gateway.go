@@ -17,7 +17,7 @@
 //	405  method_not_allowed
 //	413  request_too_large
 //	415  invalid_content_type
-//	429  queue_full, with Retry-After
+//	429  queue_full, uploads_full, with Retry-After
 //	502  node_failed: every attempt failed; stream_interrupted: only within a stream
 //	503  no_node, unavailable, model_withdrawn, stopping, storage, with Retry-After
 //	504  deadline
@@ -77,12 +77,21 @@ type Gateway struct {
 	dispatch *dispatch.Dispatcher
 	metrics  *metrics.Metrics
 	log      *slog.Logger
+	uploads  *uploads
 	mux      *http.ServeMux
 }
 
+// Options bound the gateway.
+type Options struct {
+	MaxUploadBytes int64 // of requests that are still arriving
+	Share          int   // how much of it one client may hold, in percent
+}
+
 // New makes a gateway.
-func New(r records, d *dispatch.Dispatcher, m *metrics.Metrics, log *slog.Logger) *Gateway {
-	g := &Gateway{records: r, dispatch: d, metrics: m, log: log, mux: http.NewServeMux()}
+func New(r records, d *dispatch.Dispatcher, m *metrics.Metrics, log *slog.Logger, opt Options) *Gateway {
+	g := &Gateway{
+		records: r, dispatch: d, metrics: m, log: log, uploads: newUploads(opt.MaxUploadBytes, opt.Share), mux: http.NewServeMux(),
+	}
 	for _, route := range []struct {
 		method, path string
 		handle       func(http.ResponseWriter, *http.Request, store.Client)
@@ -167,24 +176,7 @@ func (g *Gateway) authenticated(next func(http.ResponseWriter, *http.Request, st
 // infer answers the two APIs that models work for.
 func (g *Gateway) infer(kind wire.Kind) func(http.ResponseWriter, *http.Request, store.Client) {
 	return func(w http.ResponseWriter, r *http.Request, client store.Client) {
-		cfg := g.dispatch.Terms().Config
-		body, e := readBody(w, r, cfg.Limits.RequestBytes)
-		if e != nil {
-			openai.WriteError(w, e)
-			return
-		}
-		req, err := openai.Parse(kind, body, openai.Limits{
-			RequestBytes: cfg.Limits.RequestBytes, Tokens: cfg.Limits.Tokens, Messages: cfg.Limits.Messages,
-		})
-		if err != nil {
-			openai.WriteError(w, asError(err))
-			return
-		}
-		if req.Model != cfg.Runtime.Model {
-			openai.WriteError(w, openai.ModelNotFound(req.Model))
-			return
-		}
-		t, err := g.dispatch.Submit(dispatch.Work{Kind: kind, Model: req.Model, Stream: req.Stream, Body: body, Client: client.Name})
+		t, stream, err := g.take(w, r, kind, client.Name)
 		if err != nil {
 			g.fail(w, err)
 			return
@@ -192,7 +184,7 @@ func (g *Gateway) infer(kind wire.Kind) func(http.ResponseWriter, *http.Request,
 		w.Header().Set("X-Request-Id", t.ID().String())
 		// The wait is bounded by the job's deadline; each write gets its own.
 		_ = http.NewResponseController(w).SetWriteDeadline(time.Time{})
-		if req.Stream {
+		if stream {
 			g.stream(w, r, t)
 		} else {
 			g.plain(w, r, t)
@@ -200,7 +192,40 @@ func (g *Gateway) infer(kind wire.Kind) func(http.ResponseWriter, *http.Request,
 	}
 }
 
-func readBody(w http.ResponseWriter, r *http.Request, limit int64) ([]byte, *openai.Error) {
+// take reads and checks a request and submits it. It reports whether the answer
+// is to be a stream.
+func (g *Gateway) take(w http.ResponseWriter, r *http.Request, kind wire.Kind, client string) (_ *dispatch.Ticket, stream bool, _ error) {
+	cfg := g.dispatch.Terms().Config
+	room := r.ContentLength
+	if limit := cfg.Limits.RequestBytes; room < 0 || room > limit {
+		room = limit // the most that is read
+	}
+	if !g.uploads.begin(client, room) {
+		w.Header().Set("Connection", "close") // or the server would read the body before it answers
+		return nil, false, &openai.Error{
+			Status: http.StatusTooManyRequests, Type: "rate_limit_error", Code: "uploads_full",
+			Message: "Too many requests are being sent at once. Please try again later.",
+		}
+	}
+	defer g.uploads.end(client, room) // from here on the dispatcher counts its bytes
+	body, err := readBody(w, r, cfg.Limits.RequestBytes)
+	if err != nil {
+		return nil, false, err
+	}
+	req, err := openai.Parse(kind, body, openai.Limits{
+		RequestBytes: cfg.Limits.RequestBytes, Tokens: cfg.Limits.Tokens, Messages: cfg.Limits.Messages,
+	})
+	if err != nil {
+		return nil, false, err
+	}
+	if req.Model != cfg.Runtime.Model {
+		return nil, false, openai.ModelNotFound(req.Model)
+	}
+	t, err := g.dispatch.Submit(dispatch.Work{Kind: kind, Model: req.Model, Stream: req.Stream, Body: body, Client: client})
+	return t, req.Stream, err
+}
+
+func readBody(w http.ResponseWriter, r *http.Request, limit int64) ([]byte, error) {
 	if typ, _, err := mime.ParseMediaType(r.Header.Get("Content-Type")); err != nil || typ != "application/json" {
 		return nil, &openai.Error{
 			Status: http.StatusUnsupportedMediaType, Type: openai.TypeInvalidRequest, Code: "invalid_content_type",
