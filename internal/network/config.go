@@ -17,6 +17,8 @@ import (
 	"github.com/knadh/koanf/parsers/toml/v2"
 	"github.com/knadh/koanf/providers/rawbytes"
 	"github.com/knadh/koanf/v2"
+
+	"github.com/resultity/node/internal/network/store"
 )
 
 // ErrConfig says that the service cannot work as it is configured; trying again
@@ -42,6 +44,9 @@ type Config struct {
 	MaxUploadBytes int64 `koanf:"max_upload_bytes"`
 	// KeyShare is how much of these three one API key may hold, in percent.
 	KeyShare int `koanf:"key_share"`
+	// MaxResultsBytes bounds the results that are kept for clients that ask for
+	// receipts; the oldest go first.
+	MaxResultsBytes int64 `koanf:"max_results_bytes"`
 	// MaxSessions bounds the nodes that are connected at once.
 	MaxSessions int `koanf:"max_sessions"`
 	// Drain is how long requests may go on after the service was told to stop.
@@ -59,7 +64,7 @@ func Defaults() Config {
 	return Config{
 		Dir: "/var/lib/resultity-network", Listen: "127.0.0.1:8443",
 		MaxQueued: 1024, MaxQueuedBytes: 256 << 20, MaxUploadBytes: 256 << 20, KeyShare: 50,
-		MaxSessions: 16384, Drain: 10 * time.Second, LogLevel: "info",
+		MaxResultsBytes: store.DefaultLimits.Results, MaxSessions: 16384, Drain: 10 * time.Second, LogLevel: "info",
 	}
 }
 
@@ -155,7 +160,7 @@ func (c *Config) check() error {
 	}
 	for key, v := range map[string]int64{
 		"max_queued": int64(c.MaxQueued), "max_queued_bytes": c.MaxQueuedBytes, "max_upload_bytes": c.MaxUploadBytes,
-		"max_sessions": int64(c.MaxSessions),
+		"max_results_bytes": c.MaxResultsBytes, "max_sessions": int64(c.MaxSessions),
 	} {
 		if v < 1 {
 			return bad(key, "is %d, want at least 1", v)

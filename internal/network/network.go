@@ -101,7 +101,9 @@ func Run(ctx context.Context, cfg Config, log *slog.Logger) (err error) {
 	// The store is swept once more after the dispatcher's last word.
 	sweeping, endSweep := context.WithCancel(context.WithoutCancel(ctx))
 	var sweeper sync.WaitGroup
-	sweeper.Go(func() { _ = s.store.Run(sweeping, log) }) // returns nil
+	sweeper.Go(func() {
+		_ = s.store.Run(sweeping, log, func(n uint64) { s.metrics.Discarded.Add(float64(n)) }) // returns nil
+	})
 	defer sweeper.Wait()
 	defer endSweep()
 	defer s.dispatch.Close()
@@ -124,6 +126,16 @@ func Run(ctx context.Context, cfg Config, log *slog.Logger) (err error) {
 
 // begin makes the parts, and takes over the jobs of the run before.
 func (s *service) begin(ctx context.Context, snap *snapshot.Snapshot) error {
+	// A request is written down in base64 with a little beside it, and deleted
+	// some time after its end.
+	want := store.Limits{Jobs: 64<<20 + 4*s.cfg.MaxQueuedBytes, Results: s.cfg.MaxResultsBytes}
+	limits, err := s.store.SetLimits(ctx, want)
+	if err != nil {
+		return err
+	}
+	if limits != want {
+		s.log.Warn("the file system of the store is small for what it may have to hold", "wanted", want, "allowed", limits)
+	}
 	terms, err := s.terms(ctx, snap)
 	if err != nil {
 		return err

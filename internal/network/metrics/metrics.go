@@ -28,6 +28,7 @@ type Metrics struct {
 	Requests      *prometheus.CounterVec   // HTTP; route, code
 	JobSeconds    *prometheus.HistogramVec // arrival to answer; stream
 	FirstByte     prometheus.Histogram     // arrival to the first byte of a stream
+	Discarded     prometheus.Counter       // results that went before their time
 	StoreSeconds  *prometheus.HistogramVec // durable writes; op
 }
 
@@ -60,10 +61,11 @@ func New(state func() State) *Metrics {
 		Dispatches:    prometheus.NewCounter(prometheus.CounterOpts{Namespace: "resultity", Name: "dispatches_total", Help: "Jobs handed to nodes, repetitions included."}),
 		JobSeconds:    histogram("job_seconds", "Time from a job's arrival to its answer.", 0.001, "outcome"),
 		FirstByte:     prometheus.NewHistogram(prometheus.HistogramOpts{Namespace: "resultity", Name: "first_byte_seconds", Help: "Time from a streamed job's arrival to its first byte.", Buckets: prometheus.ExponentialBuckets(0.001, 2.5, 12)}),
+		Discarded:     prometheus.NewCounter(prometheus.CounterOpts{Namespace: "resultity", Name: "results_discarded_total", Help: "Results deleted before their time, for want of room."}),
 		StoreSeconds:  histogram("store_seconds", "Time of one durable write.", 0.00005, "op"),
 	}
 	m.registry.MustRegister(m.Jobs, m.Results, m.Dispatches, m.Reassignments, m.FramesRefused, m.Sessions, m.Registrations,
-		m.Requests, m.JobSeconds, m.FirstByte, m.StoreSeconds, gauges{state},
+		m.Requests, m.JobSeconds, m.FirstByte, m.Discarded, m.StoreSeconds, gauges{state},
 		collectors.NewGoCollector(), collectors.NewProcessCollector(collectors.ProcessCollectorOpts{}))
 	return m
 }

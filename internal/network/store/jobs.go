@@ -8,6 +8,7 @@ import (
 	"fmt"
 	"math"
 	"slices"
+	"strings"
 	"sync"
 	"time"
 
@@ -36,11 +37,15 @@ func (s *Store) PutJob(ctx context.Context, j *Job) error {
 	written := s.pending.begin()
 	ack, err := s.js.Publish(ctx, "jobs."+j.ID.String(), b, jetstream.WithExpectLastSequencePerSubject(0))
 	if err != nil {
-		written(0)
+		written(0, 0)
+		var api *jetstream.APIError
+		if errors.As(err, &api) && strings.Contains(api.Description, "maximum bytes exceeded") {
+			err = ErrFull
+		}
 		return fmt.Errorf("write job %s down: %w", j.ID, s.failure(err))
 	}
 	j.Seq = ack.Sequence
-	written(j.Seq)
+	written(j.Seq, len(b))
 	return nil
 }
 
@@ -48,33 +53,33 @@ func (s *Store) PutJob(ctx context.Context, j *Job) error {
 // costs as much as to write it, to delete all below a number costs little more
 // than one: so finished jobs are deleted together.
 type pending struct {
-	mu         sync.Mutex // guards what follows
-	open, done map[uint64]struct{}
+	mu         sync.Mutex           // guards what follows
+	open, done map[uint64]int       // jobs by number, with the size of their record in bytes
 	writing    map[*uint64]struct{} // each with a number that the job being written will be above
 	highest    uint64
 }
 
 // begin notes that a job is about to be written; written says under which
-// number it was, or 0.
-func (p *pending) begin() (written func(seq uint64)) {
+// number it was, or 0, and how large.
+func (p *pending) begin() (written func(seq uint64, size int)) {
 	p.mu.Lock()
 	defer p.mu.Unlock()
 	above := p.highest
 	p.writing[&above] = struct{}{}
-	return func(seq uint64) {
+	return func(seq uint64, size int) {
 		p.mu.Lock()
 		defer p.mu.Unlock()
 		delete(p.writing, &above)
 		if seq > 0 {
-			p.open[seq] = struct{}{}
+			p.open[seq] = size
 			p.highest = max(p.highest, seq)
 		}
 	}
 }
 
 // settled returns the jobs that are done and older than every other one, and
-// those that are done and not.
-func (p *pending) settled() (below, above []uint64) {
+// those that are done and not, with their size in bytes.
+func (p *pending) settled() (below, above []uint64, size int64) {
 	p.mu.Lock()
 	defer p.mu.Unlock()
 	lowest := uint64(math.MaxUint64) // of the unfinished
@@ -84,14 +89,15 @@ func (p *pending) settled() (below, above []uint64) {
 	for w := range p.writing {
 		lowest = min(lowest, *w+1)
 	}
-	for seq := range p.done {
+	for seq, n := range p.done {
 		if seq < lowest {
 			below = append(below, seq)
 		} else {
 			above = append(above, seq)
+			size += int64(n)
 		}
 	}
-	return below, above
+	return below, above, size
 }
 
 func (p *pending) forget(list ...uint64) {
@@ -108,17 +114,21 @@ func (s *Store) JobDone(seq uint64) {
 	p := &s.pending
 	p.mu.Lock()
 	defer p.mu.Unlock()
+	p.done[seq] = p.open[seq]
 	delete(p.open, seq)
-	p.done[seq] = struct{}{}
 }
 
 // maxDone is how many finished jobs may stay because an older one is not
-// finished. Beyond it they are deleted one by one.
-const maxDone = 1024
+// finished, and maxDoneShare which part of the room for jobs they may take.
+// Beyond it they are deleted one by one.
+const (
+	maxDone      = 1024
+	maxDoneShare = 4
+)
 
 // sweep deletes finished jobs.
 func (s *Store) sweep(ctx context.Context) error {
-	below, above := s.pending.settled()
+	below, above, size := s.pending.settled()
 	if len(below) > 0 {
 		ctx, cancel := s.op(ctx)
 		defer cancel()
@@ -127,7 +137,7 @@ func (s *Store) sweep(ctx context.Context) error {
 		}
 		s.pending.forget(below...)
 	}
-	if len(above) > maxDone {
+	if len(above) > maxDone || size > s.jobs.CachedInfo().Config.MaxBytes/maxDoneShare {
 		for _, seq := range above {
 			if err := s.DeleteJob(ctx, seq); err != nil {
 				return err
@@ -169,7 +179,7 @@ func (s *Store) Jobs(ctx context.Context, bad func(seq uint64, err error)) ([]*J
 			continue
 		}
 		j.Seq = seq
-		s.pending.begin()(seq)
+		s.pending.begin()(seq, len(m.Data))
 		jobs = append(jobs, &j)
 	}
 }
@@ -243,24 +253,4 @@ func (s *Store) Result(ctx context.Context, id receipt.JobID) (*Result, error) {
 	}
 	r.Stored = m.Time
 	return r, nil
-}
-
-// SetResultTTL sets how long results are kept, counted from when each was stored.
-func (s *Store) SetResultTTL(ctx context.Context, ttl time.Duration) error {
-	s.ttlMu.Lock()
-	defer s.ttlMu.Unlock()
-	cfg := s.results.CachedInfo().Config
-	if cfg.MaxAge == ttl {
-		return nil
-	}
-	cfg.MaxAge = ttl
-	str, err := s.js.UpdateStream(ctx, cfg)
-	if err != nil {
-		return fmt.Errorf("set age of results: %w", err)
-	}
-	if info, err := str.Info(ctx); err == nil && info.Config.MaxAge != ttl {
-		return fmt.Errorf("set age of results: still %v", info.Config.MaxAge)
-	}
-	_, err = s.results.Info(ctx) // refreshes CachedInfo
-	return err
 }

@@ -31,6 +31,7 @@ import (
 var (
 	ErrNotFound = errors.New("not found")
 	ErrExists   = errors.New("exists already")
+	ErrFull     = errors.New("no room left in the store for unfinished jobs; they are deleted when they end")
 	ErrLocked   = errors.New("another process has the store open; if that is the running service, use its admin socket")
 )
 
@@ -60,7 +61,23 @@ type Store struct {
 	failed context.Context
 	fail   context.CancelCauseFunc
 
-	ttlMu sync.Mutex // held while the results' age is changed
+	space   int64      // of the file system, in bytes
+	streams sync.Mutex // held while a stream's configuration is changed
+}
+
+// Limits bound what is stored, in bytes.
+type Limits struct {
+	Jobs    int64 // records of jobs; beyond it no new one is taken: [ErrFull]
+	Results int64 // results; beyond it the oldest go, however young
+}
+
+// DefaultLimits are those of a new store.
+var DefaultLimits = Limits{Jobs: 1 << 30, Results: 8 << 30}
+
+// within returns the limits, but no more than an eighth of a file system for
+// jobs and half of it for results.
+func (l Limits) within(space int64) Limits {
+	return Limits{Jobs: min(l.Jobs, space/8), Results: min(l.Results, space/2)}
 }
 
 // Open opens the store in dir, making it when it is not there. One process at
@@ -69,7 +86,7 @@ func Open(ctx context.Context, dir string, log *slog.Logger) (_ *Store, err erro
 	if err := os.MkdirAll(dir, 0o700); err != nil {
 		return nil, err
 	}
-	s := &Store{pending: pending{open: map[uint64]struct{}{}, done: map[uint64]struct{}{}, writing: map[*uint64]struct{}{}}}
+	s := &Store{pending: pending{open: map[uint64]int{}, done: map[uint64]int{}, writing: map[*uint64]struct{}{}}}
 	s.failed, s.fail = context.WithCancelCause(context.Background())
 	defer func() {
 		if err != nil {
@@ -79,12 +96,16 @@ func Open(ctx context.Context, dir string, log *slog.Logger) (_ *Store, err erro
 	if s.lock, err = acquire(filepath.Join(dir, "lock")); err != nil {
 		return nil, err
 	}
+	if s.space, err = spaceOf(dir); err != nil {
+		return nil, err
+	}
 	s.server, err = server.NewServer(&server.Options{
 		ServerName:             "resultity-network",
 		DontListen:             true, // reached through InProcessConn only
 		JetStream:              true,
 		StoreDir:               dir,
 		SyncAlways:             true,
+		JetStreamMaxStore:      s.space,             // each stream has a bound of its own
 		MaxPayload:             maxMessage + 64<<10, // a value and its headers
 		NoSigs:                 true,
 		NoLog:                  true,
@@ -113,28 +134,25 @@ func Open(ctx context.Context, dir string, log *slog.Logger) (_ *Store, err erro
 }
 
 func (s *Store) open(ctx context.Context) (err error) {
-	if s.jobs, err = s.js.CreateOrUpdateStream(ctx, jetstream.StreamConfig{
+	limits := DefaultLimits.within(s.space)
+	if s.jobs, err = s.stream(ctx, jetstream.StreamConfig{
 		Name: "JOBS", Description: "jobs that are not finished", Subjects: []string{"jobs.*"},
 		MaxAge:      25 * time.Hour, // no job may be given longer than a day
 		MaxMsgSize:  maxMessage,
+		MaxBytes:    limits.Jobs,
 		Discard:     jetstream.DiscardNew,
 		AllowDirect: true,
 	}); err != nil {
 		return err
 	}
-	// The age of results is the snapshot's to decide; keep what is there.
-	cfg := jetstream.StreamConfig{
+	if s.results, err = s.stream(ctx, jetstream.StreamConfig{
 		Name: "RESULTS", Description: "results by job id", Subjects: []string{"results.*"},
 		MaxMsgSize:        maxMessage,
-		MaxMsgsPerSubject: 1, Discard: jetstream.DiscardNew, DiscardNewPerSubject: true, // the first one stays
-		AllowDirect: true,
-	}
-	if old, err := s.js.Stream(ctx, cfg.Name); err == nil {
-		cfg.MaxAge = old.CachedInfo().Config.MaxAge
-	} else if !errors.Is(err, jetstream.ErrStreamNotFound) {
-		return err
-	}
-	if s.results, err = s.js.CreateOrUpdateStream(ctx, cfg); err != nil {
+		MaxBytes:          limits.Results,
+		MaxMsgsPerSubject: 1,
+		Discard:           jetstream.DiscardOld,
+		AllowDirect:       true,
+	}); err != nil {
 		return err
 	}
 	for _, b := range []struct {
@@ -156,6 +174,55 @@ func (s *Store) open(ctx context.Context) (err error) {
 	return s.loadClients(ctx)
 }
 
+// stream makes a stream, or opens it with the age and the size that it was given
+// last: those are the snapshot's and the configuration's to decide.
+func (s *Store) stream(ctx context.Context, cfg jetstream.StreamConfig) (jetstream.Stream, error) {
+	if old, err := s.js.Stream(ctx, cfg.Name); err == nil {
+		cfg.MaxAge, cfg.MaxBytes = old.CachedInfo().Config.MaxAge, old.CachedInfo().Config.MaxBytes
+	} else if !errors.Is(err, jetstream.ErrStreamNotFound) {
+		return nil, err
+	}
+	return s.js.CreateOrUpdateStream(ctx, cfg)
+}
+
+// change changes the configuration of a stream.
+func (s *Store) change(ctx context.Context, str jetstream.Stream, what func(*jetstream.StreamConfig)) error {
+	s.streams.Lock()
+	defer s.streams.Unlock()
+	old := str.CachedInfo().Config
+	cfg := old
+	what(&cfg)
+	if cfg.MaxAge == old.MaxAge && cfg.MaxBytes == old.MaxBytes {
+		return nil
+	}
+	if _, err := s.js.UpdateStream(ctx, cfg); err != nil {
+		return fmt.Errorf("set bounds of %s: %w", cfg.Name, err)
+	}
+	info, err := str.Info(ctx) // which CachedInfo is from then on
+	if err == nil && (info.Config.MaxAge != cfg.MaxAge || info.Config.MaxBytes != cfg.MaxBytes) {
+		err = errors.New("they did not change")
+	}
+	if err != nil {
+		return fmt.Errorf("set bounds of %s: %w", cfg.Name, err)
+	}
+	return nil
+}
+
+// SetLimits sets how much is stored, as far as the file system allows: it
+// returns what is in force. Results beyond their limit go at once.
+func (s *Store) SetLimits(ctx context.Context, l Limits) (Limits, error) {
+	l = l.within(s.space)
+	return l, errors.Join(
+		s.change(ctx, s.jobs, func(c *jetstream.StreamConfig) { c.MaxBytes = l.Jobs }),
+		s.change(ctx, s.results, func(c *jetstream.StreamConfig) { c.MaxBytes = l.Results }),
+	)
+}
+
+// SetResultTTL sets how long results are kept, counted from when each was stored.
+func (s *Store) SetResultTTL(ctx context.Context, ttl time.Duration) error {
+	return s.change(ctx, s.results, func(c *jetstream.StreamConfig) { c.MaxAge = ttl })
+}
+
 // Close closes the store and waits until its files are closed.
 func (s *Store) Close() {
 	s.fail(errors.New("store is closed"))
@@ -171,16 +238,33 @@ func (s *Store) Close() {
 	}
 }
 
-// sweepEvery is how often finished jobs are deleted.
-const sweepEvery = time.Second
+const (
+	sweepEvery = time.Second      // between two deletions of finished jobs
+	lookEvery  = 10 * time.Second // between two looks at what results went
+)
 
 // Run deletes finished jobs until ctx ends, and then what is left of them.
-func (s *Store) Run(ctx context.Context, log *slog.Logger) error {
+// Meanwhile it passes to discarded how many results had to go before their time.
+func (s *Store) Run(ctx context.Context, log *slog.Logger, discarded func(results uint64)) error {
 	tick := time.NewTicker(sweepEvery)
 	defer tick.Stop()
+	look := time.NewTicker(lookEvery)
+	defer look.Stop()
+	var seen oldest
 	for {
 		select {
 		case <-tick.C:
+		case <-look.C:
+			n, err := s.discarded(ctx, &seen)
+			switch {
+			case err != nil:
+				log.Warn("results could not be looked at", "error", err)
+			case n > 0:
+				log.Warn("results were discarded before their time: they take more room than they may; raise max_results_bytes, or lower limits.result_ttl_s in the published configuration",
+					"count", n, "max_bytes", s.results.CachedInfo().Config.MaxBytes)
+				discarded(n)
+			}
+			continue
 		case <-ctx.Done():
 		}
 		if err := s.sweep(context.WithoutCancel(ctx)); err != nil {
@@ -190,6 +274,28 @@ func (s *Store) Run(ctx context.Context, log *slog.Logger) error {
 			return nil
 		}
 	}
+}
+
+// oldest is the oldest result that there was.
+type oldest struct {
+	seq uint64 // 0 before the first look
+	at  time.Time
+}
+
+// discarded counts the results that have gone since the last look although the
+// oldest of them was younger than results may become.
+func (s *Store) discarded(ctx context.Context, seen *oldest) (uint64, error) {
+	info, err := s.results.Info(ctx)
+	if err != nil {
+		return 0, err
+	}
+	was := *seen
+	*seen = oldest{info.State.FirstSeq, info.State.FirstTime}
+	ttl := info.Config.MaxAge
+	if was.seq == 0 || was.at.IsZero() || seen.seq <= was.seq || ttl > 0 && time.Since(was.at) >= ttl {
+		return 0, nil
+	}
+	return seen.seq - was.seq, nil
 }
 
 // ErrFailed says that JetStream has stopped writing after an error of the disk.
@@ -221,6 +327,15 @@ func (s *Store) failure(err error) error {
 		return fmt.Errorf("%w: %w", context.Cause(s.failed), err)
 	}
 	return err
+}
+
+// spaceOf is the size of the file system of a directory, in bytes.
+func spaceOf(dir string) (int64, error) {
+	var st syscall.Statfs_t
+	if err := syscall.Statfs(dir, &st); err != nil {
+		return 0, &fs.PathError{Op: "statfs", Path: dir, Err: err}
+	}
+	return int64(st.Blocks) * st.Bsize, nil
 }
 
 // acquire takes the lock file. The kernel drops the lock when the process

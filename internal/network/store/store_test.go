@@ -142,7 +142,7 @@ func TestSweep(t *testing.T) {
 	// Nothing is left to do for Run but this.
 	ctx, cancel := context.WithCancel(t.Context())
 	cancel()
-	if err := s.Run(ctx, slog.New(slog.DiscardHandler)); err != nil {
+	if err := s.Run(ctx, slog.New(slog.DiscardHandler), nil); err != nil {
 		t.Fatal(err)
 	}
 	if got := ids(t, s); got != nil {
@@ -156,27 +156,27 @@ func TestSweep(t *testing.T) {
 // A job that is stored, but whose writer does not know yet, is not swept away
 // by a later one that is finished already.
 func TestSweepSparesWhatIsBeingWritten(t *testing.T) {
-	p := pending{open: map[uint64]struct{}{}, done: map[uint64]struct{}{}, writing: map[*uint64]struct{}{}}
-	p.begin()(7)
+	p := pending{open: map[uint64]int{}, done: map[uint64]int{}, writing: map[*uint64]struct{}{}}
+	p.begin()(7, 1)
 	slow := p.begin() // will get 8
-	p.begin()(9)
+	p.begin()(9, 5)
 	for _, seq := range []uint64{7, 9} {
 		delete(p.open, seq)
-		p.done[seq] = struct{}{}
+		p.done[seq] = int(seq)
 	}
-	if below, above := p.settled(); !slices.Equal(below, []uint64{7}) || !slices.Equal(above, []uint64{9}) {
-		t.Fatalf("below %v, above %v", below, above)
+	if below, above, size := p.settled(); !slices.Equal(below, []uint64{7}) || !slices.Equal(above, []uint64{9}) || size != 9 {
+		t.Fatalf("below %v, above %v of %d bytes", below, above, size)
 	}
-	slow(8)
-	if below, _ := p.settled(); !slices.Equal(below, []uint64{7}) {
+	slow(8, 1)
+	if below, _, _ := p.settled(); !slices.Equal(below, []uint64{7}) {
 		t.Fatalf("below %v", below)
 	}
 	p.forget(8)
-	if below, _ := p.settled(); len(below) != 2 {
+	if below, _, _ := p.settled(); len(below) != 2 {
 		t.Fatalf("below %v", below)
 	}
 	failed := p.begin()
-	failed(0)
+	failed(0, 0)
 	if len(p.writing) != 0 {
 		t.Fatal("a failed write is remembered")
 	}
@@ -247,6 +247,86 @@ func TestLargest(t *testing.T) {
 	jobs, err := s.Jobs(t.Context(), noBad(t))
 	if err != nil || len(jobs) != 1 || !bytes.Equal(jobs[0].Request, big) {
 		t.Fatalf("job: %v", err)
+	}
+}
+
+// Jobs beyond their limit are refused until others have gone, which finished ones
+// do before they take all the room.
+func TestJobLimit(t *testing.T) {
+	s := open(t, t.TempDir())
+	if _, err := s.SetLimits(t.Context(), Limits{Jobs: 64 << 10, Results: 1 << 20}); err != nil {
+		t.Fatal(err)
+	}
+	first := put(t, s, bytes.Repeat([]byte("x"), 12<<10))
+	second := put(t, s, bytes.Repeat([]byte("x"), 24<<10))
+	j := *second
+	j.ID = receipt.NewJobID()
+	if err := s.PutJob(t.Context(), &j); !errors.Is(err, ErrFull) {
+		t.Fatalf("got %v, want ErrFull", err)
+	}
+	s.JobDone(second.Seq) // and the first one is not
+	if err := s.sweep(t.Context()); err != nil {
+		t.Fatal(err)
+	}
+	if err := s.PutJob(t.Context(), &j); err != nil {
+		t.Fatal(err)
+	}
+	if got := ids(t, s); !slices.Equal(got, []receipt.JobID{first.ID, j.ID}) {
+		t.Fatalf("left are %v", got)
+	}
+}
+
+// Results beyond their limit push out the oldest, which is said.
+func TestResultLimit(t *testing.T) {
+	dir := t.TempDir()
+	s := open(t, dir)
+	if err := s.SetResultTTL(t.Context(), time.Hour); err != nil {
+		t.Fatal(err)
+	}
+	want := Limits{Jobs: 1 << 20, Results: 100 << 10}
+	if got, err := s.SetLimits(t.Context(), want); err != nil || got != want {
+		t.Fatalf("%+v %v", got, err)
+	}
+	s = reopen(t, s, dir) // which keeps the limits
+	var seen oldest
+	look := func(want uint64) {
+		t.Helper()
+		if n, err := s.discarded(t.Context(), &seen); err != nil || n != want {
+			t.Fatalf("discarded %d, want %d: %v", n, want, err)
+		}
+	}
+	look(0)
+	list := make([]receipt.JobID, 5)
+	for i := range list {
+		list[i] = receipt.NewJobID()
+		if err := s.PutResult(t.Context(), signed(t, list[i]), make([]byte, 30<<10)); err != nil {
+			t.Fatal(err)
+		}
+		if i == 2 {
+			look(0)
+		}
+	}
+	look(2)
+	look(0)
+	for i, id := range list {
+		if _, err := s.Result(t.Context(), id); (err == nil) != (i >= 2) {
+			t.Errorf("result %d: %v", i, err)
+		}
+	}
+	// What is older than it may become goes without a word.
+	seen.at = time.Now().Add(-2 * time.Hour)
+	if err := s.PutResult(t.Context(), signed(t, receipt.NewJobID()), make([]byte, 30<<10)); err != nil {
+		t.Fatal(err)
+	}
+	look(0)
+}
+
+// Nothing may take more room than there is, whatever is asked for.
+func TestLimitsOfTheFileSystem(t *testing.T) {
+	s := open(t, t.TempDir())
+	got, err := s.SetLimits(t.Context(), Limits{Jobs: 1 << 60, Results: 1 << 60})
+	if err != nil || got != (Limits{Jobs: s.space / 8, Results: s.space / 2}) {
+		t.Fatalf("%+v of %d: %v", got, s.space, err)
 	}
 }
 
