@@ -17,14 +17,22 @@ import (
 
 	"github.com/resultity/node/internal/digest"
 	"github.com/resultity/node/internal/evm"
+	"github.com/resultity/node/internal/wire"
 )
 
 // Node is a registered node.
 type Node struct {
 	Address    evm.Address `json:"address"`
-	Account    string      `json:"account"` // whose it is; from the token
-	Agent      string      `json:"agent"`   // version at registration
+	Agent      string      `json:"agent"` // version at registration
 	Registered int64       `json:"registered"`
+
+	Binding
+	History []BindEvent `json:"history,omitempty"` // the last ones, oldest first
+	Tokens  []string    `json:"tokens,omitempty"`  // names of those that have bound it
+
+	Challenge        evm.Hash `json:"challenge"` // the nonce that is good for the next change
+	ChallengeExpires int64    `json:"challenge_expires,omitempty"`
+	Code             *Code    `json:"code,omitempty"`
 }
 
 // Token is an enrolment token as it is stored: the token itself is known to
@@ -91,8 +99,9 @@ func (s *Store) Nodes(ctx context.Context) ([]Node, error) {
 
 func nodeKey(a evm.Address) string { return hex.EncodeToString(a[:]) }
 
-// Register registers a node with an enrolment token. A node that is registered
-// already is returned as it is, whatever the token.
+// Register registers a node with an enrolment token, and binds it to the token's
+// account. A node that is registered already is returned as it is, whatever the
+// token.
 //
 // Taking a use and making the node are two writes. The token remembers who
 // used it, so that a crash between them costs nothing: the node that comes
@@ -102,9 +111,21 @@ func (s *Store) Register(ctx context.Context, n Node, token string, now time.Tim
 	if !errors.Is(err, ErrNotFound) {
 		return old, err
 	}
-	if n.Account, err = s.use(ctx, token, n.Address, now); err != nil {
+	account, name, err := s.TokenAccount(ctx, token, n.Address, now)
+	if err != nil {
 		return Node{}, err
 	}
+	n.Tokens = []string{name}
+	n.SetBinding(Binding{Account: account, Method: wire.MethodToken, Since: now.UnixMilli()}, BindEvent{By: "owner"})
+	return s.create(ctx, n, now)
+}
+
+// RegisterUnbound registers a node that belongs to nobody yet.
+func (s *Store) RegisterUnbound(ctx context.Context, n Node, now time.Time) (Node, error) {
+	return s.create(ctx, n, now)
+}
+
+func (s *Store) create(ctx context.Context, n Node, now time.Time) (Node, error) {
 	n.Registered = now.UnixMilli()
 	b, err := json.Marshal(n)
 	if err != nil {

@@ -1,6 +1,7 @@
 // Package store owns all that the network service must not forget: jobs that
-// are not finished, results, nodes, enrolment tokens, API keys and published
-// configurations, in an embedded NATS JetStream.
+// are not finished, results, nodes and their bindings, enrolment tokens, API
+// keys, accounts, mail to be sent and published configurations, in an embedded
+// NATS JetStream.
 //
 // The rule it keeps: a call that returns without an error is on disk. JetStream
 // is told to sync every write before it acknowledges one, and nothing here is
@@ -53,6 +54,7 @@ type Store struct {
 
 	jobs, results                  jetstream.Stream
 	nodes, tokens, keys, published jetstream.KeyValue
+	accounts, mails                jetstream.KeyValue
 
 	clients clients
 	pending pending
@@ -164,6 +166,8 @@ func (s *Store) open(ctx context.Context) (err error) {
 		{&s.tokens, "TOKENS", "enrolment tokens by their SHA-256", 0},
 		{&s.keys, "APIKEYS", "API keys by their SHA-256", 0},
 		{&s.published, "CONFIGS", "published configurations by digest", 0},
+		{&s.accounts, "ACCOUNTS", "accounts of e-mail addresses, by their SHA-256", 0},
+		{&s.mails, "OUTBOX", "messages that no mail server has taken yet", time.Hour},
 	} {
 		if *b.kv, err = s.js.CreateOrUpdateKeyValue(ctx, jetstream.KeyValueConfig{
 			Bucket: b.name, Description: b.what, TTL: b.ttl, MaxValueSize: 2 << 20,

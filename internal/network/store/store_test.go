@@ -9,6 +9,7 @@ import (
 	"log/slog"
 	"os"
 	"path/filepath"
+	"reflect"
 	"runtime"
 	"slices"
 	"sync"
@@ -391,7 +392,7 @@ func TestTokens(t *testing.T) {
 	}
 	s = reopen(t, s, dir)
 	again, err := s.Register(t.Context(), node(1), "", now.Add(time.Hour))
-	if err != nil || again != first {
+	if err != nil || !reflect.DeepEqual(again, first) {
 		t.Fatalf("%+v %v", again, err)
 	}
 	if _, err := s.Register(t.Context(), node(2), token, now.Add(2*time.Hour)); !errors.Is(err, ErrToken) {
