@@ -14,11 +14,14 @@ import (
 	"net/url"
 	"os"
 	"path/filepath"
+	"slices"
 	"strings"
 	"syscall"
 	"time"
 
+	"github.com/resultity/node/internal/evm"
 	"github.com/resultity/node/internal/network/store"
+	"github.com/resultity/node/internal/wire"
 )
 
 func adminSocket(dir string) string { return filepath.Join(dir, "admin.sock") }
@@ -68,6 +71,10 @@ type (
 		Secret string `json:"secret,omitempty"`
 		Count  int    `json:"count,omitempty"`
 		Error  string `json:"error,omitempty"`
+
+		Node     *NodeInfo  `json:"node,omitempty"`
+		Nodes    []NodeInfo `json:"nodes,omitempty"`
+		Accounts []Account  `json:"accounts,omitempty"`
 	}
 )
 
@@ -101,6 +108,34 @@ func (s *service) adminHandler() http.Handler {
 	})
 	handle("DELETE /apikey/{name}", func(r *http.Request) (reply adminReply, err error) {
 		reply.Count, err = own.RevokeAPIKeys(r.Context(), r.PathValue("name"))
+		return reply, err
+	})
+	handle("GET /nodes", func(r *http.Request) (reply adminReply, err error) {
+		reply.Nodes, err = own.Nodes(r.Context())
+		return reply, err
+	})
+	handle("GET /nodes/{node}", func(r *http.Request) (reply adminReply, err error) {
+		a, err := evm.ParseAddress(r.PathValue("node"))
+		if err == nil {
+			var n NodeInfo
+			n, err = own.Node(r.Context(), a)
+			reply.Node = &n
+		}
+		return reply, err
+	})
+	handle("POST /nodes/{node}/unbind", func(r *http.Request) (reply adminReply, err error) {
+		a, err := evm.ParseAddress(r.PathValue("node"))
+		if err != nil {
+			return reply, err
+		}
+		n, err := own.unbind(r.Context(), a)
+		if err == nil {
+			s.nodes.Changed(n)
+		}
+		return reply, err
+	})
+	handle("GET /accounts", func(r *http.Request) (reply adminReply, err error) {
+		reply.Accounts, err = own.Accounts(r.Context())
 		return reply, err
 	})
 	handle("POST /reload", func(r *http.Request) (adminReply, error) { return adminReply{}, s.reload(r.Context()) })
@@ -150,7 +185,33 @@ type Admin interface {
 	CreateAPIKey(ctx context.Context, name string) (string, error)
 	// RevokeAPIKeys removes all API keys of a name and returns how many.
 	RevokeAPIKeys(ctx context.Context, name string) (int, error)
+	// Nodes returns the registered nodes, ordered by address; without histories.
+	Nodes(context.Context) ([]NodeInfo, error)
+	// Node returns one of them.
+	Node(context.Context, evm.Address) (NodeInfo, error)
+	// Unbind takes a node from its account.
+	Unbind(context.Context, evm.Address) error
+	// Accounts returns the accounts that have nodes, or had, ordered by name.
+	Accounts(context.Context) ([]Account, error)
 	Close()
+}
+
+// NodeInfo is what the registry knows of a node.
+type NodeInfo struct {
+	Address    evm.Address       `json:"address"`
+	Agent      string            `json:"agent"`      // version at registration
+	Registered int64             `json:"registered"` // Unix milliseconds
+	Account    string            `json:"account"`    // "" for none
+	Method     wire.Method       `json:"method,omitempty"`
+	Since      int64             `json:"since,omitempty"` // Unix milliseconds
+	History    []store.BindEvent `json:"history,omitempty"`
+}
+
+// Account is an owner of nodes.
+type Account struct {
+	ID    string        `json:"id"`
+	Email string        `json:"email,omitempty"` // for the operator's eyes
+	Nodes []evm.Address `json:"nodes"`
 }
 
 // OpenAdmin reaches the running service of dir, or opens its store when none
@@ -187,6 +248,71 @@ func (a storeAdmin) RevokeAPIKeys(ctx context.Context, name string) (int, error)
 	return a.store.RevokeAPIKeys(ctx, name)
 }
 
+func (a storeAdmin) Nodes(ctx context.Context) ([]NodeInfo, error) {
+	nodes, err := a.store.Nodes(ctx)
+	list := make([]NodeInfo, 0, len(nodes))
+	for _, n := range nodes {
+		n.History = nil
+		list = append(list, info(n))
+	}
+	return list, err
+}
+
+func (a storeAdmin) Node(ctx context.Context, addr evm.Address) (NodeInfo, error) {
+	n, err := a.store.Node(ctx, addr)
+	return info(n), err
+}
+
+// info leaves out what is nobody's business: codes, and where they went.
+func info(n store.Node) NodeInfo {
+	return NodeInfo{n.Address, n.Agent, n.Registered, n.Account, n.Method, n.Since, n.History}
+}
+
+func (a storeAdmin) Unbind(ctx context.Context, addr evm.Address) error {
+	_, err := a.unbind(ctx, addr)
+	return err
+}
+
+func (a storeAdmin) unbind(ctx context.Context, addr evm.Address) (store.Node, error) {
+	return a.store.UpdateNode(ctx, addr, func(n *store.Node) error {
+		if n.Account == "" {
+			return fmt.Errorf("node %s is bound to no account", addr)
+		}
+		n.SetBinding(store.Binding{Since: time.Now().UnixMilli()}, store.BindEvent{By: "operator"})
+		return nil
+	})
+}
+
+func (a storeAdmin) Accounts(ctx context.Context) ([]Account, error) {
+	nodes, err := a.store.Nodes(ctx)
+	if err != nil {
+		return nil, err
+	}
+	emails, err := a.store.EmailAccounts(ctx)
+	if err != nil {
+		return nil, err
+	}
+	of := map[string][]evm.Address{}
+	for _, n := range nodes {
+		if n.Account != "" {
+			of[n.Account] = append(of[n.Account], n.Address)
+		}
+	}
+	byID := map[string]string{}
+	for _, e := range emails {
+		byID[e.ID] = e.Email
+		if of[e.ID] == nil {
+			of[e.ID] = []evm.Address{}
+		}
+	}
+	list := make([]Account, 0, len(of))
+	for id, nodes := range of {
+		list = append(list, Account{ID: id, Email: byID[id], Nodes: nodes})
+	}
+	slices.SortFunc(list, func(a, b Account) int { return strings.Compare(a.ID, b.ID) })
+	return list, nil
+}
+
 func (a storeAdmin) Close() { a.store.Close() }
 
 // adminClient asks the running service.
@@ -207,7 +333,7 @@ func (c *adminClient) call(ctx context.Context, method, path string, body any) (
 		return reply, err
 	}
 	defer res.Body.Close()
-	if err := json.NewDecoder(io.LimitReader(res.Body, 64<<10)).Decode(&reply); err != nil {
+	if err := json.NewDecoder(io.LimitReader(res.Body, 64<<20)).Decode(&reply); err != nil {
 		return reply, fmt.Errorf("admin socket: %s: %w", res.Status, err)
 	}
 	if reply.Error != "" {
@@ -229,6 +355,29 @@ func (c *adminClient) CreateAPIKey(ctx context.Context, name string) (string, er
 func (c *adminClient) RevokeAPIKeys(ctx context.Context, name string) (int, error) {
 	r, err := c.call(ctx, http.MethodDelete, "/apikey/"+url.PathEscape(name), nil)
 	return r.Count, err
+}
+
+func (c *adminClient) Nodes(ctx context.Context) ([]NodeInfo, error) {
+	r, err := c.call(ctx, http.MethodGet, "/nodes", nil)
+	return r.Nodes, err
+}
+
+func (c *adminClient) Node(ctx context.Context, a evm.Address) (NodeInfo, error) {
+	r, err := c.call(ctx, http.MethodGet, "/nodes/"+a.Hex(), nil)
+	if err != nil || r.Node == nil {
+		return NodeInfo{}, err
+	}
+	return *r.Node, nil
+}
+
+func (c *adminClient) Unbind(ctx context.Context, a evm.Address) error {
+	_, err := c.call(ctx, http.MethodPost, "/nodes/"+a.Hex()+"/unbind", nil)
+	return err
+}
+
+func (c *adminClient) Accounts(ctx context.Context) ([]Account, error) {
+	r, err := c.call(ctx, http.MethodGet, "/accounts", nil)
+	return r.Accounts, err
 }
 
 func (c *adminClient) Close() { c.http.CloseIdleConnections() }

@@ -97,6 +97,9 @@ func TestAgentsSide(t *testing.T) {
 	serve := func() {
 		t.Helper()
 		wait(t, e.opened)
+		if b, ok := wait(t, e.messages).(*wire.Bound); !ok || b.Account != "operator" || b.Method != wire.MethodToken {
+			t.Fatalf("%+v", b)
+		}
 		if err := s.Send(v.Heartbeat()); err != nil {
 			t.Fatal(err)
 		}

@@ -18,6 +18,7 @@ import (
 	"github.com/knadh/koanf/providers/rawbytes"
 	"github.com/knadh/koanf/v2"
 
+	"github.com/resultity/node/internal/network/mail"
 	"github.com/resultity/node/internal/network/store"
 )
 
@@ -51,6 +52,18 @@ type Config struct {
 	MaxSessions int `koanf:"max_sessions"`
 	// Drain is how long requests may go on after the service was told to stop.
 	Drain time.Duration `koanf:"drain"`
+	// Registration is "token": a node needs an enrolment token to become known;
+	// or "open": anybody's node becomes known, and gets jobs once it is bound to
+	// an account.
+	Registration string `koanf:"registration"`
+	// SMTP is the mail server, host:port, that codes are sent through; without one
+	// no account is bound by e-mail. The other keys are described at [mail.Config].
+	SMTP         string `koanf:"smtp"`
+	SMTPSecurity string `koanf:"smtp_security"`
+	SMTPFrom     string `koanf:"smtp_from"`
+	SMTPLogin    string `koanf:"smtp_login"`
+	SMTPCA       string `koanf:"smtp_ca"`
+
 	// LogLevel is debug, info, warn or error.
 	LogLevel string `koanf:"log_level"`
 
@@ -64,7 +77,8 @@ func Defaults() Config {
 	return Config{
 		Dir: "/var/lib/resultity-network", Listen: "127.0.0.1:8443",
 		MaxQueued: 1024, MaxQueuedBytes: 256 << 20, MaxUploadBytes: 256 << 20, KeyShare: 50,
-		MaxResultsBytes: store.DefaultLimits.Results, MaxSessions: 16384, Drain: 10 * time.Second, LogLevel: "info",
+		MaxResultsBytes: store.DefaultLimits.Results, MaxSessions: 16384, Drain: 10 * time.Second,
+		Registration: "token", SMTPSecurity: string(mail.StartTLS), LogLevel: "info",
 	}
 }
 
@@ -169,6 +183,9 @@ func (c *Config) check() error {
 	if c.KeyShare < 1 || c.KeyShare > 100 {
 		return bad("key_share", "is %d, want 1 to 100 percent", c.KeyShare)
 	}
+	if c.Registration != "token" && c.Registration != "open" {
+		return bad("registration", "%q: want token or open", c.Registration)
+	}
 	if c.Drain < 0 || c.Drain > 10*time.Minute {
 		return bad("drain", "is %v, want 0s to 10m", c.Drain)
 	}
@@ -176,4 +193,21 @@ func (c *Config) check() error {
 		return bad("log_level", "%q: want debug, info, warn or error", c.LogLevel)
 	}
 	return nil
+}
+
+// mailer returns who sends codes, or nil.
+func (c *Config) mailer() (*mail.Sender, error) {
+	if c.SMTP == "" {
+		if c.SMTPFrom != "" || c.SMTPLogin != "" || c.SMTPCA != "" {
+			return nil, fmt.Errorf("%w: smtp: which mail server? the other smtp keys are of no use without it", ErrConfig)
+		}
+		return nil, nil
+	}
+	s, err := mail.NewSender(mail.Config{
+		Server: c.SMTP, Security: mail.Security(c.SMTPSecurity), From: c.SMTPFrom, Login: c.SMTPLogin, CA: c.SMTPCA,
+	})
+	if err != nil {
+		return nil, fmt.Errorf("%w: %w", ErrConfig, err)
+	}
+	return s, nil
 }

@@ -10,7 +10,7 @@
 //	clients ──HTTPS──▶ gateway ──Work──▶ dispatch ──wire.Job──▶ nodes ──WebSocket──▶ agents
 //	        ◀─────────         ◀─Ticket─          ◀─wire.Result─      ◀─────────────
 //	                                       │
-//	                                     store (durable: jobs, results, nodes, tokens, keys)
+//	                                     store (durable: jobs, results, nodes, accounts, tokens, keys, mail)
 //
 //	publish ──TUF repository──▶ agents; and to this process, which serves under it
 //
@@ -49,6 +49,7 @@ import (
 	"github.com/resultity/node/internal/evm"
 	"github.com/resultity/node/internal/network/dispatch"
 	"github.com/resultity/node/internal/network/gateway"
+	"github.com/resultity/node/internal/network/mail"
 	"github.com/resultity/node/internal/network/metrics"
 	"github.com/resultity/node/internal/network/nodes"
 	"github.com/resultity/node/internal/network/store"
@@ -67,6 +68,8 @@ type service struct {
 	dispatch *dispatch.Dispatcher
 	metrics  *metrics.Metrics
 	nodes    *nodes.Manager
+	sender   *mail.Sender // nil where no mail is sent
+	outbox   *mail.Outbox // likewise
 
 	// mu is held while a configuration is taken over.
 	mu    sync.Mutex
@@ -89,6 +92,9 @@ func Run(ctx context.Context, cfg Config, log *slog.Logger) (err error) {
 	}
 	tlsConfig, err := cfg.tls()
 	if err != nil {
+		return err
+	}
+	if s.sender, err = cfg.mailer(); err != nil {
 		return err
 	}
 	if s.store, err = store.Open(ctx, filepath.Join(cfg.Dir, "store"), log); err != nil {
@@ -157,7 +163,15 @@ func (s *service) begin(ctx context.Context, snap *snapshot.Snapshot) error {
 	if len(jobs) > 0 {
 		s.log.Info("jobs of the run before", "count", len(jobs))
 	}
-	s.nodes = nodes.New(s.store, s.dispatch, s.key, version.String(), s.metrics, s.log, nodes.Options{MaxSessions: s.cfg.MaxSessions})
+	opt := nodes.Options{MaxSessions: s.cfg.MaxSessions, Open: s.cfg.Registration == "open"}
+	if s.sender != nil {
+		if s.outbox, err = mail.NewOutbox(ctx, s.store, s.mail, func(outcome string) { s.metrics.Mails.WithLabelValues(outcome).Inc() }, s.log); err != nil {
+			s.dispatch.Close()
+			return err
+		}
+		opt.Outbox = s.outbox
+	}
+	s.nodes = nodes.New(s.store, s.dispatch, s.key, version.String(), s.metrics, s.log, opt)
 	return nil
 }
 
@@ -187,6 +201,9 @@ func (s *service) serve(ctx context.Context, listener, admin net.Listener) error
 	group.Go(serve(adminServer, admin))
 	group.Go(func() error { return s.nodes.Run(sessions) })
 	group.Go(func() error { return s.watch(ctx) })
+	if s.outbox != nil {
+		group.Go(func() error { return s.outbox.Run(ctx) })
+	}
 	group.Go(func() error {
 		<-ctx.Done()
 		s.log.Info("stopping", "drain", s.cfg.Drain)
@@ -219,6 +236,7 @@ func (s *service) handler() http.Handler {
 	mux := http.NewServeMux()
 	mux.Handle("/tuf/", http.StripPrefix("/tuf", publish.Handler(s.cfg.Dir)))
 	mux.HandleFunc("POST "+wire.RegisterPath, s.nodes.ServeRegister)
+	mux.HandleFunc("POST "+wire.BindPath, s.nodes.ServeBinding)
 	mux.HandleFunc("GET "+wire.SessionPath, s.nodes.ServeSession)
 	mux.Handle("/v1/", gateway.New(s.store, s.dispatch, s.metrics, s.log, gateway.Options{
 		MaxUploadBytes: s.cfg.MaxUploadBytes, Share: s.cfg.KeyShare,
@@ -239,6 +257,15 @@ func (s *service) handler() http.Handler {
 // smallTimeout is how long a client may take to send a small request, and to
 // read a small answer.
 const smallTimeout = 30 * time.Second
+
+// mail sends one message with a code.
+func (s *service) mail(ctx context.Context, m store.Mail) error {
+	name := s.dispatch.Terms().Config.Network.Name
+	return s.sender.Send(ctx, m.To, "Your code for a node of "+name, fmt.Sprintf(
+		"%s\n\nis the code that binds node\n\n%s\n\nof network %s to this address. On the node, enter:\n\n    resultityctl bind --code %[1]s\n\n"+
+			"It is good until %[4]s. If this was not you, do nothing.\n",
+		nodes.NewCodes(s.key).Of(m.Seed, m.Node), m.Node.Hex(), name, time.UnixMilli(m.Expires).UTC().Format("15:04 MST")))
+}
 
 // healthz answers whether this process can do its work. Having no nodes is no
 // fault of its own.

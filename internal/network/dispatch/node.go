@@ -41,6 +41,7 @@ type node struct {
 	struckAt time.Time
 	penalty  time.Time // no jobs before
 
+	unbound  bool // belongs to no account
 	routable bool
 	told     *wire.Status // what the node was told last
 	index    int          // in Dispatcher.free, or -1
@@ -72,6 +73,7 @@ func (d *Dispatcher) Join(addr evm.Address, peer Peer) *Member {
 	}
 	m := &Member{d: d, node: n, peer: peer}
 	n.member, n.since, n.beat, n.told, n.foreign, n.blocked = m, now, nil, nil, 0, time.Time{}
+	n.unbound = false
 	for _, r := range n.running {
 		j := r.job
 		if j.result != nil || r.adopted >= adoptions || r.lost && j.place == nil {
@@ -85,6 +87,20 @@ func (d *Dispatcher) Join(addr evm.Address, peer Peer) *Member {
 	}
 	d.refresh(n)
 	return m
+}
+
+// SetBound says whether a node in session belongs to an account; one that joins
+// does. A node that belongs to nobody gets no jobs; it goes on with those it has.
+func (d *Dispatcher) SetBound(addr evm.Address, bound bool) {
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	n := d.nodes[addr]
+	if n == nil || n.unbound == !bound {
+		return
+	}
+	n.unbound = !bound
+	d.refresh(n)
+	d.pump()
 }
 
 // Leave ends a session. violation says that the node broke the protocol: its
@@ -520,6 +536,8 @@ func (d *Dispatcher) assess(n *node, now time.Time) string {
 		return fmt.Sprintf("no heartbeat for %v", window)
 	case now.Before(n.penalty):
 		return "it broke the protocol; it gets jobs again after " + n.penalty.UTC().Format(time.TimeOnly) + " UTC"
+	case n.unbound:
+		return "it is bound to no account; bind it: resultityctl bind"
 	case b.Config != t.Digest:
 		return fmt.Sprintf("it is on configuration %s, the network on %s", orNone(b.Config.String()), t.Digest)
 	case b.Draining:

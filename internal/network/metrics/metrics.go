@@ -25,6 +25,8 @@ type Metrics struct {
 	FramesRefused *prometheus.CounterVec   // ended a session; reason
 	Sessions      *prometheus.CounterVec   // ended sessions; reason
 	Registrations *prometheus.CounterVec   // outcome
+	Bindings      *prometheus.CounterVec   // requests about a node's account; step, outcome
+	Mails         *prometheus.CounterVec   // tries to send one; outcome
 	Requests      *prometheus.CounterVec   // HTTP; route, code
 	JobSeconds    *prometheus.HistogramVec // arrival to answer; stream
 	FirstByte     prometheus.Histogram     // arrival to the first byte of a stream
@@ -57,6 +59,8 @@ func New(state func() State) *Metrics {
 		FramesRefused: counter("frames_refused_total", "Frames that ended a session by reason.", "reason"),
 		Sessions:      counter("sessions_ended_total", "Ended sessions by reason.", "reason"),
 		Registrations: counter("registrations_total", "Registration requests by outcome.", "outcome"),
+		Bindings:      counter("binding_requests_total", "Requests about the account of a node by step and outcome.", "step", "outcome"),
+		Mails:         counter("mail_tries_total", "Tries to hand a message to the mail server by outcome.", "outcome"),
 		Requests:      counter("http_requests_total", "HTTP requests by route and status code.", "route", "code"),
 		Dispatches:    prometheus.NewCounter(prometheus.CounterOpts{Namespace: "resultity", Name: "dispatches_total", Help: "Jobs handed to nodes, repetitions included."}),
 		JobSeconds:    histogram("job_seconds", "Time from a job's arrival to its answer.", 0.001, "outcome"),
@@ -64,7 +68,7 @@ func New(state func() State) *Metrics {
 		Discarded:     prometheus.NewCounter(prometheus.CounterOpts{Namespace: "resultity", Name: "results_discarded_total", Help: "Results deleted before their time, for want of room."}),
 		StoreSeconds:  histogram("store_seconds", "Time of one durable write.", 0.00005, "op"),
 	}
-	m.registry.MustRegister(m.Jobs, m.Results, m.Dispatches, m.Reassignments, m.FramesRefused, m.Sessions, m.Registrations,
+	m.registry.MustRegister(m.Jobs, m.Results, m.Dispatches, m.Reassignments, m.FramesRefused, m.Sessions, m.Registrations, m.Bindings, m.Mails,
 		m.Requests, m.JobSeconds, m.FirstByte, m.Discarded, m.StoreSeconds, gauges{state},
 		collectors.NewGoCollector(), collectors.NewProcessCollector(collectors.ProcessCollectorOpts{}))
 	return m

@@ -1,5 +1,5 @@
-// Package nodes owns the network's side of a node's connection: registration
-// and the WebSocket session.
+// Package nodes owns the network's side of a node's connection: registration,
+// its binding to an account, and the WebSocket session.
 //
 // The rule it keeps: nothing that a node says has an effect before its frame
 // has been checked, and no node can hold up another. Each session has a reader
@@ -33,6 +33,10 @@ import (
 type registry interface {
 	Node(context.Context, evm.Address) (store.Node, error)
 	Register(ctx context.Context, n store.Node, token string, now time.Time) (store.Node, error)
+	RegisterUnbound(ctx context.Context, n store.Node, now time.Time) (store.Node, error)
+	UpdateNode(context.Context, evm.Address, func(*store.Node) error) (store.Node, error)
+	TokenAccount(ctx context.Context, token string, node evm.Address, now time.Time) (account, name string, err error)
+	EmailAccount(ctx context.Context, email string, now time.Time) (store.EmailAccount, error)
 }
 
 // Bounds of what somebody may take before the network knows who they are.
@@ -46,6 +50,8 @@ const (
 type Options struct {
 	MaxSessions int           // at once, those that have not said hello included; default 16384
 	Ping        time.Duration // interval of WebSocket pings; default 15 s. Three of them without a sign of life end a session
+	Open        bool          // nodes may register without an enrolment token
+	Outbox      Outbox        // sends codes; nil for a network that sends no mail
 }
 
 // Manager holds the sessions. Its handlers may be used from the moment it is
@@ -60,7 +66,13 @@ type Manager struct {
 	opt      Options
 
 	upgrader websocket.Upgrader
-	register *rate.Limiter // of registrations, whose signatures cost time to check
+	register *rate.Limiter // of registrations and bindings, whose signatures cost time to check
+	limits   limits
+	codes    Codes
+
+	// joining is held for reading from the look at a node's binding until dispatch
+	// knows it, and for writing while dispatch is told of a change: so none is missed.
+	joining sync.RWMutex
 
 	wg sync.WaitGroup // sessions
 
@@ -90,7 +102,7 @@ func New(r registry, d *dispatch.Dispatcher, key *evm.Key, version string, m *me
 			// Nodes are no browsers; a page that makes one connect is up to no good.
 			CheckOrigin: func(r *http.Request) bool { return r.Header.Get("Origin") == "" },
 		},
-		register: rate.NewLimiter(50, 200),
+		register: rate.NewLimiter(50, 200), limits: limits{counts: map[string]*count{}}, codes: NewCodes(key),
 		sessions: map[*session]struct{}{}, current: map[evm.Address]*session{},
 	}
 }
@@ -110,7 +122,7 @@ func (m *Manager) Run(ctx context.Context) error {
 
 // ServeRegister answers POST /node/v1/register.
 func (m *Manager) ServeRegister(w http.ResponseWriter, r *http.Request) {
-	reply, status, err := m.registerNode(r.Context(), http.MaxBytesReader(w, r.Body, maxRegistration))
+	reply, status, err := m.registerNode(w, r)
 	m.metrics.Registrations.WithLabelValues(http.StatusText(status)).Inc()
 	if err != nil {
 		m.log.Warn("registration refused", "status", status, "from", r.RemoteAddr, "error", err)
@@ -127,13 +139,23 @@ func (m *Manager) ServeRegister(w http.ResponseWriter, r *http.Request) {
 	_, _ = w.Write(reply) // a node that has gone asks again
 }
 
-func (m *Manager) registerNode(ctx context.Context, body io.Reader) (reply []byte, status int, err error) {
+// body reads the small body of a request of a stranger, not too often.
+func (m *Manager) body(w http.ResponseWriter, r *http.Request) ([]byte, error) {
 	if !m.register.Allow() {
-		return nil, http.StatusTooManyRequests, errors.New("too many registrations; try again later")
+		return nil, refuse(http.StatusTooManyRequests, "too many requests; try again later")
 	}
-	raw, err := io.ReadAll(body)
+	raw, err := io.ReadAll(http.MaxBytesReader(w, r.Body, maxRegistration))
 	if err != nil {
-		return nil, http.StatusBadRequest, fmt.Errorf("read registration: %w", err)
+		return nil, refuse(http.StatusBadRequest, "read the request: %v", err)
+	}
+	return raw, nil
+}
+
+func (m *Manager) registerNode(w http.ResponseWriter, r *http.Request) (reply []byte, status int, err error) {
+	ctx := r.Context()
+	raw, err := m.body(w, r)
+	if no, ok := errors.AsType[*refusal](err); ok {
+		return nil, no.status, err
 	}
 	var reg wire.Registration
 	signer, err := wire.OpenRegistration(raw, &reg)
@@ -152,7 +174,12 @@ func (m *Manager) registerNode(ctx context.Context, body io.Reader) (reply []byt
 	case len(reg.Agent) > 128 || len(reg.Token) > 256:
 		return nil, http.StatusBadRequest, errors.New("agent or token is too long")
 	}
-	n, err := m.registry.Register(ctx, store.Node{Address: reg.Node, Agent: reg.Agent}, reg.Token, now)
+	n := store.Node{Address: reg.Node, Agent: reg.Agent}
+	if m.opt.Open && reg.Token == "" {
+		n, err = m.registry.RegisterUnbound(ctx, n, now)
+	} else {
+		n, err = m.registry.Register(ctx, n, reg.Token, now)
+	}
 	if errors.Is(err, store.ErrToken) {
 		return nil, http.StatusForbidden, err
 	}
@@ -160,7 +187,7 @@ func (m *Manager) registerNode(ctx context.Context, body io.Reader) (reply []byt
 		return nil, http.StatusInternalServerError, err
 	}
 	m.log.Info("node registered", "node", n.Address, "account", n.Account, "agent", n.Agent)
-	reply, err = wire.SealRegistration(m.key, &wire.Registered{Network: net.Name, Node: n.Address, Account: n.Account, Time: n.Registered})
+	reply, err = wire.SealRegistration(m.key, &wire.Registered{Network: net.Name, Node: n.Address, Account: n.Account, Method: n.Method, Since: n.Since, Time: n.Registered})
 	if err != nil {
 		return nil, http.StatusInternalServerError, err
 	}

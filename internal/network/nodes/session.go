@@ -229,7 +229,23 @@ func (s *session) hello() (*dispatch.Member, error) {
 	if t := s.m.dispatch.Terms(); h.Config != t.Digest { // it may have been away when this was told
 		s.Send(&wire.Update{Version: t.Version})
 	}
-	return s.m.dispatch.Join(s.node, s), nil
+	return s.join()
+}
+
+// join gives the node to dispatch, with its binding as it is now.
+func (s *session) join() (*dispatch.Member, error) {
+	s.m.joining.RLock()
+	defer s.m.joining.RUnlock()
+	ctx, cancel := context.WithTimeout(context.Background(), helloTimeout)
+	defer cancel()
+	n, err := s.m.registry.Node(ctx, s.node)
+	if err != nil {
+		return nil, err
+	}
+	s.Send(bound(n.Binding))
+	m := s.m.dispatch.Join(s.node, s)
+	s.m.dispatch.SetBound(s.node, n.Account != "") // before its first heartbeat, so before its first job
+	return m, nil
 }
 
 func (s *session) alive() error {

@@ -122,7 +122,7 @@ func (n *Node) Register(ctx context.Context, reg wire.Registration, key *evm.Key
 	if err != nil {
 		return 0, reply, err
 	}
-	status, raw, err := n.post(ctx, body)
+	status, raw, err := n.post(ctx, wire.RegisterPath, body)
 	if err != nil || status != http.StatusOK {
 		return status, reply, err
 	}
@@ -135,12 +135,39 @@ func (n *Node) Register(ctx context.Context, reg wire.Registration, key *evm.Key
 
 // RegisterRaw sends any bytes as a registration and returns the status.
 func (n *Node) RegisterRaw(ctx context.Context, body []byte) (int, error) {
-	status, _, err := n.post(ctx, body)
+	status, _, err := n.post(ctx, wire.RegisterPath, body)
 	return status, err
 }
 
-func (n *Node) post(ctx context.Context, body []byte) (int, []byte, error) {
-	req, err := http.NewRequestWithContext(ctx, http.MethodPost, n.URL+wire.RegisterPath, bytes.NewReader(body))
+// Bind sends a request about the node's binding, signed by key, with what an
+// honest node says of itself. text is the network's refusal.
+func (n *Node) Bind(ctx context.Context, req wire.BindRequest, key *evm.Key) (status int, reply wire.BindReply, text string, err error) {
+	if req.Network == "" {
+		req.Network = n.Config.Network.Name
+	}
+	if req.Node == (evm.Address{}) {
+		req.Node = n.Key.Address()
+	}
+	if req.Time == 0 {
+		req.Time = time.Now().UnixMilli()
+	}
+	body, err := wire.SealBinding(key, &req)
+	if err != nil {
+		return 0, reply, "", err
+	}
+	status, raw, err := n.post(ctx, wire.BindPath, body)
+	if err != nil || status != http.StatusOK {
+		return status, reply, string(raw), err
+	}
+	signer, err := wire.OpenBinding(raw, &reply)
+	if err == nil && signer != n.Config.Network.MessageKeys[0] {
+		err = fmt.Errorf("reply is signed by %s", signer)
+	}
+	return status, reply, "", err
+}
+
+func (n *Node) post(ctx context.Context, path string, body []byte) (int, []byte, error) {
+	req, err := http.NewRequestWithContext(ctx, http.MethodPost, n.URL+path, bytes.NewReader(body))
 	if err != nil {
 		return 0, nil, err
 	}
@@ -289,8 +316,8 @@ func (s *Session) Receive() (wire.Message, error) {
 	return s.opener.Open(frame, time.Now())
 }
 
-// Expect returns the next message of type M. Status and Update come at any time
-// and are passed over unless asked for.
+// Expect returns the next message of type M. Bound, Status and Update come at any
+// time and are passed over unless asked for.
 func Expect[M wire.Message](s *Session) M {
 	s.t.Helper()
 	for {
@@ -301,7 +328,7 @@ func Expect[M wire.Message](s *Session) M {
 		switch v := m.(type) {
 		case M:
 			return v
-		case *wire.Status, *wire.Update:
+		case *wire.Bound, *wire.Status, *wire.Update:
 		default:
 			s.t.Fatalf("got %T %+v, want %T", m, m, *new(M))
 		}

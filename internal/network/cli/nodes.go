@@ -1,0 +1,130 @@
+package cli
+
+import (
+	"cmp"
+	"encoding/json"
+	"fmt"
+	"io"
+	"text/tabwriter"
+	"time"
+
+	"github.com/spf13/cobra"
+
+	"github.com/resultity/node/internal/evm"
+	"github.com/resultity/node/internal/network"
+)
+
+func nodesCommand() *cobra.Command {
+	cmd := &cobra.Command{Use: "nodes", Short: "Registered nodes and the accounts that they are bound to"}
+	list := adminCommand("list", "List the registered nodes", 0, func(cmd *cobra.Command, a network.Admin, _ []string) (any, func(io.Writer), error) {
+		nodes, err := a.Nodes(cmd.Context())
+		return nodes, func(w io.Writer) {
+			fmt.Fprintln(w, "NODE\tACCOUNT\tMETHOD\tBOUND\tREGISTERED")
+			for _, n := range nodes {
+				fmt.Fprintf(w, "%s\t%s\t%s\t%s\t%s\n", n.Address.Hex(), cmp.Or(n.Account, "(none)"), n.Method, when(n.Since), when(n.Registered))
+			}
+		}, err
+	})
+	show := adminCommand("show NODE", "Show a node and the history of its binding", 1, func(cmd *cobra.Command, a network.Admin, args []string) (any, func(io.Writer), error) {
+		addr, err := evm.ParseAddress(args[0])
+		if err != nil {
+			return nil, nil, fmt.Errorf("%w: %w", errUsage, err)
+		}
+		n, err := a.Node(cmd.Context(), addr)
+		return n, func(w io.Writer) {
+			fmt.Fprintf(w, "node\t%s\nregistered\t%s\nagent\t%q\naccount\t%s\n", n.Address.Hex(), when(n.Registered), n.Agent, cmp.Or(n.Account, "(none)"))
+			if n.Account != "" {
+				fmt.Fprintf(w, "method\t%s\nbound\t%s\n", n.Method, when(n.Since))
+			}
+			fmt.Fprintln(w, "\nTIME\tACTION\tACCOUNT\tMETHOD\tBY")
+			for _, e := range n.History {
+				fmt.Fprintf(w, "%s\t%s\t%s\t%s\t%s\n", when(e.Time), e.Action, e.Account, e.Method, e.By)
+			}
+		}, err
+	})
+	unbind := adminCommand("unbind NODE", "Take a node from its account; it gets no jobs until it is bound again", 1, func(cmd *cobra.Command, a network.Admin, args []string) (any, func(io.Writer), error) {
+		addr, err := evm.ParseAddress(args[0])
+		if err != nil {
+			return nil, nil, fmt.Errorf("%w: %w", errUsage, err)
+		}
+		return struct{}{}, func(w io.Writer) { fmt.Fprintln(w, "unbound", addr.Hex()) }, a.Unbind(cmd.Context(), addr)
+	})
+	cmd.AddCommand(list, show, unbind)
+	return cmd
+}
+
+func accountsCommand() *cobra.Command {
+	cmd := &cobra.Command{Use: "accounts", Short: "Accounts and their nodes"}
+	list := adminCommand("list", "List the accounts and how many nodes each has", 0, func(cmd *cobra.Command, a network.Admin, _ []string) (any, func(io.Writer), error) {
+		accounts, err := a.Accounts(cmd.Context())
+		for i := range accounts {
+			accounts[i].Email = "" // show tells it
+		}
+		return accounts, func(w io.Writer) {
+			fmt.Fprintln(w, "ACCOUNT\tNODES")
+			for _, c := range accounts {
+				fmt.Fprintf(w, "%s\t%d\n", c.ID, len(c.Nodes))
+			}
+		}, err
+	})
+	show := adminCommand("show ACCOUNT", "Show an account, its address if it has one, and its nodes", 1, func(cmd *cobra.Command, a network.Admin, args []string) (any, func(io.Writer), error) {
+		accounts, err := a.Accounts(cmd.Context())
+		if err != nil {
+			return nil, nil, err
+		}
+		for _, c := range accounts {
+			if c.ID != args[0] {
+				continue
+			}
+			return c, func(w io.Writer) {
+				fmt.Fprintf(w, "account\t%s\n", c.ID)
+				if c.Email != "" {
+					fmt.Fprintf(w, "e-mail\t%s\n", c.Email)
+				}
+				for _, n := range c.Nodes {
+					fmt.Fprintf(w, "node\t%s\n", n.Hex())
+				}
+			}, nil
+		}
+		return nil, nil, fmt.Errorf("no node is, or was by e-mail, bound to an account %q", args[0])
+	})
+	cmd.AddCommand(list, show)
+	return cmd
+}
+
+// adminCommand makes a command that prints what it gets from the network, as a
+// table or as JSON.
+func adminCommand(use, short string, args int, run func(*cobra.Command, network.Admin, []string) (any, func(io.Writer), error)) *cobra.Command {
+	cmd := &cobra.Command{Use: use, Short: short, Args: cobra.ExactArgs(args)}
+	dir := dirFlag(cmd)
+	asJSON := cmd.Flags().Bool("json", false, "print JSON")
+	cmd.RunE = func(cmd *cobra.Command, args []string) error {
+		d, err := dir()
+		if err != nil {
+			return err
+		}
+		return withAdmin(cmd, d, func(a network.Admin) error {
+			v, table, err := run(cmd, a, args)
+			if err != nil {
+				return err
+			}
+			if *asJSON {
+				e := json.NewEncoder(cmd.OutOrStdout())
+				e.SetIndent("", "  ")
+				return e.Encode(v)
+			}
+			w := tabwriter.NewWriter(cmd.OutOrStdout(), 0, 0, 2, ' ', 0)
+			table(w)
+			return w.Flush()
+		})
+	}
+	return cmd
+}
+
+// when prints Unix milliseconds.
+func when(ms int64) string {
+	if ms == 0 {
+		return ""
+	}
+	return time.UnixMilli(ms).UTC().Format(time.RFC3339)
+}
