@@ -45,45 +45,73 @@ func BenchmarkPlain(b *testing.B) {
 }
 
 // BenchmarkToken is the time from a chunk's sending by the node to its reading
-// by the client, one at a time.
+// by the client, one at a time. A response has a bound: when it is reached, the
+// client goes, and the next stream begins, outside of the time.
 func BenchmarkToken(b *testing.B) {
-	n := start(b, func(c *snapshot.Config) { c.Limits.ResponseBytes, c.Limits.Deadline = 16<<20, 3600 })
+	n := start(b, func(c *snapshot.Config) { c.Limits.Deadline = 3600 })
 	s := n.node().Ready(b)
-	req, err := http.NewRequest(http.MethodPost, n.url+"/v1/chat/completions", strings.NewReader(chatStream))
-	if err != nil {
-		b.Fatal(err)
-	}
-	req.Header.Set("Authorization", "Bearer "+n.apiKey)
-	req.Header.Set("Content-Type", "application/json")
-	got := make(chan *http.Response, 1)
-	go func() {
-		res, err := http.DefaultClient.Do(req)
-		if err != nil {
-			b.Error(err)
-		}
-		got <- res
-	}()
-	j := s.Take()
 	event := []byte("data: " + strings.Repeat("x", 180) + "\n\n")
-	s.Send(&wire.Chunk{Job: j.ID, Data: event})
-	res := <-got
-	defer res.Body.Close()
-	in := bufio.NewReader(res.Body)
 	buf := make([]byte, len(event))
-	if _, err := io.ReadFull(in, buf); err != nil {
-		b.Fatal(err)
-	}
-	at := int64(len(event))
-	var took []time.Duration
-	for b.Loop() {
-		start := time.Now()
+	var j *wire.Job
+	var res *http.Response
+	var in *bufio.Reader
+	var at int64
+	token := func() {
 		s.Send(&wire.Chunk{Job: j.ID, Offset: at, Data: event})
+		at += int64(len(event))
+		if in == nil {
+			return
+		}
 		if _, err := io.ReadFull(in, buf); err != nil {
 			b.Fatal(err)
 		}
-		at += int64(len(event))
+	}
+	begin := func() {
+		got := make(chan *http.Response, 1)
+		go func() {
+			req, err := http.NewRequest(http.MethodPost, n.url+"/v1/chat/completions", strings.NewReader(chatStream))
+			if err == nil {
+				req.Header.Set("Authorization", "Bearer "+n.apiKey)
+				req.Header.Set("Content-Type", "application/json")
+				res, err = http.DefaultClient.Do(req)
+			}
+			if err != nil {
+				b.Error(err)
+			}
+			got <- res
+		}()
+		j, in, at = s.Take(), nil, 0
+		token() // the reply begins with it
+		if res = <-got; res == nil {
+			b.FailNow()
+		}
+		in = bufio.NewReader(res.Body)
+		if _, err := io.ReadFull(in, buf); err != nil {
+			b.Fatal(err)
+		}
+	}
+	end := func() {
+		_ = res.Body.Close() // it is not read to its end
+		if c := nodetest.Expect[*wire.Cancel](s); c.Job != j.ID {
+			b.Fatalf("cancelled %s, want %s", c.Job, j.ID)
+		}
+		s.Send(&wire.Result{Job: j.ID, Code: wire.CodeCancelled})
+		nodetest.Expect[*wire.Ack](s)
+	}
+	begin()
+	var took []time.Duration
+	for b.Loop() {
+		if at+int64(len(event)) > n.config.Limits.ResponseBytes {
+			b.StopTimer()
+			end()
+			begin()
+			b.StartTimer()
+		}
+		start := time.Now()
+		token()
 		took = append(took, time.Since(start))
 	}
+	end()
 	slices.Sort(took)
 	b.ReportMetric(float64(took[len(took)/2].Microseconds()), "p50-µs")
 }
