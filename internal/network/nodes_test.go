@@ -296,6 +296,37 @@ func TestBeforeHello(t *testing.T) {
 	}
 }
 
+// Connections that never say hello do not keep a node out, whosever
+// address they name; the oldest of them go.
+func TestStrangersDoNotKeepNodesOut(t *testing.T) {
+	n := start(t, nil)
+	n.stop()
+	n.tweak = func(c *network.Config) { c.MaxSessions = 2 }
+	n.serve()
+	v := n.node()
+	v.URL = n.url
+	var first *nodetest.Session
+	for range 100 {
+		own := wire.NewSecret()
+		s, status, err := v.Dial(t, v.Headers(own), own)
+		if err != nil {
+			t.Fatalf("status %d, %v", status, err)
+		}
+		if first == nil {
+			first = s
+		}
+	}
+	s := v.Ready(t)
+	if code := first.Closed(); code != websocket.CloseTryAgainLater {
+		t.Errorf("the first stranger: closed with %d", code)
+	}
+	ch := n.ask(chat)
+	s.Finish(s.Take(), "fine")
+	if r := n.answer(ch); r.status != http.StatusOK {
+		t.Fatalf("%d %s", r.status, r.body)
+	}
+}
+
 func TestSecondSessionReplacesTheFirst(t *testing.T) {
 	n := start(t, nil)
 	v := n.node()

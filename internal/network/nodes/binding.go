@@ -9,7 +9,6 @@ import (
 	"errors"
 	"fmt"
 	"net/http"
-	"net/netip"
 	"slices"
 	"strings"
 	"sync"
@@ -137,7 +136,7 @@ func (m *Manager) bind(ctx context.Context, w http.ResponseWriter, r *http.Reque
 		return req, nil, refuse(http.StatusTooManyRequests, "too many requests of this node; try again in an hour")
 	}
 	old := node.Binding
-	node, expires, err := m.step(ctx, &req, node, now, source(r))
+	node, expires, err := m.step(ctx, &req, node, now, source(r.RemoteAddr).String())
 	if err != nil {
 		return req, nil, err
 	}
@@ -362,20 +361,6 @@ func (m *Manager) tell(n store.Node) {
 
 func bound(b store.Binding) *wire.Bound {
 	return &wire.Bound{Account: b.Account, Method: b.Method, Since: b.Since}
-}
-
-// source is who asks, as far as limits go: one address, or an IPv6 network.
-func source(r *http.Request) string {
-	a, err := netip.ParseAddrPort(r.RemoteAddr)
-	if err != nil {
-		return "unknown"
-	}
-	ip := a.Addr().Unmap()
-	if ip.Is6() {
-		p, _ := ip.Prefix(64) // fails for more bits than there are
-		return p.String()
-	}
-	return ip.String()
 }
 
 // limits counts events by key within a window. In memory: a restart forgives.

@@ -6,15 +6,21 @@
 // and a writer of its own; what is sent to it waits in a bounded queue, and a
 // session that does not keep up ends. Whatever is wrong with a frame ends its
 // session too: after that, nothing the peer says can be placed.
+//
+// Nor can a stranger: what is done for somebody who has not shown a node's key
+// is bounded for each source, and those who wait to show it have a room of their
+// own. When it is full, who waited longest goes, since a node says hello at once.
 package nodes
 
 import (
+	"container/list"
 	"context"
 	"errors"
 	"fmt"
 	"io"
 	"log/slog"
 	"net/http"
+	"net/netip"
 	"slices"
 	"sync"
 	"time"
@@ -48,7 +54,8 @@ const (
 
 // Options bound the sessions. The zero value of a field stands for its default.
 type Options struct {
-	MaxSessions int           // at once, those that have not said hello included; default 16384
+	MaxSessions int           // nodes at once, after hello; default 16384
+	MaxWaiting  int           // connections before hello; default 1024, of which one source may have a sixteenth
 	Ping        time.Duration // interval of WebSocket pings; default 15 s. Three of them without a sign of life end a session
 	Open        bool          // nodes may register without an enrolment token
 	Outbox      Outbox        // sends codes; nil for a network that sends no mail
@@ -66,9 +73,12 @@ type Manager struct {
 	opt      Options
 
 	upgrader websocket.Upgrader
-	register *rate.Limiter // of registrations and bindings, whose signatures cost time to check
-	limits   limits
-	codes    Codes
+	// Of registrations and bindings, whose signatures cost time to check: of one
+	// source, and then of all together.
+	askOf  *limiters
+	askAll *rate.Limiter
+	limits limits
+	codes  Codes
 
 	// joining is held for reading from the look at a node's binding until dispatch
 	// knows it, and for writing while dispatch is told of a change: so none is missed.
@@ -81,12 +91,17 @@ type Manager struct {
 	closing  bool
 	sessions map[*session]struct{}
 	current  map[evm.Address]*session // after hello
+	waiting  *list.List               // of *session, before hello; oldest first
+	waitsOf  map[netip.Prefix]int     // by source
 }
 
 // New makes a manager.
 func New(r registry, d *dispatch.Dispatcher, key *evm.Key, version string, m *metrics.Metrics, log *slog.Logger, opt Options) *Manager {
 	if opt.MaxSessions == 0 {
 		opt.MaxSessions = 16384
+	}
+	if opt.MaxWaiting == 0 {
+		opt.MaxWaiting = 1024
 	}
 	if opt.Ping == 0 {
 		opt.Ping = 15 * time.Second
@@ -102,8 +117,10 @@ func New(r registry, d *dispatch.Dispatcher, key *evm.Key, version string, m *me
 			// Nodes are no browsers; a page that makes one connect is up to no good.
 			CheckOrigin: func(r *http.Request) bool { return r.Header.Get("Origin") == "" },
 		},
-		register: rate.NewLimiter(50, 200), limits: limits{counts: map[string]*count{}}, codes: NewCodes(key),
+		askOf: newLimiters(sourceRate, sourceBurst), askAll: rate.NewLimiter(allRate, allBurst),
+		limits: limits{counts: map[string]*count{}}, codes: NewCodes(key),
 		sessions: map[*session]struct{}{}, current: map[evm.Address]*session{},
+		waiting: list.New(), waitsOf: map[netip.Prefix]int{},
 	}
 }
 
@@ -141,7 +158,7 @@ func (m *Manager) ServeRegister(w http.ResponseWriter, r *http.Request) {
 
 // body reads the small body of a request of a stranger, not too often.
 func (m *Manager) body(w http.ResponseWriter, r *http.Request) ([]byte, error) {
-	if !m.register.Allow() {
+	if !m.askOf.allow(source(r.RemoteAddr)) || !m.askAll.Allow() { // who is over their own bound takes nothing of the others'
 		return nil, refuse(http.StatusTooManyRequests, "too many requests; try again later")
 	}
 	raw, err := io.ReadAll(http.MaxBytesReader(w, r.Body, maxRegistration))
@@ -206,7 +223,7 @@ func (m *Manager) ServeSession(w http.ResponseWriter, r *http.Request) {
 	s := newSession(m, node, agreed, r.RemoteAddr)
 	if !m.add(s) {
 		w.Header().Set("Retry-After", "5")
-		http.Error(w, "too many sessions, or the service is stopping", http.StatusServiceUnavailable)
+		http.Error(w, "too many nodes are connected, or the service is stopping", http.StatusServiceUnavailable)
 		return
 	}
 	conn, err := m.upgrader.Upgrade(w, r, http.Header{wire.HeaderKey: {own.Public().String()}})
@@ -253,15 +270,48 @@ func (m *Manager) admit(r *http.Request, own *wire.Secret) (node evm.Address, ag
 	return node, agreed, 0, nil
 }
 
-// add counts a session in; false when there are too many.
+// add has a session wait for its hello; false when there are too many nodes.
+// Those who wait do not count against nodes, and make room for one another.
 func (m *Manager) add(s *session) bool {
 	m.mu.Lock()
 	defer m.mu.Unlock()
-	if m.closing || len(m.sessions) >= m.opt.MaxSessions {
+	if m.closing || m.full(s.node) {
 		return false
 	}
+	oldest := m.waiting.Front()
+	switch {
+	case m.waitsOf[s.source] >= max(1, m.opt.MaxWaiting/16):
+		for oldest.Value.(*session).source != s.source {
+			oldest = oldest.Next()
+		}
+		fallthrough
+	case m.waiting.Len() >= m.opt.MaxWaiting:
+		old := oldest.Value.(*session)
+		m.leave(old)
+		old.end(websocket.CloseTryAgainLater, "crowded", "too many others wait to say hello")
+	}
 	m.sessions[s] = struct{}{}
+	s.place = m.waiting.PushBack(s)
+	m.waitsOf[s.source]++
 	m.wg.Add(1)
+	return true
+}
+
+// full reports whether there is no place for a node beside those there are.
+func (m *Manager) full(node evm.Address) bool {
+	return m.current[node] == nil && len(m.current) >= m.opt.MaxSessions
+}
+
+// leave takes a session out of the waiting room; false if it is not there.
+func (m *Manager) leave(s *session) bool {
+	if s.place == nil {
+		return false
+	}
+	m.waiting.Remove(s.place)
+	s.place = nil
+	if m.waitsOf[s.source]--; m.waitsOf[s.source] == 0 {
+		delete(m.waitsOf, s.source)
+	}
 	return true
 }
 
@@ -269,20 +319,31 @@ func (m *Manager) remove(s *session) {
 	m.mu.Lock()
 	defer m.mu.Unlock()
 	delete(m.sessions, s)
+	m.leave(s)
 	if m.current[s.node] == s {
 		delete(m.current, s.node)
 	}
 	m.wg.Done()
 }
 
+var errNoPlace = errors.New("no place for this session")
+
 // replace makes s the session of its node, now that it has shown that it holds
-// the node's key, and ends the one before.
-func (m *Manager) replace(s *session) {
+// the node's key, and ends the one before. It fails when s had to go meanwhile,
+// or when there are too many nodes.
+func (m *Manager) replace(s *session) error {
 	m.mu.Lock()
-	old := m.current[s.node]
-	m.current[s.node] = s
-	m.mu.Unlock()
-	if old != nil {
+	defer m.mu.Unlock()
+	if !m.leave(s) {
+		return errNoPlace // it has been told
+	}
+	if m.full(s.node) {
+		s.end(websocket.CloseTryAgainLater, "full", "too many nodes are connected")
+		return errNoPlace
+	}
+	if old := m.current[s.node]; old != nil {
 		old.end(websocket.CloseNormalClosure, "replaced", "another session of this node has begun")
 	}
+	m.current[s.node] = s
+	return nil
 }

@@ -2,6 +2,7 @@ package nodes
 
 import (
 	"bytes"
+	"container/list"
 	"context"
 	"crypto/tls"
 	"errors"
@@ -9,6 +10,7 @@ import (
 	"io"
 	"log/slog"
 	"net"
+	"net/netip"
 	"strings"
 	"sync"
 	"time"
@@ -40,6 +42,8 @@ type session struct {
 	node   evm.Address
 	log    *slog.Logger
 	agreed *wire.Session
+	source netip.Prefix
+	place  *list.Element // in the manager's waiting room, and guarded by its mu; nil after hello
 
 	opener *wire.Opener // the reader's
 	// stray slows down a node that sends what nobody asked for: the reader waits,
@@ -63,7 +67,7 @@ type session struct {
 func newSession(m *Manager, node evm.Address, agreed *wire.Session, from string) *session {
 	window := m.dispatch.Terms().Config.Network.ClockWindow.Duration()
 	return &session{
-		m: m, node: node, agreed: agreed, log: m.log.With("node", node, "from", from),
+		m: m, node: node, agreed: agreed, source: source(from), log: m.log.With("node", node, "from", from),
 		opener: wire.NewOpener(func(a evm.Address) bool { return a == node }, agreed, wire.ToNetwork, window),
 		stray:  rate.NewLimiter(20, 200),
 		stop:   make(chan struct{}), work: make(chan struct{}, 1),
@@ -224,7 +228,9 @@ func (s *session) hello() (*dispatch.Member, error) {
 	if err := s.alive(); err != nil {
 		return nil, err
 	}
-	s.m.replace(s)
+	if err := s.m.replace(s); err != nil {
+		return nil, err
+	}
 	s.Send(&wire.Welcome{Session: s.agreed.ID().String(), Server: s.m.version})
 	if t := s.m.dispatch.Terms(); h.Config != t.Digest { // it may have been away when this was told
 		s.Send(&wire.Update{Version: t.Version})

@@ -3,11 +3,13 @@ package nodes
 import (
 	"bytes"
 	"errors"
+	"fmt"
 	"log/slog"
 	"net/http"
 	"net/http/httptest"
 	"os"
 	"runtime"
+	"strings"
 	"testing"
 	"time"
 
@@ -208,16 +210,184 @@ func TestStrayMessagesAreSlowedDown(t *testing.T) {
 	s.m.remove(s)
 }
 
+// Nodes have places of their own; those who wait to say hello take none.
 func TestSessionsAreBounded(t *testing.T) {
 	s, _ := rig(t, Options{MaxSessions: 1})
-	if s.m.add(newSession(s.m, evm.Address{2}, metSession(t), "test")) {
+	s.m.remove(s)
+	_ = s.conn.Close()
+	agreed := metSession(t)
+	of := func(node byte) *session {
+		return newSession(s.m, evm.Address{node}, agreed, fmt.Sprintf("192.0.2.%d:1", node))
+	}
+	var waiting []*session
+	for i := range byte(9) {
+		waiting = append(waiting, of(i))
+		if !s.m.add(waiting[i]) {
+			t.Fatalf("no room for number %d to wait", i)
+		}
+	}
+	if err := s.m.replace(waiting[0]); err != nil {
+		t.Fatal(err)
+	}
+	if err := s.m.replace(waiting[1]); !errors.Is(err, errNoPlace) || waiting[1].why != "full" || waiting[1].code != websocket.CloseTryAgainLater {
+		t.Errorf("a second node: %v, ended because %q", err, waiting[1].why)
+	}
+	if s.m.add(of(10)) {
 		t.Error("one more than allowed")
 	}
-	s.m.remove(s)
-	other := newSession(s.m, evm.Address{2}, metSession(t), "test")
-	if !s.m.add(other) {
-		t.Error("no room after one has gone")
+	again := of(0)
+	if !s.m.add(again) {
+		t.Fatal("no room for the node's next session")
 	}
-	s.m.remove(other)
+	if err := s.m.replace(again); err != nil || waiting[0].why != "replaced" {
+		t.Errorf("the node's next session: %v; the first ended because %q", err, waiting[0].why)
+	}
+	for _, w := range append(waiting, again) {
+		s.m.remove(w)
+	}
+	next := of(10)
+	if !s.m.add(next) || s.m.replace(next) != nil {
+		t.Error("no room after all have gone")
+	}
+	s.m.remove(next)
+	if s.m.waiting.Len() != 0 || len(s.m.waitsOf) != 0 || len(s.m.current) != 0 || len(s.m.sessions) != 0 {
+		t.Error("something is left")
+	}
+}
+
+// Who waits longest goes when the room is full: first of the source that fills
+// it, then of all.
+func TestWaitingRoom(t *testing.T) {
+	s, _ := rig(t, Options{MaxWaiting: 64})
+	s.m.remove(s)
 	_ = s.conn.Close()
+	agreed := metSession(t)
+	var all []*session
+	wait := func(from string) *session {
+		t.Helper()
+		v := newSession(s.m, evm.Address{1}, agreed, from)
+		if !s.m.add(v) {
+			t.Fatal("no room")
+		}
+		all = append(all, v)
+		return v
+	}
+	ended := func(v *session) bool {
+		select {
+		case <-v.stop:
+			return true
+		default:
+			return false
+		}
+	}
+	bystander := wait("198.51.100.1:1")
+	for range 1000 {
+		wait("192.0.2.1:1")
+	}
+	if ended(bystander) {
+		t.Error("a flood from elsewhere has thrown somebody out")
+	}
+	if n := s.m.waitsOf[source("192.0.2.1:1")]; n != 4 {
+		t.Errorf("%d of one source wait, want 4", n)
+	}
+	for i, v := range all[1:] {
+		if ended(v) != (i < 996) || ended(v) && (v.why != "crowded" || v.code != websocket.CloseTryAgainLater) {
+			t.Fatalf("number %d of the flood: ended %v because %q", i, ended(v), v.why)
+		}
+	}
+	// It is too late for one that had to go.
+	if err := s.m.replace(all[1]); !errors.Is(err, errNoPlace) || s.m.current[all[1].node] != nil {
+		t.Errorf("replace = %v, want errNoPlace", err)
+	}
+	// Many sources fill the room together, and a node that comes then says hello.
+	for i := range 1000 {
+		wait(fmt.Sprintf("[2001:db8:0:%x::1]:1", i))
+	}
+	if s.m.waiting.Len() != 64 || !ended(bystander) {
+		t.Errorf("%d wait, want 64, without the oldest", s.m.waiting.Len())
+	}
+	node := wait("198.51.100.1:1")
+	if err := s.m.replace(node); err != nil {
+		t.Error(err)
+	}
+	for _, v := range all {
+		s.m.remove(v)
+	}
+}
+
+func TestSource(t *testing.T) {
+	for _, same := range [][]string{
+		{"192.0.2.1:1", "192.0.2.1:2", "[::ffff:192.0.2.1]:3"},
+		{"192.0.2.2:1"},
+		{"[2001:db8::1]:1", "[2001:db8::ffff:1:2:3]:2"},
+		{"[2001:db8:0:1::1]:1"},
+		{"[fe80::1%eth0]:1", "[fe80::2%eth1]:1"},
+		{"", "@", "nonsense"},
+	} {
+		for _, a := range same {
+			if got, want := source(a), source(same[0]); got != want {
+				t.Errorf("source(%q) = %v, want %v", a, got, want)
+			}
+		}
+	}
+	if source("192.0.2.1:1") == source("192.0.2.2:1") || source("[2001:db8::1]:1") == source("[2001:db8:0:1::1]:1") {
+		t.Error("different sources are one")
+	}
+}
+
+// One that floods is refused, and nobody else; all together have a bound, too.
+func TestRegistrationsAreBounded(t *testing.T) {
+	s, _ := rig(t, Options{})
+	s.m.remove(s)
+	_ = s.conn.Close()
+	register := func(from string) int {
+		r := httptest.NewRequest(http.MethodPost, wire.RegisterPath, strings.NewReader("not one"))
+		r.RemoteAddr = from
+		w := httptest.NewRecorder()
+		s.m.ServeRegister(w, r)
+		if w.Code == http.StatusTooManyRequests && w.Header().Get("Retry-After") == "" {
+			t.Error("it does not say when to try again")
+		}
+		return w.Code
+	}
+	s.m.askOf = newLimiters(0.001, 10)
+	s.m.askAll = rate.NewLimiter(0.001, 15)
+	for i := range 100 {
+		want := http.StatusBadRequest
+		if i >= 10 {
+			want = http.StatusTooManyRequests
+		}
+		if got := register("[2001:db8::" + fmt.Sprint(i) + "]:1"); got != want {
+			t.Fatalf("registration %d: %d, want %d", i, got, want)
+		}
+	}
+	for i := range 10 {
+		want := http.StatusBadRequest
+		if i >= 5 {
+			want = http.StatusTooManyRequests
+		}
+		if got := register(fmt.Sprintf("192.0.2.%d:1", i)); got != want {
+			t.Fatalf("registration of another, number %d: %d, want %d", i, got, want)
+		}
+	}
+}
+
+// Sources are forgotten when there are too many, but not while they are heard of.
+func TestLimitersAreBounded(t *testing.T) {
+	l := newLimiters(0.001, 1)
+	loud := source("192.0.2.1:1")
+	if !l.allow(loud) {
+		t.Fatal("the first is refused")
+	}
+	for i := range 10 * maxSources {
+		if !l.allow(source(fmt.Sprintf("[2001:db8:%x:%x::]:1", i>>16, i&0xffff))) {
+			t.Fatal("a new source is refused")
+		}
+		if n := len(l.young) + len(l.old); n > 2*maxSources {
+			t.Fatalf("%d sources are remembered", n)
+		}
+		if i%1000 == 0 && l.allow(loud) {
+			t.Fatalf("forgotten after %d others", i)
+		}
+	}
 }
