@@ -127,16 +127,19 @@ func readMessageKey(dir string) (*evm.Key, error) {
 // refuse it refuses what this service could not serve, and a change of the
 // network's name or chain, which would make every node a stranger. A running
 // service takes it over within seconds; [Reload] makes it do so at once.
-func Publish(dir string, raw []byte) error {
+// keyFiles are TUF keys that do not lie in DIR/keys.
+func Publish(dir string, raw []byte, keyFiles ...string) error {
 	c, err := snapshot.Parse(raw)
 	if err != nil {
 		return fmt.Errorf("%w: %w", ErrConfig, err)
 	}
-	key, err := readMessageKey(dir)
-	if err != nil {
-		return err
-	}
-	if err := listsKey(c, key.Address()); err != nil {
+	// Who publishes from another machine has no message key there; the service
+	// itself refuses a configuration that does not list it.
+	if key, err := readMessageKey(dir); err == nil {
+		if err := listsKey(c, key.Address()); err != nil {
+			return err
+		}
+	} else if !errors.Is(err, fs.ErrNotExist) {
 		return err
 	}
 	if _, err := publish.Refresh(dir); err == nil {
@@ -150,7 +153,7 @@ func Publish(dir string, raw []byte) error {
 	} else if !errors.Is(err, publish.ErrNothing) {
 		return err
 	}
-	return publish.Publish(dir, raw)
+	return publish.Publish(dir, raw, keyFiles...)
 }
 
 // writeSkeleton writes a configuration in which only the operator's choices

@@ -478,6 +478,70 @@ func TestPublishRefused(t *testing.T) {
 	}
 }
 
+// The service runs without a key that could configure a node, and says so when
+// it could read one; who publishes brings it.
+func TestKeysElsewhere(t *testing.T) {
+	n := setUp(t, nil)
+	away := t.TempDir()
+	n.serve()
+	n.stop()
+	const warning = "root and targets keys are within reach"
+	if got := n.logs.w.String(); !strings.Contains(got, warning) || !strings.Contains(got, "targets.pem") || !strings.Contains(got, "root.pem") {
+		t.Error("no warning, or not of all keys")
+	}
+	for _, name := range []string{"root.pem", "targets.pem"} {
+		if err := os.Rename(filepath.Join(n.dir, "keys", name), filepath.Join(away, name)); err != nil {
+			t.Fatal(err)
+		}
+	}
+	n.logs.w.Reset()
+	n.serve()
+	s := n.node().Ready(t)
+	ch := n.ask(chat)
+	s.Finish(s.Take(), "fine")
+	if r := n.answer(ch); r.status != http.StatusOK {
+		t.Fatalf("%d %s", r.status, r.body)
+	}
+	n.config.Limits.Messages = 1
+	file := filepath.Join(n.dir, "new.json")
+	if err := os.WriteFile(file, nodetest.JSON(t, n.config), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	for _, tc := range []struct {
+		key  []string
+		want string // "" when it is published
+	}{
+		{nil, "no such file"},
+		{[]string{"--key", filepath.Join(away, "root.pem")}, "is none that root 1 names"},
+		{[]string{"--key", filepath.Join(away, "targets.pem")}, ""},
+	} {
+		code, _, stderr := command(t, append([]string{"publish", "--dir", n.dir, "--config", file}, tc.key...)...)
+		if (code == 0) != (tc.want == "") || !strings.Contains(stderr, tc.want) {
+			t.Errorf("%v: %d %s", tc.key, code, stderr)
+		}
+	}
+	if v := n.metric("resultity_config_version"); v != 2 {
+		t.Errorf("version %v is active", v)
+	}
+	n.stop()
+	if strings.Contains(n.logs.w.String(), warning) {
+		t.Error("a warning without a key")
+	}
+}
+
+// A network can be made with the keys elsewhere from the beginning.
+func TestInitWithKeysElsewhere(t *testing.T) {
+	dir, away := shortDir(t), t.TempDir()
+	code, out, stderr := command(t, "init", "--dir", dir, "--name", "x", "--chain-id", "1",
+		"--root-key", filepath.Join(away, "root.pem"), "--targets-key", filepath.Join(away, "targets.pem"))
+	if code != 0 || strings.Contains(out, "Keep these") {
+		t.Fatalf("%d %s %s", code, out, stderr)
+	}
+	if exposed, err := publish.Exposed(dir); err != nil || len(exposed) != 0 {
+		t.Fatalf("exposed are %v: %v", exposed, err)
+	}
+}
+
 func TestMessageKey(t *testing.T) {
 	n := setUp(t, nil)
 	key := filepath.Join(n.dir, "keys", "message.key")

@@ -21,7 +21,7 @@
 //
 // # Files
 //
-//	DIR/publish.json, keys, repository   see package publish
+//	DIR/publish.json, keys, repository   see package publish; of the keys, snapshot and timestamp are used
 //	DIR/keys/message.key                 signs frames; 0600
 //	DIR/store                            JetStream; 0700
 //	DIR/admin.sock                       for the commands of the operator; 0600
@@ -86,6 +86,7 @@ func Run(ctx context.Context, cfg Config, log *slog.Logger) (err error) {
 	if s.key, err = readMessageKey(cfg.Dir); err != nil {
 		return err
 	}
+	s.warnOfKeys()
 	snap, err := s.published()
 	if err != nil {
 		return err
@@ -284,6 +285,18 @@ func (s *service) healthz(w http.ResponseWriter, _ *http.Request) {
 		return
 	}
 	_, _ = w.Write([]byte("ok\n"))
+}
+
+// warnOfKeys says which keys this process could read and does not need: whoever
+// takes it over could configure every node with them.
+func (s *service) warnOfKeys() {
+	exposed, err := publish.Exposed(s.cfg.Dir)
+	if err != nil {
+		s.log.Warn("keys could not be looked at", "error", err)
+	}
+	if len(exposed) > 0 {
+		s.log.Warn("root and targets keys are within reach of the service, which does not need them; keep them on other media and give publish the targets key with --key", "files", exposed)
+	}
 }
 
 // published renews the timestamp and returns the configuration that is

@@ -11,7 +11,9 @@ import (
 	"io"
 	"io/fs"
 	"os"
+	"path/filepath"
 	"slices"
+	"strings"
 
 	"github.com/sigstore/sigstore/pkg/signature"
 	"github.com/theupdateframework/go-tuf/v2/metadata"
@@ -115,11 +117,52 @@ func (r *repository) key(role string) (*key, error) {
 	return nil, fmt.Errorf("key %s is not the one that root %d names for %s", name, r.root.Signed.Version, role)
 }
 
+// signers reads keys that lie elsewhere and tells by the root whose they are.
+func (r *repository) signers(files []string) (map[string]*key, error) {
+	list := map[string]*key{}
+	for _, name := range files {
+		k, err := readKey(name)
+		if err != nil {
+			return nil, err
+		}
+		role := slices.IndexFunc(online, func(role string) bool { return slices.Contains(r.root.Signed.Roles[role].KeyIDs, k.id) })
+		if role < 0 {
+			return nil, fmt.Errorf("key %s is none that root %d names for %s", name, r.root.Signed.Version, strings.Join(online, ", "))
+		}
+		list[online[role]] = k
+	}
+	return list, nil
+}
+
+// atHand reports whether this process can read a file.
+func atHand(name string) bool {
+	f, err := os.Open(name)
+	if err != nil {
+		return false
+	}
+	_ = f.Close() // nothing was written
+	return true
+}
+
+// Exposed lists the files in DIR/keys that decide about a network and that this
+// process can read: root and targets keys. To serve takes none of them.
+func Exposed(dir string) ([]string, error) {
+	var list []string
+	for _, pattern := range []string{"root*.pem*", metadata.TARGETS + ".pem*"} {
+		names, err := filepath.Glob(filepath.Join(dir, "keys", pattern))
+		if err != nil {
+			return nil, err
+		}
+		list = append(list, slices.DeleteFunc(names, func(name string) bool { return !atHand(name) })...)
+	}
+	return list, nil
+}
+
 // sign signs with the role's key and the one that extra has for it, and prints
 // the result. One of them is enough.
 func sign[T metadata.Roles](r *repository, role string, m *metadata.Metadata[T], extra map[string]*key) (file[T], error) {
 	k, err := r.key(role)
-	if err != nil && (extra[role] == nil || !errors.Is(err, fs.ErrNotExist)) {
+	if err != nil && (extra[role] == nil || !errors.Is(err, fs.ErrNotExist) && !errors.Is(err, fs.ErrPermission)) {
 		return file[T]{}, err
 	}
 	if err := addSignatures(m, k, extra[role]); err != nil {

@@ -11,14 +11,16 @@
 //
 //	DIR/publish.json                          lifetimes
 //	DIR/lock                                  held while something is published
-//	DIR/keys/ROLE.pem                         targets, snapshot, timestamp; 0600
-//	DIR/keys/root-N.pem                       unless they lie elsewhere
+//	DIR/keys/ROLE.pem                         snapshot, timestamp; 0600
+//	DIR/keys/targets.pem, root-N.pem          unless they lie elsewhere
 //	DIR/repository/metadata/*.json            what [Handler] serves,
 //	DIR/repository/targets/SHA256.config.json with the private part out of reach
 //
-// Root keys are needed for [Init] and [RotateRoot] only, and belong on other
-// media in between. The others serve every publication: whoever has all of them
-// can publish for the network until the root is rotated.
+// Root keys are needed for [Init] and [RotateRoot] only, the targets key for
+// [Publish]: both belong on other media in between. [Refresh], which keeps a
+// repository fresh day by day, needs the snapshot's and the timestamp's. Whoever
+// has the three of a publication can publish for the network until the root is
+// rotated; whoever has those two alone can keep nodes from news, no more.
 //
 // Nodes refuse what is older than what they have seen, so a repository that was
 // restored from a backup is refused until it has caught up. [RotateRoot] with
@@ -69,9 +71,10 @@ var DefaultLifetimes = Lifetimes{
 // Options are for [Init]. The zero value is a root of 2 of 3 keys in DIR/keys
 // and the default lifetimes.
 type Options struct {
-	RootKeys  []string  // files of the root keys, made when missing
-	Threshold int       // how many of them must sign a root; 0 means more than half
-	Lifetimes Lifetimes // zero fields mean the default
+	RootKeys   []string  // files of the root keys, made when missing
+	Threshold  int       // how many of them must sign a root; 0 means more than half
+	TargetsKey string    // file of the targets key, made when missing; "" means DIR/keys/targets.pem
+	Lifetimes  Lifetimes // zero fields mean the default
 }
 
 // settings is publish.json.
@@ -131,7 +134,11 @@ func Init(dir string, o Options) error {
 		return err
 	}
 	for _, role := range online {
-		k, err := makeKey(r.keyFile(role))
+		name := r.keyFile(role)
+		if role == metadata.TARGETS && o.TargetsKey != "" {
+			name = o.TargetsKey
+		}
+		k, err := makeKey(name)
 		if err != nil {
 			return err
 		}
@@ -159,9 +166,10 @@ func Init(dir string, o Options) error {
 	return r.write("metadata/1.root.json", raw)
 }
 
-// Publish makes config the network's configuration. It fails with
-// [snapshot.ErrInvalid], and changes nothing, when nodes would refuse it.
-func Publish(dir string, config []byte) error {
+// Publish makes config the network's configuration. keyFiles are keys that do
+// not lie in DIR/keys. It fails with [snapshot.ErrInvalid], and changes nothing,
+// when nodes would refuse it.
+func Publish(dir string, config []byte, keyFiles ...string) error {
 	if _, err := snapshot.Parse(config); err != nil {
 		return err
 	}
@@ -174,7 +182,11 @@ func Publish(dir string, config []byte) error {
 	if err != nil && !errors.Is(err, ErrNothing) {
 		return err
 	}
-	n, err := r.build(seen, change{config: config, targets: true})
+	extra, err := r.signers(keyFiles)
+	if err != nil {
+		return err
+	}
+	n, err := r.build(seen, change{config: config, targets: true, extra: extra})
 	if err != nil {
 		return err
 	}
@@ -211,7 +223,7 @@ func Refresh(dir string) (Expiries, error) {
 	}
 	// To keep the targets key offline is a choice, and no reason to let the
 	// timestamp expire.
-	if _, err := os.Stat(r.keyFile(metadata.TARGETS)); errors.Is(err, fs.ErrNotExist) {
+	if !atHand(r.keyFile(metadata.TARGETS)) {
 		c.targets = false
 	}
 	n, err := r.build(seen, c)

@@ -12,6 +12,7 @@ import (
 	"log/slog"
 	"os"
 	"path/filepath"
+	"strings"
 	"time"
 
 	"github.com/spf13/cobra"
@@ -86,6 +87,7 @@ func initCommand() *cobra.Command {
 	f.StringVar(&o.Name, "name", "", "name of the network (required)")
 	f.Uint64Var(&o.ChainID, "chain-id", 0, "EIP-155 chain id of its receipts (required)")
 	f.StringSliceVar(&o.Publish.RootKeys, "root-key", nil, "file of a root key, made when missing; repeat it for each (default: three in DIR/keys)")
+	f.StringVar(&o.Publish.TargetsKey, "targets-key", "", "file of the targets key, made when missing (default: DIR/keys/targets.pem)")
 	f.IntVar(&o.Publish.Threshold, "root-threshold", 0, "how many root keys must sign (default: more than half)")
 	f.DurationVar(&life.Timestamp, "timestamp-lifetime", life.Timestamp, "how long nodes believe the newest word of the network; bounds how long somebody can hide news from them")
 	f.IntVar(&o.TokenUses, "nodes", 10, "how many nodes the first enrolment token is good for")
@@ -112,7 +114,14 @@ func initCommand() *cobra.Command {
 		} {
 			fmt.Fprintf(out, "  %-16s %s\n", l[0], l[1])
 		}
-		fmt.Fprintf(out, "Nodes need the first root; keep the root keys (%s) on other media.\n", filepath.Join(d, "keys", "root-*.pem"))
+		fmt.Fprintln(out, "Nodes need the first root.")
+		exposed, err := publish.Exposed(d)
+		if err != nil {
+			return err
+		}
+		if len(exposed) > 0 {
+			fmt.Fprintf(out, "Keep these on other media, serve needs none of them: %s\n", strings.Join(exposed, ", "))
+		}
 		fmt.Fprintf(out, "Next: fill in the configuration, then resultity-network publish --dir %s --config %s\n", d, filepath.Join(d, snapshot.Target))
 		return nil
 	}
@@ -125,6 +134,7 @@ func publishCommand() *cobra.Command {
 	}
 	dir := dirFlag(cmd)
 	config := cmd.Flags().String("config", "", "the configuration, config.json (required)")
+	keys := cmd.Flags().StringArray("key", nil, "file of a key that does not lie in DIR/keys, such as the targets key; repeat it for each")
 	_ = cmd.MarkFlagRequired("config") // fails for an unknown flag only
 	cmd.RunE = func(cmd *cobra.Command, _ []string) error {
 		d, err := dir()
@@ -135,7 +145,7 @@ func publishCommand() *cobra.Command {
 		if err != nil {
 			return fmt.Errorf("%w: config: %w", network.ErrConfig, err)
 		}
-		if err := network.Publish(d, raw); err != nil {
+		if err := network.Publish(d, raw, *keys...); err != nil {
 			return err
 		}
 		snap, err := publish.Current(d)
