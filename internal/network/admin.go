@@ -34,15 +34,17 @@ func (s *service) listenAdmin() (net.Listener, error) {
 	if len(first) > 100 {
 		return nil, fmt.Errorf("%w: dir: %s is too long a path for a unix socket in it (at most 100 bytes)", ErrConfig, s.cfg.Dir)
 	}
-	_ = os.Remove(first) // if it is there, from a start that was cut short
+	// It is there after a start that was cut short.
+	if err := os.Remove(first); err != nil && !errors.Is(err, fs.ErrNotExist) {
+		return nil, fmt.Errorf("admin socket: %w", err)
+	}
 	l, err := net.ListenUnix("unix", &net.UnixAddr{Name: first, Net: "unix"})
 	if err != nil {
 		return nil, fmt.Errorf("admin socket: %w", err)
 	}
 	l.SetUnlinkOnClose(false) // it would remove the wrong name
 	if err := errors.Join(os.Chmod(first, 0o600), os.Rename(first, final)); err != nil {
-		_ = l.Close()
-		return nil, fmt.Errorf("admin socket: %w", err)
+		return nil, fmt.Errorf("admin socket: %w", errors.Join(err, l.Close()))
 	}
 	return &adminListener{l, final}, nil
 }
@@ -52,9 +54,13 @@ type adminListener struct {
 	name string
 }
 
+// Close may be called again, and then has nothing to do.
 func (l *adminListener) Close() error {
-	_ = os.Remove(l.name) // gone already when closed twice
-	return l.UnixListener.Close()
+	err := l.UnixListener.Close()
+	if errors.Is(err, net.ErrClosed) {
+		return nil
+	}
+	return errors.Join(err, os.Remove(l.name))
 }
 
 // What the admin socket takes. Whoever can open it owns the service.
@@ -168,7 +174,7 @@ func dialAdmin(dir string) (*adminClient, error) {
 	if err != nil {
 		return nil, fmt.Errorf("admin socket: %w", err)
 	}
-	_ = conn.Close() // only to see that somebody listens
+	_ = conn.Close() // it was only to see that somebody listens, and nothing was sent
 	return &adminClient{http.Client{Transport: &http.Transport{
 		DialContext: func(ctx context.Context, _, _ string) (net.Conn, error) {
 			var d net.Dialer
@@ -332,7 +338,7 @@ func (c *adminClient) call(ctx context.Context, method, path string, body any) (
 	if err != nil {
 		return reply, err
 	}
-	defer res.Body.Close()
+	defer res.Body.Close() // what was read counts
 	if err := json.NewDecoder(io.LimitReader(res.Body, 64<<20)).Decode(&reply); err != nil {
 		return reply, fmt.Errorf("admin socket: %s: %w", res.Status, err)
 	}

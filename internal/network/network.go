@@ -122,12 +122,12 @@ func Run(ctx context.Context, cfg Config, log *slog.Logger) (err error) {
 	if tlsConfig != nil {
 		listener = tls.NewListener(listener, tlsConfig)
 	}
-	defer listener.Close()
+	defer listener.Close() // serve has closed it already, if it came to that
 	admin, err := s.listenAdmin()
 	if err != nil {
 		return err
 	}
-	defer admin.Close()
+	defer admin.Close() // likewise
 	return s.serve(ctx, listener, admin)
 }
 
@@ -216,10 +216,12 @@ func (s *service) serve(ctx context.Context, listener, admin net.Listener) error
 			last, cancel := context.WithTimeout(context.WithoutCancel(ctx), 2*time.Second)
 			defer cancel()
 			if server.Shutdown(last) != nil {
-				_ = server.Close()
+				_ = server.Close() // cuts whoever is left; it could only fail for the listener, which Shutdown has closed
 			}
 		}
-		_ = adminServer.Close()
+		if err := adminServer.Close(); err != nil {
+			s.log.Warn("admin socket was not removed", "error", err)
+		}
 		s.dispatch.Close()
 		endSessions()
 		return nil
@@ -284,7 +286,7 @@ func (s *service) healthz(w http.ResponseWriter, _ *http.Request) {
 		http.Error(w, err.Error(), http.StatusServiceUnavailable)
 		return
 	}
-	_, _ = w.Write([]byte("ok\n"))
+	_, _ = w.Write([]byte("ok\n")) // who has gone needs no answer
 }
 
 // warnOfKeys says which keys this process could read and does not need: whoever

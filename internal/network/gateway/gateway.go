@@ -182,7 +182,8 @@ func (g *Gateway) infer(kind wire.Kind) func(http.ResponseWriter, *http.Request,
 			return
 		}
 		w.Header().Set("X-Request-Id", t.ID().String())
-		// The wait is bounded by the job's deadline; each write gets its own.
+		// The wait is bounded by the job's deadline; each write gets its own. It
+		// fails on a closed connection only, and then so does writing.
 		_ = http.NewResponseController(w).SetWriteDeadline(time.Time{})
 		if stream {
 			g.stream(w, r, t)
@@ -270,7 +271,7 @@ func (g *Gateway) plain(w http.ResponseWriter, r *http.Request, t *dispatch.Tick
 	h.Set(HeaderReceipt, t.ID().String())
 	h.Set("Content-Type", "application/json")
 	h.Set("Content-Length", strconv.Itoa(len(response)))
-	_ = http.NewResponseController(w).SetWriteDeadline(allow(writeTimeout, int64(len(response)))) // as above
+	_ = http.NewResponseController(w).SetWriteDeadline(allow(writeTimeout, int64(len(response)))) // as in infer
 	_, _ = w.Write(response)                                                                      // a client that has gone may still fetch the receipt
 }
 
@@ -296,9 +297,9 @@ func (g *Gateway) stream(w http.ResponseWriter, r *http.Request, t *dispatch.Tic
 			if !bytes.HasSuffix(last, []byte("\n\n")) {
 				event = append([]byte("\n\n"), event...)
 			}
-			_ = rc.SetWriteDeadline(allow(writeTimeout, 0))
-			_, _ = w.Write(event) // nobody is left to be told
-			_ = rc.Flush()
+			_ = rc.SetWriteDeadline(allow(writeTimeout, 0)) // as in infer
+			_, _ = w.Write(event)                           // nobody is left to be told
+			_ = rc.Flush()                                  // likewise
 			return
 		}
 		if sent == 0 {
@@ -308,7 +309,7 @@ func (g *Gateway) stream(w http.ResponseWriter, r *http.Request, t *dispatch.Tic
 			h.Set("Cache-Control", "no-cache")
 			h.Set("X-Accel-Buffering", "no") // reverse proxies must not collect events
 		}
-		_ = rc.SetWriteDeadline(allow(writeTimeout, int64(len(data)))) // as above
+		_ = rc.SetWriteDeadline(allow(writeTimeout, int64(len(data)))) // as in infer
 		if _, err = w.Write(data); err == nil {
 			err = rc.Flush()
 		}
@@ -326,7 +327,7 @@ func (g *Gateway) fail(w http.ResponseWriter, err error) {
 	if f, ok := dispatch.AsFailure(err); ok && (f.Outcome == dispatch.QueueFull || f.Outcome == dispatch.NoNode || f.Outcome == dispatch.Closing) {
 		g.metrics.Jobs.WithLabelValues(string(f.Outcome)).Inc()
 	}
-	_ = http.NewResponseController(w).SetWriteDeadline(allow(writeTimeout, 0)) // as above
+	_ = http.NewResponseController(w).SetWriteDeadline(allow(writeTimeout, 0)) // as in infer
 	switch e.Status {
 	case http.StatusTooManyRequests:
 		w.Header().Set("Retry-After", "1")
@@ -485,5 +486,5 @@ func (g *Gateway) write(w http.ResponseWriter, v any) {
 	}
 	w.Header().Set("Content-Type", "application/json")
 	w.Header().Set("Content-Length", strconv.Itoa(len(b)))
-	_, _ = w.Write(b)
+	_, _ = w.Write(b) // who has gone needs no answer
 }
