@@ -20,6 +20,7 @@ import (
 	"time"
 
 	"github.com/resultity/node/internal/evm"
+	"github.com/resultity/node/internal/network/orders"
 	"github.com/resultity/node/internal/network/store"
 	"github.com/resultity/node/internal/wire"
 )
@@ -78,9 +79,11 @@ type (
 		Count  int    `json:"count,omitempty"`
 		Error  string `json:"error,omitempty"`
 
-		Node     *NodeInfo  `json:"node,omitempty"`
-		Nodes    []NodeInfo `json:"nodes,omitempty"`
-		Accounts []Account  `json:"accounts,omitempty"`
+		Node     *NodeInfo      `json:"node,omitempty"`
+		Nodes    []NodeInfo     `json:"nodes,omitempty"`
+		Accounts []Account      `json:"accounts,omitempty"`
+		IDs      []wire.OrderID `json:"ids,omitempty"`
+		Orders   []OrderState   `json:"orders,omitempty"`
 	}
 )
 
@@ -91,7 +94,7 @@ func (s *service) adminHandler() http.Handler {
 			r.Body = http.MaxBytesReader(w, r.Body, 64<<10)
 			reply, err := f(r)
 			if err != nil {
-				reply = adminReply{Error: err.Error()}
+				reply.Error = err.Error()
 				w.WriteHeader(http.StatusUnprocessableEntity)
 			}
 			_ = json.NewEncoder(w).Encode(reply) // who has gone needs no answer
@@ -144,6 +147,7 @@ func (s *service) adminHandler() http.Handler {
 		reply.Accounts, err = own.Accounts(r.Context())
 		return reply, err
 	})
+	s.adminOrders(handle)
 	handle("POST /reload", func(r *http.Request) (adminReply, error) { return adminReply{}, s.reload(r.Context()) })
 	return mux
 }
@@ -199,6 +203,13 @@ type Admin interface {
 	Unbind(context.Context, evm.Address) error
 	// Accounts returns the accounts that have nodes, or had, ordered by name.
 	Accounts(context.Context) ([]Account, error)
+	// IssueOrders gives an order to a node, or to every registered one for nil,
+	// and returns the ids; those that were issued also beside an error.
+	IssueOrders(ctx context.Context, node *evm.Address, w orders.What) ([]wire.OrderID, error)
+	// WaitOrders returns once each order has been answered or has expired.
+	WaitOrders(ctx context.Context, ids []wire.OrderID) error
+	// Orders returns all orders that are kept, in the order of their issue.
+	Orders(ctx context.Context) ([]OrderState, error)
 	Close()
 }
 
@@ -321,6 +332,9 @@ func (a storeAdmin) Accounts(ctx context.Context) ([]Account, error) {
 
 func (a storeAdmin) Close() { a.store.Close() }
 
+// maxAdminReply bounds what the service may answer, in bytes.
+const maxAdminReply = 256 << 20
+
 // adminClient asks the running service.
 type adminClient struct{ http http.Client }
 
@@ -339,10 +353,10 @@ func (c *adminClient) call(ctx context.Context, method, path string, body any) (
 		return reply, err
 	}
 	defer res.Body.Close() // what was read counts
-	if err := json.NewDecoder(io.LimitReader(res.Body, 64<<20)).Decode(&reply); err != nil {
+	if err := json.NewDecoder(io.LimitReader(res.Body, maxAdminReply)).Decode(&reply); err != nil {
 		return reply, fmt.Errorf("admin socket: %s: %w", res.Status, err)
 	}
-	if reply.Error != "" {
+	if reply.Error != "" { // beside what was done
 		return reply, errors.New(strings.TrimSpace(reply.Error))
 	}
 	return reply, nil

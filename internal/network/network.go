@@ -52,6 +52,7 @@ import (
 	"github.com/resultity/node/internal/network/mail"
 	"github.com/resultity/node/internal/network/metrics"
 	"github.com/resultity/node/internal/network/nodes"
+	"github.com/resultity/node/internal/network/orders"
 	"github.com/resultity/node/internal/network/store"
 	"github.com/resultity/node/internal/publish"
 	"github.com/resultity/node/internal/snapshot"
@@ -70,6 +71,7 @@ type service struct {
 	nodes    *nodes.Manager
 	sender   *mail.Sender // nil where no mail is sent
 	outbox   *mail.Outbox // likewise
+	orders   *orders.Desk
 
 	// mu is held while a configuration is taken over.
 	mu    sync.Mutex
@@ -164,6 +166,11 @@ func (s *service) begin(ctx context.Context, snap *snapshot.Snapshot) error {
 	if len(jobs) > 0 {
 		s.log.Info("jobs of the run before", "count", len(jobs))
 	}
+	s.orders, err = orders.Open(ctx, s.store, s.key, terms.Config.Network.Name, func(a evm.Address, m wire.Message) { s.nodes.Send(a, m) })
+	if err != nil {
+		s.dispatch.Close()
+		return err
+	}
 	opt := nodes.Options{MaxSessions: s.cfg.MaxSessions, Open: s.cfg.Registration == "open"}
 	if s.sender != nil {
 		if s.outbox, err = mail.NewOutbox(ctx, s.store, s.mail, func(outcome string) { s.metrics.Mails.WithLabelValues(outcome).Inc() }, s.log); err != nil {
@@ -172,7 +179,7 @@ func (s *service) begin(ctx context.Context, snap *snapshot.Snapshot) error {
 		}
 		opt.Outbox = s.outbox
 	}
-	s.nodes = nodes.New(s.store, s.dispatch, s.key, version.String(), s.metrics, s.log, opt)
+	s.nodes = nodes.New(s.store, s.dispatch, s.orders, s.key, version.String(), s.metrics, s.log, opt)
 	return nil
 }
 

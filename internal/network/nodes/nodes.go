@@ -45,6 +45,12 @@ type registry interface {
 	EmailAccount(ctx context.Context, email string, now time.Time) (store.EmailAccount, error)
 }
 
+// desk is who orders nodes to do something.
+type desk interface {
+	Connected(evm.Address)
+	Done(context.Context, evm.Address, *wire.OrderDone) (expected bool, err error)
+}
+
 // Bounds of what somebody may take before the network knows who they are.
 const (
 	maxRegistration = 64 << 10         // bytes
@@ -66,6 +72,7 @@ type Options struct {
 type Manager struct {
 	registry registry
 	dispatch *dispatch.Dispatcher
+	orders   desk
 	key      *evm.Key // signs what goes to the nodes
 	version  string
 	metrics  *metrics.Metrics
@@ -96,7 +103,7 @@ type Manager struct {
 }
 
 // New makes a manager.
-func New(r registry, d *dispatch.Dispatcher, key *evm.Key, version string, m *metrics.Metrics, log *slog.Logger, opt Options) *Manager {
+func New(r registry, d *dispatch.Dispatcher, o desk, key *evm.Key, version string, m *metrics.Metrics, log *slog.Logger, opt Options) *Manager {
 	if opt.MaxSessions == 0 {
 		opt.MaxSessions = 16384
 	}
@@ -107,7 +114,7 @@ func New(r registry, d *dispatch.Dispatcher, key *evm.Key, version string, m *me
 		opt.Ping = 15 * time.Second
 	}
 	return &Manager{
-		registry: r, dispatch: d, key: key, version: version, metrics: m, log: log, opt: opt,
+		registry: r, dispatch: d, orders: o, key: key, version: version, metrics: m, log: log, opt: opt,
 		upgrader: websocket.Upgrader{
 			HandshakeTimeout: 10 * time.Second,
 			Subprotocols:     []string{wire.Subprotocol},
@@ -327,6 +334,16 @@ func (m *Manager) remove(s *session) {
 }
 
 var errNoPlace = errors.New("no place for this session")
+
+// Send queues a message to a node, if it is connected.
+func (m *Manager) Send(node evm.Address, msg wire.Message) {
+	m.mu.Lock()
+	s := m.current[node]
+	m.mu.Unlock()
+	if s != nil {
+		s.Send(msg)
+	}
+}
 
 // replace makes s the session of its node, now that it has shown that it holds
 // the node's key, and ends the one before. It fails when s had to go meanwhile,

@@ -235,6 +235,7 @@ func (s *session) hello() (*dispatch.Member, error) {
 	if t := s.m.dispatch.Terms(); h.Config != t.Digest { // it may have been away when this was told
 		s.Send(&wire.Update{Version: t.Version})
 	}
+	s.m.orders.Connected(s.node)
 	return s.join()
 }
 
@@ -325,6 +326,8 @@ func (s *session) handle(member *dispatch.Member, msg wire.Message) error {
 		expected, err = member.Chunk(v)
 	case *wire.Result:
 		expected, err = member.Result(v)
+	case *wire.OrderDone:
+		expected, err = s.orderDone(v)
 	case *wire.Bye:
 		return errBye
 	default:
@@ -334,6 +337,23 @@ func (s *session) handle(member *dispatch.Member, msg wire.Message) error {
 		return err
 	}
 	return s.pause()
+}
+
+// orderDone takes a node's answer to an order. One that cannot be written down is
+// not acknowledged: the node sends it again in its next session.
+func (s *session) orderDone(a *wire.OrderDone) (expected bool, err error) {
+	expected, err = s.m.orders.Done(context.Background(), s.node, a)
+	switch {
+	case errors.Is(err, wire.ErrMalformed):
+		return false, err
+	case err != nil:
+		s.log.Error("answer to an order is not written down", "order", a.ID, "error", err)
+		return false, nil
+	case expected:
+		s.log.Info("order answered", "order", a.ID, "outcome", a.Outcome, "reason", a.Message)
+	}
+	s.Send(&wire.OrderAck{ID: a.ID})
+	return expected, nil
 }
 
 // pause makes a node wait that sends more than it should.

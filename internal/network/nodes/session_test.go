@@ -75,7 +75,7 @@ func rig(t *testing.T, opt Options) (s *session, client *websocket.Conn) {
 	m := metrics.New(func() metrics.State { return metrics.State{} })
 	log := slog.New(slog.DiscardHandler)
 	d := dispatch.New(nil, terms, m, log, dispatch.Options{})
-	mgr := New(nil, d, key, "test", m, log, opt)
+	mgr := New(nil, d, nil, key, "test", m, log, opt)
 	conns := make(chan *websocket.Conn, 1)
 	srv := httptest.NewServer(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
 		conn, err := mgr.upgrader.Upgrade(w, r, nil)

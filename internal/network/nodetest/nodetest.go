@@ -419,3 +419,9 @@ func Body(j *wire.Job, text string) []byte {
 	b = fmt.Appendf(b, "data: %s,\"choices\":[{\"index\":0,\"delta\":{},\"text\":\"\",\"finish_reason\":\"stop\"}]}\n\n", head)
 	return append(b, "data: [DONE]\n\n"...)
 }
+
+// Fatalf fails the session's test.
+func (s *Session) Fatalf(format string, args ...any) {
+	s.t.Helper()
+	s.t.Fatalf(format, args...)
+}

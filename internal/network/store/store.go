@@ -54,7 +54,7 @@ type Store struct {
 
 	jobs, results                  jetstream.Stream
 	nodes, tokens, keys, published jetstream.KeyValue
-	accounts, mails                jetstream.KeyValue
+	accounts, mails, orders        jetstream.KeyValue
 
 	clients clients
 	pending pending
@@ -165,6 +165,7 @@ func (s *Store) open(ctx context.Context) (err error) {
 		{&s.nodes, "NODES", "registered nodes by address", 0},
 		{&s.tokens, "TOKENS", "enrolment tokens by their SHA-256", 0},
 		{&s.keys, "APIKEYS", "API keys by their SHA-256", 0},
+		{&s.orders, "ORDERS", "orders to nodes by node and id", 30 * 24 * time.Hour},
 		{&s.published, "CONFIGS", "published configurations by digest", 0},
 		{&s.accounts, "ACCOUNTS", "accounts of e-mail addresses, by their SHA-256", 0},
 		{&s.mails, "OUTBOX", "messages that no mail server has taken yet", time.Hour},
