@@ -4,6 +4,7 @@
 // Usage:
 //
 //	resultity-bridge --model NAME --max-in-flight N [FLAG VALUE]... -- ENGINE [ARG]...
+//	resultity-bridge probe TARGET...
 //
 // Its flags, exit codes and behaviour are those of package
 // github.com/resultity/node/internal/bridge/contract.
@@ -13,8 +14,12 @@ import (
 	"os"
 
 	"github.com/resultity/node/internal/bridge"
+	"github.com/resultity/node/internal/bridge/contract"
 )
 
 func main() {
+	if len(os.Args) > 1 && os.Args[1] == contract.ProbeCommand {
+		os.Exit(bridge.Probe(os.Args[2:], os.Stdout, os.Stderr))
+	}
 	os.Exit(bridge.Main(os.Args[1:], os.Stderr))
 }
