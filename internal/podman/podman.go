@@ -1,8 +1,9 @@
 // Package podman owns the connection to Podman's API service: what it runs on,
 // images, and containers as Podman sees them.
 //
-// The rule it keeps: nothing else in the project speaks to Podman, and nothing
-// at all runs the podman command. Images come and go by digest. Starting and
+// The rule it keeps: nothing else in the project speaks to Podman (but for
+// preflight, which asks one question, also where no agent runs), and nothing at
+// all runs the podman command. Images come and go by digest. Starting and
 // stopping containers is systemd's work, so there is no method for it.
 package podman
 

@@ -282,7 +282,7 @@ var runRules = map[string]option{
 		ok:   matching(`(?:OLLAMA|VLLM|HF|XDG|TRITON|TORCHINDUCTOR|NUMBA|CUDA|TRANSFORMERS|NCCL|GLOO)_[A-Z_]+=`+wordChars+`|HOME=/tmp|DO_NOT_TRACK=1`, "").ok,
 		want: "a setting of an engine", many: true,
 	}),
-	"--entrypoint": value(must(bridgeFile)),
+	"--entrypoint": value(must(BridgeFile)),
 }
 
 const wordChars = `[A-Za-z0-9/._:=,+@-]+`
@@ -291,7 +291,7 @@ const wordChars = `[A-Za-z0-9/._:=,+@-]+`
 var mounts = map[string]string{
 	modelsDir:  "ro,nosuid,nodev,noexec,z",
 	socketDir:  "rw,nosuid,nodev,noexec,z",
-	bridgeFile: "ro,nosuid,nodev",
+	BridgeFile: "ro,nosuid,nodev",
 }
 
 // mount returns the place of a mount in the container, if it is an allowed one.
@@ -371,7 +371,7 @@ func checkBridge(args []string, devices bool) (bad []error) {
 	if len(o.Devices) > 0 && !devices {
 		bad = append(bad, fmt.Errorf("bridge: expects %s although no device is given", o.Devices[0]))
 	}
-	for _, p := range []string{modelsDir, bridgeFile} {
+	for _, p := range []string{modelsDir, BridgeFile} {
 		if !slices.Contains(o.ReadOnly, p) {
 			bad = append(bad, fmt.Errorf("bridge: %s is not ordered to be read-only", p))
 		}

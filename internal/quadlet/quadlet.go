@@ -37,11 +37,13 @@ const (
 // container.
 const SocketName = "engine.sock"
 
-// What the image has for us to mount over.
+// BridgeFile is where the bridge's binary is in the container.
+const BridgeFile = "/resultity-bridge"
+
+// What else the image has for us to mount over.
 const (
-	modelsDir  = "/models"
-	socketDir  = "/run/resultity"
-	bridgeFile = "/resultity-bridge"
+	modelsDir = "/models"
+	socketDir = "/run/resultity"
 )
 
 // containerUser is a user that no image gives rights to.
@@ -207,7 +209,7 @@ func (p *Params) bridge(d driver) contract.Options {
 	o.MaxBody = p.Config.Limits.RequestBytes + 64<<10
 	o.MaxInFlight = r.Settings.Slots
 	o.Writable = []string{"/tmp", "/dev/shm"}
-	o.ReadOnly = []string{modelsDir, bridgeFile}
+	o.ReadOnly = []string{modelsDir, BridgeFile}
 	o.Devices = p.DeviceNodes
 	o.Command = d.command
 	return o
