@@ -12,6 +12,7 @@ import (
 	"fmt"
 	"log/slog"
 	"net/http"
+	"sync"
 	"sync/atomic"
 	"time"
 
@@ -85,13 +86,19 @@ type Agent struct {
 	machine      func(context.Context) []gate.Gate // looks at the machine; nil for none
 	ahead        func() *time.Duration             // this clock before the network's
 
-	orderBook  *order.Book                                           // of the network's orders
-	verify     func(ctx context.Context, s *snapshot.Snapshot) error // hashes the models' files again
-	inbox      chan wire.Message                                     // orders, and what the network says of their answers
-	retell     chan struct{}                                         // capacity 1: tell the network every outcome that it has not acknowledged
-	tasks      chan task                                             // for the update loop
-	leaving    atomic.Bool                                           // the network has ordered a shutdown
-	halt       chan struct{}                                         // capacity maxLong: that has been done, and the agent ends
+	orderBook *order.Book                                           // of the network's orders
+	verify    func(ctx context.Context, s *snapshot.Snapshot) error // hashes the models' files again
+	inbox     chan wire.Message                                     // orders, and what the network says of their answers
+	retell    chan struct{}                                         // capacity 1: tell the network every outcome that it has not acknowledged
+	tasks     chan task                                             // for the update loop
+	leaving   atomic.Bool                                           // the network has ordered a shutdown
+	halt      chan struct{}                                         // capacity maxLong: that has been done, and the agent ends
+
+	probes     probes
+	unitFiles  func(ctx context.Context, unit string) ([]string, error) // as the service manager has them
+	configFile string                                                   // for the support archive
+	doctoring  sync.Mutex                                               // held while doctor runs
+
 	board      board
 	seen       sightings
 	update     chan struct{} // capacity 1: ask the network for a newer configuration, then look

@@ -51,6 +51,8 @@ type board struct {
 	connected bool
 	sessErr   error
 	word      *wire.Status // the network's own word
+
+	report *control.Report // doctor's last
 }
 
 func (b *board) set(f func(*board)) {

@@ -116,6 +116,7 @@ func Main(ctx context.Context, args []string, stdout io.Writer, stderr *os.File,
 	log = journal.New(stderr, cfg.Log.SlogLevel()).With("network", cfg.Network.Name)
 	a, err := New(ctx, cfg, env, log, version)
 	if err == nil {
+		a.configFile = *file
 		err = errors.Join(a.Run(ctx), a.Close())
 	}
 	return exitCode(ctx, err, log)
@@ -219,6 +220,8 @@ func New(ctx context.Context, cfg *config.Config, env func(string) string, log *
 	a.enrol = session.Register
 	a.openJobs()
 	a.machine = a.lookAround
+	a.probes = a.openProbes()
+	a.unitFiles = units.Files
 	return a, nil
 }
 
@@ -300,6 +303,11 @@ func openEngine(socket string) *runtime.Client {
 	return runtime.New(socket, runtime.Container("/proc", quadlet.ServiceName))
 }
 
+// policyDir is where Podman reads what it may let in.
+func (a *Agent) policyDir() string {
+	return filepath.Join(a.cfg.Paths.State, "podman/.config/containers")
+}
+
 // newDeployer starts Podman's API service, which takes a moment that the start
 // of the agent does not wait for.
 func (a *Agent) newDeployer(ctx context.Context, models *model.Store, units *systemd.Conn, ca []byte) (*deploy.Deployer, error) {
@@ -309,7 +317,7 @@ func (a *Agent) newDeployer(ctx context.Context, models *model.Store, units *sys
 	}
 	// HOME of the API service is below the state directory; see
 	// resultity-podman.service.
-	images, err := image.New(a.sources.Transport, p, filepath.Join(a.cfg.Paths.State, "podman/.config/containers"), ca, a.log)
+	images, err := image.New(a.sources.Transport, p, a.policyDir(), ca, a.log)
 	if err != nil {
 		return nil, err
 	}

@@ -123,6 +123,11 @@ type Backend interface {
 	Jobs(limit int) ([]Job, error)
 	Drain()
 	Resume()
+	// Doctor looks at everything once more and probes what only a try shows; it
+	// ends within a minute and a half, and is [ErrBusy] while another runs.
+	Doctor(ctx context.Context) (*Report, error)
+	// Bundle returns a support archive, tar.gz, without secrets.
+	Bundle(ctx context.Context) ([]byte, error)
 }
 
 // maxJobs bounds an answer.
@@ -176,6 +181,7 @@ func Serve(ctx context.Context, l net.Listener, b Backend) error {
 	}
 	post("/v1/drain", b.Drain)
 	post("/v1/resume", b.Resume)
+	serveDoctor(mux, b)
 	s := &http.Server{
 		Handler: noBody(mux), MaxHeaderBytes: 8 << 10,
 		ReadTimeout: 10 * time.Second, WriteTimeout: 10 * time.Second, IdleTimeout: time.Minute,
@@ -258,14 +264,7 @@ func (c *Client) do(ctx context.Context, method, what string, answer any) error 
 	}
 	res, err := c.http.Do(req)
 	if err != nil {
-		var dial *net.OpError
-		switch {
-		case errors.Is(err, fs.ErrNotExist), errors.Is(err, syscall.ECONNREFUSED):
-			return fmt.Errorf("%w (%w)", ErrNotRunning, err)
-		case errors.As(err, &dial) && errors.Is(dial, fs.ErrPermission):
-			return fmt.Errorf("%w (%w)", ErrDenied, err)
-		}
-		return err
+		return unanswered(err)
 	}
 	defer res.Body.Close() // read only: nothing to lose
 	raw, err := io.ReadAll(io.LimitReader(res.Body, 16<<20))
@@ -276,4 +275,16 @@ func (c *Client) do(ctx context.Context, method, what string, answer any) error 
 		return fmt.Errorf("the agent answered %s: %.500s", res.Status, raw)
 	}
 	return json.Unmarshal(raw, answer)
+}
+
+// unanswered says why an agent did not answer.
+func unanswered(err error) error {
+	var dial *net.OpError
+	switch {
+	case errors.Is(err, fs.ErrNotExist), errors.Is(err, syscall.ECONNREFUSED):
+		return fmt.Errorf("%w (%w)", ErrNotRunning, err)
+	case errors.As(err, &dial) && errors.Is(dial, fs.ErrPermission):
+		return fmt.Errorf("%w (%w)", ErrDenied, err)
+	}
+	return err
 }

@@ -75,8 +75,16 @@ func (n *node) Jobs(limit int) ([]Job, error) {
 	}
 	return []Job{{ID: "aa", State: "running"}}, n.err
 }
-func (n *node) Drain()  { n.set(true) }
-func (n *node) Resume() { n.set(false) }
+func (n *node) Doctor(ctx context.Context) (*Report, error) {
+	if n.enter != nil {
+		close(n.enter)
+		<-n.leave
+	}
+	return &Report{Version: "1.2.3", Checks: []Check{{Name: "a", Result: Pass, Detail: "d"}}}, n.err
+}
+func (n *node) Bundle(context.Context) ([]byte, error) { return []byte("archive"), n.err }
+func (n *node) Drain()                                 { n.set(true) }
+func (n *node) Resume()                                { n.set(false) }
 func (n *node) set(draining bool) {
 	n.mu.Lock()
 	defer n.mu.Unlock()
@@ -347,5 +355,63 @@ func TestServeFails(t *testing.T) {
 	}
 	if err := Serve(t.Context(), l, &node{}); err == nil {
 		t.Error("nobody listens, and all is well")
+	}
+}
+
+// Doctor may take longer than any other request, is refused while it runs, and
+// ends when nobody waits for it any more.
+func TestDoctor(t *testing.T) {
+	n := &node{}
+	path, _ := serve(t, n)
+	c := NewClient(path)
+	r, err := c.Doctor(t.Context())
+	if err != nil || r.Version != "1.2.3" || len(r.Checks) != 1 || r.Failed() {
+		t.Errorf("%+v, %v", r, err)
+	}
+	if b, err := c.Bundle(t.Context()); err != nil || string(b) != "archive" {
+		t.Errorf("%q, %v", b, err)
+	}
+	n.err = ErrBusy
+	if _, err := c.Doctor(t.Context()); !errors.Is(err, ErrBusy) {
+		t.Errorf("%v, want %v", err, ErrBusy)
+	}
+	n.err = errors.New("the disk is gone")
+	if _, err := c.Doctor(t.Context()); err == nil || !strings.Contains(err.Error(), "the disk is gone") {
+		t.Errorf("%v", err)
+	}
+	if b, err := c.Bundle(t.Context()); err == nil || b != nil {
+		t.Errorf("%q, %v", b, err)
+	}
+	n.enter, n.leave = make(chan struct{}), make(chan struct{})
+	ctx, cancel := context.WithCancel(t.Context())
+	done := make(chan error, 1)
+	go func() {
+		_, err := c.Doctor(ctx)
+		done <- err
+	}()
+	<-n.enter
+	cancel()
+	if err := <-done; !errors.Is(err, context.Canceled) {
+		t.Errorf("%v", err)
+	}
+	close(n.leave)
+	if _, err := NewClient(filepath.Join(t.TempDir(), "none")).Doctor(t.Context()); !errors.Is(err, ErrNotRunning) {
+		t.Errorf("%v, want %v", err, ErrNotRunning)
+	}
+}
+
+// What did not run never says PASS.
+func TestChecksOfGates(t *testing.T) {
+	cs := append(ChecksOf([]gate.Gate{{Name: "a", State: gate.Open}, {Name: "b", Detail: "d", Remedy: "r"}, {Name: "c", State: gate.Unknown}}), NothingMeasured("why")...)
+	for i, want := range []Result{Pass, Fail, NotMeasured, NotMeasured, NotMeasured, NotMeasured, NotMeasured} {
+		if cs[i].Result != want {
+			t.Errorf("%+v, want %s", cs[i], want)
+		}
+	}
+	if r := (&Report{Checks: cs}); !r.Failed() {
+		t.Error("it has failed")
+	}
+	if r := (&Report{Checks: cs[2:]}); r.Failed() || len(cs) != 3+len(Probes) {
+		t.Error("what was not measured has not failed")
 	}
 }

@@ -106,6 +106,7 @@ type command struct {
 	version string
 	socket  string
 	json    bool
+	bundle  string // doctor: where the support archive goes
 }
 
 func (c *command) root(version string) *cobra.Command {
@@ -126,6 +127,14 @@ func (c *command) root(version string) *cobra.Command {
 	root.SetFlagErrorFunc(func(_ *cobra.Command, err error) error { return fmt.Errorf("%w: %w", errUsage, err) })
 	root.PersistentFlags().StringVar(&c.socket, "socket", "", "the agent's control socket (default: that of your own agent, else of the account "+Account+")")
 	root.PersistentFlags().BoolVar(&c.json, "json", false, "print JSON")
+	doctor := &cobra.Command{Use: "doctor", Short: "Check everything, with live probes of the image policy, the sandbox and the engine", Args: func(cmd *cobra.Command, a []string) error {
+		if err := cobra.NoArgs(cmd, a); err != nil {
+			return fmt.Errorf("%w: %w", errUsage, err)
+		}
+		return nil
+	}, RunE: func(cmd *cobra.Command, a []string) error { return c.doctor(cmd.Context(), a) }}
+	doctor.Flags().StringVar(&c.bundle, "bundle", "", "also write a support archive without secrets to this new `file`")
+	root.AddCommand(doctor)
 	add := func(use, short string, args cobra.PositionalArgs, run func(context.Context, []string) error) {
 		root.AddCommand(&cobra.Command{Use: use, Short: short, Args: func(cmd *cobra.Command, a []string) error {
 			if err := args(cmd, a); err != nil {

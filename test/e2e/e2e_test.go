@@ -161,9 +161,14 @@ func TestWrongConfigurationIsFinal(t *testing.T) {
 		t.Errorf("the journal names neither file nor key:\n%s", log)
 	}
 	var exit *exec.ExitError
-	if _, err := n.Output(ctx, "resultityctl", "status"); !errors.As(err, &exit) || exit.ExitCode() != 69 {
+	out, err := n.Output(ctx, "resultityctl", "status")
+	if !errors.As(err, &exit) || exit.ExitCode() != 69 {
 		t.Errorf("resultityctl without an agent: %v, want exit status 69", err)
 	}
+	if first, _, _ := strings.Cut(string(out), "\n"); !strings.Contains(first, `"agent" is closed`) || !strings.Contains(first, "78") || !strings.Contains(first, drop) || !strings.Contains(first, "network.urll") {
+		t.Errorf("status does not begin with the agent's last words:\n%s", out)
+	}
+	t.Logf("status:\n%s", out)
 	if out, err := n.Output(ctx, "rm", drop); err != nil {
 		t.Fatalf("%v: %s", err, out)
 	}
