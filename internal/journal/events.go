@@ -1,11 +1,12 @@
 package journal
 
-//go:generate go run ./catalog ../../units/resultity.catalog
+//go:generate go run ./catalog ../../units/resultity.catalog ../../README.md
 
 import (
 	"fmt"
 	"io"
 	"log/slog"
+	"regexp"
 	"strings"
 )
 
@@ -89,6 +90,25 @@ func WriteCatalog(w io.Writer) error {
 	b.WriteString("# Generated from internal/journal by `go generate ./internal/journal`; edit there.\n")
 	for _, e := range Events {
 		fmt.Fprintf(&b, "\n-- %s\nSubject: %s\nDefined-By: Resultity\nDocumentation: man:resultity-agent(8)\n\n%s\n", e.ID, e.Subject, wrap(e.Text, 78))
+	}
+	_, err := io.WriteString(w, b.String())
+	return err
+}
+
+// troubles are the ends of the names of events that tell of something wrong.
+var troubles = regexp.MustCompile(`(^not-[a-z]+|-(invalid|refused|failed|stale|lost|wrong|closed))$`)
+
+// fieldInText is where the journal puts a field's value into a text.
+var fieldInText = regexp.MustCompile(`@([A-Z_]+)@`)
+
+// WriteTroubles writes the events that tell of something wrong as a list in
+// Markdown.
+func WriteTroubles(w io.Writer) error {
+	var b strings.Builder
+	for _, e := range Events {
+		if troubles.MatchString(e.Name) {
+			fmt.Fprintf(&b, "- **%s** (`%s`). %s\n", e.Subject, e.Name, fieldInText.ReplaceAllString(e.Text, "`$1`"))
+		}
 	}
 	_, err := io.WriteString(w, b.String())
 	return err
