@@ -26,7 +26,6 @@ require (
 	github.com/sirupsen/logrus v1.9.4
 	github.com/spf13/cobra v1.10.2
 	github.com/theupdateframework/go-tuf/v2 v2.4.2
-	go.etcd.io/bbolt v1.5.0
 	go.podman.io/image/v5 v5.39.2
 	golang.org/x/sync v0.24.0
 	golang.org/x/sys v0.49.0

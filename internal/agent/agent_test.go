@@ -223,7 +223,7 @@ func build(t *testing.T, dir string, m *deploytest.Machine) *fixture {
 	f.link = &wirelink{h: f.Agent, sent: make(chan wire.Message, 1000), up: make(chan struct{})}
 	f.key, f.snaps, f.units, f.session = nodeKey, f.tuf, m.Units(), f.link
 	var err error
-	if f.store, err = state.Open(filepath.Join(dir, "jobs.db"), state.DefaultBounds, time.Now); err != nil {
+	if f.store, err = state.Open(filepath.Join(dir, "jobs"), state.DefaultBounds, time.Now); err != nil {
 		t.Fatal(err)
 	}
 	f.closers = append(f.closers, f.store.Close)

@@ -165,9 +165,9 @@ func New(ctx context.Context, cfg *config.Config, env func(string) string, log *
 		return nil, inDir("paths.runtime", err)
 	}
 	// The store first: its lock says whether another agent runs here.
-	a.store, err = state.Open(filepath.Join(networkDir, "jobs.db"), state.DefaultBounds, time.Now)
+	a.store, err = state.Open(filepath.Join(networkDir, "jobs"), state.DefaultBounds, time.Now)
 	switch {
-	case errors.Is(err, state.ErrCorrupt):
+	case errors.Is(err, state.ErrCorrupt), errors.Is(err, state.ErrFormat):
 		return nil, &finalError{journal.StoreRefused, err}
 	case err != nil && !errors.Is(err, state.ErrLocked): // whoever holds it may go away
 		return nil, inDir("paths.state", err)

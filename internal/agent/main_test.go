@@ -3,7 +3,9 @@ package agent
 import (
 	"bytes"
 	"context"
+	"encoding/binary"
 	"fmt"
+	"hash/crc32"
 	"io"
 	"log/slog"
 	"os"
@@ -101,7 +103,9 @@ func TestCommandLine(t *testing.T) {
 // What can be wrong at the start: the exit code says whether a restart may help,
 // and one line says what is wrong.
 func TestCannotStart(t *testing.T) {
-	db := "state/networks/testnet/jobs.db"
+	db := "state/networks/testnet/jobs"
+	newer := binary.BigEndian.AppendUint32([]byte("resjobs\n"), 2)
+	newer = binary.BigEndian.AppendUint32(newer, crc32.Checksum(newer, crc32.MakeTable(crc32.Castagnoli)))
 	for name, c := range map[string]struct {
 		prepare func(t *testing.T, i *installation)
 		code    int
@@ -139,7 +143,12 @@ func TestCannotStart(t *testing.T) {
 			}
 			t.Cleanup(func() { _ = s.Close() })
 		}, ExitFailed, "agent-failed", "another agent"},
-		"damaged": {func(_ *testing.T, i *installation) { i.write(db, strings.Repeat("x", 64<<10)) }, ExitConfig, "store-refused", "damaged"},
+		"damaged": {func(_ *testing.T, i *installation) {
+			i.write(db+"/0000000000000001.log", strings.Repeat("x", 64<<10))
+		}, ExitConfig, "store-refused", "damaged"},
+		"of a newer agent": {func(_ *testing.T, i *installation) {
+			i.write(db+"/0000000000000001.log", string(newer)+strings.Repeat("\x00", 64<<10))
+		}, ExitConfig, "store-refused", "another version"},
 		"another node's": {func(t *testing.T, i *installation) {
 			if err := os.MkdirAll(filepath.Dir(i.path(db)), 0o700); err != nil {
 				t.Fatal(err)

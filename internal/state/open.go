@@ -1,36 +1,92 @@
 package state
 
 import (
+	"cmp"
+	"encoding/json"
 	"errors"
 	"fmt"
 	"io/fs"
 	"os"
 	"path/filepath"
+	"slices"
+	"strconv"
+	"strings"
 	"syscall"
 	"time"
-
-	bolt "go.etcd.io/bbolt"
 
 	"github.com/resultity/node/internal/durable"
 	"github.com/resultity/node/internal/receipt"
 	"github.com/resultity/node/internal/wire"
 )
 
-const (
-	schema = "1"
+// lockWait is how long another agent may still be on its way out.
+const lockWait = time.Second
 
-	// lockWait is how long another agent may still be on its way out.
-	lockWait = time.Second
+// Open opens the store in the directory path, and makes it if there is none;
+// what is above it must exist. The whole log is read and checked. It fails with
+// [ErrLocked], [ErrCorrupt] or [ErrFormat], and leaves everything as it was.
+func Open(path string, b Bounds, now func() time.Time) (*Store, error) {
+	s, err := openAt(path, b, now)
+	if err != nil {
+		return nil, fmt.Errorf("job store %s: %w", path, err)
+	}
+	return s, nil
+}
 
-	// mapSize is the address space that the file gets at first. It costs no
-	// memory, and until the file is larger no commit has to wait for readers.
-	mapSize = 64 << 20
-)
+func openAt(path string, b Bounds, now func() time.Time) (*Store, error) {
+	switch err := os.Mkdir(path, 0o700); {
+	case err == nil:
+		if err := durable.SyncDir(filepath.Dir(path)); err != nil {
+			return nil, err
+		}
+	case !errors.Is(err, fs.ErrExist):
+		return nil, err
+	}
+	if err := os.Chmod(path, 0o700); err != nil { // requests and responses are nobody else's
+		return nil, err
+	}
+	l, err := lock(filepath.Join(path, "lock"))
+	if errors.Is(err, syscall.ENOTDIR) {
+		return nil, fmt.Errorf("%w: it is no directory", ErrCorrupt)
+	}
+	if err != nil {
+		return nil, err
+	}
+	s, err := load(directory(path), b, now, segmentSize)
+	if err != nil {
+		return nil, errors.Join(err, l.Close())
+	}
+	s.path, s.lock = path, l
+	return s, nil
+}
 
-// Open opens the store at path, and makes it if there is none; its directory
-// must exist. The whole content is read and checked. It fails with [ErrLocked]
-// or [ErrCorrupt], and leaves the file as it was.
-func Open(path string, b Bounds, now func() time.Time) (_ *Store, err error) {
+// lock makes sure that nobody else has the store open.
+func lock(name string) (_ *os.File, err error) {
+	f, err := os.OpenFile(name, os.O_RDWR|os.O_CREATE, 0o600)
+	if err != nil {
+		return nil, err
+	}
+	if err := f.Chmod(0o600); err != nil {
+		return nil, errors.Join(err, f.Close())
+	}
+	for end := time.Now().Add(lockWait); ; time.Sleep(20 * time.Millisecond) {
+		switch err = syscall.Flock(int(f.Fd()), syscall.LOCK_EX|syscall.LOCK_NB); {
+		case err == nil:
+			return f, nil
+		case err != syscall.EWOULDBLOCK && err != syscall.EINTR:
+			err = fmt.Errorf("lock: %w", err)
+		case time.Now().After(end):
+			err = ErrLocked
+		default:
+			continue
+		}
+		_ = f.Close() // the error before says more
+		return nil, err
+	}
+}
+
+// load reads a log, or begins one.
+func load(d disk, b Bounds, now func() time.Time, segmentSize int64) (_ *Store, err error) {
 	if b.Jobs == 0 {
 		b.Jobs = DefaultBounds.Jobs
 	}
@@ -40,205 +96,255 @@ func Open(path string, b Bounds, now func() time.Time) (_ *Store, err error) {
 	if b.IDs == 0 {
 		b.IDs = DefaultBounds.IDs
 	}
-	if err := create(path); err != nil {
-		return nil, fmt.Errorf("job store %s: %w", path, err)
+	s := &Store{disk: d, bounds: b, now: now, segmentSize: segmentSize, jobs: map[receipt.JobID]entry{}, nextFrame: 1}
+	defer func() {
+		if err != nil {
+			s.closeFiles()
+		}
+	}()
+	names, err := d.list()
+	if err != nil {
+		return nil, err
 	}
-	s := &Store{bounds: b, now: now, reserve: fallocate}
-	if s.db, err = s.open(path); err != nil {
-		return nil, fmt.Errorf("job store %s: %w", path, err)
+	numbers, stale, spares := sort(names)
+	if len(numbers) == 0 {
+		err = s.begin(spares)
+	} else {
+		err = s.replay(numbers)
+	}
+	if err != nil {
+		return nil, err
+	}
+	// Everything is as it should be. From here on files change.
+	if err := s.takeSpares(spares); err != nil {
+		return nil, err
+	}
+	for _, n := range stale {
+		_ = d.remove(segmentName(n)) // it is passed over as long as it is there
+	}
+	if len(numbers) > 0 {
+		if err := s.syncLast(); err != nil {
+			return nil, err
+		}
+	}
+	// A full disk is no reason not to start: results can still be delivered.
+	if err := s.ensure(&noRoom{reserve: s.reserved()}); err != nil && !errors.Is(err, ErrFull) {
+		return nil, err
 	}
 	return s, nil
 }
 
-// create makes an empty store under a name of its own and then gives it the
-// final one, so that no half-made store is ever found there.
-func create(path string) error {
-	if _, err := os.Lstat(path); !errors.Is(err, fs.ErrNotExist) {
-		return err
-	}
-	f, err := os.CreateTemp(filepath.Dir(path), filepath.Base(path)+".new*") // mode 0600
-	if err != nil {
-		return err
-	}
-	defer os.Remove(f.Name())
-	if err := f.Close(); err != nil {
-		return err
-	}
-	db, err := bolt.Open(f.Name(), 0o600, &bolt.Options{PageSize: pageSize})
-	if err != nil {
-		return err
-	}
-	err = db.Update(func(tx *bolt.Tx) error {
-		for _, name := range [][]byte{bucketMeta, bucketKnown, bucketJobs, bucketOutbox, bucketSettled} {
-			if _, err := tx.CreateBucket(name); err != nil {
-				return err
+// sort finds the segments among the names of files: the last that are without a
+// gap. What is before a gap was given back.
+func sort(names []string) (numbers, stale []uint64, spares []int) {
+	for _, name := range names {
+		if hex, ok := strings.CutSuffix(name, ".log"); ok {
+			if n, err := strconv.ParseUint(hex, 16, 64); err == nil && segmentName(n) == name && n > 0 {
+				numbers = append(numbers, n)
+			}
+		} else if n, ok := strings.CutSuffix(name, ".spare"); ok {
+			if i, err := strconv.Atoi(n); err == nil && spareName(i) == name {
+				spares = append(spares, i)
 			}
 		}
-		return tx.Bucket(bucketMeta).Put(keySchema, []byte(schema))
-	})
-	if err := errors.Join(err, db.Close()); err != nil {
-		return err
 	}
-	// A link, since a rename would replace what another agent has made meanwhile.
-	if err := os.Link(f.Name(), path); err != nil && !errors.Is(err, fs.ErrExist) {
-		return err
+	slices.Sort(numbers)
+	slices.Sort(spares)
+	for i := len(numbers) - 1; i > 0; i-- {
+		if numbers[i-1]+1 != numbers[i] {
+			return numbers[i:], numbers[:i], spares
+		}
 	}
-	return durable.SyncDir(filepath.Dir(path))
+	return numbers, nil, spares
 }
 
-// open locks the file, reads all of it, and only then lets bbolt have it.
-func (s *Store) open(path string) (_ *bolt.DB, err error) {
-	db, err := bolt.Open(path, 0o600, &bolt.Options{
-		InitialMmapSize: mapSize,
-		NoStatistics:    true,
-		OpenFile: func(name string, _ int, _ os.FileMode) (*os.File, error) {
-			f, err := openVerified(name)
-			s.file = f
-			return f, err
-		},
-	})
-	if err != nil {
-		return nil, err
+// begin makes the first segment of a new log.
+func (s *Store) begin(spares []int) error {
+	if len(spares) > 0 {
+		s.lastSpare = spares[len(spares)-1]
 	}
-	defer func() {
+	s.lastSpare++
+	name := spareName(s.lastSpare)
+	f, err := makeFile(s.disk, name, s.segmentSize)
+	if err != nil {
+		return fmt.Errorf("make %s: %w", name, err)
+	}
+	g := &segment{head: head{Number: 1, Salt: newSalt(), Frame: 1, Oldest: 1}, f: f, size: s.segmentSize, end: headRoom}
+	s.segments = append(s.segments, g)
+	return startSegment(s.disk, name, g)
+}
+
+// takeSpares opens what waits to become a segment. What is not whole goes.
+func (s *Store) takeSpares(spares []int) error {
+	for _, n := range spares {
+		name := spareName(n)
+		s.lastSpare = max(s.lastSpare, n)
+		f, err := s.disk.open(name)
+		if errors.Is(err, fs.ErrNotExist) {
+			continue // begin has used it
+		}
 		if err != nil {
-			_ = db.Close() // the error that brought us here says more
-		}
-	}()
-	if err := db.View(s.check); err != nil {
-		return nil, err
-	}
-	// Also fills holes, should bbolt have grown the file itself once. A full
-	// disk is no reason not to start: results can still be delivered.
-	info, err := s.file.Stat()
-	if err != nil {
-		return nil, err
-	}
-	if s.reserve(s.file.Fd(), info.Size()) == nil {
-		s.allocated = info.Size()
-	}
-	return db, nil
-}
-
-// openVerified opens a file that is ours alone and that bbolt can walk through.
-func openVerified(name string) (_ *os.File, err error) {
-	f, err := os.OpenFile(name, os.O_RDWR, 0)
-	if err != nil {
-		return nil, err
-	}
-	defer func() {
-		if err != nil {
-			_ = f.Close() // the error that brought us here says more
-		}
-	}()
-	if err := lock(f); err != nil {
-		return nil, err
-	}
-	if err := f.Chmod(0o600); err != nil { // requests and responses are nobody else's
-		return nil, err
-	}
-	info, err := f.Stat()
-	if err != nil {
-		return nil, err
-	}
-	if err := verifyPages(f, info.Size()); err != nil {
-		if _, ok := errors.AsType[*fs.PathError](err); ok {
-			return nil, err // the disk's own word
-		}
-		return nil, fmt.Errorf("%w: %w", ErrCorrupt, err)
-	}
-	return f, nil
-}
-
-// lock takes the lock that bbolt takes again, through the same file, a moment
-// later. Nobody else may write while the file is read.
-func lock(f *os.File) error {
-	for end := time.Now().Add(lockWait); ; time.Sleep(20 * time.Millisecond) {
-		switch err := syscall.Flock(int(f.Fd()), syscall.LOCK_EX|syscall.LOCK_NB); {
-		case err == nil:
-			return nil
-		case err != syscall.EWOULDBLOCK && err != syscall.EINTR:
-			return fmt.Errorf("lock: %w", err)
-		case time.Now().After(end):
-			return ErrLocked
-		}
-	}
-}
-
-// check reads every record and compares the buckets with one another. What it
-// finds is the count of the store.
-func (s *Store) check(tx *bolt.Tx) error {
-	damaged := func(format string, a ...any) error {
-		return fmt.Errorf("%w: %w", ErrCorrupt, fmt.Errorf(format, a...))
-	}
-	for _, name := range [][]byte{bucketMeta, bucketKnown, bucketJobs, bucketOutbox, bucketSettled} {
-		if tx.Bucket(name) == nil {
-			return damaged("it has no bucket %s", name)
-		}
-	}
-	if v := string(tx.Bucket(bucketMeta).Get(keySchema)); v != schema {
-		return fmt.Errorf("its format is %.20q, this agent knows %q: use the agent that wrote it, or move the file away", v, schema)
-	}
-	if _, err := registration(tx); err != nil {
-		return err
-	}
-	var t totals
-	known := func(id receipt.JobID, want entry) error {
-		if e, ok := lookup(tx, id); !ok || e != want {
-			return damaged("job %s is not listed as it is stored", id)
-		}
-		return nil
-	}
-	jobs, outbox := tx.Bucket(bucketJobs), tx.Bucket(bucketOutbox)
-	if err := jobs.ForEach(func(k, _ []byte) error {
-		rec := getRecord(jobs, k)
-		j, err := decodeJob(rec)
-		switch {
-		case err != nil:
-			return err
-		case string(k) != string(j.ID[:]):
-			return damaged("job %s lies in the wrong place", j.ID)
-		}
-		t.accepted++
-		t.bytes += int64(len(rec))
-		return known(j.ID, entry{state: Running, size: int64(len(rec))})
-	}); err != nil {
-		return err
-	}
-	if err := outbox.ForEach(func(k, _ []byte) error {
-		rec := getRecord(outbox, k)
-		var r struct { // not its receipt, whose signature takes a while
-			Job  receipt.JobID
-			Code wire.Code
-		}
-		if _, err := decodeRecord(rec, &r); err != nil {
 			return err
 		}
-		if len(k) != 8 || fromNumber(k) > outbox.Sequence() {
-			return damaged("result of job %s lies in the wrong place", r.Job)
+		if size, err := f.size(); err != nil || size != s.segmentSize {
+			_, _ = f.Close(), s.disk.remove(name)
+			continue
 		}
-		t.results++
-		t.bytes += int64(len(rec))
-		return known(r.Job, entry{state: Done, receipt: r.Code == "", seq: fromNumber(k), size: int64(len(rec))})
-	}); err != nil {
-		return err
+		s.spares = append(s.spares, spare{name, f})
 	}
-	if err := tx.Bucket(bucketSettled).ForEach(func(k, v []byte) error {
-		if len(k) != 8 || len(v) != 8+len(receipt.JobID{}) {
-			return damaged("a settled id of %d bytes", len(v))
-		}
-		t.settled++
-		return known(receipt.JobID(v[8:]), entry{state: Settled, seq: fromNumber(k)})
-	}); err != nil {
-		return err
-	}
-	n := 0
-	if err := tx.Bucket(bucketKnown).ForEach(func(_, _ []byte) error { n++; return nil }); err != nil {
-		return err
-	}
-	if want := t.accepted + t.results + t.settled; n != want {
-		return damaged("%d jobs are listed, %d are stored", n, want)
-	}
-	s.count = t
 	return nil
+}
+
+// replay reads the segments.
+func (s *Store) replay(numbers []uint64) error {
+	var oldest uint64
+	var results, settled []item
+	apply := func(g *segment) func(k kind, at int64, body []byte) error {
+		return func(k kind, at int64, body []byte) error {
+			text := func(prefix int) entry {
+				return entry{seg: g.Number, at: uint32(at) + uint32(prefix), size: uint32(len(body) - prefix)}
+			}
+			switch k {
+			case kindJob:
+				e := text(jobPrefix)
+				e.state = Running
+				s.jobs[receipt.JobID(body)] = e
+			case kindResult:
+				e := text(resultPrefix)
+				e.state, e.num, e.receipt = Done, fromNumber(body[idSize:]), body[resultPrefix-1] == 1
+				s.jobs[receipt.JobID(body)] = e
+				s.lastResult = max(s.lastResult, e.num)
+				results = append(results, item{receipt.JobID(body), e.num, textTime(body[resultPrefix:])})
+			case kindSettled:
+				for ; len(body) > 0; body = body[itemSize:] {
+					i := readItem(body)
+					s.jobs[i.id] = entry{state: Settled, num: i.num, seg: g.Number}
+					s.lastSettled = max(s.lastSettled, i.num)
+					settled = append(settled, i)
+				}
+			case kindDropped:
+				for ; len(body) > 0; body = body[idSize:] {
+					delete(s.jobs, receipt.JobID(body))
+				}
+			case kindForget:
+				s.forgotten = max(s.forgotten, fromNumber(body))
+			case kindOldest:
+				oldest = max(oldest, fromNumber(body))
+			case kindRegistered:
+				r := new(wire.Registered)
+				if err := json.Unmarshal(body, r); err != nil {
+					return err
+				}
+				s.registered = r
+			}
+			return nil
+		}
+	}
+	var b []byte // for one after the other
+	for i, n := range numbers {
+		g, err := s.openSegment(n, &b)
+		if err != nil {
+			return fmt.Errorf("%s: %w", segmentName(n), err)
+		}
+		s.segments = append(s.segments, g)
+		switch {
+		case g.Number != n:
+			return fmt.Errorf("%w: %s says that it is segment %x", ErrCorrupt, segmentName(n), g.Number)
+		case i > 0 && g.Frame != s.nextFrame:
+			p := s.segments[i-1]
+			return fmt.Errorf("%w: %s is damaged at byte %d", ErrCorrupt, segmentName(p.Number), p.end)
+		}
+		s.lastResult, s.lastSettled = max(s.lastResult, g.Results), max(s.lastSettled, g.Settled)
+		s.forgotten, oldest = max(s.forgotten, g.Forgotten), max(oldest, g.Oldest)
+		s.registered = g.Registered
+		got, err := scan(b, &g.head, apply(g))
+		if err != nil {
+			return fmt.Errorf("%s: %w", segmentName(n), err)
+		}
+		g.end, s.nextFrame, s.lastFrame = got.end, got.next, got.last
+		if i < len(numbers)-1 {
+			continue
+		}
+		if at, found := laterFrame(b[g.end:], g.Salt, s.nextFrame); found {
+			return fmt.Errorf("%w: %s is damaged at byte %d, before a whole record at %d", ErrCorrupt, segmentName(n), g.end, g.end+int64(at))
+		}
+	}
+	first := s.segments[0].Number
+	if first > oldest {
+		return fmt.Errorf("%w: %s is missing", ErrCorrupt, segmentName(oldest))
+	}
+	return s.index(results, settled, oldest)
+}
+
+// openSegment reads a segment and its head into b.
+func (s *Store) openSegment(n uint64, b *[]byte) (*segment, error) {
+	f, err := s.disk.open(segmentName(n))
+	if err != nil {
+		return nil, err
+	}
+	if *b, err = readAll(f, *b); err == nil {
+		g := &segment{f: f, size: int64(len(*b))}
+		if g.head, err = decodeHead(*b); err == nil {
+			return g, nil
+		}
+	}
+	_ = f.Close() // the error before says more
+	return nil, err
+}
+
+// index makes lists and counts of what was read. Nothing that counts is in a
+// segment before oldest; those are given back.
+func (s *Store) index(results, settled []item, oldest uint64) error {
+	keep := func(list []item, state Known) queue {
+		list = slices.DeleteFunc(list, func(i item) bool { e := s.jobs[i.id]; return e.state != state || e.num != i.num })
+		slices.SortFunc(list, func(a, b item) int { return cmp.Compare(a.num, b.num) })
+		list = slices.CompactFunc(list, func(a, b item) bool { return a.num == b.num })
+		return queue{items: slices.Clone(list)} // of its own size
+	}
+	for id, e := range s.jobs {
+		switch {
+		case e.seg < oldest && e.state != Settled:
+			return fmt.Errorf("%w: job %s is in %s, which was given back", ErrCorrupt, id, segmentName(e.seg))
+		case e.seg < oldest, e.state == Settled && e.num <= s.forgotten:
+			delete(s.jobs, id) // was forgotten
+			continue
+		}
+		s.weigh(e, +1)
+		switch e.state {
+		case Running:
+			s.count.Accepted++
+			s.count.Bytes += int64(e.size)
+		case Done:
+			s.count.Results++
+			s.count.Bytes += int64(e.size)
+		case Settled:
+			s.count.Settled++
+		}
+	}
+	s.outbox, s.settled = keep(results, Done), keep(settled, Settled)
+	for s.count.Settled > s.bounds.IDs {
+		s.forgetFirst()
+	}
+	if n := int(oldest - s.segments[0].Number); n > 0 {
+		return s.retire(n)
+	}
+	return nil
+}
+
+// syncLast makes sure that what was read of the last frame is on the disk: the
+// process that wrote it may have been killed, or told by the disk that it could
+// not be synced, and it is from here on relied upon. Only what is written again
+// is sure to be synced.
+func (s *Store) syncLast() error {
+	g := s.current()
+	if s.lastFrame > 0 {
+		b := make([]byte, g.end-s.lastFrame)
+		if _, err := g.f.ReadAt(b, s.lastFrame); err != nil {
+			return err
+		}
+		if _, err := g.f.WriteAt(b, s.lastFrame); err != nil {
+			return err
+		}
+	}
+	return g.f.sync()
 }

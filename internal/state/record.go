@@ -7,33 +7,30 @@ import (
 	"hash/crc32"
 	"time"
 
-	bolt "go.etcd.io/bbolt"
-
 	"github.com/resultity/node/internal/receipt"
 	"github.com/resultity/node/internal/wire"
 )
 
-// A record is a job or a result as the file holds it:
+// A job or a result lies in the log as
 //
 //	CRC-32C of what follows   4 bytes
 //	time it was made          8 bytes, Unix milliseconds
 //	length of the header      4 bytes
-//	header                    JSON, without the bytes of request or response
-//	body                      request or response, as it is
+//	header                    JSON, without the bytes of the body
+//	body                      request, response or a failure's message, as it is
 //
-// Numbers are big-endian. The checksum is ours because bbolt has none on its
-// data pages, and a request or a response with a flipped bit would be found out
-// only by the network, again and again.
-const recordPrefix = 4 + 8 + 4
+// Numbers are big-endian. It has a checksum beside that of its frame, since it
+// is read again, alone, long after the log was checked.
+const textPrefix = 4 + 8 + 4
 
 var castagnoli = crc32.MakeTable(crc32.Castagnoli)
 
-func encodeRecord(now time.Time, header any, body []byte) ([]byte, error) {
+func encodeText(now time.Time, header any, body []byte) ([]byte, error) {
 	h, err := json.Marshal(header)
 	if err != nil {
 		return nil, err
 	}
-	b := make([]byte, 4, recordPrefix+len(h)+len(body))
+	b := make([]byte, 4, textPrefix+len(h)+len(body))
 	b = binary.BigEndian.AppendUint64(b, uint64(now.UnixMilli()))
 	b = binary.BigEndian.AppendUint32(b, uint32(len(h)))
 	b = append(append(b, h...), body...)
@@ -41,16 +38,12 @@ func encodeRecord(now time.Time, header any, body []byte) ([]byte, error) {
 	return b, nil
 }
 
-// decodeRecord checks a record, fills header, and returns a copy of the body:
-// b is the database's memory and ends with the transaction.
-func decodeRecord(b []byte, header any) (body []byte, err error) {
-	if len(b) < recordPrefix {
-		return nil, fmt.Errorf("%w: a record of %d bytes", ErrCorrupt, len(b))
+// decodeText checks b, fills header, and returns the body, which is part of b.
+func decodeText(b []byte, header any) (body []byte, err error) {
+	if !sound(b) {
+		return nil, fmt.Errorf("%w: wrong checksum of a record of %d bytes", ErrCorrupt, len(b))
 	}
-	if crc32.Checksum(b[4:], castagnoli) != binary.BigEndian.Uint32(b) {
-		return nil, fmt.Errorf("%w: wrong checksum of a record", ErrCorrupt)
-	}
-	rest := b[recordPrefix:]
+	rest := b[textPrefix:]
 	n := binary.BigEndian.Uint32(b[12:])
 	if uint64(n) > uint64(len(rest)) {
 		return nil, fmt.Errorf("%w: a record's header is longer than the record", ErrCorrupt)
@@ -61,107 +54,155 @@ func decodeRecord(b []byte, header any) (body []byte, err error) {
 	if body = rest[n:]; len(body) == 0 {
 		return nil, nil
 	}
-	return append([]byte(nil), body...), nil
+	return body, nil
 }
 
-func recordTime(b []byte) time.Time {
-	if len(b) < recordPrefix {
-		return time.Time{}
-	}
-	return timeOf(b[4:])
+// sound reports whether b is as it was made.
+func sound(b []byte) bool {
+	return len(b) >= textPrefix && crc32.Checksum(b[4:], castagnoli) == binary.BigEndian.Uint32(b)
 }
 
-// content is a record without checksum and time: what makes two results equal.
-func content(b []byte) []byte {
-	if len(b) < recordPrefix {
-		return nil
-	}
-	return b[12:]
-}
+func textTime(b []byte) int64 { return int64(binary.BigEndian.Uint64(b[4:])) }
+
+// content is a text without checksum and time: what makes two results equal.
+func content(b []byte) []byte { return b[12:] }
 
 func encodeJob(now time.Time, j *wire.Job) ([]byte, error) {
 	h := *j
 	h.Request = nil
-	return encodeRecord(now, h, j.Request)
+	return encodeText(now, h, j.Request)
 }
 
 func decodeJob(b []byte) (*wire.Job, error) {
 	j := new(wire.Job)
 	var err error
-	if j.Request, err = decodeRecord(b, j); err != nil {
+	if j.Request, err = decodeText(b, j); err != nil {
 		return nil, err
 	}
 	return j, nil
 }
 
+// resultHeader is the header of a result.
+type resultHeader struct {
+	*wire.Result
+	Said bool `json:"said,omitempty"` // the body is the message
+}
+
+// encodeResult puts a failure's message where an answer's bytes are, so that it
+// takes no more room than it has bytes.
 func encodeResult(now time.Time, r *wire.Result) ([]byte, error) {
-	h := *r
+	h, body := *r, r.Response
 	h.Response = nil
-	return encodeRecord(now, h, r.Response)
+	said := r.Code != "" && r.Response == nil
+	if said {
+		h.Message, body = "", []byte(r.Message)
+	}
+	return encodeText(now, resultHeader{&h, said}, body)
 }
 
 // decodeResult also checks the receipt's signature: [receipt.Signed] has no
 // other way to be read.
 func decodeResult(b []byte) (*wire.Result, error) {
-	r := new(wire.Result)
-	var err error
-	if r.Response, err = decodeRecord(b, r); err != nil {
+	h := resultHeader{Result: new(wire.Result)}
+	body, err := decodeText(b, &h)
+	switch {
+	case err != nil:
 		return nil, err
+	case h.Said:
+		h.Message = string(body)
+	default:
+		h.Response = body
 	}
-	return r, nil
+	return h.Result, nil
 }
 
-func putRecord(b *bolt.Bucket, key, rec []byte) error {
-	own, err := b.CreateBucket(key)
-	if err != nil {
-		return err
+// kind says what a record of the log means. Numbers in it are big-endian.
+type kind byte
+
+const (
+	kindJob        kind = 'j' // id, text: the job is accepted
+	kindResult     kind = 'r' // id, number u64, 1 if it carries a receipt, text: the job is finished
+	kindSettled    kind = 's' // settlements: the results are not needed, the ids are remembered
+	kindDropped    kind = 'd' // ids: as if the jobs had never been
+	kindForget     kind = 'f' // number u64: settlements up to it are forgotten
+	kindOldest     kind = 'o' // number u64: segments before it hold nothing that counts
+	kindRegistered kind = 'g' // JSON of the registration
+	kindClosed     kind = 'c' // nothing: whatever is before it was synced
+)
+
+const (
+	idSize       = 16
+	jobPrefix    = idSize
+	resultPrefix = idSize + 8 + 1
+	itemSize     = idSize + 8 + 8 // a settlement: id, number, time
+
+	recordHead = 1 + 4 // kind, length of what follows
+)
+
+var _ = [idSize]byte(receipt.JobID{})
+
+// item is a result in the order of finishing, or a settled id in the order of
+// settling.
+type item struct {
+	id   receipt.JobID
+	num  uint64
+	time int64 // Unix milliseconds
+}
+
+func appendItem(b []byte, i item) []byte {
+	b = append(b, i.id[:]...)
+	b = binary.BigEndian.AppendUint64(b, i.num)
+	return binary.BigEndian.AppendUint64(b, uint64(i.time))
+}
+
+func readItem(b []byte) item {
+	return item{receipt.JobID(b), binary.BigEndian.Uint64(b[idSize:]), int64(binary.BigEndian.Uint64(b[idSize+8:]))}
+}
+
+// eachRecord walks through the payload of a frame. at is the offset of body in
+// it. It fails where the payload is not made of records, or f does.
+func eachRecord(payload []byte, f func(k kind, at int, body []byte) error) error {
+	for at := 0; at < len(payload); {
+		if len(payload)-at < recordHead {
+			return fmt.Errorf("a record's head is cut short")
+		}
+		k, n := kind(payload[at]), binary.BigEndian.Uint32(payload[at+1:])
+		at += recordHead
+		if uint64(n) > uint64(len(payload)-at) {
+			return fmt.Errorf("a record is longer than its frame")
+		}
+		body := payload[at : at+int(n) : at+int(n)]
+		if err := checkBody(k, body); err != nil {
+			return err
+		}
+		if err := f(k, at, body); err != nil {
+			return err
+		}
+		at += int(n)
 	}
-	return own.Put(keyRecord, rec)
+	return nil
 }
 
-// getRecord returns memory of the database, and nil where there is no record.
-func getRecord(b *bolt.Bucket, key []byte) []byte {
-	own := b.Bucket(key)
-	if own == nil {
-		return nil
+func checkBody(k kind, body []byte) error {
+	ok := false
+	switch n := len(body); k {
+	case kindJob:
+		ok = n >= jobPrefix+textPrefix
+	case kindResult:
+		ok = n >= resultPrefix+textPrefix && body[resultPrefix-1] <= 1
+	case kindSettled:
+		ok = n > 0 && n%itemSize == 0
+	case kindDropped:
+		ok = n > 0 && n%idSize == 0
+	case kindForget, kindOldest:
+		ok = n == 8
+	case kindRegistered:
+		ok = n > 0
+	case kindClosed:
+		ok = n == 0
 	}
-	return own.Get(keyRecord)
-}
-
-// entry is what the bucket known says of a job id.
-type entry struct {
-	state   Known  // Running, Done or Settled
-	receipt bool   // of Done: the result carries a receipt
-	seq     uint64 // of Done: in outbox; of Settled: in settled
-	size    int64  // of Running and Done: bytes of the record
-}
-
-const entrySize = 1 + 1 + 8 + 8
-
-func putEntry(tx *bolt.Tx, id receipt.JobID, e entry) error {
-	b := make([]byte, 2, entrySize)
-	b[0] = byte(e.state)
-	if e.receipt {
-		b[1] = 1
+	if !ok {
+		return fmt.Errorf("a record of kind %q with %d bytes", byte(k), len(body))
 	}
-	b = binary.BigEndian.AppendUint64(b, e.seq)
-	b = binary.BigEndian.AppendUint64(b, uint64(e.size))
-	return tx.Bucket(bucketKnown).Put(id[:], b)
+	return nil
 }
-
-func lookup(tx *bolt.Tx, id receipt.JobID) (entry, bool) {
-	b := tx.Bucket(bucketKnown).Get(id[:])
-	if len(b) != entrySize { // Open has checked those that are there
-		return entry{}, false
-	}
-	return entry{
-		state: Known(b[0]), receipt: b[1] == 1,
-		seq: binary.BigEndian.Uint64(b[2:]), size: int64(binary.BigEndian.Uint64(b[10:])),
-	}, true
-}
-
-func number(n uint64) []byte { return binary.BigEndian.AppendUint64(nil, n) }
-
-func fromNumber(b []byte) uint64 { return binary.BigEndian.Uint64(b) }
-
-func timeOf(b []byte) time.Time { return time.UnixMilli(int64(binary.BigEndian.Uint64(b))) }

@@ -2,18 +2,19 @@ package state
 
 import (
 	"bytes"
+	"encoding/binary"
 	"errors"
 	"fmt"
+	"hash/crc32"
 	"os"
 	"path/filepath"
 	"reflect"
+	"runtime"
 	"slices"
 	"strings"
 	"sync"
 	"testing"
 	"time"
-
-	bolt "go.etcd.io/bbolt"
 
 	"github.com/resultity/node/internal/digest"
 	"github.com/resultity/node/internal/evm"
@@ -37,7 +38,7 @@ func openBounded(t testing.TB, path string, b Bounds, now func() time.Time) *Sto
 	return s
 }
 
-func newPath(t testing.TB) string { return filepath.Join(t.TempDir(), "jobs.db") }
+func newPath(t testing.TB) string { return filepath.Join(t.TempDir(), "jobs") }
 
 func newJob(n int) *wire.Job {
 	return &wire.Job{
@@ -61,16 +62,23 @@ var key = func() *evm.Key {
 // success is a result of n bytes with a real receipt: a store gives out no other.
 func success(t testing.TB, j *wire.Job, n int) *wire.Result {
 	t.Helper()
-	body := bytes.Repeat([]byte("a"), n)
+	r, err := sign(j, bytes.Repeat([]byte("a"), n))
+	if err != nil {
+		t.Fatal(err)
+	}
+	return r
+}
+
+func sign(j *wire.Job, body []byte) (*wire.Result, error) {
 	r := receipt.Receipt{
 		Job: j.ID, Node: key.Address(), ConfigDigest: j.Config, ImageDigest: j.Config, ModelDigest: j.Config,
 		RequestHash: digest.Of(j.Request), ResponseHash: digest.Of(body), StartedAt: 1, FinishedAt: 2,
 	}
 	signed, err := r.Sign(1, key)
 	if err != nil {
-		t.Fatal(err)
+		return nil, err
 	}
-	return &wire.Result{Job: j.ID, Response: body, Receipt: &signed}
+	return &wire.Result{Job: j.ID, Response: body, Receipt: &signed}, nil
 }
 
 func accept(t testing.TB, s *Store, j *wire.Job, want Known) {
@@ -111,7 +119,7 @@ func counts(t testing.TB, s *Store, accepted, results, settled int) {
 func reopen(t testing.TB, s *Store) *Store {
 	t.Helper()
 	want := s.Counts()
-	path, b, now := s.db.Path(), s.bounds, s.now
+	path, b, now := s.path, s.bounds, s.now
 	if err := s.Close(); err != nil {
 		t.Fatal(err)
 	}
@@ -282,7 +290,7 @@ func TestBounds(t *testing.T) {
 		a, b := newJob(40<<10), newJob(40<<10)
 		accept(t, s, a, New)
 		accept(t, s, b, New)
-		if _, err := s.Accept(newJob(10 << 10)); !errors.Is(err, ErrFull) {
+		if _, err := s.Accept(newJob(20 << 10)); !errors.Is(err, ErrFull) {
 			t.Fatalf("a job over the bound: %v, want ErrFull", err)
 		}
 		if err := s.Finish(success(t, a, 60<<10)); !errors.Is(err, ErrFull) {
@@ -388,51 +396,67 @@ func TestRegistration(t *testing.T) {
 func TestTheFileIsPrivateAndLocked(t *testing.T) {
 	path := newPath(t)
 	s := open(t, path)
-	mode := func() os.FileMode {
+	mode := func(want os.FileMode) {
 		t.Helper()
-		info, err := os.Stat(path)
-		if err != nil {
-			t.Fatal(err)
+		for _, name := range []string{"", "lock", segmentName(1)} {
+			info, err := os.Stat(filepath.Join(path, name))
+			if err != nil {
+				t.Fatal(err)
+			}
+			if got := info.Mode().Perm(); name != "" && got != want || name == "" && got != 0o700 {
+				t.Errorf("%q: mode %o, want %o", name, got, want)
+			}
 		}
-		return info.Mode()
 	}
-	if got := mode(); got != 0o600 {
-		t.Errorf("mode %o, want 600", got)
-	}
+	mode(0o600)
 	if _, err := Open(path, Bounds{}, now); !errors.Is(err, ErrLocked) {
 		t.Fatalf("second Open = %v, want ErrLocked", err)
 	}
 	if err := s.Close(); err != nil {
 		t.Fatal(err)
 	}
-	if err := os.Chmod(path, 0o644); err != nil {
-		t.Fatal(err)
+	for _, name := range []string{"", "lock", segmentName(1)} {
+		if err := os.Chmod(filepath.Join(path, name), 0o755); err != nil {
+			t.Fatal(err)
+		}
 	}
 	open(t, path)
-	if got := mode(); got != 0o600 {
-		t.Errorf("mode %o after Open, want 600", got)
-	}
-	if left, _ := filepath.Glob(path + ".*"); len(left) != 0 {
-		t.Errorf("left behind: %v", left)
-	}
+	mode(0o600)
 }
 
 func TestOpenRefuses(t *testing.T) {
 	dir := t.TempDir()
-	if _, err := Open(filepath.Join(dir, "no", "jobs.db"), Bounds{}, now); !errors.Is(err, os.ErrNotExist) {
+	if _, err := Open(filepath.Join(dir, "no", "jobs"), Bounds{}, now); !errors.Is(err, os.ErrNotExist) {
 		t.Errorf("no directory: %v, want ErrNotExist", err)
 	}
-	if _, err := Open(dir, Bounds{}, now); err == nil {
-		t.Error("opened a directory")
-	}
 	path := newPath(t)
-	s := open(t, path)
-	if err := s.db.Update(func(tx *bolt.Tx) error { return tx.Bucket(bucketMeta).Put(keySchema, []byte("2")) }); err != nil {
+	if err := os.WriteFile(path, []byte("x"), 0o600); err != nil {
 		t.Fatal(err)
 	}
-	s.Close()
-	if _, err := Open(path, Bounds{}, now); err == nil || errors.Is(err, ErrCorrupt) || !strings.Contains(err.Error(), "agent") {
-		t.Errorf("another format: %v, want an error of its own", err)
+	if _, err := Open(path, Bounds{}, now); !errors.Is(err, ErrCorrupt) {
+		t.Errorf("a file: %v, want ErrCorrupt", err)
+	}
+	path = newPath(t)
+	open(t, path).Close()
+	name := filepath.Join(path, segmentName(1))
+	b, err := os.ReadFile(name)
+	if err != nil {
+		t.Fatal(err)
+	}
+	at := len(magic)
+	binary.BigEndian.PutUint32(b[at:], version+1)
+	if err := os.WriteFile(name, b, 0o600); err != nil {
+		t.Fatal(err)
+	}
+	if _, err := Open(path, Bounds{}, now); !errors.Is(err, ErrCorrupt) {
+		t.Errorf("a flipped version: %v, want ErrCorrupt", err)
+	}
+	binary.BigEndian.PutUint32(b[at+4:], crc32.Checksum(b[:at+4], castagnoli))
+	if err := os.WriteFile(name, b, 0o600); err != nil {
+		t.Fatal(err)
+	}
+	if _, err := Open(path, Bounds{}, now); !errors.Is(err, ErrFormat) || errors.Is(err, ErrCorrupt) {
+		t.Errorf("another format: %v, want ErrFormat", err)
 	}
 }
 
@@ -488,47 +512,6 @@ func TestConcurrentUse(t *testing.T) {
 	reopen(t, s)
 }
 
-// A commit that fails leaves nothing, and the counts as they were.
-func TestAFailedCommitChangesNothing(t *testing.T) {
-	s := open(t, newPath(t))
-	a, b := newJob(1), newJob(1)
-	accept(t, s, a, New)
-	before := s.Counts()
-	broken := errors.New("broken")
-	group := []*change{
-		{do: func(tx *bolt.Tx, t *totals) error {
-			t.accepted++
-			return t.put(putEntry(tx, b.ID, entry{state: Running}))
-		}},
-		{do: func(_ *bolt.Tx, t *totals) error { return t.put(broken) }},
-	}
-	if _, err := s.write(group, s.count); !errors.Is(err, broken) {
-		t.Fatalf("write = %v, want the error of the put", err)
-	}
-	if s.Counts() != before {
-		t.Errorf("Counts = %+v, want %+v", s.Counts(), before)
-	}
-	s = reopen(t, s)
-	accept(t, s, b, New)
-}
-
-// bbolt may fail after it has written its new root: then the file and its
-// memory differ, and the next commit would mix them.
-func TestNothingIsWrittenAfterAHalfCommit(t *testing.T) {
-	s := open(t, newPath(t))
-	var id int
-	if err := s.db.View(func(tx *bolt.Tx) error { id = tx.ID(); return nil }); err != nil {
-		t.Fatal(err)
-	}
-	if !s.published(id) || s.published(id+1) {
-		t.Fatalf("published(%d) = %v, published(%d) = %v; want true and false", id, s.published(id), id+1, s.published(id+1))
-	}
-	s.broken = errors.New("broken")
-	if _, err := s.Accept(newJob(1)); !errors.Is(err, s.broken) {
-		t.Fatalf("Accept = %v, want the reason", err)
-	}
-}
-
 func TestAClosedStoreRefuses(t *testing.T) {
 	s := open(t, newPath(t))
 	if err := s.Close(); err != nil {
@@ -539,24 +522,6 @@ func TestAClosedStoreRefuses(t *testing.T) {
 	}
 	if _, err := s.Unfinished(); err == nil {
 		t.Error("Unfinished on a closed store")
-	}
-}
-
-func TestZerosFillsExactly(t *testing.T) {
-	f, err := os.Create(filepath.Join(t.TempDir(), "f"))
-	if err != nil {
-		t.Fatal(err)
-	}
-	defer f.Close()
-	if _, err := f.WriteString("kept"); err != nil {
-		t.Fatal(err)
-	}
-	if err := zeros(f, 4, 200_000); err != nil {
-		t.Fatal(err)
-	}
-	b, err := os.ReadFile(f.Name())
-	if err != nil || len(b) != 200_000 || string(b[:4]) != "kept" || len(bytes.Trim(b[4:], "\x00")) != 0 {
-		t.Fatalf("%d bytes, %.8q, %v", len(b), b, err)
 	}
 }
 
@@ -585,4 +550,65 @@ func BenchmarkAcceptFinishAck(b *testing.B) {
 			})
 		})
 	}
+}
+
+// The index is what a store holds in memory, and what a start reads: 10,000
+// results of 8 KiB and 100,000 settled ids.
+func BenchmarkOpen(b *testing.B) {
+	path := newPath(b)
+	bounds := Bounds{IDs: 100_000}
+	s := openBounded(b, path, bounds, now)
+	j, r := newJob(10), &wire.Result{}
+	fill := func(n, size int, acked bool) {
+		for range n / 100 {
+			var wg sync.WaitGroup
+			for range 4 {
+				wg.Go(func() {
+					for range 25 {
+						j, r := *j, *r
+						j.ID, r.Response = receipt.NewJobID(), make([]byte, size)
+						r.Job = j.ID
+						if _, err := s.Accept(&j); err != nil {
+							b.Error(err)
+						}
+						if err := s.Finish(&r); err != nil {
+							b.Error(err)
+						}
+						if acked {
+							if err := s.Ack([]receipt.JobID{j.ID}); err != nil {
+								b.Error(err)
+							}
+						}
+					}
+				})
+			}
+			wg.Wait()
+		}
+	}
+	fill(100_000, 10, true)
+	fill(10_000, 8<<10, false)
+	if err := s.Close(); err != nil {
+		b.Fatal(err)
+	}
+	var before, after runtime.MemStats
+	s.jobs, s.outbox, s.settled = nil, queue{}, queue{} // its cleanup holds it
+	runtime.GC()
+	runtime.ReadMemStats(&before)
+	for b.Loop() {
+		var err error
+		if s, err = Open(path, bounds, now); err != nil { // without a cleanup, which would hold it
+			b.Fatal(err)
+		}
+		b.StopTimer()
+		runtime.GC()
+		runtime.ReadMemStats(&after)
+		if err := s.Close(); err != nil {
+			b.Fatal(err)
+		}
+		b.StartTimer()
+	}
+	if c := s.Counts(); c.Results != 10_000 || c.Settled != 100_000 {
+		b.Fatalf("Counts = %+v", c)
+	}
+	b.ReportMetric(float64(after.HeapAlloc-before.HeapAlloc)/110_000, "B/job")
 }

@@ -171,7 +171,7 @@ func newNode(t testing.TB, e script) *node {
 	if err != nil {
 		t.Fatal(err)
 	}
-	n := &node{t: t, path: filepath.Join(t.TempDir(), "jobs.db"), key: key, log: new(bytes.Buffer), now: time.Now}
+	n := &node{t: t, path: filepath.Join(t.TempDir(), "jobs"), key: key, log: new(bytes.Buffer), now: time.Now}
 	n.open()
 	n.active = &Active{Snapshot: verified(t, config()), Image: digest.Of([]byte("image")), Model: digest.Of([]byte("model")), Engine: e}
 	t.Cleanup(func() {

@@ -140,7 +140,6 @@ func TestSoleUsers(t *testing.T) {
 		"github.com/containers/podman/v5/pkg/bindings":     "podman",
 		"github.com/containers/podman/v5/pkg/systemd":      "quadlet",
 		"github.com/coreos/go-systemd/v22/dbus":            "systemd",
-		"go.etcd.io/bbolt":                                 "state",
 		"github.com/theupdateframework/go-tuf/v2/metadata": "tuf snapshot",
 	}
 	for _, p := range list(t) {

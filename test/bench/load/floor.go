@@ -10,12 +10,12 @@ import (
 )
 
 // What lies one behind the other on the way of a plain job, with nothing left
-// out and nothing added. Network and node write down the job and its result;
-// the network does so with one sync each, bbolt on the node with two. Signed are
-// the frames with the job and with the result, and the receipt; checked are
-// these and the frame with the acceptance, whose signing is beside the way.
+// out and nothing added. Network and node write down the job and its result,
+// with one sync each. Signed are the frames with the job and with the result, and
+// the receipt; checked are these and the frame with the acceptance, whose signing
+// is beside the way.
 const (
-	Syncs  = 6
+	Syncs  = 4
 	Signs  = 3
 	Checks = 4
 )
