@@ -174,51 +174,72 @@ type Registration struct {
 // [*StatusError]; a reply that does not hold is [ErrProtocol] or
 // [wire.ErrSigner]. Registering again is harmless.
 func Register(ctx context.Context, r Registration) (*wire.Registered, error) {
-	u, err := endpoint(r.URL, "https", wire.RegisterPath)
-	if err != nil {
-		return nil, err
-	}
 	if r.Body.Time == 0 {
 		r.Body.Time = time.Now().UnixMilli()
 	}
-	body, err := wire.SealRegistration(r.Key, &r.Body)
+	reply := new(wire.Registered)
+	err := exchange{r.URL, wire.RegisterPath, r.Client, r.Trusted, wire.OpenRegistration, registerRefused}.do(ctx, reply, func() ([]byte, error) {
+		return wire.SealRegistration(r.Key, &r.Body)
+	})
+	if err == nil && (reply.Network != r.Body.Network || reply.Node != r.Body.Node) {
+		err = fmt.Errorf("%w: the reply is about node %s of network %.80q", ErrProtocol, reply.Node, reply.Network)
+	}
 	if err != nil {
 		return nil, fmt.Errorf("register: %w", err)
+	}
+	return reply, nil
+}
+
+// exchange is a signed request over HTTPS and its signed reply.
+type exchange struct {
+	url, path string
+	client    *http.Client
+	trusted   func(evm.Address) bool
+	open      func([]byte, any) (evm.Address, error)
+	refused   func(status int, text []byte) error
+}
+
+// do sends what seal makes and reads the reply, whose signer it checks.
+func (x exchange) do(ctx context.Context, reply any, seal func() ([]byte, error)) error {
+	u, err := endpoint(x.url, "https", x.path)
+	if err != nil {
+		return err
+	}
+	body, err := seal()
+	if err != nil {
+		return err
 	}
 	req, err := http.NewRequestWithContext(ctx, http.MethodPost, u, bytes.NewReader(body))
 	if err != nil {
-		return nil, fmt.Errorf("register: %w", err)
+		return err
 	}
 	req.Header.Set("Content-Type", "application/octet-stream")
-	client := *r.Client
-	client.CheckRedirect = func(*http.Request, []*http.Request) error { return http.ErrUseLastResponse } // the token is for nobody else
+	client := *x.client
+	client.CheckRedirect = func(*http.Request, []*http.Request) error { return http.ErrUseLastResponse } // what is in it is for nobody else
 	resp, err := client.Do(req)
 	if err != nil {
-		return nil, fmt.Errorf("register: %w", err)
+		return err
 	}
 	defer resp.Body.Close()
 	raw, err := io.ReadAll(io.LimitReader(resp.Body, maxReply+1))
 	switch {
 	case err != nil:
-		return nil, fmt.Errorf("register: read the reply: %w", err)
+		return fmt.Errorf("read the reply: %w", err)
 	case resp.StatusCode != http.StatusOK:
-		return nil, fmt.Errorf("register: %w", registerRefused(resp.StatusCode, raw))
+		return x.refused(resp.StatusCode, raw)
 	case len(raw) > maxReply:
-		return nil, fmt.Errorf("register: %w: a reply of more than %d bytes", ErrProtocol, maxReply)
+		return fmt.Errorf("%w: a reply of more than %d bytes", ErrProtocol, maxReply)
 	}
-	reply := new(wire.Registered)
-	who, err := wire.OpenRegistration(raw, reply)
+	who, err := x.open(raw, reply)
 	switch {
 	case err != nil && !errors.Is(err, wire.ErrSigner):
-		return nil, fmt.Errorf("register: %w: %w", ErrProtocol, err)
+		return fmt.Errorf("%w: %w", ErrProtocol, err)
 	case err != nil:
-		return nil, fmt.Errorf("register: %w", err)
-	case !r.Trusted(who):
-		return nil, fmt.Errorf("register: %w: the reply is by %s, which is no key of the network", wire.ErrSigner, who)
-	case reply.Network != r.Body.Network || reply.Node != r.Body.Node:
-		return nil, fmt.Errorf("register: %w: the reply is about node %s of network %.80q", ErrProtocol, reply.Node, reply.Network)
+		return err
+	case !x.trusted(who):
+		return fmt.Errorf("%w: the reply is by %s, which is no key of the network", wire.ErrSigner, who)
 	}
-	return reply, nil
+	return nil
 }
 
 const maxReply = 16 << 10 // bytes
