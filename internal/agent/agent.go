@@ -83,6 +83,7 @@ type Agent struct {
 	openDeployer func(context.Context) (deployer, error)
 	openEngine   func(socket string) engine
 	enrol        func(context.Context, session.Registration) (*wire.Registered, error)
+	bind         func(context.Context, session.Binding) (*wire.BindReply, error)
 	machine      func(context.Context) []gate.Gate // looks at the machine; nil for none
 	ahead        func() *time.Duration             // this clock before the network's
 
@@ -104,6 +105,7 @@ type Agent struct {
 	update     chan struct{} // capacity 1: ask the network for a newer configuration, then look
 	look       chan struct{} // capacity 1: look again at what should be and what is
 	beat       chan struct{} // capacity 1: tell the network how things are
+	keep       chan struct{} // capacity 1: write down whose node this is
 	registered chan struct{} // closed once the network knows the node
 }
 
@@ -132,6 +134,7 @@ func (a *Agent) Run(ctx context.Context) error {
 	g.Go(func() error { return a.updates(work) })
 	g.Go(func() error { return a.watchRuntime(work) })
 	g.Go(func() error { return a.heartbeats(work) })
+	g.Go(func() error { return a.bindings(work) })
 	g.Go(func() error { return a.orders(work) })
 	g.Go(func() error { return systemd.Watchdog(work, a.responsive) })
 	g.Go(func() error {
@@ -265,6 +268,8 @@ func (a *Agent) Message(m wire.Message) {
 		poke(a.update)
 	case *wire.Order, *wire.OrderAck:
 		a.post(m)
+	case *wire.Bound:
+		a.setBound(*m)
 	case *wire.Status:
 		var before *wire.Status
 		a.board.set(func(b *board) { before, b.word = b.word, m })
@@ -304,7 +309,9 @@ func (a *Agent) Status() control.Status {
 // Identity implements [control.Backend].
 func (a *Agent) Identity() control.Identity {
 	id := control.Identity{Node: a.key.Address().Hex(), Network: a.cfg.Network.Name}
-	a.board.set(func(b *board) { id.Account = b.account })
+	a.board.set(func(b *board) {
+		id.Registered, id.Account, id.Method, id.Since = b.registered, b.bound.Account, b.bound.Method, b.bound.Since
+	})
 	return id
 }
 

@@ -573,8 +573,8 @@ func TestSessionNews(t *testing.T) {
 func TestIdentity(t *testing.T) {
 	f := build(t, t.TempDir(), deploytest.New(t))
 	defer f.Close()
-	f.board.account = "acme"
-	if got, want := f.Identity(), (control.Identity{Node: nodeKey.Address().Hex(), Network: "testnet", Account: "acme"}); got != want {
+	f.board.registered, f.board.bound = true, wire.Bound{Account: "acme", Method: wire.MethodToken, Since: 5}
+	if got, want := f.Identity(), (control.Identity{Node: nodeKey.Address().Hex(), Network: "testnet", Account: "acme", Registered: true, Method: wire.MethodToken, Since: 5}); got != want {
 		t.Errorf("%+v", got)
 	}
 	if raw, err := json.Marshal(f.Models()); err != nil || string(raw) != "[]" {

@@ -37,7 +37,7 @@ type board struct {
 	snap       *snapshot.Snapshot // newest verified
 	snapErr    error              // why it could not be refreshed
 	refreshed  time.Time          // when the network last confirmed it
-	account    string             // "" until registered
+	bound      wire.Bound         // whose node it is; also the session's to write
 	registered bool
 	regErr     error
 	step       deploy.Step   // where snap is on its way; "" when its deployment is active
@@ -259,6 +259,7 @@ const (
 	remedyToken    = "put a valid token into the file that network.enrolment_token names; ask the network's operator for one"
 	remedyNames    = "network.name and network.url in agent.toml belong to different networks; correct one of them"
 	remedyUpgrade  = "upgrade the agent; if it is the newest, ask the network's operator"
+	remedyBind     = "bind it to yours: resultityctl bind --wallet 0x…, --email name@domain or --token FILE"
 	remedyOperator = "ask the network's operator"
 	remedyWait     = "wait; the gates above come first"
 )
@@ -314,8 +315,13 @@ var registrationCauses = []cause{
 func (b *board) registrationGate() gate.Gate {
 	g := gate.Gate{Name: gate.Registration}
 	switch {
+	case b.registered && b.bound.Account == "":
+		g.Detail, g.Remedy = "known to the network, but bound to no account", remedyBind
 	case b.registered:
-		g.State, g.Detail = gate.Open, "known to the network as a node of "+b.account
+		g.State, g.Detail = gate.Open, "known to the network as a node of "+b.bound.Account
+		if b.bound.Since != 0 {
+			g.Detail += fmt.Sprintf(", bound by %s on %s", b.bound.Method, time.UnixMilli(b.bound.Since).UTC().Format(time.DateOnly))
+		}
 	case b.regErr != nil:
 		g.Detail, g.Remedy = b.regErr.Error(), remedyOf(b.regErr, registrationCauses, remedyReach)
 	case b.snap == nil: // whose signatures the network's answer would be checked by

@@ -40,7 +40,7 @@ func TestGates(t *testing.T) {
 	now := time.Unix(1_000_000, 0)
 
 	well := func() *board {
-		return &board{snap: s, registered: true, account: "acme", active: dep, phase: active, connected: true, word: &wire.Status{Routable: true}}
+		return &board{snap: s, registered: true, bound: wire.Bound{Account: "acme"}, active: dep, phase: active, connected: true, word: &wire.Status{Routable: true}}
 	}
 	for _, c := range []struct {
 		name   string

@@ -217,7 +217,7 @@ func New(ctx context.Context, cfg *config.Config, env func(string) string, log *
 	a.profile = hardware.Profile(cfg.Paths.State)
 	a.openDeployer = func(ctx context.Context) (deployer, error) { return a.newDeployer(ctx, models, units, ca) }
 	a.openEngine = func(socket string) engine { return openEngine(socket) }
-	a.enrol = session.Register
+	a.enrol, a.bind = session.Register, session.Bind
 	a.openJobs()
 	a.machine = a.lookAround
 	a.probes = a.openProbes()
@@ -229,7 +229,7 @@ func New(ctx context.Context, cfg *config.Config, env func(string) string, log *
 func empty(cfg *config.Config, log *slog.Logger, version string) *Agent {
 	return &Agent{
 		cfg: cfg, version: version, log: log,
-		update: make(chan struct{}, 1), look: make(chan struct{}, 1), beat: make(chan struct{}, 1), registered: make(chan struct{}),
+		update: make(chan struct{}, 1), look: make(chan struct{}, 1), beat: make(chan struct{}, 1), registered: make(chan struct{}), keep: make(chan struct{}, 1),
 		inbox: make(chan wire.Message, maxInbox), retell: make(chan struct{}, 1), tasks: make(chan task), halt: make(chan struct{}, maxLong),
 		board: board{phase: stopped, models: map[digest.Digest]int64{}},
 	}

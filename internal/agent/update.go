@@ -209,7 +209,10 @@ func (u *updater) register(ctx context.Context, snap *snapshot.Snapshot) error {
 		}
 		return err
 	}
-	u.board.set(func(b *board) { b.registered, b.account, b.regErr = true, reg.Account, nil })
+	u.board.set(func(b *board) {
+		b.registered, b.regErr = true, nil
+		b.bound = wire.Bound{Account: reg.Account, Method: reg.Method, Since: reg.Since}
+	})
 	close(u.registered)
 	return nil
 }

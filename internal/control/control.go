@@ -5,6 +5,7 @@
 package control
 
 import (
+	"bytes"
 	"context"
 	"encoding/json"
 	"errors"
@@ -17,9 +18,12 @@ import (
 	"os"
 	"path/filepath"
 	"slices"
+	"strings"
 	"syscall"
 	"time"
 
+	"github.com/resultity/node/internal/binding"
+	"github.com/resultity/node/internal/evm"
 	"github.com/resultity/node/internal/gate"
 	"github.com/resultity/node/internal/wire"
 )
@@ -97,7 +101,33 @@ func (s *Status) GetsJobs() bool {
 type Identity struct {
 	Node    string `json:"node"`
 	Network string `json:"network"`
-	Account string `json:"account,omitempty"` // empty before the registration
+	Account string `json:"account,omitempty"` // empty for none, and before the registration
+
+	Registered bool        `json:"registered"`
+	Method     wire.Method `json:"method,omitempty"` // how it was bound to the account
+	Since      int64       `json:"since,omitempty"`  // Unix milliseconds
+}
+
+// BindRequest is a step towards a binding, or its end. A nonce that a step needs
+// and that is not given is asked for.
+type BindRequest struct {
+	Step      wire.BindStep   `json:"step"`
+	Nonce     evm.Hash        `json:"nonce"`
+	Statement *binding.Signed `json:"statement,omitempty"`
+	Email     string          `json:"email,omitempty"`
+	Code      string          `json:"code,omitempty"`
+	Token     string          `json:"token,omitempty"`
+}
+
+// Binding is what the network answered to it.
+type Binding struct {
+	Network string      `json:"network"`
+	ChainID uint64      `json:"chain_id"`
+	Node    evm.Address `json:"node"`
+	Bound   wire.Bound  `json:"bound"`
+	Nonce   evm.Hash    `json:"nonce"`
+	Now     int64       `json:"now"`     // Unix milliseconds, by the network's clock
+	Expires int64       `json:"expires"` // Unix milliseconds, of the nonce or of the code that was sent
 }
 
 // Model is a model and what has become of it.
@@ -128,6 +158,7 @@ type Backend interface {
 	Doctor(ctx context.Context) (*Report, error)
 	// Bundle returns a support archive, tar.gz, without secrets.
 	Bundle(ctx context.Context) ([]byte, error)
+	Bind(context.Context, BindRequest) (Binding, error)
 }
 
 // maxJobs bounds an answer.
@@ -182,6 +213,22 @@ func Serve(ctx context.Context, l net.Listener, b Backend) error {
 	post("/v1/drain", b.Drain)
 	post("/v1/resume", b.Resume)
 	serveDoctor(mux, b)
+	mux.HandleFunc("POST "+bindPath, func(w http.ResponseWriter, r *http.Request) {
+		// It asks the network. This fails on a closed connection only.
+		_ = http.NewResponseController(w).SetWriteDeadline(time.Now().Add(bindTimeout + 5*time.Second))
+		ctx, cancel := context.WithTimeout(r.Context(), bindTimeout)
+		defer cancel()
+		var q BindRequest
+		dec := json.NewDecoder(http.MaxBytesReader(w, r.Body, maxBind))
+		dec.DisallowUnknownFields()
+		if err := dec.Decode(&q); err != nil {
+			w.WriteHeader(http.StatusBadRequest)
+			_ = json.NewEncoder(w).Encode(map[string]string{"error": err.Error()}) // the peer has gone: nobody to tell
+			return
+		}
+		v, err := b.Bind(ctx, q)
+		reply(w, v, err)
+	})
 	s := &http.Server{
 		Handler: noBody(mux), MaxHeaderBytes: 8 << 10,
 		ReadTimeout: 10 * time.Second, WriteTimeout: 10 * time.Second, IdleTimeout: time.Minute,
@@ -205,10 +252,17 @@ func Serve(ctx context.Context, l net.Listener, b Backend) error {
 	return nil
 }
 
-// noBody refuses requests with a body: no request here has anything to say.
+const (
+	bindPath    = "/v1/bind"
+	bindTimeout = 30 * time.Second // for the network's answers
+	maxBind     = 16 << 10         // bytes
+)
+
+// noBody refuses requests with a body: but for one no request here has anything
+// to say.
 func noBody(h http.Handler) http.Handler {
 	return http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
-		if r.ContentLength != 0 {
+		if r.ContentLength != 0 && r.URL.Path != bindPath {
 			http.Error(w, "requests have no body", http.StatusRequestEntityTooLarge)
 			return
 		}
@@ -257,24 +311,54 @@ func (c *Client) Post(ctx context.Context, what string, answer any) error {
 	return c.do(ctx, http.MethodPost, what, answer)
 }
 
+// Bind asks the agent to make a step towards a binding. What the network has to
+// say against it is the error, without a word around it.
+func (c *Client) Bind(ctx context.Context, q BindRequest) (Binding, error) {
+	var v Binding
+	raw, err := json.Marshal(q)
+	if err != nil {
+		return v, err
+	}
+	patient := Client{&http.Client{Timeout: bindTimeout + 10*time.Second, Transport: c.http.Transport}}
+	status, answer, err := patient.ask(ctx, http.MethodPost, strings.TrimPrefix(bindPath, "/v1/"), bytes.NewReader(raw))
+	if err != nil {
+		return v, err
+	}
+	if status != http.StatusOK {
+		var no struct {
+			Error string `json:"error"`
+		}
+		if json.Unmarshal(answer, &no) != nil || no.Error == "" {
+			return v, fmt.Errorf("the agent answered %d: %.500s", status, answer)
+		}
+		return v, errors.New(no.Error)
+	}
+	return v, json.Unmarshal(answer, &v)
+}
+
 func (c *Client) do(ctx context.Context, method, what string, answer any) error {
-	req, err := http.NewRequestWithContext(ctx, method, "http://agent/v1/"+what, nil)
+	status, raw, err := c.ask(ctx, method, what, nil)
 	if err != nil {
 		return err
+	}
+	if status != http.StatusOK {
+		return fmt.Errorf("the agent answered %d %s: %.500s", status, http.StatusText(status), raw)
+	}
+	return json.Unmarshal(raw, answer)
+}
+
+func (c *Client) ask(ctx context.Context, method, what string, body io.Reader) (status int, raw []byte, err error) {
+	req, err := http.NewRequestWithContext(ctx, method, "http://agent/v1/"+what, body)
+	if err != nil {
+		return 0, nil, err
 	}
 	res, err := c.http.Do(req)
 	if err != nil {
-		return unanswered(err)
+		return 0, nil, unanswered(err)
 	}
 	defer res.Body.Close() // read only: nothing to lose
-	raw, err := io.ReadAll(io.LimitReader(res.Body, 16<<20))
-	if err != nil {
-		return err
-	}
-	if res.StatusCode != http.StatusOK {
-		return fmt.Errorf("the agent answered %s: %.500s", res.Status, raw)
-	}
-	return json.Unmarshal(raw, answer)
+	raw, err = io.ReadAll(io.LimitReader(res.Body, 16<<20))
+	return res.StatusCode, raw, err
 }
 
 // unanswered says why an agent did not answer.

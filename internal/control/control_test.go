@@ -19,6 +19,7 @@ import (
 	"time"
 
 	"github.com/resultity/node/internal/digest"
+	"github.com/resultity/node/internal/evm"
 	"github.com/resultity/node/internal/gate"
 	"github.com/resultity/node/internal/wire"
 )
@@ -85,6 +86,9 @@ func (n *node) Doctor(ctx context.Context) (*Report, error) {
 func (n *node) Bundle(context.Context) ([]byte, error) { return []byte("archive"), n.err }
 func (n *node) Drain()                                 { n.set(true) }
 func (n *node) Resume()                                { n.set(false) }
+func (n *node) Bind(_ context.Context, q BindRequest) (Binding, error) {
+	return Binding{Network: "testnet", Bound: wire.Bound{Account: q.Email}, Nonce: q.Nonce}, n.err
+}
 func (n *node) set(draining bool) {
 	n.mu.Lock()
 	defer n.mu.Unlock()
@@ -413,5 +417,40 @@ func TestChecksOfGates(t *testing.T) {
 	}
 	if r := (&Report{Checks: cs[2:]}); r.Failed() || len(cs) != 3+len(Probes) {
 		t.Error("what was not measured has not failed")
+	}
+}
+
+// A step of a binding is the one request with a body; what is said against it
+// comes back as it is.
+func TestBind(t *testing.T) {
+	n := &node{}
+	dir := t.TempDir()
+	l, err := Listen(dir)
+	if err != nil {
+		t.Fatal(err)
+	}
+	ctx, cancel := context.WithCancel(t.Context())
+	done := make(chan error, 1)
+	go func() { done <- Serve(ctx, l, n) }()
+	defer func() {
+		cancel()
+		if err := <-done; err != nil {
+			t.Error(err)
+		}
+	}()
+	c := NewClient(filepath.Join(dir, SocketName))
+	got, err := c.Bind(t.Context(), BindRequest{Step: wire.BindEmail, Email: "a@b", Nonce: evm.Hash{3}})
+	if err != nil || got.Bound.Account != "a@b" || got.Nonce != (evm.Hash{3}) {
+		t.Errorf("%+v, %v", got, err)
+	}
+	n.err = errors.New("bound to another account")
+	if _, err := c.Bind(t.Context(), BindRequest{}); err == nil || err.Error() != n.err.Error() {
+		t.Errorf("%v", err)
+	}
+	n.err = nil
+	for name, body := range map[string]string{"huge": `{"email":"` + strings.Repeat("x", maxBind) + `"}`, "unknown": `{"x":1}`, "empty": ""} {
+		if status, raw, err := c.ask(t.Context(), "POST", "bind", strings.NewReader(body)); err != nil || status != 400 {
+			t.Errorf("%s: %d %s %v", name, status, raw, err)
+		}
 	}
 }

@@ -149,6 +149,7 @@ func (c *command) root(version string) *cobra.Command {
 	add("identity", "Show who this node is", cobra.NoArgs, c.identity)
 	add("drain", "Take no new jobs; running ones are finished", cobra.NoArgs, func(ctx context.Context, _ []string) error { return c.order(ctx, "drain") })
 	add("resume", "Take jobs again", cobra.NoArgs, func(ctx context.Context, _ []string) error { return c.order(ctx, "resume") })
+	root.AddCommand(c.bindCommand(), c.unbindCommand())
 	add("verify RECEIPT", "Check a receipt (a file, or - for standard input) without any network", cobra.ExactArgs(1), c.verify)
 	return root
 }
@@ -273,11 +274,17 @@ func (c *command) identity(ctx context.Context, _ []string) error {
 		return err
 	}
 	return c.show(id, func(w *tabwriter.Writer) {
-		account := id.Account
-		if account == "" {
+		account := line(id.Account)
+		switch {
+		case account == "" && !id.Registered:
 			account = "(not registered yet)"
+		case account == "":
+			account = "(none: resultityctl bind)"
 		}
 		fmt.Fprintf(w, "node\t%s\nnetwork\t%s\naccount\t%s\n", id.Node, id.Network, account)
+		if id.Since != 0 {
+			fmt.Fprintf(w, "bound\tby %s, since %s\n", id.Method, time.UnixMilli(id.Since).UTC().Format(time.RFC3339))
+		}
 	})
 }
 

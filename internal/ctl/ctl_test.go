@@ -5,6 +5,7 @@ import (
 	"context"
 	"encoding/json"
 	"errors"
+	"fmt"
 	"net"
 	"os"
 	"path/filepath"
@@ -16,6 +17,7 @@ import (
 
 	"github.com/rogpeppe/go-internal/testscript"
 
+	"github.com/resultity/node/internal/binding"
 	"github.com/resultity/node/internal/control"
 	"github.com/resultity/node/internal/digest"
 	"github.com/resultity/node/internal/evm"
@@ -41,6 +43,7 @@ func TestMain(m *testing.M) {
 //	receipt FILE             writes a signed receipt
 //	change FROM TO OLD NEW   copies a file with a text replaced once
 //	large FILE               writes more than any receipt has
+//	sign KEY FILE OUT        signs typed data with the key of that number
 func TestScripts(t *testing.T) {
 	testscript.Run(t, testscript.Params{
 		Dir:                 "testdata",
@@ -86,6 +89,15 @@ func TestScripts(t *testing.T) {
 				}
 				ts.Check(os.WriteFile(ts.MkAbs(args[1]), []byte(strings.Replace(text, args[2], args[3], 1)), 0o600))
 			},
+			"sign": func(ts *testscript.TestScript, _ bool, args []string) {
+				key, err := evm.ParseKey(fmt.Sprintf("%064s", args[0]))
+				ts.Check(err)
+				st, chain, err := binding.ParseTypedData([]byte(ts.ReadFile(args[1])))
+				ts.Check(err)
+				sig, err := key.Sign(st.Hash(chain))
+				ts.Check(err)
+				ts.Check(os.WriteFile(ts.MkAbs(args[2]), []byte(sig.String()+"\n"), 0o600))
+			},
 			"large": func(ts *testscript.TestScript, _ bool, args []string) {
 				ts.Check(os.WriteFile(ts.MkAbs(args[0]), append(signed(ts), bytes.Repeat([]byte(" "), receipt.MaxSize)...), 0o600))
 			},
@@ -114,6 +126,39 @@ type node struct {
 	mu     sync.Mutex
 	status control.Status
 	broken bool
+	bound  wire.Bound
+}
+
+// Bind grants everything that a network would, with one nonce for all.
+func (n *node) Bind(_ context.Context, q control.BindRequest) (control.Binding, error) {
+	n.mu.Lock()
+	defer n.mu.Unlock()
+	now := time.Now()
+	b := control.Binding{Network: "testnet", ChainID: 31337, Node: evm.Address{7}, Nonce: evm.Hash{9}, Now: now.UnixMilli(), Expires: now.Add(10 * time.Minute).UnixMilli()}
+	switch q.Step {
+	case wire.BindWallet:
+		action := q.Statement.Statement.Action
+		if err := q.Statement.CheckTerms(binding.Terms{
+			Network: b.Network, ChainID: b.ChainID, Node: b.Node, Action: action, Nonce: b.Nonce, Now: now, Window: time.Minute,
+		}); err != nil {
+			return b, err
+		}
+		n.bound = wire.Bound{}
+		if action == binding.Bind {
+			n.bound = wire.Bound{Account: q.Statement.Statement.Owner.Hex(), Method: wire.MethodWallet, Since: 1_800_000_000_000}
+		}
+	case wire.BindCode:
+		if q.Code != "12345678" {
+			return b, errors.New("wrong code; 4 tries are left")
+		}
+		n.bound = wire.Bound{Account: "email-x", Method: wire.MethodEmail}
+	case wire.BindToken:
+		n.bound = wire.Bound{Account: "fleet " + q.Token, Method: wire.MethodToken}
+	case wire.BindUnbind:
+		n.bound = wire.Bound{}
+	}
+	b.Bound = n.bound
+	return b, nil
 }
 
 func startAgent(ts *testscript.TestScript, _ bool, args []string) {
@@ -138,7 +183,12 @@ func (n *node) Status() control.Status {
 	return n.status
 }
 func (n *node) Identity() control.Identity {
-	return control.Identity{Node: n.status.Node, Network: n.status.Network}
+	n.mu.Lock()
+	defer n.mu.Unlock()
+	return control.Identity{
+		Node: n.status.Node, Network: n.status.Network, Account: n.bound.Account, Method: n.bound.Method, Since: n.bound.Since,
+		Registered: n.status.Draining || n.bound != wire.Bound{},
+	}
 }
 func (n *node) Models() []control.Model {
 	return []control.Model{

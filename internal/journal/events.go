@@ -74,6 +74,12 @@ var (
 	OrderRefused    = event("7c1f2a2f6f8e4d6a9a4a5d1e0b7c3f49", "order-refused", "An order of the network was refused", "The message says why: it is not signed by a key of the network's configuration, is for another node, has expired (check this machine's clock), or asks for something that this agent does not know (upgrade it). It had no effect.")
 )
 
+// The binding to an account.
+var (
+	Bound   = event("7c1f2a2f6f8e4d6a9a4a5d1e0b7c3f90", "bound", "The node is bound to an account", "The network has it as a node of account @RESULTITY_ACCOUNT@ now, by @RESULTITY_METHOD@. `resultityctl identity` shows it. If that is not yours: `resultityctl unbind`.")
+	Unbound = event("7c1f2a2f6f8e4d6a9a4a5d1e0b7c3f91", "unbound", "The node is bound to no account", "It was a node of account @RESULTITY_ACCOUNT@ until its owner, its operator or the network's operator ended that. It stays connected and gets no jobs. To bind it again: `resultityctl bind --wallet 0x…`, `--email name@domain` or `--token FILE`.")
+)
+
 // Events lists all events, in the order of their ids.
 var Events []*Event
 

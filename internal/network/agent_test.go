@@ -80,6 +80,13 @@ func TestAgentsSide(t *testing.T) {
 	}); err != nil {
 		t.Fatal(err)
 	}
+	begun, err := session.Bind(t.Context(), session.Binding{
+		URL: "https://" + address, Client: client, Key: v.Key, Trusted: trusted,
+		Body: wire.BindRequest{Network: "testnet", Node: v.Key.Address(), Step: wire.BindBegin},
+	})
+	if err != nil || begun.Bound.Account != "operator" || begun.Nonce == (evm.Hash{}) {
+		t.Fatalf("%+v %v", begun, err)
+	}
 	e := &events{opened: make(chan struct{}, 16), messages: make(chan wire.Message, 64)}
 	s := session.New(session.Config{
 		URL: "wss://" + address, Network: "testnet", Node: v.Key.Address(), Key: v.Key, Trusted: trusted, Agent: "test", TLS: trust,
