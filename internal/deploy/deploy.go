@@ -81,6 +81,7 @@ type (
 	containers interface {
 		Container(ctx context.Context, name string) (podman.ContainerState, error)
 		Info(ctx context.Context) (podman.Info, error)
+		Image(ctx context.Context, ref snapshot.ImageRef) (id string, size int64, err error)
 	}
 	// Engine is the runtime as validation needs it.
 	Engine interface {
@@ -97,11 +98,12 @@ type Deployer struct {
 	Units      units
 	Containers containers
 	Engine     func(socket string) Engine
-	Devices    func(names []string) (nodes []string, err error) // device nodes of CDI names
-	Look       func(pid int) (*sandbox.Outside, error)          // the kernel's view of a process
-	UnitDir    string                                           // where Quadlet looks
-	SocketDir  string                                           // shared with the container; its parent is the agent's alone
-	Bridge     string                                           // the bridge's binary
+	Devices    func(names []string) (nodes []string, err error)  // device nodes of CDI names
+	Mounts     func(names []string) (places []string, err error) // what else of the host they bring into a container
+	Look       func(pid int) (*sandbox.Outside, error)           // the kernel's view of a process
+	UnitDir    string                                            // where Quadlet looks
+	SocketDir  string                                            // shared with the container; its parent is the agent's alone
+	Bridge     string                                            // the bridge's binary
 	Log        *slog.Logger
 	Progress   func(m *snapshot.Model, done, total int64)
 }

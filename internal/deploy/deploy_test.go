@@ -15,6 +15,7 @@ import (
 	"github.com/resultity/node/internal/deploy"
 	. "github.com/resultity/node/internal/deploy/deploytest"
 	"github.com/resultity/node/internal/digest"
+	"github.com/resultity/node/internal/podman"
 	"github.com/resultity/node/internal/quadlet"
 	"github.com/resultity/node/internal/sandbox"
 	"github.com/resultity/node/internal/snapshot"
@@ -59,7 +60,7 @@ func TestFromNothing(t *testing.T) {
 		progress = append(progress, done)
 	}
 	dep := up(t, d, s)
-	want := []string{EnsureImage, EnsureModel, Info, Devices, Install, State, Start, State, Container, Look, Record, Golden, Golden}
+	want := []string{EnsureImage, EnsureModel, Info, Devices, Install, State, Start, State, Container, FindImage, Look, Record, Golden, Golden}
 	if got := m.Calls(); !slices.Equal(got, want) {
 		t.Errorf("calls %q\nwant  %q", got, want)
 	}
@@ -165,6 +166,7 @@ func TestEveryStepFails(t *testing.T) {
 		{State, deploy.StepStart, false},
 		{Start, deploy.StepStart, false},
 		{Container, deploy.StepSandbox, true},
+		{FindImage, deploy.StepSandbox, true},
 		{Look, deploy.StepSandbox, true},
 		{Record, deploy.StepSandbox, true},
 		{Golden, deploy.StepValidate, true},
@@ -218,7 +220,9 @@ func TestUnsealedIsStopped(t *testing.T) {
 		"seccomp":       func(m *Locked) { m.Outside(func(o *sandbox.Outside) { o.Seccomp = 0 }) },
 		"inside":        func(m *Locked) { m.Record(func(s *contract.Sandbox) { s.Checks[0].OK = false }) },
 		"version":       func(m *Locked) { m.Record(func(s *contract.Sandbox) { s.Version++ }) },
-		"another image": func(m *Locked) { m.RunImage(digest.Of([]byte("x"))) },
+		"another image": func(m *Locked) { m.Drift(func(c *podman.ContainerState) { c.ImageDigest = digest.Of([]byte("x")) }) },
+		"namespace":     func(m *Locked) { m.Outside(func(o *sandbox.Outside) { o.Own["net"] = "net:[203]" }) },
+		"a mount":       func(m *Locked) { m.Record(func(s *contract.Sandbox) { s.Mounts[0].Point = "/host" }) },
 		"a drop-in":     func(m *Locked) { m.DropIn("--privileged") },
 	} {
 		t.Run(name, func(t *testing.T) {

@@ -69,6 +69,32 @@ func cache(dirs []string) (_ *cdi.Cache, err error) {
 // the CDI devices bring into a container, by the specifications in dirs: under
 // their paths in the container, sorted, each once.
 func DeviceNodes(dirs, names []string) ([]string, error) {
+	return paths(dirs, names, func(e *specs.ContainerEdits) (nodes []string) {
+		for _, n := range e.DeviceNodes {
+			nodes = append(nodes, n.Path)
+		}
+		for _, m := range e.Mounts {
+			if st, err := os.Stat(m.HostPath); err == nil && st.Mode()&os.ModeSocket != 0 {
+				nodes = append(nodes, m.ContainerPath)
+			}
+		}
+		return nodes
+	})
+}
+
+// DeviceMounts lists what of the host the CDI devices mount into a container, in
+// the same way.
+func DeviceMounts(dirs, names []string) ([]string, error) {
+	return paths(dirs, names, func(e *specs.ContainerEdits) (places []string) {
+		for _, m := range e.Mounts {
+			places = append(places, m.ContainerPath)
+		}
+		return places
+	})
+}
+
+// paths collects what of picks from the edits of the named devices.
+func paths(dirs, names []string, of func(*specs.ContainerEdits) []string) ([]string, error) {
 	if len(names) == 0 {
 		return nil, nil
 	}
@@ -76,26 +102,18 @@ func DeviceNodes(dirs, names []string) ([]string, error) {
 	if err != nil {
 		return nil, err
 	}
-	var nodes []string
+	var found []string
 	for _, name := range names {
 		d := c.GetDevice(name)
 		if d == nil {
 			return nil, fmt.Errorf("%w: %s (specifications are in %s; for NVIDIA: nvidia-ctk cdi generate --output=/etc/cdi/nvidia.yaml)%s",
 				ErrNoDevice, name, strings.Join(dirs, " and "), broken(c))
 		}
-		for _, e := range []*specs.ContainerEdits{&d.ContainerEdits, &d.GetSpec().ContainerEdits} {
-			for _, n := range e.DeviceNodes {
-				nodes = append(nodes, n.Path)
-			}
-			for _, m := range e.Mounts {
-				if st, err := os.Stat(m.HostPath); err == nil && st.Mode()&os.ModeSocket != 0 {
-					nodes = append(nodes, m.ContainerPath)
-				}
-			}
-		}
+		found = append(found, of(&d.ContainerEdits)...)
+		found = append(found, of(&d.GetSpec().ContainerEdits)...)
 	}
-	slices.Sort(nodes)
-	return slices.Compact(nodes), nil
+	slices.Sort(found)
+	return slices.Compact(found), nil
 }
 
 // ErrNoDevice says that no CDI specification has a device.

@@ -59,6 +59,7 @@ var (
 	ImageFailed      = event("7c1f2a2f6f8e4d6a9a4a5d1e0b7c3f21", "image-failed", "The runtime image could not be had", "The message has the cause: Podman or the registry does not answer, or the disk is full. Nothing is known to be wrong with the image. The agent tries again; a deployment that is up goes on.")
 	StoreRefused     = event("7c1f2a2f6f8e4d6a9a4a5d1e0b7c3f22", "store-refused", "The job store cannot be used", "The message says what is wrong with it: it is damaged, or another version of the agent wrote it. Nothing is changed; the agent ends with status 78. Move the file away to begin a new one: results that the network had not acknowledged are lost with it, the identity is not.")
 	AgentFailed      = event("7c1f2a2f6f8e4d6a9a4a5d1e0b7c3f23", "agent-failed", "The agent ended with an error", "The message has the cause. systemd starts the agent again, waiting longer each time; accepted jobs and results are kept. If it persists, the cause is on this machine.")
+	LandlockMissing  = event("7c1f2a2f6f8e4d6a9a4a5d1e0b7c3f70", "landlock-missing", "The engine can fill the runtime directory", "This kernel has no Landlock of version 2, by which the engine is kept from writing beside its socket. Everything else is sealed, and the node takes jobs. Use a kernel of 5.19 or later with landlock among the values of its lsm= parameter (see /sys/kernel/security/lsm).")
 )
 
 // The network's orders, and logs.

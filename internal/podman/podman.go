@@ -254,7 +254,8 @@ func (c *Client) RemoveImages(ctx context.Context, pulled, keep []snapshot.Image
 type ContainerState struct {
 	ID           string
 	Running      bool
-	PID          int           // of the first process, on the host; 0 when not running
+	PID          int // of the first process, on the host; 0 when not running
+	ImageID      string
 	ImageDigest  digest.Digest // of the manifest that it was made from; zero if there is none
 	RestartCount int           // by Podman; systemd counts its own
 	Started      time.Time
@@ -263,14 +264,23 @@ type ContainerState struct {
 	Privileged   bool
 	ReadOnly     bool     // the root file system
 	Network      string   // "none", where it is sealed
-	Capabilities []string // effective
+	User         string   // and group, as ordered
+	Capabilities []string // effective, bounding or added
+	Security     []string // security options
+	Hosts        []string // lines for /etc/hosts
+	Command      []string
+	Namespaces   map[string]string // mode of cgroup, ipc, pid, user and uts
+	Devices      []string          // nodes, by their paths in the container
 	Mounts       []Mount
+	Tmpfs        map[string][]string // options, by place
 }
 
 // Mount is something of the host in a container.
 type Mount struct {
+	Type                string // "bind", or "volume" for one of Podman's own
 	Source, Destination string
 	Writable            bool
+	Options             []string
 }
 
 // Container returns the state of a container; [ErrNotFound] if there is none.
@@ -282,18 +292,34 @@ func (c *Client) Container(ctx context.Context, name string) (ContainerState, er
 	if r.State == nil || r.HostConfig == nil {
 		return ContainerState{}, c.explain("container "+name, errors.New("the answer is not complete"))
 	}
+	h := r.HostConfig
 	s := ContainerState{
 		ID:           r.ID,
+		ImageID:      r.Image,
 		Running:      r.State.Running,
 		PID:          r.State.Pid,
 		RestartCount: int(r.RestartCount),
 		Started:      r.State.StartedAt,
 		ExitCode:     int(r.State.ExitCode),
 		OOMKilled:    r.State.OOMKilled,
-		Privileged:   r.HostConfig.Privileged,
-		ReadOnly:     r.HostConfig.ReadonlyRootfs,
-		Network:      r.HostConfig.NetworkMode,
-		Capabilities: r.EffectiveCaps,
+		Privileged:   h.Privileged,
+		ReadOnly:     h.ReadonlyRootfs,
+		Network:      h.NetworkMode,
+		Capabilities: slices.Concat(r.EffectiveCaps, r.BoundingCaps, h.CapAdd),
+		Security:     h.SecurityOpt,
+		Hosts:        h.ExtraHosts,
+		Command:      append([]string{r.Path}, r.Args...),
+		Namespaces:   map[string]string{"cgroup": h.CgroupMode, "ipc": h.IpcMode, "pid": h.PidMode, "user": h.UsernsMode, "uts": h.UTSMode},
+		Tmpfs:        make(map[string][]string),
+	}
+	if r.Config != nil {
+		s.User = r.Config.User
+	}
+	for _, d := range h.Devices {
+		s.Devices = append(s.Devices, d.PathInContainer)
+	}
+	for place, options := range h.Tmpfs {
+		s.Tmpfs[place] = strings.Split(options, ",")
 	}
 	if r.ImageDigest != "" {
 		if s.ImageDigest, err = digest.Parse(r.ImageDigest); err != nil {
@@ -301,7 +327,7 @@ func (c *Client) Container(ctx context.Context, name string) (ContainerState, er
 		}
 	}
 	for _, m := range r.Mounts {
-		s.Mounts = append(s.Mounts, Mount{m.Source, m.Destination, m.RW})
+		s.Mounts = append(s.Mounts, Mount{m.Type, m.Source, m.Destination, m.RW, m.Options})
 	}
 	return s, nil
 }

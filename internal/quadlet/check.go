@@ -303,22 +303,32 @@ func mount(s string) (place string, ok bool) {
 	return parts[1], true
 }
 
-func checkRun(argv []string) (bad []error) {
+// splitRun sorts a podman command line into the options of podman run, and the
+// image with what follows it.
+func splitRun(argv []string) (have map[string][]string, rest []string, err error) {
 	if len(argv) < 2 || argv[0] != "/usr/bin/podman" || argv[1] != "run" {
-		return []error{fmt.Errorf("it runs %.80q, want /usr/bin/podman run", argv)}
+		return nil, nil, fmt.Errorf("it runs %.80q, want /usr/bin/podman run", argv)
 	}
-	have := make(map[string][]string)
-	rest := argv[2:]
+	have = make(map[string][]string)
+	rest = argv[2:]
 	for len(rest) > 0 && strings.HasPrefix(rest[0], "-") {
 		name, v, attached := strings.Cut(rest[0], "=")
 		rest = rest[1:]
 		if runRules[name].takes && !attached {
 			if len(rest) == 0 {
-				return append(bad, fmt.Errorf("podman run %s has no value", name))
+				return nil, nil, fmt.Errorf("podman run %s has no value", name)
 			}
 			v, rest = rest[0], rest[1:]
 		}
 		have[name] = append(have[name], v)
+	}
+	return have, rest, nil
+}
+
+func checkRun(argv []string) (bad []error) {
+	have, rest, err := splitRun(argv)
+	if err != nil {
+		return []error{err}
 	}
 	rules := make(map[string]rule, len(runRules))
 	for name, f := range runRules {

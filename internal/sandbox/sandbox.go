@@ -12,6 +12,7 @@ import (
 	"io"
 	"io/fs"
 	"os"
+	"path"
 	"path/filepath"
 	"slices"
 	"strconv"
@@ -33,7 +34,20 @@ type Outside struct {
 	Seccomp    int // 2: filtered
 	Interfaces []string
 	Routes     []string // interfaces other than lo that something is routed over
+
+	// Namespaces are those of the process as far as the agent may see them, and
+	// Own the agent's: "net" to "net:[4026532000]", and so on.
+	Namespaces, Own map[string]string
 }
+
+// Order is what the record's mounts are compared with.
+type Order struct {
+	Mounts map[string]bool // places of what was ordered: whether it is read-only
+	Others []string        // paths that ordered devices bring along
+}
+
+// namespaces are those that a container has of its own.
+var namespaces = []string{"cgroup", "ipc", "mnt", "net", "pid", "user", "uts"}
 
 // fallback are the devices that the kernel puts into every new network namespace
 // where the modules of tunnels are loaded. They are down, lead nowhere, and
@@ -88,6 +102,20 @@ func Look(proc string, pid int) (*Outside, error) {
 	}
 	if o.Routes, err = routes(dir); err != nil {
 		return nil, err
+	}
+	o.Namespaces, o.Own = make(map[string]string), make(map[string]string)
+	for _, ns := range namespaces {
+		if o.Own[ns], err = os.Readlink(filepath.Join(proc, "self/ns", ns)); err != nil {
+			return nil, err
+		}
+		// The kernel lets nobody see this from a user namespace beside the
+		// container's, which is what the agent's sandbox has.
+		switch target, err := os.Readlink(filepath.Join(dir, "ns", ns)); {
+		case err == nil:
+			o.Namespaces[ns] = target
+		case !errors.Is(err, fs.ErrPermission):
+			return nil, err
+		}
 	}
 	if len(o.UIDs) != 4 {
 		return nil, fmt.Errorf("%s: no Uid line", dir)
@@ -144,9 +172,10 @@ func lines(name string, f func(string) error) error {
 	return s.Err()
 }
 
-// Check compares both views with the rules and with each other. agent is the
-// user that the agent runs as; it must not be the container's.
-func Check(out *Outside, in *contract.Sandbox, agent int) error {
+// Check compares both views with the rules, with each other and with what was
+// ordered. agent is the user that the agent runs as; it must not be the
+// container's.
+func Check(out *Outside, in *contract.Sandbox, order Order, agent int) error {
 	var bad []string
 	fail := func(format string, a ...any) { bad = append(bad, fmt.Sprintf(format, a...)) }
 	if slices.Contains(out.UIDs, agent) || slices.Contains(out.UIDs, 0) {
@@ -186,8 +215,63 @@ func Check(out *Outside, in *contract.Sandbox, agent int) error {
 	if in.UID == 0 {
 		fail("inside: runs as root of its namespace")
 	}
+	for _, ns := range namespaces {
+		switch got := in.Namespaces[ns]; {
+		case got == "":
+			fail("inside: %s namespace is not told", ns)
+		case got == out.Own[ns]:
+			fail("inside: %s namespace is the agent's", ns)
+		case out.Namespaces[ns] != "" && out.Namespaces[ns] != got:
+			fail("inside: %s namespace is %s, outside %s", ns, got, out.Namespaces[ns])
+		}
+	}
+	bad = append(bad, checkMounts(in.Mounts, order)...)
 	if len(bad) > 0 {
 		return fmt.Errorf("%w: %s", ErrNotSealed, strings.Join(bad, "; "))
 	}
 	return nil
+}
+
+// podmans are the places where Podman mounts something of its own into every
+// container: devices, and files that it has made for this one. What is below
+// /proc and /sys hides files there, and is a check of the bridge's.
+var podmans = []string{
+	"/", "/proc", "/sys", "/dev", "/dev/pts", "/dev/mqueue", "/dev/shm",
+	"/dev/null", "/dev/zero", "/dev/full", "/dev/random", "/dev/urandom", "/dev/tty",
+	"/etc/hosts", "/etc/hostname", "/etc/resolv.conf", "/etc/passwd", "/etc/group",
+	"/run/.containerenv", "/run/notify", "/run/notify/notify.sock",
+	"/run/secrets", // distributions with subscriptions put theirs there
+}
+
+// checkMounts compares the mounts that the container has with the ordered ones.
+func checkMounts(mounts []contract.Mount, order Order) (bad []string) {
+	seen := make(map[string]int)
+	for _, m := range mounts {
+		readOnly, ordered := order.Mounts[m.Point]
+		switch {
+		case ordered:
+			if seen[m.Point]++; m.ReadOnly != readOnly {
+				bad = append(bad, fmt.Sprintf("inside: %s is mounted %s, want %s", m.Point, mode(m.ReadOnly), mode(readOnly)))
+			}
+		// A path of a device's may lead over links of the image; its name stays.
+		case slices.Contains(podmans, m.Point), slices.ContainsFunc(order.Others, func(p string) bool { return path.Base(p) == path.Base(m.Point) }),
+			strings.HasPrefix(m.Point, "/proc/"), strings.HasPrefix(m.Point, "/sys/"):
+		default:
+			bad = append(bad, fmt.Sprintf("inside: something of type %s is mounted at %s, which nobody ordered", m.Type, m.Point))
+		}
+	}
+	for place := range order.Mounts {
+		if n := seen[place]; n != 1 {
+			bad = append(bad, fmt.Sprintf("inside: %d mounts at %s, want one", n, place))
+		}
+	}
+	slices.Sort(bad)
+	return bad
+}
+
+func mode(readOnly bool) string {
+	if readOnly {
+		return "read-only"
+	}
+	return "writable"
 }

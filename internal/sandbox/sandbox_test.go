@@ -28,8 +28,15 @@ func look(t *testing.T, status, dev string) (*Outside, error) {
 func lookAt(t *testing.T, files map[string]string) (*Outside, error) {
 	t.Helper()
 	proc := t.TempDir()
-	if err := os.MkdirAll(filepath.Join(proc, "7/net"), 0o700); err != nil {
-		t.Fatal(err)
+	for _, dir := range []string{"7/net", "7/ns", "self/ns"} {
+		if err := os.MkdirAll(filepath.Join(proc, dir), 0o700); err != nil {
+			t.Fatal(err)
+		}
+	}
+	for _, ns := range namespaces {
+		if err := errors.Join(os.Symlink(ns+":[2]", filepath.Join(proc, "7/ns", ns)), os.Symlink(ns+":[1]", filepath.Join(proc, "self/ns", ns))); err != nil {
+			t.Fatal(err)
+		}
 	}
 	for name, text := range files {
 		if err := os.WriteFile(filepath.Join(proc, name), []byte(text), 0o600); err != nil {
@@ -40,7 +47,22 @@ func lookAt(t *testing.T, files map[string]string) (*Outside, error) {
 }
 
 func sealed() *contract.Sandbox {
-	return &contract.Sandbox{Version: contract.Version, OK: true, UID: 1000, Checks: []contract.Check{{Name: "seccomp", Want: "2", Got: "2", OK: true}}}
+	s := &contract.Sandbox{
+		Version: contract.Version, OK: true, UID: 1000, Checks: []contract.Check{{Name: "seccomp", Want: "2", Got: "2", OK: true}}, Namespaces: map[string]string{},
+		Mounts: []contract.Mount{
+			{Point: "/models", Type: "ext4", ReadOnly: true}, {Point: "/tmp", Type: "tmpfs"}, {Point: "/", Type: "overlay", ReadOnly: true},
+			{Point: "/etc/hosts", Type: "tmpfs", ReadOnly: true}, {Point: "/proc/keys", Type: "tmpfs", ReadOnly: true}, {Point: "/usr/lib/libcuda.so.1", Type: "ext4", ReadOnly: true},
+		},
+	}
+	for _, ns := range namespaces {
+		s.Namespaces[ns] = ns + ":[2]"
+	}
+	return s
+}
+
+// order is what sealed has, with a path over a link of the image's.
+func order() Order {
+	return Order{Mounts: map[string]bool{"/models": true, "/tmp": false}, Others: []string{"/lib/libcuda.so.1"}}
 }
 
 func TestSealed(t *testing.T) {
@@ -48,7 +70,7 @@ func TestSealed(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	if err := Check(o, sealed(), 993); err != nil {
+	if err := Check(o, sealed(), order(), 993); err != nil {
 		t.Error(err)
 	}
 }
@@ -70,6 +92,16 @@ func TestEachDifferenceIsRefused(t *testing.T) {
 		{"inside says no", "", "", "", "without a failed check", func(s *contract.Sandbox) { s.OK = false }},
 		{"no checks", "", "", "", "without checks", func(s *contract.Sandbox) { s.Checks = nil }},
 		{"other version", "", "", "", "version 9", func(s *contract.Sandbox) { s.Version = 9 }},
+		{"the agent's namespace", "", "", "", "net namespace is the agent's", func(s *contract.Sandbox) { s.Namespaces["net"] = "net:[1]" }},
+		{"another namespace", "", "", "", "pid namespace is pid:[3], outside pid:[2]", func(s *contract.Sandbox) { s.Namespaces["pid"] = "pid:[3]" }},
+		{"no namespace", "", "", "", "uts namespace is not told", func(s *contract.Sandbox) { delete(s.Namespaces, "uts") }},
+		{"one more mount", "", "", "", "type nfs is mounted at /host, which nobody ordered", func(s *contract.Sandbox) {
+			s.Mounts = append(s.Mounts, contract.Mount{Point: "/host", Type: "nfs", ReadOnly: true})
+		}},
+		{"no model", "", "", "", "0 mounts at /models", func(s *contract.Sandbox) { s.Mounts = s.Mounts[1:] }},
+		{"mounted over", "", "", "", "2 mounts at /models", func(s *contract.Sandbox) { s.Mounts = append(s.Mounts, s.Mounts[0]) }},
+		{"writable model", "", "", "", "/models is mounted writable, want read-only", func(s *contract.Sandbox) { s.Mounts[0].ReadOnly = false }},
+		{"read-only tmpfs", "", "", "", "/tmp is mounted read-only, want writable", func(s *contract.Sandbox) { s.Mounts[1].ReadOnly = true }},
 		{"root inside", "", "", "", "root of its namespace", func(s *contract.Sandbox) { s.UID = 0 }},
 	} {
 		d := c.dev
@@ -84,7 +116,7 @@ func TestEachDifferenceIsRefused(t *testing.T) {
 		if c.inside != nil {
 			c.inside(in)
 		}
-		if err := Check(o, in, 993); !errors.Is(err, ErrNotSealed) || !strings.Contains(err.Error(), c.want) {
+		if err := Check(o, in, order(), 993); !errors.Is(err, ErrNotSealed) || !strings.Contains(err.Error(), c.want) {
 			t.Errorf("%s: %v, want ErrNotSealed with %q", c.name, err, c.want)
 		}
 	}
@@ -96,7 +128,7 @@ func TestFallbackDevicesAreFine(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	if err := Check(o, sealed(), 993); err != nil {
+	if err := Check(o, sealed(), order(), 993); err != nil {
 		t.Error(err)
 	}
 }
@@ -110,7 +142,7 @@ func TestARouteIsRefused(t *testing.T) {
 		if err != nil {
 			t.Fatal(err)
 		}
-		if err := Check(o, sealed(), 993); !errors.Is(err, ErrNotSealed) || !strings.Contains(err.Error(), "sit0") {
+		if err := Check(o, sealed(), order(), 993); !errors.Is(err, ErrNotSealed) || !strings.Contains(err.Error(), "sit0") {
 			t.Errorf("%v, want ErrNotSealed with sit0", err)
 		}
 	}

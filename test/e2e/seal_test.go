@@ -2,9 +2,13 @@ package e2e
 
 import (
 	"bytes"
+	"context"
 	"strings"
 	"testing"
+	"time"
 
+	"github.com/resultity/node/internal/control"
+	"github.com/resultity/node/internal/journal"
 	"github.com/resultity/node/test/stack"
 )
 
@@ -20,4 +24,62 @@ func TestNothingGetsOutOfTheContainer(t *testing.T) {
 		}
 		t.Logf("%s", out)
 	})
+}
+
+// What the account's own configuration, or an administrator's, adds to the
+// runtime is found and named, wherever it was added, and the runtime does not go
+// on. When it is gone, so is the refusal.
+func TestDriftIsFound(t *testing.T) {
+	const home = "/var/lib/resultity/.config/"
+	for _, d := range []struct{ name, file, text, want string }{
+		{"a volume of a Quadlet drop-in", "containers/systemd/resultity-runtime.container.d/50-more.conf", "[Container]\nVolume=/etc:/host\n", "/etc:/host"},
+		{"a device of a Quadlet drop-in", "containers/systemd/resultity-runtime.container.d/50-more.conf", "[Container]\nAddDevice=/dev/fuse\n", "/dev/fuse"},
+		{"another command of a systemd drop-in", "systemd/user/resultity-runtime.service.d/override.conf",
+			"[Service]\nExecStart=\nExecStart=/usr/bin/podman run --name=resultity-runtime --sdnotify=container -v /etc:/host x\n", "/etc:/host"},
+		{"a volume of containers.conf", "containers/containers.conf", "[containers]\npids_limit=0\nvolumes=[\"/etc:/host:ro\"]\n", "is mounted at /host, which nobody ordered"},
+	} {
+		t.Run(strings.ReplaceAll(d.name, " ", "-"), func(t *testing.T) {
+			eachNode(t, func(t *testing.T, n *stack.Node) { drift(t, n, home+d.file, d.text, d.want) })
+		})
+	}
+}
+
+func drift(t *testing.T, n *stack.Node, file, text, want string) {
+	ctx, cancel := context.WithTimeout(t.Context(), time.Minute)
+	defer cancel()
+	as := func(ctx context.Context, script string) {
+		t.Helper()
+		if out, err := n.OutputAs(ctx, stack.Account, "sh", "-c", script); err != nil {
+			t.Fatalf("%s: %v\n%s", script, err, out)
+		}
+	}
+	out, err := n.Output(ctx, "journalctl", "--no-pager", "-n", "0", "--show-cursor", "-q")
+	_, cursor, ok := strings.Cut(strings.TrimSpace(string(out)), "-- cursor: ")
+	if err != nil || !ok {
+		t.Fatalf("cursor: %v: %s", err, out)
+	}
+	as(ctx, "mkdir -p $(dirname "+file+") && printf '%s' '"+strings.ReplaceAll(text, "'", "")+"' > "+file+" && systemctl --user daemon-reload && systemctl --user restart --no-block "+stack.Runtime)
+	defer func() {
+		ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), time.Minute)
+		defer cancel()
+		as(ctx, "rm "+file+" && systemctl --user daemon-reload && systemctl --user reset-failed "+stack.Runtime+"; systemctl --user restart resultity-agent.service")
+		if err := n.WaitStatus(ctx, "jobs after the drift", func(st *control.Status) bool { return st.Closed() == nil }); err != nil {
+			t.Errorf("%v\n%s", err, n.Journal(context.WithoutCancel(ctx), 60))
+		}
+	}()
+	for {
+		out, err := n.Output(ctx, "journalctl", "--no-pager", "-o", "cat", "--output-fields=RESULTITY_ERROR", "--after-cursor", cursor, "MESSAGE_ID="+journal.SandboxRefused.ID)
+		if err != nil {
+			t.Fatalf("nothing was refused: %v\n%s", err, n.Journal(context.WithoutCancel(ctx), 60))
+		}
+		if bytes.Contains(out, []byte(want)) {
+			t.Logf("%s", out)
+			return
+		}
+		select {
+		case <-ctx.Done():
+			t.Fatalf("nothing was refused, or not for %q: %s\n%s", want, out, n.Journal(context.WithoutCancel(ctx), 60))
+		case <-time.After(200 * time.Millisecond): // the journal is a file on another host
+		}
+	}
 }

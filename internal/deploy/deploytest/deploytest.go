@@ -15,7 +15,6 @@ import (
 	"log/slog"
 	"os"
 	"path/filepath"
-	"regexp"
 	"slices"
 	"strings"
 	"sync"
@@ -46,6 +45,7 @@ const (
 	ResetFailed  = "units.ResetFailed"
 	Info         = "podman.Info"
 	Container    = "podman.Container"
+	FindImage    = "podman.Image"
 	Devices      = "devices"
 	Look         = "look"
 	Record       = "engine.Sandbox"
@@ -79,8 +79,8 @@ type Machine struct {
 	spent   bool // the start limit is used up
 	record  contract.Sandbox
 	outside sandbox.Outside
-	image   digest.Digest // of the container, if it is not the unit's
-	judged  string        // invocation whose record was read
+	drift   func(*podman.ContainerState) // how the container differs from the unit; nil for not at all
+	judged  string                       // invocation whose record was read
 	watch   map[chan struct{}]bool
 }
 
@@ -106,8 +106,14 @@ func New(t testing.TB) *Machine {
 	m := &Machine{
 		t: t, dir: dir, faults: map[string]*Fault{}, images: map[snapshot.ImageRef]bool{}, models: map[digest.Digest]bool{},
 		state: systemd.State{Load: "not-found", Active: "inactive"}, watch: map[chan struct{}]bool{},
-		record:  contract.Sandbox{Version: contract.Version, OK: true, UID: 1000, GID: 1000, Checks: []contract.Check{{Name: "user", OK: true}}},
-		outside: sandbox.Outside{UIDs: []int{100999, 100999, 100999, 100999}, NoNewPrivs: true, Seccomp: 2, Interfaces: []string{"lo"}},
+		record:  contract.Sandbox{Version: contract.Version, OK: true, UID: 1000, GID: 1000, Checks: []contract.Check{{Name: "user", OK: true}}, Namespaces: map[string]string{}, Landlock: 7},
+		outside: sandbox.Outside{UIDs: []int{100999, 100999, 100999, 100999}, NoNewPrivs: true, Seccomp: 2, Interfaces: []string{"lo"}, Own: map[string]string{}},
+	}
+	for i, ns := range []string{"cgroup", "ipc", "mnt", "net", "pid", "user", "uts"} {
+		m.record.Namespaces[ns], m.outside.Own[ns] = fmt.Sprintf("%s:[%d]", ns, 200+i), fmt.Sprintf("%s:[%d]", ns, 100+i)
+	}
+	for _, point := range []string{"/models", "/resultity-bridge", "/run/resultity", "/tmp", "/dev/shm", "/", "/proc", "/etc/hosts"} {
+		m.record.Mounts = append(m.record.Mounts, contract.Mount{Point: point, Type: "ext4", ReadOnly: !slices.Contains([]string{"/run/resultity", "/tmp", "/dev/shm", "/proc"}, point)})
 	}
 	m.good = commandLine(string(raw))
 	return m
@@ -134,6 +140,7 @@ func (m *Machine) Deployer() *deploy.Deployer {
 			return (*engine)(m)
 		},
 		Devices: func([]string) ([]string, error) { return nil, m.fail(context.Background(), Devices, nil) },
+		Mounts:  func([]string) ([]string, error) { return nil, nil },
 		Look:    m.look,
 		UnitDir: "/run/user/990/containers/systemd", SocketDir: m.SocketDir(), Bridge: "/usr/libexec/resultity/resultity-bridge",
 		Log: slog.New(slog.DiscardHandler), Progress: func(*snapshot.Model, int64, int64) {},
@@ -219,8 +226,8 @@ func (l *Locked) Outside(f func(*sandbox.Outside)) { f(&l.outside) }
 // Record changes what the bridge says.
 func (l *Locked) Record(f func(*contract.Sandbox)) { f(&l.record) }
 
-// RunImage makes the container run another image than the unit's.
-func (l *Locked) RunImage(d digest.Digest) { l.image = d }
+// Drift lets the container differ from what the unit orders.
+func (l *Locked) Drift(f func(*podman.ContainerState)) { l.drift = f }
 
 // DropIn gives podman run another argument.
 func (l *Locked) DropIn(arg string) { l.good = slices.Insert(slices.Clone(l.good), 2, arg) }
@@ -463,7 +470,20 @@ func (c *containers) Info(ctx context.Context) (podman.Info, error) {
 	return podman.Info{Version: podman.Version{Major: 5, Minor: 4, Patch: 2}, CgroupControllers: []string{"pids"}}, (*Machine)(c).fail(ctx, Info, nil)
 }
 
-var imageLine = regexp.MustCompile(`(?m)^Image=(\S+)$`)
+// imageID is what the fake store calls an image.
+func imageID(ref snapshot.ImageRef) string { return ref.Digest().Hex() }
+
+func (c *containers) Image(ctx context.Context, ref snapshot.ImageRef) (id string, size int64, err error) {
+	m := (*Machine)(c)
+	err = m.fail(ctx, FindImage, func() error {
+		if !m.images[ref] {
+			return podman.ErrNotFound
+		}
+		id, size = imageID(ref), 1
+		return nil
+	})
+	return id, size, err
+}
 
 func (c *containers) Container(ctx context.Context, name string) (s podman.ContainerState, err error) {
 	m := (*Machine)(c)
@@ -471,17 +491,27 @@ func (c *containers) Container(ctx context.Context, name string) (s podman.Conta
 		m.t.Errorf("container %q", name)
 	}
 	err = m.fail(ctx, Container, func() error {
-		line := imageLine.FindSubmatch(m.text)
-		if m.state.Active != "active" || line == nil {
+		if m.state.Active != "active" || m.text == nil {
 			return podman.ErrNotFound
 		}
-		ref, err := snapshot.ParseImageRef(string(line[1]))
+		o, err := quadlet.Unit{Name: quadlet.FileName, Service: quadlet.ServiceName, Text: m.text}.Order()
 		if err != nil {
 			return err
 		}
-		s = podman.ContainerState{Running: true, PID: m.state.MainPID, ImageDigest: ref.Digest()}
-		if !m.image.IsZero() {
-			s.ImageDigest = m.image
+		// The words of Podman 5.8.
+		s = podman.ContainerState{
+			Running: true, PID: m.state.MainPID, ImageID: imageID(o.Image), ImageDigest: o.Image.Digest(), ReadOnly: true, Network: "none",
+			User: o.User, Security: []string{"no-new-privileges"}, Command: o.Command, Tmpfs: map[string][]string{},
+			Namespaces: map[string]string{"cgroup": "private", "ipc": "shareable", "pid": "private", "user": "", "uts": "private"},
+		}
+		for _, o := range o.Mounts {
+			s.Mounts = append(s.Mounts, podman.Mount{Type: "bind", Source: o.Source, Destination: o.Place, Writable: !o.ReadOnly, Options: append(slices.Clone(o.Options), "rbind")})
+		}
+		for place, options := range o.Tmpfs {
+			s.Tmpfs[place] = append(slices.Clone(options), "rprivate", "tmpcopyup")
+		}
+		if m.drift != nil {
+			m.drift(&s)
 		}
 		return nil
 	})
