@@ -1104,3 +1104,51 @@ func TestBackoff(t *testing.T) {
 		t.Errorf("only %d different delays of 100", len(seen))
 	}
 }
+
+// BenchmarkChunks is the time of a token of 200 B of some streams that go as fast
+// as they can, and how many frames it takes, each of which is one write.
+func BenchmarkChunks(b *testing.B) {
+	for _, streams := range []int{1, 4, 16} {
+		b.Run(fmt.Sprintf("streams=%d", streams), func(b *testing.B) {
+			last := make(chan int, 1)
+			n := newNetwork(b, func(p *peer) {
+				p.welcome()
+				for frames := 0; ; frames++ {
+					switch m := p.next().(type) {
+					case *wire.Chunk:
+					case *wire.Result:
+						last <- frames
+					case *wire.Bye, nil:
+						return
+					default:
+						p.t.Errorf("got %T", m)
+					}
+				}
+			})
+			h := newRecorder()
+			s := New(config(n), h)
+			stop := run(b, s)
+			defer stop()
+			get(b, h.opened)
+			jobs := make([]receipt.JobID, streams)
+			for i := range jobs {
+				jobs[i] = receipt.NewJobID()
+			}
+			offsets := make([]int64, streams)
+			token := make([]byte, 200)
+			i := 0
+			for b.Loop() {
+				k := i % streams
+				for errors.Is(s.Send(&wire.Chunk{Job: jobs[k], Offset: offsets[k], Data: token}), ErrFull) {
+					runtime.Gosched()
+				}
+				offsets[k] += int64(len(token))
+				i++
+			}
+			if err := s.Send(&wire.Result{Job: jobs[0]}); err != nil {
+				b.Fatal(err)
+			}
+			b.ReportMetric(float64(get(b, last))/float64(i), "frames/op")
+		})
+	}
+}
