@@ -22,7 +22,7 @@
 // # Files
 //
 //	DIR/publish.json, keys, repository   see package publish; of the keys, snapshot and timestamp are used
-//	DIR/keys/message.key                 signs frames; 0600
+//	DIR/keys/message.key                 signs for the network; 0600
 //	DIR/store                            JetStream; 0700
 //	DIR/admin.sock                       for the commands of the operator; 0600
 package network

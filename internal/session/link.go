@@ -12,6 +12,7 @@ import (
 
 	"github.com/gorilla/websocket"
 
+	"github.com/resultity/node/internal/evm"
 	"github.com/resultity/node/internal/receipt"
 	"github.com/resultity/node/internal/wire"
 )
@@ -43,6 +44,7 @@ type link struct {
 	bytes   int                           // of bulk, and of what is being written of it
 	tails   map[receipt.JobID]*wire.Chunk // the last chunk of each job in bulk; ours to change
 	opened  bool                          // the peer is known: there may be more than hello
+	key     evm.Address                   // of the peer, once it is known
 	leaving bool                          // nothing more may be queued
 	ended   bool
 	cause   error // of the end
@@ -179,10 +181,10 @@ func (l *link) write(sealer *wire.Sealer, log *slog.Logger) error {
 	}
 }
 
-// ping asks for a sign of life until the link ends, or until the peer is not
-// trusted any more. A ping that cannot be written is no concern of its own: the
-// silence, or the writer, will tell.
-func (l *link) ping(every time.Duration, trusted func() bool) {
+// ping asks for a sign of life until the link ends, and calls check each time. A
+// ping that cannot be written is no concern of its own: the silence, or the
+// writer, will tell.
+func (l *link) ping(every time.Duration, check func()) {
 	ticker := time.NewTicker(every)
 	defer ticker.Stop()
 	for {
@@ -190,19 +192,24 @@ func (l *link) ping(every time.Duration, trusted func() bool) {
 		case <-l.done:
 			return
 		case <-ticker.C:
-			if !trusted() {
-				return
-			}
+			check()
 			_ = l.conn.WriteControl(websocket.PingMessage, nil, time.Now().Add(every))
 		}
 	}
 }
 
-// open says that the peer is known.
-func (l *link) open() {
+// open says that the peer is known: it has signed with this key.
+func (l *link) open(key evm.Address) {
 	l.mu.Lock()
 	defer l.mu.Unlock()
-	l.opened = true
+	l.opened, l.key = true, key
+}
+
+// signer returns the peer's key, and whether it is known.
+func (l *link) signer() (evm.Address, bool) {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	return l.key, l.opened
 }
 
 // goodbye has the link say what is queued, and bye, and then end, all within

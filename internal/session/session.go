@@ -255,6 +255,7 @@ func (s *Session) once(ctx context.Context) (lasted time.Duration, err error) {
 			l.end(err)
 		}
 	})
+	wg.Go(func() { l.ping(s.cfg.Ping, func() { s.trust(l) }) })
 	defer context.AfterFunc(ctx, func() { l.goodbye(s.patience.leave) })()
 
 	window := cmp.Or(s.cfg.ClockWindow(), 30*time.Second)
@@ -272,17 +273,7 @@ func (s *Session) once(ctx context.Context) (lasted time.Duration, err error) {
 		return 0, s.refuse(l, errOrder)
 	}
 	late.Stop()
-	l.open()
-	signer := opener.Signer()
-	wg.Go(func() {
-		l.ping(s.cfg.Ping, func() bool {
-			if s.cfg.Trusted(signer) {
-				return true
-			}
-			_ = s.refuse(l, fmt.Errorf("%w: %s", wire.ErrRevoked, signer)) // the reader returns it
-			return false
-		})
-	})
+	l.open(opener.Signer())
 
 	start := time.Now()
 	s.mu.Lock()
@@ -358,6 +349,14 @@ func (s *Session) read(l *link, opener *wire.Opener) (wire.Message, error) {
 		return nil, s.refuse(l, err)
 	}
 	return m, nil
+}
+
+// trust ends a session whose key is not trusted any more, also of a network that
+// says nothing. The reader returns why.
+func (s *Session) trust(l *link) {
+	if signer, opened := l.signer(); opened && !s.cfg.Trusted(signer) {
+		_ = s.refuse(l, fmt.Errorf("%w: %s", wire.ErrRevoked, signer))
+	}
 }
 
 // refuse counts a frame that ends the session and tells the peer.
