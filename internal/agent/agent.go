@@ -208,10 +208,10 @@ func (a *Agent) heartbeats(ctx context.Context) error {
 			timer.Stop()
 		case <-timer.C:
 		}
-		a.watchGates()
 		if err := a.session.Send(a.heartbeat()); err != nil && !errors.Is(err, session.ErrNotConnected) {
 			a.log.Debug("heartbeat not sent", "error", err)
 		}
+		a.watchGates() // after the heartbeat: it may take a moment
 	}
 }
 

@@ -101,9 +101,11 @@ func (a *Agent) lookAround(ctx context.Context) []gate.Gate { return a.surroundi
 // surroundings describes the machine, as far as the agent knows it.
 func (a *Agent) surroundings() *preflight.Machine {
 	m := &preflight.Machine{
-		Root: "/", Account: "uid " + strconv.Itoa(os.Getuid()), UID: os.Getuid(), Socket: a.cfg.Paths.Podman, State: a.cfg.Paths.State,
+		Root: "/", Account: os.Getenv("USER"), UID: os.Getuid(), Socket: a.cfg.Paths.Podman, State: a.cfg.Paths.State,
 		Need: a.board.missing(), Running: true, Window: 30 * time.Second,
 	}
+	// An account that is in no file, such as a directory service's, is named by
+	// the service manager alone.
 	if u, err := user.LookupId(strconv.Itoa(m.UID)); err == nil {
 		m.Account = u.Username
 	}

@@ -96,11 +96,7 @@ func (o *offline) archive(ctx context.Context, r *control.Report, version string
 	a.AddJSON("status.json", o.status(ctx))
 	a.AddJSON("doctor.json", r)
 	a.AddJSON("versions.json", map[string]string{"resultityctl": version, "at": now.UTC().Format(time.RFC3339)})
-	main := "/etc/resultity/agent.toml"
-	if o.Account != Account {
-		main = filepath.Join(o.home, ".config/resultity/agent.toml")
-	}
-	secretFiles := a.Configs(filepath.Join(o.Root, main))
+	secretFiles := a.Configs(filepath.Join(o.Root, o.config()))
 	for _, unit := range []string{agentUnit, "resultity-podman.socket", "resultity-podman.service", "resultity-runtime.service"} {
 		raw, err := o.systemctl(ctx, "show", "-p", "SourcePath,FragmentPath,DropInPaths", unit)
 		if err != nil {

@@ -3,7 +3,9 @@ package ctl
 import (
 	"bytes"
 	"context"
+	"errors"
 	"fmt"
+	"io/fs"
 	"os"
 	"os/exec"
 	"os/user"
@@ -73,12 +75,15 @@ func (o *offline) status(ctx context.Context) control.Status {
 	}
 	for _, a := range gate.List {
 		if !slices.ContainsFunc(gs, func(g gate.Gate) bool { return g.Name == a.Name }) {
-			gs = append(gs, gate.Gate{Name: a.Name, State: gate.Unknown, Detail: "only a running agent can tell"})
+			gs = append(gs, gate.Gate{Name: a.Name, State: gate.Unknown, Detail: agentOnly})
 		}
 	}
 	gate.Order(gs)
 	return control.Status{Gates: gs}
 }
+
+// agentOnly is what is said of gates that nobody else can look at.
+const agentOnly = "only a running agent can tell"
 
 // systemctl asks the account's service manager.
 func (o *offline) systemctl(ctx context.Context, args ...string) ([]byte, error) {
@@ -100,7 +105,7 @@ func (o *offline) agentGate(ctx context.Context) gate.Gate {
 		g.Detail = "it has no account to run in"
 		return g
 	}
-	raw, err := o.systemctl(ctx, "show", "-p", "LoadState,ActiveState,SubState,ConditionResult,ExecMainStatus,StateChangeTimestamp", "--timestamp=unix", agentUnit)
+	raw, err := o.systemctl(ctx, "show", "-p", "LoadState,ActiveState,SubState,ExecMainStatus,StateChangeTimestamp", "--timestamp=unix", agentUnit)
 	if err != nil {
 		g.Detail = fmt.Sprintf("the service manager of %s does not answer: %v", o.Account, err)
 		g.Remedy = "sudo systemctl start user@" + strconv.Itoa(o.UID) + ".service"
@@ -124,8 +129,8 @@ func (o *offline) agentGate(ctx context.Context) gate.Gate {
 		g.Remedy = "mend what it names, then " + g.Remedy
 	case p["ActiveState"] == "failed":
 		g.Detail = "it failed with exit status " + p["ExecMainStatus"]
-	case p["ConditionResult"] == "no" && o.unconfigured():
-		g.Detail, g.Remedy = "it has no configuration yet", "write /etc/resultity/agent.toml (or, for a node of your own, ~/.config/resultity/agent.toml), then "+g.Remedy
+	case o.unconfigured():
+		g.Detail, g.Remedy, said = "it has no configuration yet", "sudo install -D -m 0644 /usr/share/doc/resultity-agent/agent.toml "+o.config()+", fill in [network], then "+g.Remedy, ""
 	default:
 		g.Detail, said = "it is stopped", ""
 	}
@@ -135,14 +140,18 @@ func (o *offline) agentGate(ctx context.Context) gate.Gate {
 	return g
 }
 
-// unconfigured reports whether the account is not the packaged one and has no
-// configuration, so that the unit's conditions skip it.
-func (o *offline) unconfigured() bool {
+// config is where the node's configuration has to be.
+func (o *offline) config() string {
 	if o.Account == Account {
-		return false
+		return "/etc/resultity/agent.toml"
 	}
-	_, err := os.Stat(filepath.Join(o.home, ".config/resultity/agent.toml"))
-	return err != nil
+	return filepath.Join(o.home, ".config/resultity/agent.toml")
+}
+
+// unconfigured reports whether nobody has written a configuration yet.
+func (o *offline) unconfigured() bool {
+	_, err := os.Stat(filepath.Join(o.Root, o.config()))
+	return errors.Is(err, fs.ErrNotExist)
 }
 
 // lastWords is the last message of the agent that is a warning or worse.

@@ -21,6 +21,7 @@ func TestAgentGateOffline(t *testing.T) {
 	}{
 		{"ended over a file", "LoadState=loaded\nActiveState=failed\nSubState=failed\nExecMainStatus=78\nStateChangeTimestamp=@1000000000\n", "configuration: /etc/resultity/agent.toml: network.urll: unknown key\n", nil,
 			"exit status 78, over something that no restart mends; its last words: configuration: /etc/resultity/agent.toml: network.urll: unknown key", "mend what it names, then sudo systemctl --user -M resultity@ start resultity-agent"},
+		{"never configured", "LoadState=loaded\nActiveState=inactive\nSubState=dead\n", "old news", nil, "no configuration yet", "/etc/resultity/agent.toml, fill in"},
 		{"stopped", "LoadState=loaded\nActiveState=inactive\nSubState=dead\nExecMainStatus=0\n", "old news", nil, "it is stopped", "sudo systemctl --user -M resultity@ start resultity-agent"},
 		{"in a loop", "LoadState=loaded\nActiveState=activating\nSubState=auto-restart\nExecMainStatus=1\n", "no space left", nil, "again and again, with exit status 1; its last words: no space left", "restart"},
 		{"hangs", "LoadState=loaded\nActiveState=active\nSubState=running\n", "", nil, "does not answer", "restart"},
@@ -28,7 +29,16 @@ func TestAgentGateOffline(t *testing.T) {
 		{"not installed", "LoadState=not-found\nActiveState=inactive\n", "", nil, "not installed", "install"},
 		{"no manager", "", "", errors.New("exit status 1"), "service manager of resultity does not answer", "sudo systemctl start user@990.service"},
 	} {
-		o := &offline{Machine: &preflight.Machine{Root: t.TempDir(), Account: "resultity", UID: 990}, home: t.TempDir(),
+		root := t.TempDir()
+		if c.name != "never configured" {
+			if err := os.MkdirAll(filepath.Join(root, "etc/resultity"), 0o755); err != nil {
+				t.Fatal(err)
+			}
+			if err := os.WriteFile(filepath.Join(root, "etc/resultity/agent.toml"), nil, 0o644); err != nil {
+				t.Fatal(err)
+			}
+		}
+		o := &offline{Machine: &preflight.Machine{Root: root, Account: "resultity", UID: 990}, home: t.TempDir(),
 			run: func(_ context.Context, name string, args ...string) ([]byte, error) {
 				if name == "journalctl" {
 					return []byte(c.journal), nil
@@ -39,8 +49,11 @@ func TestAgentGateOffline(t *testing.T) {
 		if g.State != gate.Closed || !strings.Contains(g.Detail, c.detail) || !strings.Contains(g.Remedy, c.remedy) {
 			t.Errorf("%s: %+v, want %q and %q", c.name, g, c.detail, c.remedy)
 		}
-		if c.name == "stopped" && strings.Contains(g.Detail, "old news") {
-			t.Error("what was said before an orderly stop is no reason")
+		if since := strings.Contains(c.show, "@1000000000"); since != (g.Since != nil) || since && g.Since.Unix() != 1_000_000_000 {
+			t.Errorf("%s: since %v", c.name, g.Since)
+		}
+		if !strings.Contains(c.detail, "last words") && strings.Contains(g.Detail, "old news") {
+			t.Errorf("%s: what was said before is no reason", c.name)
 		}
 	}
 }

@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"strings"
 	"text/tabwriter"
 	"time"
 
@@ -48,12 +49,20 @@ func (c *command) showStatus(s *control.Status) error {
 			}
 			fmt.Fprint(w, "\n\n")
 		}
+		var rest []string
 		for _, g := range s.Gates {
 			mark := g.State.String()
-			if g.State == gate.Closed {
+			switch {
+			case g.Detail == agentOnly:
+				rest = append(rest, g.Name)
+				continue
+			case g.State == gate.Closed:
 				mark = "CLOSED"
 			}
-			fmt.Fprintf(w, "%s\t%s\t%s\n", g.Name, mark, line(g.Detail))
+			fmt.Fprintf(w, "%s\t%s\t%s\n", g.Name, mark, short(line(g.Detail)))
+		}
+		if len(rest) > 0 {
+			fmt.Fprintf(w, "\nNot looked at, since %s: %s.\n", agentOnly, strings.Join(rest, ", "))
 		}
 		c.showOrders(w, s)
 		if s.Version != "" && s.Version != c.version {
@@ -73,6 +82,15 @@ func (c *command) showOrders(w *tabwriter.Writer, s *control.Status) {
 	for _, o := range s.Orders {
 		fmt.Fprintf(w, "%s\t%s\t%s\t%s\n", o.Issued.Format(time.RFC3339), o.Kind, o.Outcome, line(o.Reason+" "+o.Message))
 	}
+}
+
+// short cuts what stands in full in the first lines, or in the JSON.
+func short(s string) string {
+	const most = 120
+	if r := []rune(s); len(r) > most {
+		return string(r[:most]) + "…"
+	}
+	return s
 }
 
 // answer says in at most two lines why there are no jobs, or that there are.

@@ -36,7 +36,7 @@ const Packaged = "resultity"
 // Machine says what is looked at. Its methods may be called concurrently.
 type Machine struct {
 	Root    string // of the files of the machine; "/" but for tests
-	Account string // that the node runs as
+	Account string // name that the node runs as; "" when it is not known
 	UID     int    // of the account; negative when there is no such account
 	Socket  string // of the node's Podman API
 	State   string // the agent's state directory; "" when that is not known
@@ -95,10 +95,13 @@ func (m *Machine) account() gate.Gate {
 	case m.UID == 0:
 		return closed(gate.Account, m.Systemctl("start", "resultity-agent"), "the node runs as root; it belongs into an account of its own")
 	}
-	return open(gate.Account, "%s, uid %d", m.Account, m.UID)
+	return open(gate.Account, "%s", strings.TrimPrefix(fmt.Sprintf("%s, uid %d", m.Account, m.UID), ", "))
 }
 
 func (m *Machine) linger() gate.Gate {
+	if m.Account == "" {
+		return unknown(gate.Linger, "", "the name of uid %d is not known", m.UID)
+	}
 	remedy := "sudo loginctl enable-linger " + m.Account
 	switch _, err := os.Stat(m.path("var/lib/systemd/linger/" + m.Account)); {
 	case err == nil:

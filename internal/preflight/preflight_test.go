@@ -96,6 +96,7 @@ func TestGates(t *testing.T) {
 		{name: "no account", edit: func(m *machine) { m.UID = -1; m.remove("sys/fs"); m.write("sys/fs/cgroup/cgroup.controllers", "") }, gate: gate.Account, remedy: "systemd-sysusers"},
 		{name: "root", edit: func(m *machine) { m.UID = 0 }, gate: gate.Account, detail: "root"},
 		{name: "no linger", edit: func(m *machine) { m.remove("var/lib/systemd/linger/resultity") }, gate: gate.Linger, remedy: "sudo loginctl enable-linger resultity"},
+		{name: "no name", edit: func(m *machine) { m.Account = ""; m.write("etc/subuid", "990:524288:65536\n") }, gate: gate.Linger, state: gate.Unknown, detail: "uid 990"},
 		{name: "too few ids", podman: strings.Replace(info, "65536", "1000", 1), edit: func(m *machine) { m.write("etc/subuid", "resultity:524288:1000\nother:600000:65536\n") },
 			gate: gate.SubIDs, detail: "1000 in /etc/subuid", remedy: "usermod --add-subuids 665536-731071 --add-subgids 665536-731071 resultity"},
 		{name: "no files of ids, but Podman has some", edit: func(m *machine) { m.remove("etc/subuid"); m.remove("etc/subgid") }},
