@@ -327,6 +327,7 @@ func (a *Agent) newDeployer(ctx context.Context, models *model.Store, units *sys
 		Mounts:    func(names []string) ([]string, error) { return hardware.DeviceMounts(hardware.SpecDirs, names) },
 		Look:      func(pid int) (*sandbox.Outside, error) { return sandbox.Look("/proc", pid) },
 		Engine:    func(socket string) deploy.Engine { return openEngine(socket) },
+		Allowed:   a.cfg.Runtime.Devices,
 		UnitDir:   a.cfg.Paths.Units,
 		SocketDir: filepath.Join(a.cfg.Paths.Runtime, "engine"),
 		Bridge:    a.cfg.Paths.Bridge, Log: a.log,

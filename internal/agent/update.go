@@ -453,6 +453,8 @@ func eventOf(err error) *journal.Event {
 		return journal.ModelFailed
 	case errors.Is(err, sandbox.ErrNotSealed), errors.Is(err, quadlet.ErrUnsealed):
 		return journal.SandboxRefused
+	case errors.Is(err, deploy.ErrDevice):
+		return journal.DeviceRefused
 	case e.Step == deploy.StepValidate:
 		return journal.ValidationFailed
 	}

@@ -31,8 +31,21 @@ type Config struct {
 	Network  Network  `koanf:"network"`
 	Identity Identity `koanf:"identity"`
 	Paths    Paths    `koanf:"paths"`
+	Runtime  Runtime  `koanf:"runtime"`
 	Log      Log      `koanf:"log"`
 }
+
+// Runtime bounds what the network's configuration may have of this machine.
+type Runtime struct {
+	// Devices are the CDI devices that it may order: vendor/class=name, or
+	// vendor/class=* for all of a kind. The default is every GPU.
+	Devices []string `koanf:"devices"`
+}
+
+// gpus are the kinds that the vendors' own tools make CDI specifications of. A
+// node is there to give its GPU away; that somebody put another device of the
+// machine into a specification was for another purpose.
+var gpus = []string{"amd.com/gpu=*", "intel.com/gpu=*", "nvidia.com/gpu=*"}
 
 // Network says which network the node belongs to and how it is reached.
 type Network struct {
@@ -93,6 +106,9 @@ func Load(file string, env func(string) string) (*Config, error) {
 			return nil, fmt.Errorf("%s: %w", f, err)
 		}
 	}
+	if from["runtime.devices"] == "" {
+		c.Runtime.Devices = slices.Clone(gpus)
+	}
 	c.Paths.fill(env)
 	if key, err := c.check(); err != nil {
 		where := from[key]
@@ -129,27 +145,40 @@ func (c *Config) merge(file string, from map[string]string) error {
 		if m, ok := k.Get(key).(map[string]any); ok && len(m) == 0 && sections[key] {
 			continue // a section with nothing in it
 		}
-		if !known[key] {
+		kind, ok := known[key]
+		if !ok {
 			return fmt.Errorf("%s: unknown key; known are %s", key, strings.Join(Keys(), ", "))
 		}
-		if _, ok := k.Get(key).(string); !ok {
-			return fmt.Errorf("%s: want a string in quotes, got %v", key, k.Get(key))
+		switch v := k.Get(key); kind {
+		case reflect.Slice:
+			if _, ok := v.([]any); !ok || slices.ContainsFunc(v.([]any), func(e any) bool { _, ok := e.(string); return !ok }) {
+				return fmt.Errorf("%s: want a list of strings in quotes, got %v", key, v)
+			}
+		default:
+			if _, ok := v.(string); !ok {
+				return fmt.Errorf("%s: want a string in quotes, got %v", key, v)
+			}
 		}
 		from[key] = file
+	}
+	if k.Exists("runtime.devices") {
+		c.Runtime.Devices = nil // lists are not mixed
 	}
 	return k.UnmarshalWithConf("", c, koanf.UnmarshalConf{DecoderConfig: &mapstructure.DecoderConfig{Result: c, TagName: "koanf", ErrorUnused: true}})
 }
 
-// known has every key, sections every section. All values are strings, so that
-// the two are all there is to check before decoding.
-var known, sections = func() (keys, sections map[string]bool) {
-	keys, sections = map[string]bool{}, map[string]bool{}
+// known has every key with its kind, sections every section. All values are
+// strings or lists of strings, so that the two are all there is to check before
+// decoding.
+var known, sections = func() (keys map[string]reflect.Kind, sections map[string]bool) {
+	keys, sections = map[string]reflect.Kind{}, map[string]bool{}
 	t := reflect.TypeFor[Config]()
 	for s := range t.NumField() {
 		name := t.Field(s).Tag.Get("koanf")
 		sections[name] = true
 		for f := range t.Field(s).Type.NumField() {
-			keys[name+"."+t.Field(s).Type.Field(f).Tag.Get("koanf")] = true
+			field := t.Field(s).Type.Field(f)
+			keys[name+"."+field.Tag.Get("koanf")] = field.Type.Kind()
 		}
 	}
 	return keys, sections
@@ -188,6 +217,8 @@ func (p *Paths) fill(env func(string) string) {
 
 var namePattern = regexp.MustCompile(`^[a-z0-9][a-z0-9._-]{0,63}$`)
 
+var devicePattern = regexp.MustCompile(`^[a-z0-9][a-z0-9.-]*/[a-z][a-z0-9_-]*=(?:\*|[A-Za-z0-9][A-Za-z0-9:._-]*)$`)
+
 // check returns the first key whose value cannot work.
 func (c *Config) check() (key string, err error) {
 	n := &c.Network
@@ -215,6 +246,11 @@ func (c *Config) check() (key string, err error) {
 	} {
 		if (f.value != "" || f.needed) && (!filepath.IsAbs(f.value) || filepath.Clean(f.value) != f.value) {
 			return f.key, fmt.Errorf("%.200q: want %s", f.value, f.what)
+		}
+	}
+	for _, d := range c.Runtime.Devices {
+		if !devicePattern.MatchString(d) {
+			return "runtime.devices", fmt.Errorf("%.200q: want CDI devices, like \"nvidia.com/gpu=0\", or \"nvidia.com/gpu=*\" for all of a kind", d)
 		}
 	}
 	if !slices.Contains([]string{"debug", "info", "warn", "error"}, c.Log.Level) {

@@ -3,6 +3,7 @@ package config
 import (
 	"os"
 	"path/filepath"
+	"reflect"
 	"regexp"
 	"slices"
 	"strings"
@@ -41,9 +42,10 @@ func TestLoadFillsAndOverrides(t *testing.T) {
 		Network: Network{Name: "t", URL: "https://n.example:8443", Root: "/r.json", CA: "/b"},
 		Paths: Paths{State: "/s", Runtime: "/run/user/7/resultity", Units: "/run/user/7/containers/systemd",
 			Podman: "/run/user/7/resultity-podman/podman.sock", Bridge: "/usr/libexec/resultity/resultity-bridge"},
-		Log: Log{Level: "debug"},
+		Runtime: Runtime{Devices: []string{"amd.com/gpu=*", "intel.com/gpu=*", "nvidia.com/gpu=*"}},
+		Log:     Log{Level: "debug"},
 	}
-	if *c != want {
+	if !reflect.DeepEqual(*c, want) {
 		t.Errorf("got  %+v\nwant %+v", *c, want)
 	}
 }
@@ -54,6 +56,10 @@ func TestErrorsNameFileAndKey(t *testing.T) {
 		{"unknown section", good + "[zap]\na = 1\n", "", "agent.toml", "zap.a", "unknown key"},
 		{"unknown key in drop-in", good, "[log]\nlvl = \"info\"\n", "a.toml", "log.lvl", "unknown key"},
 		{"wrong type", good + "[log]\nlevel = 3\n", "", "agent.toml", "log.level", "string"},
+		{"device no list", good + "[runtime]\ndevices = \"nvidia.com/gpu=0\"\n", "", "agent.toml", "runtime.devices", "list of strings"},
+		{"device no string", good, "[runtime]\ndevices = [\"nvidia.com/gpu=0\", 1]\n", "a.toml", "runtime.devices", "list of strings"},
+		{"device no name", good, "[runtime]\ndevices = [\"/dev/kvm\"]\n", "a.toml", "runtime.devices", "want CDI devices"},
+		{"device of all kinds", good, "[runtime]\ndevices = [\"*\"]\n", "a.toml", "runtime.devices", "want CDI devices"},
 		{"bad level in drop-in", good, "[log]\nlevel = \"loud\"\n", "a.toml", "log.level", "debug, info"},
 		{"no name", strings.Replace(good, `"t"`, `""`, 1), "", "agent.toml", "network.name", "want the network's name"},
 		{"http", strings.Replace(good, "https", "http", 1), "", "agent.toml", "network.url", "want https://"},
@@ -102,12 +108,29 @@ func TestExampleIsWholeAndLoads(t *testing.T) {
 		if m := regexp.MustCompile(`^\[(\w+)\]`).FindStringSubmatch(line); m != nil {
 			section = m[1]
 		}
-		if m := regexp.MustCompile(`^(?:# )?(\w+) *= "`).FindStringSubmatch(line); m != nil {
+		if m := regexp.MustCompile(`^(?:# )?(\w+) *= ["\[]`).FindStringSubmatch(line); m != nil {
 			got = append(got, section+"."+m[1])
 		}
 	}
 	slices.Sort(got)
 	if !slices.Equal(got, Keys()) {
 		t.Errorf("the example has\n%v\nthe agent knows\n%v", got, Keys())
+	}
+}
+
+// A later list stands for itself, also an empty one.
+func TestListsAreNotMixed(t *testing.T) {
+	list := func(l string) string { return "[runtime]\ndevices = " + l + "\n" }
+	for _, c := range []struct {
+		last string
+		want []string
+	}{
+		{`["a.b/c=0"]`, []string{"a.b/c=0"}},
+		{`[]`, []string{}},
+	} {
+		got, err := Load(write(t, good+list(`["nvidia.com/gpu=0", "nvidia.com/gpu=1"]`), list(c.last)), env)
+		if err != nil || !slices.Equal(got.Runtime.Devices, c.want) {
+			t.Errorf("%s: %v, %v", c.last, got, err)
+		}
 	}
 }

@@ -101,6 +101,7 @@ type Deployer struct {
 	Devices    func(names []string) (nodes []string, err error)  // device nodes of CDI names
 	Mounts     func(names []string) (places []string, err error) // what else of the host they bring into a container
 	Look       func(pid int) (*sandbox.Outside, error)           // the kernel's view of a process
+	Allowed    []string                                          // CDI devices that the operator lets a snapshot order; vendor/class=* is all of a kind
 	UnitDir    string                                            // where Quadlet looks
 	SocketDir  string                                            // shared with the container; its parent is the agent's alone
 	Bridge     string                                            // the bridge's binary
@@ -147,6 +148,10 @@ func (d *Deployment) Current(state systemd.State) bool {
 // Stage fetches and verifies all that s needs.
 func (d *Deployer) Stage(ctx context.Context, s *snapshot.Snapshot) (*Plan, error) {
 	c := s.Config()
+	info, err := d.mayRun(ctx, c)
+	if err != nil {
+		return nil, fails(StepUnit, err)
+	}
 	if err := d.Images.Ensure(ctx, c.Runtime.Image, c.ImageKeys); err != nil {
 		return nil, fails(StepImage, err)
 	}
@@ -163,7 +168,7 @@ func (d *Deployer) Stage(ctx context.Context, s *snapshot.Snapshot) (*Plan, erro
 			dir = where
 		}
 	}
-	unit, err := d.render(ctx, c, dir)
+	unit, err := d.render(c, info, dir)
 	if err != nil {
 		return nil, fails(StepUnit, err)
 	}
@@ -174,20 +179,14 @@ func (d *Deployer) Stage(ctx context.Context, s *snapshot.Snapshot) (*Plan, erro
 }
 
 // render asks the machine for what the unit depends on.
-func (d *Deployer) render(ctx context.Context, c *snapshot.Config, modelDir string) (quadlet.Unit, error) {
-	ictx, cancel := context.WithTimeout(ctx, lookTimeout)
-	defer cancel()
-	info, err := d.Containers.Info(ictx)
-	if err != nil {
-		return quadlet.Unit{}, err
-	}
+func (d *Deployer) render(c *snapshot.Config, info podman.Info, modelDir string) (quadlet.Unit, error) {
 	nodes, err := d.Devices(c.Runtime.Devices)
 	if err != nil {
 		return quadlet.Unit{}, err
 	}
 	return quadlet.Render(quadlet.Params{
 		Config: c, ModelDir: modelDir, SocketDir: d.SocketDir, BridgePath: d.Bridge, DeviceNodes: nodes,
-		PodmanVersion: quadlet.PodmanVersion{Major: info.Version.Major, Minor: info.Version.Minor},
+		PodmanVersion: podmanVersion(info),
 		DelegatedPids: slices.Contains(info.CgroupControllers, "pids"),
 	})
 }

@@ -60,7 +60,7 @@ func TestFromNothing(t *testing.T) {
 		progress = append(progress, done)
 	}
 	dep := up(t, d, s)
-	want := []string{EnsureImage, EnsureModel, Info, Devices, Install, State, Start, State, Container, FindImage, Look, Record, Golden, Golden}
+	want := []string{Info, EnsureImage, EnsureModel, Devices, Install, State, Start, State, Container, FindImage, Look, Record, Golden, Golden}
 	if got := m.Calls(); !slices.Equal(got, want) {
 		t.Errorf("calls %q\nwant  %q", got, want)
 	}

@@ -60,6 +60,7 @@ var (
 	StoreRefused     = event("7c1f2a2f6f8e4d6a9a4a5d1e0b7c3f22", "store-refused", "The job store cannot be used", "The message says what is wrong with it: it is damaged, or another version of the agent wrote it. Nothing is changed; the agent ends with status 78. Move the file away to begin a new one: results that the network had not acknowledged are lost with it, the identity is not.")
 	AgentFailed      = event("7c1f2a2f6f8e4d6a9a4a5d1e0b7c3f23", "agent-failed", "The agent ended with an error", "The message has the cause. systemd starts the agent again, waiting longer each time; accepted jobs and results are kept. If it persists, the cause is on this machine.")
 	LandlockMissing  = event("7c1f2a2f6f8e4d6a9a4a5d1e0b7c3f70", "landlock-missing", "The engine can fill the runtime directory", "This kernel has no Landlock of version 2, by which the engine is kept from writing beside its socket. Everything else is sealed, and the node takes jobs. Use a kernel of 5.19 or later with landlock among the values of its lsm= parameter (see /sys/kernel/security/lsm).")
+	DeviceRefused    = event("7c1f2a2f6f8e4d6a9a4a5d1e0b7c3f71", "device-refused", "The configuration orders a device that this node does not give away", "The message names it. Nothing was fetched, and what ran before goes on. To give it away, add it to devices in [runtime] of agent.toml and restart the agent; else ask the network's operator for a configuration without it.")
 )
 
 // The network's orders, and logs.

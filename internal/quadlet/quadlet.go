@@ -60,6 +60,23 @@ type PodmanVersion struct{ Major, Minor int }
 // whole file without a word.
 var Oldest = PodmanVersion{5, 3}
 
+// Supported returns an error for a Podman that the unit, or the lock on images,
+// was not made for.
+func (v PodmanVersion) Supported() error {
+	switch {
+	case v.Major < Oldest.Major || v.Major == Oldest.Major && v.Minor < Oldest.Minor:
+		return fmt.Errorf("this machine has Podman %v, want %v or later: upgrade Podman", v, Oldest)
+	case v.Major > newest:
+		// It looks for its signature policy in another place, so that the
+		// agent's would be ignored without a word.
+		return fmt.Errorf("this machine has Podman %v, whose image policy this agent cannot set: upgrade the agent, or use Podman %d", v, newest)
+	}
+	return nil
+}
+
+// newest is the major version that has been tried.
+const newest = 5
+
 func (v PodmanVersion) String() string { return fmt.Sprintf("%d.%d", v.Major, v.Minor) }
 
 // Params is all that the unit depends on.
@@ -130,8 +147,8 @@ const (
 )
 
 func (p *Params) fields() (*fields, error) {
-	if v := p.PodmanVersion; v.Major < Oldest.Major || v.Major == Oldest.Major && v.Minor < Oldest.Minor {
-		return nil, fmt.Errorf("this machine has Podman %v, want %v or later: upgrade Podman", v, Oldest)
+	if err := p.PodmanVersion.Supported(); err != nil {
+		return nil, err
 	}
 	if p.Config == nil {
 		return nil, errors.New("no configuration")

@@ -146,7 +146,7 @@ func TestTextDependsOnTheRuntimeAlone(t *testing.T) {
 	p.Config.Models = append(p.Config.Models, snapshot.Model{Name: "third"})
 	p.Config.Limits.Tokens = 7
 	p.Config.Validation = []snapshot.Golden{{Name: "x"}}
-	p.PodmanVersion = PodmanVersion{6, 0}
+	p.PodmanVersion = PodmanVersion{5, 8}
 	if got := render(t, p); got.Digest != want.Digest {
 		t.Errorf("the text changed to\n%s", got.Text)
 	}

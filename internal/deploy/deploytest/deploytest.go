@@ -68,20 +68,21 @@ type Machine struct {
 	dir  string
 	good []string // a podman command line that is sealed
 
-	mu      sync.Mutex
-	faults  map[string]*Fault
-	calls   []string
-	images  map[snapshot.ImageRef]bool
-	models  map[digest.Digest]bool
-	text    []byte // of the unit's file, as it was read last
-	state   systemd.State
-	starts  int
-	spent   bool // the start limit is used up
-	record  contract.Sandbox
-	outside sandbox.Outside
-	drift   func(*podman.ContainerState) // how the container differs from the unit; nil for not at all
-	judged  string                       // invocation whose record was read
-	watch   map[chan struct{}]bool
+	mu          sync.Mutex
+	faults      map[string]*Fault
+	calls       []string
+	images      map[snapshot.ImageRef]bool
+	models      map[digest.Digest]bool
+	text        []byte // of the unit's file, as it was read last
+	state       systemd.State
+	starts      int
+	spent       bool // the start limit is used up
+	record      contract.Sandbox
+	outside     sandbox.Outside
+	podmanMajor int
+	drift       func(*podman.ContainerState) // how the container differs from the unit; nil for not at all
+	judged      string                       // invocation whose record was read
+	watch       map[chan struct{}]bool
 }
 
 // Locked is the machine while it holds still.
@@ -105,7 +106,8 @@ func New(t testing.TB) *Machine {
 	})
 	m := &Machine{
 		t: t, dir: dir, faults: map[string]*Fault{}, images: map[snapshot.ImageRef]bool{}, models: map[digest.Digest]bool{},
-		state: systemd.State{Load: "not-found", Active: "inactive"}, watch: map[chan struct{}]bool{},
+		podmanMajor: 5,
+		state:       systemd.State{Load: "not-found", Active: "inactive"}, watch: map[chan struct{}]bool{},
 		record:  contract.Sandbox{Version: contract.Version, OK: true, UID: 1000, GID: 1000, Checks: []contract.Check{{Name: "user", OK: true}}, Namespaces: map[string]string{}, Landlock: 7},
 		outside: sandbox.Outside{UIDs: []int{100999, 100999, 100999, 100999}, NoNewPrivs: true, Seccomp: 2, Interfaces: []string{"lo"}, Own: map[string]string{}},
 	}
@@ -140,6 +142,7 @@ func (m *Machine) Deployer() *deploy.Deployer {
 			return (*engine)(m)
 		},
 		Devices: func([]string) ([]string, error) { return nil, m.fail(context.Background(), Devices, nil) },
+		Allowed: []string{"nvidia.com/gpu=*"},
 		Mounts:  func([]string) ([]string, error) { return nil, nil },
 		Look:    m.look,
 		UnitDir: "/run/user/990/containers/systemd", SocketDir: m.SocketDir(), Bridge: "/usr/libexec/resultity/resultity-bridge",
@@ -225,6 +228,9 @@ func (l *Locked) Outside(f func(*sandbox.Outside)) { f(&l.outside) }
 
 // Record changes what the bridge says.
 func (l *Locked) Record(f func(*contract.Sandbox)) { f(&l.record) }
+
+// PodmanMajor sets the major version of Podman.
+func (l *Locked) PodmanMajor(n int) { l.podmanMajor = n }
 
 // Drift lets the container differ from what the unit orders.
 func (l *Locked) Drift(f func(*podman.ContainerState)) { l.drift = f }
@@ -467,7 +473,7 @@ func (u *Units) Watch(ctx context.Context, unit string, f func()) error {
 type containers Machine
 
 func (c *containers) Info(ctx context.Context) (podman.Info, error) {
-	return podman.Info{Version: podman.Version{Major: 5, Minor: 4, Patch: 2}, CgroupControllers: []string{"pids"}}, (*Machine)(c).fail(ctx, Info, nil)
+	return podman.Info{Version: podman.Version{Major: (*Machine)(c).podmanMajor, Minor: 4, Patch: 2}, CgroupControllers: []string{"pids"}}, (*Machine)(c).fail(ctx, Info, nil)
 }
 
 // imageID is what the fake store calls an image.
