@@ -94,7 +94,7 @@ var List = []About{
 	{Clock, "does the clock keep the network's time?", "`sudo timedatectl set-ntp true`"},
 	{Agent, "does the agent run?", "`sudo systemctl --user -M resultity@ start resultity-agent`"},
 	{Identity, "is there a key that nobody else can read?", "`chmod` as the detail says, or the backup of the identity"},
-	{Registration, "does the network know the node, for an account?", "a valid token in the file that `network.enrolment_token` names"},
+	{Registration, "does the network know the node, for an account?", "a valid token in the file that `network.enrolment_token` names; `resultityctl bind` for a node that is known and nobody's"},
 	{Configuration, "is the network's configuration verified and fresh?", "`network.url`, `network.ca` and `network.root` of `agent.toml`; the machine's clock"},
 	{Image, "is the image signed by the network, and stored?", "the network's operator has to sign it"},
 	{Model, "are all models here and verified?", "`resultityctl models` shows how far they are"},
