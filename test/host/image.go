@@ -39,7 +39,7 @@ const (
 	// dependency could be forgotten behind.
 	Node Role = "node"
 	// Network has the tools around a network beside those of [Node]: a
-	// registry, cosign, skopeo, openssl.
+	// registry, cosign, skopeo, openssl, a mail server.
 	Network Role = "network"
 )
 
@@ -70,7 +70,7 @@ var nodePackages = []string{
 	"curl",
 }
 
-var networkPackages = []string{"docker-registry", "cosign", "skopeo", "openssl"}
+var networkPackages = []string{"docker-registry", "cosign", "skopeo", "openssl", "opensmtpd"}
 
 // recipeVersion goes into the name of an image. Raise it when code below
 // changes what comes out.
@@ -122,7 +122,7 @@ var imageFiles = map[string]string{
 var imageMasks = []string{
 	"apt-daily.timer", "apt-daily-upgrade.timer", "dpkg-db-backup.timer", "fstrim.timer", "e2scrub_all.timer",
 	"e2scrub_reap.service", "getty.target", "console-getty.service", "systemd-pstore.service",
-	"docker-registry.service", // its users bring their own configuration
+	"docker-registry.service", "opensmtpd.service", // their users bring their own configuration
 }
 
 // key names the image by all that it is made from.
