@@ -85,13 +85,25 @@ func (o *offline) status(ctx context.Context) control.Status {
 // agentOnly is what is said of gates that nobody else can look at.
 const agentOnly = "only a running agent can tell"
 
-// systemctl asks the account's service manager.
+var errNoManager = errors.New("does not run")
+
+// systemctl asks the account's service manager. To ask one that does not run
+// would log the account in, and so start it, and the agent with it, for as long
+// as the question takes; that is [errNoManager].
 func (o *offline) systemctl(ctx context.Context, args ...string) ([]byte, error) {
+	_, err := os.Stat(filepath.Join(o.Root, "run/user", strconv.Itoa(o.UID), "systemd"))
+	if errors.Is(err, fs.ErrNotExist) {
+		return nil, errNoManager
+	}
 	args = append([]string{"--user", "--no-pager"}, args...)
 	if os.Getuid() != o.UID {
 		args = append([]string{"-M", o.Account + "@"}, args...)
 	}
-	return o.run(ctx, "systemctl", args...)
+	out, err := o.run(ctx, "systemctl", args...)
+	if err != nil {
+		return nil, fmt.Errorf("does not answer: %w", err)
+	}
+	return out, nil
 }
 
 // exitConfig is how the agent ends over what no restart mends.
@@ -107,7 +119,7 @@ func (o *offline) agentGate(ctx context.Context) gate.Gate {
 	}
 	raw, err := o.systemctl(ctx, "show", "-p", "LoadState,ActiveState,SubState,ExecMainStatus,StateChangeTimestamp", "--timestamp=unix", agentUnit)
 	if err != nil {
-		g.Detail = fmt.Sprintf("the service manager of %s does not answer: %v", o.Account, err)
+		g.Detail = fmt.Sprintf("the service manager of %s %v", o.Account, err)
 		g.Remedy = "sudo systemctl start user@" + strconv.Itoa(o.UID) + ".service"
 		return g
 	}

@@ -27,9 +27,15 @@ func TestAgentGateOffline(t *testing.T) {
 		{"hangs", "LoadState=loaded\nActiveState=active\nSubState=running\n", "", nil, "does not answer", "restart"},
 		{"failed", "LoadState=loaded\nActiveState=failed\nExecMainStatus=1\n", "", nil, "exit status 1", "start"},
 		{"not installed", "LoadState=not-found\nActiveState=inactive\n", "", nil, "not installed", "install"},
+		{"manager down", "LoadState=loaded\nActiveState=active\n", "", nil, "the service manager of resultity does not run", "sudo systemctl start user@990.service"},
 		{"no manager", "", "", errors.New("exit status 1"), "service manager of resultity does not answer", "sudo systemctl start user@990.service"},
 	} {
 		root := t.TempDir()
+		if c.name != "manager down" {
+			if err := os.MkdirAll(filepath.Join(root, "run/user/990/systemd"), 0o755); err != nil {
+				t.Fatal(err)
+			}
+		}
 		if c.name != "never configured" {
 			if err := os.MkdirAll(filepath.Join(root, "etc/resultity"), 0o755); err != nil {
 				t.Fatal(err)
@@ -40,6 +46,9 @@ func TestAgentGateOffline(t *testing.T) {
 		}
 		o := &offline{Machine: &preflight.Machine{Root: root, Account: "resultity", UID: 990}, home: t.TempDir(),
 			run: func(_ context.Context, name string, args ...string) ([]byte, error) {
+				if c.name == "manager down" {
+					t.Errorf("%s was run", name)
+				}
 				if name == "journalctl" {
 					return []byte(c.journal), nil
 				}

@@ -171,6 +171,10 @@ func TestStatusWithoutAnAgent(t *testing.T) {
 	if out, err := n.Output(ctx, "loginctl", "disable-linger", stack.Account); err != nil {
 		t.Fatalf("%v: %s", err, out)
 	}
+	// The account's service manager takes a moment to end.
+	if out, err := n.Output(ctx, "sh", "-c", "systemctl stop user@$(id -u "+stack.Account+").service"); err != nil {
+		t.Fatalf("%v: %s", err, out)
+	}
 	defer func() { // the remedies, as they are given
 		ctx := context.WithoutCancel(ctx)
 		if out, err := n.Output(ctx, "loginctl", "enable-linger", stack.Account); err != nil {
@@ -184,4 +188,8 @@ func TestStatusWithoutAnAgent(t *testing.T) {
 		}
 	}()
 	look(gate.Linger, "lingering is off", "sudo loginctl enable-linger resultity")
+	// Looking has started nothing.
+	if out, err := n.Output(ctx, "sh", "-c", "systemctl is-active user@$(id -u "+stack.Account+").service"); err == nil {
+		t.Errorf("the account's service manager: %s", out)
+	}
 }
