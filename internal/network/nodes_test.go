@@ -192,21 +192,21 @@ func TestFrameViolations(t *testing.T) {
 		}, "sequence", websocket.ClosePolicyViolation},
 		"signed, not tagged": {func(s *nodetest.Session) {
 			s.SendRaw(seal(later(s, 0), ping))
-		}, "signer", websocket.ClosePolicyViolation},
+		}, "tag", websocket.ClosePolicyViolation},
 		"wrong direction": {func(s *nodetest.Session) {
 			s.SendRaw(sealed(wire.NewSealer(s.Node.Key, s.Agreed, wire.ToNode, time.Now), ping))
-		}, "signer", websocket.ClosePolicyViolation},
+		}, "tag", websocket.ClosePolicyViolation},
 		"another session's": {func(s *nodetest.Session) {
 			s.SendRaw(sealed(wire.NewSealer(elsewhere.Node.Key, elsewhere.Agreed, wire.ToNetwork, time.Now), ping))
-		}, "signer", websocket.ClosePolicyViolation},
+		}, "tag", websocket.ClosePolicyViolation},
 		"a changed byte": {func(s *nodetest.Session) {
 			frame := sealed(later(s, 0), ping)
 			frame[len(frame)-10] ^= 1
 			s.SendRaw(frame)
-		}, "signer", websocket.ClosePolicyViolation},
+		}, "tag", websocket.ClosePolicyViolation},
 		"slow clock": {func(s *nodetest.Session) { s.SendRaw(sealed(later(s, -6*time.Second), ping)) }, "clock", websocket.ClosePolicyViolation},
 		"fast clock": {func(s *nodetest.Session) { s.SendRaw(sealed(later(s, 6*time.Second), ping)) }, "clock", websocket.ClosePolicyViolation},
-		"too short":  {func(s *nodetest.Session) { s.SendRaw(make([]byte, 32)) }, "malformed", websocket.ClosePolicyViolation},
+		"too short":  {func(s *nodetest.Session) { s.SendRaw(make([]byte, 32)) }, "tag", websocket.ClosePolicyViolation},
 		"text": {func(s *nodetest.Session) {
 			if err := s.Conn.WriteMessage(websocket.TextMessage, sealed(later(s, 0), ping)); err != nil {
 				t.Error(err)
@@ -241,6 +241,26 @@ func TestFrameViolations(t *testing.T) {
 				t.Fatalf("%d %s", r.status, r.body)
 			}
 		})
+	}
+}
+
+// Whoever stands on the way can change and repeat frames. A node does not pay
+// for that: it is back as soon as it has connected again.
+func TestFaultsOfTheWayAreForgiven(t *testing.T) {
+	n := start(t, nil)
+	v := n.node()
+	for range 3 {
+		s := v.Ready(t)
+		s.SendRaw(make([]byte, 200))
+		if code := s.Closed(); code != websocket.ClosePolicyViolation {
+			t.Fatalf("closed with %d", code)
+		}
+	}
+	s := v.Ready(t)
+	ch := n.ask(chat)
+	s.Finish(s.Take(), "fine")
+	if r := n.answer(ch); r.status != http.StatusOK {
+		t.Fatalf("%d %s", r.status, r.body)
 	}
 }
 

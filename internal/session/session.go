@@ -100,7 +100,7 @@ type patience struct {
 var usual = patience{dial: 15 * time.Second, welcome: 10 * time.Second, write: 10 * time.Second, leave: 2 * time.Second}
 
 // healthy is how long a session lasts that makes the delays begin anew.
-const healthy = time.Minute
+const healthy = 10 * time.Second
 
 // defaultDelays begin within the time that a network keeps a node's jobs for it.
 var defaultDelays = []time.Duration{
@@ -314,6 +314,7 @@ var kinds = []struct {
 	{wire.ErrTooLarge, "too_large", websocket.CloseMessageTooBig},
 	{websocket.ErrReadLimit, "too_large", websocket.CloseMessageTooBig},
 	{wire.ErrSigner, "signer", websocket.ClosePolicyViolation},
+	{wire.ErrTag, "tag", websocket.ClosePolicyViolation},
 	{wire.ErrRevoked, "revoked", websocket.ClosePolicyViolation},
 	{wire.ErrSequence, "sequence", websocket.ClosePolicyViolation},
 	{wire.ErrClock, "clock", websocket.ClosePolicyViolation},

@@ -438,11 +438,11 @@ func TestFramesAreRefused(t *testing.T) {
 		kind string
 		code int
 	}{
-		{"signed, not tagged", func(p *peer) { p.write(signed(p, networkKey)) }, wire.ErrSigner, "signer", 1008},
-		{"signed by another", func(p *peer) { p.write(signed(p, otherKey)) }, wire.ErrSigner, "signer", 1008},
-		{"another session", func(p *peer) { p.write(second(p, another(p), wire.ToNode, time.Now)) }, wire.ErrSigner, "signer", 1008},
-		{"sent back", func(p *peer) { p.write(second(p, p.agreed, wire.ToNetwork, time.Now)) }, wire.ErrSigner, "signer", 1008},
-		{"a flipped bit", func(p *peer) { f := p.seal(status); f[len(f)-9] ^= 1; p.write(f) }, wire.ErrSigner, "signer", 1008},
+		{"signed, not tagged", func(p *peer) { p.write(signed(p, networkKey)) }, wire.ErrTag, "tag", 1008},
+		{"signed by another", func(p *peer) { p.write(signed(p, otherKey)) }, wire.ErrTag, "tag", 1008},
+		{"another session", func(p *peer) { p.write(second(p, another(p), wire.ToNode, time.Now)) }, wire.ErrTag, "tag", 1008},
+		{"sent back", func(p *peer) { p.write(second(p, p.agreed, wire.ToNetwork, time.Now)) }, wire.ErrTag, "tag", 1008},
+		{"a flipped bit", func(p *peer) { f := p.seal(status); f[len(f)-9] ^= 1; p.write(f) }, wire.ErrTag, "tag", 1008},
 		{"replayed", func(p *peer) { f := p.seal(&wire.Update{}); p.write(f); p.write(f) }, wire.ErrSequence, "sequence", 1008},
 		{"a gap", func(p *peer) { p.seal(status); p.send(status) }, wire.ErrSequence, "sequence", 1008},
 		{"slow clock", func(p *peer) {
@@ -452,8 +452,8 @@ func TestFramesAreRefused(t *testing.T) {
 			p.write(second(p, p.agreed, wire.ToNode, func() time.Time { return time.Now().Add(2 * time.Minute) }))
 		}, wire.ErrClock, "clock", 1008},
 		{"a text message", func(p *peer) { _ = p.conn.WriteMessage(websocket.TextMessage, p.seal(status)) }, errNotBinary, "malformed", 1008},
-		{"empty", func(p *peer) { p.write(nil) }, wire.ErrMalformed, "malformed", 1008},
-		{"short", func(p *peer) { p.write(make([]byte, 32)) }, wire.ErrMalformed, "malformed", 1008},
+		{"empty", func(p *peer) { p.write(nil) }, wire.ErrTag, "tag", 1008},
+		{"short", func(p *peer) { p.write(make([]byte, 32)) }, wire.ErrTag, "tag", 1008},
 		{"too large", func(p *peer) { p.write(make([]byte, wire.MaxFrame+1)) }, websocket.ErrReadLimit, "too_large", 1009},
 		{"a second welcome", func(p *peer) { p.send(&wire.Welcome{}) }, errOrder, "order", 1008},
 	} {

@@ -120,6 +120,9 @@
 // the fields in the order in which their types list them, and those of a result
 // that are empty left out.
 //
+// Only for a frame with the right proof is its sender to blame: a network holds
+// nothing against a node whose frames were changed, repeated or lost on the way.
+//
 // seq starts at 1 in each direction and rises by one. time is the sender's
 // clock in Unix milliseconds and must be within the clock window of the
 // snapshot when the frame begins to arrive. A frame that is too large,

@@ -163,6 +163,8 @@ func (o *Opener) Open(frame []byte, begun time.Time) (Message, error) {
 	switch {
 	case len(frame) > MaxFrame:
 		return nil, fmt.Errorf("%w: %d bytes, at most %d", ErrTooLarge, len(frame), MaxFrame)
+	case len(frame) <= proof && o.seq > 0:
+		return nil, fmt.Errorf("%w: of %d bytes", ErrTag, len(frame))
 	case len(frame) <= proof:
 		return nil, fmt.Errorf("%w: %d bytes", ErrMalformed, len(frame))
 	}
@@ -177,7 +179,7 @@ func (o *Opener) Open(frame []byte, begun time.Time) (Message, error) {
 		}
 	} else {
 		if !hmac.Equal(frame[:proof], o.tags.tag(body)) {
-			return nil, fmt.Errorf("%w: its tag is wrong (its bytes were changed, or it belongs to another session)", ErrSigner)
+			return nil, ErrTag
 		}
 		if !o.trusted(who) {
 			return nil, fmt.Errorf("%w: %s", ErrRevoked, who)

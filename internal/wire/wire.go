@@ -38,6 +38,7 @@ var (
 	ErrTooLarge  = errors.New("frame too large")
 	ErrMalformed = errors.New("malformed frame")
 	ErrSigner    = errors.New("frame signed by somebody else")
+	ErrTag       = errors.New("frame without the session's tag: changed on its way, or not of this session")
 	ErrRevoked   = errors.New("the key that signed this session's first frame is no longer trusted")
 	ErrSequence  = errors.New("frame replayed or out of order")
 	ErrClock     = errors.New("clocks differ by more than the protocol allows; check that both machines keep time (timedatectl)")

@@ -170,17 +170,18 @@ func TestOpenRefusesEveryFlippedBit(t *testing.T) {
 	for name, c := range map[string]struct {
 		frame  []byte
 		opener func() *Opener
+		want   error
 	}{
-		"first": {seal(t, p.nodeSeals(), hello), p.networkOpens},
-		"later": {later, func() *Opener { _, o, _, _ := p.shake(); return o }},
+		"first": {seal(t, p.nodeSeals(), hello), p.networkOpens, ErrSigner},
+		"later": {later, func() *Opener { _, o, _, _ := p.shake(); return o }, ErrTag},
 	} {
 		open(t, c.opener(), c.frame) // it is good as it is
 		o := c.opener()
 		for i := range 8 * len(c.frame) {
 			bad := bytes.Clone(c.frame)
 			bad[i/8] ^= 1 << (i % 8)
-			if m, err := o.Open(bad, at); !errors.Is(err, ErrSigner) {
-				t.Errorf("%s: bit %d flipped: Open = %v, %v; want ErrSigner", name, i, m, err)
+			if m, err := o.Open(bad, at); !errors.Is(err, c.want) {
+				t.Errorf("%s: bit %d flipped: Open = %v, %v; want %v", name, i, m, err, c.want)
 			}
 		}
 		for n := range c.frame {
@@ -254,14 +255,14 @@ func TestOpenRefusesLaterFrames(t *testing.T) {
 		want  error
 	}{
 		{"good", p.tagged(ToNetwork, second), nil},
-		{"wrong tag", append(make([]byte, tagSize), second...), ErrSigner},
-		{"tag of the other direction", p.tagged(ToNode, second), ErrSigner},
-		{"tag of another session", other.tagged(ToNetwork, second), ErrSigner},
-		{"a signature instead", p.signed(p.node, second), ErrSigner},
-		{"the hello again", p.signed(p.node, first), ErrSigner},
+		{"wrong tag", append(make([]byte, tagSize), second...), ErrTag},
+		{"tag of the other direction", p.tagged(ToNode, second), ErrTag},
+		{"tag of another session", other.tagged(ToNetwork, second), ErrTag},
+		{"a signature instead", p.signed(p.node, second), ErrTag},
+		{"the hello again", p.signed(p.node, first), ErrTag},
 		{"replay", p.tagged(ToNetwork, first), ErrSequence},
 		{"gap", p.tagged(ToNetwork, strings.Replace(second, "2", "3", 1)), ErrSequence},
-		{"tag alone", p.tagged(ToNetwork, ""), ErrMalformed},
+		{"tag alone", p.tagged(ToNetwork, ""), ErrTag},
 		{"too large", make([]byte, MaxFrame+1), ErrTooLarge},
 	} {
 		_, o, _, _ := p.shake()
@@ -637,17 +638,17 @@ func FuzzFlip(f *testing.F) {
 	f.Add(true, uint(3), []byte{1})
 	f.Add(false, uint(100), []byte{0, 0xff})
 	f.Fuzz(func(t *testing.T, later bool, at uint, mask []byte) {
-		frame, o := frames[0], p.networkOpens()
+		frame, o, want := frames[0], p.networkOpens(), ErrSigner
 		if later {
 			again := *met
-			frame, o = frames[1], &again
+			frame, o, want = frames[1], &again, ErrTag
 		}
 		bad := bytes.Clone(frame)
 		for i, m := range mask[:min(len(mask), len(bad))] {
 			bad[(at%uint(len(bad))+uint(i))%uint(len(bad))] ^= m
 		}
-		if _, err := o.Open(bad, now()); !bytes.Equal(bad, frame) && !errors.Is(err, ErrSigner) {
-			t.Fatalf("Open = %v, want ErrSigner", err)
+		if _, err := o.Open(bad, now()); !bytes.Equal(bad, frame) && !errors.Is(err, want) {
+			t.Fatalf("Open = %v, want %v", err, want)
 		}
 	})
 }

@@ -157,20 +157,24 @@ func (s *session) read() (violation bool) {
 	return violation
 }
 
-// refusals names the frame errors for metrics.
+// refusals names the frame errors for metrics. Only for some is the node to
+// blame: bytes can be changed, repeated and reordered by whoever stands on the
+// way, and a clock that drifts is a fault, not an attack.
 var refusals = []struct {
-	err  error
-	name string
+	err   error
+	name  string
+	fault bool // the node's: it has sealed just this
 }{
-	{wire.ErrTooLarge, "too_large"},
-	{websocket.ErrReadLimit, "too_large"},
-	{wire.ErrSigner, "signer"},
-	{wire.ErrSequence, "sequence"},
-	{wire.ErrClock, "clock"},
-	{wire.ErrMalformed, "malformed"},
-	{errNotBinary, "malformed"},
-	{errOrder, "order"},
-	{dispatch.ErrInvalid, "invalid"},
+	{wire.ErrTooLarge, "too_large", false},
+	{websocket.ErrReadLimit, "too_large", false},
+	{wire.ErrSigner, "signer", false},
+	{wire.ErrTag, "tag", false},
+	{wire.ErrSequence, "sequence", false},
+	{wire.ErrClock, "clock", false},
+	{wire.ErrMalformed, "malformed", true},
+	{errNotBinary, "malformed", false},
+	{errOrder, "order", true},
+	{dispatch.ErrInvalid, "invalid", true},
 }
 
 var (
@@ -179,7 +183,8 @@ var (
 	errBye       = errors.New("bye")
 )
 
-// blame ends the session for err and reports whether that is the node's fault.
+// blame ends the session for err and reports whether that is the node's fault,
+// for which it gets a penalty.
 func (s *session) blame(err error) bool {
 	for _, r := range refusals {
 		if !errors.Is(err, r.err) {
@@ -192,8 +197,7 @@ func (s *session) blame(err error) bool {
 			code = websocket.CloseMessageTooBig
 		}
 		s.end(code, "violation", err.Error())
-		// A clock that drifts is a fault, not an attack: no penalty.
-		return r.name != "clock"
+		return r.fault
 	}
 	var timeout net.Error
 	switch {
