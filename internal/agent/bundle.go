@@ -3,6 +3,7 @@ package agent
 import (
 	"bytes"
 	"context"
+	"encoding/hex"
 	"os"
 	"path/filepath"
 	"runtime"
@@ -78,7 +79,8 @@ func (a *Agent) secrets(files []string) ([][]byte, error) {
 	if err != nil {
 		return nil, err
 	}
-	return append(secrets, a.key.ECDSA().D.FillBytes(make([]byte, 32))), nil
+	key, err := hex.DecodeString(a.key.Hex())
+	return append(secrets, key), err
 }
 
 // history is what became of configurations, for the archive.

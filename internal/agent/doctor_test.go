@@ -218,7 +218,10 @@ func TestBundleHoldsNoSecret(t *testing.T) {
 			t.Fatal(err)
 		}
 		files := untar(t, raw)
-		key := f.key.ECDSA().D.FillBytes(make([]byte, 32))
+		key, err := hex.DecodeString(f.key.Hex())
+		if err != nil || len(key) != 32 {
+			t.Fatal(len(key), err)
+		}
 		secrets["key"] = string(key)
 		for name, text := range files {
 			for what, secret := range secrets {

@@ -278,6 +278,25 @@ func TestOpenRefusesLaterFrames(t *testing.T) {
 	}
 }
 
+// How far the clocks are apart is known also of a frame that is refused for it,
+// and never from one that somebody else may have written.
+func TestAhead(t *testing.T) {
+	p := newPair(t)
+	for _, c := range []struct {
+		late, want time.Duration
+		err        error
+	}{{5 * time.Second, 5 * time.Second, nil}, {-time.Hour, -time.Hour, ErrClock}} {
+		_, o, _, _ := p.shake()
+		if _, err := o.Open(p.tagged(ToNetwork, second), at.Add(c.late)); !errors.Is(err, c.err) || o.Ahead() != c.want {
+			t.Errorf("%v: ahead by %v, %v", c.late, o.Ahead(), err)
+		}
+		before := o.Ahead()
+		if _, err := o.Open(append(make([]byte, tagSize), second...), at.Add(time.Minute)); err == nil || o.Ahead() != before {
+			t.Errorf("a frame of nobody's moved it to %v (%v)", o.Ahead(), err)
+		}
+	}
+}
+
 // A key that is no longer trusted ends the session with the next frame.
 func TestRevokedKey(t *testing.T) {
 	p := newPair(t)
