@@ -503,6 +503,25 @@ func TestMailIsKept(t *testing.T) {
 	}
 }
 
+// Nobody fills the registry with nodes that belong to nobody; those that are known
+// are answered all the same.
+func TestOpenRegistrationIsBounded(t *testing.T) {
+	n := startOpen(t, nil)
+	first := n.unbound()
+	for i := 1; ; i++ {
+		v := nodetest.New(t, n.url, n.raw)
+		status, _, err := v.Register(t.Context(), v.Registration(""), v.Key)
+		if err != nil || i > 1000 {
+			t.Fatalf("node %d: %d %v", i, status, err)
+		}
+		if status == http.StatusTooManyRequests {
+			break
+		}
+	}
+	first.Enrol(t, "")
+	n.node() // with a token
+}
+
 // Registration with a token is what a network asks for unless it says otherwise.
 func TestClosedRegistration(t *testing.T) {
 	n := start(t, nil)

@@ -685,6 +685,7 @@ func TestNetworkRole(t *testing.T) {
 	h := up(t, l, Config{Name: "network", Role: Network})
 	for _, args := range [][]string{
 		{"docker-registry", "--version"}, {"cosign", "version"}, {"skopeo", "--version"}, {"openssl", "version"},
+		{"test", "-x", "/usr/sbin/smtpd"},
 	} {
 		output(t, h, "", args...)
 	}

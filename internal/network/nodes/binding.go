@@ -35,6 +35,8 @@ const (
 	perAddress      = 5
 	perSource       = 20
 	perNetwork      = 600 // codes of all
+	perSourceNodes  = 50  // new nodes without a token; each stays in the registry
+	perNetworkNodes = 2000
 	rateWindow      = time.Hour
 )
 

@@ -200,6 +200,10 @@ func (m *Manager) registerNode(w http.ResponseWriter, r *http.Request) (reply []
 	}
 	n := store.Node{Address: reg.Node, Agent: reg.Agent}
 	if m.opt.Open && reg.Token == "" {
+		if _, known := m.registry.Node(ctx, reg.Node); errors.Is(known, store.ErrNotFound) &&
+			!(m.limits.allow(now, perSourceNodes, "nodes of "+source(r.RemoteAddr).String()) && m.limits.allow(now, perNetworkNodes, "nodes")) {
+			return nil, http.StatusTooManyRequests, errors.New("too many new nodes without an enrolment token; try again in an hour")
+		}
 		n, err = m.registry.RegisterUnbound(ctx, n, now)
 	} else {
 		n, err = m.registry.Register(ctx, n, reg.Token, now)
