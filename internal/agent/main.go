@@ -328,6 +328,8 @@ func (a *Agent) newDeployer(ctx context.Context, models *model.Store, units *sys
 		Look:      func(pid int) (*sandbox.Outside, error) { return sandbox.Look("/proc", pid) },
 		Engine:    func(socket string) deploy.Engine { return openEngine(socket) },
 		Allowed:   a.cfg.Runtime.Devices,
+		Memory:    a.cfg.Runtime.Memory(hardware.Memory()),
+		Ceiling:   func(pid int) (int64, error) { return sandbox.Ceiling("/proc", "/sys/fs/cgroup", pid) },
 		UnitDir:   a.cfg.Paths.Units,
 		SocketDir: filepath.Join(a.cfg.Paths.Runtime, "engine"),
 		Bridge:    a.cfg.Paths.Bridge, Log: a.log,

@@ -280,7 +280,11 @@ func (u *updater) reconcile(ctx context.Context, snap *snapshot.Snapshot) {
 	u.board.set(func(b *board) { b.restarts = unit.NRestarts })
 	lost := u.active != nil && !u.active.Current(unit)
 	if lost {
-		u.log.Warn("runtime lost", journal.RuntimeLost.Attr(), "unit", unit.Active, "result", unit.Result, "status", unit.StatusText)
+		event := journal.RuntimeLost
+		if unit.Result == "oom-kill" {
+			event = journal.MemoryExceeded
+		}
+		u.log.Warn("runtime lost", event.Attr(), "unit", unit.Active, "result", unit.Result, "status", unit.StatusText)
 		u.setActive(nil, starting)
 	}
 	dead := u.dead == snap.Digest()

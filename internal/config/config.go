@@ -17,6 +17,7 @@ import (
 	"reflect"
 	"regexp"
 	"slices"
+	"strconv"
 	"strings"
 
 	"github.com/go-viper/mapstructure/v2"
@@ -40,6 +41,48 @@ type Runtime struct {
 	// Devices are the CDI devices that it may order: vendor/class=name, or
 	// vendor/class=* for all of a kind. The default is every GPU.
 	Devices []string `koanf:"devices"`
+	// MemoryMax is how much of the machine's memory it may use: bytes, with K, M,
+	// G or T for powers of 1024, or a percentage. "" is all but a tenth, and never
+	// keeps back more than 1 GiB.
+	MemoryMax string `koanf:"memory_max"`
+}
+
+const (
+	gib         = 1 << 30
+	leastMemory = 64 << 20 // no engine starts with less
+)
+
+var memoryPattern = regexp.MustCompile(`^([1-9][0-9]{0,14})([KMGT%]?)$`)
+
+// Memory returns the ceiling in bytes on a machine with total bytes of memory; 0
+// where there is none, since nobody knows how much the machine has.
+func (r Runtime) Memory(total int64) int64 {
+	if r.MemoryMax == "" {
+		return max(0, total-min(total/10, gib))
+	}
+	m := memoryPattern.FindStringSubmatch(r.MemoryMax) // checked by Load
+	n, _ := strconv.ParseInt(m[1], 10, 64)
+	if m[2] == "%" {
+		return max(0, total/100*n)
+	}
+	return n << (10 * (1 + strings.Index("KMGT", m[2])) * min(1, len(m[2])))
+}
+
+// checkMemory checks the text alone: on which machine it counts is not known yet.
+func checkMemory(s string) error {
+	m := memoryPattern.FindStringSubmatch(s)
+	if s == "" {
+		return nil
+	}
+	var n int64
+	if m != nil {
+		n, _ = strconv.ParseInt(m[1], 10, 64)
+	}
+	switch {
+	case m == nil, m[2] == "%" && n > 100, m[2] != "%" && (len(m[1]) > 6 && m[2] != "" || Runtime{MemoryMax: s}.Memory(0) < leastMemory):
+		return fmt.Errorf("%.40q: want bytes like \"24G\", at least 64M, or a percentage like \"75%%\"", s)
+	}
+	return nil
 }
 
 // gpus are the kinds that the vendors' own tools make CDI specifications of. A
@@ -252,6 +295,9 @@ func (c *Config) check() (key string, err error) {
 		if !devicePattern.MatchString(d) {
 			return "runtime.devices", fmt.Errorf("%.200q: want CDI devices, like \"nvidia.com/gpu=0\", or \"nvidia.com/gpu=*\" for all of a kind", d)
 		}
+	}
+	if err := checkMemory(c.Runtime.MemoryMax); err != nil {
+		return "runtime.memory_max", err
 	}
 	if !slices.Contains([]string{"debug", "info", "warn", "error"}, c.Log.Level) {
 		return "log.level", fmt.Errorf("%.40q: want debug, info, warn or error", c.Log.Level)

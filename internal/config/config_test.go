@@ -56,6 +56,10 @@ func TestErrorsNameFileAndKey(t *testing.T) {
 		{"unknown section", good + "[zap]\na = 1\n", "", "agent.toml", "zap.a", "unknown key"},
 		{"unknown key in drop-in", good, "[log]\nlvl = \"info\"\n", "a.toml", "log.lvl", "unknown key"},
 		{"wrong type", good + "[log]\nlevel = 3\n", "", "agent.toml", "log.level", "string"},
+		{"memory no size", good, "[runtime]\nmemory_max = \"much\"\n", "a.toml", "runtime.memory_max", "want bytes like"},
+		{"memory too small", good, "[runtime]\nmemory_max = \"63M\"\n", "a.toml", "runtime.memory_max", "at least 64M"},
+		{"memory beyond all", good, "[runtime]\nmemory_max = \"101%\"\n", "a.toml", "runtime.memory_max", "a percentage"},
+		{"memory overflows", good, "[runtime]\nmemory_max = \"99999999999T\"\n", "a.toml", "runtime.memory_max", "want bytes"},
 		{"device no list", good + "[runtime]\ndevices = \"nvidia.com/gpu=0\"\n", "", "agent.toml", "runtime.devices", "list of strings"},
 		{"device no string", good, "[runtime]\ndevices = [\"nvidia.com/gpu=0\", 1]\n", "a.toml", "runtime.devices", "list of strings"},
 		{"device no name", good, "[runtime]\ndevices = [\"/dev/kvm\"]\n", "a.toml", "runtime.devices", "want CDI devices"},
@@ -131,6 +135,31 @@ func TestListsAreNotMixed(t *testing.T) {
 		got, err := Load(write(t, good+list(`["nvidia.com/gpu=0", "nvidia.com/gpu=1"]`), list(c.last)), env)
 		if err != nil || !slices.Equal(got.Runtime.Devices, c.want) {
 			t.Errorf("%s: %v, %v", c.last, got, err)
+		}
+	}
+}
+
+func TestMemoryCeiling(t *testing.T) {
+	for _, c := range []struct {
+		text        string
+		total, want int64
+	}{
+		{"", 4 << 30, 4<<30 - 4<<30/10},
+		{"", 256 << 30, 255 << 30},
+		{"", 0, 0},
+		{"75%", 1000, 750},
+		{"75%", 0, 0},
+		{"24G", 8 << 30, 24 << 30},
+		{"65536K", 0, 64 << 20},
+		{"512M", 0, 512 << 20},
+		{"1T", 0, 1 << 40},
+		{"67108864", 0, 64 << 20},
+	} {
+		if err := checkMemory(c.text); err != nil {
+			t.Error(err)
+		}
+		if got := (Runtime{MemoryMax: c.text}).Memory(c.total); got != c.want {
+			t.Errorf("%q of %d: %d, want %d", c.text, c.total, got, c.want)
 		}
 	}
 }

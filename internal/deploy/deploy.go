@@ -102,11 +102,15 @@ type Deployer struct {
 	Mounts     func(names []string) (places []string, err error) // what else of the host they bring into a container
 	Look       func(pid int) (*sandbox.Outside, error)           // the kernel's view of a process
 	Allowed    []string                                          // CDI devices that the operator lets a snapshot order; vendor/class=* is all of a kind
+	Memory     int64                                             // ceiling for the runtime in bytes; 0 for none
+	Ceiling    func(pid int) (int64, error)                      // the one that a process is under; 0 for none
 	UnitDir    string                                            // where Quadlet looks
 	SocketDir  string                                            // shared with the container; its parent is the agent's alone
 	Bridge     string                                            // the bridge's binary
 	Log        *slog.Logger
 	Progress   func(m *snapshot.Model, done, total int64)
+
+	unlimited bool // it was said that there is no ceiling
 }
 
 // Plan is a snapshot whose image and models are here and verified, and whose
@@ -188,6 +192,7 @@ func (d *Deployer) render(c *snapshot.Config, info podman.Info, modelDir string)
 		Config: c, ModelDir: modelDir, SocketDir: d.SocketDir, BridgePath: d.Bridge, DeviceNodes: nodes,
 		PodmanVersion: podmanVersion(info),
 		DelegatedPids: slices.Contains(info.CgroupControllers, "pids"),
+		MemoryMax:     d.ceiling(info),
 	})
 }
 

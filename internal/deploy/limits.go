@@ -7,6 +7,7 @@ import (
 	"slices"
 	"strings"
 
+	"github.com/resultity/node/internal/journal"
 	"github.com/resultity/node/internal/podman"
 	"github.com/resultity/node/internal/quadlet"
 	"github.com/resultity/node/internal/snapshot"
@@ -41,4 +42,17 @@ func podmanVersion(info podman.Info) quadlet.PodmanVersion {
 func (d *Deployer) allows(name string) bool {
 	kind, _, _ := strings.Cut(name, "=")
 	return slices.Contains(d.Allowed, name) || slices.Contains(d.Allowed, kind+"=*")
+}
+
+// ceiling is the runtime's, if this account can set one. That it cannot is said
+// once: a memory leak then reaches the rest of the machine.
+func (d *Deployer) ceiling(info podman.Info) int64 {
+	if slices.Contains(info.CgroupControllers, "memory") {
+		return d.Memory
+	}
+	if d.Memory > 0 && !d.unlimited {
+		d.Log.Warn("the runtime's memory has no ceiling: the memory controller is not delegated to this account", journal.MemoryUnlimited.Attr())
+		d.unlimited = true
+	}
+	return 0
 }

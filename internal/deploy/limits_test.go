@@ -2,12 +2,15 @@ package deploy_test
 
 import (
 	"errors"
+	"log/slog"
 	"slices"
 	"strings"
 	"testing"
 
 	"github.com/resultity/node/internal/deploy"
 	. "github.com/resultity/node/internal/deploy/deploytest"
+	"github.com/resultity/node/internal/journal"
+	"github.com/resultity/node/internal/sandbox"
 )
 
 // What the operator does not give away is refused before anything is fetched.
@@ -48,5 +51,35 @@ func TestUntriedPodmanIsRefused(t *testing.T) {
 		if calls := m.Calls(); slices.Contains(calls, EnsureImage) {
 			t.Errorf("Podman %d: refused after %q", major, calls)
 		}
+	}
+}
+
+// A ceiling counts only if the kernel keeps it, and none is claimed where the
+// account cannot set one.
+func TestMemoryCeilingIsInForce(t *testing.T) {
+	const want = 2 << 30
+	s := NewNetwork(t).Publish(nil)
+	for _, c := range []struct {
+		kernel int64
+		ok     bool
+	}{{want, true}, {want - 4096, true}, {0, false}, {want + 4096, false}, {want / 2, true}} {
+		m := New(t)
+		m.Do(func(m *Locked) { m.Memory(c.kernel) })
+		d := m.Deployer()
+		d.Memory = want
+		if _, err := bring(t, d, s); c.ok != (err == nil) || !c.ok && !errors.Is(err, sandbox.ErrNotSealed) {
+			t.Errorf("kernel's ceiling %d: %v", c.kernel, err)
+		}
+	}
+	m := New(t) // without the controller
+	d := m.Deployer()
+	d.Memory = want
+	var logged events
+	d.Log = slog.New(&logged)
+	up(t, d, s)
+	up(t, d, s)
+	said := slices.DeleteFunc(slices.Clone(logged), func(e string) bool { return e != journal.MemoryUnlimited.Name })
+	if len(said) != 1 {
+		t.Errorf("said %d times that there is no ceiling", len(said))
 	}
 }

@@ -48,6 +48,15 @@ func (d *Deployer) checkSealed(ctx context.Context, p *Plan, engine Engine) erro
 	if err != nil {
 		return err
 	}
+	if order.Memory > 0 {
+		got, err := d.Ceiling(c.PID)
+		if err != nil {
+			return err
+		}
+		if got <= 0 || got > order.Memory { // that of a slice above may be lower
+			return fmt.Errorf("%w: its memory ceiling is %d bytes (0: none), want at most %d; see systemctl --user cat %s", sandbox.ErrNotSealed, got, order.Memory, quadlet.ServiceName)
+		}
+	}
 	raw, err := engine.Sandbox(ctx)
 	if errors.Is(err, runtime.ErrForeign) {
 		return fmt.Errorf("%w: %w", sandbox.ErrNotSealed, err)

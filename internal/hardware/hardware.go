@@ -26,7 +26,7 @@ import (
 // for its free space. What cannot be read is left empty: a profile is never a
 // reason to fail.
 func Profile(store string) wire.Hardware {
-	h := wire.Hardware{Arch: runtime.GOARCH, CPUs: runtime.NumCPU(), Memory: memory("/proc/meminfo"), OS: osName("/etc/os-release"), GPUs: Devices(SpecDirs), Disk: Free(store)}
+	h := wire.Hardware{Arch: runtime.GOARCH, CPUs: runtime.NumCPU(), Memory: Memory(), OS: osName("/etc/os-release"), GPUs: Devices(SpecDirs), Disk: Free(store)}
 	var u unix.Utsname
 	if unix.Uname(&u) == nil {
 		h.Kernel = unix.ByteSliceToString(u.Release[:])
@@ -140,6 +140,9 @@ func Free(dir string) int64 {
 	}
 	return int64(fs.Bavail) * fs.Bsize
 }
+
+// Memory returns the machine's memory in bytes, 0 where that cannot be told.
+func Memory() int64 { return memory("/proc/meminfo") }
 
 func memory(file string) int64 {
 	kb := value(file, "MemTotal:")

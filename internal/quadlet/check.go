@@ -86,6 +86,7 @@ var keys = map[string]map[string]bool{
 	"Service": {
 		"Restart": false, "RestartSec": false, "RestartSteps": false, "RestartMaxDelaySec": false, "RestartPreventExitStatus": false,
 		"TimeoutStartSec": false, "TimeoutStopSec": false, "WatchdogSec": false, "WatchdogSignal": false, "KillMode": false,
+		"MemoryMax": false, "MemorySwapMax": false, "OOMPolicy": false,
 	},
 }
 
@@ -208,6 +209,9 @@ var (
 		"TimeoutStopSec":           number(1, 3600),
 		"WatchdogSec":              number(1, 3600),
 		"WatchdogSignal":           must("SIGKILL"),
+		"MemoryMax":                may(number(1, 1<<50)),
+		"MemorySwapMax":            may(must("0")),
+		"OOMPolicy":                may(must("kill")),
 	}
 )
 
@@ -218,6 +222,11 @@ func checkService(service *parser.UnitFile) (bad []error) {
 			have[key] = service.LookupAllRaw(group, key)
 		}
 		bad = append(bad, check("["+group+"]", rules, have)...)
+		// A ceiling is all three or none: without the others it would swap, or
+		// lose one process and go on.
+		if n := len(have["MemoryMax"]); len(have["MemorySwapMax"]) != n || len(have["OOMPolicy"]) != n {
+			bad = append(bad, errors.New("[Service] has some of MemoryMax, MemorySwapMax and OOMPolicy, want all or none"))
+		}
 	}
 	return bad
 }

@@ -2,6 +2,7 @@ package quadlet
 
 import (
 	"fmt"
+	"strconv"
 	"strings"
 
 	"github.com/containers/podman/v5/pkg/systemd/parser"
@@ -18,6 +19,7 @@ type Order struct {
 	Tmpfs   map[string][]string // options, by place
 	Bridge  contract.Options
 	Command []string // the bridge's own, with its path
+	Memory  int64    // ceiling in bytes, 0 for none
 }
 
 // Mount is a file or directory of the host in the container.
@@ -56,6 +58,11 @@ func (u Unit) Order() (Order, error) {
 	}
 	if o.Bridge, err = contract.Parse(rest[1:]); err != nil {
 		return fail(err)
+	}
+	if v, ok := service.LookupLastRaw("Service", "MemoryMax"); ok {
+		if o.Memory, err = strconv.ParseInt(v, 10, 64); err != nil {
+			return fail(err)
+		}
 	}
 	for _, v := range have["-v"] {
 		parts := strings.SplitN(v, ":", 3)

@@ -94,6 +94,11 @@ type Params struct {
 	// DelegatedPids says that the account may use the pids controller. Without
 	// it crun starts no container that has a limit.
 	DelegatedPids bool
+
+	// MemoryMax is the most memory that the runtime may use, in bytes; 0 for no
+	// ceiling, as where the account may not use the memory controller: systemd
+	// would drop one without a word.
+	MemoryMax int64
 }
 
 // Unit is a rendered Quadlet file. The same parameters give the same text, and
@@ -137,6 +142,7 @@ type fields struct {
 	Exec                         words
 	StopTimeout, TimeoutStop     int64 // seconds
 	TimeoutStart, Watchdog       int64 // seconds
+	MemoryMax                    int64 // bytes, 0 for none
 }
 
 // Time that a step may take beyond what the one inside it may.
@@ -169,6 +175,7 @@ func (p *Params) fields() (*fields, error) {
 		TimeoutStop:  int64(r.StopTimeout) + bridgeSlack + podmanSlack,
 		TimeoutStart: int64(r.StartTimeout) + startupSlack,
 		Watchdog:     int64(r.Watchdog),
+		MemoryMax:    p.MemoryMax,
 	}
 	if p.DelegatedPids {
 		f.PidsLimit = pidsLimit

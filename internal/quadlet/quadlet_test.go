@@ -64,7 +64,10 @@ func render(t testing.TB, p Params) Unit {
 func TestGolden(t *testing.T) {
 	noPids := params(t, snapshot.LlamaCpp)
 	noPids.DelegatedPids = false
+	ceiling := params(t, snapshot.LlamaCpp)
+	ceiling.MemoryMax = 24 << 30
 	for name, p := range map[string]Params{
+		"llamacpp-memory":  ceiling,
 		"llamacpp":         params(t, snapshot.LlamaCpp),
 		"llamacpp-no-pids": noPids,
 		"llamacpp-gpu":     params(t, snapshot.LlamaCpp, "nvidia.com/gpu=0", "nvidia.com/gpu=1"),
@@ -208,7 +211,9 @@ func remake(text string) Unit {
 // refused.
 func TestCheckMissesEveryLine(t *testing.T) {
 	harmless := []string{"Description=", "Documentation=", "AddDevice=", "GroupAdd=", "Environment="}
-	for _, p := range []Params{params(t, snapshot.LlamaCpp), params(t, snapshot.VLLM, "nvidia.com/gpu=all")} {
+	ceiling := params(t, snapshot.VLLM, "nvidia.com/gpu=all")
+	ceiling.MemoryMax = 1 << 30
+	for _, p := range []Params{params(t, snapshot.LlamaCpp), ceiling} {
 		lines := strings.SplitAfter(string(render(t, p).Text), "\n")
 		removed := 0
 		for i, line := range lines {

@@ -275,3 +275,34 @@ func mode(readOnly bool) string {
 	}
 	return "writable"
 }
+
+// Ceiling returns the lowest memory.max that process pid is under, in bytes, 0
+// for none. proc is /proc, groups where the unified hierarchy is mounted.
+func Ceiling(proc, groups string, pid int) (lowest int64, err error) {
+	group := ""
+	err = lines(filepath.Join(proc, strconv.Itoa(pid), "cgroup"), func(line string) error {
+		if g, ok := strings.CutPrefix(line, "0::"); ok {
+			group = path.Clean(g)
+		}
+		return nil
+	})
+	if err != nil {
+		return 0, err
+	}
+	for ; path.IsAbs(group) && group != "/"; group = path.Dir(group) {
+		err := lines(filepath.Join(groups, group, "memory.max"), func(line string) error {
+			if line == "max" {
+				return nil
+			}
+			n, err := strconv.ParseInt(line, 10, 64)
+			if err == nil && (lowest == 0 || n < lowest) {
+				lowest = n
+			}
+			return err
+		})
+		if err != nil && !errors.Is(err, fs.ErrNotExist) { // where the controller is off there is no such file
+			return 0, err
+		}
+	}
+	return lowest, nil
+}

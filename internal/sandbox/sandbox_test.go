@@ -155,3 +155,32 @@ func TestLookRefusesGarbage(t *testing.T) {
 		}
 	}
 }
+
+func TestCeilingIsTheLowest(t *testing.T) {
+	for _, c := range []struct {
+		files map[string]string
+		want  int64
+	}{
+		{nil, 0},
+		{map[string]string{"a/memory.max": "max\n", "a/b/memory.max": "5000\n"}, 5000},
+		{map[string]string{"a/memory.max": "4000\n", "a/b/memory.max": "5000\n", "a/b/c/memory.max": "max\n"}, 4000},
+	} {
+		proc, groups := t.TempDir(), t.TempDir()
+		write := func(name, text string) {
+			if err := errors.Join(os.MkdirAll(filepath.Dir(name), 0o700), os.WriteFile(name, []byte(text), 0o600)); err != nil {
+				t.Fatal(err)
+			}
+		}
+		write(filepath.Join(proc, "7/cgroup"), "4:memory:/x\n0::/a/b/c\n")
+		for name, text := range c.files {
+			write(filepath.Join(groups, name), text)
+		}
+		if got, err := Ceiling(proc, groups, 7); err != nil || got != c.want {
+			t.Errorf("%v: %d, %v", c.files, got, err)
+		}
+		write(filepath.Join(groups, "a/memory.max"), "much\n")
+		if got, err := Ceiling(proc, groups, 7); err == nil {
+			t.Errorf("garbage: %d", got)
+		}
+	}
+}

@@ -80,6 +80,8 @@ type Machine struct {
 	record      contract.Sandbox
 	outside     sandbox.Outside
 	podmanMajor int
+	controllers []string
+	ceiling     int64
 	drift       func(*podman.ContainerState) // how the container differs from the unit; nil for not at all
 	judged      string                       // invocation whose record was read
 	watch       map[chan struct{}]bool
@@ -106,8 +108,8 @@ func New(t testing.TB) *Machine {
 	})
 	m := &Machine{
 		t: t, dir: dir, faults: map[string]*Fault{}, images: map[snapshot.ImageRef]bool{}, models: map[digest.Digest]bool{},
-		podmanMajor: 5,
-		state:       systemd.State{Load: "not-found", Active: "inactive"}, watch: map[chan struct{}]bool{},
+		podmanMajor: 5, controllers: []string{"pids"},
+		state: systemd.State{Load: "not-found", Active: "inactive"}, watch: map[chan struct{}]bool{},
 		record:  contract.Sandbox{Version: contract.Version, OK: true, UID: 1000, GID: 1000, Checks: []contract.Check{{Name: "user", OK: true}}, Namespaces: map[string]string{}, Landlock: 7},
 		outside: sandbox.Outside{UIDs: []int{100999, 100999, 100999, 100999}, NoNewPrivs: true, Seccomp: 2, Interfaces: []string{"lo"}, Own: map[string]string{}},
 	}
@@ -143,6 +145,7 @@ func (m *Machine) Deployer() *deploy.Deployer {
 		},
 		Devices: func([]string) ([]string, error) { return nil, m.fail(context.Background(), Devices, nil) },
 		Allowed: []string{"nvidia.com/gpu=*"},
+		Ceiling: func(int) (int64, error) { return m.ceiling, nil },
 		Mounts:  func([]string) ([]string, error) { return nil, nil },
 		Look:    m.look,
 		UnitDir: "/run/user/990/containers/systemd", SocketDir: m.SocketDir(), Bridge: "/usr/libexec/resultity/resultity-bridge",
@@ -231,6 +234,11 @@ func (l *Locked) Record(f func(*contract.Sandbox)) { f(&l.record) }
 
 // PodmanMajor sets the major version of Podman.
 func (l *Locked) PodmanMajor(n int) { l.podmanMajor = n }
+
+// Memory lets the account set ceilings, of which the runtime has this one.
+func (l *Locked) Memory(ceiling int64) {
+	l.controllers, l.ceiling = []string{"memory", "pids"}, ceiling
+}
 
 // Drift lets the container differ from what the unit orders.
 func (l *Locked) Drift(f func(*podman.ContainerState)) { l.drift = f }
@@ -473,7 +481,7 @@ func (u *Units) Watch(ctx context.Context, unit string, f func()) error {
 type containers Machine
 
 func (c *containers) Info(ctx context.Context) (podman.Info, error) {
-	return podman.Info{Version: podman.Version{Major: (*Machine)(c).podmanMajor, Minor: 4, Patch: 2}, CgroupControllers: []string{"pids"}}, (*Machine)(c).fail(ctx, Info, nil)
+	return podman.Info{Version: podman.Version{Major: (*Machine)(c).podmanMajor, Minor: 4, Patch: 2}, CgroupControllers: (*Machine)(c).controllers}, (*Machine)(c).fail(ctx, Info, nil)
 }
 
 // imageID is what the fake store calls an image.
