@@ -148,6 +148,7 @@ func (s *service) adminHandler() http.Handler {
 		return reply, err
 	})
 	s.adminOrders(handle)
+	mux.HandleFunc("GET /logs", s.serveLogs)
 	handle("POST /reload", func(r *http.Request) (adminReply, error) { return adminReply{}, s.reload(r.Context()) })
 	return mux
 }
@@ -210,6 +211,8 @@ type Admin interface {
 	WaitOrders(ctx context.Context, ids []wire.OrderID) error
 	// Orders returns all orders that are kept, in the order of their issue.
 	Orders(ctx context.Context) ([]OrderState, error)
+	// Logs passes the records of nodes' logs that are chosen to f.
+	Logs(ctx context.Context, q LogQuery, f func(LogLine) error) error
 	Close()
 }
 

@@ -61,7 +61,7 @@ func root(version string) *cobra.Command {
 	}
 	cmd.SetFlagErrorFunc(func(_ *cobra.Command, err error) error { return fmt.Errorf("%w: %w", errUsage, err) })
 	cmd.CompletionOptions.HiddenDefaultCmd = true
-	cmd.AddCommand(initCommand(), publishCommand(), serveCommand(), tokenCommand(), apikeyCommand(), nodesCommand(), accountsCommand(), orderCommand(), ordersCommand(), versionCommand(version))
+	cmd.AddCommand(initCommand(), publishCommand(), serveCommand(), tokenCommand(), apikeyCommand(), nodesCommand(), accountsCommand(), orderCommand(), ordersCommand(), logsCommand(), versionCommand(version))
 	return cmd
 }
 

@@ -26,6 +26,7 @@ func orderCommand() *cobra.Command {
 			"  resume      take back a drain of the network's; an operator's own stays\n" +
 			"  restart     restart the runtime, once its jobs are done, and validate it\n" +
 			"  revalidate  hash the model's files again and repeat the golden requests\n" +
+			"  logs        upload the log now\n" +
 			"  shutdown    finish the jobs, stop the runtime and end\n" +
 			"  penalty     tell the operator why the node gets fewer jobs or none, and until when\n\n" +
 			"An order is signed, written down, and given to its node until that has answered\nor the order has expired.",

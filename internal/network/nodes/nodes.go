@@ -38,6 +38,7 @@ import (
 // registry is who may connect.
 type registry interface {
 	Node(context.Context, evm.Address) (store.Node, error)
+	PutLogs(context.Context, *wire.LogBatch, *wire.Logs) (position uint64, err error)
 	Register(ctx context.Context, n store.Node, token string, now time.Time) (store.Node, error)
 	RegisterUnbound(ctx context.Context, n store.Node, now time.Time) (store.Node, error)
 	UpdateNode(context.Context, evm.Address, func(*store.Node) error) (store.Node, error)

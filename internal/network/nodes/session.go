@@ -51,6 +51,8 @@ type session struct {
 	stray *rate.Limiter // the reader's
 	met   bool          // hello has been taken; the reader's
 
+	writing chan struct{} // has an element while a batch of logs is being written
+
 	stop chan struct{} // closed when the session is to end
 	work chan struct{} // has an element when the queue may have grown
 
@@ -68,9 +70,10 @@ func newSession(m *Manager, node evm.Address, agreed *wire.Session, from string)
 	window := m.dispatch.Terms().Config.Network.ClockWindow.Duration()
 	return &session{
 		m: m, node: node, agreed: agreed, source: source(from), log: m.log.With("node", node, "from", from),
-		opener: wire.NewOpener(func(a evm.Address) bool { return a == node }, agreed, wire.ToNetwork, window),
-		stray:  rate.NewLimiter(20, 200),
-		stop:   make(chan struct{}), work: make(chan struct{}, 1),
+		opener:  wire.NewOpener(func(a evm.Address) bool { return a == node }, agreed, wire.ToNetwork, window),
+		stray:   rate.NewLimiter(20, 200),
+		writing: make(chan struct{}, 1),
+		stop:    make(chan struct{}), work: make(chan struct{}, 1),
 	}
 }
 
@@ -134,6 +137,7 @@ func (s *session) run() {
 	}()
 	violation := s.read()
 	<-done
+	s.writing <- struct{}{} // nothing is being written any more
 	s.m.metrics.Sessions.WithLabelValues(s.why).Inc()
 	level := slog.LevelInfo
 	if violation {
@@ -175,6 +179,7 @@ var refusals = []struct {
 	{errNotBinary, "malformed", false},
 	{errOrder, "order", true},
 	{dispatch.ErrInvalid, "invalid", true},
+	{wire.ErrLogs, "logs", true},
 }
 
 var (
@@ -332,6 +337,9 @@ func (s *session) handle(member *dispatch.Member, msg wire.Message) error {
 		expected, err = member.Result(v)
 	case *wire.OrderDone:
 		expected, err = s.orderDone(v)
+	case *wire.Logs:
+		expected = false // a flood of them is slowed down
+		err = s.logs(v)
 	case *wire.Bye:
 		return errBye
 	default:
@@ -358,6 +366,32 @@ func (s *session) orderDone(a *wire.OrderDone) (expected bool, err error) {
 	}
 	s.Send(&wire.OrderAck{ID: a.ID})
 	return expected, nil
+}
+
+// logs takes a batch of the node's log. It is checked here, and written beside,
+// so that results do not wait for its disk; one at a time.
+func (s *session) logs(l *wire.Logs) error {
+	b, who, err := l.Open()
+	if err != nil {
+		return err
+	}
+	if network := s.m.dispatch.Terms().Config.Network.Name; who != s.node || b.Node != s.node || b.Network != network {
+		return fmt.Errorf("%w: logs of node %s of network %.64q, signed by %s", wire.ErrLogs, b.Node, b.Network, who)
+	}
+	if _, err := b.Unpack(l.Data); err != nil {
+		return err
+	}
+	s.writing <- struct{}{}
+	go func() {
+		defer func() { <-s.writing }()
+		position, err := s.m.registry.PutLogs(context.Background(), b, l)
+		if err != nil { // the node sends it again
+			s.log.Error("logs of the node are not stored", "error", err)
+			return
+		}
+		s.Send(&wire.LogsAck{Spool: b.Spool, Position: position})
+	}()
+	return nil
 }
 
 // pause makes a node wait that sends more than it should.

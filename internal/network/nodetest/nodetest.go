@@ -287,6 +287,22 @@ func (s *Session) Send(m wire.Message) {
 	s.SendRaw(frame)
 }
 
+// SendPart sends the first half of a message's frame; the other never comes.
+func (s *Session) SendPart(m wire.Message) {
+	s.t.Helper()
+	frame, err := s.sealer.Seal(nil, m)
+	if err != nil {
+		s.t.Fatal(err)
+	}
+	w, err := s.Conn.NextWriter(websocket.BinaryMessage)
+	if err == nil {
+		_, err = w.Write(frame[:len(frame)/2])
+	}
+	if err != nil {
+		s.t.Fatal(err)
+	}
+}
+
 // TrySend is Send where the network may have ended the session already.
 func (s *Session) TrySend(m wire.Message) error {
 	frame, err := s.sealer.Seal(nil, m)

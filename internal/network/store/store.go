@@ -52,7 +52,7 @@ type Store struct {
 	conn   *nats.Conn
 	js     jetstream.JetStream
 
-	jobs, results                  jetstream.Stream
+	jobs, results, logs            jetstream.Stream
 	nodes, tokens, keys, published jetstream.KeyValue
 	accounts, mails, orders        jetstream.KeyValue
 
@@ -154,6 +154,14 @@ func (s *Store) open(ctx context.Context) (err error) {
 		MaxMsgsPerSubject: 1,
 		Discard:           jetstream.DiscardOld,
 		AllowDirect:       true,
+	}); err != nil {
+		return err
+	}
+	if s.logs, err = s.js.CreateOrUpdateStream(ctx, jetstream.StreamConfig{
+		Name: "LOGS", Description: "logs of nodes, by node", Subjects: []string{"logs.*"},
+		MaxAge: logAge, MaxMsgsPerSubject: logBatches, MaxMsgSize: 1 << 20,
+		Discard:     jetstream.DiscardOld,
+		AllowDirect: true,
 	}); err != nil {
 		return err
 	}
