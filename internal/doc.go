@@ -49,7 +49,7 @@
 //
 //	leaves  digest, durable, evm, gate, journal, version
 //	pure    receipt, binding, wire, snapshot, openai, quadlet, bridge/contract   no I/O, no clock
-//	edges   identity, tuf, session, image, model, podman, systemd, runtime, state, order, sandbox, control, hardware, preflight, support
+//	edges   identity, tuf, session, image, model, podman, systemd, runtime, state, order, spool, sandbox, control, hardware, preflight, support
 //	order   deploy, work
 //	top     agent, ctl
 //

@@ -29,6 +29,7 @@ import (
 	"github.com/resultity/node/internal/runtime"
 	"github.com/resultity/node/internal/session"
 	"github.com/resultity/node/internal/snapshot"
+	"github.com/resultity/node/internal/spool"
 	"github.com/resultity/node/internal/state"
 	"github.com/resultity/node/internal/systemd"
 	"github.com/resultity/node/internal/wire"
@@ -87,6 +88,11 @@ type Agent struct {
 	machine      func(context.Context) []gate.Gate // looks at the machine; nil for none
 	ahead        func() *time.Duration             // this clock before the network's
 
+	spool     *spool.Spool      // of the log, for the network; nil when it is not uploaded
+	upload    chan struct{}     // capacity 1: look whether there is something to upload
+	uploadNow chan chan<- error // upload, and say when it is done
+	logAcks   chan *wire.LogsAck
+	dropped   atomic.Uint64                                         // log records that the network never got, since the start
 	orderBook *order.Book                                           // of the network's orders
 	verify    func(ctx context.Context, s *snapshot.Snapshot) error // hashes the models' files again
 	inbox     chan wire.Message                                     // orders, and what the network says of their answers
@@ -136,6 +142,7 @@ func (a *Agent) Run(ctx context.Context) error {
 	g.Go(func() error { return a.heartbeats(work) })
 	g.Go(func() error { return a.bindings(work) })
 	g.Go(func() error { return a.orders(work) })
+	g.Go(func() error { return a.uploads(work) })
 	g.Go(func() error { return systemd.Watchdog(work, a.responsive) })
 	g.Go(func() error {
 		select {
@@ -234,6 +241,7 @@ func (a *Agent) Opened() {
 	a.log.Info("session opened", journal.SessionOpened.Attr())
 	a.worker.Connected()
 	poke(a.retell)
+	poke(a.upload)
 	poke(a.beat)
 }
 
@@ -266,6 +274,8 @@ func (a *Agent) Message(m wire.Message) {
 		a.worker.Ack(m)
 	case *wire.Update:
 		poke(a.update)
+	case *wire.LogsAck:
+		a.logsStored(m)
 	case *wire.Order, *wire.OrderAck:
 		a.post(m)
 	case *wire.Bound:
@@ -290,7 +300,7 @@ func (a *Agent) Status() control.Status {
 	s := control.Status{
 		Version: a.version, Node: a.key.Address().Hex(), Network: a.cfg.Network.Name,
 		Gates:   a.gates(),
-		Runtime: a.board.runtimeState(), Slots: w.Slots, Busy: w.Busy, Outbox: w.Outbox, Draining: w.Draining, Drains: drains, Orders: a.lastOrders(),
+		Runtime: a.board.runtimeState(), Slots: w.Slots, Busy: w.Busy, Outbox: w.Outbox, Draining: w.Draining, Drains: drains, Orders: a.lastOrders(), Logs: a.logs(),
 	}
 	if p := a.orderBook.Penalty(); p != nil {
 		s.Penalty = &control.Penalty{Reason: p.Reason, Until: time.UnixMilli(p.Until).UTC()}

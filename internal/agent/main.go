@@ -175,6 +175,8 @@ func New(ctx context.Context, cfg *config.Config, env func(string) string, log *
 		return nil, err
 	}
 	a.closers = append(a.closers, a.store.Close)
+	a.openSpool(networkDir)
+	log = a.log
 	if err := a.openIdentity(env); err != nil {
 		return nil, err
 	}
@@ -230,6 +232,7 @@ func empty(cfg *config.Config, log *slog.Logger, version string) *Agent {
 	return &Agent{
 		cfg: cfg, version: version, log: log,
 		update: make(chan struct{}, 1), look: make(chan struct{}, 1), beat: make(chan struct{}, 1), registered: make(chan struct{}), keep: make(chan struct{}, 1),
+		upload: make(chan struct{}, 1), uploadNow: make(chan chan<- error), logAcks: make(chan *wire.LogsAck, 4),
 		inbox: make(chan wire.Message, maxInbox), retell: make(chan struct{}, 1), tasks: make(chan task), halt: make(chan struct{}, maxLong),
 		board: board{phase: stopped, models: map[digest.Digest]int64{}},
 	}

@@ -103,7 +103,7 @@ func (a *Agent) orders(ctx context.Context) error {
 }
 
 func takesTime(k wire.OrderKind) bool {
-	return k == wire.OrderRestart || k == wire.OrderRevalidate || k == wire.OrderShutdown
+	return k == wire.OrderRestart || k == wire.OrderRevalidate || k == wire.OrderShutdown || k == wire.OrderLogs
 }
 
 // begin writes an order down and returns what is to be done, or answers it.
@@ -150,6 +150,7 @@ func (a *Agent) kinds() map[wire.OrderKind]kind {
 		wire.OrderRestart:    {journal.OrderRestart, func(ctx context.Context, _ order.Entry) error { return a.inUpdates(ctx, (*updater).restart) }},
 		wire.OrderRevalidate: {journal.OrderRevalidate, func(ctx context.Context, _ order.Entry) error { return a.revalidate(ctx) }},
 		wire.OrderShutdown:   {journal.OrderShutdown, a.shutDown},
+		wire.OrderLogs:       {journal.OrderLogs, func(ctx context.Context, _ order.Entry) error { return a.uploadLogs(ctx) }},
 	}
 }
 

@@ -179,6 +179,7 @@ func (u *updater) learn(s *snapshot.Snapshot) {
 	if before == nil || before.Digest() != s.Digest() {
 		u.log.Info("configuration verified", journal.SnapshotVerified.Attr(), "version", s.Version(), "digest", s.Digest())
 		u.build = backoff{} // another configuration, another chance
+		poke(u.upload)
 	}
 	u.board.learn(s)
 }

@@ -116,7 +116,8 @@ type Paths struct {
 
 // Log says how much is logged.
 type Log struct {
-	Level string `koanf:"level"` // debug, info, warn or error
+	Level  string `koanf:"level"`  // debug, info, warn or error
+	Upload string `koanf:"upload"` // on or off: whether the network gets the log, without any text of jobs
 }
 
 // SlogLevel returns the level in slog's terms.
@@ -142,7 +143,7 @@ func Load(file string, env func(string) string) (*Config, error) {
 			files = append(files, filepath.Join(file+".d", d.Name()))
 		}
 	}
-	c := Config{Log: Log{Level: "info"}, Paths: Paths{Bridge: "/usr/libexec/resultity/resultity-bridge"}}
+	c := Config{Log: Log{Level: "info", Upload: "on"}, Paths: Paths{Bridge: "/usr/libexec/resultity/resultity-bridge"}}
 	from := map[string]string{} // key → file that set it last
 	for _, f := range files {
 		if err := c.merge(f, from); err != nil {
@@ -298,6 +299,9 @@ func (c *Config) check() (key string, err error) {
 	}
 	if err := checkMemory(c.Runtime.MemoryMax); err != nil {
 		return "runtime.memory_max", err
+	}
+	if c.Log.Upload != "on" && c.Log.Upload != "off" {
+		return "log.upload", fmt.Errorf("%.40q: want on or off", c.Log.Upload)
 	}
 	if !slices.Contains([]string{"debug", "info", "warn", "error"}, c.Log.Level) {
 		return "log.level", fmt.Errorf("%.40q: want debug, info, warn or error", c.Log.Level)

@@ -43,7 +43,7 @@ func TestLoadFillsAndOverrides(t *testing.T) {
 		Paths: Paths{State: "/s", Runtime: "/run/user/7/resultity", Units: "/run/user/7/containers/systemd",
 			Podman: "/run/user/7/resultity-podman/podman.sock", Bridge: "/usr/libexec/resultity/resultity-bridge"},
 		Runtime: Runtime{Devices: []string{"amd.com/gpu=*", "intel.com/gpu=*", "nvidia.com/gpu=*"}},
-		Log:     Log{Level: "debug"},
+		Log:     Log{Level: "debug", Upload: "on"},
 	}
 	if !reflect.DeepEqual(*c, want) {
 		t.Errorf("got  %+v\nwant %+v", *c, want)

@@ -44,7 +44,8 @@ type Status struct {
 	Busy     int               `json:"busy"`
 	Outbox   int               `json:"outbox"` // results that the network has not acknowledged
 	Draining bool              `json:"draining"`
-	Drains   []Drain           `json:"drains,omitempty"`  // who has drained the node; all have to take it back
+	Drains   []Drain           `json:"drains,omitempty"` // who has drained the node; all have to take it back
+	Logs     Logs              `json:"logs,omitzero"`
 	Penalty  *Penalty          `json:"penalty,omitempty"` // the network's, in force
 	Orders   []Order           `json:"orders,omitempty"`  // the network's last ones, oldest first
 
@@ -52,6 +53,15 @@ type Status struct {
 	Done    int        `json:"done"`              // jobs with an answer
 	Failed  int        `json:"failed"`            // jobs that ended without one
 	LastJob *time.Time `json:"lastJob,omitempty"` // end of the last job since the agent's start
+}
+
+// Logs says how far the upload of the node's log is. The numbers count records.
+type Logs struct {
+	Upload   string `json:"upload"`          // on or off
+	Waiting  uint64 `json:"waiting"`         // that the network does not have yet
+	Uploaded uint64 `json:"uploaded"`        // position up to which it has everything there is
+	Dropped  uint64 `json:"dropped"`         // that it never got, since the agent's start
+	Error    string `json:"error,omitempty"` // why nothing is kept at the moment
 }
 
 // Drain is somebody's word that the node takes no new jobs.

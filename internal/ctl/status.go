@@ -64,6 +64,12 @@ func (c *command) showStatus(s *control.Status) error {
 		if len(rest) > 0 {
 			fmt.Fprintf(w, "\nNot looked at, since %s: %s.\n", agentOnly, strings.Join(rest, ", "))
 		}
+		if l := s.Logs; l.Upload == "on" {
+			fmt.Fprintf(w, "\nlog\tuploaded up to record %d; %d wait, %d were dropped\n", l.Uploaded, l.Waiting, l.Dropped)
+			if l.Error != "" {
+				fmt.Fprintf(w, "\t%s\n", line(l.Error))
+			}
+		}
 		c.showOrders(w, s)
 		if s.Version != "" && s.Version != c.version {
 			fmt.Fprintf(w, "\nThe agent is %s and resultityctl %s: restart the agent to finish an upgrade.\n", line(s.Version), c.version)

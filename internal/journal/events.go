@@ -71,6 +71,7 @@ var (
 	OrderResume     = event("7c1f2a2f6f8e4d6a9a4a5d1e0b7c3f41", "order-resume", "The network has taken back its drain", "The node takes jobs again, unless its operator has drained it: then `resultityctl resume` is needed, too.")
 	OrderRestart    = event("7c1f2a2f6f8e4d6a9a4a5d1e0b7c3f42", "order-restart", "The network ordered a restart of the runtime", "The reason given: @RESULTITY_REASON@. Running jobs are finished, the runtime is started anew and validated. Nothing is to be done.")
 	OrderRevalidate = event("7c1f2a2f6f8e4d6a9a4a5d1e0b7c3f43", "order-revalidate", "The network ordered a validation of the model", "The reason given: @RESULTITY_REASON@. Every file is hashed again while the node serves, then the golden requests are repeated. If something is wrong, the node is out of service until it has been mended: a damaged file is fetched again.")
+	OrderLogs       = event("7c1f2a2f6f8e4d6a9a4a5d1e0b7c3f44", "order-logs", "The network asked for this node's log", "What the spool has gained since the last upload is sent now, unless log.upload is \"off\".")
 	OrderShutdown   = event("7c1f2a2f6f8e4d6a9a4a5d1e0b7c3f45", "order-shutdown", "The network ordered this node to shut down", "The reason given: @RESULTITY_REASON@. Running jobs are finished, the runtime is stopped and the agent ends with status 0, so that systemd leaves it at that. To begin again: systemctl --user start resultity-agent (or a reboot). Ask the network's operator before.")
 	OrderPenalty    = event("7c1f2a2f6f8e4d6a9a4a5d1e0b7c3f46", "order-penalty", "The network has penalised this node", "Until @RESULTITY_UNTIL@, because: @RESULTITY_REASON@. The node goes on; the network gives it fewer jobs or none. Mend what the reason names; if it names nothing that you know of, ask the network's operator. `resultityctl status` shows the penalty until it ends.")
 	OrderDone       = event("7c1f2a2f6f8e4d6a9a4a5d1e0b7c3f47", "order-done", "An order of the network was carried out", "The network is told until it has acknowledged this.")
@@ -83,6 +84,9 @@ var (
 	Bound   = event("7c1f2a2f6f8e4d6a9a4a5d1e0b7c3f90", "bound", "The node is bound to an account", "The network has it as a node of account @RESULTITY_ACCOUNT@ now, by @RESULTITY_METHOD@. `resultityctl identity` shows it. If that is not yours: `resultityctl unbind`.")
 	Unbound = event("7c1f2a2f6f8e4d6a9a4a5d1e0b7c3f91", "unbound", "The node is bound to no account", "It was a node of account @RESULTITY_ACCOUNT@ until its owner, its operator or the network's operator ended that. It stays connected and gets no jobs. To bind it again: `resultityctl bind --wallet 0x…`, `--email name@domain` or `--token FILE`.")
 )
+
+// LogsDropped is about the logs themselves.
+var LogsDropped = event("7c1f2a2f6f8e4d6a9a4a5d1e0b7c3f4a", "logs-dropped", "Log records never reached the network", "The spool is bounded, and @RESULTITY_COUNT@ of its records were overwritten before the network had them, since it was away for long or the disk was full. The journal still has them. The network knows the number.")
 
 // Events lists all events, in the order of their ids.
 var Events []*Event

@@ -40,6 +40,7 @@ type link struct {
 	mu      sync.Mutex // guards what follows; held for list operations
 	changed *sync.Cond // any of it changed
 	control []wire.Message
+	low     []wire.Message                // at most one batch of logs, which all else overtakes
 	bulk    []wire.Message                // chunks, results and bye, in order
 	bytes   int                           // of bulk, and of what is being written of it
 	tails   map[receipt.JobID]*wire.Chunk // the last chunk of each job in bulk; ours to change
@@ -63,6 +64,10 @@ func (l *link) send(m wire.Message) error {
 	switch m.(type) {
 	case *wire.Chunk:
 		if l.bytes+size > maxChunks && l.bytes > 0 {
+			return ErrFull
+		}
+	case *wire.Logs:
+		if len(l.low) > 0 {
 			return ErrFull
 		}
 	case *wire.Result:
@@ -89,6 +94,8 @@ func (l *link) send(m wire.Message) error {
 	case size > 0:
 		l.bulk = append(l.bulk, m)
 		l.bytes += size
+	case m.Type() == (*wire.Logs)(nil).Type():
+		l.low = append(l.low, m)
 	default:
 		l.control = append(l.control, m)
 	}
@@ -129,7 +136,7 @@ func (l *link) next() wire.Message {
 	for !l.ended {
 		// Small messages overtake: they are what keeps a node's jobs coming,
 		// and none of them needs to follow a chunk or a result.
-		for _, q := range []*[]wire.Message{&l.control, &l.bulk} {
+		for _, q := range []*[]wire.Message{&l.control, &l.bulk, &l.low} {
 			if len(*q) > 0 {
 				m := (*q)[0]
 				(*q)[0] = nil
@@ -223,6 +230,7 @@ func (l *link) goodbye(within time.Duration) {
 	if l.opened {
 		l.bulk = append(l.bulk, &wire.Bye{Reason: "the agent stops"}) // behind everything
 	}
+	l.low = nil // the next session sends it
 	l.leaving = true
 	l.changed.Broadcast()
 	time.AfterFunc(within, func() { l.end(nil) })

@@ -6,9 +6,10 @@
 // read loop never waits for anything that is sent. A connection that is
 // silently cut is noticed by the silence, within [Config.Dead].
 //
-// What may be sent is of three classes. Small messages always find room; a peer
+// What may be sent is of four classes. Small messages always find room; a peer
 // that lets too many of them pile up is cut off. A result waits for room. A
-// chunk is refused when there is none: the result that follows holds its bytes.
+// chunk is refused when there is none: the result that follows holds its bytes. A batch
+// of logs goes out when nothing else waits, and there is one at a time.
 package session
 
 import (

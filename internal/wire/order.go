@@ -55,7 +55,7 @@ const (
 )
 
 // OrderKinds lists the kinds of order.
-var OrderKinds = []OrderKind{OrderDrain, OrderResume, OrderRestart, OrderRevalidate, OrderShutdown, OrderPenalty}
+var OrderKinds = []OrderKind{OrderDrain, OrderResume, OrderRestart, OrderRevalidate, OrderLogs, OrderShutdown, OrderPenalty}
 
 // Bounds of orders.
 const (

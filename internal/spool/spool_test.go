@@ -1,0 +1,316 @@
+package spool
+
+import (
+	"bytes"
+	"errors"
+	"fmt"
+	"log/slog"
+	"os"
+	"path/filepath"
+	"strings"
+	"syscall"
+	"testing"
+	"time"
+
+	"github.com/resultity/node/internal/journal"
+	"github.com/resultity/node/internal/wire"
+)
+
+func open(t *testing.T, dir string) *Spool {
+	t.Helper()
+	s, err := Open(dir)
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { _ = s.Close() })
+	return s
+}
+
+// settle waits until everything that was logged is on disk, or was lost.
+func settle(s *Spool) {
+	for len(s.waiting) > 0 {
+		time.Sleep(time.Millisecond) // between two looks
+	}
+	s.mu.Lock() // the one that was taken last
+	s.mu.Unlock()
+	time.Sleep(time.Millisecond)
+	s.mu.Lock()
+	defer s.mu.Unlock()
+}
+
+func reopen(t *testing.T, s *Spool) *Spool {
+	t.Helper()
+	if err := s.Close(); err != nil {
+		t.Fatal(err)
+	}
+	return open(t, s.dir)
+}
+
+func next(t *testing.T, s *Spool, limit int) (*Batch, []wire.LogRecord) {
+	t.Helper()
+	b, err := s.Next(limit)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if b == nil {
+		return nil, nil
+	}
+	records, err := (&wire.LogBatch{Spool: b.Spool, After: b.After, Last: b.Last, Count: b.Count}).Unpack(b.Data)
+	if err != nil {
+		t.Fatal(err)
+	}
+	return b, records
+}
+
+func TestOnlyWhatMayLeave(t *testing.T) {
+	s := open(t, t.TempDir())
+	log := slog.New(s.Handler(slog.LevelDebug)).With("network", "testnet", "path", "/secret")
+	const secret = "secret words"
+	log.Info("job done", journal.JobDone.Attr(), "job", "ab", "model", "tiny", "prompt", secret, "took", 3*time.Second, slog.Group("engine", "error", secret))
+	log.Warn("job failed", journal.JobFailed.Attr(), "job", "ab", "code", "engine_failed", "error", errors.New(secret), "reason", secret)
+	log.WithGroup("g").Error("deep", "error", secret)
+	log.Error("not fetched", "error", errors.New(strings.Repeat("x", 400)+"\n\x1b[2J"), "model", "")
+	log.Debug("hidden")
+	s = reopen(t, s)
+	_, got := next(t, s, 64<<10)
+	if len(got) != 4 {
+		t.Fatalf("%d records", len(got))
+	}
+	if r := got[0]; r.Event != "job-done" || r.Level != "INFO" || r.Message != "job done" || fmt.Sprint(r.Fields) != "map[job:ab model:tiny network:testnet took:3s]" {
+		t.Errorf("%+v", r)
+	}
+	if r := got[1]; fmt.Sprint(r.Fields) != "map[code:engine_failed job:ab network:testnet]" {
+		t.Errorf("%+v: a record about a job has no words of an engine", r)
+	}
+	if r := got[3]; len(r.Fields["error"]) != 300 || r.Fields["path"] != "" {
+		t.Errorf("%+v", r)
+	}
+	files, err := filepath.Glob(filepath.Join(s.dir, "*"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	for _, f := range files {
+		if raw, err := os.ReadFile(f); err != nil || bytes.Contains(raw, []byte("secret")) {
+			t.Errorf("%s holds text, %v", f, err)
+		}
+	}
+}
+
+// Positions go on over restarts, and move on acknowledgement only.
+func TestAck(t *testing.T) {
+	s := open(t, t.TempDir())
+	log := slog.New(s.Handler(slog.LevelInfo))
+	for i := range 100 {
+		log.Info("x", "count", i)
+	}
+	s = reopen(t, s)
+	b, first := next(t, s, 4<<10)
+	if b.After != 0 || first[0].Position != 1 || len(first) == 100 {
+		t.Fatalf("%+v", b)
+	}
+	again, _ := next(t, s, 4<<10)
+	if !bytes.Equal(again.Data, b.Data) {
+		t.Error("another batch without an acknowledgement")
+	}
+	for _, bad := range []struct {
+		spool string
+		at    uint64
+	}{{strings.Repeat("0", 32), b.Last}, {b.Spool, 101}, {b.Spool, 1 << 60}} {
+		if err := s.Ack(bad.spool, bad.at); err != nil || s.Stats().Position != 0 {
+			t.Errorf("%+v moved the position to %d, %v", bad, s.Stats().Position, err)
+		}
+	}
+	if err := s.Ack(b.Spool, b.Last); err != nil {
+		t.Fatal(err)
+	}
+	s = reopen(t, s)
+	n := len(first)
+	slog.New(s.Handler(slog.LevelInfo)).Info("y")
+	s = reopen(t, s)
+	for {
+		b, records := next(t, s, 4<<10)
+		if b == nil {
+			break
+		}
+		for _, r := range records {
+			if n++; r.Position != uint64(n) {
+				t.Fatalf("record %d after %d", r.Position, n-1)
+			}
+		}
+		if err := s.Ack(b.Spool, b.Last); err != nil {
+			t.Fatal(err)
+		}
+	}
+	if n != 101 {
+		t.Errorf("%d records", n)
+	}
+}
+
+// The oldest make room, and are counted.
+func TestRingIsBounded(t *testing.T) {
+	s := open(t, t.TempDir())
+	log := slog.New(s.Handler(slog.LevelInfo))
+	text := strings.Repeat("x", 290)
+	const n = 40_000
+	for i := range n {
+		log.Info("x", "reason", text, "count", i)
+		if i%500 == 0 {
+			settle(s)
+		}
+	}
+	s = reopen(t, s)
+	size := int64(0)
+	entries, err := os.ReadDir(s.dir)
+	if err != nil {
+		t.Fatal(err)
+	}
+	for _, e := range entries {
+		st, err := e.Info()
+		if err != nil {
+			t.Fatal(err)
+		}
+		size += st.Size()
+	}
+	if size > segments*segmentSize+maxMark || size < 4<<20 {
+		t.Errorf("%d bytes on disk", size)
+	}
+	sum, dropped := uint64(0), uint64(0)
+	for {
+		b, records := next(t, s, 256<<10)
+		if b == nil {
+			break
+		}
+		sum += uint64(len(records))
+		dropped += b.Last - b.After - b.Count
+		if err := s.Ack(b.Spool, b.Last); err != nil {
+			t.Fatal(err)
+		}
+	}
+	if sum+dropped != s.Stats().Last || dropped == 0 || s.Stats().Position != s.Stats().Last {
+		t.Errorf("%d records and %d dropped, of %d", sum, dropped, s.Stats().Last)
+	}
+}
+
+// A spool after a crash, or after somebody else's hand.
+func TestDamage(t *testing.T) {
+	fill := func(t *testing.T) (dir, file string) {
+		dir = t.TempDir()
+		s := open(t, dir)
+		for i := range 10 {
+			slog.New(s.Handler(slog.LevelInfo)).Info("x", "count", i)
+		}
+		if err := s.Close(); err != nil {
+			t.Fatal(err)
+		}
+		return dir, s.path(1)
+	}
+	dir, file := fill(t)
+	raw, err := os.ReadFile(file)
+	if err != nil {
+		t.Fatal(err)
+	}
+	lineLen := len(raw) - 1 - bytes.LastIndexByte(raw[:len(raw)-1], '\n')
+	for cut := range lineLen + 3 { // every place at which a write can be torn
+		if err := os.WriteFile(file, raw[:len(raw)-cut], 0o600); err != nil {
+			t.Fatal(err)
+		}
+		s := open(t, dir)
+		want := uint64(10)
+		if cut > 0 {
+			want = 9
+		}
+		if cut > lineLen {
+			want = 8
+		}
+		if got := s.Stats().Last; got != want {
+			t.Fatalf("%d bytes cut: last is %d, want %d", cut, got, want)
+		}
+		slog.New(s.Handler(slog.LevelInfo)).Info("after")
+		s = reopen(t, s)
+		if _, records := next(t, s, 64<<10); uint64(len(records)) != want+1 || records[want].Message != "after" {
+			t.Fatalf("%d bytes cut: %d records", cut, len(records))
+		}
+		if err := s.Close(); err != nil {
+			t.Fatal(err)
+		}
+	}
+	for name, damage := range map[string]func(dir, file string) error{
+		"flipped bit":   func(_, file string) error { raw[3*lineLen+20] ^= 1; return os.WriteFile(file, raw, 0o600) },
+		"garbage":       func(_, file string) error { return os.WriteFile(file, bytes.Repeat([]byte("x"), 100_000), 0o600) },
+		"empty segment": func(dir, _ string) error { return os.WriteFile(filepath.Join(dir, "0000000000000011.log"), nil, 0o600) },
+		"foreign record": func(_, file string) error {
+			return os.WriteFile(file, encode([]byte(`{"n":1,"level":"INFO","message":"x","fields":{"prompt":"y"}}`)), 0o600)
+		},
+		"far away": func(_, file string) error {
+			return os.WriteFile(file, encode([]byte(`{"n":18446744073709551615}`)), 0o600)
+		},
+		"mark": func(dir, _ string) error { return os.WriteFile(filepath.Join(dir, markFile), []byte("{"), 0o600) },
+		"huge mark": func(dir, _ string) error {
+			return os.WriteFile(filepath.Join(dir, markFile), make([]byte, 1<<20), 0o600)
+		},
+		"no mark":      func(dir, _ string) error { return os.Remove(filepath.Join(dir, markFile)) },
+		"foreign file": func(dir, _ string) error { return os.WriteFile(filepath.Join(dir, "notes.log"), []byte("x"), 0o600) },
+	} {
+		t.Run(name, func(t *testing.T) {
+			dir, file := fill(t)
+			if err := damage(dir, file); err != nil {
+				t.Fatal(err)
+			}
+			s := open(t, dir)
+			slog.New(s.Handler(slog.LevelInfo)).Info("after")
+			s = reopen(t, s)
+			_, records := next(t, s, 64<<10)
+			if len(records) == 0 || records[len(records)-1].Message != "after" {
+				t.Errorf("what is logged afterwards is lost: %+v", records)
+			}
+			for _, r := range records {
+				if r.Fields["prompt"] != "" {
+					t.Errorf("%+v", r)
+				}
+			}
+		})
+	}
+}
+
+// A disk that takes nothing holds up nobody, and costs only what it did not take.
+func TestFullDisk(t *testing.T) {
+	s := open(t, t.TempDir())
+	log := slog.New(s.Handler(slog.LevelInfo))
+	log.Info("before")
+	settle(s)
+	s.mu.Lock()
+	_ = s.file.Close()
+	full, err := os.OpenFile("/dev/full", os.O_WRONLY, 0)
+	if err != nil {
+		t.Fatal(err)
+	}
+	s.file = full
+	s.mu.Unlock()
+	log.Info("lost")
+	settle(s)
+	if err := s.Stats().Err; !errors.Is(err, syscall.ENOSPC) {
+		t.Errorf("%v", err)
+	}
+	log.Info("after")
+	s = reopen(t, s)
+	b, records := next(t, s, 64<<10)
+	if len(records) != 2 || records[1].Message != "after" || b.Last-b.After-b.Count != 1 {
+		t.Errorf("%+v %+v", b, records)
+	}
+}
+
+// Who logs does not wait, even when the disk stands still.
+func TestStuckDisk(t *testing.T) {
+	s := open(t, t.TempDir())
+	log := slog.New(s.Handler(slog.LevelInfo))
+	s.mu.Lock()
+	for i := range 3 * maxWaiting {
+		log.Info("x", "count", i)
+	}
+	s.mu.Unlock()
+	s = reopen(t, s)
+	st := s.Stats()
+	if st.Last < maxWaiting || st.Last > maxWaiting+2 {
+		t.Errorf("%d records are kept, want about %d", st.Last, maxWaiting)
+	}
+}
