@@ -50,8 +50,6 @@ One account may have many nodes; a node has one account at a time.`,
 	f.StringVar(&o.email, "email", "", "have a code sent to this address")
 	f.StringVar(&o.code, "code", "", "the code that was sent")
 	f.StringVar(&o.token, "token", "", "file with an enrolment token, or -")
-	cmd.MarkFlagsOneRequired("wallet", "email", "code", "token")
-	cmd.MarkFlagsMutuallyExclusive("wallet", "email", "code", "token")
 	return cmd
 }
 
@@ -93,6 +91,15 @@ func walletFlags(cmd *cobra.Command, o *bindOptions) {
 }
 
 func (c *command) bind(ctx context.Context, o bindOptions) error {
+	ways := 0
+	for _, way := range []string{o.wallet, o.email, o.code, o.token} {
+		if way != "" {
+			ways++
+		}
+	}
+	if ways != 1 {
+		return fmt.Errorf("%w: want one of --wallet, --email, --code and --token; see resultityctl bind --help", errUsage)
+	}
 	if o.wallet == "" && (o.typedData != "" || o.signature != "") {
 		return fmt.Errorf("%w: --typed-data and --signature go with --wallet", errUsage)
 	}
