@@ -103,10 +103,14 @@ var usual = patience{dial: 15 * time.Second, welcome: 10 * time.Second, write: 1
 // healthy is how long a session lasts that makes the delays begin anew.
 const healthy = 10 * time.Second
 
-// defaultDelays begin within the time that a network keeps a node's jobs for it.
+// defaultDelays begin within the time that a network keeps a node's jobs for it,
+// and end where a large network still has room for all of its nodes at once.
 var defaultDelays = []time.Duration{
-	500 * time.Millisecond, time.Second, 2 * time.Second, 5 * time.Second, 15 * time.Second, 30 * time.Second, time.Minute,
+	500 * time.Millisecond, time.Second, 2 * time.Second, 4 * time.Second, 8 * time.Second, 15 * time.Second,
 }
+
+// hopelessDelay is between attempts that cannot succeed unless somebody acts.
+const hopelessDelay = time.Minute
 
 // Session holds the connection while Run runs. Safe for concurrent use.
 type Session struct {
@@ -223,7 +227,7 @@ func (b *backoff) next(lasted time.Duration, err error) time.Duration {
 	d := b.delays[min(b.try, len(b.delays)-1)]
 	b.try++
 	if hopeless(err) {
-		d = b.delays[len(b.delays)-1]
+		d = hopelessDelay
 	}
 	return d/2 + rand.N(d) // nodes must not come back as a herd
 }
