@@ -69,7 +69,7 @@ func (s *Stack) install(ctx context.Context, n *Node) error {
 // configure writes what an operator would into dir: the agent's configuration,
 // ending with more, and what it names.
 func (s *Stack) configure(ctx context.Context, n *Node, dir, more string) error {
-	token, err := s.network(ctx, "token", "create", "--uses", "1", "--account", "demo")
+	token, err := s.Network(ctx, "token", "create", "--uses", "1", "--account", "demo")
 	if err != nil {
 		return err
 	}

@@ -415,8 +415,8 @@ func (s *Stack) waitFor(ctx context.Context, url string) error {
 
 const networkDir = "/var/lib/resultity-network"
 
-// network runs resultity-network where the network is.
-func (s *Stack) network(ctx context.Context, args ...string) ([]byte, error) {
+// Network runs resultity-network where the network is.
+func (s *Stack) Network(ctx context.Context, args ...string) ([]byte, error) {
 	args = append([]string{s.net.path("/usr/bin/resultity-network")}, args...)
 	out, err := s.net.Output(ctx, append(args, "--dir", s.net.path(networkDir))...)
 	if err != nil {
@@ -431,7 +431,7 @@ func (s *Stack) startNetwork(ctx context.Context, bin string) error {
 	if err := n.CopyTo(filepath.Join(bin, "resultity-network"), program); err != nil {
 		return err
 	}
-	if _, err := s.network(ctx, "init", "--name", "demo", "--chain-id", "31337"); err != nil {
+	if _, err := s.Network(ctx, "init", "--name", "demo", "--chain-id", "31337"); err != nil {
 		return err
 	}
 	// What init leaves to fill in names the network's message key.
@@ -525,7 +525,7 @@ func (s *Stack) Publish(ctx context.Context, change func(*snapshot.Config)) erro
 	if err := s.net.WriteFile(file, raw, 0o600); err != nil {
 		return err
 	}
-	if _, err := s.network(ctx, "publish", "--config", file); err != nil {
+	if _, err := s.Network(ctx, "publish", "--config", file); err != nil {
 		return err
 	}
 	s.config = &next
