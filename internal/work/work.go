@@ -459,7 +459,7 @@ func (w *Worker) conclude(ctx context.Context, k *job, a *Active, started time.T
 	c := a.Snapshot.Config()
 	finished := w.cfg.Now()
 	if err == nil {
-		err = check(c, k, res.Body)
+		err = check(c, k, res, started)
 	}
 	w.release(k)
 	if err != nil {
@@ -479,9 +479,10 @@ func (w *Worker) conclude(ctx context.Context, k *job, a *Active, started time.T
 		w.fail(ctx, k, wire.CodeInternal, "the receipt could not be signed", err)
 		return
 	}
-	w.cfg.Log.Info("job done", journal.JobDone.Attr(), "job", k.ID, "model", k.Model,
-		"prompt_tokens", res.Usage.PromptTokens, "completion_tokens", res.Usage.CompletionTokens, "took", finished.Sub(started).Round(time.Microsecond))
-	w.finish(k, &wire.Result{Job: k.ID, Response: res.Body, Receipt: &signed})
+	if w.finish(k, &wire.Result{Job: k.ID, Response: res.Body, Receipt: &signed}) { // the network does not wait for our log
+		w.cfg.Log.Info("job done", journal.JobDone.Attr(), "job", k.ID, "model", k.Model,
+			"prompt_tokens", res.Usage.PromptTokens, "completion_tokens", res.Usage.CompletionTokens, "took", finished.Sub(started).Round(time.Microsecond))
+	}
 }
 
 // ask has the engine answer, and passes chunks on as they come.
@@ -507,7 +508,16 @@ func (w *Worker) ask(ctx context.Context, k *job, a *Active, req *openai.Request
 // client has checked it; this is the last look before the receipt.
 var errUnsound = errors.New("the answer does not hold together")
 
-func check(c *snapshot.Config, k *job, body []byte) error {
+// errBehind says that a receipt would have a time before its job's.
+var errBehind = errors.New("this node's clock is behind the job's")
+
+// endMark ends every stream.
+var endMark = []byte("data: [DONE]\n\n")
+
+// check looks for what the network would count as a violation of the protocol,
+// as far as a node can know it.
+func check(c *snapshot.Config, k *job, res runtime.Result, started time.Time) error {
+	body, used := res.Body, res.Usage
 	switch {
 	case len(body) == 0:
 		return fmt.Errorf("%w: it is empty", errUnsound)
@@ -515,6 +525,14 @@ func check(c *snapshot.Config, k *job, body []byte) error {
 		return fmt.Errorf("%w: %d bytes, at most %d", errUnsound, len(body), c.Limits.ResponseBytes)
 	case k.stream != nil && !bytes.HasPrefix(body, k.stream.sofar()):
 		return fmt.Errorf("%w: it is not what was streamed", errUnsound)
+	case k.Stream && !bytes.HasSuffix(body, endMark):
+		return fmt.Errorf("%w: the stream has no end mark", errUnsound)
+	case used.PromptTokens > uint64(c.Runtime.Settings.Context):
+		return fmt.Errorf("%w: %d prompt tokens, the context has %d", errUnsound, used.PromptTokens, c.Runtime.Settings.Context)
+	case used.CompletionTokens > uint64(c.Limits.Tokens):
+		return fmt.Errorf("%w: %d completion tokens, at most %d", errUnsound, used.CompletionTokens, c.Limits.Tokens)
+	case started.Before(time.Unix(k.Created, 0).Add(-c.Network.ClockWindow.Duration())):
+		return errBehind
 	}
 	return nil
 }
@@ -535,6 +553,8 @@ func classify(ctx context.Context, err error) (wire.Code, string) {
 		return wire.CodeOutput, output.Error()
 	case errors.Is(err, errUnsound):
 		return wire.CodeOutput, err.Error()
+	case errors.Is(err, errBehind):
+		return wire.CodeInternal, err.Error()
 	}
 	return wire.CodeEngine, err.Error()
 }
@@ -553,8 +573,10 @@ func (w *Worker) fail(ctx context.Context, k *job, code wire.Code, message strin
 // retries is how long a full disk is waited for; it stays at the last one.
 var retries = []time.Duration{time.Second, 5 * time.Second, 30 * time.Second}
 
-// finish makes the result durable, then sends it.
-func (w *Worker) finish(k *job, res *wire.Result) {
+// finish makes the result durable, then sends it. It reports whether it was this
+// one, and not a failure in its place.
+func (w *Worker) finish(k *job, res *wire.Result) (asGiven bool) {
+	given := res
 	err := w.cfg.Store.Finish(res)
 	if errors.Is(err, state.ErrFull) && res.Code == "" {
 		w.cfg.Log.Error("no room for a result", journal.StorageFailed.Attr(), "job", k.ID, "error", err)
@@ -567,19 +589,20 @@ func (w *Worker) finish(k *job, res *wire.Result) {
 		w.cfg.Log.Error("result not stored, trying again", journal.StorageFailed.Attr(), "job", k.ID, "error", err)
 		if !w.pause(retries[min(try, len(retries)-1)]) {
 			w.forget(k)
-			return
+			return false
 		}
 		err = w.cfg.Store.Finish(res)
 	}
 	w.forget(k)
 	if err != nil {
 		w.die(fmt.Errorf("job %s is accepted and its result cannot be stored: %w", k.ID, err))
-		return
+		return false
 	}
 	w.mu.Lock()
 	w.tally.count(w.cfg.Now(), res.Code != "")
 	w.mu.Unlock()
 	w.send(res)
+	return res == given
 }
 
 // die ends Run.
@@ -644,15 +667,15 @@ func (w *Worker) Cancel(c *wire.Cancel) {
 	}
 }
 
-// Ack forgets results that the network has stored.
+// Ack forgets results that the network has stored. That is at once: it holds up
+// no job that comes after it.
 func (w *Worker) Ack(a *wire.Ack) {
 	w.mu.Lock()
-	defer w.mu.Unlock()
-	w.taskLocked(func(context.Context) {
-		if err := w.cfg.Store.Ack(a.Jobs); err != nil {
-			w.cfg.Log.Error("acknowledgement not stored; the results are sent again", journal.StorageFailed.Attr(), "error", err)
-		}
-	})
+	w.heard = true
+	w.mu.Unlock()
+	if err := w.cfg.Store.Ack(a.Jobs); err != nil {
+		w.cfg.Log.Error("acknowledgement not stored; the results are sent again", journal.StorageFailed.Attr(), "error", err)
+	}
 }
 
 // Connected sends everything that has not been acknowledged, in order. Call it

@@ -63,7 +63,9 @@ func leaks() int {
 // Text that must never be in a log.
 const (
 	prompt = "SECRET-PROMPT"
-	answer = "SECRET-ANSWER"
+	answer = "SECRET-ANSWER" + end
+
+	end = "data: [DONE]\n\n" // of a stream
 )
 
 // config is a configuration of two slots.
@@ -390,8 +392,8 @@ func TestTheEngineBeginsBeforeTheDiskIsDone(t *testing.T) {
 						return runtime.Result{}, context.Cause(ctx)
 					case <-time.After(time.Second):
 					}
-					_ = emit([]byte("two"))
-					return runtime.Result{Body: []byte("one two"), Usage: usage}, nil
+					_ = emit([]byte("two" + end))
+					return runtime.Result{Body: []byte("one two" + end), Usage: usage}, nil
 				})
 				n.store = &broken{Store: n.state, accept: func(*wire.Job) error {
 					<-disk
@@ -421,7 +423,7 @@ func TestTheEngineBeginsBeforeTheDiskIsDone(t *testing.T) {
 				}
 				n.expect("accept", "chunk")
 				time.Sleep(time.Second)
-				n.answered(j, n.expect("chunk", "result")[1], "one two")
+				n.answered(j, n.expect("chunk", "result")[1], "one two"+end)
 			})
 		})
 	}
@@ -616,11 +618,18 @@ func TestWhatTheEngineMayDo(t *testing.T) {
 			return runtime.Result{}, err
 		}
 	}
+	counts := func(u openai.Usage) script {
+		return func(context.Context, runtime.Job, func([]byte) error) (runtime.Result, error) {
+			return runtime.Result{Body: []byte(answer), Usage: u}, nil
+		}
+	}
 	for _, c := range []struct {
 		name   string
 		engine script
 		want   wire.Code
 	}{
+		{"it counts more than its context", counts(openai.Usage{PromptTokens: 1025, CompletionTokens: 1}), wire.CodeOutput},
+		{"it counts more than was allowed", counts(openai.Usage{PromptTokens: 1, CompletionTokens: 1 << 20}), wire.CodeOutput},
 		{"it ends", fails(&runtime.EngineError{Op: "answer", Err: errors.New("EOF")}), wire.CodeEngine},
 		{"it refuses", fails(&openai.Error{Status: 400, Code: "context_length_exceeded", Message: "too long"}), wire.CodeBadRequest},
 		{"it breaks its API", fails(&openai.OutputError{Reason: openai.ReasonJSON, Detail: "an event is not JSON"}), wire.CodeOutput},
@@ -655,6 +664,27 @@ func TestWhatTheEngineMayDo(t *testing.T) {
 			})
 		})
 	}
+	t.Run("its stream has no end", func(t *testing.T) {
+		bubble(t, func(t *testing.T) {
+			n := newNode(t, say("data: {}\n\n"))
+			n.begin(n.active)
+			n.worker.Job(n.job(true))
+			said := n.said()
+			if r, ok := said[len(said)-1].(*wire.Result); !ok || r.Code != wire.CodeOutput || r.Receipt != nil {
+				t.Errorf("%+v, want a failure", said[len(said)-1])
+			}
+		})
+	})
+	t.Run("the job is of tomorrow", func(t *testing.T) {
+		bubble(t, func(t *testing.T) {
+			n := newNode(t, say(answer))
+			n.begin(n.active)
+			j := n.job(false)
+			j.Created += 86400
+			n.worker.Job(j)
+			n.failed(wire.CodeInternal, "accept")
+		})
+	})
 	t.Run("it streams one thing and answers another", func(t *testing.T) {
 		bubble(t, func(t *testing.T) {
 			n := newNode(t, func(_ context.Context, _ runtime.Job, emit func([]byte) error) (runtime.Result, error) {
@@ -685,6 +715,26 @@ func TestStream(t *testing.T) {
 	})
 }
 
+// The network does not wait for the log.
+func TestTheResultGoesOutFirst(t *testing.T) {
+	bubble(t, func(t *testing.T) {
+		n := newNode(t, say(answer))
+		n.begin(n.active)
+		n.onSend(func(m wire.Message) error {
+			if m.Type() == "result" && strings.Contains(n.log.String(), "job done") {
+				t.Error("it is logged before it is sent")
+			}
+			return nil
+		})
+		j := n.job(false)
+		n.worker.Job(j)
+		n.answered(j, n.expect("accept", "result")[1], answer)
+		if !strings.Contains(n.log.String(), "job done") {
+			t.Error("it is not logged")
+		}
+	})
+}
+
 // joined puts chunks together, each of which begins within or right behind what
 // the ones before it have brought.
 func joined(t testing.TB, said []wire.Message) string {
@@ -707,11 +757,11 @@ func joined(t testing.TB, said []wire.Message) string {
 // the end is in the result.
 func TestStreamWithoutRoom(t *testing.T) {
 	bubble(t, func(t *testing.T) {
-		want := strings.Repeat("0123456789", 15_000) // more than two chunks hold
+		want := strings.Repeat("0123456789", 15_000) + end // more than two chunks hold
 		n := newNode(t, func(_ context.Context, _ runtime.Job, emit func([]byte) error) (runtime.Result, error) {
 			time.Sleep(time.Second) // the job is accepted
 			for i := 0; i < len(want); i += 1000 {
-				_ = emit([]byte(want[i : i+1000]))
+				_ = emit([]byte(want[i:min(i+1000, len(want))]))
 			}
 			return runtime.Result{Body: []byte(want), Usage: usage}, nil
 		})
@@ -750,8 +800,8 @@ func TestARunningJobArrivesAgain(t *testing.T) {
 			runs++
 			_ = emit([]byte("one "))
 			<-goOn
-			_ = emit([]byte("two"))
-			return runtime.Result{Body: []byte("one two"), Usage: usage}, nil
+			_ = emit([]byte("two" + end))
+			return runtime.Result{Body: []byte("one two" + end), Usage: usage}, nil
 		})
 		n.begin(n.active)
 		j := n.job(true)
@@ -767,7 +817,7 @@ func TestARunningJobArrivesAgain(t *testing.T) {
 		}
 		close(goOn)
 		said := n.expect("chunk", "result")
-		n.answered(j, said[1], "one two")
+		n.answered(j, said[1], "one two"+end)
 		if runs != 1 {
 			t.Errorf("it ran %d times", runs)
 		}
@@ -1244,7 +1294,7 @@ func TestExactlyOnce(t *testing.T) {
 			if mathrand.IntN(10) == 0 {
 				return runtime.Result{}, &runtime.EngineError{Op: "answer", Status: 500}
 			}
-			return say(j.ID.String())(ctx, j, emit)
+			return say(j.ID.String()+end)(ctx, j, emit)
 		})
 		stop := n.begin(n.active)
 		open := map[receipt.JobID]*wire.Job{}
