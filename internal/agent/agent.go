@@ -76,9 +76,10 @@ type Agent struct {
 	units   units
 	session link
 	worker  *work.Worker
-	http    *http.Client  // for the network
-	sources *http.Client  // for models and images
-	profile wire.Hardware // read once; its disk space at each heartbeat
+	drained atomic.Pointer[time.Time] // by the operator, since when; nil for not
+	http    *http.Client              // for the network
+	sources *http.Client              // for models and images
+	profile wire.Hardware             // read once; its disk space at each heartbeat
 	closers []func() error
 
 	openDeployer func(context.Context) (deployer, error)
@@ -350,18 +351,4 @@ func (a *Agent) Jobs(limit int) ([]control.Job, error) {
 		return nil, fmt.Errorf("read the outbox: %w", err)
 	}
 	return jobs, nil
-}
-
-// Drain implements [control.Backend].
-func (a *Agent) Drain() {
-	a.log.Info("draining", journal.Draining.Attr())
-	a.worker.Pause()
-	poke(a.beat)
-}
-
-// Resume implements [control.Backend].
-func (a *Agent) Resume() {
-	a.log.Info("resumed", journal.Resumed.Attr())
-	a.worker.Resume()
-	poke(a.beat)
 }

@@ -233,6 +233,7 @@ func build(t *testing.T, dir string, m *deploytest.Machine) *fixture {
 	f.verify = func(ctx context.Context, s *snapshot.Snapshot) error { return f.damaged }
 	f.worker = work.New(work.Config{Store: f.store, Key: f.key, Send: f.link.Send, Log: f.log, Now: time.Now})
 	f.worker.Hold(f.orderBook.Drain() != nil)
+	f.recallDrain()
 	f.openDeployer = func(context.Context) (deployer, error) {
 		d := m.Deployer()
 		d.Progress = f.progress
@@ -536,6 +537,69 @@ func TestHeartbeats(t *testing.T) {
 			t.Errorf("after resume: %+v", h)
 		}
 	})
+}
+
+// The operator's drain outlives the process, until the operator takes it back.
+func TestDrainIsRemembered(t *testing.T) {
+	dir, n := t.TempDir(), deploytest.New(t)
+	start := func(want bool) *fixture {
+		t.Helper()
+		f := build(t, dir, n)
+		s := f.Status()
+		if s.Draining != want || want != (len(s.Drains) == 1 && s.Drains[0].By == byOperator) {
+			t.Fatalf("draining %v by %+v, want %v", s.Draining, s.Drains, want)
+		}
+		return f
+	}
+	stop := func(f *fixture) {
+		t.Helper()
+		if err := f.Close(); err != nil {
+			t.Fatal(err)
+		}
+	}
+	f := start(false)
+	before := time.Now().Add(-time.Second)
+	for range 2 {
+		if err := f.Drain(); err != nil {
+			t.Fatal(err)
+		}
+	}
+	since := f.Status().Drains[0].Since
+	if since.Before(before.Truncate(time.Second)) || since.After(time.Now()) {
+		t.Errorf("since %v", since)
+	}
+	stop(f)
+	f = start(true)
+	if got := f.Status().Drains[0].Since; !got.Equal(since) {
+		t.Errorf("since %v after a restart, want %v", got, since)
+	}
+	var accepting gate.Gate
+	for _, g := range f.Status().Gates {
+		if g.Name == gate.Accepting {
+			accepting = g
+		}
+	}
+	if !strings.Contains(accepting.Detail, since.Format("since 2006-01-02 15:04")) {
+		t.Errorf("%+v does not say since when", accepting)
+	}
+	stop(f)
+	if err := os.WriteFile(f.drainFile(), []byte("\xff"), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	f = start(true) // the word counts, even where its time is gone
+	for range 2 {
+		if err := f.Resume(); err != nil {
+			t.Fatal(err)
+		}
+	}
+	stop(f)
+	f = start(false)
+	defer f.Close()
+	// Where it cannot be written down, it is obeyed and said.
+	f.cfg.Paths.State = filepath.Join(dir, "nowhere")
+	if err := f.Drain(); err == nil || !f.Status().Draining {
+		t.Errorf("Drain = %v, draining %v", err, f.Status().Draining)
+	}
 }
 
 func TestSessionNews(t *testing.T) {

@@ -219,6 +219,9 @@ func acceptingGate(drains []control.Drain) gate.Gate {
 		switch d.By {
 		case byOperator:
 			text, remedy = "by the operator", "resultityctl resume"
+			if !d.Since.IsZero() {
+				text += " since " + d.Since.UTC().Format("2006-01-02 15:04 MST")
+			}
 		case byNetwork:
 			text, remedy = "by the network", "only the network takes its drain back; "+remedyOperator
 		}

@@ -366,6 +366,7 @@ func (a *Agent) openJobs() {
 	a.session, a.ahead = s, s.Ahead
 	a.worker = work.New(work.Config{Store: a.store, Key: a.key, Send: a.session.Send, Log: a.log, Now: time.Now})
 	a.worker.Hold(a.orderBook.Drain() != nil)
+	a.recallDrain()
 }
 
 // Close gives back what New opened.

@@ -312,8 +312,8 @@ func (a *Agent) shutDown(ctx context.Context, _ order.Entry) error {
 // drains says who has drained the node.
 func (a *Agent) drains(w work.Status) []control.Drain {
 	ds := []control.Drain{}
-	if w.Paused {
-		ds = append(ds, control.Drain{By: byOperator})
+	if since := a.drained.Load(); since != nil {
+		ds = append(ds, control.Drain{By: byOperator, Since: *since})
 	}
 	if e := a.orderBook.Drain(); e != nil {
 		ds = append(ds, control.Drain{By: byNetwork, Reason: e.Reason, Since: time.UnixMilli(e.Issued).UTC()})

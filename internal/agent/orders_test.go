@@ -91,7 +91,7 @@ func TestOrdersDrain(t *testing.T) {
 			t.Error("the operator took back the network's drain")
 		}
 		f.Drain()
-		if g := f.gate("accepting"); !strings.Contains(g.Detail, "by the operator and by the network") {
+		if g := f.gate("accepting"); !strings.Contains(g.Detail, "by the operator since") || !strings.Contains(g.Detail, "and by the network") {
 			t.Errorf("%+v", g)
 		}
 		f.mustObey(wire.OrderResume)

@@ -161,8 +161,10 @@ type Backend interface {
 	Identity() Identity
 	Models() []Model
 	Jobs(limit int) ([]Job, error)
-	Drain()
-	Resume()
+	// Drain and Resume are remembered over restarts. Also with an error they
+	// have been obeyed, for as long as this process lives.
+	Drain() error
+	Resume() error
 	// Doctor looks at everything once more and probes what only a try shows; it
 	// ends within a minute and a half, and is [ErrBusy] while another runs.
 	Doctor(ctx context.Context) (*Report, error)
@@ -214,10 +216,10 @@ func Serve(ctx context.Context, l net.Listener, b Backend) error {
 	get("/v1/identity", func() (any, error) { return b.Identity(), nil })
 	get("/v1/models", func() (any, error) { return b.Models(), nil })
 	get("/v1/jobs", func() (any, error) { return b.Jobs(maxJobs) })
-	post := func(path string, f func()) {
+	post := func(path string, f func() error) {
 		mux.HandleFunc("POST "+path, func(w http.ResponseWriter, _ *http.Request) {
-			f()
-			reply(w, b.Status(), nil)
+			err := f()
+			reply(w, b.Status(), err)
 		})
 	}
 	post("/v1/drain", b.Drain)

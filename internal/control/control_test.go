@@ -84,8 +84,8 @@ func (n *node) Doctor(ctx context.Context) (*Report, error) {
 	return &Report{Version: "1.2.3", Checks: []Check{{Name: "a", Result: Pass, Detail: "d"}}}, n.err
 }
 func (n *node) Bundle(context.Context) ([]byte, error) { return []byte("archive"), n.err }
-func (n *node) Drain()                                 { n.set(true) }
-func (n *node) Resume()                                { n.set(false) }
+func (n *node) Drain() error                           { n.set(true); return nil }
+func (n *node) Resume() error                          { n.set(false); return nil }
 func (n *node) Bind(_ context.Context, q BindRequest) (Binding, error) {
 	return Binding{Network: "testnet", Bound: wire.Bound{Account: q.Email}, Nonce: q.Nonce}, n.err
 }

@@ -211,8 +211,8 @@ func (n *node) Doctor(context.Context) (*control.Report, error) {
 	return r, nil
 }
 func (n *node) Bundle(context.Context) ([]byte, error) { return []byte("archive"), nil }
-func (n *node) Drain()                                 { n.set(true) }
-func (n *node) Resume()                                { n.set(false) }
+func (n *node) Drain() error                           { n.set(true); return nil }
+func (n *node) Resume() error                          { n.set(false); return nil }
 func (n *node) set(draining bool) {
 	n.mu.Lock()
 	defer n.mu.Unlock()
