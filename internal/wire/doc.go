@@ -141,7 +141,8 @@
 //
 // # Messages
 //
-// The type of a message is its struct's name in lower case.
+// The type of a message is its struct's name in lower case. Texts for people are
+// one printable line of at most 512 bytes; a receiver cuts what is not.
 //
 // From the node: [Hello], [Heartbeat], [Accept], [Refuse], [Chunk], [Result],
 // [Bye], [OrderDone], [Logs]. From the network: [Welcome], [Bound], [Status],

@@ -280,5 +280,48 @@ func decode(typ []byte, d Direction, data []byte) (Message, error) {
 	if err != nil {
 		return nil, fmt.Errorf("%s: %w", typ, err)
 	}
+	bound(m)
 	return m, nil
+}
+
+// MaxText bounds the texts for people in what a peer sends, in bytes.
+const MaxText = 512
+
+// texter has texts for people. They end in logs, in status and on terminals, so
+// they are cut to one printable line where they enter, and whoever uses them
+// need not think of it. Orders and logs have stricter rules of their own.
+type texter interface{ texts() []*string }
+
+func bound(v any) {
+	t, ok := v.(texter)
+	if !ok {
+		return
+	}
+	for _, s := range t.texts() {
+		*s = Cut(*s, MaxText)
+	}
+}
+
+func (m *Hello) texts() []*string      { return []*string{&m.Agent} }
+func (m *Welcome) texts() []*string    { return []*string{&m.Session, &m.Server} }
+func (m *Status) texts() []*string     { return []*string{&m.Reason} }
+func (m *Refuse) texts() []*string     { return []*string{(*string)(&m.Code), &m.Message} }
+func (m *Result) texts() []*string     { return []*string{(*string)(&m.Code), &m.Message} }
+func (m *Cancel) texts() []*string     { return []*string{&m.Reason} }
+func (m *Bye) texts() []*string        { return []*string{&m.Reason} }
+func (m *Bound) texts() []*string      { return []*string{&m.Account, (*string)(&m.Method)} }
+func (m *LogsAck) texts() []*string    { return []*string{&m.Spool} }
+func (m *BindReply) texts() []*string  { return []*string{&m.Network, &m.Bound.Account} }
+func (m *Registered) texts() []*string { return []*string{&m.Network, &m.Account} }
+
+func (m *Heartbeat) texts() []*string {
+	h := &m.Hardware
+	list := []*string{&m.Runtime.State, &m.Runtime.Engine, &h.Arch, &h.OS, &h.Kernel, &h.Podman, &h.Systemd}
+	for i := range h.GPUs {
+		list = append(list, &h.GPUs[i])
+	}
+	for i := range m.Models {
+		list = append(list, &m.Models[i].Name, &m.Models[i].Version, &m.Models[i].State)
+	}
+	return list
 }

@@ -122,5 +122,7 @@ func openBody(b []byte, domain string, body any) (evm.Address, error) {
 	if err != nil {
 		return evm.Address{}, fmt.Errorf("%w: %w", ErrSigner, err)
 	}
-	return who, strict(raw, body)
+	err = strict(raw, body)
+	bound(body)
+	return who, err
 }

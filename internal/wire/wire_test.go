@@ -10,6 +10,7 @@ import (
 	"strings"
 	"testing"
 	"time"
+	"unicode/utf8"
 
 	"github.com/resultity/node/internal/digest"
 	"github.com/resultity/node/internal/evm"
@@ -105,7 +106,7 @@ func TestFramesArriveInOrder(t *testing.T) {
 		&Heartbeat{Models: []ModelState{{Name: "m", State: "active"}}},
 		&Chunk{Job: receipt.NewJobID(), Offset: 3, Data: []byte("data")},
 		newResult(t, 5),
-		&Bye{Reason: "\n\"<é"},
+		&Bye{Reason: "\"<é"},
 	} {
 		if got := open(t, o, seal(t, s, want)); !reflect.DeepEqual(got, want) {
 			t.Fatalf("Open = %+v; want %+v", got, want)
@@ -556,7 +557,8 @@ func TestHandWrittenIsJSON(t *testing.T) {
 		if err != nil || !bytes.Equal(got, want) {
 			t.Errorf("encode(%+v) = %s, want %s (%v)", m, got, want, err)
 		}
-		if back, err := decode([]byte(m.Type()), ToNetwork, got); err != nil || !reflect.DeepEqual(back, m) {
+		back, err := decode([]byte(m.Type()), ToNetwork, got)
+		if bound(m); err != nil || !reflect.DeepEqual(back, m) {
 			t.Errorf("decode(%s) = %+v, %v; want %+v", got, back, err, m)
 		}
 	}
@@ -601,6 +603,77 @@ func TestRegistration(t *testing.T) {
 	}
 	if _, err := OpenRegistration(append(sig[:], long...), &got); !errors.Is(err, ErrMalformed) || len(err.Error()) > 400 {
 		t.Errorf("error of %d bytes", len(fmt.Sprint(err)))
+	}
+}
+
+// Texts of a peer end in logs and on terminals: wherever one is, it enters as
+// one printable line of bounded length.
+func TestTextsAreBounded(t *testing.T) {
+	hostile := "\x1b[2J\u202e\nlevel=ERROR\x00" + strings.Repeat("é", 100_000)
+	exempt := map[string]bool{
+		"Job.Model": true, // compared with what is served, and then that
+		// Statements, which are refused where a text is not as it should be.
+		"Order": true, "OrderDone": true, "Logs": true,
+	}
+	var walk func(name string, v reflect.Value, f func(name string, s reflect.Value))
+	walk = func(name string, v reflect.Value, f func(string, reflect.Value)) {
+		if exempt[name] {
+			return
+		}
+		switch {
+		case v.Type() == reflect.TypeFor[string]():
+			f(name, v)
+		case v.Kind() == reflect.Struct && strings.HasPrefix(v.Type().PkgPath(), "github.com/resultity/node/internal/wire"):
+			for i := range v.NumField() {
+				if v.Type().Field(i).IsExported() {
+					walk(name+"."+v.Type().Field(i).Name, v.Field(i), f)
+				}
+			}
+		case v.Kind() == reflect.Slice && (v.Type().Elem().Kind() == reflect.String || v.Type().Elem().Kind() == reflect.Struct):
+			if v.Len() == 0 {
+				v.Set(reflect.MakeSlice(v.Type(), 1, 1))
+			}
+			walk(name+"[]", v.Index(0), f)
+		}
+	}
+	n := 0
+	for typ, newMessage := range messages {
+		m := newMessage()
+		v := reflect.ValueOf(m).Elem()
+		before := n
+		walk(v.Type().Name(), v, func(_ string, s reflect.Value) { s.SetString(hostile); n++ })
+		if n == before {
+			continue
+		}
+		if job := v.FieldByName("Job"); job.IsValid() && job.Type() == reflect.TypeFor[receipt.JobID]() {
+			job.Set(reflect.ValueOf(receipt.NewJobID()))
+		}
+		raw, err := json.Marshal(m)
+		if err != nil {
+			t.Fatal(err)
+		}
+		got, err := decode([]byte(typ), m.direction(), raw)
+		if err != nil {
+			t.Fatalf("%s: %v", typ, err)
+		}
+		v = reflect.ValueOf(got).Elem()
+		walk(v.Type().Name(), v, func(name string, s reflect.Value) {
+			if text := s.String(); len(text) > MaxText || Printable(text) != text || !utf8.ValidString(text) {
+				t.Errorf("%s enters with %d bytes: %.40q", name, len(text), text)
+			}
+		})
+	}
+	if n < 15 {
+		t.Errorf("only %d texts were looked at", n)
+	}
+	key := newKey(t)
+	raw, err := SealRegistration(key, &Registered{Account: hostile[:1000]})
+	if err != nil {
+		t.Fatal(err)
+	}
+	var reg Registered
+	if _, err := OpenRegistration(raw, &reg); err != nil || len(reg.Account) > MaxText || Printable(reg.Account) != reg.Account {
+		t.Errorf("an account of %d bytes, %v", len(reg.Account), err)
 	}
 }
 
