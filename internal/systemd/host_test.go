@@ -91,6 +91,13 @@ func asAgent(ctx context.Context) error {
 	}
 	defer c.Close()
 	for _, k := range []check{
+		{"the version", func(ctx context.Context, c *Conn) error {
+			v, err := c.Version(ctx)
+			if err == nil && (v == "" || v[0] < '2' || v[0] > '9') { // 257 and so on
+				err = fmt.Errorf("it is %q", v)
+			}
+			return err
+		}},
 		{"an unknown unit", unknownUnit},
 		{"start and stop", startAndStop},
 		{"failures", failures},

@@ -83,23 +83,52 @@ func (c *Conn) conn(ctx context.Context) (*link, error) {
 	return c.link, nil
 }
 
+// busPatience is how long the bus may take to let us in.
+const busPatience = 10 * time.Second
+
+var errSilent = errors.New("the bus does not answer")
+
 // dialBus opens a connection to the account's bus that lasts as long as ctx.
 // It never starts a bus: a sandboxed agent starts no programs.
-func dialBus(ctx context.Context) (*dbus.Conn, error) {
+func dialBus(ctx context.Context) (*dbus.Conn, error) { return dialWithin(ctx, busPatience) }
+
+func dialWithin(ctx context.Context, patience time.Duration) (*dbus.Conn, error) {
+	ctx, hangUp := context.WithCancel(ctx)
+	impatient := time.AfterFunc(patience, hangUp)
 	bus, err := dbus.SessionBusPrivateNoAutoStartup(dbus.WithContext(ctx))
 	if err == nil {
 		// The numeric user id; names need a database that may not be there.
 		if err = bus.Auth([]dbus.Auth{dbus.AuthExternal(fmt.Sprint(os.Getuid()))}); err == nil {
 			err = bus.Hello()
 		}
+		if !impatient.Stop() {
+			err = fmt.Errorf("%w within %v", errSilent, patience)
+		}
 		if err != nil {
 			_ = bus.Close() // the error before says more
 		}
 	}
 	if err != nil {
+		impatient.Stop()
+		hangUp()
+	}
+	if err != nil {
 		return nil, fmt.Errorf("no service manager for uid %d: %w; the account needs lingering (loginctl enable-linger), dbus-user-session, and XDG_RUNTIME_DIR in the environment", os.Getuid(), err)
 	}
 	return bus, nil
+}
+
+// Version returns the manager's version, such as "257.8-1".
+func (c *Conn) Version(ctx context.Context) (string, error) {
+	l, err := c.conn(ctx)
+	if err != nil {
+		return "", err
+	}
+	v, err := l.GetManagerProperty("Version") // as D-Bus prints it, in quotes
+	if err != nil {
+		return "", fmt.Errorf("ask for the version: %w", err)
+	}
+	return strings.Trim(v, `"`), nil
 }
 
 // State is what the manager says of a unit.

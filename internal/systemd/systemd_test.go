@@ -1,6 +1,8 @@
 package systemd
 
 import (
+	"errors"
+	"net"
 	"path/filepath"
 	"reflect"
 	"strings"
@@ -42,5 +44,19 @@ func TestDialWithoutBus(t *testing.T) {
 	t.Setenv("DBUS_SESSION_BUS_ADDRESS", "unix:path="+filepath.Join(t.TempDir(), "none"))
 	if _, err := Dial(t.Context()); err == nil || !strings.Contains(err.Error(), "enable-linger") {
 		t.Errorf("got %v", err)
+	}
+}
+
+// A bus that accepts and then says nothing must not hang the agent for ever.
+func TestDialWithASilentBus(t *testing.T) {
+	path := filepath.Join(t.TempDir(), "bus")
+	l, err := net.Listen("unix", path)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer l.Close()
+	t.Setenv("DBUS_SESSION_BUS_ADDRESS", "unix:path="+path)
+	if _, err := dialWithin(t.Context(), 50*time.Millisecond); !errors.Is(err, errSilent) || !strings.Contains(err.Error(), "lingering") {
+		t.Fatalf("Dial = %v, want errSilent and what to look at", err)
 	}
 }
