@@ -26,6 +26,7 @@ import (
 	"github.com/resultity/node/internal/hardware"
 	"github.com/resultity/node/internal/journal"
 	"github.com/resultity/node/internal/order"
+	"github.com/resultity/node/internal/podman"
 	"github.com/resultity/node/internal/runtime"
 	"github.com/resultity/node/internal/session"
 	"github.com/resultity/node/internal/snapshot"
@@ -80,6 +81,7 @@ type Agent struct {
 	http    *http.Client              // for the network
 	sources *http.Client              // for models and images
 	profile wire.Hardware             // read once; its disk space at each heartbeat
+	podman  atomic.Pointer[podman.Version]
 	closers []func() error
 
 	openDeployer func(context.Context) (deployer, error)
@@ -233,6 +235,9 @@ func (a *Agent) heartbeat() *wire.Heartbeat {
 		h.Models = append(h.Models, m.ModelState)
 	}
 	h.Hardware.Disk = hardware.Free(a.cfg.Paths.State)
+	if v := a.podman.Load(); v != nil { // it is asked when it is needed first
+		h.Hardware.Podman = v.String()
+	}
 	return h
 }
 

@@ -27,6 +27,7 @@ import (
 	"github.com/resultity/node/internal/gate"
 	"github.com/resultity/node/internal/journal"
 	"github.com/resultity/node/internal/openai"
+	"github.com/resultity/node/internal/podman"
 	"github.com/resultity/node/internal/receipt"
 	"github.com/resultity/node/internal/runtime"
 	"github.com/resultity/node/internal/session"
@@ -526,7 +527,15 @@ func TestHeartbeats(t *testing.T) {
 		if h := last[*wire.Heartbeat](f); h == nil {
 			t.Error("none at the interval")
 		}
-		f.Drain()
+		f.podman.Store(&podman.Version{Major: 5, Minor: 8, Patch: 2})
+		if err := f.Drain(); err != nil {
+			t.Fatal(err)
+		}
+		synctest.Wait()
+		if h := last[*wire.Heartbeat](f); h == nil || !h.Draining || h.Hardware.Podman != "5.8.2" {
+			t.Errorf("after drain: %+v", h)
+		}
+		poke(f.beat)
 		synctest.Wait()
 		if h := last[*wire.Heartbeat](f); h == nil || !h.Draining {
 			t.Errorf("after drain: %+v", h)

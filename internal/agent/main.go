@@ -217,6 +217,9 @@ func New(ctx context.Context, cfg *config.Config, env func(string) string, log *
 	a.closers = append(a.closers, func() error { units.Close(); return nil })
 	a.units = units
 	a.profile = hardware.Profile(cfg.Paths.State)
+	if a.profile.Systemd, err = units.Version(ctx); err != nil {
+		log.Debug("version of the service manager not known", "error", err) // a profile is never a reason to fail
+	}
 	a.openDeployer = func(ctx context.Context) (deployer, error) { return a.newDeployer(ctx, models, units, ca) }
 	a.openEngine = func(socket string) engine { return openEngine(socket) }
 	a.enrol, a.bind = session.Register, session.Bind
@@ -317,6 +320,11 @@ func (a *Agent) newDeployer(ctx context.Context, models *model.Store, units *sys
 	p, err := podman.Dial(ctx, a.cfg.Paths.Podman)
 	if err != nil {
 		return nil, err
+	}
+	if v, err := p.Version(ctx); err != nil {
+		a.log.Debug("version of Podman not known", "error", err)
+	} else {
+		a.podman.Store(&v)
 	}
 	// HOME of the API service is below the state directory; see
 	// resultity-podman.service.

@@ -69,7 +69,7 @@ func Open(o Options) (key *evm.Key, created bool, err error) {
 	}
 	k, err := keystore.DecryptKey(raw, pass)
 	if errors.Is(err, keystore.ErrDecrypt) {
-		return nil, false, fmt.Errorf("%w: the passphrase does not open %s; put the right one in place (identity.passphrase, or the credential %s), or move the identity directory away to become a new node", ErrRefused, name, CredentialName)
+		return nil, false, fmt.Errorf("%w: the passphrase does not open %s; put the right one in place (identity.passphrase, or the credential %s), or move the identity directory, and networks/NAME beside it, away to become a new node", ErrRefused, name, CredentialName)
 	}
 	if err != nil {
 		return nil, false, fmt.Errorf("%w: %s is not a keystore file: %w; restore it from a backup", ErrRefused, name, err)
