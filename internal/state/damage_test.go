@@ -82,7 +82,7 @@ func TestDamage(t *testing.T) {
 		if err != nil {
 			t.Fatal(err)
 		}
-		for at := 0; at < len(good[name]); at += 1 + rand.IntN(20) {
+		for at := 0; at < len(good[name]); at += 1 + rand.IntN(40) {
 			used := at < len(head) || at >= headRoom && int64(at) < g.end
 			if !used && rand.IntN(10) != 0 {
 				continue // nothing is there
