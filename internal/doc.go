@@ -42,12 +42,14 @@
 // (images, models, the unit, the container) and moves one repeatable step at a
 // time. Start-up runs the very same steps. A kill at any instant leaves the old
 // state or the new one, never a mix, and loses no accepted job and no result.
+// Each instant at which that could go wrong has a fail point (see failpoint), and
+// test/crash kills the programs there.
 //
 // # Layers
 //
 // Imports go downward only; test/rules holds the list and fails otherwise.
 //
-//	leaves  digest, durable, evm, gate, journal, version
+//	leaves  failpoint; digest, durable, evm, gate, journal, version
 //	pure    receipt, binding, wire, snapshot, openai, quadlet, bridge/contract   no I/O, no clock
 //	edges   identity, tuf, session, image, model, podman, systemd, runtime, state, order, spool, sandbox, control, hardware, preflight, support
 //	order   deploy, work

@@ -22,6 +22,7 @@ import (
 	"github.com/resultity/node/internal/deploy"
 	"github.com/resultity/node/internal/digest"
 	"github.com/resultity/node/internal/evm"
+	"github.com/resultity/node/internal/failpoint"
 	"github.com/resultity/node/internal/hardware"
 	"github.com/resultity/node/internal/identity"
 	"github.com/resultity/node/internal/image"
@@ -165,7 +166,7 @@ func New(ctx context.Context, cfg *config.Config, env func(string) string, log *
 		return nil, inDir("paths.runtime", err)
 	}
 	// The store first: its lock says whether another agent runs here.
-	a.store, err = state.Open(filepath.Join(networkDir, "jobs"), state.DefaultBounds, time.Now)
+	a.store, err = state.Open(filepath.Join(networkDir, "jobs"), state.DefaultBounds, failpoint.Now)
 	switch {
 	case errors.Is(err, state.ErrCorrupt), errors.Is(err, state.ErrFormat):
 		return nil, &finalError{journal.StoreRefused, err}
@@ -194,7 +195,7 @@ func New(ctx context.Context, cfg *config.Config, env func(string) string, log *
 	if err != nil {
 		return nil, &finalError{journal.ConfigInvalid, fmt.Errorf("network.root: %w; get the network's first root.json from its operator", err)}
 	}
-	if a.snaps, err = tuf.New(tuf.Config{Dir: filepath.Join(networkDir, "tuf"), URL: cfg.Network.URL + "/tuf", Root: root, Client: a.http, Now: time.Now}); err != nil {
+	if a.snaps, err = tuf.New(tuf.Config{Dir: filepath.Join(networkDir, "tuf"), URL: cfg.Network.URL + "/tuf", Root: root, Client: a.http, Now: failpoint.Now}); err != nil {
 		return nil, &finalError{journal.ConfigInvalid, fmt.Errorf("network.root: %w", err)}
 	}
 	models, err := model.Open(filepath.Join(cfg.Paths.State, "models"), a.sources, log)
@@ -356,7 +357,7 @@ func trusted(s *snapshot.Snapshot) func(evm.Address) bool {
 func (a *Agent) openJobs() {
 	s := session.New(session.Config{
 		URL: "wss" + strings.TrimPrefix(a.cfg.Network.URL, "https"), Network: a.cfg.Network.Name,
-		Node: a.key.Address(), Key: a.key, Agent: a.version, Log: a.log, Now: time.Now,
+		Node: a.key.Address(), Key: a.key, Agent: a.version, Log: a.log, Now: failpoint.Now,
 		TLS: a.http.Transport.(*http.Transport).TLSClientConfig,
 		Trusted: func(k evm.Address) bool {
 			s := a.board.snapshot()
@@ -372,7 +373,7 @@ func (a *Agent) openJobs() {
 		},
 	}, a)
 	a.session, a.ahead = s, s.Ahead
-	a.worker = work.New(work.Config{Store: a.store, Key: a.key, Send: a.session.Send, Log: a.log, Now: time.Now})
+	a.worker = work.New(work.Config{Store: a.store, Key: a.key, Send: a.session.Send, Log: a.log, Now: failpoint.Now})
 	a.worker.Hold(a.orderBook.Drain() != nil)
 	a.recallDrain()
 }

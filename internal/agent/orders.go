@@ -10,6 +10,7 @@ import (
 	"github.com/resultity/node/internal/control"
 	"github.com/resultity/node/internal/deploy"
 	"github.com/resultity/node/internal/evm"
+	"github.com/resultity/node/internal/failpoint"
 	"github.com/resultity/node/internal/journal"
 	"github.com/resultity/node/internal/order"
 	"github.com/resultity/node/internal/quadlet"
@@ -34,7 +35,7 @@ type task struct {
 
 // openBook opens the memory of the network's orders.
 func (a *Agent) openBook(path string) (err error) {
-	a.orderBook, err = order.Open(path, a.cfg.Network.Name, a.key.Address(), time.Now)
+	a.orderBook, err = order.Open(path, a.cfg.Network.Name, a.key.Address(), failpoint.Now)
 	if errors.Is(err, order.ErrCorrupt) {
 		return &finalError{journal.StoreRefused, err}
 	}

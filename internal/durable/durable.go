@@ -9,6 +9,8 @@ import (
 	"io/fs"
 	"os"
 	"path/filepath"
+
+	"github.com/resultity/node/internal/failpoint"
 )
 
 // WriteFile replaces name with data and mode.
@@ -40,9 +42,11 @@ func WriteFile(name string, data []byte, mode fs.FileMode) (err error) {
 	if err := f.Close(); err != nil {
 		return err
 	}
+	failpoint.Here("durable.write.synced")
 	if err := os.Rename(f.Name(), name); err != nil {
 		return err
 	}
+	failpoint.Here("durable.write.renamed")
 	return SyncDir(dir)
 }
 

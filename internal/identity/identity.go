@@ -22,6 +22,7 @@ import (
 
 	"github.com/resultity/node/internal/durable"
 	"github.com/resultity/node/internal/evm"
+	"github.com/resultity/node/internal/failpoint"
 )
 
 // ErrRefused says that an identity is there and must not be used as it is. The
@@ -90,9 +91,11 @@ func create(name, pass string) (*evm.Key, error) {
 	if err != nil {
 		return nil, err
 	}
+	failpoint.Here("identity.key.begin")
 	if err := durable.WriteFile(name, raw, 0o600); err != nil {
 		return nil, err
 	}
+	failpoint.Here("identity.key.written")
 	return key, nil
 }
 
@@ -114,7 +117,9 @@ func (o Options) passphrase(fresh bool) (string, error) {
 		b := make([]byte, 32)
 		_, _ = rand.Read(b) // crypto/rand never fails: it ends the program instead
 		raw = []byte(hex.EncodeToString(b) + "\n")
+		failpoint.Here("identity.passphrase.begin")
 		err = durable.WriteFile(own, raw, 0o600)
+		failpoint.Here("identity.passphrase.written")
 	}
 	if errors.Is(err, fs.ErrNotExist) {
 		return "", fmt.Errorf("%w: the key's passphrase %s is missing; restore it from a backup", ErrRefused, name)

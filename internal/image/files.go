@@ -14,6 +14,7 @@ import (
 
 	"github.com/resultity/node/internal/digest"
 	"github.com/resultity/node/internal/durable"
+	"github.com/resultity/node/internal/failpoint"
 	"github.com/resultity/node/internal/snapshot"
 	"github.com/resultity/node/policy"
 )
@@ -112,6 +113,7 @@ func (i *Images) write(file string, data []byte) error {
 	if err := os.MkdirAll(filepath.Dir(file), 0o700); err != nil {
 		return err
 	}
+	failpoint.Here("image.write.begin")
 	return durable.WriteFile(file, data, 0o600)
 }
 

@@ -18,6 +18,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"github.com/resultity/node/internal/digest"
+	"github.com/resultity/node/internal/failpoint"
 	"github.com/resultity/node/internal/snapshot"
 )
 
@@ -175,6 +176,7 @@ func (p *partial) begin(src *source, o originRecord) error {
 	if err != nil {
 		return p.local(err)
 	}
+	failpoint.Here("model.origin.begin")
 	return p.local(p.s.root.WriteFile(p.name+origin, raw, 0o600))
 }
 
@@ -198,6 +200,7 @@ func (p *partial) pour(r io.Reader, report func(int64)) error {
 		b := <-p.spare
 		n, readErr := fill(r, b[:min(int64(len(b)), p.size-p.off)])
 		if n > 0 {
+			failpoint.Here("model.part.begin")
 			if _, err := p.f.WriteAt(b[:n], p.off); err != nil {
 				p.spare <- b
 				// A part of b may be there; the hash has not seen it.
@@ -278,9 +281,11 @@ func (p *partial) finish() error {
 	if err := errors.Join(p.f.Chmod(0o444), p.f.Sync()); err != nil {
 		return p.local(err)
 	}
+	failpoint.Here("model.file.synced")
 	if err := p.s.root.Rename(p.name+unverified, p.name); err != nil {
 		return p.local(err)
 	}
+	failpoint.Here("model.file.renamed")
 	if err := p.s.root.Remove(p.name + origin); err != nil && !errors.Is(err, fs.ErrNotExist) {
 		return p.local(err)
 	}

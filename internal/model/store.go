@@ -36,6 +36,7 @@ import (
 	"sync"
 
 	"github.com/resultity/node/internal/digest"
+	"github.com/resultity/node/internal/failpoint"
 	"github.com/resultity/node/internal/snapshot"
 )
 
@@ -315,6 +316,7 @@ func (s *Store) ensureBlob(ctx context.Context, f *snapshot.File, report func(in
 	if err := s.root.Rename(name, name+quarantined); err != nil {
 		return err
 	}
+	failpoint.Here("model.length.renamed")
 	return s.fetch(ctx, f, report)
 }
 
@@ -362,9 +364,11 @@ func (s *Store) ensureTree(ctx context.Context, m *snapshot.Model) (string, erro
 			return "", err
 		}
 	}
+	failpoint.Here("model.tree.synced")
 	if err := s.root.Rename(tmp, tree); err != nil {
 		return "", err
 	}
+	failpoint.Here("model.tree.renamed")
 	return dir, s.sync(trees)
 }
 
@@ -389,6 +393,7 @@ func (s *Store) quarantine(ctx context.Context, m *snapshot.Model, d digest.Dige
 	if err := s.root.Rename(name, name+quarantined); err != nil && !errors.Is(err, fs.ErrNotExist) {
 		return err
 	}
+	failpoint.Here("model.damage.renamed")
 	return errors.Join(
 		s.root.RemoveAll(path.Join(trees, m.Digest().Hex())),
 		s.sync(trees), s.sync(blobs),

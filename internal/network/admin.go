@@ -20,6 +20,7 @@ import (
 	"time"
 
 	"github.com/resultity/node/internal/evm"
+	"github.com/resultity/node/internal/failpoint"
 	"github.com/resultity/node/internal/network/orders"
 	"github.com/resultity/node/internal/network/store"
 	"github.com/resultity/node/internal/wire"
@@ -44,6 +45,7 @@ func (s *service) listenAdmin() (net.Listener, error) {
 		return nil, fmt.Errorf("admin socket: %w", err)
 	}
 	l.SetUnlinkOnClose(false) // it would remove the wrong name
+	failpoint.Here("network.admin.listening")
 	if err := errors.Join(os.Chmod(first, 0o600), os.Rename(first, final)); err != nil {
 		return nil, fmt.Errorf("admin socket: %w", errors.Join(err, l.Close()))
 	}

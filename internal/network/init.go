@@ -14,6 +14,7 @@ import (
 
 	"github.com/resultity/node/internal/durable"
 	"github.com/resultity/node/internal/evm"
+	"github.com/resultity/node/internal/failpoint"
 	"github.com/resultity/node/internal/network/store"
 	"github.com/resultity/node/internal/publish"
 	"github.com/resultity/node/internal/snapshot"
@@ -84,6 +85,7 @@ func ifMissing(name string, content func() (string, error)) error {
 	if err != nil {
 		return err
 	}
+	failpoint.Here("network.secret.begin")
 	return durable.WriteFile(name, []byte(s+"\n"), 0o600)
 }
 

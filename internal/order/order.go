@@ -21,6 +21,7 @@ import (
 
 	"github.com/resultity/node/internal/durable"
 	"github.com/resultity/node/internal/evm"
+	"github.com/resultity/node/internal/failpoint"
 	"github.com/resultity/node/internal/wire"
 )
 
@@ -127,9 +128,11 @@ func (b *Book) write(m memory) error {
 	if err := os.MkdirAll(filepath.Dir(b.path), 0o700); err != nil {
 		return err
 	}
+	failpoint.Here("order.write.begin")
 	if err := durable.WriteFile(b.path, raw, 0o600); err != nil {
 		return fmt.Errorf("the node cannot write the order down: %w", err)
 	}
+	failpoint.Here("order.write.written")
 	b.m = m
 	return nil
 }

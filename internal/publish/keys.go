@@ -19,6 +19,7 @@ import (
 	"github.com/theupdateframework/go-tuf/v2/metadata"
 
 	"github.com/resultity/node/internal/durable"
+	"github.com/resultity/node/internal/failpoint"
 )
 
 // key is a role's private key. It is never printed.
@@ -44,6 +45,7 @@ func makeKey(name string) (*key, error) {
 	if err != nil {
 		return nil, err
 	}
+	failpoint.Here("publish.key.begin")
 	if err := durable.WriteFile(name, pem.EncodeToMemory(&pem.Block{Type: pemType, Bytes: der}), 0o600); err != nil {
 		return nil, err
 	}
@@ -107,9 +109,11 @@ func (r *repository) key(role string) (*key, error) {
 	succ, succErr := readKey(name + next)
 	switch {
 	case succErr == nil && slices.Contains(want, succ.id):
+		failpoint.Here("publish.key.renaming")
 		if err := os.Rename(name+next, name); err != nil {
 			return nil, err
 		}
+		failpoint.Here("publish.key.renamed")
 		return succ, durable.SyncDir(r.dir + "/keys")
 	case err != nil:
 		return nil, err

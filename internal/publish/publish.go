@@ -47,6 +47,7 @@ import (
 
 	"github.com/resultity/node/internal/digest"
 	"github.com/resultity/node/internal/durable"
+	"github.com/resultity/node/internal/failpoint"
 	"github.com/resultity/node/internal/snapshot"
 )
 
@@ -160,6 +161,7 @@ func Init(dir string, o Options) error {
 	if err != nil {
 		return err
 	}
+	failpoint.Here("publish.settings.begin")
 	if err := durable.WriteFile(filepath.Join(dir, "publish.json"), append(b, '\n'), 0o644); err != nil {
 		return err
 	}
@@ -311,6 +313,7 @@ func (r *repository) keyFile(role string) string { return filepath.Join(r.dir, "
 func (r *repository) read(name string) ([]byte, error) { return os.ReadFile(r.path(name)) }
 
 func (r *repository) write(name string, b []byte) error {
+	failpoint.Here("publish.file.begin")
 	return durable.WriteFile(r.path(name), b, 0o644)
 }
 

@@ -7,6 +7,7 @@ import (
 	"time"
 
 	"github.com/resultity/node/internal/evm"
+	"github.com/resultity/node/internal/failpoint"
 	"github.com/resultity/node/internal/wire"
 )
 
@@ -27,6 +28,7 @@ func Bind(ctx context.Context, b Binding) (*wire.BindReply, error) {
 	if b.Body.Time == 0 {
 		b.Body.Time = time.Now().UnixMilli()
 	}
+	failpoint.Here("session.bind.begin")
 	reply := new(wire.BindReply)
 	err := exchange{b.URL, wire.BindPath, b.Client, b.Trusted, wire.OpenBinding, bindRefused}.do(ctx, reply, func() ([]byte, error) {
 		return wire.SealBinding(b.Key, &b.Body)
@@ -37,6 +39,7 @@ func Bind(ctx context.Context, b Binding) (*wire.BindReply, error) {
 	if err != nil {
 		return nil, err
 	}
+	failpoint.Here("session.bind.answered")
 	return reply, nil
 }
 

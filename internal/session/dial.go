@@ -16,6 +16,7 @@ import (
 	"github.com/gorilla/websocket"
 
 	"github.com/resultity/node/internal/evm"
+	"github.com/resultity/node/internal/failpoint"
 	"github.com/resultity/node/internal/wire"
 )
 
@@ -177,6 +178,7 @@ func Register(ctx context.Context, r Registration) (*wire.Registered, error) {
 	if r.Body.Time == 0 {
 		r.Body.Time = time.Now().UnixMilli()
 	}
+	failpoint.Here("session.register.begin")
 	reply := new(wire.Registered)
 	err := exchange{r.URL, wire.RegisterPath, r.Client, r.Trusted, wire.OpenRegistration, registerRefused}.do(ctx, reply, func() ([]byte, error) {
 		return wire.SealRegistration(r.Key, &r.Body)
@@ -187,6 +189,7 @@ func Register(ctx context.Context, r Registration) (*wire.Registered, error) {
 	if err != nil {
 		return nil, fmt.Errorf("register: %w", err)
 	}
+	failpoint.Here("session.register.answered")
 	return reply, nil
 }
 

@@ -13,6 +13,7 @@ import (
 	"github.com/gorilla/websocket"
 
 	"github.com/resultity/node/internal/evm"
+	"github.com/resultity/node/internal/failpoint"
 	"github.com/resultity/node/internal/receipt"
 	"github.com/resultity/node/internal/wire"
 )
@@ -174,9 +175,11 @@ func (l *link) write(sealer *wire.Sealer, log *slog.Logger) error {
 		case err != nil:
 			return fmt.Errorf("seal %s: %w", m.Type(), err)
 		default:
+			failpoint.Here("session.frame.sealed", m)
 			if err := l.conn.WriteMessage(websocket.BinaryMessage, frame); err != nil {
 				return l.why(err)
 			}
+			failpoint.Here("session.frame.written", m)
 			if cap(frame) <= keepBuffer {
 				buf = frame
 			}

@@ -29,6 +29,7 @@ import (
 	"time"
 
 	"github.com/resultity/node/internal/durable"
+	"github.com/resultity/node/internal/failpoint"
 	"github.com/resultity/node/internal/wire"
 )
 
@@ -145,6 +146,7 @@ func (s *Spool) writeMark(m mark) error {
 	if err != nil {
 		return err
 	}
+	failpoint.Here("spool.mark.begin")
 	return durable.WriteFile(filepath.Join(s.dir, markFile), b, 0o600)
 }
 
@@ -317,6 +319,7 @@ func (s *Spool) write(r *wire.LogRecord) error {
 		}
 		return err
 	}
+	failpoint.Here("spool.record.written")
 	s.size += int64(len(line))
 	s.last = r.Position
 	return nil

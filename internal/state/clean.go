@@ -3,6 +3,7 @@ package state
 import (
 	"fmt"
 
+	"github.com/resultity/node/internal/failpoint"
 	"github.com/resultity/node/internal/receipt"
 )
 
@@ -79,6 +80,7 @@ func (s *Store) clean() (done bool, err error) {
 	if s.write(append(group, last)); last.err != nil {
 		return false, last.err
 	}
+	failpoint.Here("state.clean.copied")
 	return true, s.retire(n)
 }
 
@@ -199,6 +201,7 @@ func (s *Store) retire(n int) error {
 		// One that cannot be removed is passed over by the next start.
 		_, _ = g.f.Close(), s.disk.remove(name)
 	}
+	failpoint.Here("state.retire.renamed")
 	// Before a file is written to under another name than it would have again.
 	if err := s.disk.sync(); err != nil {
 		return s.breakDown(err)

@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"math"
 
+	"github.com/resultity/node/internal/failpoint"
 	"github.com/resultity/node/internal/receipt"
 	"github.com/resultity/node/internal/wire"
 )
@@ -233,11 +234,13 @@ func (s *Store) flush(b *batch) error {
 		}
 		return fmt.Errorf("%w: %w", ErrFull, err)
 	}
+	failpoint.Here("state.frame.written")
 	if err := cur.f.sync(); err != nil {
 		// What of it is on disk cannot be known, nor made sure of by another try:
 		// the kernel may have dropped the pages.
 		return s.breakDown(err)
 	}
+	failpoint.Here("state.frame.synced")
 	cur.end += int64(len(frame))
 	s.nextFrame++
 	s.apply(b)
@@ -344,6 +347,7 @@ func (s *Store) addSpare() error {
 	if err != nil {
 		return fmt.Errorf("make %s: %w", name, err)
 	}
+	failpoint.Here("state.spare.made")
 	s.setSpares(append(s.spares, spare{name, f}))
 	return nil
 }
@@ -412,9 +416,11 @@ func startSegment(d disk, name string, g *segment) error {
 	if err := g.f.sync(); err != nil {
 		return fmt.Errorf("%w: %w", errSync, err)
 	}
+	failpoint.Here("state.segment.synced")
 	if err := d.rename(name, segmentName(g.Number)); err != nil {
 		return err
 	}
+	failpoint.Here("state.segment.renamed")
 	if err := d.sync(); err != nil {
 		return fmt.Errorf("%w: %w", errSync, err)
 	}

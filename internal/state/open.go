@@ -15,6 +15,7 @@ import (
 	"time"
 
 	"github.com/resultity/node/internal/durable"
+	"github.com/resultity/node/internal/failpoint"
 	"github.com/resultity/node/internal/receipt"
 	"github.com/resultity/node/internal/wire"
 )
@@ -36,6 +37,7 @@ func Open(path string, b Bounds, now func() time.Time) (*Store, error) {
 func openAt(path string, b Bounds, now func() time.Time) (*Store, error) {
 	switch err := os.Mkdir(path, 0o700); {
 	case err == nil:
+		failpoint.Here("state.dir.made")
 		if err := durable.SyncDir(filepath.Dir(path)); err != nil {
 			return nil, err
 		}
@@ -346,5 +348,6 @@ func (s *Store) syncLast() error {
 			return err
 		}
 	}
+	failpoint.Here("state.open.written")
 	return g.f.sync()
 }

@@ -44,6 +44,7 @@ import (
 	"sync"
 	"time"
 
+	"github.com/resultity/node/internal/failpoint"
 	"github.com/resultity/node/internal/receipt"
 	"github.com/resultity/node/internal/wire"
 )
@@ -177,6 +178,7 @@ func (s *Store) Counts() Counts {
 
 // Close ends the store. Calls that are running finish first.
 func (s *Store) Close() error {
+	failpoint.Here("state.close.begin")
 	err := s.commit(func(b *batch) error {
 		// The mark says to the next start that all before it was synced. It can
 		// do without, where there is no room.
@@ -239,6 +241,7 @@ func (s *Store) Accept(j *wire.Job) (Known, error) {
 		return 0, fmt.Errorf("job %s: %w", j.ID, err)
 	}
 	var known Known
+	failpoint.Here("state.accept.begin")
 	err = s.commit(func(b *batch) error {
 		if known = b.lookup(j.ID).state; known != 0 {
 			return nil
@@ -281,6 +284,7 @@ func (s *Store) Finish(r *wire.Result) error {
 		return fmt.Errorf("result of job %s: %w", r.Job, err)
 	}
 	var done bool // there is a result already
+	failpoint.Here("state.finish.begin")
 	err = s.commit(func(b *batch) error {
 		e := b.lookup(r.Job)
 		switch done = e.state == Done; {
@@ -461,6 +465,7 @@ func (s *Store) writeAcks() {
 		return
 	}
 	// What fails here fails again, and is said, at the next commit.
+	failpoint.Here("state.acks.begin")
 	_ = s.commit(func(*batch) error { return nil })
 }
 
@@ -648,6 +653,7 @@ func (s *Store) SetRegistration(r *wire.Registered) error {
 	if err != nil {
 		return fmt.Errorf("store registration: %w", err)
 	}
+	failpoint.Here("state.registration.begin")
 	err = s.commit(func(b *batch) error {
 		switch old := b.registered; {
 		case old != nil && (old.Network != r.Network || old.Node != r.Node):

@@ -22,6 +22,7 @@ import (
 	"github.com/godbus/dbus/v5"
 
 	"github.com/resultity/node/internal/durable"
+	"github.com/resultity/node/internal/failpoint"
 )
 
 // Conn talks to the service manager of one account. It connects again by
@@ -223,13 +224,16 @@ func (c *Conn) Install(ctx context.Context, dir, name string, text []byte) (chan
 		if err := os.MkdirAll(dir, 0o755); err != nil {
 			return true, err
 		}
+		failpoint.Here("systemd.install.begin")
 		if err := durable.WriteFile(file, text, 0o644); err != nil {
 			return true, err
 		}
 	}
+	failpoint.Here("systemd.install.written")
 	if err := c.reload(ctx); err != nil {
 		return true, err
 	}
+	failpoint.Here("systemd.install.loaded")
 	if s, err = c.State(ctx, service); err != nil {
 		return true, err
 	}

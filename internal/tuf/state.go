@@ -15,6 +15,7 @@ import (
 
 	"github.com/resultity/node/internal/digest"
 	"github.com/resultity/node/internal/durable"
+	"github.com/resultity/node/internal/failpoint"
 	"github.com/resultity/node/internal/snapshot"
 )
 
@@ -153,6 +154,7 @@ func (c *Client) save(st *state) error {
 	if err != nil {
 		return err
 	}
+	failpoint.Here("tuf.save.begin")
 	return durable.WriteFile(c.file, append([]byte(digest.Of(body).String()+"\n"), body...), 0o600)
 }
 

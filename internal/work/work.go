@@ -22,6 +22,7 @@ import (
 
 	"github.com/resultity/node/internal/digest"
 	"github.com/resultity/node/internal/evm"
+	"github.com/resultity/node/internal/failpoint"
 	"github.com/resultity/node/internal/journal"
 	"github.com/resultity/node/internal/openai"
 	"github.com/resultity/node/internal/receipt"
@@ -340,6 +341,7 @@ func (w *Worker) take(ctx context.Context, k *job, a *Active) {
 	w.tasks.Go(func() {
 		r := w.writeDown(k)
 		if r == nil {
+			failpoint.Here("work.accept.durable")
 			w.mu.Lock()
 			k.durable = true
 			w.mu.Unlock()
@@ -601,6 +603,7 @@ func (w *Worker) finish(k *job, res *wire.Result) (asGiven bool) {
 	w.mu.Lock()
 	w.tally.count(w.cfg.Now(), res.Code != "")
 	w.mu.Unlock()
+	failpoint.Here("work.finish.durable")
 	w.send(res)
 	return res == given
 }

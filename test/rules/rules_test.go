@@ -54,6 +54,7 @@ func list(t *testing.T) []pkg {
 // Levels of the node's packages. A package imports only from levels below its
 // own, so that edges (network, Podman, systemd, engine, disk) never meet.
 var levels = [][]string{
+	{"failpoint"}, // everywhere
 	{"digest", "durable", "evm", "gate", "journal", "version"}, // leaves
 	{"receipt", "binding"},                  // pure: no I/O, no clock
 	{"wire", "snapshot", "bridge/contract"}, //

@@ -39,6 +39,7 @@ import (
 	"strings"
 	"time"
 
+	"github.com/resultity/node/internal/failpoint"
 	"github.com/resultity/node/internal/network/dispatch"
 	"github.com/resultity/node/internal/network/metrics"
 	"github.com/resultity/node/internal/network/store"
@@ -272,7 +273,8 @@ func (g *Gateway) plain(w http.ResponseWriter, r *http.Request, t *dispatch.Tick
 	h.Set("Content-Type", "application/json")
 	h.Set("Content-Length", strconv.Itoa(len(response)))
 	_ = http.NewResponseController(w).SetWriteDeadline(allow(writeTimeout, int64(len(response)))) // as in infer
-	_, _ = w.Write(response)                                                                      // a client that has gone may still fetch the receipt
+	failpoint.Here("gateway.answer.begin")
+	_, _ = w.Write(response) // a client that has gone may still fetch the receipt
 }
 
 func (g *Gateway) stream(w http.ResponseWriter, r *http.Request, t *dispatch.Ticket) {
@@ -310,6 +312,7 @@ func (g *Gateway) stream(w http.ResponseWriter, r *http.Request, t *dispatch.Tic
 			h.Set("X-Accel-Buffering", "no") // reverse proxies must not collect events
 		}
 		_ = rc.SetWriteDeadline(allow(writeTimeout, int64(len(data)))) // as in infer
+		failpoint.Here("gateway.event.begin")
 		if _, err = w.Write(data); err == nil {
 			err = rc.Flush()
 		}

@@ -16,6 +16,7 @@ import (
 
 	"github.com/resultity/node/internal/binding"
 	"github.com/resultity/node/internal/evm"
+	"github.com/resultity/node/internal/failpoint"
 	"github.com/resultity/node/internal/network/mail"
 	"github.com/resultity/node/internal/network/store"
 	"github.com/resultity/node/internal/wire"
@@ -89,6 +90,7 @@ func (m *Manager) ServeBinding(w http.ResponseWriter, r *http.Request) {
 	m.metrics.Bindings.WithLabelValues(stepLabel(req.Step), http.StatusText(status)).Inc()
 	if err == nil {
 		w.Header().Set("Content-Type", "application/octet-stream")
+		failpoint.Here("nodes.bind.answered")
 		_, _ = w.Write(reply) // a node that has gone asks again
 		return
 	}

@@ -29,6 +29,7 @@ import (
 	"golang.org/x/time/rate"
 
 	"github.com/resultity/node/internal/evm"
+	"github.com/resultity/node/internal/failpoint"
 	"github.com/resultity/node/internal/network/dispatch"
 	"github.com/resultity/node/internal/network/metrics"
 	"github.com/resultity/node/internal/network/store"
@@ -161,6 +162,7 @@ func (m *Manager) ServeRegister(w http.ResponseWriter, r *http.Request) {
 		return
 	}
 	w.Header().Set("Content-Type", "application/octet-stream")
+	failpoint.Here("nodes.register.answered")
 	_, _ = w.Write(reply) // a node that has gone asks again
 }
 

@@ -19,6 +19,7 @@ import (
 	"golang.org/x/time/rate"
 
 	"github.com/resultity/node/internal/evm"
+	"github.com/resultity/node/internal/failpoint"
 	"github.com/resultity/node/internal/network/dispatch"
 	"github.com/resultity/node/internal/wire"
 )
@@ -479,9 +480,11 @@ func (s *session) flush(sealer *wire.Sealer) error {
 				return err
 			}
 			buf = frame
+			failpoint.Here("nodes.frame.sealed", msg)
 			if err := s.writeFrame(frame); err != nil {
 				return err
 			}
+			failpoint.Here("nodes.frame.written", msg)
 			s.mu.Lock()
 			s.bytes -= weight(msg)
 			s.mu.Unlock()

@@ -14,6 +14,7 @@ import (
 
 	"github.com/resultity/node/internal/binding"
 	"github.com/resultity/node/internal/evm"
+	"github.com/resultity/node/internal/failpoint"
 	"github.com/resultity/node/internal/wire"
 )
 
@@ -85,6 +86,7 @@ func (s *Store) UpdateNode(ctx context.Context, a evm.Address, change func(*Node
 		if err != nil {
 			return Node{}, err
 		}
+		failpoint.Here("store.binding.begin")
 		_, err = s.nodes.Update(ctx, nodeKey(a), b, e.Revision())
 		if errors.Is(err, jetstream.ErrKeyRevisionMismatch) {
 			continue // somebody else was first; look again
@@ -92,6 +94,7 @@ func (s *Store) UpdateNode(ctx context.Context, a evm.Address, change func(*Node
 		if err != nil {
 			return Node{}, fmt.Errorf("change node %s: %w", a, err)
 		}
+		failpoint.Here("store.binding.stored")
 		return n, nil
 	}
 }
@@ -136,6 +139,7 @@ func (s *Store) EmailAccount(ctx context.Context, email string, now time.Time) (
 	if err != nil {
 		return EmailAccount{}, err
 	}
+	failpoint.Here("store.account.begin")
 	_, err = s.accounts.Create(ctx, hashed(email), b)
 	if errors.Is(err, jetstream.ErrKeyExists) {
 		return get[EmailAccount](ctx, s.accounts, hashed(email))
@@ -166,9 +170,11 @@ func (s *Store) PutMail(ctx context.Context, m Mail) error {
 	if err != nil {
 		return err
 	}
+	failpoint.Here("store.mail.begin")
 	if _, err := s.mails.Create(ctx, m.ID, b); err != nil {
 		return fmt.Errorf("keep mail: %w", err)
 	}
+	failpoint.Here("store.mail.stored")
 	return nil
 }
 
@@ -180,5 +186,6 @@ func (s *Store) DeleteMail(ctx context.Context, id string) error {
 	if err := s.mails.Purge(ctx, id); err != nil {
 		return fmt.Errorf("forget mail: %w", err)
 	}
+	failpoint.Here("store.mail.forgotten")
 	return nil
 }

@@ -14,6 +14,7 @@ import (
 
 	"github.com/nats-io/nats.go/jetstream"
 
+	"github.com/resultity/node/internal/failpoint"
 	"github.com/resultity/node/internal/receipt"
 	"github.com/resultity/node/internal/wire"
 )
@@ -35,6 +36,7 @@ func (s *Store) PutJob(ctx context.Context, j *Job) error {
 	ctx, cancel := s.op(ctx)
 	defer cancel()
 	written := s.pending.begin()
+	failpoint.Here("store.job.begin")
 	ack, err := s.js.Publish(ctx, "jobs."+j.ID.String(), b, jetstream.WithExpectLastSequencePerSubject(0))
 	if err != nil {
 		written(0, 0)
@@ -44,6 +46,7 @@ func (s *Store) PutJob(ctx context.Context, j *Job) error {
 		}
 		return fmt.Errorf("write job %s down: %w", j.ID, s.failure(err))
 	}
+	failpoint.Here("store.job.stored")
 	j.Seq = ack.Sequence
 	written(j.Seq, len(b))
 	return nil
@@ -135,6 +138,7 @@ func (s *Store) sweep(ctx context.Context) error {
 		if err := s.jobs.Purge(ctx, jetstream.WithPurgeSequence(slices.Max(below)+1)); err != nil {
 			return fmt.Errorf("delete finished jobs: %w", err)
 		}
+		failpoint.Here("store.jobs.purged")
 		s.pending.forget(below...)
 	}
 	if len(above) > maxDone || size > s.jobs.CachedInfo().Config.MaxBytes/maxDoneShare {
@@ -156,6 +160,7 @@ func (s *Store) DeleteJob(ctx context.Context, seq uint64) error {
 			return fmt.Errorf("delete job: %w", err)
 		}
 	}
+	failpoint.Here("store.deletion.stored")
 	s.pending.forget(seq)
 	return nil
 }
@@ -227,6 +232,7 @@ func (s *Store) PutResult(ctx context.Context, r *receipt.Signed, response []byt
 	ctx, cancel := s.op(ctx)
 	defer cancel()
 	id := r.Receipt().Job
+	failpoint.Here("store.result.begin")
 	_, err = s.js.Publish(ctx, "results."+id.String(), b, jetstream.WithExpectLastSequencePerSubject(0))
 	var api *jetstream.APIError
 	if errors.As(err, &api) && (api.ErrorCode == jetstream.JSErrCodeStreamWrongLastSequence || api.ErrorCode == jetstream.JSErrCodeStreamWrongLastSequenceConstant) {
@@ -235,6 +241,7 @@ func (s *Store) PutResult(ctx context.Context, r *receipt.Signed, response []byt
 	if err != nil {
 		return fmt.Errorf("store result of job %s: %w", id, s.failure(err))
 	}
+	failpoint.Here("store.result.stored")
 	return nil
 }
 

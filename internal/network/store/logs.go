@@ -10,6 +10,7 @@ import (
 	"github.com/nats-io/nats.go/jetstream"
 
 	"github.com/resultity/node/internal/evm"
+	"github.com/resultity/node/internal/failpoint"
 	"github.com/resultity/node/internal/wire"
 )
 
@@ -54,10 +55,12 @@ func (s *Store) PutLogs(ctx context.Context, b *wire.LogBatch, l *wire.Logs) (po
 	if err != nil {
 		return 0, err
 	}
+	failpoint.Here("store.logs.begin")
 	// Another session of the node may be at the same.
 	if _, err := s.js.Publish(ctx, subject, raw, jetstream.WithExpectLastSequencePerSubject(seq)); err != nil {
 		return 0, fmt.Errorf("store logs of %s: %w", b.Node, s.failure(err))
 	}
+	failpoint.Here("store.logs.stored")
 	return b.Last, nil
 }
 

@@ -7,6 +7,7 @@ import (
 	"fmt"
 	"slices"
 
+	"github.com/resultity/node/internal/failpoint"
 	"github.com/resultity/node/internal/wire"
 )
 
@@ -30,9 +31,11 @@ func (s *Store) PutOrder(ctx context.Context, o *Order) error {
 	}
 	ctx, cancel := s.op(ctx)
 	defer cancel()
+	failpoint.Here("store.order.begin")
 	if _, err := s.orders.Put(ctx, orderKey(&o.Directive), b); err != nil {
 		return fmt.Errorf("write order %s down: %w", o.Directive.ID, s.failure(err))
 	}
+	failpoint.Here("store.order.stored")
 	return nil
 }
 

@@ -17,6 +17,7 @@ import (
 
 	"github.com/resultity/node/internal/digest"
 	"github.com/resultity/node/internal/evm"
+	"github.com/resultity/node/internal/failpoint"
 	"github.com/resultity/node/internal/wire"
 )
 
@@ -72,6 +73,7 @@ func (s *Store) CreateToken(ctx context.Context, t Token) (string, error) {
 	if err != nil {
 		return "", err
 	}
+	failpoint.Here("store.token.begin")
 	if _, err := s.tokens.Create(ctx, hashed(secret), b); err != nil {
 		return "", fmt.Errorf("store token: %w", err)
 	}
@@ -131,6 +133,7 @@ func (s *Store) create(ctx context.Context, n Node, now time.Time) (Node, error)
 	if err != nil {
 		return Node{}, err
 	}
+	failpoint.Here("store.node.begin")
 	_, err = s.nodes.Create(ctx, nodeKey(n.Address), b)
 	if errors.Is(err, jetstream.ErrKeyExists) {
 		return s.Node(ctx, n.Address)
@@ -138,6 +141,7 @@ func (s *Store) create(ctx context.Context, n Node, now time.Time) (Node, error)
 	if err != nil {
 		return Node{}, fmt.Errorf("register node: %w", err)
 	}
+	failpoint.Here("store.node.stored")
 	return n, nil
 }
 
@@ -167,6 +171,7 @@ func (s *Store) use(ctx context.Context, token string, node evm.Address, now tim
 		if err != nil {
 			return "", err
 		}
+		failpoint.Here("store.use.begin")
 		_, err = s.tokens.Update(ctx, key, b, e.Revision())
 		if errors.Is(err, jetstream.ErrKeyRevisionMismatch) {
 			continue // somebody else was first; look again at what is left
@@ -174,6 +179,7 @@ func (s *Store) use(ctx context.Context, token string, node evm.Address, now tim
 		if err != nil {
 			return "", fmt.Errorf("use token: %w", err)
 		}
+		failpoint.Here("store.use.stored")
 		return t.Account, nil
 	}
 }
@@ -218,6 +224,7 @@ func (s *Store) CreateAPIKey(ctx context.Context, name string, now time.Time) (s
 	if err != nil {
 		return "", err
 	}
+	failpoint.Here("store.key.begin")
 	if _, err := s.keys.Create(ctx, hashed(secret), b); err != nil {
 		return "", fmt.Errorf("store API key: %w", err)
 	}
@@ -236,6 +243,7 @@ func (s *Store) RevokeAPIKeys(ctx context.Context, name string) (int, error) {
 		if c.Name != name {
 			continue
 		}
+		failpoint.Here("store.revocation.begin")
 		if err := s.keys.Delete(ctx, hex.EncodeToString(h[:])); err != nil {
 			return n, fmt.Errorf("revoke API key: %w", err)
 		}
@@ -259,6 +267,7 @@ func (s *Store) Client(key string) (Client, bool) {
 // be checked after the next one. It returns when it was first put.
 func (s *Store) PutConfig(ctx context.Context, raw []byte) (time.Time, error) {
 	key := digest.Of(raw).Hex()
+	failpoint.Here("store.config.begin")
 	if _, err := s.published.Create(ctx, key, raw); err != nil && !errors.Is(err, jetstream.ErrKeyExists) {
 		return time.Time{}, fmt.Errorf("keep configuration: %w", err)
 	}

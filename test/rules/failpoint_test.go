@@ -1,0 +1,47 @@
+package rules
+
+import (
+	"testing"
+
+	"github.com/resultity/node/test/crash"
+)
+
+// bare are functions that make something durable or tell somebody something,
+// and need no fail point, with the reason.
+var bare = map[string]string{
+	"durable.SyncDir":                  "its callers know what they sync for",
+	"model.Store.sync":                 "likewise",
+	"state.directory.rename":           "likewise",
+	"state.directory.sync":             "likewise",
+	"state.makeFile":                   "a file without a name that counts; its callers give it one",
+	"network/nodes.session.writeFrame": "flush, which calls it, knows the message",
+	"network/nodes.session.write":      "pings and the close frame, on which nothing rests",
+	"session.link.ping":                "likewise",
+	"session.link.closeFrame":          "likewise",
+	"spool.Spool.run":                  "a record of the log may be lost, and is counted then",
+	"spool.Spool.Close":                "likewise",
+}
+
+// What a crash can cut in two is walked by test/crash, so it has a name.
+func TestDurablePlacesHaveFailPoints(t *testing.T) {
+	if _, err := crash.Points(root); err != nil {
+		t.Error(err)
+	}
+	found, err := crash.Bare(root)
+	if err != nil {
+		t.Fatal(err)
+	}
+	left := map[string]bool{}
+	for name := range bare {
+		left[name] = true
+	}
+	for _, name := range found {
+		if bare[name] == "" {
+			t.Errorf("%s makes something durable, or tells somebody, and has no fail point: add failpoint.Here before and after, or say why not", name)
+		}
+		delete(left, name)
+	}
+	for name := range left {
+		t.Errorf("%s is on the list of those without a fail point, and is none of them", name)
+	}
+}
