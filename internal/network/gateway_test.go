@@ -291,6 +291,7 @@ func TestNodeFailures(t *testing.T) {
 		want   string
 	}{
 		{wire.CodeBadRequest, 400, "bad_request"},
+		{wire.CodeContext, 400, "context_length_exceeded"},
 		{wire.CodeLimit, 400, "limit"},
 		{wire.CodeDeadline, 504, "deadline"},
 		{wire.CodeEngine, 502, "node_failed"},

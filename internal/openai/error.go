@@ -12,6 +12,10 @@ const (
 	TypeServer         = "server_error"
 )
 
+// CodeContextLength is the [Error.Code] of a prompt that is longer, with the
+// tokens that are asked for, than the model's context. Clients know it.
+const CodeContextLength = "context_length_exceeded"
+
 // Error is an answer that is not a result: a status code and OpenAI's error
 // object. It never holds text of a prompt.
 type Error struct {

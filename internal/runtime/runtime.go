@@ -250,10 +250,10 @@ func refusal(resp *http.Response) error {
 	}
 	raw, err := io.ReadAll(io.LimitReader(resp.Body, maxError))
 	if err == nil && json.Unmarshal(raw, &body) == nil && body.Error.Type == "exceed_context_size_error" { // llama.cpp
-		e.Code = "context_length_exceeded"
+		e.Code = openai.CodeContextLength
 		e.Message = fmt.Sprintf("The prompt has %d tokens, more than the model's context of %d.", body.Error.Prompt, body.Error.Context)
 	} else if strings.Contains(string(raw), "maximum context length") { // vLLM
-		e.Code = "context_length_exceeded"
+		e.Code = openai.CodeContextLength
 		e.Message = "The prompt, with the completion that is asked for, is longer than the model's context."
 	}
 	return e

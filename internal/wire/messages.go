@@ -22,9 +22,14 @@ type Message interface {
 // part of the protocol; texts beside them are for people.
 type Code string
 
-// The codes. A refusal with a retryable code moves the job to another node.
+// The codes. One that is retryable moves the job to another node. The others say
+// that no node could do better, which the network believes only when a second
+// node says the same, or there is no second one: it has checked the request
+// before, so the node may be at fault. No client gets to read the text beside
+// a code.
 const (
 	CodeBadRequest   Code = "bad_request"     // the request is not valid; no node will take it
+	CodeContext      Code = "context_length"  // the prompt, with the tokens that are asked for, is longer than the model's context
 	CodeUnknownModel Code = "unknown_model"   // not the active model of this node
 	CodeLimit        Code = "limit"           // over a limit of the snapshot
 	CodeDeadline     Code = "deadline"        // past its deadline, or it cannot be met
@@ -43,7 +48,7 @@ const (
 // Retryable reports whether another node may do better.
 func (c Code) Retryable() bool {
 	switch c {
-	case CodeBadRequest, CodeLimit, CodeDeadline, CodeCancelled:
+	case CodeBadRequest, CodeContext, CodeLimit, CodeDeadline, CodeCancelled:
 		return false
 	}
 	return true

@@ -539,8 +539,8 @@ func check(c *snapshot.Config, k *job, res runtime.Result, started time.Time) er
 	return nil
 }
 
-// classify says in the protocol's words why a job failed, without a word of the
-// engine's output.
+// classify says in the protocol's words why a job failed. The text is ours: what
+// an engine says of a failure may quote the prompt.
 func classify(ctx context.Context, err error) (wire.Code, string) {
 	var request *openai.Error
 	var output *openai.OutputError
@@ -549,16 +549,18 @@ func classify(ctx context.Context, err error) (wire.Code, string) {
 		return wire.CodeCancelled, "cancelled"
 	case errors.Is(cause, errDeadline):
 		return wire.CodeDeadline, "the deadline passed before there was an answer"
+	case errors.As(err, &request) && request.Code == openai.CodeContextLength:
+		return wire.CodeContext, "the prompt, with the tokens that are asked for, is longer than the model's context"
 	case errors.As(err, &request):
-		return wire.CodeBadRequest, request.Message
+		return wire.CodeBadRequest, "the engine refused the request"
 	case errors.As(err, &output):
-		return wire.CodeOutput, output.Error()
+		return wire.CodeOutput, "the engine's output breaks its API: " + string(output.Reason)
 	case errors.Is(err, errUnsound):
-		return wire.CodeOutput, err.Error()
+		return wire.CodeOutput, errUnsound.Error()
 	case errors.Is(err, errBehind):
-		return wire.CodeInternal, err.Error()
+		return wire.CodeInternal, errBehind.Error()
 	}
-	return wire.CodeEngine, err.Error()
+	return wire.CodeEngine, "the engine failed"
 }
 
 // fail ends a job without an answer, unless it was cut short by the agent's

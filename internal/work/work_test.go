@@ -68,6 +68,9 @@ const (
 	end = "data: [DONE]\n\n" // of a stream
 )
 
+// engineWords are in errors of the engine's, and not for the network.
+const engineWords = "ENGINE-WORDS"
+
 // config is a configuration of two slots.
 func config() *snapshot.Config {
 	k, err := ecdsa.GenerateKey(elliptic.P256(), rand.Reader)
@@ -277,7 +280,7 @@ func (n *node) failed(code wire.Code, before ...wire.Type) *wire.Result {
 	n.t.Helper()
 	said := n.expect(append(before, "result")...)
 	r := said[len(said)-1].(*wire.Result)
-	if r.Code != code || r.Message == "" || r.Response != nil || r.Receipt != nil {
+	if r.Code != code || r.Message == "" || strings.Contains(r.Message, engineWords) || r.Response != nil || r.Receipt != nil {
 		n.t.Fatalf("result with code %q (%s), want %s alone", r.Code, r.Message, code)
 	}
 	return r
@@ -630,9 +633,10 @@ func TestWhatTheEngineMayDo(t *testing.T) {
 	}{
 		{"it counts more than its context", counts(openai.Usage{PromptTokens: 1025, CompletionTokens: 1}), wire.CodeOutput},
 		{"it counts more than was allowed", counts(openai.Usage{PromptTokens: 1, CompletionTokens: 1 << 20}), wire.CodeOutput},
-		{"it ends", fails(&runtime.EngineError{Op: "answer", Err: errors.New("EOF")}), wire.CodeEngine},
-		{"it refuses", fails(&openai.Error{Status: 400, Code: "context_length_exceeded", Message: "too long"}), wire.CodeBadRequest},
-		{"it breaks its API", fails(&openai.OutputError{Reason: openai.ReasonJSON, Detail: "an event is not JSON"}), wire.CodeOutput},
+		{"it ends", fails(&runtime.EngineError{Op: "answer", Err: errors.New(engineWords)}), wire.CodeEngine},
+		{"it refuses", fails(&openai.Error{Status: 400, Code: "refused_by_engine", Message: engineWords}), wire.CodeBadRequest},
+		{"the prompt is too long for it", fails(&openai.Error{Status: 400, Code: openai.CodeContextLength, Message: engineWords}), wire.CodeContext},
+		{"it breaks its API", fails(&openai.OutputError{Reason: openai.ReasonJSON, Detail: engineWords}), wire.CodeOutput},
 		{"anything else", fails(errors.New("strange")), wire.CodeEngine},
 		{"it says nothing", say(""), wire.CodeOutput},
 		{"it says too much", say(strings.Repeat("a", 200<<10+1)), wire.CodeOutput},

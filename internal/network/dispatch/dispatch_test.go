@@ -866,7 +866,7 @@ func TestRefusals(t *testing.T) {
 			})
 		})
 	}
-	for _, code := range []wire.Code{wire.CodeBadRequest, wire.CodeLimit, wire.CodeDeadline} {
+	for _, code := range []wire.Code{wire.CodeBadRequest, wire.CodeContext, wire.CodeLimit, wire.CodeDeadline} {
 		t.Run(string(code), func(t *testing.T) {
 			run(t, Options{}, nil, func(t *testing.T, f *fixture) {
 				a := f.join(nil)

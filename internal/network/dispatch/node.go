@@ -265,7 +265,9 @@ func (d *Dispatcher) unable(r *runner, reason Reason, code wire.Code) {
 func refusal(code wire.Code, t *Terms) string {
 	switch code {
 	case wire.CodeBadRequest:
-		return fmt.Sprintf("The model cannot serve this request. Most often its prompt, with the tokens that it asks for, is longer than the context of %d tokens.", t.Config.Runtime.Settings.Context)
+		return "The model's engine refuses this request."
+	case wire.CodeContext:
+		return fmt.Sprintf("This model's maximum context length is %d tokens. The prompt, with the tokens that the request asks for, is longer. Please shorten one of them.", t.Config.Runtime.Settings.Context)
 	case wire.CodeLimit:
 		return "The request is over a limit of the nodes."
 	}

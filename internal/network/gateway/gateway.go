@@ -372,6 +372,8 @@ func asError(err error) *openai.Error {
 		switch f.Code {
 		case wire.CodeDeadline:
 			return server(http.StatusGatewayTimeout, "deadline", "The request could not be finished in time.")
+		case wire.CodeContext:
+			return &openai.Error{Status: http.StatusBadRequest, Type: openai.TypeInvalidRequest, Code: openai.CodeContextLength, Message: f.Message}
 		case wire.CodeBadRequest, wire.CodeLimit:
 			return &openai.Error{Status: http.StatusBadRequest, Type: openai.TypeInvalidRequest, Code: string(f.Code), Message: f.Message}
 		}
