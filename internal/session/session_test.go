@@ -1152,3 +1152,32 @@ func BenchmarkChunks(b *testing.B) {
 		})
 	}
 }
+
+// A batch of logs goes out when nothing else waits, there is one at a time, and
+// none follows goodbye.
+func TestLogsComeLast(t *testing.T) {
+	l := newLink(nil, &liveConn{})
+	l.opened = true
+	for _, m := range []wire.Message{&wire.Logs{}, &wire.Result{}, &wire.Heartbeat{}} {
+		if err := l.send(m); err != nil {
+			t.Fatal(err)
+		}
+	}
+	if err := l.send(&wire.Logs{}); !errors.Is(err, ErrFull) {
+		t.Errorf("a second batch: %v", err)
+	}
+	for _, want := range []wire.Type{"heartbeat", "result", "logs"} {
+		if m := l.next(); m.Type() != want {
+			t.Errorf("%s goes out before %s", m.Type(), want)
+		}
+	}
+	if err := l.send(&wire.Logs{}); err != nil {
+		t.Fatal(err)
+	}
+	l.mu.Lock()
+	l.low, l.leaving = nil, true // as goodbye does
+	l.mu.Unlock()
+	if m := l.next(); m != nil {
+		t.Errorf("%s after goodbye", m.Type())
+	}
+}
