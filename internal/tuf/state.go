@@ -93,9 +93,8 @@ func (c *Client) load() (*state, error) {
 		if i < 0 {
 			continue
 		}
-		other.Roots = other.Roots[i:]
+		other.rebase(i)
 		if other.Last != nil {
-			other.Last.Root = max(other.Last.Root-i, 0)
 			if _, err := other.Last.open(other.Roots); errors.Is(err, snapshot.ErrUntrusted) {
 				other.Last = nil // from before, by keys that this root does not list
 			}
@@ -149,13 +148,30 @@ func parseState(raw []byte) (*state, error) {
 	return st, nil
 }
 
-func (c *Client) save(st *state) error {
+// rebase makes root i the first one.
+func (st *state) rebase(i int) {
+	st.Roots = st.Roots[i:]
+	if st.Last != nil {
+		st.Last.Root = max(st.Last.Root-i, 0)
+	}
+}
+
+// marshal is the inverse of parseState.
+func (st *state) marshal() ([]byte, error) {
 	body, err := json.Marshal(st)
+	if err != nil {
+		return nil, err
+	}
+	return append([]byte(digest.Of(body).String()+"\n"), body...), nil
+}
+
+func (c *Client) save(st *state) error {
+	raw, err := st.marshal()
 	if err != nil {
 		return err
 	}
 	failpoint.Here("tuf.save.begin")
-	return durable.WriteFile(c.file, append([]byte(digest.Of(body).String()+"\n"), body...), 0o600)
+	return durable.WriteFile(c.file, raw, 0o600)
 }
 
 // sweep removes what writes that were cut short have left beside the state.
