@@ -25,6 +25,9 @@
 //	  network ──TUF──▶ tuf.Client ──snapshot.Snapshot──▶ deploy.Stage ──deploy.Plan──▶ deploy.Apply ──deploy.Deployment──▶ active
 //	                   verifies       immutable,          image and model  sealed unit   systemd starts,  up, sealed,
 //	                   every byte     checked bounds      verified         rendered      both views agree validated
+//	                                                      │                              │
+//	                                                      ▼                              ▼
+//	                                                 generation N: staged ──▶ on trial, current ──▶ healthy, or dead and back
 //
 //	jobs
 //
@@ -45,13 +48,25 @@
 // Each instant at which that could go wrong has a fail point (see failpoint), and
 // test/crash kills the programs there.
 //
+// # Generations
+//
+// Each configuration that the node is brought to is a numbered generation on
+// disk (package generation). It is staged, completely, beside the one that
+// serves; one rename makes it current; then jobs are drained, the runtime is
+// switched and validated. One that does not become healthy in its time is left
+// for the healthy one before. If that one comes up, the configuration is to
+// blame: it is dead, the network is told, and it is not tried again until there
+// is another. If this machine is to blame (no disk, no memory, no Podman, or
+// neither comes up), it is tried again later. Start-up begins from what is
+// current on disk, so that neither a reboot nor an absent network changes it.
+//
 // # Layers
 //
 // Imports go downward only; test/rules holds the list and fails otherwise.
 //
 //	leaves  failpoint; digest, durable, evm, gate, journal, version
 //	pure    receipt, binding, wire, snapshot, openai, quadlet, bridge/contract   no I/O, no clock
-//	edges   identity, tuf, session, image, model, podman, systemd, runtime, state, order, spool, sandbox, control, hardware, preflight, support
+//	edges   identity, tuf, session, image, model, podman, systemd, runtime, state, generation, order, spool, sandbox, control, hardware, preflight, support
 //	order   deploy, work
 //	top     agent, ctl
 //

@@ -1,7 +1,8 @@
 // Package agent owns the loops of a node and what passes between them.
 //
-// One errgroup holds them all: update (configuration to active deployment; the
-// sole owner of the deployment), the session with the network, the worker that
+// One errgroup holds them all: follow (the network's configuration), update
+// (configuration to active deployment; the sole owner of the deployment and of
+// the generations on disk), the session with the network, the worker that
 // runs jobs, heartbeats, the control socket and the service manager's watchdog.
 // Start-up runs the same steps as every later change.
 package agent
@@ -23,6 +24,7 @@ import (
 	"github.com/resultity/node/internal/deploy"
 	"github.com/resultity/node/internal/evm"
 	"github.com/resultity/node/internal/gate"
+	"github.com/resultity/node/internal/generation"
 	"github.com/resultity/node/internal/hardware"
 	"github.com/resultity/node/internal/journal"
 	"github.com/resultity/node/internal/order"
@@ -43,10 +45,14 @@ type (
 		// Refresh asks the network, Last the disk.
 		Refresh(ctx context.Context) (*snapshot.Snapshot, error)
 		Last() (*snapshot.Snapshot, error)
+		// Proof and Open are what a generation keeps of a snapshot.
+		Proof(s *snapshot.Snapshot) ([]byte, error)
+		Open(proof []byte) (*snapshot.Snapshot, error)
 	}
 	deployer interface {
 		Stage(ctx context.Context, s *snapshot.Snapshot) (*deploy.Plan, error)
-		Apply(ctx context.Context, p *deploy.Plan) (*deploy.Deployment, error)
+		Warm(ctx context.Context, p *deploy.Plan, most int64) (read int64, err error)
+		Apply(ctx context.Context, p *deploy.Plan, begin func(phase string)) (*deploy.Deployment, error)
 		Clean(ctx context.Context, keep ...*snapshot.Snapshot) error
 		Validate(ctx context.Context, d *deploy.Deployment) error
 	}
@@ -74,6 +80,7 @@ type Agent struct {
 	key     *evm.Key
 	store   *state.Store
 	snaps   snapshots
+	gens    *generation.Store // changed by the update loop alone
 	units   units
 	session link
 	worker  *work.Worker
@@ -84,6 +91,7 @@ type Agent struct {
 	podman  atomic.Pointer[podman.Version]
 	closers []func() error
 
+	memory       func() int64 // bytes that may be taken
 	openDeployer func(context.Context) (deployer, error)
 	openEngine   func(socket string) engine
 	enrol        func(context.Context, session.Registration) (*wire.Registered, error)
@@ -111,6 +119,7 @@ type Agent struct {
 
 	board      board
 	seen       sightings
+	door       door
 	update     chan struct{} // capacity 1: ask the network for a newer configuration, then look
 	look       chan struct{} // capacity 1: look again at what should be and what is
 	beat       chan struct{} // capacity 1: tell the network how things are
@@ -137,9 +146,11 @@ func (a *Agent) Run(ctx context.Context) error {
 	// time it takes to finish the jobs that run.
 	work, stop := context.WithCancel(context.WithoutCancel(ctx))
 	defer stop()
+	a.recall()
 	g, work := errgroup.WithContext(work)
 	g.Go(func() error { return control.Serve(work, listener, a) })
 	g.Go(func() error { return a.worker.Run(work) })
+	g.Go(func() error { return a.follow(work) })
 	g.Go(func() error { return a.updates(work) })
 	g.Go(func() error { return a.watchRuntime(work) })
 	g.Go(func() error { return a.heartbeats(work) })
@@ -234,6 +245,7 @@ func (a *Agent) heartbeat() *wire.Heartbeat {
 	for _, m := range a.board.modelStates() {
 		h.Models = append(h.Models, m.ModelState)
 	}
+	h.Failed = a.failedConfig()
 	h.Hardware.Disk = hardware.Free(a.cfg.Paths.State)
 	if v := a.podman.Load(); v != nil { // it is asked when it is needed first
 		h.Hardware.Podman = v.String()
@@ -315,6 +327,10 @@ func (a *Agent) Status() control.Status {
 	s.Done, s.Failed = ended.Done, ended.Failed
 	if !ended.Last.IsZero() {
 		s.LastJob = &ended.Last
+	}
+	if v := a.gens.View(); v.Get(v.Current) != nil {
+		g := describe(v.Get(v.Current))
+		s.Current = &g
 	}
 	if c := a.board.snapshot(); c != nil {
 		s.Snapshot = &control.Snapshot{Version: c.Version(), Digest: c.Digest().String(), Expires: c.Expires()}

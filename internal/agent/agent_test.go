@@ -25,6 +25,7 @@ import (
 	"github.com/resultity/node/internal/deploy/deploytest"
 	"github.com/resultity/node/internal/evm"
 	"github.com/resultity/node/internal/gate"
+	"github.com/resultity/node/internal/generation"
 	"github.com/resultity/node/internal/journal"
 	"github.com/resultity/node/internal/openai"
 	"github.com/resultity/node/internal/podman"
@@ -146,6 +147,22 @@ func (f *tufs) Last() (*snapshot.Snapshot, error) {
 	return f.last, nil
 }
 
+// proofs are of all networks of all tests, by what stands for them on disk.
+var proofs sync.Map
+
+func (f *tufs) Proof(s *snapshot.Snapshot) ([]byte, error) {
+	proofs.Store(s.Digest().String(), s)
+	return []byte(s.Digest().String()), nil
+}
+
+func (f *tufs) Open(proof []byte) (*snapshot.Snapshot, error) {
+	s, ok := proofs.Load(string(proof))
+	if !ok {
+		return nil, snapshot.ErrUntrusted
+	}
+	return s.(*snapshot.Snapshot), nil
+}
+
 // wirelink is the session, which connects when it runs.
 type wirelink struct {
 	h    session.Handler
@@ -232,6 +249,10 @@ func build(t *testing.T, dir string, m *deploytest.Machine) *fixture {
 		t.Fatal(err)
 	}
 	f.verify = func(ctx context.Context, s *snapshot.Snapshot) error { return f.damaged }
+	if f.gens, err = generation.Open(filepath.Join(dir, "generations"), time.Now); err != nil {
+		t.Fatal(err)
+	}
+	f.memory = func() int64 { return 1 << 30 }
 	f.worker = work.New(work.Config{Store: f.store, Key: f.key, Send: f.link.Send, Log: f.log, Now: time.Now})
 	f.worker.Hold(f.orderBook.Drain() != nil)
 	f.recallDrain()
@@ -269,8 +290,9 @@ func (f *fixture) refuse(err error) {
 // of synctest can follow: no control socket.
 func (f *fixture) run() (stop func()) {
 	ctx, cancel := context.WithCancel(f.t.Context())
+	f.recall()
 	var wg sync.WaitGroup
-	for _, loop := range []func(context.Context) error{f.worker.Run, f.updates, f.watchRuntime, f.heartbeats, f.orders} {
+	for _, loop := range []func(context.Context) error{f.worker.Run, f.follow, f.updates, f.watchRuntime, f.heartbeats, f.orders} {
 		wg.Go(func() {
 			if err := loop(ctx); err != nil {
 				f.t.Error(err)

@@ -45,6 +45,7 @@ type board struct {
 	active     *deploy.Deployment
 	phase      string // of the runtime
 	restarts   int
+	pinned     int                     // generation that the operator has gone back to; 0 for none
 	models     map[digest.Digest]int64 // verified bytes, by model of snap
 
 	// Written by the session.
@@ -95,6 +96,15 @@ func (b *board) advance(s *snapshot.Snapshot, step deploy.Step) {
 	b.step, b.failed = step, nil
 	if b.active == nil && b.phase == failed {
 		b.phase = stopped
+	}
+}
+
+// retry forgets why a snapshot is not up.
+func (b *board) retry(s *snapshot.Snapshot) {
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	if b.failed != nil && b.snap != nil && b.snap.Digest() == s.Digest() {
+		b.step, b.failed = deploy.StepImage, nil
 	}
 }
 
@@ -293,6 +303,11 @@ func (b *board) configurationGate(now time.Time) gate.Gate {
 		// it says so.
 		g.Detail = fmt.Sprintf("version %d, last confirmed %s: %v", b.snap.Version(), age(now, b.refreshed), b.snapErr)
 	}
+	if b.pinned != 0 {
+		g.State = gate.Closed
+		g.Detail += fmt.Sprintf("; put aside by the operator, who went back to generation %d", b.pinned)
+		g.Remedy = "resultityctl generations forward, or wait for the network's next configuration"
+	}
 	if b.active != nil && !b.served(b.snap) {
 		g.Detail += fmt.Sprintf("; version %d runs", b.active.Snapshot().Version())
 	}
@@ -355,7 +370,9 @@ var stations = []station{
 func (b *board) runtimeGates() []gate.Gate {
 	var gs []gate.Gate
 	at := len(stations)
-	if b.step != "" || b.snap == nil {
+	switch {
+	case b.pinned != 0 && b.active != nil: // what runs is what the operator wants
+	case b.step != "" || b.snap == nil:
 		at = max(slices.IndexFunc(stations, func(s station) bool { return slices.Contains(s.steps, b.step) }), 0)
 	}
 	for i, s := range stations {
@@ -401,7 +418,7 @@ func remedyOfStep(e *deploy.Error) string {
 	case e.Step == deploy.StepSandbox:
 		return "remove what loosens the sandbox, such as a drop-in of resultity-runtime.service, and restart the agent"
 	}
-	return "the model or the engine does not compute what the network expects; ask its operator, or restart the agent to try again"
+	return "the model or the engine does not compute what the network expects; ask its operator, or try again with resultityctl generations forward"
 }
 
 var sessionCauses = []cause{

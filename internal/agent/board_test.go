@@ -33,7 +33,7 @@ func TestGates(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	dep, err := d.Apply(t.Context(), p)
+	dep, err := d.Apply(t.Context(), p, func(string) {})
 	if err != nil {
 		t.Fatal(err)
 	}

@@ -23,6 +23,7 @@ import (
 	"github.com/resultity/node/internal/digest"
 	"github.com/resultity/node/internal/evm"
 	"github.com/resultity/node/internal/failpoint"
+	"github.com/resultity/node/internal/generation"
 	"github.com/resultity/node/internal/hardware"
 	"github.com/resultity/node/internal/identity"
 	"github.com/resultity/node/internal/image"
@@ -198,6 +199,9 @@ func New(ctx context.Context, cfg *config.Config, env func(string) string, log *
 	if a.snaps, err = tuf.New(tuf.Config{Dir: filepath.Join(networkDir, "tuf"), URL: cfg.Network.URL + "/tuf", Root: root, Client: a.http, Now: failpoint.Now}); err != nil {
 		return nil, &finalError{journal.ConfigInvalid, fmt.Errorf("network.root: %w", err)}
 	}
+	if a.gens, err = generation.Open(filepath.Join(networkDir, "generations"), time.Now); err != nil {
+		return nil, inDir("paths.state", err)
+	}
 	models, err := model.Open(filepath.Join(cfg.Paths.State, "models"), a.sources, log)
 	if err != nil {
 		return nil, err
@@ -235,6 +239,7 @@ func New(ctx context.Context, cfg *config.Config, env func(string) string, log *
 func empty(cfg *config.Config, log *slog.Logger, version string) *Agent {
 	return &Agent{
 		cfg: cfg, version: version, log: log,
+		memory: hardware.Available,
 		update: make(chan struct{}, 1), look: make(chan struct{}, 1), beat: make(chan struct{}, 1), registered: make(chan struct{}), keep: make(chan struct{}, 1),
 		upload: make(chan struct{}, 1), uploadNow: make(chan chan<- error), logAcks: make(chan *wire.LogsAck, 4),
 		inbox: make(chan wire.Message, maxInbox), retell: make(chan struct{}, 1), tasks: make(chan task), halt: make(chan struct{}, maxLong),

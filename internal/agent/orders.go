@@ -214,7 +214,7 @@ func (u *updater) restart(ctx context.Context) error {
 		return err
 	}
 	u.build = backoff{}
-	u.reconcile(ctx, u.board.snapshot())
+	u.reconcile(ctx)
 	if u.active == nil {
 		return u.board.why()
 	}
@@ -262,6 +262,7 @@ func (u *updater) judge(ctx context.Context, dep *deploy.Deployment, damage erro
 	u.setActive(nil, failed)
 	u.report(dep.Snapshot(), err)
 	u.build.failed()
+	delete(u.plans, dep.Snapshot().Digest()) // all is looked at anew
 	return errors.Join(err, u.units.Stop(ctx, quadlet.ServiceName))
 }
 

@@ -4,25 +4,22 @@ import (
 	"context"
 	"errors"
 	"fmt"
-	"io"
-	"io/fs"
 	"math/rand/v2"
-	"os"
-	"strings"
+	"sync"
 	"time"
 
 	"github.com/resultity/node/internal/deploy"
 	"github.com/resultity/node/internal/digest"
+	"github.com/resultity/node/internal/generation"
+	"github.com/resultity/node/internal/hardware"
 	"github.com/resultity/node/internal/image"
 	"github.com/resultity/node/internal/journal"
+	"github.com/resultity/node/internal/model"
 	"github.com/resultity/node/internal/podman"
 	"github.com/resultity/node/internal/quadlet"
 	"github.com/resultity/node/internal/sandbox"
-	"github.com/resultity/node/internal/session"
 	"github.com/resultity/node/internal/snapshot"
 	"github.com/resultity/node/internal/systemd"
-	"github.com/resultity/node/internal/tuf"
-	"github.com/resultity/node/internal/wire"
 	"github.com/resultity/node/internal/work"
 )
 
@@ -34,6 +31,10 @@ const refreshEvery = 5 * time.Minute
 // success begins again at the front.
 var retries = []time.Duration{time.Second, 2 * time.Second, 5 * time.Second, 15 * time.Second, time.Minute, 5 * time.Minute}
 
+// rarely is the same for a generation that this machine has failed, while
+// another one serves: each try is a stop and two starts.
+var rarely = []time.Duration{time.Minute, 5 * time.Minute, 15 * time.Minute, time.Hour}
+
 // jittered spreads d, so that nodes do not come back as a herd.
 func jittered(d time.Duration) time.Duration { return d/2 + rand.N(d) }
 
@@ -44,8 +45,10 @@ type backoff struct {
 }
 
 // failed plans the next try.
-func (b *backoff) failed() {
-	b.at = time.Now().Add(jittered(retries[min(b.try, len(retries)-1)]))
+func (b *backoff) failed() { b.failedOn(retries) }
+
+func (b *backoff) failedOn(schedule []time.Duration) {
+	b.at = time.Now().Add(jittered(schedule[min(b.try, len(schedule)-1)]))
 	b.try++
 }
 
@@ -57,48 +60,55 @@ type updater struct {
 	*Agent
 	deployer deployer // nil until Podman has answered
 	active   *deploy.Deployment
-	engine   engine // of active
-	lastGood *deploy.Plan
-	dead     digest.Digest // a configuration that did not come up; not tried again while another serves
-	tried    string        // start of the unit at the last attempt to use it
-	network  backoff       // asking the network
-	build    backoff       // bringing the runtime up, after a failure
+	engine   engine        // of active
+	good     digest.Digest // configuration that was active last
+	newest   digest.Digest // of the network, as of the last look
+	opened   map[int]*snapshot.Snapshot
+	plans    map[digest.Digest]*staged // of what is current and what should be, by configuration
+	staging  *staging                  // under way, or nil
+	results  chan *result
+	wg       sync.WaitGroup // stagings
+	tried    string         // start of the unit at the last attempt to use it
+	down     bool           // what is current did not come up, or could not be staged, at the last attempt
+
+	build backoff // bringing a runtime up while none is
+	fetch backoff // staging
+	again backoff // a generation that this machine has failed, while another one serves
+}
+
+// staged is a plan whose generation is on disk.
+type staged struct {
+	number int
+	plan   *deploy.Plan
+	phases []generation.Phase
+	stale  bool // it failed: whether all it needs is still here is looked at again
 }
 
 // updates compares what should be with what is, and moves one step at a time.
 //
-// Two things wake it: what the network says, at least every refreshEvery, and
-// what systemd says of the runtime. They have clocks of their own: a runtime
-// that ended must not wait for a network that does not answer, and one that
-// comes and goes must not keep the network from being asked. A failed
-// deployment itself changes the unit, so that such a change alone is no reason
-// to try again before the time.
+// It is the sole owner of the deployment. What may take hours, staging, has a
+// goroutine beside it, so that a runtime that ended never waits for a download.
+// A failed deployment itself changes the unit, so that such a change alone is no
+// reason to try again before the time.
 func (a *Agent) updates(ctx context.Context) error {
-	u := &updater{Agent: a}
+	u := &updater{Agent: a, opened: map[int]*snapshot.Snapshot{}, plans: map[digest.Digest]*staged{}, results: make(chan *result)}
 	defer u.setActive(nil, stopped)
-	u.recall()
-	for ask := true; ; {
-		if ask || u.network.due() {
-			u.askNetwork(ctx)
-		}
-		if snap := u.board.snapshot(); snap != nil {
-			u.reconcile(ctx, snap)
-		}
+	defer u.wg.Wait()
+	for _, w := range a.gens.Warnings() {
+		a.log.Error("generations", journal.GenerationBroken.Attr(), "error", w)
+	}
+	for {
+		u.reconcile(ctx)
 		poke(a.beat)
 		if ctx.Err() != nil {
 			return nil
 		}
-		next := u.network.at
-		if !u.build.at.IsZero() && u.build.at.Before(next) {
-			next = u.build.at
-		}
-		timer := time.NewTimer(time.Until(next))
-		ask = false
+		timer := time.NewTimer(u.sleep())
 		select {
 		case <-ctx.Done():
-		case <-a.update:
-			ask = true
 		case <-a.look:
+		case r := <-u.results:
+			u.collect(ctx, r)
 		case t := <-a.tasks:
 			t.done <- t.do(ctx, u)
 		case <-timer.C:
@@ -107,173 +117,29 @@ func (a *Agent) updates(ctx context.Context) error {
 	}
 }
 
-// recall takes up the configuration that was verified last, so that a node goes
-// on without its network.
-func (u *updater) recall() {
-	s, err := u.snaps.Last()
-	if err == nil {
-		err = u.ours(s)
-	}
-	switch {
-	case err == nil:
-		u.learn(s)
-	case !errors.Is(err, fs.ErrNotExist):
-		u.log.Error("the kept configuration cannot be used; a new one is fetched", journal.SnapshotRefused.Attr(), "error", err)
-	}
-}
-
-// ours refuses the configuration of another network. Its signatures may be
-// right: who changed the URL, or has one root for two networks, finds out here.
-func (u *updater) ours(s *snapshot.Snapshot) error {
-	if got, want := s.Config().Network.Name, u.cfg.Network.Name; got != want {
-		return fmt.Errorf("%w: it is for %s, and agent.toml has network.name = %q", errOtherNetwork, got, want)
-	}
-	return nil
-}
-
-var errOtherNetwork = errors.New("the configuration is another network's")
-
-// askNetwork does what needs the network's answer.
-func (u *updater) askNetwork(ctx context.Context) {
-	err := u.refresh(ctx)
-	if snap := u.board.snapshot(); snap != nil && !u.isRegistered() {
-		err = errors.Join(err, u.register(ctx, snap))
-	}
-	if err != nil {
-		u.network.failed()
-		return
-	}
-	u.network = backoff{at: time.Now().Add(jittered(refreshEvery))}
-}
-
-func (u *updater) refresh(ctx context.Context) error {
-	s, err := u.snaps.Refresh(ctx)
-	if err == nil {
-		err = u.ours(s)
-	}
-	if ctx.Err() != nil {
-		return ctx.Err()
-	}
-	if err != nil {
-		var before error
-		u.board.set(func(b *board) { before, b.snapErr = b.snapErr, err })
-		event := journal.SnapshotRefused
-		if errors.Is(err, tuf.ErrUnreachable) {
-			event = journal.SnapshotStale
+// sleep is how long nothing is to be done if nothing happens.
+func (u *updater) sleep() time.Duration {
+	d := time.Hour
+	for _, b := range []*backoff{&u.build, &u.fetch, &u.again} {
+		if !b.due() {
+			d = min(d, time.Until(b.at))
 		}
-		if !sameError(before, err) { // say it once, not at every try
-			u.log.Warn("configuration not refreshed", event.Attr(), "error", err)
-		}
-		return err
 	}
-	u.learn(s)
-	u.board.set(func(b *board) { b.snapErr, b.refreshed = nil, time.Now() })
-	return nil
+	return d
 }
 
-func sameError(a, b error) bool { return a != nil && b != nil && a.Error() == b.Error() }
-
-// learn makes s what should be.
-func (u *updater) learn(s *snapshot.Snapshot) {
-	before := u.board.snapshot()
-	if before == nil || before.Digest() != s.Digest() {
-		u.log.Info("configuration verified", journal.SnapshotVerified.Attr(), "version", s.Version(), "digest", s.Digest())
-		u.build = backoff{} // another configuration, another chance
-		poke(u.upload)
+// reconcile brings up the runtime that should be, or keeps the one that is.
+func (u *updater) reconcile(ctx context.Context) {
+	v := u.gens.View()
+	cur := u.current(&v)
+	want := u.wanted(&v, cur)
+	if want == nil {
+		return // nothing is known yet
 	}
-	u.board.learn(s)
-}
-
-func (a *Agent) isRegistered() bool {
-	select {
-	case <-a.registered:
-		return true
-	default:
-		return false
-	}
-}
-
-// register makes the node known, once in its life.
-func (u *updater) register(ctx context.Context, snap *snapshot.Snapshot) error {
-	reg, err := u.store.Registration()
-	if err == nil && reg == nil {
-		reg, err = u.registerNow(ctx, snap)
-	}
-	if ctx.Err() != nil {
-		return ctx.Err()
-	}
-	if err != nil {
-		var before error
-		u.board.set(func(b *board) { before, b.regErr = b.regErr, err })
-		if !sameError(before, err) {
-			u.log.Warn("not registered", journal.RegisterRefused.Attr(), "error", err)
-		}
-		return err
-	}
-	u.board.set(func(b *board) {
-		b.registered, b.regErr = true, nil
-		b.bound = wire.Bound{Account: reg.Account, Method: reg.Method, Since: reg.Since}
-	})
-	close(u.registered)
-	return nil
-}
-
-// registerTimeout bounds the talk of a registration.
-const registerTimeout = time.Minute
-
-func (u *updater) registerNow(ctx context.Context, snap *snapshot.Snapshot) (*wire.Registered, error) {
-	token, err := readToken(u.cfg.Network.EnrolmentToken)
-	if err != nil {
-		return nil, err
-	}
-	ctx, cancel := context.WithTimeout(ctx, registerTimeout)
-	defer cancel()
-	reg, err := u.enrol(ctx, session.Registration{
-		URL: u.cfg.Network.URL, Client: u.http, Key: u.key, Trusted: trusted(snap),
-		Body: wire.Registration{Network: u.cfg.Network.Name, Node: u.key.Address(), Token: token, Agent: u.version},
-	})
-	if err != nil {
-		return nil, err
-	}
-	if err := u.store.SetRegistration(reg); err != nil {
-		return nil, fmt.Errorf("keep the registration: %w", err)
-	}
-	u.log.Info("registered", journal.Registered.Attr(), "network", reg.Network, "account", reg.Account, "node", u.key.Address())
-	return reg, nil
-}
-
-// errToken says that there is a file for the token and no token in it.
-var errToken = errors.New("network.enrolment_token")
-
-const maxToken = 4 << 10 // bytes
-
-// readToken reads the file with the enrolment token; "" for none.
-func readToken(name string) (string, error) {
-	if name == "" {
-		return "", nil
-	}
-	f, err := os.Open(name)
-	if err != nil {
-		return "", fmt.Errorf("%w: %w", errToken, err)
-	}
-	defer f.Close() // read only: nothing to lose
-	raw, err := io.ReadAll(io.LimitReader(f, maxToken+1))
-	token := strings.TrimSpace(string(raw))
-	switch {
-	case err != nil:
-		return "", fmt.Errorf("%w: %w", errToken, err)
-	case token == "" || len(raw) > maxToken:
-		return "", fmt.Errorf("%w: %s holds no token", errToken, name)
-	}
-	return token, nil
-}
-
-// reconcile brings up the runtime that snap asks for, or keeps the one that is.
-func (u *updater) reconcile(ctx context.Context, snap *snapshot.Snapshot) {
 	unit, err := u.units.State(ctx, quadlet.ServiceName)
 	if err != nil {
 		if ctx.Err() == nil {
-			u.report(snap, &deploy.Error{Step: deploy.StepUnit, Err: err})
+			u.report(want, &deploy.Error{Step: deploy.StepUnit, Err: err})
 			u.build.failed()
 		}
 		return
@@ -287,27 +153,37 @@ func (u *updater) reconcile(ctx context.Context, snap *snapshot.Snapshot) {
 		}
 		u.log.Warn("runtime lost", event.Attr(), "unit", unit.Active, "result", unit.Result, "status", unit.StatusText)
 		u.setActive(nil, starting)
+	} else if u.active != nil {
+		u.door.reopen(u.worker)
 	}
-	dead := u.dead == snap.Digest()
+
+	// What was healthy last serves until what should be is ready. If it does not
+	// come up, each gets its turn.
+	serve := want
+	if u.active == nil && cur != nil && cur.Digest() != want.Digest() && (!u.down || u.plans[want.Digest()] == nil) {
+		serve = cur
+	}
+	if u.active != nil && u.active.Snapshot().Digest() == serve.Digest() {
+		u.settled(&v)
+		return
+	}
+	missing := want
+	if serve != want && u.plans[serve.Digest()] == nil && !u.down {
+		missing = serve
+	}
+	if q := u.plans[missing.Digest()]; q == nil || q.stale {
+		u.stage(ctx, &v, missing)
+	}
+	p := u.plans[serve.Digest()]
 	switch {
-	case u.active != nil && (dead || u.active.Snapshot().Digest() == snap.Digest()):
-		return
-	case u.active == nil && settling(unit) && u.lastGood != nil && (dead || u.lastGood.Snapshot().Digest() == snap.Digest()):
-		return // systemd is at it; the watcher tells when it is done
-	case u.build.due() || unit.Active == "active" && unit.InvocationID != u.tried:
+	case p == nil: // what is missing comes on u.results
+	case u.active == nil && settling(unit) && u.good == serve.Digest():
+		// systemd is at it; the watcher tells when it is done
+	case u.active != nil && !u.again.due(): // it has failed here before
+	case u.active != nil || u.build.due() || unit.Active == "active" && unit.InvocationID != u.tried:
 		u.tried = unit.InvocationID
-		err = u.bringUp(ctx, snap)
-	case lost: // what is newer waits for its time; what served until now does not
-		if err = u.fallBack(ctx); err == nil {
-			return
-		}
-	default:
-		return
-	}
-	if err == nil {
-		u.build = backoff{}
-	} else if ctx.Err() == nil {
-		u.build.failed()
+		u.bringUp(ctx, p)
+		poke(u.look)
 	}
 }
 
@@ -316,101 +192,487 @@ func settling(s systemd.State) bool {
 	return s.Active == "activating" || s.Active == "deactivating" || s.Active == "reloading"
 }
 
-// bringUp deploys snap, or goes back to what was up before. An error means that
-// there is something left to be tried.
-func (u *updater) bringUp(ctx context.Context, snap *snapshot.Snapshot) error {
-	if u.dead == snap.Digest() {
-		return u.fallBack(ctx)
+// open verifies the snapshot of a generation, or forgets a generation that is
+// not what it was. nil says that it cannot be used now.
+func (u *updater) open(n int) *snapshot.Snapshot {
+	if s := u.opened[n]; s != nil {
+		return s
 	}
-	plan, err := u.stage(ctx, snap)
-	staged := err == nil
-	if staged {
-		err = u.apply(ctx, plan)
-	}
-	if err == nil {
-		u.dead = digest.Digest{}
+	v := u.gens.View()
+	g := v.Get(n)
+	if g == nil {
 		return nil
 	}
-	if ctx.Err() != nil {
-		return ctx.Err()
+	proof, _, err := u.gens.Load(n)
+	damaged := errors.Is(err, generation.ErrDamaged)
+	var s *snapshot.Snapshot
+	if err == nil {
+		s, err = u.snaps.Open(proof)
+		damaged = errors.Is(err, snapshot.ErrUntrusted)
 	}
-	u.report(snap, err)
-	if u.active != nil || u.lastGood == nil || u.lastGood.Snapshot().Digest() == snap.Digest() {
-		return err
+	if err == nil && s.Digest() != g.Config {
+		err, damaged = fmt.Errorf("%w: its configuration is %s, not %s", generation.ErrDamaged, s.Digest(), g.Config), true
 	}
-	if !staged { // it may be had later
-		return errors.Join(err, u.fallBack(ctx))
+	if err == nil {
+		err = u.ours(s)
 	}
-	u.dead = snap.Digest()
-	return u.fallBack(ctx)
-}
-
-// fallBack brings the last good deployment up again. When that fails too, the
-// machine may be at fault and not the configuration, which then gets another
-// chance.
-func (u *updater) fallBack(ctx context.Context) error {
-	u.log.Warn("going back to the last good deployment", "version", u.lastGood.Snapshot().Version())
-	err := u.apply(ctx, u.lastGood)
-	if err != nil && ctx.Err() == nil {
-		u.dead = digest.Digest{}
-		u.log.Error("the last good deployment does not come up either", eventOf(err).Attr(), "error", err)
-	}
-	return err
-}
-
-// stage prepares everything while the old deployment serves.
-func (u *updater) stage(ctx context.Context, snap *snapshot.Snapshot) (*deploy.Plan, error) {
-	u.board.advance(snap, deploy.StepImage)
-	if u.deployer == nil {
-		d, err := u.openDeployer(ctx)
-		if err != nil {
-			return nil, &deploy.Error{Step: deploy.StepImage, Err: err}
-		}
-		u.deployer = d
-	}
-	return u.deployer.Stage(ctx, snap)
-}
-
-// progress is told by the deployer how much of a model is here.
-func (a *Agent) progress(m *snapshot.Model, done, _ int64) {
-	a.board.set(func(b *board) { b.models[m.Digest()] = done })
-	a.board.advance(a.board.snapshot(), deploy.StepModel)
-}
-
-// apply switches: no new jobs, running ones end, then the new one comes up.
-func (u *updater) apply(ctx context.Context, plan *deploy.Plan) error {
-	if err := u.idle(ctx); err != nil {
-		return err
-	}
-	u.setActive(nil, starting)
-	snap := plan.Snapshot()
-	u.board.advance(snap, deploy.StepUnit)
-	dep, err := u.deployer.Apply(ctx, plan)
 	if err != nil {
-		u.setActive(nil, failed)
-		return err
+		u.log.Error("a generation cannot be used", journal.GenerationBroken.Attr(), "generation", n, "error", err)
+		if damaged {
+			u.logged(u.gens.Forget(n))
+		}
+		return nil
 	}
-	u.lastGood = plan
-	u.setActive(dep, active)
-	u.log.Info("runtime active", journal.RuntimeActive.Attr(), "model", snap.Config().Runtime.Model, "image", snap.Config().Runtime.Image, "version", snap.Version())
-	if err := u.deployer.Clean(ctx, snap, u.board.snapshot()); err != nil {
-		u.log.Warn("unlisted images or models not removed", "error", err)
+	u.opened[n] = s
+	return s
+}
+
+// logged says that the store could not be written, which nothing here waits for.
+func (u *updater) logged(err error) {
+	if err != nil {
+		u.log.Error("generations", journal.StorageFailed.Attr(), "error", err)
+	}
+}
+
+// current returns what is current on disk, verified, or the next best; nil for
+// none.
+func (u *updater) current(v *generation.View) *snapshot.Snapshot {
+	for v.Current != 0 {
+		s := u.open(v.Current)
+		if s != nil {
+			return s
+		}
+		before := v.Current
+		if *v = u.gens.View(); v.Current == before {
+			return nil // it may be had later
+		}
 	}
 	return nil
 }
 
-// idle gives out no more jobs and waits until those that run have ended, or are
-// past any deadline. It fails only with ctx.
+// wanted returns the configuration that should be.
+func (u *updater) wanted(v *generation.View, cur *snapshot.Snapshot) *snapshot.Snapshot {
+	newest := u.board.snapshot()
+	if newest == nil {
+		if cur != nil {
+			u.board.learn(cur)
+		}
+		return cur
+	}
+	fresh := newest.Digest() != u.newest
+	if fresh { // another configuration, another chance
+		u.newest = newest.Digest()
+		u.fetch, u.again = backoff{}, backoff{}
+		for d := range u.plans {
+			if d != u.newest && (cur == nil || d != cur.Digest()) {
+				delete(u.plans, d)
+			}
+		}
+	}
+	// Where the cache is lost, what is current stands in for what the network has.
+	if !v.Aside.IsZero() && v.Aside != u.newest && (cur == nil || cur.Digest() != u.newest) {
+		u.log.Info("the network has another configuration than the one put aside", journal.GenerationUnpin.Attr(), "version", newest.Version())
+		u.logged(u.gens.Forward(digest.Digest{}))
+		*v = u.gens.View()
+	}
+	pinned := 0
+	if v.Aside == u.newest {
+		if pinned = v.Order; pinned == 0 {
+			pinned = v.Current
+		}
+	}
+	u.board.set(func(b *board) { b.pinned = pinned })
+	if v.Order != 0 {
+		if s := u.open(v.Order); s != nil {
+			return s
+		}
+		*v = u.gens.View()
+	}
+	g := v.Find(u.newest)
+	switch {
+	case cur == nil || cur.Digest() == u.newest:
+		return newest
+	case v.Aside == u.newest:
+		return cur
+	case g == nil:
+		return newest
+	case g.State == generation.Dead:
+		if fresh {
+			u.board.fail(newest, failure(g))
+		}
+		return cur
+	case g.State != generation.Failed:
+		return newest
+	}
+	// Whose fault it is, the current one shows. Where it is this machine's, the
+	// failed one is tried again, sooner if nothing else serves.
+	if u.active == nil && u.down || u.active != nil && g.Machine && u.again.due() {
+		return newest
+	}
+	return cur
+}
+
+// failure is why a generation is not in use, as it was when that was written.
+func failure(g *generation.Generation) *deploy.Error {
+	return &deploy.Error{Step: deploy.Step(g.Step), Err: errors.New(g.Reason)}
+}
+
+// settled does what is left to do when what should be is.
+func (u *updater) settled(v *generation.View) {
+	// The disk was full when it came up.
+	if g := v.Get(v.Current); g != nil && g.State == generation.Trial && g.Config == u.active.Snapshot().Digest() {
+		u.passed(v.Current, g.Phases)
+	}
+}
+
+// staging is a staging under way.
+type staging struct {
+	snap   *snapshot.Snapshot
+	cancel context.CancelFunc
+}
+
+// result is what comes of one.
+type result struct {
+	*staging
+	deployer deployer
+	proof    []byte
+	plan     *deploy.Plan
+	phases   []generation.Phase
+	err      error
+}
+
+// stage begins to prepare everything for snap while the old deployment serves. A
+// staging of something else ends.
+func (u *updater) stage(ctx context.Context, v *generation.View, snap *snapshot.Snapshot) {
+	if u.staging != nil {
+		if u.staging.snap.Digest() == snap.Digest() {
+			return
+		}
+		u.staging.cancel()
+		u.staging = nil
+		u.fetch = backoff{}
+	}
+	if !u.fetch.due() {
+		return
+	}
+	ctx, cancel := context.WithCancel(ctx)
+	st := &staging{snap, cancel}
+	u.staging = st
+	u.board.advance(snap, deploy.StepImage)
+	r := &result{staging: st, deployer: u.deployer}
+	if g := v.Find(snap.Digest()); g != nil {
+		if proof, _, err := u.gens.Load(g.Number); err == nil {
+			r.proof = proof
+		}
+	}
+	var serving *snapshot.Model
+	if u.active != nil {
+		serving = u.active.Snapshot().Model()
+	}
+	u.wg.Go(func() {
+		defer cancel()
+		r.err = u.prepare(ctx, r, serving)
+		select {
+		case u.results <- r:
+		case <-ctx.Done():
+		}
+	})
+}
+
+// prepare runs beside the update loop, and changes nothing but r.
+func (u *updater) prepare(ctx context.Context, r *result, serving *snapshot.Model) (err error) {
+	clock := newPhases()
+	defer func() { r.phases = clock.end() }()
+	clock.begin(phaseStage)
+	if r.proof == nil {
+		if r.proof, err = u.snaps.Proof(r.snap); err != nil {
+			return &deploy.Error{Step: deploy.StepUnit, Err: err}
+		}
+	}
+	if r.deployer == nil {
+		d, err := u.openDeployer(ctx)
+		if err != nil {
+			return &deploy.Error{Step: deploy.StepImage, Err: err}
+		}
+		r.deployer = d
+	}
+	if r.plan, err = r.deployer.Stage(ctx, r.snap); err != nil {
+		return err
+	}
+	// What the model that serves has in memory is not taken from it.
+	if serving == nil || serving.Digest() == r.snap.Model().Digest() {
+		return nil
+	}
+	if most := u.memory() - serving.Size(); most > 0 {
+		clock.begin(phaseWarm)
+		read, err := r.deployer.Warm(ctx, r.plan, most)
+		if err != nil && ctx.Err() == nil { // the start reads it anyway
+			u.log.Warn("the next model is not in memory", "error", err)
+		}
+		u.log.Info("the next model was read ahead", "model", r.snap.Config().Runtime.Model, "bytes", read)
+	}
+	return nil
+}
+
+// progress is told by the deployer how much of a model is here.
+func (a *Agent) progress(m *snapshot.Model, done, _ int64) {
+	a.board.set(func(b *board) {
+		if _, listed := b.models[m.Digest()]; listed {
+			b.models[m.Digest()] = done
+		}
+	})
+	if s := a.board.snapshot(); s != nil && lists(s, m) {
+		a.board.advance(s, deploy.StepModel)
+	}
+}
+
+func lists(s *snapshot.Snapshot, m *snapshot.Model) bool {
+	for i := range s.Config().Models {
+		if &s.Config().Models[i] == m {
+			return true
+		}
+	}
+	return false
+}
+
+// collect takes up what a staging has come to.
+func (u *updater) collect(ctx context.Context, r *result) {
+	if r.staging != u.staging || ctx.Err() != nil {
+		return
+	}
+	u.staging = nil
+	u.deployer = r.deployer
+	err := r.err
+	n := 0
+	if err == nil {
+		if n, err = u.gens.Add(contentOf(r)); err != nil {
+			err = &deploy.Error{Step: deploy.StepUnit, Err: err}
+		}
+	}
+	if err == nil {
+		u.fetch = backoff{}
+		u.plans[r.snap.Digest()] = &staged{number: n, plan: r.plan, phases: r.phases}
+		if v := u.gens.View(); v.Get(n).State == generation.Staged {
+			u.build = backoff{} // it does not wait for the schedule of one that fails
+			u.log.Info("generation staged", journal.GenerationStaged.Attr(), "generation", n, "version", r.snap.Version())
+		}
+		return
+	}
+	u.report(r.snap, err)
+	u.fetch.failed()
+	v := u.gens.View()
+	isCurrent := v.Get(v.Current) != nil && v.Get(v.Current).Config == r.snap.Digest()
+	u.down = isCurrent && u.active == nil
+	e, _ := errors.AsType[*deploy.Error](err)
+	var space *model.NoSpaceError
+	switch {
+	case errors.As(err, &space):
+		u.makeRoom(ctx, &v)
+	case e != nil && !e.Machine() && !isCurrent && v.Current != 0 && r.proof != nil: // nothing here will mend it
+		n, err := u.gens.Add(contentOf(r))
+		if err == nil {
+			err = u.gens.Condemn(n, string(e.Step), e.Err.Error())
+		}
+		u.logged(err)
+		u.log.Error("generation is dead", journal.GenerationDead.Attr(), "generation", n, "step", e.Step)
+	}
+}
+
+func contentOf(r *result) generation.Content {
+	c := r.snap.Config()
+	g := generation.Content{Config: r.snap.Digest(), Version: r.snap.Version(), Engine: string(c.Runtime.Engine), Image: c.Runtime.Image.String(), Proof: r.proof}
+	for i := range c.Models {
+		g.Models = append(g.Models, generation.Model{Name: c.Models[i].Name, Version: c.Models[i].Version, Digest: c.Models[i].Digest()})
+	}
+	if r.plan != nil {
+		g.Unit = r.plan.Unit()
+	}
+	return g
+}
+
+// makeRoom gives up the generation before, whose model may be as large as the
+// one that there is no room for.
+func (u *updater) makeRoom(ctx context.Context, v *generation.View) {
+	if v.Previous == 0 || v.Previous == v.Order || u.active == nil {
+		return
+	}
+	u.log.Warn("no room for the next model: the generation before is given up", "generation", v.Previous)
+	u.logged(u.gens.Forget(v.Previous))
+	delete(u.opened, v.Previous)
+	u.clean(ctx)
+	u.fetch = backoff{}
+}
+
+// bringUp makes a staged plan what runs, or goes back to what was healthy.
+func (u *updater) bringUp(ctx context.Context, p *staged) {
+	snap := p.plan.Snapshot()
+	v := u.gens.View()
+	g := v.Get(p.number)
+	if g == nil { // pruned or damaged meanwhile
+		delete(u.plans, snap.Digest())
+		return
+	}
+	trial := v.Current != p.number || g.State != generation.Healthy
+	clock := newPhases()
+	clock.done = append(clock.done, p.phases...)
+	clock.tell = func(f generation.Phase) {
+		u.log.Info("phase", journal.GenerationPhase.Attr(), "phase", f.Name, "took_ms", f.TookMS, "generation", p.number)
+	}
+	p.phases = nil // of the first time
+	if u.active != nil {
+		clock.begin(phaseDrain)
+		if u.idle(ctx) != nil {
+			return
+		}
+	}
+	var err error
+	if g.State == generation.Trial && g.Tries >= generation.Trials {
+		err = &deploy.Error{Step: deploy.StepStart, Err: fmt.Errorf("it was begun %d times and the agent did not live to see it healthy", g.Tries)}
+	} else if trial {
+		if err := u.gens.Begin(p.number); err != nil {
+			u.report(snap, &deploy.Error{Step: deploy.StepUnit, Err: err})
+			u.again.failedOn(rarely)
+			u.build.failed()
+			u.door.reopen(u.worker)
+			return
+		}
+	}
+	u.setActive(nil, starting)
+	u.board.advance(snap, deploy.StepUnit)
+	var dep *deploy.Deployment
+	if err == nil {
+		actx, cancel := context.WithTimeoutCause(ctx, p.plan.Patience(), fmt.Errorf("not healthy within %v", p.plan.Patience()))
+		dep, err = u.deployer.Apply(actx, p.plan, clock.begin)
+		cancel()
+	}
+	if err != nil {
+		u.failed(ctx, p, trial, err, clock.end())
+		return
+	}
+	clock.begin(phaseAdmit)
+	u.down, u.build = false, backoff{}
+	u.good = snap.Digest()
+	u.setActive(dep, active)
+	c := snap.Config()
+	u.log.Info("runtime active", journal.RuntimeActive.Attr(), "model", c.Runtime.Model, "image", c.Runtime.Image, "version", snap.Version(), "generation", p.number)
+	phases := clock.end()
+	if trial {
+		u.again = backoff{}
+	} else {
+		phases = g.Phases // of its own switch
+	}
+	if trial || v.Unjudged() {
+		u.passed(p.number, phases)
+	}
+	u.clean(ctx)
+}
+
+// idle gives out no more jobs and waits until those that run have ended, or the
+// last of them is past its deadline. It fails only with ctx.
 func (u *updater) idle(ctx context.Context) error {
 	if u.active == nil {
 		return nil
 	}
-	u.worker.SetActive(nil)
+	u.door.shut(u.worker)
 	poke(u.beat)
-	ictx, cancel := context.WithTimeout(ctx, u.active.Snapshot().Config().Limits.Deadline.Duration())
+	limit := u.active.Snapshot().Config().Limits.Deadline.Duration()
+	if last := u.worker.Deadline(); !last.IsZero() {
+		limit = min(limit, max(0, time.Until(last)))
+	}
+	ictx, cancel := context.WithTimeout(ctx, limit)
 	defer cancel()
-	_ = u.worker.Idle(ictx) // past their deadline they end without our waiting
+	if err := u.worker.Idle(ictx); err != nil && ctx.Err() == nil {
+		u.log.Warn("jobs are cut short by the switch", "error", err)
+	}
 	return ctx.Err()
+}
+
+// passed makes it last that n is healthy, and that those that failed are dead.
+func (u *updater) passed(n int, phases []generation.Phase) {
+	dead, err := u.gens.Passed(n, phases)
+	if err != nil {
+		u.logged(err) // it is tried again at the next look
+		return
+	}
+	u.log.Info("generation healthy", journal.GenerationActive.Attr(), "generation", n)
+	for _, d := range dead {
+		u.log.Error("generation is dead: its configuration is not tried again", journal.GenerationDead.Attr(), "generation", d)
+	}
+}
+
+// failed goes back to the healthy generation before, if there is one. A plan
+// that is no trial has been healthy, so that this machine is at fault.
+func (u *updater) failed(ctx context.Context, p *staged, trial bool, err error, phases []generation.Phase) {
+	if ctx.Err() != nil {
+		return
+	}
+	u.setActive(nil, failed)
+	snap := p.plan.Snapshot()
+	u.report(snap, err)
+	p.stale = true
+	u.down = true
+	u.build.failed()
+	if !trial {
+		u.logged(u.gens.Excuse())
+		return
+	}
+	e, ok := errors.AsType[*deploy.Error](err)
+	if !ok {
+		e = &deploy.Error{Step: deploy.StepUnit, Err: err}
+	}
+	machine := e.Machine() || hardware.Free(u.cfg.Paths.State) < lowDisk
+	back, err := u.gens.Fail(p.number, string(e.Step), e.Err.Error(), machine, phases)
+	if err != nil { // nothing was written: the next start tries it once more
+		u.logged(err)
+		return
+	}
+	u.log.Error("generation did not become healthy", journal.GenerationFailed.Attr(), "generation", p.number, "step", e.Step, "machine", machine, "back_to", back, "error", e.Err)
+	if machine {
+		u.again.failedOn(rarely)
+	}
+	old := u.open(back)
+	switch {
+	case old == nil:
+		return
+	case old.Digest() == snap.Digest(): // the unit alone is another, and is rendered for this machine
+		u.logged(u.gens.Excuse())
+		return
+	}
+	u.log.Warn("going back to the last good generation", "generation", back, "version", old.Version())
+	if q := u.plans[old.Digest()]; q != nil {
+		u.bringUp(ctx, q)
+		return
+	}
+	u.down, u.build = false, backoff{} // it is staged first
+}
+
+// lowDisk is so little free space, in bytes, that a start may fail for it.
+const lowDisk = 64 << 20
+
+// clean removes the images and models that no generation needs that is kept.
+func (u *updater) clean(ctx context.Context) {
+	u.logged(u.gens.Prune())
+	if u.staging != nil || u.active == nil { // it holds what would be looked at; the next switch cleans
+		return
+	}
+	v := u.gens.View()
+	keep := []*snapshot.Snapshot{u.active.Snapshot()}
+	if s := u.board.snapshot(); s != nil {
+		keep = append(keep, s)
+	}
+	for n := range u.opened {
+		if v.Get(n) == nil {
+			delete(u.opened, n)
+		}
+	}
+	for _, n := range []int{v.Current, v.Previous, v.Order} {
+		if s := u.open(n); s != nil {
+			keep = append(keep, s)
+		}
+	}
+	if err := u.deployer.Clean(ctx, keep...); err != nil {
+		u.log.Warn("unlisted images or models not removed", "error", err)
+	}
 }
 
 // setActive publishes what runs; nil for nothing that may be given jobs.
@@ -419,10 +681,10 @@ func (u *updater) setActive(d *deploy.Deployment, phase string) {
 	u.active, u.engine = d, nil
 	u.board.setActive(d, phase)
 	if d == nil {
-		u.worker.SetActive(nil)
+		u.door.open(u.worker, nil, nil)
 	} else {
 		u.engine = u.openEngine(d.Socket())
-		u.worker.SetActive(&work.Active{Snapshot: d.Snapshot(), Image: d.Image(), Model: d.Model(), Engine: u.engine})
+		u.door.open(u.worker, d, &work.Active{Snapshot: d.Snapshot(), Image: d.Image(), Model: d.Model(), Engine: u.engine})
 	}
 	if old != nil {
 		old.Close() // connections that no job uses
@@ -480,11 +742,17 @@ func imageRefused(err error) bool {
 const watchHealthy = time.Minute
 
 // watchRuntime pokes the update loop whenever systemd says that the runtime's
-// unit has changed.
+// unit has changed. A start that nobody has looked at gets no jobs from the very
+// moment on, whatever the loop is doing.
 func (a *Agent) watchRuntime(ctx context.Context) error {
 	for try := 0; ; try++ {
 		begin := time.Now()
-		err := a.units.Watch(ctx, quadlet.ServiceName, func() { poke(a.look) })
+		err := a.units.Watch(ctx, quadlet.ServiceName, func() {
+			if unit, err := a.units.State(ctx, quadlet.ServiceName); err == nil {
+				a.door.check(a.worker, unit)
+			}
+			poke(a.look)
+		})
 		if ctx.Err() != nil {
 			return nil
 		}

@@ -18,6 +18,7 @@ import (
 	"os"
 	"path/filepath"
 	"slices"
+	"strconv"
 	"strings"
 	"syscall"
 	"time"
@@ -40,6 +41,7 @@ type Status struct {
 	Gates    []gate.Gate       `json:"gates"` // in the order of [gate.List]
 	Snapshot *Snapshot         `json:"snapshot,omitempty"`
 	Runtime  wire.RuntimeState `json:"runtime"`
+	Current  *Generation       `json:"generation,omitempty"` // the current one
 	Slots    int               `json:"slots"`
 	Busy     int               `json:"busy"`
 	Outbox   int               `json:"outbox"` // results that the network has not acknowledged
@@ -155,12 +157,77 @@ type Job struct {
 	Code  wire.Code `json:"code,omitempty"` // why it failed
 }
 
+// Generations is what the node has been, and what it is.
+type Generations struct {
+	Current     int          `json:"current"`             // 0 for none
+	Previous    int          `json:"previous,omitempty"`  // healthy: what a rollback goes to
+	Order       int          `json:"order,omitempty"`     // the operator's, under way
+	PutAside    string       `json:"put_aside,omitempty"` // digest of the configuration that the operator has gone back from
+	Generations []Generation `json:"generations"`         // by number
+}
+
+// Generation is a configuration that the node was brought to, and how that went.
+type Generation struct {
+	Number   int               `json:"number"`
+	State    string            `json:"state"` // staged, trial, healthy, failed, dead
+	Since    time.Time         `json:"since"`
+	Created  time.Time         `json:"created"`
+	Version  int64             `json:"version"`
+	Config   string            `json:"config"` // digest
+	Engine   string            `json:"engine"`
+	Image    string            `json:"image"` // by digest
+	Models   []GenerationModel `json:"models"`
+	Unit     string            `json:"unit,omitempty"` // digest of the unit's text
+	Step     string            `json:"step,omitempty"` // that failed
+	Reason   string            `json:"reason,omitempty"`
+	Machine  bool              `json:"machine,omitempty"`  // the fault is this machine's: it is tried again
+	Phases   []Phase           `json:"phases,omitempty"`   // of its last switch
+	Snapshot json.RawMessage   `json:"snapshot,omitempty"` // config.json; of one generation alone
+	UnitText string            `json:"unit_text,omitempty"`
+}
+
+// GenerationModel is a model of a generation.
+type GenerationModel struct {
+	Name    string `json:"name"`
+	Version string `json:"version"`
+	Digest  string `json:"digest"`
+}
+
+// Phase is a part of a switch.
+type Phase struct {
+	Name   string `json:"name"`
+	TookMS int64  `json:"took_ms"`
+}
+
+// Get returns a generation, or nil.
+func (g *Generations) Get(n int) *Generation {
+	for i := range g.Generations {
+		if g.Generations[i].Number == n {
+			return &g.Generations[i]
+		}
+	}
+	return nil
+}
+
+// ErrRefused says that an order makes no sense now; the error says why.
+var ErrRefused = errors.New("refused")
+
 // Backend is the agent as its operator sees it. Safe for concurrent use.
 type Backend interface {
 	Status() Status
 	Identity() Identity
 	Models() []Model
 	Jobs(limit int) ([]Job, error)
+	Generations() Generations
+	// Generation returns one generation with all that is kept of it.
+	Generation(n int) (Generation, error)
+	// Rollback makes a healthy generation current; 0 is the one before. It
+	// returns when the order is written down, and fails with [ErrRefused].
+	Rollback(ctx context.Context, n int) error
+	// Forward ends what Rollback began, and tries once more what is dead.
+	Forward(ctx context.Context) error
+	// Metrics serves numbers about the node to Prometheus.
+	Metrics() http.Handler
 	// Drain and Resume are remembered over restarts. Also with an error they
 	// have been obeyed, for as long as this process lives.
 	Drain() error
@@ -184,15 +251,15 @@ func Listen(dir string) (net.Listener, error) {
 	if err := os.Chmod(dir, 0o700); err != nil {
 		return nil, err
 	}
-	path := filepath.Join(dir, SocketName)
-	if err := os.Remove(path); err != nil && !errors.Is(err, fs.ErrNotExist) {
+	name := filepath.Join(dir, SocketName)
+	if err := os.Remove(name); err != nil && !errors.Is(err, fs.ErrNotExist) {
 		return nil, err
 	}
-	l, err := net.Listen("unix", path)
+	l, err := net.Listen("unix", name)
 	if err != nil {
 		return nil, err
 	}
-	if err := os.Chmod(path, 0o600); err != nil {
+	if err := os.Chmod(name, 0o600); err != nil {
 		_ = l.Close() // the chmod error says more
 		return nil, err
 	}
@@ -216,6 +283,29 @@ func Serve(ctx context.Context, l net.Listener, b Backend) error {
 	get("/v1/identity", func() (any, error) { return b.Identity(), nil })
 	get("/v1/models", func() (any, error) { return b.Models(), nil })
 	get("/v1/jobs", func() (any, error) { return b.Jobs(maxJobs) })
+	get("/v1/generations", func() (any, error) { return b.Generations(), nil })
+	mux.HandleFunc("GET /v1/generations/{n}", func(w http.ResponseWriter, r *http.Request) {
+		n, err := generationNumber(r)
+		var g Generation
+		if err == nil {
+			g, err = b.Generation(n)
+		}
+		reply(w, g, err)
+	})
+	metrics := b.Metrics()
+	mux.Handle("GET /metrics", metrics) // where Prometheus looks
+	mux.Handle("GET /v1/metrics", metrics)
+	mux.HandleFunc("POST /v1/generations/{n}/rollback", func(w http.ResponseWriter, r *http.Request) {
+		n, err := generationNumber(r)
+		if err == nil {
+			err = b.Rollback(r.Context(), n)
+		}
+		reply(w, b.Generations(), err)
+	})
+	mux.HandleFunc("POST /v1/generations/forward", func(w http.ResponseWriter, r *http.Request) {
+		err := b.Forward(r.Context())
+		reply(w, b.Generations(), err)
+	})
 	post := func(path string, f func() error) {
 		mux.HandleFunc("POST "+path, func(w http.ResponseWriter, _ *http.Request) {
 			err := f()
@@ -282,10 +372,24 @@ func noBody(h http.Handler) http.Handler {
 	})
 }
 
+// generationNumber reads the number in a request's path; 0 stands for the one
+// before the current one.
+func generationNumber(r *http.Request) (int, error) {
+	n, err := strconv.Atoi(r.PathValue("n"))
+	if err != nil || n < 0 {
+		return 0, fmt.Errorf("%w: %.20q is no number of a generation", ErrRefused, r.PathValue("n"))
+	}
+	return n, nil
+}
+
 func reply(w http.ResponseWriter, v any, err error) {
 	w.Header().Set("Content-Type", "application/json")
 	if err != nil {
-		w.WriteHeader(http.StatusInternalServerError)
+		code := http.StatusInternalServerError
+		if errors.Is(err, ErrRefused) {
+			code = http.StatusConflict
+		}
+		w.WriteHeader(code)
 		v = map[string]string{"error": err.Error()}
 	}
 	_ = json.NewEncoder(w).Encode(v) // the peer has gone: nobody to tell
@@ -313,14 +417,25 @@ func NewClient(path string) *Client {
 	}}}
 }
 
-// Get asks for one of status, identity, models or jobs.
+// Get asks for one of status, identity, models, jobs, generations, or
+// generations/N.
 func (c *Client) Get(ctx context.Context, what string, answer any) error {
 	return c.do(ctx, http.MethodGet, what, answer)
 }
 
-// Post orders drain or resume; the answer is a [Status].
+// Post orders drain or resume, which a [Status] answers, or generations/forward
+// or generations/N/rollback, which [Generations] answer.
 func (c *Client) Post(ctx context.Context, what string, answer any) error {
 	return c.do(ctx, http.MethodPost, what, answer)
+}
+
+// Metrics returns the agent's numbers in the text format of Prometheus.
+func (c *Client) Metrics(ctx context.Context) ([]byte, error) {
+	status, text, err := c.ask(ctx, http.MethodGet, "metrics", nil)
+	if err == nil && status != http.StatusOK {
+		err = fmt.Errorf("the agent answered %d %s: %.500s", status, http.StatusText(status), text)
+	}
+	return text, err
 }
 
 // Bind asks the agent to make a step towards a binding. What the network has to
@@ -352,6 +467,10 @@ func (c *Client) do(ctx context.Context, method, what string, answer any) error 
 	status, raw, err := c.ask(ctx, method, what, nil)
 	if err != nil {
 		return err
+	}
+	var refusal struct{ Error string }
+	if status == http.StatusConflict && json.Unmarshal(raw, &refusal) == nil && strings.HasPrefix(refusal.Error, ErrRefused.Error()) {
+		return fmt.Errorf("%w%s", ErrRefused, strings.TrimPrefix(refusal.Error, ErrRefused.Error()))
 	}
 	if status != http.StatusOK {
 		return fmt.Errorf("the agent answered %d %s: %.500s", status, http.StatusText(status), raw)

@@ -12,6 +12,7 @@ import (
 	"path/filepath"
 	"reflect"
 	"runtime"
+	"slices"
 	"strings"
 	"sync"
 	"syscall"
@@ -48,6 +49,7 @@ type node struct {
 	draining bool
 	limit    int
 	err      error
+	orders   []string
 	enter    chan struct{} // if there is one, Jobs says that it runs, and waits
 	leave    chan struct{}
 }
@@ -89,6 +91,31 @@ func (n *node) Resume() error                          { n.set(false); return ni
 func (n *node) Bind(_ context.Context, q BindRequest) (Binding, error) {
 	return Binding{Network: "testnet", Bound: wire.Bound{Account: q.Email}, Nonce: q.Nonce}, n.err
 }
+func (n *node) Generations() Generations {
+	return Generations{Current: 2, Previous: 1, Generations: []Generation{{Number: 1, State: "healthy", Phases: []Phase{{"start", 7}}}, {Number: 2, State: "healthy"}}}
+}
+func (n *node) Generation(i int) (Generation, error) {
+	gs := n.Generations()
+	if g := gs.Get(i); g != nil {
+		return *g, nil
+	}
+	return Generation{}, fmt.Errorf("%w: no generation %d is kept", ErrRefused, i)
+}
+func (n *node) Rollback(_ context.Context, i int) error {
+	n.mu.Lock()
+	defer n.mu.Unlock()
+	n.orders = append(n.orders, fmt.Sprint("rollback ", i))
+	return n.err
+}
+func (n *node) Forward(context.Context) error {
+	n.mu.Lock()
+	defer n.mu.Unlock()
+	n.orders = append(n.orders, "forward")
+	return n.err
+}
+func (n *node) Metrics() http.Handler {
+	return http.HandlerFunc(func(w http.ResponseWriter, _ *http.Request) { fmt.Fprintln(w, "resultity_slots 4") })
+}
 func (n *node) set(draining bool) {
 	n.mu.Lock()
 	defer n.mu.Unlock()
@@ -121,7 +148,7 @@ func TestEndpoints(t *testing.T) {
 	path, _ := serve(t, n)
 	c := NewClient(path)
 	for what, want := range map[string]any{
-		"status": n.Status(), "identity": n.Identity(), "models": n.Models(), "jobs": []Job{{ID: "aa", State: "running"}},
+		"status": n.Status(), "identity": n.Identity(), "models": n.Models(), "jobs": []Job{{ID: "aa", State: "running"}}, "generations": n.Generations(), "generations/1": n.Generations().Generations[0],
 	} {
 		got := reflect.New(reflect.TypeOf(want))
 		if err := c.Get(t.Context(), what, got.Interface()); err != nil || !reflect.DeepEqual(got.Elem().Interface(), want) {
@@ -142,6 +169,28 @@ func TestEndpoints(t *testing.T) {
 		if err := c.Post(t.Context(), what, &s); err != nil || s.Draining != want {
 			t.Errorf("%s: %+v, %v", what, s, err)
 		}
+	}
+	var gs Generations
+	for _, what := range []string{"generations/1/rollback", "generations/0/rollback", "generations/forward"} {
+		if err := c.Get(t.Context(), what, &gs); err == nil {
+			t.Errorf("looking at %s is an order", what)
+		}
+		if err := c.Post(t.Context(), what, &gs); err != nil || !reflect.DeepEqual(gs, n.Generations()) {
+			t.Errorf("%s: %+v, %v", what, gs, err)
+		}
+	}
+	if want := []string{"rollback 1", "rollback 0", "forward"}; !slices.Equal(n.orders, want) {
+		t.Errorf("orders %q", n.orders)
+	}
+	for what, call := range map[string]func(context.Context, string, any) error{
+		"generations/9": c.Get, "generations/x": c.Get, "generations/-1": c.Get, "generations/99999999999999999999/rollback": c.Post,
+	} {
+		if err := call(t.Context(), what, new(Generation)); !errors.Is(err, ErrRefused) || strings.Count(err.Error(), ErrRefused.Error()) != 1 {
+			t.Errorf("%s: %v", what, err)
+		}
+	}
+	if text, err := c.Metrics(t.Context()); err != nil || string(text) != "resultity_slots 4\n" {
+		t.Errorf("metrics %q, %v", text, err)
 	}
 	n.err = errors.New("the disk is gone")
 	if err := c.Get(t.Context(), "jobs", new([]Job)); err == nil || !strings.Contains(err.Error(), "the disk is gone") {

@@ -135,18 +135,23 @@ func (c *command) root(version string) *cobra.Command {
 	}, RunE: func(cmd *cobra.Command, a []string) error { return c.doctor(cmd.Context(), a) }}
 	doctor.Flags().StringVar(&c.bundle, "bundle", "", "also write a support archive without secrets to this new `file`")
 	root.AddCommand(doctor)
-	add := func(use, short string, args cobra.PositionalArgs, run func(context.Context, []string) error) {
-		root.AddCommand(&cobra.Command{Use: use, Short: short, Args: func(cmd *cobra.Command, a []string) error {
+	command := func(use, short string, args cobra.PositionalArgs, run func(context.Context, []string) error) *cobra.Command {
+		return &cobra.Command{Use: use, Short: short, Args: func(cmd *cobra.Command, a []string) error {
 			if err := args(cmd, a); err != nil {
 				return fmt.Errorf("%w: %w", errUsage, err)
 			}
 			return nil
-		}, RunE: func(cmd *cobra.Command, a []string) error { return run(cmd.Context(), a) }})
+		}, RunE: func(cmd *cobra.Command, a []string) error { return run(cmd.Context(), a) }}
+	}
+	add := func(use, short string, args cobra.PositionalArgs, run func(context.Context, []string) error) {
+		root.AddCommand(command(use, short, args, run))
 	}
 	add("status", "Show the gates between this node and its jobs", cobra.NoArgs, c.status)
 	add("models", "Show the models and their states", cobra.NoArgs, c.models)
 	add("jobs", "Show running jobs and unacknowledged results", cobra.NoArgs, c.jobs)
 	add("identity", "Show who this node is", cobra.NoArgs, c.identity)
+	root.AddCommand(c.generations(command))
+	add("metrics", "Print the agent's metrics in the text format of Prometheus", cobra.NoArgs, c.metrics)
 	add("drain", "Take no new jobs; running ones are finished", cobra.NoArgs, func(ctx context.Context, _ []string) error { return c.order(ctx, "drain") })
 	add("resume", "Take jobs again", cobra.NoArgs, func(ctx context.Context, _ []string) error { return c.order(ctx, "resume") })
 	root.AddCommand(c.bindCommand(), c.unbindCommand())

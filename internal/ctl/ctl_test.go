@@ -7,6 +7,7 @@ import (
 	"errors"
 	"fmt"
 	"net"
+	"net/http"
 	"os"
 	"path/filepath"
 	"strconv"
@@ -127,6 +128,7 @@ type node struct {
 	status control.Status
 	broken bool
 	bound  wire.Bound
+	order  int
 }
 
 // Bind grants everything that a network would, with one nonce for all.
@@ -181,6 +183,48 @@ func (n *node) Status() control.Status {
 	n.mu.Lock()
 	defer n.mu.Unlock()
 	return n.status
+}
+func (n *node) Generations() control.Generations {
+	n.mu.Lock()
+	defer n.mu.Unlock()
+	gs := control.Generations{Current: 2, Previous: 1, Order: n.order, Generations: []control.Generation{generationOf(1), generationOf(2), generationOf(3)}}
+	if n.order != 0 {
+		gs.PutAside = "sha256:ab"
+	}
+	gs.Generations[2].State, gs.Generations[2].Step, gs.Generations[2].Reason = "dead", "validation", "wrong \x1b[31m\nanswer"
+	return gs
+}
+func generationOf(i int) control.Generation {
+	return control.Generation{
+		Number: i, State: "healthy", Since: time.Unix(1_900_000_000, 0).UTC(), Version: int64(i), Config: "sha256:c", Engine: "llamacpp",
+		Image:  "registry.example.net/resultity/llamacpp@" + digest.Of([]byte{byte(i)}).String(),
+		Models: []control.GenerationModel{{Name: "tiny-chat", Version: "1", Digest: "sha256:d"}}, Unit: "sha256:e",
+		Phases:   []control.Phase{{Name: "stage", TookMS: 60_000}, {Name: "drain", TookMS: 10}, {Name: "start", TookMS: 1500}},
+		Snapshot: json.RawMessage(fmt.Sprintf(`{"limits":{"tokens":%d},"models":[{"name":"x"}]}`, 100*i)), UnitText: fmt.Sprintf("[Container]\nImage=%d\nPull=never\n", i),
+	}
+}
+func (n *node) Generation(i int) (control.Generation, error) {
+	if i == 0 {
+		i = 2
+	}
+	gs := n.Generations()
+	if g := gs.Get(i); g != nil {
+		return *g, nil
+	}
+	return control.Generation{}, fmt.Errorf("%w: no generation %d is kept", control.ErrRefused, i)
+}
+func (n *node) Rollback(_ context.Context, i int) error {
+	n.mu.Lock()
+	defer n.mu.Unlock()
+	if i > 1 {
+		return fmt.Errorf("%w: generation %d is current already", control.ErrRefused, i)
+	}
+	n.order = 1
+	return nil
+}
+func (n *node) Forward(context.Context) error { return nil }
+func (n *node) Metrics() http.Handler {
+	return http.HandlerFunc(func(w http.ResponseWriter, _ *http.Request) { fmt.Fprintln(w, "resultity_slots 4") })
 }
 func (n *node) Identity() control.Identity {
 	n.mu.Lock()

@@ -15,6 +15,7 @@ import (
 	"os"
 	"path/filepath"
 	"slices"
+	"syscall"
 	"time"
 
 	"github.com/resultity/node/internal/digest"
@@ -54,6 +55,24 @@ func (e *Error) Error() string { return fmt.Sprintf("%s: %v", e.Step, e.Err) }
 // Unwrap returns the cause.
 func (e *Error) Unwrap() error { return e.Err }
 
+// Machine reports whether the failure is this machine's and may pass, not the
+// configuration's: what could not be fetched, a full disk, memory that others
+// have taken, a Podman or a service manager that does not answer.
+func (e *Error) Machine() bool {
+	var job *systemd.JobError
+	switch {
+	case e.Step == StepImage, e.Step == StepModel,
+		errors.Is(e, syscall.ENOSPC), errors.Is(e, syscall.EDQUOT), errors.Is(e, syscall.EROFS), errors.Is(e, syscall.EIO),
+		errors.Is(e, podman.ErrUnavailable), errors.Is(e, systemd.ErrLost):
+		return true
+	case errors.As(e, &job):
+		return job.State.Result == "oom-kill" || job.State.Result == "resources"
+	case e.Step == StepUnit:
+		return !errors.Is(e, quadlet.ErrUnsealed) && !errors.Is(e, systemd.ErrNotTaken)
+	}
+	return false
+}
+
 // fails wraps err for a step; nil stays nil.
 func fails(s Step, err error) error {
 	if err == nil {
@@ -70,6 +89,7 @@ type (
 	models interface {
 		Ensure(ctx context.Context, m *snapshot.Model, progress func(done, total int64)) (dir string, err error)
 		Retain(keep []*snapshot.Model) error
+		Warm(ctx context.Context, m *snapshot.Model, most int64) (read int64, err error)
 	}
 	units interface {
 		Install(ctx context.Context, dir, name string, text []byte) (changed bool, err error)
@@ -91,7 +111,8 @@ type (
 	}
 )
 
-// Deployer brings snapshots to life. Its methods are called by one goroutine.
+// Deployer brings snapshots to life. Stage may be called beside the others; those
+// are called by one goroutine.
 type Deployer struct {
 	Images     images
 	Models     models
@@ -122,6 +143,9 @@ type Plan struct {
 
 // Snapshot returns what the plan is for.
 func (p *Plan) Snapshot() *snapshot.Snapshot { return p.snapshot }
+
+// Unit returns the text of the runtime's unit. The caller must not change it.
+func (p *Plan) Unit() []byte { return p.unit.Text }
 
 // Deployment is a runtime that is up, sealed and validated. Only
 // [Deployer.Apply] makes one.
@@ -207,9 +231,35 @@ const (
 	stopTimeout = 2 * time.Minute
 )
 
-// Apply makes the plan what runs, and validates it.
-func (d *Deployer) Apply(ctx context.Context, p *Plan) (*Deployment, error) {
-	dep, err := d.apply(ctx, p)
+// Phases of [Deployer.Apply], in order.
+const (
+	PhaseStop     = "stop" // the old runtime, if the unit changes; and the new unit is installed
+	PhaseStart    = "start"
+	PhaseSeal     = "seal" // the check that it is sealed
+	PhaseValidate = "validate"
+)
+
+// Patience is how long the plan may take from its start to its last right
+// answer: what does not become healthy in that time is not going to.
+func (p *Plan) Patience() time.Duration {
+	c := p.snapshot.Config()
+	d := p.unit.Patience + lookTimeout
+	for _, g := range c.Validation {
+		d += g.Timeout.Duration()
+	}
+	return d
+}
+
+// Warm has the system read the runtime's model ahead of its start, no more than
+// most bytes of it.
+func (d *Deployer) Warm(ctx context.Context, p *Plan, most int64) (read int64, err error) {
+	return d.Models.Warm(ctx, p.snapshot.Model(), most)
+}
+
+// Apply makes the plan what runs, and validates it. It calls begin at the start
+// of each phase.
+func (d *Deployer) Apply(ctx context.Context, p *Plan, begin func(phase string)) (*Deployment, error) {
+	dep, err := d.apply(ctx, p, begin)
 	if !mustStop(ctx, err) {
 		return dep, err
 	}
@@ -235,7 +285,8 @@ func mustStop(ctx context.Context, err error) bool {
 	return ctx.Err() == nil
 }
 
-func (d *Deployer) apply(ctx context.Context, p *Plan) (*Deployment, error) {
+func (d *Deployer) apply(ctx context.Context, p *Plan, begin func(phase string)) (*Deployment, error) {
+	begin(PhaseStop)
 	if err := d.makeSocketDir(); err != nil {
 		return nil, fails(StepUnit, err)
 	}
@@ -251,6 +302,7 @@ func (d *Deployer) apply(ctx context.Context, p *Plan) (*Deployment, error) {
 	if err := quadlet.CheckCommand(state.Command); err != nil {
 		return nil, fails(StepSandbox, fmt.Errorf("%w: %w; see systemctl --user cat %s", sandbox.ErrNotSealed, err, p.unit.Service))
 	}
+	begin(PhaseStart)
 	if state.Active != "active" { // Install has stopped what it changed
 		if state, err = d.start(ctx, p, state); err != nil {
 			return nil, fails(StepStart, err)
@@ -259,9 +311,11 @@ func (d *Deployer) apply(ctx context.Context, p *Plan) (*Deployment, error) {
 	dep := &Deployment{snapshot: p.snapshot, invocation: state.InvocationID, socket: filepath.Join(d.SocketDir, quadlet.SocketName)}
 	engine := d.Engine(dep.socket)
 	defer engine.Close()
+	begin(PhaseSeal)
 	if err := d.checkSealed(ctx, p, engine); err != nil {
 		return nil, fails(StepSandbox, err)
 	}
+	begin(PhaseValidate)
 	if err := validate(ctx, engine, p.snapshot.Config()); err != nil {
 		return nil, err
 	}

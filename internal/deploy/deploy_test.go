@@ -3,6 +3,7 @@ package deploy_test
 import (
 	"context"
 	"errors"
+	"fmt"
 	"os"
 	"path/filepath"
 	"slices"
@@ -22,6 +23,8 @@ import (
 	"github.com/resultity/node/internal/systemd"
 )
 
+func phase(string) {}
+
 func step(err error) deploy.Step {
 	e, ok := errors.AsType[*deploy.Error](err)
 	if !ok {
@@ -37,7 +40,7 @@ func bring(t *testing.T, d *deploy.Deployer, s *snapshot.Snapshot) (*deploy.Depl
 	if err != nil {
 		return nil, err
 	}
-	return d.Apply(t.Context(), p)
+	return d.Apply(t.Context(), p, phase)
 }
 
 func up(t *testing.T, d *deploy.Deployer, s *snapshot.Snapshot) *deploy.Deployment {
@@ -313,7 +316,7 @@ func TestEndOfTheAgent(t *testing.T) {
 			m.Do(func(m *Locked) { m.Outside(func(o *sandbox.Outside) { o.NoNewPrivs = false }) })
 		}
 		m.Fail(c.call, &Fault{Late: true, Also: func(*Locked) { cancel() }})
-		dep, err := d.Apply(ctx, p)
+		dep, err := d.Apply(ctx, p, phase)
 		if dep != nil || err == nil {
 			t.Errorf("%s: got %v, %v", c.call, dep, err)
 		}
@@ -438,6 +441,37 @@ func TestClean(t *testing.T) {
 		m.Fail(call, &Fault{Err: errBroken, Times: 1})
 		if err := d.Clean(t.Context(), two); !errors.Is(err, errBroken) {
 			t.Errorf("%s: %v", call, err)
+		}
+	}
+}
+
+// Whose fault a failure is decides whether the same is tried again.
+func TestMachineFaults(t *testing.T) {
+	job := func(result string) error {
+		return fmt.Errorf("x: %w", &systemd.JobError{Outcome: "failed", State: systemd.State{Result: result}})
+	}
+	for _, c := range []struct {
+		step    deploy.Step
+		err     error
+		machine bool
+	}{
+		{deploy.StepImage, errors.New("x"), true},
+		{deploy.StepModel, digest.ErrMismatch, true}, // nothing was switched, and sources get mended
+		{deploy.StepUnit, errors.New("no such device"), true},
+		{deploy.StepUnit, fmt.Errorf("x: %w", quadlet.ErrUnsealed), false},
+		{deploy.StepUnit, fmt.Errorf("x: %w", systemd.ErrNotTaken), false},
+		{deploy.StepUnit, &os.PathError{Err: syscall.ENOSPC}, true},
+		{deploy.StepStart, job("exit-code"), false},
+		{deploy.StepStart, job("timeout"), false},
+		{deploy.StepStart, job("oom-kill"), true},
+		{deploy.StepStart, context.DeadlineExceeded, false},
+		{deploy.StepStart, systemd.ErrLost, true},
+		{deploy.StepSandbox, sandbox.ErrNotSealed, false},
+		{deploy.StepSandbox, podman.ErrUnavailable, true},
+		{deploy.StepValidate, errors.New("another answer"), false},
+	} {
+		if e := (&deploy.Error{Step: c.step, Err: c.err}); e.Machine() != c.machine {
+			t.Errorf("%v: machine %v", e, e.Machine())
 		}
 	}
 }

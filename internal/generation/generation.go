@@ -381,6 +381,12 @@ func (s *Store) View() View {
 	return v
 }
 
+// Unjudged reports whether a generation has failed and it is open whose fault that
+// was.
+func (v *View) Unjudged() bool {
+	return slices.ContainsFunc(v.Generations, func(g Generation) bool { return g.State == Failed && !g.Machine })
+}
+
 // Load reads a generation's proof and unit. [ErrDamaged] says that they are not
 // what was written.
 func (s *Store) Load(n int) (proof, unit []byte, err error) {
@@ -598,7 +604,7 @@ func (s *Store) Condemn(n int, step, reason string) error {
 // Excuse says that those that failed are not to blame, since what was healthy
 // does not come up either.
 func (s *Store) Excuse() error {
-	if v := s.View(); !slices.ContainsFunc(v.Generations, func(g Generation) bool { return g.State == Failed && !g.Machine }) {
+	if v := s.View(); !v.Unjudged() {
 		return nil
 	}
 	return s.change(func(x *index) error {

@@ -144,8 +144,11 @@ func Free(dir string) int64 {
 // Memory returns the machine's memory in bytes, 0 where that cannot be told.
 func Memory() int64 { return memory("/proc/meminfo") }
 
-func memory(file string) int64 {
-	kb := value(file, "MemTotal:")
+func memory(file string) int64 { return kilobytes(file, "MemTotal:") }
+
+// kilobytes returns the bytes of a value in kB, 0 where that cannot be told.
+func kilobytes(file, prefix string) int64 {
+	kb := value(file, prefix)
 	n, err := strconv.ParseInt(strings.TrimSpace(strings.TrimSuffix(kb, "kB")), 10, 64)
 	if err != nil || n < 0 || n > 1<<40 {
 		return 0
@@ -173,3 +176,8 @@ func value(file, prefix string) string {
 	}
 	return ""
 }
+
+// Available returns the bytes of memory that new work may take without others
+// losing theirs, 0 where that cannot be told. Files in memory that nobody needs
+// count.
+func Available() int64 { return kilobytes("/proc/meminfo", "MemAvailable:") }

@@ -88,6 +88,18 @@ var (
 // LogsDropped is about the logs themselves.
 var LogsDropped = event("7c1f2a2f6f8e4d6a9a4a5d1e0b7c3f4a", "logs-dropped", "Log records never reached the network", "The spool is bounded, and @RESULTITY_COUNT@ of its records were overwritten before the network had them, since it was away for long or the disk was full. The journal still has them. The network knows the number.")
 
+// Generations.
+var (
+	GenerationStaged = event("7c1f2a2f6f8e4d6a9a4a5d1e0b7c3f60", "generation-staged", "A new generation is ready", "Generation @RESULTITY_GENERATION@ is complete on disk: configuration, image, model and unit, all verified. The one before serves until the switch, which comes next.")
+	GenerationPhase  = event("7c1f2a2f6f8e4d6a9a4a5d1e0b7c3f61", "generation-phase", "A part of the switch to another generation is done", "Phase @RESULTITY_PHASE@ of generation @RESULTITY_GENERATION@ took @RESULTITY_TOOK_MS@ ms. `resultityctl generations show` has all of them.")
+	GenerationActive = event("7c1f2a2f6f8e4d6a9a4a5d1e0b7c3f62", "generation-active", "A generation is healthy and current", "Generation @RESULTITY_GENERATION@ came up, is sealed and gave the expected answers. It is what the node comes back with after a restart.")
+	GenerationFailed = event("7c1f2a2f6f8e4d6a9a4a5d1e0b7c3f63", "generation-failed", "A generation did not become healthy", "The message says at which step generation @RESULTITY_GENERATION@ failed. The node goes back to the healthy one before by itself, and tells the network. If that one comes up, the configuration is to blame and is not tried again; where this machine is (no disk, no memory, Podman does not answer), it is tried again after a while.")
+	GenerationDead   = event("7c1f2a2f6f8e4d6a9a4a5d1e0b7c3f64", "generation-dead", "A generation is dead", "Generation @RESULTITY_GENERATION@ failed where another one came up, so that its configuration is not tried again until the network has another. `resultityctl generations show @RESULTITY_GENERATION@` has the reason; `resultityctl generations forward` tries it once more.")
+	GenerationBroken = event("7c1f2a2f6f8e4d6a9a4a5d1e0b7c3f65", "generation-broken", "A generation on disk is damaged", "It is not what was written, or is not signed as it must be, and is not used. The node goes on with the one before, or with what the network has. Look at this machine's disk.")
+	GenerationPinned = event("7c1f2a2f6f8e4d6a9a4a5d1e0b7c3f66", "generation-pinned", "The operator goes back to an older generation", "Generation @RESULTITY_GENERATION@ is made current and kept until the network has another configuration. Until then the network may give no jobs to this node. `resultityctl generations forward` ends it.")
+	GenerationUnpin  = event("7c1f2a2f6f8e4d6a9a4a5d1e0b7c3f67", "generation-unpinned", "The node follows the network's configuration again", "The newest configuration is taken up, also if it was put aside by the operator, or was dead.")
+)
+
 // Events lists all events, in the order of their ids.
 var Events []*Event
 

@@ -110,6 +110,10 @@ type Unit struct {
 	Service string // that Podman's generator makes of it
 	Text    []byte
 	Digest  digest.Digest // of Text
+
+	// Patience is how long a stop of what ran before, and then the start, may
+	// take at most.
+	Patience time.Duration
 }
 
 // Render makes the unit. It fails if a path or a name has a form that it would
@@ -124,7 +128,8 @@ func Render(p Params) (Unit, error) {
 		return Unit{}, fmt.Errorf("render %s: %w", FileName, err)
 	}
 	text := []byte(b.String())
-	return Unit{Name: FileName, Service: ServiceName, Text: text, Digest: digest.Of(text)}, nil
+	return Unit{Name: FileName, Service: ServiceName, Text: text, Digest: digest.Of(text),
+		Patience: time.Duration(f.TimeoutStop+f.TimeoutStart) * time.Second}, nil
 }
 
 var runtimeTemplate = template.Must(template.New(FileName).Option("missingkey=error").Parse(templates.Runtime))

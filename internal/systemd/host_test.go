@@ -438,10 +438,10 @@ func lostBus(ctx context.Context, c *Conn) error {
 	if out, err := exec.CommandContext(ctx, "systemctl", "--user", "restart", "dbus.service").CombinedOutput(); err != nil {
 		return fmt.Errorf("restart the bus: %w: %s", err, out)
 	}
-	if err := <-ended; !errors.Is(err, errLost) {
+	if err := <-ended; !errors.Is(err, ErrLost) {
 		return fmt.Errorf("watch ended with %w", err)
 	}
-	if err := <-starting; !errors.Is(err, errLost) {
+	if err := <-starting; !errors.Is(err, ErrLost) {
 		return fmt.Errorf("start ended with %w", err)
 	}
 	return c.Stop(ctx, "x.service") // over a new connection

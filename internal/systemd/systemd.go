@@ -238,10 +238,13 @@ func (c *Conn) Install(ctx context.Context, dir, name string, text []byte) (chan
 		return true, err
 	}
 	if s.Load != "loaded" {
-		return true, fmt.Errorf("%s is %s after a reload: Podman's generator did not take %s; /usr/libexec/podman/quadlet -user -dryrun says why", service, s.Load, file)
+		return true, fmt.Errorf("%w: %s is %s after a reload with %s; /usr/libexec/podman/quadlet -user -dryrun says why", ErrNotTaken, service, s.Load, file)
 	}
 	return true, nil
 }
+
+// ErrNotTaken says that no service came of a unit.
+var ErrNotTaken = errors.New("Podman's generator did not take the unit")
 
 // serviceOf names the service that Podman's generator makes of a Quadlet file.
 func serviceOf(name string) string { return strings.TrimSuffix(name, ".container") + ".service" }
@@ -339,13 +342,14 @@ func (c *Conn) job(ctx context.Context, verb, unit string, f jobFunc) error {
 		s, err := c.State(ctx, unit)
 		return errors.Join(&JobError{verb, unit, outcome, s}, err)
 	case <-l.lost:
-		return fmt.Errorf("%s %s: %w before the end of the job", verb, unit, errLost)
+		return fmt.Errorf("%s %s: %w before the end of the job", verb, unit, ErrLost)
 	case <-ctx.Done():
 		return fmt.Errorf("%s %s: %w", verb, unit, context.Cause(ctx))
 	}
 }
 
-var errLost = errors.New("the connection to the bus was lost")
+// ErrLost says that the service manager went away in the middle.
+var ErrLost = errors.New("the connection to the bus was lost")
 
 // ResetFailed clears the unit's failed state, its start limit, and the count of
 // restarts by which RestartSteps= makes them slower.
@@ -396,7 +400,7 @@ func (c *Conn) Watch(ctx context.Context, unit string, f func()) error {
 			return nil
 		}
 		if !bus.Connected() {
-			return fmt.Errorf("watch %s: %w", unit, errLost)
+			return fmt.Errorf("watch %s: %w", unit, ErrLost)
 		}
 		for len(changes) > 0 { // several properties change at once
 			<-changes

@@ -105,6 +105,15 @@ type Heartbeat struct {
 	Busy     int           `json:"busy"`  // jobs it runs now
 	Outbox   int           `json:"outbox"`
 	Draining bool          `json:"draining"`
+	Failed   *Failed       `json:"failed,omitempty"` // the newest configuration, where the node has gone back from it
+}
+
+// Failed says why a node is not on a configuration that it has.
+type Failed struct {
+	Config digest.Digest `json:"config"`
+	Step   string        `json:"step"`   // that failed: image, model, unit, start, sandbox, validation
+	Reason string        `json:"reason"` // for people, at most 256 bytes
+	Final  bool          `json:"final"`  // not tried again
 }
 
 // ModelState is one model of a heartbeat.

@@ -260,6 +260,19 @@ func (w *Worker) Hold(on bool) {
 	w.held = on
 }
 
+// Deadline returns when the last of the jobs that run now must have ended, zero
+// when none runs.
+func (w *Worker) Deadline() (last time.Time) {
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	for _, k := range w.jobs {
+		if at := time.UnixMilli(k.Job.Deadline); at.After(last) {
+			last = at
+		}
+	}
+	return last
+}
+
 // Idle waits until no job has a slot, or fails when ctx ends before.
 func (w *Worker) Idle(ctx context.Context) error {
 	return w.wait(ctx, func() int { return w.busy })

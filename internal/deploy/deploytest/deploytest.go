@@ -38,6 +38,7 @@ const (
 	RetainImages = "image.Retain"
 	EnsureModel  = "model.Ensure"
 	RetainModels = "model.Retain"
+	WarmModel    = "model.Warm"
 	Install      = "units.Install"
 	State        = "units.State"
 	Start        = "units.Start"
@@ -215,6 +216,11 @@ func (l *Locked) Crash(again bool) {
 	l.changed()
 }
 
+// Reboot loses what does not outlive the machine's power: units and what runs.
+func (l *Locked) Reboot() {
+	l.text, l.spent, l.state = nil, false, systemd.State{Load: "not-found", Active: "inactive"}
+}
+
 // Activate puts the unit into a state by systemd's own doing.
 func (l *Locked) Activate(active string) { l.state.Active = active; l.changed() }
 
@@ -225,6 +231,9 @@ func (l *Locked) Come() { l.up(); l.changed() }
 func (l *Locked) Runs(s *snapshot.Snapshot) bool {
 	return bytes.Contains(l.text, []byte("Image="+s.Config().Runtime.Image.String()))
 }
+
+// Models returns how many models are stored.
+func (l *Locked) Models() int { return len(l.models) }
 
 // Outside changes what the kernel says of the container.
 func (l *Locked) Outside(f func(*sandbox.Outside)) { f(&l.outside) }
@@ -353,6 +362,18 @@ func (s *models) Retain(keep []*snapshot.Model) error {
 		}
 		return nil
 	})
+}
+
+func (s *models) Warm(ctx context.Context, model *snapshot.Model, most int64) (read int64, err error) {
+	m := (*Machine)(s)
+	err = m.fail(ctx, WarmModel, func() error {
+		if !m.models[model.Digest()] {
+			m.t.Errorf("model %s is warmed before it is here", model.Digest())
+		}
+		read = min(model.Size(), most)
+		return nil
+	})
+	return read, err
 }
 
 // Units is the service manager.

@@ -535,14 +535,22 @@ func TestGates(t *testing.T) {
 		reason string
 	}{
 		"other configuration": {func(h *wire.Heartbeat) { h.Config = digest.Of([]byte("x")) }, "configuration"},
-		"no configuration":    {func(h *wire.Heartbeat) { h.Config = digest.Digest{} }, "configuration none"},
-		"draining":            {func(h *wire.Heartbeat) { h.Draining = true }, "draining"},
-		"runtime":             {func(h *wire.Heartbeat) { h.Runtime.State = "starting" }, `"starting"`},
-		"image":               {func(h *wire.Heartbeat) { h.Runtime.Image = digest.Of([]byte("x")) }, "image"},
-		"model state":         {func(h *wire.Heartbeat) { h.Models[0].State = "pending" }, `"pending"`},
-		"model digest":        {func(h *wire.Heartbeat) { h.Models[0].Digest = digest.Of([]byte("x")) }, "does not have model"},
-		"no model":            {func(h *wire.Heartbeat) { h.Models = nil }, "does not have model"},
-		"no slots":            {func(h *wire.Heartbeat) { h.Slots = 0 }, "slots"},
+		"gone back": {func(h *wire.Heartbeat) {
+			h.Failed = &wire.Failed{Config: h.Config, Step: "validation", Reason: "another answer", Final: true}
+			h.Config = digest.Of([]byte("x"))
+		}, "failed there: validation: another answer"},
+		"gone back from another": {func(h *wire.Heartbeat) {
+			h.Failed = &wire.Failed{Config: digest.Of([]byte("y")), Step: "validation", Reason: "another answer"}
+			h.Config = digest.Of([]byte("x"))
+		}, ", the network on"},
+		"no configuration": {func(h *wire.Heartbeat) { h.Config = digest.Digest{} }, "configuration none"},
+		"draining":         {func(h *wire.Heartbeat) { h.Draining = true }, "draining"},
+		"runtime":          {func(h *wire.Heartbeat) { h.Runtime.State = "starting" }, `"starting"`},
+		"image":            {func(h *wire.Heartbeat) { h.Runtime.Image = digest.Of([]byte("x")) }, "image"},
+		"model state":      {func(h *wire.Heartbeat) { h.Models[0].State = "pending" }, `"pending"`},
+		"model digest":     {func(h *wire.Heartbeat) { h.Models[0].Digest = digest.Of([]byte("x")) }, "does not have model"},
+		"no model":         {func(h *wire.Heartbeat) { h.Models = nil }, "does not have model"},
+		"no slots":         {func(h *wire.Heartbeat) { h.Slots = 0 }, "slots"},
 	} {
 		t.Run(name, func(t *testing.T) {
 			run(t, Options{}, nil, func(t *testing.T, f *fixture) {
@@ -570,13 +578,14 @@ func TestHeartbeatBounds(t *testing.T) {
 	run(t, Options{}, nil, func(t *testing.T, f *fixture) {
 		p := f.join(nil)
 		for name, change := range map[string]func(*wire.Heartbeat){
-			"models":     func(h *wire.Heartbeat) { h.Models = make([]wire.ModelState, 257) },
-			"gpus":       func(h *wire.Heartbeat) { h.Hardware.GPUs = make([]string, 257) },
-			"slots":      func(h *wire.Heartbeat) { h.Slots = -1 },
-			"many slots": func(h *wire.Heartbeat) { h.Slots = 1 << 40 },
-			"busy":       func(h *wire.Heartbeat) { h.Busy = -1 },
-			"long":       func(h *wire.Heartbeat) { h.Hardware.Kernel = strings.Repeat("x", 257) },
-			"long model": func(h *wire.Heartbeat) { h.Models[0].State = strings.Repeat("x", 257) },
+			"models":      func(h *wire.Heartbeat) { h.Models = make([]wire.ModelState, 257) },
+			"gpus":        func(h *wire.Heartbeat) { h.Hardware.GPUs = make([]string, 257) },
+			"slots":       func(h *wire.Heartbeat) { h.Slots = -1 },
+			"many slots":  func(h *wire.Heartbeat) { h.Slots = 1 << 40 },
+			"busy":        func(h *wire.Heartbeat) { h.Busy = -1 },
+			"long":        func(h *wire.Heartbeat) { h.Hardware.Kernel = strings.Repeat("x", 257) },
+			"long reason": func(h *wire.Heartbeat) { h.Failed = &wire.Failed{Reason: strings.Repeat("x", 257)} },
+			"long model":  func(h *wire.Heartbeat) { h.Models[0].State = strings.Repeat("x", 257) },
 		} {
 			b := p.node.Heartbeat()
 			change(b)

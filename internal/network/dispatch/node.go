@@ -178,6 +178,9 @@ func checkBeat(b *wire.Heartbeat) error {
 	for _, m := range b.Models {
 		texts = append(texts, m.Name, m.Version, m.State)
 	}
+	if b.Failed != nil {
+		texts = append(texts, b.Failed.Step, b.Failed.Reason)
+	}
 	switch {
 	case len(b.Models) > 256 || len(h.GPUs) > 256:
 		return fmt.Errorf("%w: heartbeat lists %d models and %d GPUs, at most 256 each", ErrInvalid, len(b.Models), len(h.GPUs))
@@ -540,6 +543,8 @@ func (d *Dispatcher) assess(n *node, now time.Time) string {
 		return "it broke the protocol; it gets jobs again after " + n.penalty.UTC().Format(time.TimeOnly) + " UTC"
 	case n.unbound:
 		return "it is bound to no account; bind it: resultityctl bind"
+	case b.Config != t.Digest && b.Failed != nil && b.Failed.Config == t.Digest:
+		return fmt.Sprintf("it is on configuration %s, since that of the network failed there: %s: %s", orNone(b.Config.String()), b.Failed.Step, b.Failed.Reason)
 	case b.Config != t.Digest:
 		return fmt.Sprintf("it is on configuration %s, the network on %s", orNone(b.Config.String()), t.Digest)
 	case b.Draining:

@@ -1,0 +1,74 @@
+package agent
+
+import (
+	"net/http"
+	"strconv"
+
+	"github.com/prometheus/client_golang/prometheus"
+	"github.com/prometheus/client_golang/prometheus/promhttp"
+
+	"github.com/resultity/node/internal/gate"
+)
+
+// What is measured. Each collection asks the agent as it is then.
+var (
+	metricInfo       = prometheus.NewDesc("resultity_agent_info", "Always 1; the labels say who this is.", []string{"version", "node", "network"}, nil)
+	metricGate       = prometheus.NewDesc("resultity_gate_open", "1 where a gate between the node and its jobs is open.", []string{"gate"}, nil)
+	metricSlots      = prometheus.NewDesc("resultity_slots", "Jobs that the node can run at once.", nil, nil)
+	metricBusy       = prometheus.NewDesc("resultity_jobs_running", "Jobs that run.", nil, nil)
+	metricOutbox     = prometheus.NewDesc("resultity_results_unacknowledged", "Results that the network has not acknowledged.", nil, nil)
+	metricRestarts   = prometheus.NewDesc("resultity_runtime_restarts", "Restarts of the runtime by systemd since it was started.", nil, nil)
+	metricCurrent    = prometheus.NewDesc("resultity_generation_current", "Number of the current generation, 0 for none.", nil, nil)
+	metricGeneration = prometheus.NewDesc("resultity_generation_state", "1 for the state that a generation is in.", []string{"generation", "state"}, nil)
+	metricPhase      = prometheus.NewDesc("resultity_generation_phase_seconds", "How long a phase of the last switch to a generation took.", []string{"generation", "phase"}, nil)
+)
+
+// collector makes metrics of an agent.
+type collector struct{ *Agent }
+
+// Describe implements [prometheus.Collector].
+func (c collector) Describe(out chan<- *prometheus.Desc) {
+	for _, d := range []*prometheus.Desc{metricInfo, metricGate, metricSlots, metricBusy, metricOutbox, metricRestarts, metricCurrent, metricGeneration, metricPhase} {
+		out <- d
+	}
+}
+
+// Collect implements [prometheus.Collector].
+func (c collector) Collect(out chan<- prometheus.Metric) {
+	gauge := func(d *prometheus.Desc, v float64, labels ...string) {
+		out <- prometheus.MustNewConstMetric(d, prometheus.GaugeValue, v, labels...)
+	}
+	s := c.Status()
+	gauge(metricInfo, 1, s.Version, s.Node, s.Network)
+	for _, g := range s.Gates {
+		open := 0.0
+		if g.State == gate.Open {
+			open = 1
+		}
+		gauge(metricGate, open, g.Name)
+	}
+	gauge(metricSlots, float64(s.Slots))
+	gauge(metricBusy, float64(s.Busy))
+	gauge(metricOutbox, float64(s.Outbox))
+	gauge(metricRestarts, float64(s.Runtime.Restarts))
+	v := c.gens.View()
+	gauge(metricCurrent, float64(v.Current))
+	for i := range v.Generations {
+		g := &v.Generations[i]
+		gauge(metricGeneration, 1, strconv.Itoa(g.Number), string(g.State))
+		took := map[string]float64{}
+		for _, p := range g.Phases { // the disk may name one twice
+			took[p.Name] = float64(p.TookMS) / 1000
+		}
+		for name, seconds := range took {
+			gauge(metricPhase, seconds, strconv.Itoa(g.Number), name)
+		}
+	}
+}
+
+// Metrics implements [control.Backend].
+func (a *Agent) Metrics() http.Handler {
+	r := prometheus.NewRegistry()
+	r.MustRegister(collector{a})
+	return promhttp.HandlerFor(r, promhttp.HandlerOpts{})
+}
