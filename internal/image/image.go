@@ -63,9 +63,12 @@ type podman interface {
 	RemoveImages(ctx context.Context, pulled, keep []snapshot.ImageRef) (gone []snapshot.ImageRef, err error)
 }
 
-// checkTimeout bounds the talk with a registry about signatures, which are
-// small. A pull has no such bound.
-const checkTimeout = 2 * time.Minute
+// The talk with a registry about signatures ends when it stands still, and at a
+// time in which any line brings something so small.
+const (
+	stallTimeout = 30 * time.Second
+	checkTimeout = 15 * time.Minute
+)
 
 // Images is the trusted way to images. Its methods may be called concurrently,
 // but do their work one after the other.
@@ -75,6 +78,7 @@ type Images struct {
 	dir       string
 	ca        []byte
 	log       *slog.Logger
+	stall     time.Duration
 
 	mu sync.Mutex // held for a whole call: guards the files in dir
 }
@@ -91,7 +95,7 @@ func New(transport http.RoundTripper, p podman, policyDir string, ca []byte, log
 	if transport == nil {
 		transport = http.DefaultTransport
 	}
-	i := &Images{podman: p, transport: transport, dir: policyDir, ca: ca, log: log}
+	i := &Images{podman: p, transport: transport, dir: policyDir, ca: ca, log: log, stall: stallTimeout}
 	// Without a file here Podman would use the machine's policy, which lets
 	// everything in. It reads the files anew for each pull.
 	if err := i.deny(); err != nil {

@@ -20,6 +20,7 @@ import (
 	"slices"
 	"strings"
 	"testing"
+	"time"
 
 	"github.com/google/go-containerregistry/pkg/name"
 	intoto "github.com/in-toto/attestation/go/v1"
@@ -519,6 +520,39 @@ func TestHostileRegistry(t *testing.T) {
 		})
 	}
 }
+
+// A registry that stops talking, before its answer or in the middle of it, is
+// not waited for.
+func TestRegistryHangs(t *testing.T) {
+	_, pub := newKey(t)
+	ref, err := snapshot.ParseImageRef("registry.test/a@sha256:" + strings.Repeat("ab", 32))
+	if err != nil {
+		t.Fatal(err)
+	}
+	for what, rt := range map[string]http.RoundTripper{
+		"before": roundTrip(func(r *http.Request) (*http.Response, error) {
+			<-r.Context().Done()
+			return nil, context.Cause(r.Context())
+		}),
+		"in the middle": roundTrip(func(r *http.Request) (*http.Response, error) {
+			return &http.Response{StatusCode: http.StatusOK, Header: http.Header{}, Body: io.NopCloser(hangs{r.Context()}), Request: r, ContentLength: -1}, nil
+		}),
+	} {
+		i, err := New(rt, &standIn{t: t, stored: map[snapshot.ImageRef]bool{}}, t.TempDir(), nil, slog.New(slog.DiscardHandler))
+		if err != nil {
+			t.Fatal(err)
+		}
+		i.stall = 50 * time.Millisecond
+		if err := i.Ensure(t.Context(), ref, []string{pub}); !errors.Is(err, errStalled) {
+			t.Errorf("%s: %v", what, err)
+		}
+	}
+}
+
+// hangs is a body that never comes.
+type hangs struct{ context.Context }
+
+func (h hangs) Read([]byte) (int, error) { <-h.Done(); return 0, context.Cause(h) }
 
 type roundTrip func(*http.Request) (*http.Response, error)
 

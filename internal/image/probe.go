@@ -55,7 +55,7 @@ func ProbeUnsigned(ctx context.Context, p offerer, keys []string) (r Refusal, er
 		return r, fmt.Errorf("registry of the probe: %w", err)
 	}
 	defer func() { err = errors.Join(err, reg.close()) }()
-	i := &Images{transport: &http.Transport{
+	i := &Images{stall: stallTimeout, transport: &http.Transport{
 		TLSClientConfig:   &tls.Config{RootCAs: reg.roots, MinVersion: tls.VersionTLS12},
 		DisableKeepAlives: true, // nothing to close
 	}}

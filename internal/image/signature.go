@@ -167,13 +167,17 @@ func worst(errs []error) error {
 func (i *Images) find(ctx context.Context, ref snapshot.ImageRef, keys []signature.Verifier) (*attached, error) {
 	ctx, cancel := context.WithTimeout(ctx, checkTimeout)
 	defer cancel()
+	ctx, stalled := context.WithCancelCause(ctx)
+	defer stalled(nil)
+	quiet := time.AfterFunc(i.stall, func() { stalled(errStalled) })
+	defer quiet.Stop()
 	at, err := name.NewDigest(ref.String(), name.StrictValidation)
 	if err != nil {
 		return nil, err
 	}
 	opts := []remote.Option{
 		remote.WithContext(ctx),
-		remote.WithTransport(&careful{next: i.transport}),
+		remote.WithTransport(&careful{next: i.transport, heard: func() { quiet.Reset(i.stall) }}),
 		remote.WithAuthFromKeychain(authn.DefaultKeychain),
 		remote.WithUserAgent("resultity-node"),
 	}
@@ -192,6 +196,8 @@ func (i *Images) find(ctx context.Context, ref snapshot.ImageRef, keys []signatu
 		}
 	}
 	switch {
+	case errors.Is(context.Cause(ctx), errStalled):
+		return nil, fmt.Errorf("asking the registry for signatures: %w for %v", errStalled, i.stall)
 	case unread != nil: // one of them might have been it
 		return nil, fmt.Errorf("asking the registry for signatures: %w", errors.Join(unread...))
 	case bad != nil:
@@ -296,11 +302,14 @@ func readLayer(l v1.Layer, most int64) ([]byte, error) {
 	return b.Bytes(), nil
 }
 
+var errStalled = errors.New("the registry has said nothing")
+
 // careful keeps the registry client, which falls back to plain http with some
 // names, to TLS, and bounds what it reads.
 type careful struct {
-	next http.RoundTripper
-	read atomic.Int64
+	next  http.RoundTripper
+	heard func() // called when something has come
+	read  atomic.Int64
 }
 
 func (c *careful) RoundTrip(r *http.Request) (*http.Response, error) {
@@ -309,19 +318,23 @@ func (c *careful) RoundTrip(r *http.Request) (*http.Response, error) {
 	}
 	resp, err := c.next.RoundTrip(r)
 	if err == nil {
-		resp.Body = &bounded{resp.Body, &c.read}
+		c.heard()
+		resp.Body = &bounded{resp.Body, c}
 	}
 	return resp, err
 }
 
 type bounded struct {
 	io.ReadCloser
-	read *atomic.Int64
+	by *careful
 }
 
 func (b *bounded) Read(p []byte) (int, error) {
 	n, err := b.ReadCloser.Read(p)
-	if b.read.Add(int64(n)) > maxTalk {
+	if n > 0 {
+		b.by.heard()
+	}
+	if b.by.read.Add(int64(n)) > maxTalk {
 		return n, fmt.Errorf("registry sent more than %d bytes about signatures", maxTalk)
 	}
 	return n, err

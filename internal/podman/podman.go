@@ -18,6 +18,7 @@ import (
 	"slices"
 	"strings"
 	"sync"
+	"sync/atomic"
 	"time"
 
 	"github.com/blang/semver/v4"
@@ -27,6 +28,7 @@ import (
 	"github.com/containers/podman/v5/pkg/bindings/system"
 	"github.com/containers/podman/v5/pkg/errorhandling"
 	"github.com/sirupsen/logrus"
+	"golang.org/x/sys/unix"
 
 	"github.com/resultity/node/internal/digest"
 	"github.com/resultity/node/internal/snapshot"
@@ -44,6 +46,8 @@ var (
 	ErrOtherImage = errors.New("podman stored another image")
 	// ErrNotFound says that Podman has no such image or container.
 	ErrNotFound = errors.New("podman does not have it")
+	// ErrStalled says that a pull stood still.
+	ErrStalled = errors.New("the pull stands still")
 	// ErrInUse says that an image cannot be removed while a container needs it.
 	ErrInUse = errors.New("a container needs it")
 )
@@ -53,6 +57,8 @@ var (
 type Client struct {
 	socket string
 	conn   context.Context // carries the bindings' connection and nothing else
+	stall  time.Duration
+	free   func(dir string) int64 // bytes of dir's file system
 }
 
 // quiet ends the bindings' habit of writing to stderr by themselves: whatever
@@ -66,7 +72,7 @@ var quiet = sync.OnceFunc(func() {
 // service that systemd starts on demand starts now.
 func Dial(ctx context.Context, socket string) (*Client, error) {
 	quiet()
-	c := &Client{socket: socket}
+	c := &Client{socket: socket, stall: pullStall, free: free}
 	conn, err := bindings.NewConnection(ctx, (&url.URL{Scheme: "unix", Path: socket}).String())
 	if err != nil {
 		return nil, c.explain("connect", err)
@@ -190,16 +196,93 @@ func (c *Client) Pull(ctx context.Context, ref snapshot.ImageRef, progress io.Wr
 	if progress == nil {
 		progress = io.Discard
 	}
-	opts := new(images.PullOptions).WithProgressWriter(progress).WithPolicy("always")
-	if _, err := images.Pull(c.with(ctx), ref.String(), opts); err != nil {
-		return c.explain("pull "+ref.String(), err)
-	}
-	// A stream that was cut looks like one that ended.
-	if err := ctx.Err(); err != nil {
+	info, err := c.Info(ctx)
+	if err != nil {
 		return err
 	}
-	_, _, err := c.Image(ctx, ref)
+	pctx, cancel := context.WithCancelCause(ctx)
+	defer cancel(nil)
+	w := &watched{w: progress}
+	watch := make(chan struct{})
+	go func() {
+		defer close(watch)
+		c.watch(pctx, w, info.GraphRoot, cancel)
+	}()
+	opts := new(images.PullOptions).WithProgressWriter(w).WithPolicy("always")
+	_, err = images.Pull(c.with(pctx), ref.String(), opts)
+	cause := context.Cause(pctx)
+	cancel(nil)
+	<-watch
+	switch {
+	case errors.Is(cause, ErrStalled):
+		return c.explain("pull "+ref.String(), cause)
+	case err != nil:
+		return c.explain("pull "+ref.String(), err)
+	case ctx.Err() != nil: // a stream that was cut looks like one that ended
+		return ctx.Err()
+	}
+	_, _, err = c.Image(ctx, ref)
 	return err
+}
+
+// pullStall is how long a pull may stand still. Unpacking a large layer takes
+// minutes on a slow disk, but it writes.
+const pullStall = 5 * time.Minute
+
+// pullFloor is how much a pull must write in that time at least, in bytes, to
+// be told from what else is written on a machine.
+const pullFloor = 4 << 20
+
+// watched counts what a pull says.
+type watched struct {
+	w     io.Writer
+	words atomic.Int64
+}
+
+func (w *watched) Write(p []byte) (int, error) {
+	w.words.Add(1)
+	return w.w.Write(p)
+}
+
+// watch ends a pull that stands still. Podman says when it begins with a layer
+// and when it is done, and nothing in between; what goes on in between shows on
+// the disks: on that of its temporary files, and then on that of its store.
+// Somebody else's writing can make that late, and never wrong.
+func (c *Client) watch(ctx context.Context, w *watched, store string, end context.CancelCauseFunc) {
+	dirs := []string{store, "/var/tmp"}
+	look := func() []int64 { return []int64{w.words.Load(), c.free(dirs[0]), c.free(dirs[1])} }
+	tick := time.NewTicker(c.stall / 10)
+	defer tick.Stop()
+	last, since := look(), time.Now()
+	for {
+		select {
+		case <-ctx.Done():
+			return
+		case <-tick.C:
+		}
+		now := look()
+		moved := now[0] != last[0]
+		for i := range dirs {
+			d := now[i+1] - last[i+1]
+			moved = moved || d >= pullFloor || d <= -pullFloor
+		}
+		switch {
+		case moved:
+			last, since = now, time.Now()
+		case time.Since(since) >= c.stall:
+			end(fmt.Errorf("%w for %v: the registry, or the line to it, hangs", ErrStalled, c.stall))
+			return
+		}
+	}
+}
+
+// free returns the free bytes of a file system, 0 where that cannot be told.
+func free(dir string) int64 {
+	var st unix.Statfs_t
+	if unix.Statfs(dir, &st) != nil {
+		return 0
+	}
+	return int64(st.Bavail) * st.Bsize
 }
 
 // Image returns the id, 64 hexadecimal digits, and the size in bytes of the

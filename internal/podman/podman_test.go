@@ -14,7 +14,9 @@ import (
 	"regexp"
 	"slices"
 	"strings"
+	"sync/atomic"
 	"testing"
+	"time"
 
 	"github.com/resultity/node/internal/snapshot"
 )
@@ -42,6 +44,9 @@ func (s service) dial(t *testing.T) *Client {
 			return
 		}
 		h := s[r.Method+" "+path]
+		if h == nil && path == "/info" {
+			h = says(`{"host":{},"store":{"graphRoot":"/"},"version":{"Version":"5.4.2"}}`)
+		}
 		if h == nil {
 			t.Errorf("asked for %s %s", r.Method, path)
 			http.Error(w, "{}", http.StatusTeapot)
@@ -192,6 +197,50 @@ func TestHang(t *testing.T) {
 			t.Errorf("%s: %v", name, err)
 		}
 		cancel()
+	}
+}
+
+// A pull that stands still ends; one that says something, or writes, does not.
+func TestStalledPull(t *testing.T) {
+	ref := refTo(t, "registry.test/a", "a")
+	over := make(chan struct{})
+	defer close(over)
+	pull := func(w http.ResponseWriter, r *http.Request) {
+		for words := range 20 {
+			if words < 8 {
+				fmt.Fprint(w, `{"stream":"Copying blob\n"}`)
+			}
+			w.(http.Flusher).Flush()
+			select {
+			case <-r.Context().Done():
+				return
+			case <-over:
+				return
+			case <-time.After(50 * time.Millisecond): // the pace of what is pulled
+			}
+		}
+		fmt.Fprint(w, `{"images":["1"],"id":"1"}`)
+	}
+	image := says(fmt.Sprintf(`{"Id":"1","RepoDigests":[%q]}`, ref))
+	for name, c := range map[string]struct {
+		writes int64 // bytes between two looks
+		want   error
+	}{"quiet": {0, ErrStalled}, "a log is written": {1000, ErrStalled}, "writing": {pullFloor, nil}} {
+		client := service{"POST /images/pull": pull, "GET /images/" + ref.String() + "/json": image}.dial(t)
+		left := atomic.Int64{}
+		left.Store(1 << 40)
+		client.stall = 200 * time.Millisecond
+		client.free = func(string) int64 { return left.Add(-c.writes) }
+		begin := time.Now()
+		if err := client.Pull(t.Context(), ref, nil); !errors.Is(err, c.want) {
+			t.Errorf("%s: %v", name, err)
+		}
+		if took := time.Since(begin); took < 500*time.Millisecond {
+			t.Errorf("%s: ended after %v, while it was talking", name, took)
+		}
+	}
+	if n := free(t.TempDir()); n <= 0 {
+		t.Errorf("%d bytes free", n)
 	}
 }
 
