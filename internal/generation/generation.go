@@ -35,6 +35,7 @@ import (
 
 	"github.com/resultity/node/internal/digest"
 	"github.com/resultity/node/internal/durable"
+	"github.com/resultity/node/internal/failpoint"
 )
 
 // State is how far a generation has come.
@@ -432,9 +433,11 @@ func (s *Store) change(f func(x *index) error) error {
 	if err := s.at("state"); err != nil {
 		return err
 	}
+	failpoint.Here("generation.state.begin")
 	if err := durable.WriteFile(filepath.Join(s.dir, stateFile), body, 0o600); err != nil {
 		return fmt.Errorf("generations: %w", err)
 	}
+	failpoint.Here("generation.state.written")
 	if err := s.at("state written"); err != nil {
 		return err
 	}
@@ -516,16 +519,20 @@ func (s *Store) write(m *Manifest, c Content) error {
 		if f.data == nil {
 			continue
 		}
+		failpoint.Here("generation.file.begin")
 		if err := durable.WriteFile(filepath.Join(tmp, f.name), f.data, 0o400); err != nil {
 			return err
 		}
+		failpoint.Here("generation.file.written")
 	}
 	if err := s.at("rename"); err != nil {
 		return err
 	}
+	failpoint.Here("generation.rename.begin")
 	if err := os.Rename(tmp, final); err != nil {
 		return err
 	}
+	failpoint.Here("generation.rename.renamed")
 	if err := s.at("renamed"); err != nil {
 		return err
 	}
