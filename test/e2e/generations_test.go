@@ -119,7 +119,11 @@ func TestGenerations(t *testing.T) {
 	}
 	reported(ctx, t, n, func(_ bool, _ string, f *wire.Failed) bool { return f != nil && f.Final })
 
-	if err := s.Publish(ctx, func(c *snapshot.Config) { c.Validation[0].Answer = right; c.Runtime.Settings.Slots = 2; c.Limits.Tokens++ }); err != nil {
+	if err := s.Publish(ctx, func(c *snapshot.Config) {
+		c.Validation[0].Answer = right
+		c.Runtime.Settings.Slots = 2
+		c.Limits.Tokens++
+	}); err != nil {
 		t.Fatal(err)
 	}
 	good := generations(ctx, t, n, "the good one", func(gs *control.Generations) bool { return gs.Current > first+1 && gs.Previous == first }).Current
