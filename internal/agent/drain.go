@@ -10,6 +10,7 @@ import (
 	"time"
 
 	"github.com/resultity/node/internal/durable"
+	"github.com/resultity/node/internal/failpoint"
 	"github.com/resultity/node/internal/journal"
 )
 
@@ -47,6 +48,7 @@ func (a *Agent) Drain() error {
 	a.log.Info("draining", journal.Draining.Attr(), "since", *since)
 	a.worker.Pause()
 	poke(a.beat)
+	failpoint.Here("agent.drain.begin")
 	if err := durable.WriteFile(a.drainFile(), []byte(since.Format(time.RFC3339)+"\n"), 0o600); err != nil {
 		return fmt.Errorf("the node takes no new jobs, but a restart forgets that: %w", err)
 	}
@@ -61,6 +63,7 @@ func (a *Agent) Resume() error {
 	poke(a.beat)
 	err := os.Remove(a.drainFile())
 	if err == nil {
+		failpoint.Here("agent.resume.removed")
 		err = durable.SyncDir(a.cfg.Paths.State)
 	}
 	if err != nil && !errors.Is(err, fs.ErrNotExist) {

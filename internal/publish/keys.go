@@ -109,11 +109,9 @@ func (r *repository) key(role string) (*key, error) {
 	succ, succErr := readKey(name + next)
 	switch {
 	case succErr == nil && slices.Contains(want, succ.id):
-		failpoint.Here("publish.key.renaming")
 		if err := os.Rename(name+next, name); err != nil {
 			return nil, err
 		}
-		failpoint.Here("publish.key.renamed")
 		return succ, durable.SyncDir(r.dir + "/keys")
 	case err != nil:
 		return nil, err
