@@ -4,7 +4,6 @@ import (
 	"encoding/binary"
 	"errors"
 	"fmt"
-	"math"
 
 	"github.com/resultity/node/internal/failpoint"
 	"github.com/resultity/node/internal/receipt"
@@ -283,7 +282,7 @@ func (s *Store) current() *segment { return s.segments[len(s.segments)-1] }
 // ensure makes the room that w wants, or fails with [ErrFull].
 func (s *Store) ensure(w *noRoom) error {
 	size := frameSize(recordHead + w.bytes)
-	if size > math.MaxUint32-headRoom {
+	if size > maxSegment-headRoom-4096 {
 		return fmt.Errorf("%w: a record of %d bytes", ErrFull, w.bytes)
 	}
 	large := size > s.segmentSize-headRoom

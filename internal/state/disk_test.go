@@ -31,6 +31,7 @@ type memory struct {
 	rand   *rand.Rand
 	count  int                          // operations that change something, so far
 	fail   func(n int, op string) error // the fault of the n-th, which is not done, or, a write, half
+	part   func(n int) int              // how many of n bytes a write that fails has written; nil: any
 	limit  int64                        // bytes of all files, 0 for no limit
 }
 
@@ -143,7 +144,9 @@ func (f *memoryFile) WriteAt(b []byte, at int64) (int, error) {
 		what = "mark" // a frame as none
 	}
 	err := f.d.op(what)
-	if err != nil && f.d.rand.IntN(4) > 0 {
+	if err != nil && f.d.part != nil {
+		b = b[:f.d.part(len(b))]
+	} else if err != nil && f.d.rand.IntN(4) > 0 {
 		b = b[:f.d.rand.IntN(len(b)+1)]
 	}
 	if more := at + int64(len(b)) - int64(len(f.now)); more > 0 {
@@ -681,4 +684,127 @@ func TestAcknowledgementsAreWrittenByThemselves(t *testing.T) {
 		t.Fatal(err)
 	}
 	counts(t, s, 0, 0, 0)
+}
+
+// The room for the failures of accepted jobs is there after a power cut, too.
+func TestRoomOutlivesAPowerCut(t *testing.T) {
+	for seed := range uint64(10) {
+		d := newMemory(seed)
+		s, err := load(d, Bounds{}, now, small)
+		if err != nil {
+			t.Fatal(err)
+		}
+		for range 10 {
+			accept(t, s, newJob(1000), New)
+		}
+		want := len(s.segments) + len(s.spares)
+		if len(s.spares) < 2 {
+			t.Fatalf("%d spares", len(s.spares))
+		}
+		if got := len(d.after(true).names); got != want {
+			t.Fatalf("seed %d: %d files after a power cut, want %d", seed, got, want)
+		}
+		abandon(s)
+	}
+}
+
+// What a full disk has cut off of a frame may be what was there before: then all
+// of the frame is there, and still nobody may take it for one.
+func TestARefusedFrameIsNone(t *testing.T) {
+	d := newMemory(1)
+	s, err := load(d, Bounds{}, now, small)
+	if err != nil {
+		t.Fatal(err)
+	}
+	accept(t, s, newJob(10), New)
+	j := newJob(0)
+	j.Request = make([]byte, 500) // as the rest of the segment
+	d.part = func(n int) int { return n - 200 }
+	d.fail = func(_ int, op string) error {
+		if op == "write" {
+			return errNoSpace
+		}
+		return nil
+	}
+	if _, err := s.Accept(j); !errors.Is(err, ErrFull) {
+		t.Fatalf("Accept = %v, want ErrFull", err)
+	}
+	abandon(s)
+	if s, err = load(d.after(false), Bounds{}, now, small); err != nil {
+		t.Fatal(err)
+	}
+	counts(t, s, 1, 0, 0)
+}
+
+// A segment whose content cannot be copied stays.
+func TestACopyThatFails(t *testing.T) {
+	d := newMemory(1)
+	s, err := load(d, Bounds{}, now, small)
+	if err != nil {
+		t.Fatal(err)
+	}
+	large := newJob(3 * small) // in a segment of its own
+	accept(t, s, large, New)
+	if err := s.tryClean(t); err != nil { // the first segment, which is empty
+		t.Fatal(err)
+	}
+	if len(s.segments) != 1 {
+		t.Fatalf("%d segments", len(s.segments))
+	}
+	for len(s.segments) < 2 {
+		j := newJob(1000)
+		accept(t, s, j, New)
+		finish(t, s, failure(j))
+		ack(t, s, j.ID)
+	}
+	for _, f := range d.names {
+		d.limit += int64(len(f.now))
+	}
+	if err := s.tryClean(t); !errors.Is(err, ErrFull) {
+		t.Fatalf("clean = %v, want ErrFull", err)
+	}
+	abandon(s)
+	d.limit = 0
+	if s, err = load(d.after(true), Bounds{}, now, small); err != nil {
+		t.Fatal(err)
+	}
+	accept(t, s, large, Running)
+}
+
+func (s *Store) tryClean(t *testing.T) error {
+	t.Helper()
+	ok, err := s.clean()
+	if !ok && err == nil {
+		t.Fatal("there was nothing to clean")
+	}
+	return err
+}
+
+// A result that is acknowledged while its segment is being copied does not come
+// back.
+func TestAcknowledgedWhileCopied(t *testing.T) {
+	d := newMemory(1)
+	s, err := load(d, Bounds{}, now, small)
+	if err != nil {
+		t.Fatal(err)
+	}
+	j, stays := newJob(1000), newJob(1000)
+	for _, j := range []*wire.Job{j, stays} {
+		accept(t, s, j, New)
+		finish(t, s, failure(j))
+	}
+	group, err := s.evacuate(s.segments[0])
+	if err != nil || len(group) != 2 {
+		t.Fatalf("evacuate = %d, %v; want two results", len(group), err)
+	}
+	ack(t, s, j.ID)
+	s.write(group)
+	abandon(s)
+	if s, err = load(d.after(true), Bounds{}, now, small); err != nil {
+		t.Fatal(err)
+	}
+	counts(t, s, 0, 1, 0)
+	if k, err := s.Lookup(j.ID); k != 0 || err != nil {
+		t.Errorf("Lookup = %v, %v of what was acknowledged, want nothing", k, err)
+	}
 }

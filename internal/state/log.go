@@ -24,13 +24,14 @@ import (
 //	number     8 bytes; it rises by one from frame to frame through all segments
 //	records    kind, length, body; see [kind]
 //
-// A frame is written when the one before it has been synced. So whatever is
-// wrong with the last frame, nobody was told of it; and where a frame is wrong
+// A frame is written when the one before it has been synced. So a last frame
+// that a crash has torn, nobody was told of; and where a frame is wrong
 // and a later one is right, something that was synced is damaged. Files are
 // used again: the number and the salt, which is random, tell what an earlier
 // use has left behind from frames, and no request can hold a forged one.
 const (
 	segmentSize = 2 << 20
+	maxSegment  = 1 << 30 // of one for a single large record
 	headRoom    = 8 << 10
 	frameHead   = 4 + 4 + 8
 	frameAlign  = 8
@@ -221,8 +222,7 @@ func readAll(f file, buf []byte) ([]byte, error) {
 	if err != nil {
 		return nil, err
 	}
-	const most = 1 << 30
-	if n < headRoom || n > most {
+	if n < headRoom || n > maxSegment {
 		return nil, fmt.Errorf("%w: %d bytes are not the size of a segment", ErrCorrupt, n)
 	}
 	b := slices.Grow(buf[:0], int(n))[:n]

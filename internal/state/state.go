@@ -30,6 +30,11 @@
 // form. In memory are some hundred bytes for each job and none of its text.
 // Open reads the whole log. What a crash has torn off at its end is what nobody
 // was told of; any other damage is [ErrCorrupt].
+//
+// One kind of damage looks like a crash: bits that a disk has flipped in the very
+// last commit before a kill or a power cut. Open then drops that commit. To tell
+// the two apart would take a second sync for each commit. A store that was closed
+// has a mark as its last commit, so that nothing is lost with it.
 package state
 
 import (
