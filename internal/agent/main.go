@@ -342,6 +342,7 @@ func (a *Agent) newDeployer(ctx context.Context, models *model.Store, units *sys
 		Images: images, Models: models, Units: units, Containers: p,
 		Devices:   func(names []string) ([]string, error) { return hardware.DeviceNodes(hardware.SpecDirs, names) },
 		Mounts:    func(names []string) ([]string, error) { return hardware.DeviceMounts(hardware.SpecDirs, names) },
+		Env:       func(names []string) ([]string, error) { return hardware.DeviceEnv(hardware.SpecDirs, names) },
 		Look:      func(pid int) (*sandbox.Outside, error) { return sandbox.Look("/proc", pid) },
 		Engine:    func(socket string) deploy.Engine { return openEngine(socket) },
 		Allowed:   a.cfg.Runtime.Devices,

@@ -102,6 +102,7 @@ type (
 		Container(ctx context.Context, name string) (podman.ContainerState, error)
 		Info(ctx context.Context) (podman.Info, error)
 		Image(ctx context.Context, ref snapshot.ImageRef) (id string, size int64, err error)
+		ImageEnv(ctx context.Context, ref snapshot.ImageRef) ([]string, error)
 	}
 	// Engine is the runtime as validation needs it.
 	Engine interface {
@@ -121,6 +122,7 @@ type Deployer struct {
 	Engine     func(socket string) Engine
 	Devices    func(names []string) (nodes []string, err error)  // device nodes of CDI names
 	Mounts     func(names []string) (places []string, err error) // what else of the host they bring into a container
+	Env        func(names []string) (env []string, err error)    // and which variables
 	Look       func(pid int) (*sandbox.Outside, error)           // the kernel's view of a process
 	Allowed    []string                                          // CDI devices that the operator lets a snapshot order; vendor/class=* is all of a kind
 	Memory     int64                                             // ceiling for the runtime in bytes; 0 for none
@@ -299,7 +301,7 @@ func (d *Deployer) apply(ctx context.Context, p *Plan, begin func(phase string))
 	}
 	// What the file says has been checked; what systemd has made of it may
 	// hold an administrator's drop-in.
-	if err := quadlet.CheckCommand(state.Command); err != nil {
+	if err := errors.Join(quadlet.CheckCommand(state.Command), quadlet.CheckSettings(state.Settings)); err != nil {
 		return nil, fails(StepSandbox, fmt.Errorf("%w: %w; see systemctl --user cat %s", sandbox.ErrNotSealed, err, p.unit.Service))
 	}
 	begin(PhaseStart)

@@ -227,12 +227,13 @@ func TestUnsealedIsStopped(t *testing.T) {
 		"namespace":     func(m *Locked) { m.Outside(func(o *sandbox.Outside) { o.Own["net"] = "net:[203]" }) },
 		"a mount":       func(m *Locked) { m.Record(func(s *contract.Sandbox) { s.Mounts[0].Point = "/host" }) },
 		"a drop-in":     func(m *Locked) { m.DropIn("--privileged") },
+		"a directive":   func(m *Locked) { m.Set("ExecStartPre", "/bin/sh") },
 	} {
 		t.Run(name, func(t *testing.T) {
 			m := New(t)
 			d := m.Deployer()
 			// Also when it runs already, and was fine.
-			if name != "a drop-in" {
+			if name != "a drop-in" && name != "a directive" {
 				up(t, d, s)
 			}
 			m.Do(break_)

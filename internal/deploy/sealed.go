@@ -21,6 +21,11 @@ import (
 // checkSealed compares what was ordered with what there is: as Podman says, as
 // the kernel says from outside, and as the bridge found it inside. The error
 // names every difference.
+//
+// Not looked for are OCI hooks (hooks_dir in containers.conf): Podman tells
+// nobody of them, and they are programs that run outside of the container, which
+// whoever may write that file can run anyway. What they bring into the container
+// is in the bridge's record as any other mount.
 func (d *Deployer) checkSealed(ctx context.Context, p *Plan, engine Engine) error {
 	ctx, cancel := context.WithTimeout(ctx, lookTimeout)
 	defer cancel()
@@ -41,7 +46,11 @@ func (d *Deployer) checkSealed(ctx context.Context, p *Plan, engine Engine) erro
 	if err != nil {
 		return err
 	}
-	if bad := differences(order, image, c); len(bad) > 0 {
+	bad, err := d.env(ctx, order, devices, c.Env)
+	if err != nil {
+		return err
+	}
+	if bad = append(differences(order, image, c), bad...); len(bad) > 0 {
 		return fmt.Errorf("%w: %s", sandbox.ErrNotSealed, strings.Join(bad, "; "))
 	}
 	out, err := d.Look(c.PID)
@@ -156,6 +165,59 @@ func tmpfsDifferences(want, got map[string][]string) (bad []string) {
 		}
 	}
 	return bad
+}
+
+// env compares the container's variables with those of the order. The image is
+// signed, and its variables are how its programs are found; devices may bring
+// variables along; the rest is Podman's own.
+//
+// Values may be anybody's secrets, as env_host in containers.conf brings in all
+// of the account's: only names are told.
+func (d *Deployer) env(ctx context.Context, o quadlet.Order, devices, got []string) (bad []string, err error) {
+	image, err := d.Containers.ImageEnv(ctx, o.Image)
+	if err != nil {
+		return nil, err
+	}
+	brought, err := d.Env(devices)
+	if err != nil {
+		return nil, err
+	}
+	may, must := variables(slices.Concat(podmans, brought)), variables(slices.Concat(image, o.Env))
+	for name, value := range variables(got) {
+		w, ok := must[name]
+		if !ok {
+			w, ok = may[name]
+		}
+		switch {
+		case !ok:
+			bad = append(bad, fmt.Sprintf("podman: variable %.100s, which nobody ordered", name))
+		case w != value && w != "":
+			bad = append(bad, fmt.Sprintf("podman: variable %.100s has another value than was ordered", name))
+		}
+		delete(must, name)
+	}
+	for name := range must {
+		bad = append(bad, fmt.Sprintf("podman: variable %.100s is missing", name))
+	}
+	slices.Sort(bad)
+	return bad, nil
+}
+
+// podmans are the variables that Podman makes by itself where nobody sets them;
+// those without a value have any.
+var podmans = []string{
+	"container=podman", "PATH=/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin", "TERM=xterm",
+	"NOTIFY_SOCKET=/run/notify/notify.sock", "HOME", "HOSTNAME",
+}
+
+// variables sorts NAME=value by name; the last one of a name counts.
+func variables(env []string) map[string]string {
+	m := make(map[string]string, len(env))
+	for _, v := range env {
+		name, value, _ := strings.Cut(v, "=")
+		m[name] = value
+	}
+	return m
 }
 
 // without leaves out the options that Podman adds by itself and that give

@@ -45,6 +45,13 @@ func TestDriftIsNamed(t *testing.T) {
 		{"user namespace", `user namespace is "keep-id"`, func(c *podman.ContainerState) { c.Namespaces["user"] = "keep-id" }},
 		{"ipc namespace", `ipc namespace is "host"`, func(c *podman.ContainerState) { c.Namespaces["ipc"] = "host" }},
 		{"device", "device /dev/fuse", func(c *podman.ContainerState) { c.Devices = []string{"/dev/fuse"} }},
+		{"variable", "variable LD_PRELOAD, which nobody ordered", func(c *podman.ContainerState) { c.Env = append(c.Env, "LD_PRELOAD=SECRET") }},
+		{"variable of the image's", "variable PATH has another value", func(c *podman.ContainerState) {
+			c.Env[slices.Index(c.Env, "PATH=/opt/bin")] = "PATH=SECRET"
+		}},
+		{"no variable", "variable LANG is missing", func(c *podman.ContainerState) {
+			c.Env = slices.DeleteFunc(c.Env, func(v string) bool { return v == "LANG=C" })
+		}},
 		{"volume", "/etc is mounted at /host", func(c *podman.ContainerState) {
 			c.Mounts = append(c.Mounts, podman.Mount{Type: "bind", Source: "/etc", Destination: "/host"})
 		}},
@@ -75,6 +82,9 @@ func TestDriftIsNamed(t *testing.T) {
 			_, err := bring(t, m.Deployer(), s)
 			if step(err) != deploy.StepSandbox || !errors.Is(err, sandbox.ErrNotSealed) || !strings.Contains(err.Error(), tt.want) {
 				t.Errorf("%v, want %q", err, tt.want)
+			}
+			if strings.Contains(fmt.Sprint(err), "SECRET") {
+				t.Errorf("a variable's value is told: %v", err)
 			}
 			if strings.Contains(fmt.Sprint(err), "; ") {
 				t.Errorf("more than one difference: %v", err)

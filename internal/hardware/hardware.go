@@ -93,6 +93,12 @@ func DeviceMounts(dirs, names []string) ([]string, error) {
 	})
 }
 
+// DeviceEnv lists the variables, NAME=value, that the CDI devices bring into a
+// container, in the same way.
+func DeviceEnv(dirs, names []string) ([]string, error) {
+	return paths(dirs, names, func(e *specs.ContainerEdits) []string { return e.Env })
+}
+
 // paths collects what of picks from the edits of the named devices.
 func paths(dirs, names []string, of func(*specs.ContainerEdits) []string) ([]string, error) {
 	if len(names) == 0 {

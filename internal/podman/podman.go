@@ -304,6 +304,18 @@ func (c *Client) Image(ctx context.Context, ref snapshot.ImageRef) (id string, s
 	return r.ID, r.Size, nil
 }
 
+// ImageEnv returns the environment that a stored image asks for, NAME=value.
+func (c *Client) ImageEnv(ctx context.Context, ref snapshot.ImageRef) ([]string, error) {
+	r, err := images.GetImage(c.with(ctx), ref.String(), nil)
+	if err != nil {
+		return nil, c.explain("image "+ref.String(), err)
+	}
+	if r.ImageData == nil || r.Config == nil {
+		return nil, c.explain("image "+ref.String(), errors.New("the answer is not complete"))
+	}
+	return r.Config.Env, nil
+}
+
 // RemoveImages removes those of the images in pulled that are not in keep.
 // Pulled is the caller's record of what it has fetched itself; no other image
 // is touched, and neither is one that a container needs, which is [ErrInUse].
@@ -352,6 +364,7 @@ type ContainerState struct {
 	Security     []string // security options
 	Hosts        []string // lines for /etc/hosts
 	Command      []string
+	Env          []string          // NAME=value
 	Namespaces   map[string]string // mode of cgroup, ipc, pid, user and uts
 	Devices      []string          // nodes, by their paths in the container
 	Mounts       []Mount
@@ -396,7 +409,7 @@ func (c *Client) Container(ctx context.Context, name string) (ContainerState, er
 		Tmpfs:        make(map[string][]string),
 	}
 	if r.Config != nil {
-		s.User = r.Config.User
+		s.User, s.Env = r.Config.User, r.Config.Env
 	}
 	for _, d := range h.Devices {
 		s.Devices = append(s.Devices, d.PathInContainer)

@@ -67,6 +67,29 @@ func CheckCommand(argv []string) error {
 	return nil
 }
 
+// CheckSettings compares what systemd has for the service beside that command
+// line, by the names of its properties, with what the generator makes. What a
+// drop-in adds that runs something, or changes the surroundings in which podman
+// runs, is refused by its name.
+func CheckSettings(settings map[string][]string) error {
+	if err := errors.Join(check("["+ServiceName+"]", loadedRules, settings)...); err != nil {
+		return fmt.Errorf("%w: %w", ErrUnsealed, err)
+	}
+	return nil
+}
+
+// removed is how the container is removed; the file is Podman's up to 5.4.
+const removed = `/usr/bin/podman rm -v -f -i (?:` + ContainerName + `|--cidfile=/run/user/[0-9]+/resultity-runtime\.cid)`
+
+// loadedRules are about the properties of the service.
+var loadedRules = map[string]rule{
+	"Type":         must("notify"),
+	"NotifyAccess": must("all"),
+	"Environment":  must("PODMAN_SYSTEMD_UNIT=" + ServiceName),
+	"ExecStop":     matching(removed, "the removal of the container"),
+	"ExecStopPost": matching("-"+removed, "the removal of the container"),
+}
+
 // odd is what the two parsers of the file might not agree upon: bytes that do
 // not print, lines that go on, and space around a line.
 var odd = regexp.MustCompile(`[^ -~\n]|\\\n|(?m:^[ ]|[ ]$)`)

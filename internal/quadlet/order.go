@@ -19,6 +19,7 @@ type Order struct {
 	Tmpfs   map[string][]string // options, by place
 	Bridge  contract.Options
 	Command []string // the bridge's own, with its path
+	Env     []string // NAME=value, beside the image's
 	Memory  int64    // ceiling in bytes, 0 for none
 }
 
@@ -52,7 +53,7 @@ func (u Unit) Order() (Order, error) {
 	if len(rest) == 0 || len(have["--user"]) != 1 {
 		return fail(fmt.Errorf("no image or no user in %q", argv))
 	}
-	o := Order{User: have["--user"][0], Tmpfs: make(map[string][]string), Command: append([]string{BridgeFile}, rest[1:]...)}
+	o := Order{User: have["--user"][0], Env: have["--env"], Tmpfs: make(map[string][]string), Command: append([]string{BridgeFile}, rest[1:]...)}
 	if o.Image, err = snapshot.ParseImageRef(rest[0]); err != nil {
 		return fail(err)
 	}

@@ -374,6 +374,32 @@ func TestCheckComparesNames(t *testing.T) {
 
 // The command line that systemd reports is the one of the file, with the
 // file of the container's id that older Podman adds.
+// What a drop-in can add to the service beside the command line is refused.
+func TestCheckSettings(t *testing.T) {
+	loaded := func() map[string][]string {
+		return map[string][]string{
+			"Type": {"notify"}, "NotifyAccess": {"all"}, "Environment": {"PODMAN_SYSTEMD_UNIT=resultity-runtime.service"},
+			"ExecStop":     {"/usr/bin/podman rm -v -f -i --cidfile=/run/user/996/resultity-runtime.cid"}, // of Podman 5.4
+			"ExecStopPost": {"-/usr/bin/podman rm -v -f -i resultity-runtime"},                            // of Podman 5.8
+		}
+	}
+	if err := CheckSettings(loaded()); err != nil {
+		t.Error(err)
+	}
+	for name, values := range map[string][]string{
+		"ExecStartPre": {"/bin/sh"}, "ExecStartPost": {"/bin/sh"}, "ExecCondition": {"/bin/true"}, "ExecReload": {"/bin/sh"},
+		"ExecStop": {"/usr/bin/podman rm -v -f -i resultity-runtime", "/bin/sh"}, "ExecStopPost": {"-/bin/sh"},
+		"Environment": {"PODMAN_SYSTEMD_UNIT=resultity-runtime.service", "CONTAINERS_CONF=/tmp/x"}, "EnvironmentFiles": {"/etc/x false"},
+		"User": {"root"}, "BindPaths": {"/a /usr/bin/podman false 0"}, "RootDirectory": {"/x"}, "NotifyAccess": {"main"}, "Type": nil,
+	} {
+		s := loaded()
+		s[name] = values
+		if err := CheckSettings(s); !errors.Is(err, ErrUnsealed) || !strings.Contains(err.Error(), name) {
+			t.Errorf("%s=%q: %v", name, values, err)
+		}
+	}
+}
+
 func TestCheckCommand(t *testing.T) {
 	argv := command(t, render(t, params(t, snapshot.LlamaCpp)))
 	with := func(extra ...string) []string { return slices.Insert(slices.Clone(argv), 2, extra...) }

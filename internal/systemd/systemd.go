@@ -14,6 +14,7 @@ import (
 	"io/fs"
 	"os"
 	"path/filepath"
+	"reflect"
 	"strings"
 	"sync"
 	"time"
@@ -146,6 +147,22 @@ type State struct {
 	Since        time.Time // when it became active; zero before that
 	Stale        bool      // its files have changed since the manager read them
 	Command      []string  // that starts it, with all drop-ins
+
+	// Settings are those of the service's other directives that are set and
+	// decide what else is run for it, with what in its environment, as whom and
+	// with which files: by their names as properties, in words.
+	Settings map[string][]string
+}
+
+// settings are the properties that [State.Settings] knows.
+var settings = []string{
+	"ExecCondition", "ExecStartPre", "ExecStartPost", "ExecReload", "ExecReloadPost", "ExecStop", "ExecStopPost",
+	"Environment", "EnvironmentFiles", "PassEnvironment", "UnsetEnvironment",
+	"User", "Group", "SupplementaryGroups", "DynamicUser", "PAMName", "SetLoginEnvironment", "PrivateUsers",
+	"RootDirectory", "RootImage", "RootMStack", "RootDirectoryStartOnly", "BindPaths", "BindReadOnlyPaths", "TemporaryFileSystem", "MountImages",
+	"ExtensionImages", "ExtensionDirectories", "JoinsNamespaceOf", "NetworkNamespacePath", "IPCNamespacePath", "UserNamespacePath",
+	"OpenFile", "LoadCredential", "LoadCredentialEncrypted", "SetCredential", "SetCredentialEncrypted", "ImportCredential", "FileDescriptorStoreMax",
+	"NotifyAccess", "Type",
 }
 
 // State asks about a unit. A unit that does not exist has Load "not-found".
@@ -182,9 +199,55 @@ func stateOf(p map[string]any) State {
 	}
 	// ExecStart is a list of (path, argv, …); a service has one.
 	if e := get[[][]any](p, "ExecStart"); len(e) == 1 && len(e[0]) > 1 {
-		s.Command, _ = e[0][1].([]string)
+		// With another program than its first argument says, it is none of ours.
+		if argv, _ := e[0][1].([]string); len(argv) > 0 && e[0][0] == argv[0] {
+			s.Command = argv
+		}
+	}
+	for _, name := range settings {
+		if v := inWords(name, p[name]); len(v) > 0 {
+			if s.Settings == nil {
+				s.Settings = make(map[string][]string)
+			}
+			s.Settings[name] = v
+		}
 	}
 	return s
+}
+
+// inWords prints a property; one that is not set prints as nothing.
+func inWords(name string, v any) (words []string) {
+	r := reflect.ValueOf(v)
+	if !r.IsValid() || r.IsZero() || r.Kind() == reflect.Slice && r.Len() == 0 {
+		return nil
+	}
+	switch v := v.(type) {
+	case []string:
+		return v
+	case [][]any:
+		for _, e := range v {
+			words = append(words, oneInWords(name, e))
+		}
+		return words
+	}
+	return []string{fmt.Sprint(v)}
+}
+
+// oneInWords prints an element of a list: a command as it would stand in a unit.
+func oneInWords(name string, e []any) string {
+	if strings.HasPrefix(name, "Exec") && len(e) > 2 {
+		path, _ := e[0].(string)
+		argv, _ := e[1].([]string)
+		line := strings.Join(argv, " ")
+		if len(argv) == 0 || argv[0] != path {
+			line = "@" + path + " " + line
+		}
+		if ignore, _ := e[2].(bool); ignore {
+			line = "-" + line
+		}
+		return line
+	}
+	return strings.TrimSuffix(fmt.Sprintln(e...), "\n")
 }
 
 // get returns a property, or zero where the manager does not have it.

@@ -15,17 +15,23 @@ func TestStateOf(t *testing.T) {
 		"LoadState": "loaded", "ActiveState": "failed", "SubState": "failed", "Result": "watchdog", "StatusText": "serving",
 		"ExecMainStatus": int32(9), "NRestarts": uint32(3), "MainPID": uint32(77), "NeedDaemonReload": true,
 		"InvocationID": []byte{0xab, 0x01}, "ActiveEnterTimestamp": uint64(1767225600_000001),
-		"ExecStart": [][]any{{"/usr/bin/podman", []string{"/usr/bin/podman", "run"}, false}},
+		"ExecStart":    [][]any{{"/usr/bin/podman", []string{"/usr/bin/podman", "run"}, false}},
+		"ExecStartPre": [][]any{{"/bin/a", []string{"/bin/a", "b"}, false, uint64(1)}, {"/bin/c", []string{"d", "e"}, true, uint64(1)}},
+		"Environment":  []string{"A=b", "C=d"}, "EnvironmentFiles": [][]any{{"/etc/x", true}}, "User": "root", "Group": "", "DynamicUser": true,
+		"PassEnvironment": []string{}, "BindPaths": [][]any{}, "SetLoginEnvironment": false, "FileDescriptorStoreMax": uint32(0), "LimitNOFILE": uint64(7),
 	})
 	want := State{
 		Load: "loaded", Active: "failed", Sub: "failed", Result: "watchdog", StatusText: "serving", ExitStatus: 9, NRestarts: 3, MainPID: 77,
+		Settings: map[string][]string{
+			"ExecStartPre": {"/bin/a b", "-@/bin/c d e"}, "Environment": {"A=b", "C=d"}, "EnvironmentFiles": {"/etc/x true"}, "User": {"root"}, "DynamicUser": {"true"},
+		},
 		InvocationID: "ab01", Since: time.UnixMicro(1767225600_000001), Stale: true, Command: []string{"/usr/bin/podman", "run"},
 	}
 	if !reflect.DeepEqual(got, want) {
 		t.Errorf("got %+v, want %+v", got, want)
 	}
 	// Nothing, or something of another type, is no reason to fall over.
-	for _, p := range []map[string]any{nil, {"ExecStart": [][]any{{"/x"}}, "MainPID": "x", "InvocationID": []byte{}, "LoadState": 1}} {
+	for _, p := range []map[string]any{nil, {"ExecStart": [][]any{{"/x", []string{"/usr/bin/podman", "run"}}}}, {"ExecStart": [][]any{{"/x"}}, "MainPID": "x", "InvocationID": []byte{}, "LoadState": 1}} {
 		if got := stateOf(p); !reflect.DeepEqual(got, State{}) {
 			t.Errorf("got %+v", got)
 		}

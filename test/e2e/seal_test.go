@@ -36,6 +36,10 @@ func TestDriftIsFound(t *testing.T) {
 		{"a device of a Quadlet drop-in", "containers/systemd/resultity-runtime.container.d/50-more.conf", "[Container]\nAddDevice=/dev/fuse\n", "/dev/fuse"},
 		{"another command of a systemd drop-in", "systemd/user/resultity-runtime.service.d/override.conf",
 			"[Service]\nExecStart=\nExecStart=/usr/bin/podman run --name=resultity-runtime --sdnotify=container -v /etc:/host x\n", "/etc:/host"},
+		{"a command of a systemd drop-in", "systemd/user/resultity-runtime.service.d/override.conf", "[Service]\nExecStartPre=/bin/true\n", "ExecStartPre"},
+		{"a program of a systemd drop-in", "systemd/user/resultity-runtime.service.d/override.conf", "[Service]\nEnvironment=CONTAINERS_CONF=/tmp/none\n", "CONTAINERS_CONF"},
+		{"a variable of containers.conf", "containers/containers.conf", "[containers]\npids_limit=0\nenv=[\"LD_PRELOAD=/tmp/x\"]\n", "variable LD_PRELOAD, which nobody ordered"},
+		{"a mount of mounts.conf", "containers/mounts.conf", "/usr/share/doc:/host\n", "is mounted at /host, which nobody ordered"},
 		{"a volume of containers.conf", "containers/containers.conf", "[containers]\npids_limit=0\nvolumes=[\"/etc:/host:ro\"]\n", "is mounted at /host, which nobody ordered"},
 	} {
 		t.Run(strings.ReplaceAll(d.name, " ", "-"), func(t *testing.T) {

@@ -13,6 +13,7 @@ import (
 	"errors"
 	"fmt"
 	"log/slog"
+	"maps"
 	"os"
 	"path/filepath"
 	"slices"
@@ -69,6 +70,8 @@ type Machine struct {
 	dir  string
 	good []string // a podman command line that is sealed
 
+	settings map[string][]string // what systemd has for the service beside it
+
 	mu          sync.Mutex
 	faults      map[string]*Fault
 	calls       []string
@@ -121,6 +124,10 @@ func New(t testing.TB) *Machine {
 		m.record.Mounts = append(m.record.Mounts, contract.Mount{Point: point, Type: "ext4", ReadOnly: !slices.Contains([]string{"/run/resultity", "/tmp", "/dev/shm", "/proc"}, point)})
 	}
 	m.good = commandLine(string(raw))
+	m.settings = map[string][]string{
+		"Type": {"notify"}, "NotifyAccess": {"all"}, "Environment": {"PODMAN_SYSTEMD_UNIT=" + quadlet.ServiceName},
+		"ExecStop": {"/usr/bin/podman rm -v -f -i resultity-runtime"}, "ExecStopPost": {"-/usr/bin/podman rm -v -f -i resultity-runtime"},
+	}
 	return m
 }
 
@@ -148,6 +155,9 @@ func (m *Machine) Deployer() *deploy.Deployer {
 		Allowed: []string{"nvidia.com/gpu=*"},
 		Ceiling: func(int) (int64, error) { return m.ceiling, nil },
 		Mounts:  func([]string) ([]string, error) { return nil, nil },
+		Env: func(names []string) ([]string, error) {
+			return slices.Repeat([]string{"DEVICE=1"}, min(len(names), 1)), nil
+		},
 		Look:    m.look,
 		UnitDir: "/run/user/990/containers/systemd", SocketDir: m.SocketDir(), Bridge: "/usr/libexec/resultity/resultity-bridge",
 		Log: slog.New(slog.DiscardHandler), Progress: func(*snapshot.Model, int64, int64) {},
@@ -251,6 +261,9 @@ func (l *Locked) Memory(ceiling int64) {
 
 // Drift lets the container differ from what the unit orders.
 func (l *Locked) Drift(f func(*podman.ContainerState)) { l.drift = f }
+
+// Set gives the service another directive.
+func (l *Locked) Set(name string, values ...string) { l.settings[name] = values }
 
 // DropIn gives podman run another argument.
 func (l *Locked) DropIn(arg string) { l.good = slices.Insert(slices.Clone(l.good), 2, arg) }
@@ -419,7 +432,7 @@ func (u *Units) State(ctx context.Context, unit string) (s systemd.State, err er
 	u.own(unit)
 	m := (*Machine)(u)
 	err = m.fail(ctx, State, func() error {
-		m.state.Command = m.good
+		m.state.Command, m.state.Settings = m.good, maps.Clone(m.settings)
 		s = m.state
 		return nil
 	})
@@ -520,6 +533,19 @@ func (c *containers) Image(ctx context.Context, ref snapshot.ImageRef) (id strin
 	return id, size, err
 }
 
+// imageEnv is what every image asks for.
+var imageEnv = []string{"PATH=/opt/bin", "LANG=C", "HOME=/root"}
+
+func (c *containers) ImageEnv(_ context.Context, ref snapshot.ImageRef) ([]string, error) {
+	m := (*Machine)(c)
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	if !m.images[ref] {
+		return nil, podman.ErrNotFound
+	}
+	return imageEnv, nil
+}
+
 func (c *containers) Container(ctx context.Context, name string) (s podman.ContainerState, err error) {
 	m := (*Machine)(c)
 	if name != quadlet.ContainerName {
@@ -536,7 +562,7 @@ func (c *containers) Container(ctx context.Context, name string) (s podman.Conta
 		// The words of Podman 5.8.
 		s = podman.ContainerState{
 			Running: true, PID: m.state.MainPID, ImageID: imageID(o.Image), ImageDigest: o.Image.Digest(), ReadOnly: true, Network: "none",
-			User: o.User, Security: []string{"no-new-privileges"}, Command: o.Command, Tmpfs: map[string][]string{},
+			User: o.User, Env: slices.Concat([]string{"container=podman", "NOTIFY_SOCKET=/run/notify/notify.sock", "HOSTNAME=0123"}, env(o)), Security: []string{"no-new-privileges"}, Command: o.Command, Tmpfs: map[string][]string{},
 			Namespaces: map[string]string{"cgroup": "private", "ipc": "shareable", "pid": "private", "user": "", "uts": "private"},
 		}
 		for _, o := range o.Mounts {
@@ -551,6 +577,18 @@ func (c *containers) Container(ctx context.Context, name string) (s podman.Conta
 		return nil
 	})
 	return s, err
+}
+
+// env are an image's variables and the ordered ones, each once.
+func env(o quadlet.Order) []string {
+	env := slices.DeleteFunc(slices.Clone(imageEnv), func(v string) bool {
+		name, _, _ := strings.Cut(v, "=")
+		return slices.ContainsFunc(o.Env, func(w string) bool { return strings.HasPrefix(w, name+"=") })
+	})
+	if env = append(env, o.Env...); len(o.Bridge.Devices) > 0 {
+		env = append(env, "DEVICE=1")
+	}
+	return env
 }
 
 func (m *Machine) look(pid int) (o *sandbox.Outside, err error) {
