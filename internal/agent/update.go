@@ -177,7 +177,7 @@ func (u *updater) reconcile(ctx context.Context) {
 	p := u.plans[serve.Digest()]
 	switch {
 	case p == nil: // what is missing comes on u.results
-	case u.active == nil && settling(unit) && u.good == serve.Digest():
+	case u.active == nil && settling(unit) && u.good == serve.Digest() && deploy.Loaded(unit) == nil:
 		// systemd is at it; the watcher tells when it is done
 	case u.active != nil && !u.again.due(): // it has failed here before
 	case u.active != nil || u.build.due() || unit.Active == "active" && unit.InvocationID != u.tried:

@@ -299,10 +299,8 @@ func (d *Deployer) apply(ctx context.Context, p *Plan, begin func(phase string))
 	if err != nil {
 		return nil, fails(StepStart, err)
 	}
-	// What the file says has been checked; what systemd has made of it may
-	// hold an administrator's drop-in.
-	if err := errors.Join(quadlet.CheckCommand(state.Command), quadlet.CheckSettings(state.Settings)); err != nil {
-		return nil, fails(StepSandbox, fmt.Errorf("%w: %w; see systemctl --user cat %s", sandbox.ErrNotSealed, err, p.unit.Service))
+	if err := Loaded(state); err != nil {
+		return nil, fails(StepSandbox, err)
 	}
 	begin(PhaseStart)
 	if state.Active != "active" { // Install has stopped what it changed
@@ -322,6 +320,15 @@ func (d *Deployer) apply(ctx context.Context, p *Plan, begin func(phase string))
 		return nil, err
 	}
 	return dep, nil
+}
+
+// Loaded checks what systemd would start. What the unit's file says has been
+// checked; what systemd has made of it may hold an administrator's drop-in.
+func Loaded(state systemd.State) error {
+	if err := errors.Join(quadlet.CheckCommand(state.Command), quadlet.CheckSettings(state.Settings)); err != nil {
+		return fmt.Errorf("%w: %w; see systemctl --user cat %s", sandbox.ErrNotSealed, err, quadlet.ServiceName)
+	}
+	return nil
 }
 
 // validate asks the golden requests.
