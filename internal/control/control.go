@@ -433,7 +433,7 @@ func (c *Client) Post(ctx context.Context, what string, answer any) error {
 func (c *Client) Metrics(ctx context.Context) ([]byte, error) {
 	status, text, err := c.ask(ctx, http.MethodGet, "metrics", nil)
 	if err == nil && status != http.StatusOK {
-		err = fmt.Errorf("the agent answered %d %s: %.500s", status, http.StatusText(status), text)
+		err = refusal(status, text)
 	}
 	return text, err
 }
@@ -452,13 +452,7 @@ func (c *Client) Bind(ctx context.Context, q BindRequest) (Binding, error) {
 		return v, err
 	}
 	if status != http.StatusOK {
-		var no struct {
-			Error string `json:"error"`
-		}
-		if json.Unmarshal(answer, &no) != nil || no.Error == "" {
-			return v, fmt.Errorf("the agent answered %d: %.500s", status, answer)
-		}
-		return v, errors.New(no.Error)
+		return v, refusal(status, answer)
 	}
 	return v, json.Unmarshal(answer, &v)
 }
@@ -468,14 +462,24 @@ func (c *Client) do(ctx context.Context, method, what string, answer any) error 
 	if err != nil {
 		return err
 	}
-	var refusal struct{ Error string }
-	if status == http.StatusConflict && json.Unmarshal(raw, &refusal) == nil && strings.HasPrefix(refusal.Error, ErrRefused.Error()) {
-		return fmt.Errorf("%w%s", ErrRefused, strings.TrimPrefix(refusal.Error, ErrRefused.Error()))
-	}
 	if status != http.StatusOK {
-		return fmt.Errorf("the agent answered %d %s: %.500s", status, http.StatusText(status), raw)
+		return refusal(status, raw)
 	}
 	return json.Unmarshal(raw, answer)
+}
+
+// refusal is an answer other than 200: the agent's own words where it has some.
+func refusal(status int, raw []byte) error {
+	var no struct {
+		Error string `json:"error"`
+	}
+	if json.Unmarshal(raw, &no) != nil || no.Error == "" {
+		return fmt.Errorf("the agent answered %d %s: %.500s", status, http.StatusText(status), bytes.TrimSpace(raw))
+	}
+	if rest, ok := strings.CutPrefix(no.Error, ErrRefused.Error()); ok && status == http.StatusConflict {
+		return fmt.Errorf("%w%s", ErrRefused, rest)
+	}
+	return errors.New(no.Error)
 }
 
 func (c *Client) ask(ctx context.Context, method, what string, body io.Reader) (status int, raw []byte, err error) {

@@ -7,7 +7,6 @@ import (
 	"fmt"
 	"io"
 	"net/http"
-	"strings"
 	"time"
 
 	"github.com/resultity/node/internal/gate"
@@ -163,7 +162,7 @@ func (c *Client) order(ctx context.Context, what string, most int64) ([]byte, er
 	case res.StatusCode == http.StatusConflict:
 		return nil, ErrBusy
 	case res.StatusCode != http.StatusOK:
-		return nil, fmt.Errorf("the agent answered %s: %.500s", res.Status, strings.TrimSpace(string(raw)))
+		return nil, refusal(res.StatusCode, raw)
 	case int64(len(raw)) > most:
 		return nil, fmt.Errorf("the agent's answer is larger than %d bytes", most)
 	}

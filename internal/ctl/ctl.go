@@ -72,6 +72,7 @@ func (e exitError) Error() string { return fmt.Sprintf("exit status %d", int(e))
 
 // Main runs the command and returns its exit code.
 func Main(ctx context.Context, args []string, stdio IO, version string) int {
+	stdio.Err = &printable{stdio.Err}
 	c := &command{IO: stdio, version: version}
 	root := c.root(version)
 	root.SetArgs(args)
@@ -86,7 +87,7 @@ func Main(ctx context.Context, args []string, stdio IO, version string) int {
 	case errors.As(err, &code):
 		return int(code)
 	case errors.Is(err, control.ErrNotRunning):
-		fmt.Fprintf(stdio.Err, "resultityctl: %v\nStart it: systemctl --user -M %s@ start resultity-agent (or without -M for a node of your own)\nIts log:  journalctl _SYSTEMD_USER_UNIT=resultity-agent.service\n", err, Account)
+		fmt.Fprintf(stdio.Err, "resultityctl: %v\nStart it: sudo systemctl --user -M %s@ start resultity-agent (without sudo and -M for a node of your own)\nIts log:  sudo journalctl _SYSTEMD_USER_UNIT=resultity-agent.service\n", err, Account)
 		return ExitDown
 	case errors.Is(err, errUsage):
 		fmt.Fprintf(stdio.Err, "resultityctl: %v\n", err)

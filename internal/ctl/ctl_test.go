@@ -255,8 +255,14 @@ func (n *node) Doctor(context.Context) (*control.Report, error) {
 	return r, nil
 }
 func (n *node) Bundle(context.Context) ([]byte, error) { return []byte("archive"), nil }
-func (n *node) Drain() error                           { n.set(true); return nil }
-func (n *node) Resume() error                          { n.set(false); return nil }
+func (n *node) Drain() error {
+	n.set(true)
+	if n.broken {
+		return errors.New("the node takes no new jobs, but a restart forgets that: the disk is \x1b[2Jgone")
+	}
+	return nil
+}
+func (n *node) Resume() error { n.set(false); return nil }
 func (n *node) set(draining bool) {
 	n.mu.Lock()
 	defer n.mu.Unlock()
