@@ -14,6 +14,7 @@ import (
 	"github.com/resultity/node/internal/gate"
 	"github.com/resultity/node/internal/model"
 	"github.com/resultity/node/internal/podman"
+	"github.com/resultity/node/internal/preflight"
 	"github.com/resultity/node/internal/session"
 	"github.com/resultity/node/internal/snapshot"
 	"github.com/resultity/node/internal/tuf"
@@ -400,7 +401,7 @@ func remedyOfStep(e *deploy.Error) string {
 	var space *model.NoSpaceError
 	switch {
 	case errors.Is(e, podman.ErrUnavailable):
-		return "systemctl --user status resultity-podman.socket resultity-podman.service, in the account of the agent"
+		return "sudo systemctl --user -M " + preflight.Packaged + "@ status resultity-podman.socket (for a node of your own: without sudo and -M)"
 	case e.Step == deploy.StepImage && imageRefused(e):
 		return "the network's operator has to sign the image, or to publish its key"
 	case e.Step == deploy.StepImage:
@@ -414,7 +415,7 @@ func remedyOfStep(e *deploy.Error) string {
 	case e.Step == deploy.StepUnit:
 		return "the detail names what this machine lacks; the agent keeps trying"
 	case e.Step == deploy.StepStart:
-		return "journalctl _SYSTEMD_USER_UNIT=resultity-runtime.service has the engine's own words"
+		return "sudo journalctl _SYSTEMD_USER_UNIT=resultity-runtime.service has the engine's own words"
 	case e.Step == deploy.StepSandbox:
 		return "remove what loosens the sandbox, such as a drop-in of resultity-runtime.service, and restart the agent"
 	}

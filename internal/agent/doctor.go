@@ -160,9 +160,12 @@ func (a *Agent) probeSocketOut(ctx context.Context) control.Check {
 			out = append(out, r.Target)
 		}
 	}
-	const remedy = "sudo systemctl --user -M resultity@ restart resultity-runtime.service, and look for drop-ins of it; tell the publisher of the agent"
-	if n := ears.heard(); len(out) > 0 || n > 0 {
+	remedy := a.surroundings().Systemctl("cat", quadlet.ServiceName) + " shows what loosens it; remove that and restart the agent, or tell its publisher"
+	switch n := ears.heard(); {
+	case len(out) > 0:
 		return refuted(name, remedy, "the container reached %s; %d connections came", strings.Join(out, ", "), n)
+	case n > 0:
+		return refuted(name, "run doctor again; if it stays so: "+remedy, "%d connections came to the probe's listeners, of which the container says nothing: they are its, or those of another program that looks for open ports", n)
 	}
 	return passed(name, "%d ways out of the container were tried, none is open", len(targets))
 }
@@ -291,7 +294,7 @@ func (a *Agent) probeOneToken(ctx context.Context) control.Check {
 		}
 		return nil
 	})
-	const remedy = "journalctl _SYSTEMD_USER_UNIT=resultity-runtime.service has the engine's own words"
+	const remedy = "sudo journalctl _SYSTEMD_USER_UNIT=resultity-runtime.service has the engine's own words"
 	busy, ok := errors.AsType[*runtime.EngineError](err)
 	switch {
 	case ok && busy.Status == 503:

@@ -98,7 +98,7 @@ var List = []About{
 	{Configuration, "is the network's configuration verified and fresh?", "`network.url`, `network.ca` and `network.root` of `agent.toml`; the machine's clock"},
 	{Image, "is the image signed by the network, and stored?", "the network's operator has to sign it"},
 	{Model, "are all models here and verified?", "`resultityctl models` shows how far they are"},
-	{Runtime, "does the engine run?", "`journalctl _SYSTEMD_USER_UNIT=resultity-runtime.service` has its own words"},
+	{Runtime, "does the engine run?", "`sudo journalctl _SYSTEMD_USER_UNIT=resultity-runtime.service` has its own words"},
 	{Sandbox, "is it sealed, seen from inside and outside?", "remove the drop-in that loosens `resultity-runtime.service`"},
 	{Validation, "does the model give the expected answers?", "the network's operator, or a restart of the agent to try again"},
 	{Session, "is the node connected to the network?", "that this machine reaches `network.url`"},
