@@ -244,6 +244,28 @@ func TestRuntimeLost(t *testing.T) {
 	}
 }
 
+// Another command than ours is not waited for, however often systemd starts it.
+func TestSystemdStartsSomethingElse(t *testing.T) {
+	bubble(t, func(t *testing.T, f *fixture, n *deploytest.Network) {
+		f.tuf.serve(n.Publish(nil), nil)
+		defer f.run()()
+		pass(untilSettled)
+		f.machine.Calls()
+		f.machine.Do(func(m *deploytest.Locked) {
+			m.DropIn("--privileged")
+			m.Activate("activating")
+		})
+		pass(untilSettled)
+		f.serves(nil)
+		if f.book.count(journal.SandboxRefused) != 1 {
+			t.Errorf("not said:\n%s", f.book)
+		}
+		if calls := f.machine.Calls(); !slices.Contains(calls, deploytest.Stop) || slices.Contains(calls, deploytest.Start) {
+			t.Errorf("it was not stopped, or started: %q", calls)
+		}
+	})
+}
+
 // A deployment that fails is tried again on the schedule: its own doings with
 // the unit are no reason to try sooner.
 func TestFirstDeploymentFails(t *testing.T) {

@@ -266,7 +266,12 @@ func (l *Locked) Drift(f func(*podman.ContainerState)) { l.drift = f }
 func (l *Locked) Set(name string, values ...string) { l.settings[name] = values }
 
 // DropIn gives podman run another argument.
-func (l *Locked) DropIn(arg string) { l.good = slices.Insert(slices.Clone(l.good), 2, arg) }
+func (l *Locked) DropIn(arg string) {
+	l.good = slices.Insert(slices.Clone(l.good), 2, arg)
+	if l.state.Command != nil {
+		l.state.Command = l.good
+	}
+}
 
 func (m *Machine) up() {
 	m.starts++
