@@ -26,6 +26,7 @@ import (
 	"github.com/resultity/node/internal/gate"
 	"github.com/resultity/node/internal/generation"
 	"github.com/resultity/node/internal/hardware"
+	"github.com/resultity/node/internal/image"
 	"github.com/resultity/node/internal/journal"
 	"github.com/resultity/node/internal/order"
 	"github.com/resultity/node/internal/podman"
@@ -113,6 +114,7 @@ type Agent struct {
 	halt      chan struct{}                                         // capacity maxLong: that has been done, and the agent ends
 
 	probes     probes
+	images     atomic.Pointer[image.Images]                             // nil until Podman has answered
 	unitFiles  func(ctx context.Context, unit string) ([]string, error) // as the service manager has them
 	configFile string                                                   // for the support archive
 	doctoring  sync.Mutex                                               // held while doctor runs

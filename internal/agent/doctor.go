@@ -27,6 +27,9 @@ import (
 type probes struct {
 	// unsigned offers an unsigned image to the agent's check and to Podman.
 	unsigned func(ctx context.Context, keys []string) (image.Refusal, error)
+	// policy compares Podman's policy with what the agent wrote; see
+	// [image.Images.CheckPolicy].
+	policy func() (written bool, err error)
 	// exec runs a command in the runtime's container and returns its output.
 	exec func(ctx context.Context, command ...string) ([]byte, error)
 }
@@ -52,6 +55,12 @@ func (a *Agent) openProbes() probes {
 				return err
 			})
 			return r, err
+		},
+		policy: func() (bool, error) {
+			if i := a.images.Load(); i != nil {
+				return i.CheckPolicy()
+			}
+			return false, nil
 		},
 		exec: func(ctx context.Context, command ...string) (out []byte, err error) {
 			err = with(ctx, func(p *podman.Client) error {
@@ -114,11 +123,19 @@ func (a *Agent) probeUnsigned(ctx context.Context) []control.Check {
 	default:
 		cs[0] = notMeasured(own, "%v", r.Agent)
 	}
+	anew := a.surroundings().Systemctl("restart", "resultity-agent.service") + ": the agent writes it anew"
+	written, changed := a.probes.policy()
 	switch {
+	case errors.Is(changed, image.ErrPolicy) && r.Podman != nil:
+		cs[1] = refuted(theirs, anew, "somebody has changed %s: %v", file, changed)
+	case changed != nil && r.Podman != nil:
+		cs[1] = notMeasured(theirs, "%v", changed)
+	case !written && r.Podman != nil:
+		cs[1] = notMeasured(theirs, "the agent has not come to an image since its start, so that it has written no policy")
 	case errors.Is(r.Podman, podman.ErrRefused) && r.Asked:
-		cs[1] = passed(theirs, "Podman's policy refused to pull it")
+		cs[1] = passed(theirs, "Podman's policy refused to pull it, and is as the agent wrote it")
 	case r.Podman == nil:
-		cs[1] = refuted(theirs, "remove "+file+" and restart the agent, which writes it anew", "Podman pulled an image that nobody has signed: the policy %s has been loosened", file)
+		cs[1] = refuted(theirs, anew, "Podman pulled an image that nobody has signed: the policy %s has been loosened", file)
 		if err != nil {
 			cs[1].Detail += fmt.Sprintf("; and the image was not removed: %v", err)
 		}

@@ -42,6 +42,8 @@ func sealed(open string) func(context.Context, ...string) ([]byte, error) {
 	}
 }
 
+func intact() (bool, error) { return true, nil }
+
 func offered(r image.Refusal, err error) func(context.Context, []string) (image.Refusal, error) {
 	return func(context.Context, []string) (image.Refusal, error) { return r, err }
 }
@@ -69,6 +71,7 @@ func TestProbes(t *testing.T) {
 	for _, c := range []struct {
 		name     string
 		unsigned func(context.Context, []string) (image.Refusal, error)
+		policy   func() (bool, error)
 		exec     func(context.Context, ...string) ([]byte, error)
 		engine   oneTokenEngine
 		idle     bool // nothing is deployed
@@ -85,6 +88,10 @@ func TestProbes(t *testing.T) {
 		{name: "the agent cannot ask", unsigned: offered(image.Refusal{Agent: errBroken, Podman: podman.ErrRefused, Asked: true}, nil), probe: control.ProbeUnsignedAgent, want: control.NotMeasured},
 		{name: "no probe", unsigned: offered(image.Refusal{}, errBroken), probe: control.ProbeUnsignedAgent, want: control.NotMeasured, detail: "broken"},
 		{name: "no probe, so nothing of Podman", unsigned: offered(image.Refusal{}, errBroken), probe: control.ProbeUnsignedPodman, want: control.NotMeasured},
+		{name: "Podman's policy", probe: control.ProbeUnsignedPodman, want: control.Pass, detail: "as the agent wrote it"},
+		{name: "a changed policy", policy: func() (bool, error) { return true, image.ErrPolicy }, probe: control.ProbeUnsignedPodman, want: control.Fail, detail: "policy.json"},
+		{name: "a policy that cannot be read", policy: func() (bool, error) { return true, errBroken }, probe: control.ProbeUnsignedPodman, want: control.NotMeasured, detail: "broken"},
+		{name: "no policy yet", policy: func() (bool, error) { return false, nil }, probe: control.ProbeUnsignedPodman, want: control.NotMeasured, detail: "no policy"},
 
 		{name: "sealed", probe: control.ProbeSocketOut, want: control.Pass, detail: "none is open"},
 		{name: "the host's loopback", exec: sealed("tcp 127.0.0.1"), probe: control.ProbeSocketOut, want: control.Fail, detail: "reached tcp 127.0.0.1"},
@@ -110,7 +117,10 @@ func TestProbes(t *testing.T) {
 				if c.exec == nil {
 					c.exec = sealed("")
 				}
-				f.probes.unsigned, f.probes.exec = c.unsigned, c.exec
+				if c.policy == nil {
+					c.policy = intact
+				}
+				f.probes.unsigned, f.probes.policy, f.probes.exec = c.unsigned, c.policy, c.exec
 				f.tuf.serve(n.Publish(nil), nil)
 				if c.idle {
 					f.machine.Fail(deploytest.EnsureImage, &deploytest.Fault{Err: errBroken})
@@ -159,7 +169,7 @@ func TestOneDoctor(t *testing.T) {
 			<-leave
 			return image.Refusal{}, errBroken
 		}
-		f.probes.exec = sealed("")
+		f.probes.policy, f.probes.exec = intact, sealed("")
 		ctx, cancel := context.WithCancel(t.Context())
 		done := make(chan error, 1)
 		go func() {

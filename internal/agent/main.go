@@ -338,6 +338,7 @@ func (a *Agent) newDeployer(ctx context.Context, models *model.Store, units *sys
 	if err != nil {
 		return nil, err
 	}
+	a.images.Store(images)
 	return &deploy.Deployer{
 		Images: images, Models: models, Units: units, Containers: p,
 		Devices:   func(names []string) ([]string, error) { return hardware.DeviceNodes(hardware.SpecDirs, names) },

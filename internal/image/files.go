@@ -81,7 +81,33 @@ func (i *Images) allow(ref snapshot.ImageRef, keys []string) error {
 	if err := i.write(registriesFile, registries); err != nil {
 		return err
 	}
-	return i.write(policyFile, policyJSON)
+	i.policyMu.Lock()
+	defer i.policyMu.Unlock()
+	if err := i.write(policyFile, policyJSON); err != nil {
+		return err
+	}
+	i.policy = policyJSON
+	return nil
+}
+
+// ErrPolicy says that Podman's policy is another one than was written.
+var ErrPolicy = errors.New("it is not what the agent wrote")
+
+// CheckPolicy compares Podman's policy with what was written there last. A
+// requirement that was loosened for the runtime's own repository shows here
+// alone: no image of another one can be offered to it. The error is [ErrPolicy],
+// or about the file. It is nil, false as long as nothing was written.
+func (i *Images) CheckPolicy() (written bool, err error) {
+	i.policyMu.Lock()
+	defer i.policyMu.Unlock()
+	if i.policy == nil {
+		return false, nil
+	}
+	now, err := os.ReadFile(filepath.Join(i.dir, policyFile))
+	if err == nil && !bytes.Equal(now, i.policy) {
+		err = ErrPolicy
+	}
+	return true, err
 }
 
 // trustRegistry writes the private authority for this registry, or removes what

@@ -81,6 +81,9 @@ type Images struct {
 	stall     time.Duration
 
 	mu sync.Mutex // held for a whole call: guards the files in dir
+
+	policyMu sync.Mutex // guards policy, also over the file; never held over anything else
+	policy   []byte     // what the policy's file has to be; nil before it was written
 }
 
 // New returns the images of p. Registries are asked through transport for

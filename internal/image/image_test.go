@@ -426,11 +426,29 @@ func TestPolicyNamesOneRepository(t *testing.T) {
 	if err := w.pod.allowed(t.Context(), a); !errors.Is(err, errPolicy) {
 		t.Errorf("a is still allowed: %v", err)
 	}
-	// A start without a configuration keeps what there is.
+	// A start without a configuration keeps what there is, and knows nothing of it.
 	before := read()
-	w.open()
+	if written, err := w.img.CheckPolicy(); !written || err != nil {
+		t.Errorf("CheckPolicy = %v, %v", written, err)
+	}
+	if written, err := w.open().CheckPolicy(); written || err != nil {
+		t.Errorf("CheckPolicy of a new start = %v, %v", written, err)
+	}
 	if read() != before {
 		t.Error("opening changed the policy")
+	}
+	// Loosened for this repository alone.
+	loose := strings.Replace(before, `"type": "sigstoreSigned"`, `"type": "insecureAcceptAnything"`, 1)
+	if loose == before {
+		t.Fatal(before)
+	}
+	w.must(os.WriteFile(filepath.Join(w.dir, "policy.json"), []byte(loose), 0o600))
+	if written, err := w.img.CheckPolicy(); !written || !errors.Is(err, ErrPolicy) {
+		t.Errorf("CheckPolicy of a loosened one = %v, %v", written, err)
+	}
+	w.must(w.img.Ensure(t.Context(), b, []string{pub}))
+	if written, err := w.img.CheckPolicy(); !written || err != nil {
+		t.Errorf("CheckPolicy of the next = %v, %v", written, err)
 	}
 	// The authority goes with the registry that it is for.
 	w.img.ca = nil

@@ -108,7 +108,8 @@ func unpack(t *testing.T, n *stack.Node, name string) map[string][]byte {
 	}
 }
 
-// Podman's policy, loosened by hand, is found by trying.
+// Podman's policy, loosened by hand, is found by trying, and by what the agent
+// wrote where only an image of the runtime's own repository would show it.
 func TestDoctorFindsALoosePolicy(t *testing.T) {
 	n := s.Nodes[0]
 	file := path.Join(n.State, "agent/podman/.config/containers/policy.json")
@@ -122,16 +123,31 @@ func TestDoctorFindsALoosePolicy(t *testing.T) {
 			t.Fatal(err)
 		}
 	}
-	write([]byte(`{"default":[{"type":"insecureAcceptAnything"}]}`))
 	defer write(before)
-	r, code := doctor(t, n)
-	for _, c := range r.Checks {
-		if (c.Result == control.Fail) != (c.Name == control.ProbeUnsignedPodman) {
-			t.Errorf("%+v", c)
-		}
+	var policy map[string]any
+	if err := json.Unmarshal(before, &policy); err != nil {
+		t.Fatal(err)
 	}
-	if code != 2 || !strings.Contains(find(r, control.ProbeUnsignedPodman).Detail, file) {
-		t.Errorf("exit code %d", code)
+	anything := []any{map[string]any{"type": "insecureAcceptAnything"}}
+	own := policy["transports"].(map[string]any)["docker"].(map[string]any)
+	for scope := range own {
+		own[scope] = anything // for the runtime's repository alone
+	}
+	hidden, err := json.Marshal(policy)
+	if err != nil {
+		t.Fatal(err)
+	}
+	for _, loose := range [][]byte{hidden, []byte(`{"default":[{"type":"insecureAcceptAnything"}]}`)} {
+		write(loose)
+		r, code := doctor(t, n)
+		for _, c := range r.Checks {
+			if (c.Result == control.Fail) != (c.Name == control.ProbeUnsignedPodman) {
+				t.Errorf("%+v", c)
+			}
+		}
+		if code != 2 || !strings.Contains(find(r, control.ProbeUnsignedPodman).Detail, file) {
+			t.Errorf("exit code %d", code)
+		}
 	}
 	if out, err := n.Podman(t.Context(), "images", "--format", "{{.Repository}}"); err != nil || strings.Contains(string(out), "resultity-doctor") {
 		t.Errorf("the probe left an image: %v\n%s", err, out)
