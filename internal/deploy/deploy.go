@@ -18,6 +18,7 @@ import (
 	"syscall"
 	"time"
 
+	"github.com/resultity/node/internal/bridge/contract"
 	"github.com/resultity/node/internal/digest"
 	"github.com/resultity/node/internal/journal"
 	"github.com/resultity/node/internal/podman"
@@ -305,6 +306,9 @@ func (d *Deployer) apply(ctx context.Context, p *Plan, begin func(phase string))
 	begin(PhaseStart)
 	if state.Active != "active" { // Install has stopped what it changed
 		if state, err = d.start(ctx, p, state); err != nil {
+			if errors.Is(err, sandbox.ErrNotSealed) {
+				return nil, fails(StepSandbox, err)
+			}
 			return nil, fails(StepStart, err)
 		}
 	}
@@ -316,7 +320,7 @@ func (d *Deployer) apply(ctx context.Context, p *Plan, begin func(phase string))
 		return nil, fails(StepSandbox, err)
 	}
 	begin(PhaseValidate)
-	if err := d.validate(ctx, engine, dep); err != nil {
+	if err := validate(ctx, engine, p.snapshot.Config()); err != nil {
 		return nil, err
 	}
 	return dep, nil
@@ -331,26 +335,21 @@ func Loaded(state systemd.State) error {
 	return nil
 }
 
-// validate asks the golden requests, all of the very start that dep is of.
-func (d *Deployer) validate(ctx context.Context, engine Engine, dep *Deployment) error {
-	c := dep.snapshot.Config()
+// validate asks the golden requests.
+func validate(ctx context.Context, engine Engine, c *snapshot.Config) error {
 	for _, g := range c.Validation {
 		if err := engine.Golden(ctx, g, c.Runtime.Model); err != nil {
 			return fails(StepValidate, err)
 		}
 	}
-	state, err := d.Units.State(ctx, quadlet.ServiceName)
-	if err == nil && !dep.Current(state) {
-		err = fmt.Errorf("%s ended while it was looked at, and is %s (%s)", quadlet.ServiceName, state.Active, state.Result)
-	}
-	return fails(StepStart, err)
+	return nil
 }
 
 // Validate repeats the golden requests of a deployment that is up.
 func (d *Deployer) Validate(ctx context.Context, dep *Deployment) error {
 	engine := d.Engine(dep.socket)
 	defer engine.Close()
-	return d.validate(ctx, engine, dep)
+	return validate(ctx, engine, dep.snapshot.Config())
 }
 
 // Clean removes images and models that none of the snapshots asks for.
@@ -384,8 +383,9 @@ func (d *Deployer) makeSocketDir() error {
 
 func (d *Deployer) start(ctx context.Context, p *Plan, state systemd.State) (systemd.State, error) {
 	d.Log.Info("starting runtime", journal.RuntimeStarting.Attr(), "was", state.Active, "image", p.snapshot.Config().Runtime.Image)
-	// A unit that used up its start limit would refuse a new configuration.
-	if state.Active == "failed" {
+	// The limit on starts is for systemd's own. It would refuse a new
+	// configuration, or somebody's word.
+	if state.Active == "failed" || state.Active == "inactive" {
 		if err := d.Units.ResetFailed(ctx, p.unit.Service); err != nil {
 			return state, err
 		}
@@ -394,6 +394,9 @@ func (d *Deployer) start(ctx context.Context, p *Plan, state systemd.State) (sys
 	// A start that systemd, or an agent before this one, has begun is waited
 	// for: a large model takes minutes to load, and a restart would begin anew.
 	if err := d.Units.Start(ctx, p.unit.Service); err != nil {
+		if job, ok := errors.AsType[*systemd.JobError](err); ok && job.State.Result == "exit-code" && job.State.ExitStatus == contract.ExitSandbox {
+			return state, fmt.Errorf("%w: seen from inside: %s", sandbox.ErrNotSealed, job.State.StatusText)
+		}
 		return state, err
 	}
 	d.Log.Info("runtime started", "took", time.Since(begin).Round(time.Millisecond))

@@ -12,6 +12,7 @@ import (
 	"errors"
 	"fmt"
 	"io/fs"
+	"math"
 	"os"
 	"path/filepath"
 	"reflect"
@@ -135,18 +136,20 @@ func (c *Conn) Version(ctx context.Context) (string, error) {
 
 // State is what the manager says of a unit.
 type State struct {
-	Load         string    // loaded, not-found, bad-setting, …
-	Active       string    // active, inactive, activating, deactivating, failed, reloading
-	Sub          string    // finer, by type of unit: running, auto-restart, …
-	Result       string    // why the service ended last: success, exit-code, watchdog, …
-	StatusText   string    // the service's own words
-	ExitStatus   int       // of the main process
-	NRestarts    int       // by the manager, since the unit was started by somebody
-	MainPID      int       // 0 for none
-	InvocationID string    // one start of the unit; "" before the first
-	Since        time.Time // when it became active; zero before that
-	Stale        bool      // its files have changed since the manager read them
-	Command      []string  // that starts it, with all drop-ins
+	Load         string        // loaded, not-found, bad-setting, …
+	Active       string        // active, inactive, activating, deactivating, failed, reloading
+	Sub          string        // finer, by type of unit: running, auto-restart, …
+	Result       string        // why the service ended last: success, exit-code, watchdog, …
+	StatusText   string        // the service's own words
+	ExitStatus   int           // of the main process
+	NRestarts    int           // by the manager, since the unit was started by somebody
+	StartLimit   int           // so many starts, and no more,
+	StartWindow  time.Duration // within this time
+	MainPID      int           // 0 for none
+	InvocationID string        // one start of the unit; "" before the first
+	Since        time.Time     // when it became active; zero before that
+	Stale        bool          // its files have changed since the manager read them
+	Command      []string      // that starts it, with all drop-ins
 
 	// Settings are those of the service's other directives that are set and
 	// decide what else is run for it, with what in its environment, as whom and
@@ -189,6 +192,7 @@ func stateOf(p map[string]any) State {
 		ExitStatus: int(get[int32](p, "ExecMainStatus")),
 		NRestarts:  int(get[uint32](p, "NRestarts")),
 		MainPID:    int(get[uint32](p, "MainPID")),
+		StartLimit: int(get[uint32](p, "StartLimitBurst")),
 		Stale:      get[bool](p, "NeedDaemonReload"),
 	}
 	if id := get[[]byte](p, "InvocationID"); len(id) > 0 {
@@ -196,6 +200,9 @@ func stateOf(p map[string]any) State {
 	}
 	if us := get[uint64](p, "ActiveEnterTimestamp"); us > 0 {
 		s.Since = time.UnixMicro(int64(us))
+	}
+	if us := get[uint64](p, "StartLimitIntervalUSec"); us <= math.MaxInt64/1000 { // more is for ever
+		s.StartWindow = time.Duration(us) * time.Microsecond
 	}
 	// ExecStart is a list of (path, argv, …); a service has one.
 	if e := get[[][]any](p, "ExecStart"); len(e) == 1 && len(e[0]) > 1 {
@@ -307,7 +314,7 @@ func (c *Conn) Install(ctx context.Context, dir, name string, text []byte) (chan
 }
 
 // ErrNotTaken says that no service came of a unit.
-var ErrNotTaken = errors.New("the unit was not taken by Podman's generator")
+var ErrNotTaken = errors.New("Podman's generator did not take the unit")
 
 // serviceOf names the service that Podman's generator makes of a Quadlet file.
 func serviceOf(name string) string { return strings.TrimSuffix(name, ".container") + ".service" }
@@ -415,13 +422,18 @@ func (c *Conn) job(ctx context.Context, verb, unit string, f jobFunc) error {
 var ErrLost = errors.New("the connection to the bus was lost")
 
 // ResetFailed clears the unit's failed state, its start limit, and the count of
-// restarts by which RestartSteps= makes them slower.
+// restarts by which RestartSteps= makes them slower. One that the manager has
+// not in memory has none of these.
 func (c *Conn) ResetFailed(ctx context.Context, unit string) error {
 	l, err := c.conn(ctx)
 	if err != nil {
 		return err
 	}
-	if err := l.ResetFailedUnitContext(ctx, unit); err != nil {
+	err = l.ResetFailedUnitContext(ctx, unit)
+	if e, ok := errors.AsType[dbus.Error](err); ok && e.Name == "org.freedesktop.systemd1.NoSuchUnit" {
+		return nil
+	}
+	if err != nil {
 		return fmt.Errorf("reset-failed %s: %w", unit, err)
 	}
 	return nil

@@ -13,7 +13,7 @@ import (
 func TestStateOf(t *testing.T) {
 	got := stateOf(map[string]any{
 		"LoadState": "loaded", "ActiveState": "failed", "SubState": "failed", "Result": "watchdog", "StatusText": "serving",
-		"ExecMainStatus": int32(9), "NRestarts": uint32(3), "MainPID": uint32(77), "NeedDaemonReload": true,
+		"ExecMainStatus": int32(9), "NRestarts": uint32(3), "MainPID": uint32(77), "NeedDaemonReload": true, "StartLimitBurst": uint32(10), "StartLimitIntervalUSec": uint64(600_000_000),
 		"InvocationID": []byte{0xab, 0x01}, "ActiveEnterTimestamp": uint64(1767225600_000001),
 		"ExecStart":    [][]any{{"/usr/bin/podman", []string{"/usr/bin/podman", "run"}, false}},
 		"ExecStartPre": [][]any{{"/bin/a", []string{"/bin/a", "b"}, false, uint64(1)}, {"/bin/c", []string{"d", "e"}, true, uint64(1)}},
@@ -21,7 +21,7 @@ func TestStateOf(t *testing.T) {
 		"PassEnvironment": []string{}, "BindPaths": [][]any{}, "SetLoginEnvironment": false, "FileDescriptorStoreMax": uint32(0), "LimitNOFILE": uint64(7),
 	})
 	want := State{
-		Load: "loaded", Active: "failed", Sub: "failed", Result: "watchdog", StatusText: "serving", ExitStatus: 9, NRestarts: 3, MainPID: 77,
+		Load: "loaded", Active: "failed", Sub: "failed", Result: "watchdog", StatusText: "serving", ExitStatus: 9, NRestarts: 3, MainPID: 77, StartLimit: 10, StartWindow: 10 * time.Minute,
 		Settings: map[string][]string{
 			"ExecStartPre": {"/bin/a b", "-@/bin/c d e"}, "Environment": {"A=b", "C=d"}, "EnvironmentFiles": {"/etc/x true"}, "User": {"root"}, "DynamicUser": {"true"},
 		},

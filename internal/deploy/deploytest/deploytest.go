@@ -226,6 +226,17 @@ func (l *Locked) Crash(again bool) {
 	l.changed()
 }
 
+// End ends the runtime with a result of systemd's and an exit status. It is not
+// started again.
+func (l *Locked) End(result string, status int, text string) {
+	l.starts++
+	l.state.InvocationID = fmt.Sprintf("%032x", l.starts)
+	l.state.Active, l.state.Sub, l.state.Result, l.state.ExitStatus, l.state.StatusText = "failed", "failed", result, status, text
+	l.state.StartLimit, l.state.StartWindow = 10, 10*time.Minute
+	l.spent = result == "start-limit-hit"
+	l.changed()
+}
+
 // Reboot loses what does not outlive the machine's power: units and what runs.
 func (l *Locked) Reboot() {
 	l.text, l.spent, l.state = nil, false, systemd.State{Load: "not-found", Active: "inactive"}
