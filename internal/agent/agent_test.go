@@ -34,7 +34,6 @@ import (
 	"github.com/resultity/node/internal/session"
 	"github.com/resultity/node/internal/snapshot"
 	"github.com/resultity/node/internal/state"
-	"github.com/resultity/node/internal/tuf"
 	"github.com/resultity/node/internal/wire"
 	"github.com/resultity/node/internal/work"
 )
@@ -148,10 +147,6 @@ func (f *tufs) Last() (*snapshot.Snapshot, error) {
 	return f.last, nil
 }
 
-func (f *tufs) Trust() (*tuf.Trust, error) {
-	return &tuf.Trust{Roots: []tuf.Metadata{{Version: 7}}}, nil
-}
-
 // proofs are of all networks of all tests, by what stands for them on disk.
 var proofs sync.Map
 
@@ -198,9 +193,16 @@ type talker struct {
 	open   int
 	asked  chan struct{}
 	answer chan struct{}
+	fails  error // what it does in place of all this
 }
 
 func (e *talker) Run(ctx context.Context, _ runtime.Job, _ func([]byte) error) (runtime.Result, error) {
+	e.mu.Lock()
+	fails := e.fails
+	e.mu.Unlock()
+	if fails != nil {
+		return runtime.Result{}, fails
+	}
 	e.asked <- struct{}{}
 	select {
 	case <-e.answer:
@@ -258,7 +260,7 @@ func build(t *testing.T, dir string, m *deploytest.Machine) *fixture {
 		t.Fatal(err)
 	}
 	f.memory = func() int64 { return 1 << 30 }
-	f.worker = work.New(work.Config{Store: f.store, Key: f.key, Send: f.link.Send, Log: f.log, Now: time.Now})
+	f.worker = work.New(work.Config{Store: f.store, Key: f.key, Send: f.link.Send, Suspect: f.suspect, Log: f.log, Now: time.Now})
 	f.worker.Hold(f.orderBook.Drain() != nil)
 	f.recallDrain()
 	f.openDeployer = func(context.Context) (deployer, error) {

@@ -399,7 +399,10 @@ func (b *board) runtimeGates() []gate.Gate {
 // remedyOfStep says what mends a failed deployment.
 func remedyOfStep(e *deploy.Error) string {
 	var space *model.NoSpaceError
+	var storm *stormError
 	switch {
+	case errors.As(e, &storm):
+		return storm.remedy()
 	case errors.Is(e, podman.ErrUnavailable):
 		return "sudo systemctl --user -M " + preflight.Packaged + "@ status resultity-podman.socket (for a node of your own: without sudo and -M)"
 	case e.Step == deploy.StepImage && imageRefused(e):

@@ -14,7 +14,6 @@ import (
 	"os"
 	"path/filepath"
 	"slices"
-	"strconv"
 	"strings"
 	"syscall"
 	"time"
@@ -107,9 +106,6 @@ func Main(ctx context.Context, args []string, stdout io.Writer, stderr *os.File,
 		fmt.Fprintln(stdout, version)
 		return ExitOK
 	}
-	if verb == "check" {
-		env = withRuntimeDir(env)
-	}
 	cfg, err := config.Load(*file, env)
 	if err != nil {
 		log.Error("configuration", journal.ConfigInvalid.Attr(), "error", err)
@@ -126,17 +122,6 @@ func Main(ctx context.Context, args []string, stdout io.Writer, stderr *os.File,
 		err = errors.Join(a.Run(ctx), a.Close())
 	}
 	return exitCode(ctx, err, log)
-}
-
-// withRuntimeDir adds what sudo leaves out: root checks a file that the account's
-// service manager will start the agent with, which has a runtime directory.
-func withRuntimeDir(env func(string) string) func(string) string {
-	return func(name string) string {
-		if v := env(name); v != "" || name != "XDG_RUNTIME_DIR" {
-			return v
-		}
-		return filepath.Join("/run/user", strconv.Itoa(os.Getuid()))
-	}
 }
 
 // exitCode logs why the agent ended, if not because it was told to.
@@ -395,7 +380,7 @@ func (a *Agent) openJobs() {
 		},
 	}, a)
 	a.session, a.ahead = s, s.Ahead
-	a.worker = work.New(work.Config{Store: a.store, Key: a.key, Send: a.session.Send, Log: a.log, Now: failpoint.Now})
+	a.worker = work.New(work.Config{Store: a.store, Key: a.key, Send: a.session.Send, Suspect: a.suspect, Log: a.log, Now: failpoint.Now})
 	a.worker.Hold(a.orderBook.Drain() != nil)
 	a.recallDrain()
 }

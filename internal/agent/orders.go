@@ -203,17 +203,9 @@ var errNothing = errors.New("no runtime is active; resultityctl status says why"
 
 // restart has the runtime started anew and validated.
 func (u *updater) restart(ctx context.Context) error {
-	if u.active == nil {
-		return errNothing
-	}
-	if err := u.idle(ctx); err != nil {
+	if err := u.replace(ctx, "the network has ordered it"); err != nil {
 		return err
 	}
-	u.setActive(nil, starting)
-	if err := u.units.Stop(ctx, quadlet.ServiceName); err != nil {
-		return err
-	}
-	u.build = backoff{}
 	u.reconcile(ctx)
 	if u.active == nil {
 		return u.board.why()
@@ -259,11 +251,7 @@ func (u *updater) judge(ctx context.Context, dep *deploy.Deployment, damage erro
 	if ctx.Err() != nil {
 		return ctx.Err()
 	}
-	u.setActive(nil, failed)
-	u.report(dep.Snapshot(), err)
-	u.build.failed()
-	delete(u.plans, dep.Snapshot().Digest()) // all is looked at anew
-	return errors.Join(err, u.units.Stop(ctx, quadlet.ServiceName))
+	return u.discard(ctx, dep, err)
 }
 
 // why returns the reason for which nothing is active.

@@ -53,13 +53,14 @@ type door struct {
 	dep    *deploy.Deployment
 	active *work.Active
 	isShut bool
+	doubt  string // why dep's engine is suspect; "" when it is not
 }
 
 // open lets jobs to a validated deployment; nil for none.
 func (d *door) open(w *work.Worker, dep *deploy.Deployment, active *work.Active) {
 	d.mu.Lock()
 	defer d.mu.Unlock()
-	d.dep, d.active, d.isShut = dep, active, false
+	d.dep, d.active, d.isShut, d.doubt = dep, active, false, ""
 	w.SetActive(active)
 }
 
@@ -75,7 +76,7 @@ func (d *door) shut(w *work.Worker) {
 func (d *door) reopen(w *work.Worker) {
 	d.mu.Lock()
 	defer d.mu.Unlock()
-	if d.isShut && d.active != nil {
+	if d.isShut && d.active != nil && d.doubt == "" {
 		d.isShut = false
 		w.SetActive(d.active)
 	}
@@ -89,4 +90,21 @@ func (d *door) check(w *work.Worker, unit systemd.State) {
 		d.isShut = true
 		w.SetActive(nil)
 	}
+}
+
+// suspect shuts the door to an engine that fails job after job.
+func (d *door) suspect(w *work.Worker, active *work.Active, why string) {
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	if d.active == active {
+		d.isShut, d.doubt = true, why
+		w.SetActive(nil)
+	}
+}
+
+// doubted returns why the engine is suspect, "" when it is not.
+func (d *door) doubted() string {
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	return d.doubt
 }

@@ -71,6 +71,13 @@ type updater struct {
 	tried    string         // start of the unit at the last attempt to use it
 	down     bool           // what is current did not come up, or could not be staged, at the last attempt
 
+	admitted time.Time // when a runtime was given jobs last
+	doubts   int       // times in a row that the engine was suspect
+	storms   int       // times in a row that the unit has used up its starts
+	storm    string    // its last start then
+	looked   bool      // at the unit
+	renew    bool      // the operator wants a restart
+
 	build backoff // bringing a runtime up while none is
 	fetch backoff // staging
 	again backoff // a generation that this machine has failed, while another one serves
@@ -147,13 +154,23 @@ func (u *updater) reconcile(ctx context.Context) {
 	u.board.set(func(b *board) { b.restarts = unit.NRestarts })
 	lost := u.active != nil && !u.active.Current(unit)
 	if lost {
-		event := journal.RuntimeLost
-		if unit.Result == "oom-kill" {
-			event = journal.MemoryExceeded
-		}
-		u.log.Warn("runtime lost", event.Attr(), "unit", unit.Active, "result", unit.Result, "status", unit.StatusText)
+		u.log.Warn("runtime lost", lossOf(unit).Attr(), "unit", unit.Active, "result", unit.Result, "status", unit.StatusText)
 		u.setActive(nil, starting)
-	} else if u.active != nil {
+	}
+	u.storming(unit, cur, want)
+	switch why := u.door.doubted(); {
+	case u.renew:
+		u.renew = false
+		if u.replace(ctx, "the operator asks for it") == nil {
+			poke(u.look)
+		}
+		return
+	case u.active == nil:
+	case why != "":
+		u.suspected(ctx, why)
+		poke(u.look)
+		return
+	default:
 		u.door.reopen(u.worker)
 	}
 
@@ -552,6 +569,7 @@ func (u *updater) bringUp(ctx context.Context, p *staged) {
 	clock.begin(phaseAdmit)
 	u.down, u.build = false, backoff{}
 	u.good = snap.Digest()
+	u.admitted = time.Now()
 	u.setActive(dep, active)
 	c := snap.Config()
 	u.log.Info("runtime active", journal.RuntimeActive.Attr(), "model", c.Runtime.Model, "image", c.Runtime.Image, "version", snap.Version(), "generation", p.number)

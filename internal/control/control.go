@@ -232,6 +232,9 @@ type Backend interface {
 	// have been obeyed, for as long as this process lives.
 	Drain() error
 	Resume() error
+	// Restart has the runtime stopped and brought up anew, also one that was given
+	// up for a while. It returns when that is ordered.
+	Restart(ctx context.Context) error
 	// Doctor looks at everything once more and probes what only a try shows; it
 	// ends within a minute and a half, and is [ErrBusy] while another runs.
 	Doctor(ctx context.Context) (*Report, error)
@@ -306,14 +309,15 @@ func Serve(ctx context.Context, l net.Listener, b Backend) error {
 		err := b.Forward(r.Context())
 		reply(w, b.Generations(), err)
 	})
-	post := func(path string, f func() error) {
-		mux.HandleFunc("POST "+path, func(w http.ResponseWriter, _ *http.Request) {
-			err := f()
+	post := func(path string, f func(context.Context) error) {
+		mux.HandleFunc("POST "+path, func(w http.ResponseWriter, r *http.Request) {
+			err := f(r.Context())
 			reply(w, b.Status(), err)
 		})
 	}
-	post("/v1/drain", b.Drain)
-	post("/v1/resume", b.Resume)
+	post("/v1/drain", func(context.Context) error { return b.Drain() })
+	post("/v1/resume", func(context.Context) error { return b.Resume() })
+	post("/v1/restart", b.Restart)
 	serveDoctor(mux, b)
 	mux.HandleFunc("POST "+bindPath, func(w http.ResponseWriter, r *http.Request) {
 		// It asks the network. This fails on a closed connection only.

@@ -88,6 +88,7 @@ func (n *node) Doctor(ctx context.Context) (*Report, error) {
 func (n *node) Bundle(context.Context) ([]byte, error) { return []byte("archive"), n.err }
 func (n *node) Drain() error                           { n.set(true); return nil }
 func (n *node) Resume() error                          { n.set(false); return nil }
+func (n *node) Restart(context.Context) error          { n.orders = append(n.orders, "restart"); return nil }
 func (n *node) Bind(_ context.Context, q BindRequest) (Binding, error) {
 	return Binding{Network: "testnet", Bound: wire.Bound{Account: q.Email}, Nonce: q.Nonce}, n.err
 }
@@ -179,7 +180,10 @@ func TestEndpoints(t *testing.T) {
 			t.Errorf("%s: %+v, %v", what, gs, err)
 		}
 	}
-	if want := []string{"rollback 1", "rollback 0", "forward"}; !slices.Equal(n.orders, want) {
+	if err := c.Post(t.Context(), "restart", &Status{}); err != nil || c.Get(t.Context(), "restart", &Status{}) == nil {
+		t.Errorf("restart: %v, or looking at it is an order", err)
+	}
+	if want := []string{"rollback 1", "rollback 0", "forward", "restart"}; !slices.Equal(n.orders, want) {
 		t.Errorf("orders %q", n.orders)
 	}
 	for what, call := range map[string]func(context.Context, string, any) error{

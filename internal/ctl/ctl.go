@@ -155,6 +155,7 @@ func (c *command) root(version string) *cobra.Command {
 	add("metrics", "Print the agent's metrics in the text format of Prometheus", cobra.NoArgs, c.metrics)
 	add("drain", "Take no new jobs; running ones are finished", cobra.NoArgs, func(ctx context.Context, _ []string) error { return c.order(ctx, "drain") })
 	add("resume", "Take jobs again", cobra.NoArgs, func(ctx context.Context, _ []string) error { return c.order(ctx, "resume") })
+	add("restart", "Start the engine anew, also when the agent waits with that; running jobs are finished", cobra.NoArgs, c.restart)
 	root.AddCommand(c.bindCommand(), c.unbindCommand())
 	add("verify RECEIPT", "Check a receipt (a file, or - for standard input) without any network", cobra.ExactArgs(1), c.verify)
 	return root
@@ -238,6 +239,18 @@ func (c *command) order(ctx context.Context, what string) error {
 		word = "takes no new jobs"
 	}
 	_, err := fmt.Fprintf(c.Out, "%s; %d of %d slots busy\n", word, s.Busy, s.Slots)
+	return err
+}
+
+func (c *command) restart(ctx context.Context, _ []string) error {
+	var s control.Status
+	if err := c.client().Post(ctx, "restart", &s); err != nil {
+		return err
+	}
+	if c.json {
+		return c.show(s, nil)
+	}
+	_, err := fmt.Fprintln(c.Out, "The runtime is started anew once running jobs have ended; resultityctl status shows how far it is.")
 	return err
 }
 

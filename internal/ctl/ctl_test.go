@@ -262,7 +262,8 @@ func (n *node) Drain() error {
 	}
 	return nil
 }
-func (n *node) Resume() error { n.set(false); return nil }
+func (n *node) Resume() error                 { n.set(false); return nil }
+func (n *node) Restart(context.Context) error { return nil }
 func (n *node) set(draining bool) {
 	n.mu.Lock()
 	defer n.mu.Unlock()

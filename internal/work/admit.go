@@ -35,6 +35,9 @@ func (w *Worker) admitLocked(j *wire.Job) *refusal {
 	if w.active == nil {
 		return refuse(wire.CodeNotReady, "this node has no active deployment")
 	}
+	if w.active.suspect() {
+		return refuse(wire.CodeNotReady, "this node's engine has failed job after job")
+	}
 	if r := admit(w.active.Snapshot, j, w.cfg.Now()); r != nil {
 		return r
 	}

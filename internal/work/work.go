@@ -5,6 +5,9 @@
 // result before it is sent. A job runs under the terms it was accepted under.
 // What was accepted ends in exactly one result, over restarts too.
 //
+// An engine that fails job after job gets no more of them until it is made active
+// anew: see [Config.Suspect].
+//
 // A job that arrives again is answered from what is known of it, whatever else
 // the node is doing: accepted again while it runs, its result sent again when it
 // is done. A panic while a job runs is a bug and ends the agent: the next start
@@ -59,7 +62,16 @@ type Active struct {
 	Image    digest.Digest // manifest of the runtime's image
 	Model    digest.Digest // manifest of the model's files
 	Engine   engine
+
+	failures int // of the engine, in a row. Guarded by Worker.mu
 }
+
+// suspectAfter is how many jobs in a row an engine may fail before it gets no
+// more. One that answers garbage does so quickly, and would draw in one job after
+// the other.
+const suspectAfter = 3
+
+func (a *Active) suspect() bool { return a.failures >= suspectAfter }
 
 func (a *Active) slots() int { return a.Snapshot.Config().Runtime.Settings.Slots }
 
@@ -71,8 +83,12 @@ type Config struct {
 	// result is then sent when there is one again. A result may wait for room,
 	// but not for long; nothing else waits.
 	Send func(wire.Message) error
-	Log  *slog.Logger
-	Now  func() time.Time
+	// Suspect is told once that an engine has failed too many jobs in a row, and
+	// why the last one. It must not wait. The worker takes no jobs for it until
+	// it is made active anew. May be nil.
+	Suspect func(a *Active, why string)
+	Log     *slog.Logger
+	Now     func() time.Time
 }
 
 // Worker runs jobs. Its methods are safe for concurrent use and do not wait for
@@ -425,7 +441,7 @@ func (w *Worker) resume(ctx context.Context, k *job) {
 	for {
 		w.mu.Lock()
 		a, changed := w.active, w.changed
-		run := a != nil && a.Snapshot.Digest() == k.Config && w.busy < a.slots() && !w.stopping
+		run := a != nil && !a.suspect() && a.Snapshot.Digest() == k.Config && w.busy < a.slots() && !w.stopping
 		if run {
 			w.busy++
 		}
@@ -476,9 +492,13 @@ func (w *Worker) conclude(ctx context.Context, k *job, a *Active, started time.T
 	if err == nil {
 		err = check(c, k, res, started)
 	}
+	code, message := wire.Code(""), ""
+	if err != nil {
+		code, message = classify(ctx, err)
+	}
+	w.judge(ctx, a, code, message, finished.Sub(started))
 	w.release(k)
 	if err != nil {
-		code, message := classify(ctx, err)
 		w.fail(ctx, k, code, message, err)
 		return
 	}
@@ -497,6 +517,29 @@ func (w *Worker) conclude(ctx context.Context, k *job, a *Active, started time.T
 	if w.finish(k, &wire.Result{Job: k.ID, Response: res.Body, Receipt: &signed}) { // the network does not wait for our log
 		w.cfg.Log.Info("job done", journal.JobDone.Attr(), "job", k.ID, "model", k.Model,
 			"prompt_tokens", res.Usage.PromptTokens, "completion_tokens", res.Usage.CompletionTokens, "took", finished.Sub(started).Round(time.Microsecond))
+	}
+}
+
+// judge counts the engine's failures in a row. A deadline is one where the engine
+// had half of the time that any job may have: it can go on without end. What the
+// client or the network has caused is none.
+func (w *Worker) judge(ctx context.Context, a *Active, code wire.Code, message string, took time.Duration) {
+	bad := code == wire.CodeEngine || code == wire.CodeOutput ||
+		code == wire.CodeDeadline && took >= a.Snapshot.Config().Limits.Deadline.Duration()/2
+	if errors.Is(context.Cause(ctx), errStopping) || code != "" && !bad {
+		return
+	}
+	w.mu.Lock()
+	switch {
+	case bad:
+		a.failures++
+	case !a.suspect(): // who is suspect stays so
+		a.failures = 0
+	}
+	tell := bad && a.failures == suspectAfter
+	w.mu.Unlock()
+	if tell && w.cfg.Suspect != nil {
+		w.cfg.Suspect(a, fmt.Sprintf("%d jobs in a row, the last with %s: %s", suspectAfter, code, message))
 	}
 }
 

@@ -2,6 +2,7 @@ package work
 
 import (
 	"bytes"
+	"cmp"
 	"context"
 	"crypto/ecdsa"
 	"crypto/elliptic"
@@ -165,6 +166,8 @@ type node struct {
 	log    *bytes.Buffer
 	now    func() time.Time
 
+	suspect func(*Active, string)
+
 	mu      sync.Mutex
 	sent    []wire.Message
 	sending func(wire.Message) error // before a message counts as sent; nil: fine
@@ -200,7 +203,7 @@ func (n *node) open() {
 // start runs a new worker and returns what ends it.
 func (n *node) start() (stop func() error) {
 	n.t.Helper()
-	n.worker = New(Config{Store: n.store, Key: n.key, Send: n.send, Log: slog.New(slog.NewTextHandler(n.log, &slog.HandlerOptions{Level: slog.LevelDebug})), Now: n.now})
+	n.worker = New(Config{Store: n.store, Key: n.key, Send: n.send, Suspect: n.suspect, Log: slog.New(slog.NewTextHandler(n.log, &slog.HandlerOptions{Level: slog.LevelDebug})), Now: n.now})
 	ctx, cancel := context.WithCancel(context.Background())
 	done := make(chan error, 1)
 	go func() { done <- n.worker.Run(ctx) }()
@@ -218,6 +221,11 @@ func (n *node) begin(a *Active) (stop func() error) {
 	stop = n.start()
 	n.worker.SetActive(a)
 	return stop
+}
+
+// anew is a deployment that has been validated once more.
+func anew(a *Active) *Active {
+	return &Active{Snapshot: a.Snapshot, Image: a.Image, Model: a.Model, Engine: a.Engine}
 }
 
 func (n *node) send(m wire.Message) error {
@@ -700,6 +708,84 @@ func TestWhatTheEngineMayDo(t *testing.T) {
 			n.failed(wire.CodeOutput, "accept", "chunk")
 		})
 	})
+}
+
+// An engine that fails job after job gets no more of them until it has been
+// looked at; what is not its fault does not count.
+func TestSuspect(t *testing.T) {
+	engineFails := &runtime.EngineError{Op: "ask", Status: 500}
+	garbage := &openai.OutputError{Reason: openai.ReasonJSON, Detail: engineWords}
+	refusal := &openai.Error{Status: 400, Code: "refused_by_engine"}
+	endless := errors.New("endless") // until the deadline
+	const long, short = 20 * time.Second, 2 * time.Second
+	type step struct {
+		err  error
+		time time.Duration // until the deadline; 0 is long
+	}
+	fail, ok := step{err: engineFails}, step{}
+	for _, c := range []struct {
+		name    string
+		steps   []step
+		suspect bool
+	}{
+		{"three failures", []step{fail, {err: garbage}, fail}, true},
+		{"without end", []step{{err: endless}, {err: endless}, {err: endless}}, true},
+		{"a success between", []step{fail, fail, ok, fail, fail, ok}, false},
+		{"requests that it refuses", []step{{err: refusal}, {err: refusal}, {err: refusal}, {err: refusal}}, false},
+		{"a refusal between", []step{fail, fail, {err: refusal}, fail}, true},
+		{"too little time", []step{{endless, short}, {endless, short}, {endless, short}, {endless, short}}, false},
+		{"cancelled", []step{{err: errCancelled}, {err: errCancelled}, {err: errCancelled}}, false},
+	} {
+		t.Run(c.name, func(t *testing.T) {
+			bubble(t, func(t *testing.T) {
+				var now step
+				n := newNode(t, func(ctx context.Context, j runtime.Job, emit func([]byte) error) (runtime.Result, error) {
+					switch {
+					case now.err == nil:
+						return say(answer)(ctx, j, emit)
+					case errors.Is(now.err, endless), errors.Is(now.err, errCancelled):
+						<-ctx.Done()
+						return runtime.Result{}, context.Cause(ctx)
+					}
+					return runtime.Result{}, now.err
+				})
+				var told []string
+				n.suspect = func(a *Active, why string) {
+					if a != n.active {
+						t.Error("another one is suspect")
+					}
+					told = append(told, why)
+				}
+				n.begin(n.active)
+				for _, now = range c.steps {
+					j := n.job(false)
+					j.Deadline = time.Now().Add(cmp.Or(now.time, long)).UnixMilli()
+					n.worker.Job(j)
+					synctest.Wait()
+					if errors.Is(now.err, errCancelled) {
+						n.worker.Cancel(&wire.Cancel{Job: j.ID})
+					}
+					time.Sleep(long)
+					n.expect("accept", "result")
+				}
+				if (len(told) == 1) != c.suspect || len(told) > 1 {
+					t.Fatalf("told %q, want %t", told, c.suspect)
+				}
+				if !c.suspect {
+					return
+				}
+				if strings.Contains(told[0], engineWords) {
+					t.Error(told[0])
+				}
+				now = ok
+				n.worker.Job(n.job(false))
+				n.refused(wire.CodeNotReady)
+				n.worker.SetActive(anew(n.active))
+				n.worker.Job(n.job(false))
+				n.expect("accept", "result")
+			})
+		})
+	}
 }
 
 func TestStream(t *testing.T) {
@@ -1300,7 +1386,10 @@ func TestExactlyOnce(t *testing.T) {
 			}
 			return say(j.ID.String()+end)(ctx, j, emit)
 		})
-		stop := n.begin(n.active)
+		n.suspect = func(a *Active, _ string) { // as the agent does that has validated it
+			n.worker.SetActive(anew(a))
+		}
+		stop := n.begin(anew(n.active))
 		open := map[receipt.JobID]*wire.Job{}
 		for range 100 {
 			j := n.job(mathrand.IntN(2) == 0)
@@ -1349,7 +1438,7 @@ func TestExactlyOnce(t *testing.T) {
 					t.Fatal(err)
 				}
 				n.open()
-				stop = n.begin(n.active)
+				stop = n.begin(anew(n.active))
 			case 2, 3:
 				if connected.Load() && len(acks) > 0 {
 					n.worker.Ack(&wire.Ack{Jobs: acks})

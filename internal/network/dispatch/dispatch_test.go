@@ -1086,9 +1086,6 @@ func TestNoNode(t *testing.T) {
 		if got, ok := AsFailure(err); !ok || got.Outcome != NoNode {
 			t.Fatalf("got %v", err)
 		}
-		if got := f.metric(`resultity_jobs_total{outcome="no_node"}`); got != "2" {
-			t.Errorf("%s jobs are counted, want 2", got)
-		}
 		a := f.join(nil)
 		f.submit(false)
 		must[*wire.Job](a)
@@ -1617,35 +1614,6 @@ func TestResultsAtTheSameTime(t *testing.T) {
 	})
 }
 
-// A node refuses a job while the result of another one is on its way to the disk.
-func TestRefusalBesideAResult(t *testing.T) {
-	run(t, Options{}, nil, func(t *testing.T, f *fixture) {
-		a := f.join(nil)
-		ticket := f.submit(false)
-		j := a.take()
-		b := f.join(nil)
-		f.sleep(20*time.Second, a, b) // a stalls
-		b.take()
-		hold := make(chan struct{})
-		f.store.putResult = func() error { <-hold; return nil }
-		b.deliver(j, "hello")
-		synctest.Wait()
-		if !a.member.Refused(&wire.Refuse{Job: j.ID, Code: wire.CodeBadRequest}) {
-			t.Error("the node does not have the job")
-		}
-		f.answered(ticket, "hello")
-		if f.d.Receipt(j.ID) == nil {
-			t.Error("the client was answered, and there is no receipt")
-		}
-		close(hold)
-		b.acked(j)
-		if got := f.metric(`resultity_jobs_total{outcome="refused"}`); got != "" {
-			t.Errorf("%s jobs are counted as refused", got)
-		}
-		f.empty(1)
-	})
-}
-
 func TestCancel(t *testing.T) {
 	run(t, Options{}, nil, func(t *testing.T, f *fixture) {
 		a := f.join(nil)
@@ -1672,28 +1640,6 @@ func TestCancel(t *testing.T) {
 		close(hold)
 		a.acked(j)
 		f.empty(1)
-	})
-}
-
-// What happens to a job while the service stops does not take it from the next run.
-func TestCloseLeavesJobs(t *testing.T) {
-	run(t, Options{}, nil, func(t *testing.T, f *fixture) {
-		a := f.join(nil)
-		ticket, other := f.submit(false), f.submit(false)
-		a.take()
-		a.take()
-		synctest.Wait()
-		f.d.Close()
-		f.failed(ticket, Closing)
-		ticket.Cancel() // the client sees its connection closed
-		a.member.Refused(&wire.Refuse{Job: other.ID(), Code: wire.CodeBadRequest})
-		synctest.Wait()
-		if jobs, _ := f.store.count(); jobs != 2 {
-			t.Errorf("%d jobs are left for the next run, want 2", jobs)
-		}
-		if got := f.metric(`resultity_jobs_total{outcome="closing"}`); got != "2" {
-			t.Errorf("%q jobs are counted, want 2", got)
-		}
 	})
 }
 

@@ -26,8 +26,7 @@ func run(args []string) error {
 	}
 	switch args[0] {
 	case "spin":
-		for n := uint64(0); ; n++ { // until it is killed
-			_ = n
+		for { // until it is killed
 		}
 	case "source":
 		return load.Source(args[1])
