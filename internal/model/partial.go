@@ -90,7 +90,13 @@ func (s *Store) openPartial(ctx context.Context, f *snapshot.File, report func(i
 	for range buffers {
 		p.spare <- make([]byte, bufferSize)
 	}
-	file, err := s.root.OpenFile(p.name+unverified, os.O_RDWR|os.O_CREATE, 0o600)
+	open := func() (*os.File, error) { return s.root.OpenFile(p.name+unverified, os.O_RDWR|os.O_CREATE, 0o600) }
+	file, err := open()
+	if errors.Is(err, fs.ErrPermission) {
+		if err = p.thaw(); err == nil {
+			file, err = open()
+		}
+	}
 	if err != nil {
 		return nil, p.local(err)
 	}
@@ -104,6 +110,20 @@ func (s *Store) openPartial(ctx context.Context, f *snapshot.File, report func(i
 		return nil, err
 	}
 	return p, nil
+}
+
+// thaw makes a file writable again whose process died right before it got its
+// final name: it had its final mode already.
+func (p *partial) thaw() error {
+	f, err := p.s.root.Open(p.name + unverified)
+	if err != nil {
+		return err
+	}
+	defer f.Close() // nothing is written
+	if err := unix.Flock(int(f.Fd()), unix.LOCK_EX|unix.LOCK_NB); err != nil {
+		return fmt.Errorf("another process is fetching %s: %w", p.name, err)
+	}
+	return f.Chmod(0o600)
 }
 
 // own takes the file for this process until it is closed, and makes sure that
