@@ -402,6 +402,17 @@ func dyingAgent(ctx context.Context, c *Conn) error {
 	}); err != nil {
 		return err
 	}
+	// The same, with a service that is down: the manager may have forgotten it, and
+	// then takes what it finds for what is there.
+	if err := os.WriteFile(filepath.Join(quadletDir(), quadletFile), old, 0o644); err != nil {
+		return err
+	}
+	if _, err := c.Install(ctx, quadletDir(), quadletFile, old); err != nil {
+		return err
+	}
+	if err := expect(ctx, c, "q.service", func(s State) bool { return slices.Contains(s.Command, "A=1") }); err != nil {
+		return fmt.Errorf("written while it was down: %w", err)
+	}
 	// The file was removed, but the manager has not noticed.
 	if err := c.Start(ctx, "q.service"); err != nil {
 		return err

@@ -282,7 +282,11 @@ func (c *Conn) Install(ctx context.Context, dir, name string, text []byte) (chan
 	if err != nil {
 		return false, err
 	}
-	if same && s.Load == "loaded" && !s.Stale {
+	// Of a service that is down the manager may know an older file and not that
+	// it does: it forgets such a service, takes it up again from what the generator
+	// has made before, and compares with the time that the file has by then.
+	down := s.Active == "inactive" || s.Active == "failed"
+	if same && s.Load == "loaded" && !s.Stale && !down {
 		return false, nil
 	}
 	if s.Load == "loaded" {
