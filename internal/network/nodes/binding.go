@@ -9,9 +9,9 @@ import (
 	"errors"
 	"fmt"
 	"net/http"
+	"net/netip"
 	"slices"
 	"strings"
-	"sync"
 	"time"
 
 	"github.com/resultity/node/internal/binding"
@@ -27,18 +27,6 @@ const (
 	challengeLife = 10 * time.Minute // of a nonce
 	codeLife      = 10 * time.Minute
 	codeTries     = 5
-)
-
-// How often somebody may ask, each within [rateWindow].
-const (
-	perNodeRequests = 60
-	perNodeCodes    = 5
-	perAddress      = 5
-	perSource       = 20
-	perNetwork      = 600 // codes of all
-	perSourceNodes  = 50  // new nodes without a token; each stays in the registry
-	perNetworkNodes = 2000
-	rateWindow      = time.Hour
 )
 
 // Codes makes the codes that are sent by mail. The store has a code's seed and
@@ -136,11 +124,11 @@ func (m *Manager) bind(ctx context.Context, w http.ResponseWriter, r *http.Reque
 	if err != nil {
 		return req, nil, err
 	}
-	if !m.limits.allow(now, perNodeRequests, "node "+req.Node.Hex()) {
+	if !m.limits.requestsOf.allow(req.Node) {
 		return req, nil, refuse(http.StatusTooManyRequests, "too many requests of this node; try again in an hour")
 	}
 	old := node.Binding
-	node, expires, err := m.step(ctx, &req, node, now, source(r.RemoteAddr).String())
+	node, expires, err := m.step(ctx, &req, node, now, source(r.RemoteAddr))
 	if err != nil {
 		return req, nil, err
 	}
@@ -155,7 +143,7 @@ func (m *Manager) bind(ctx context.Context, w http.ResponseWriter, r *http.Reque
 
 // step does what is asked for and returns the node as it is then, and until when
 // what was made for the next step is good.
-func (m *Manager) step(ctx context.Context, req *wire.BindRequest, node store.Node, now time.Time, source string) (store.Node, int64, error) {
+func (m *Manager) step(ctx context.Context, req *wire.BindRequest, node store.Node, now time.Time, source netip.Prefix) (store.Node, int64, error) {
 	change := func(f func(*store.Node) error) (store.Node, int64, error) {
 		n, err := m.registry.UpdateNode(ctx, node.Address, f)
 		return n, n.ChallengeExpires, err
@@ -275,7 +263,7 @@ func (m *Manager) bindWallet(req *wire.BindRequest, node store.Node, now time.Ti
 // sendCode sends a code. What it answers depends on the node alone, not on the
 // address: whether somebody has it, or has an account here, or has been sent too
 // many codes, is nobody's business.
-func (m *Manager) sendCode(ctx context.Context, req *wire.BindRequest, node store.Node, now time.Time, source string, change func(func(*store.Node) error) (store.Node, int64, error)) (store.Node, int64, error) {
+func (m *Manager) sendCode(ctx context.Context, req *wire.BindRequest, node store.Node, now time.Time, source netip.Prefix, change func(func(*store.Node) error) (store.Node, int64, error)) (store.Node, int64, error) {
 	if m.opt.Outbox == nil {
 		return node, 0, refuse(http.StatusForbidden, "this network sends no mail; bind by wallet or enrolment token")
 	}
@@ -286,10 +274,10 @@ func (m *Manager) sendCode(ctx context.Context, req *wire.BindRequest, node stor
 	if err := free(&node, store.Binding{Account: "any"}); err != nil {
 		return node, 0, err
 	}
-	if !m.limits.allow(now, perNodeCodes, "codes "+node.Address.Hex()) || !m.limits.allow(now, perSource, "source "+source) || !m.limits.allow(now, perNetwork, "all") {
+	if !m.limits.codesOf.allow(node.Address) || !m.limits.codesSource.allow(source) || !m.limits.codes.Allow() {
 		return node, 0, refuse(http.StatusTooManyRequests, "too many codes were asked for; try again in an hour")
 	}
-	send := m.limits.allow(now, perAddress, "address "+strings.ToLower(to))
+	send := m.limits.codesTo.allow(strings.ToLower(to))
 	code := store.Code{Email: to, Expires: now.Add(codeLife).UnixMilli()}
 	_, _ = rand.Read(code.Seed[:]) // never fails: it ends the program instead
 	n, _, err := change(func(n *store.Node) error {
@@ -365,44 +353,4 @@ func (m *Manager) tell(n store.Node) {
 
 func bound(b store.Binding) *wire.Bound {
 	return &wire.Bound{Account: b.Account, Method: b.Method, Since: b.Since}
-}
-
-// limits counts events by key within a window. In memory: a restart forgives.
-type limits struct {
-	mu     sync.Mutex // guards what follows, for the length of a look
-	counts map[string]*count
-}
-
-type count struct {
-	began time.Time
-	n     int
-}
-
-// maxCounts bounds the keys; beyond it everything is refused until some expire.
-const maxCounts = 1 << 16
-
-// allow counts an event and says whether it is within max per window.
-func (l *limits) allow(now time.Time, max int, key string) bool {
-	l.mu.Lock()
-	defer l.mu.Unlock()
-	c := l.counts[key]
-	if c == nil || now.Sub(c.began) >= rateWindow {
-		if c == nil && len(l.counts) >= maxCounts {
-			for k, c := range l.counts {
-				if now.Sub(c.began) >= rateWindow {
-					delete(l.counts, k)
-				}
-			}
-			if len(l.counts) >= maxCounts {
-				return false
-			}
-		}
-		c = &count{began: now}
-		l.counts[key] = c
-	}
-	if c.n >= max {
-		return false
-	}
-	c.n++
-	return true
 }

@@ -3,17 +3,61 @@ package nodes
 import (
 	"net/netip"
 	"sync"
+	"time"
 
 	"golang.org/x/time/rate"
+
+	"github.com/resultity/node/internal/evm"
 )
 
-// Bounds of what strangers may take together, and from one source.
+// Bounds of registrations and requests about bindings, a second. A fleet may be
+// behind one address, and each of its nodes asks three times to register and to
+// be bound. One request costs a fifth of a millisecond.
 const (
-	allRate, allBurst       = 50, 200 // registrations and bindings a second
-	sourceRate, sourceBurst = 5, 100  // a fleet may be behind one address
-
-	maxSources = 4096 // that are remembered; twice as many, to be exact
+	allRate, allBurst       = 200, 2400
+	sourceRate, sourceBurst = 20, 1200
 )
+
+// How often somebody may ask for what lasts or goes to others, each in an hour.
+const (
+	perNodeRequests = 60
+	perNodeCodes    = 5
+	perAddress      = 5
+	perSource       = 20
+	perNetwork      = 600 // codes of all
+	perSourceNodes  = 50  // new nodes without a token; each stays in the registry
+	perNetworkNodes = 2000
+)
+
+// maxKeys bounds what limiters remember; it is twice as many, to be exact.
+const maxKeys = 8192
+
+// limits are the bounds of what may be asked for. In memory: a restart forgives.
+type limits struct {
+	asksOf *limiters[netip.Prefix] // before anything is looked at, since a signature costs time
+	asks   *rate.Limiter
+
+	requestsOf  *limiters[evm.Address] // about bindings, of a registered node
+	codesOf     *limiters[evm.Address]
+	codesTo     *limiters[string] // an address, in lower case
+	codesSource *limiters[netip.Prefix]
+	codes       *rate.Limiter
+
+	nodesOf *limiters[netip.Prefix] // new ones, without a token
+	nodes   *rate.Limiter
+}
+
+func newLimits() limits {
+	return limits{
+		asksOf: newLimiters[netip.Prefix](sourceRate, sourceBurst), asks: rate.NewLimiter(allRate, allBurst),
+		requestsOf: newLimiters[evm.Address](hourly(perNodeRequests)), codesOf: newLimiters[evm.Address](hourly(perNodeCodes)),
+		codesTo: newLimiters[string](hourly(perAddress)), codesSource: newLimiters[netip.Prefix](hourly(perSource)), codes: rate.NewLimiter(hourly(perNetwork)),
+		nodesOf: newLimiters[netip.Prefix](hourly(perSourceNodes)), nodes: rate.NewLimiter(hourly(perNetworkNodes)),
+	}
+}
+
+// hourly is the rate and the burst of n in an hour.
+func hourly(n int) (rate.Limit, int) { return rate.Limit(float64(n) / time.Hour.Seconds()), n }
 
 // source is where a connection comes from, as far as it counts as one: an IPv4
 // address, or the /64 that an IPv6 host has for itself. Behind a proxy it is the
@@ -32,35 +76,36 @@ func source(remote string) netip.Prefix {
 	return p
 }
 
-// limiters bounds what each source may do, and holds a bounded number of
-// sources. Safe for concurrent use.
-type limiters struct {
+// limiters bounds how often each of many may do something, and remembers a
+// bounded number of them: whoever has more keys than that buys himself no more
+// than to be forgotten, and keeps nobody else out. Safe for concurrent use.
+type limiters[K comparable] struct {
 	rate  rate.Limit
 	burst int
 
-	// mu guards what follows, for the length of a map operation. Sources that are
+	// mu guards what follows, for the length of a map operation. Keys that are
 	// heard of move from old to young; when that is full, the old are forgotten.
 	mu         sync.Mutex
-	young, old map[netip.Prefix]*rate.Limiter
+	young, old map[K]*rate.Limiter
 }
 
-func newLimiters(r rate.Limit, burst int) *limiters {
-	return &limiters{rate: r, burst: burst, young: map[netip.Prefix]*rate.Limiter{}}
+func newLimiters[K comparable](r rate.Limit, burst int) *limiters[K] {
+	return &limiters[K]{rate: r, burst: burst, young: map[K]*rate.Limiter{}}
 }
 
-// allow takes one of what the source may do; false when it has had it all.
-func (l *limiters) allow(from netip.Prefix) bool {
+// allow takes one of what the key may do; false when it has had it all.
+func (l *limiters[K]) allow(key K) bool {
 	l.mu.Lock()
 	defer l.mu.Unlock()
-	lim := l.young[from]
+	lim := l.young[key]
 	if lim == nil {
-		if lim = l.old[from]; lim == nil {
+		if lim = l.old[key]; lim == nil {
 			lim = rate.NewLimiter(l.rate, l.burst)
 		}
-		if len(l.young) >= maxSources {
-			l.young, l.old = map[netip.Prefix]*rate.Limiter{}, l.young
+		if len(l.young) >= maxKeys {
+			l.young, l.old = map[K]*rate.Limiter{}, l.young
 		}
-		l.young[from] = lim
+		l.young[key] = lim
 	}
 	return lim.Allow()
 }

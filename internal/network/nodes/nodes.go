@@ -26,7 +26,6 @@ import (
 	"time"
 
 	"github.com/gorilla/websocket"
-	"golang.org/x/time/rate"
 
 	"github.com/resultity/node/internal/evm"
 	"github.com/resultity/node/internal/failpoint"
@@ -82,12 +81,8 @@ type Manager struct {
 	opt      Options
 
 	upgrader websocket.Upgrader
-	// Of registrations and bindings, whose signatures cost time to check: of one
-	// source, and then of all together.
-	askOf  *limiters
-	askAll *rate.Limiter
-	limits limits
-	codes  Codes
+	limits   limits
+	codes    Codes
 
 	// joining is held for reading from the look at a node's binding until dispatch
 	// knows it, and for writing while dispatch is told of a change: so none is missed.
@@ -126,8 +121,7 @@ func New(r registry, d *dispatch.Dispatcher, o desk, key *evm.Key, version strin
 			// Nodes are no browsers; a page that makes one connect is up to no good.
 			CheckOrigin: func(r *http.Request) bool { return r.Header.Get("Origin") == "" },
 		},
-		askOf: newLimiters(sourceRate, sourceBurst), askAll: rate.NewLimiter(allRate, allBurst),
-		limits: limits{counts: map[string]*count{}}, codes: NewCodes(key),
+		limits: newLimits(), codes: NewCodes(key),
 		sessions: map[*session]struct{}{}, current: map[evm.Address]*session{},
 		waiting: list.New(), waitsOf: map[netip.Prefix]int{},
 	}
@@ -168,7 +162,7 @@ func (m *Manager) ServeRegister(w http.ResponseWriter, r *http.Request) {
 
 // body reads the small body of a request of a stranger, not too often.
 func (m *Manager) body(w http.ResponseWriter, r *http.Request) ([]byte, error) {
-	if !m.askOf.allow(source(r.RemoteAddr)) || !m.askAll.Allow() { // who is over their own bound takes nothing of the others'
+	if !m.limits.asksOf.allow(source(r.RemoteAddr)) || !m.limits.asks.Allow() { // who is over their own bound takes nothing of the others'
 		return nil, refuse(http.StatusTooManyRequests, "too many requests; try again later")
 	}
 	raw, err := io.ReadAll(http.MaxBytesReader(w, r.Body, maxRegistration))
@@ -204,7 +198,7 @@ func (m *Manager) registerNode(w http.ResponseWriter, r *http.Request) (reply []
 	n := store.Node{Address: reg.Node, Agent: reg.Agent}
 	if m.opt.Open && reg.Token == "" {
 		if _, known := m.registry.Node(ctx, reg.Node); errors.Is(known, store.ErrNotFound) &&
-			!(m.limits.allow(now, perSourceNodes, "nodes of "+source(r.RemoteAddr).String()) && m.limits.allow(now, perNetworkNodes, "nodes")) {
+			!(m.limits.nodesOf.allow(source(r.RemoteAddr)) && m.limits.nodes.Allow()) {
 			return nil, http.StatusTooManyRequests, errors.New("too many new nodes without an enrolment token; try again in an hour")
 		}
 		n, err = m.registry.RegisterUnbound(ctx, n, now)

@@ -7,6 +7,7 @@ import (
 	"log/slog"
 	"net/http"
 	"net/http/httptest"
+	"net/netip"
 	"os"
 	"runtime"
 	"strings"
@@ -350,8 +351,8 @@ func TestRegistrationsAreBounded(t *testing.T) {
 		}
 		return w.Code
 	}
-	s.m.askOf = newLimiters(0.001, 10)
-	s.m.askAll = rate.NewLimiter(0.001, 15)
+	s.m.limits.asksOf = newLimiters[netip.Prefix](0.001, 10)
+	s.m.limits.asks = rate.NewLimiter(0.001, 15)
 	for i := range 100 {
 		want := http.StatusBadRequest
 		if i >= 10 {
@@ -372,18 +373,39 @@ func TestRegistrationsAreBounded(t *testing.T) {
 	}
 }
 
+// Each node of a fleet behind one address registers and is bound: three requests.
+// One that goes on leaves room for others.
+func TestFleetBehindOneAddress(t *testing.T) {
+	l := newLimits()
+	fleet, other := source("192.0.2.1:1"), source("192.0.2.2:1")
+	ask := func(from netip.Prefix) bool { return l.asksOf.allow(from) && l.asks.Allow() }
+	for i := range 3 * 400 {
+		if !ask(fleet) {
+			t.Fatalf("request %d is refused", i)
+		}
+	}
+	for range 10_000 {
+		ask(fleet)
+	}
+	for i := range 3 * 100 {
+		if !ask(other) {
+			t.Fatalf("request %d of another is refused", i)
+		}
+	}
+}
+
 // Sources are forgotten when there are too many, but not while they are heard of.
 func TestLimitersAreBounded(t *testing.T) {
-	l := newLimiters(0.001, 1)
+	l := newLimiters[netip.Prefix](0.001, 1)
 	loud := source("192.0.2.1:1")
 	if !l.allow(loud) {
 		t.Fatal("the first is refused")
 	}
-	for i := range 10 * maxSources {
+	for i := range 10 * maxKeys {
 		if !l.allow(source(fmt.Sprintf("[2001:db8:%x:%x::]:1", i>>16, i&0xffff))) {
 			t.Fatal("a new source is refused")
 		}
-		if n := len(l.young) + len(l.old); n > 2*maxSources {
+		if n := len(l.young) + len(l.old); n > 2*maxKeys {
 			t.Fatalf("%d sources are remembered", n)
 		}
 		if i%1000 == 0 && l.allow(loud) {
