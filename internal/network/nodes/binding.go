@@ -279,6 +279,9 @@ func (m *Manager) sendCode(ctx context.Context, req *wire.BindRequest, node stor
 	}
 	send := m.limits.codesTo.allow(strings.ToLower(to))
 	code := store.Code{Email: to, Expires: now.Add(codeLife).UnixMilli()}
+	if !send {
+		code.Email = "" // nobody can know it, so nobody is to guess it
+	}
 	_, _ = rand.Read(code.Seed[:]) // never fails: it ends the program instead
 	n, _, err := change(func(n *store.Node) error {
 		if again, err := present(n, req.Nonce, store.Binding{Account: "any"}, now); again || err != nil {
@@ -317,7 +320,7 @@ func (m *Manager) takeCode(ctx context.Context, req *wire.BindRequest, node stor
 			return free(n, store.Binding{Account: "any"})
 		case c == nil, now.UnixMilli() >= c.Expires, c.Tries >= codeTries:
 			return refuse(http.StatusForbidden, "there is no code that is good: it has expired, was used, or was guessed at too often; ask for another (resultityctl bind --email)")
-		case !matches(c.Seed):
+		case c.Email == "" || !matches(c.Seed):
 			copied := *c
 			copied.Tries++
 			n.Code = &copied

@@ -45,7 +45,7 @@ const maxHistory = 32
 // Seed with a key that is not in the store.
 type Code struct {
 	Seed    evm.Hash `json:"seed"`
-	Email   string   `json:"email"`
+	Email   string   `json:"email"`   // "" for one that was not sent, and is not good
 	Expires int64    `json:"expires"` // Unix milliseconds
 	Tries   int      `json:"tries"`   // wrong ones so far
 }
