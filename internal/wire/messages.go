@@ -112,7 +112,7 @@ type Heartbeat struct {
 type Failed struct {
 	Config digest.Digest `json:"config"`
 	Step   string        `json:"step"`   // that failed: image, model, unit, start, sandbox, validation
-	Reason string        `json:"reason"` // for people, at most 256 bytes
+	Reason string        `json:"reason"` // for people
 	Final  bool          `json:"final"`  // not tried again
 }
 
@@ -336,6 +336,9 @@ func (m *Heartbeat) texts() []*string {
 	}
 	for i := range m.Models {
 		list = append(list, &m.Models[i].Name, &m.Models[i].Version, &m.Models[i].State)
+	}
+	if m.Failed != nil {
+		list = append(list, &m.Failed.Step, &m.Failed.Reason)
 	}
 	return list
 }

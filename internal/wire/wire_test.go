@@ -629,6 +629,11 @@ func TestTextsAreBounded(t *testing.T) {
 					walk(name+"."+v.Type().Field(i).Name, v.Field(i), f)
 				}
 			}
+		case v.Kind() == reflect.Pointer && strings.HasPrefix(v.Type().Elem().PkgPath(), "github.com/resultity/node/internal/wire"):
+			if v.IsNil() {
+				v.Set(reflect.New(v.Type().Elem()))
+			}
+			walk(name, v.Elem(), f)
 		case v.Kind() == reflect.Slice && (v.Type().Elem().Kind() == reflect.String || v.Type().Elem().Kind() == reflect.Struct):
 			if v.Len() == 0 {
 				v.Set(reflect.MakeSlice(v.Type(), 1, 1))

@@ -578,14 +578,11 @@ func TestHeartbeatBounds(t *testing.T) {
 	run(t, Options{}, nil, func(t *testing.T, f *fixture) {
 		p := f.join(nil)
 		for name, change := range map[string]func(*wire.Heartbeat){
-			"models":      func(h *wire.Heartbeat) { h.Models = make([]wire.ModelState, 257) },
-			"gpus":        func(h *wire.Heartbeat) { h.Hardware.GPUs = make([]string, 257) },
-			"slots":       func(h *wire.Heartbeat) { h.Slots = -1 },
-			"many slots":  func(h *wire.Heartbeat) { h.Slots = 1 << 40 },
-			"busy":        func(h *wire.Heartbeat) { h.Busy = -1 },
-			"long":        func(h *wire.Heartbeat) { h.Hardware.Kernel = strings.Repeat("x", 257) },
-			"long reason": func(h *wire.Heartbeat) { h.Failed = &wire.Failed{Reason: strings.Repeat("x", 257)} },
-			"long model":  func(h *wire.Heartbeat) { h.Models[0].State = strings.Repeat("x", 257) },
+			"models":     func(h *wire.Heartbeat) { h.Models = make([]wire.ModelState, 257) },
+			"gpus":       func(h *wire.Heartbeat) { h.Hardware.GPUs = make([]string, 257) },
+			"slots":      func(h *wire.Heartbeat) { h.Slots = -1 },
+			"many slots": func(h *wire.Heartbeat) { h.Slots = 1 << 40 },
+			"busy":       func(h *wire.Heartbeat) { h.Busy = -1 },
 		} {
 			b := p.node.Heartbeat()
 			change(b)
