@@ -111,6 +111,7 @@ type Agent struct {
 	retell    chan struct{}                                         // capacity 1: tell the network every outcome that it has not acknowledged
 	tasks     chan task                                             // for the update loop
 	leaving   atomic.Bool                                           // the network has ordered a shutdown
+	holding   sync.Mutex                                            // held while the worker is told of that, or of a drain
 	halt      chan struct{}                                         // capacity maxLong: that has been done, and the agent ends
 
 	probes     probes

@@ -261,7 +261,7 @@ func build(t *testing.T, dir string, m *deploytest.Machine) *fixture {
 	}
 	f.memory = func() int64 { return 1 << 30 }
 	f.worker = work.New(work.Config{Store: f.store, Key: f.key, Send: f.link.Send, Suspect: f.suspect, Log: f.log, Now: time.Now})
-	f.worker.Hold(f.orderBook.Drain() != nil)
+	f.hold()
 	f.recallDrain()
 	f.openDeployer = func(context.Context) (deployer, error) {
 		d := m.Deployer()

@@ -381,7 +381,7 @@ func (a *Agent) openJobs() {
 	}, a)
 	a.session, a.ahead = s, s.Ahead
 	a.worker = work.New(work.Config{Store: a.store, Key: a.key, Send: a.session.Send, Suspect: a.suspect, Log: a.log, Now: failpoint.Now})
-	a.worker.Hold(a.orderBook.Drain() != nil)
+	a.hold()
 	a.recallDrain()
 }
 

@@ -9,9 +9,11 @@ import (
 
 	"github.com/resultity/node/internal/control"
 	"github.com/resultity/node/internal/deploy"
+	"github.com/resultity/node/internal/digest"
 	"github.com/resultity/node/internal/evm"
 	"github.com/resultity/node/internal/failpoint"
 	"github.com/resultity/node/internal/journal"
+	"github.com/resultity/node/internal/model"
 	"github.com/resultity/node/internal/order"
 	"github.com/resultity/node/internal/quadlet"
 	"github.com/resultity/node/internal/wire"
@@ -169,11 +171,17 @@ func (a *Agent) conclude(e order.Entry, err error) {
 	} else {
 		a.log.Info("order done", journal.OrderDone.Attr(), "order", e.ID, "kind", e.Kind)
 	}
-	if !a.leaving.Load() { // who shuts down takes nothing any more
-		a.worker.Hold(a.orderBook.Drain() != nil)
-	}
+	a.hold()
 	poke(a.beat)
 	a.answer(e.Done())
+}
+
+// hold tells the worker whether the network lets it take jobs. Who shuts down
+// takes none, whatever is ordered.
+func (a *Agent) hold() {
+	a.holding.Lock() // or one who looked earlier could speak last
+	defer a.holding.Unlock()
+	a.worker.Hold(a.leaving.Load() || a.orderBook.Drain() != nil)
 }
 
 // answer tells the network, if there is a session; else the next one does.
@@ -214,7 +222,8 @@ func (u *updater) restart(ctx context.Context) error {
 }
 
 // revalidate hashes the model's files while they are served, and then has the
-// golden requests repeated.
+// golden requests repeated. A disk that does not answer is no damage: what was
+// verified when it was started goes on, and the network hears why.
 func (a *Agent) revalidate(ctx context.Context) error {
 	var dep *deploy.Deployment
 	a.board.set(func(b *board) { dep = b.active })
@@ -222,8 +231,11 @@ func (a *Agent) revalidate(ctx context.Context) error {
 		return errNothing
 	}
 	damage := a.verify(ctx, dep.Snapshot())
-	if ctx.Err() != nil {
+	switch {
+	case ctx.Err() != nil:
 		return ctx.Err()
+	case damage != nil && !errors.Is(damage, digest.ErrMismatch) && !errors.Is(damage, model.ErrIncomplete):
+		return fmt.Errorf("the files could not be read, and nothing is known to be wrong with them: the node goes on: %w", damage)
 	}
 	return a.inUpdates(ctx, func(u *updater, ctx context.Context) error { return u.judge(ctx, dep, damage) })
 }
@@ -273,7 +285,7 @@ func (a *Agent) shutDown(ctx context.Context, _ order.Entry) error {
 	if a.leaving.Swap(true) {
 		return errLeaving
 	}
-	a.worker.Hold(true)
+	a.hold()
 	poke(a.beat)
 	down := make(chan error, 1)
 	t := task{func(ctx context.Context, u *updater) error {

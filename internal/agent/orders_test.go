@@ -4,6 +4,7 @@ import (
 	"os"
 	"path/filepath"
 	"strings"
+	"syscall"
 	"testing"
 	"testing/synctest"
 	"time"
@@ -239,8 +240,18 @@ func TestOrderRevalidate(t *testing.T) {
 		f.damaged = nil
 		pass(10 * time.Minute)
 		f.serves(s)
-		if _, now := f.machine.Now(); now <= starts {
+		_, now := f.machine.Now()
+		if now <= starts {
 			t.Error("the runtime still holds what was damaged")
+		}
+		// A disk that does not answer is told, and no more.
+		f.damaged = syscall.EIO
+		if d := f.obey(f.order(networkKey, wire.OrderRevalidate)); d == nil || d.Outcome != wire.OutcomeFailed || !strings.Contains(d.Message, syscall.EIO.Error()) {
+			t.Errorf("%+v", d)
+		}
+		f.serves(s)
+		if _, again := f.machine.Now(); again != now {
+			t.Error("the runtime was started again")
 		}
 	})
 }
