@@ -31,6 +31,7 @@ import (
 	"slices"
 	"strconv"
 	"sync"
+	"syscall"
 	"time"
 
 	"github.com/resultity/node/internal/digest"
@@ -169,7 +170,7 @@ type Store struct {
 
 // Open reads the store in dir, which is made if it is missing. What a kill left
 // half written is removed. Damage is no error: what is whole is used, and
-// [Store.Warnings] says what was not.
+// [Store.Warnings] says what was not. An error may pass.
 func Open(dir string, now func() time.Time) (*Store, error) {
 	s := &Store{dir: dir, now: now, manifests: map[int]Manifest{}}
 	if err := os.MkdirAll(dir, 0o700); err != nil {
@@ -188,6 +189,8 @@ func Open(dir string, now func() time.Time) (*Store, error) {
 	}
 	switch {
 	case err == nil:
+	case passing(err):
+		return nil, fmt.Errorf("generations: %w", err)
 	case errors.Is(err, fs.ErrNotExist) && len(found) == 0:
 		s.ix = index{Next: 1}
 	default:
@@ -220,7 +223,10 @@ func (s *Store) scan() (map[int]Manifest, error) {
 			continue
 		}
 		m, err := s.manifest(n)
-		if err != nil {
+		switch {
+		case passing(err):
+			return nil, err
+		case err != nil:
 			s.warnings = append(s.warnings, err)
 			continue
 		}
@@ -243,10 +249,30 @@ func (s *Store) manifest(n int) (m Manifest, err error) {
 	if err == nil && m.Number != n {
 		err = fmt.Errorf("it is of generation %d", m.Number)
 	}
-	if err != nil {
-		return m, fmt.Errorf("%w: %d: manifest: %w", ErrDamaged, n, err)
+	return m, damaged(n, manifest, err)
+}
+
+// damaged says that a file of generation n is not what was written, unless what
+// keeps it from being read may pass.
+func damaged(n int, file string, err error) error {
+	switch {
+	case err == nil:
+		return nil
+	case passing(err):
+		return err
 	}
-	return m, nil
+	return fmt.Errorf("%w: %d: %s: %w", ErrDamaged, n, file, err)
+}
+
+// passing tells what says nothing of the disk: no descriptors, no memory, or
+// rights that somebody has to mend. Nothing is forgotten for that.
+func passing(err error) bool {
+	for _, e := range []syscall.Errno{syscall.EMFILE, syscall.ENFILE, syscall.ENOMEM, syscall.EACCES, syscall.EPERM} {
+		if errors.Is(err, e) {
+			return true
+		}
+	}
+	return false
 }
 
 // rebuild makes a state of what is there: the newest is current, and has to show
@@ -389,7 +415,7 @@ func (v *View) Unjudged() bool {
 }
 
 // Load reads a generation's proof and unit. [ErrDamaged] says that they are not
-// what was written.
+// what was written; another error may pass.
 func (s *Store) Load(n int) (proof, unit []byte, err error) {
 	s.mu.Lock()
 	m, ok := s.manifests[n]
@@ -402,7 +428,7 @@ func (s *Store) Load(n int) (proof, unit []byte, err error) {
 		err = m.Proof.Check(proof)
 	}
 	if err != nil {
-		return nil, nil, fmt.Errorf("%w: %d: proof: %w", ErrDamaged, n, err)
+		return nil, nil, damaged(n, proofFile, err)
 	}
 	if m.Unit.IsZero() {
 		return proof, nil, nil
@@ -411,7 +437,7 @@ func (s *Store) Load(n int) (proof, unit []byte, err error) {
 		err = m.Unit.Check(unit)
 	}
 	if err != nil {
-		return nil, nil, fmt.Errorf("%w: %d: unit: %w", ErrDamaged, n, err)
+		return nil, nil, damaged(n, unitFile, err)
 	}
 	return proof, unit, nil
 }

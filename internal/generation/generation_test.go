@@ -9,6 +9,7 @@ import (
 	"slices"
 	"strconv"
 	"strings"
+	"syscall"
 	"testing"
 	"time"
 
@@ -343,6 +344,29 @@ func TestDamage(t *testing.T) {
 }
 
 // A state that has the right digest and makes no sense is damage, too.
+// A process without descriptors learns nothing of its disk, and forgets nothing.
+func TestNoDescriptors(t *testing.T) {
+	dir := t.TempDir()
+	s := reopen(t, dir)
+	run(t, s, content(1))
+	run(t, s, content(2))
+	var limit syscall.Rlimit
+	ok(t, syscall.Getrlimit(syscall.RLIMIT_NOFILE, &limit))
+	none := limit
+	none.Cur = 0
+	ok(t, syscall.Setrlimit(syscall.RLIMIT_NOFILE, &none))
+	_, _, loadErr := s.Load(2)
+	_, manifestErr := s.manifest(2)
+	_, openErr := Open(dir, time.Now)
+	ok(t, syscall.Setrlimit(syscall.RLIMIT_NOFILE, &limit))
+	for _, err := range []error{loadErr, manifestErr, openErr} {
+		if !errors.Is(err, syscall.EMFILE) || errors.Is(err, ErrDamaged) {
+			t.Errorf("got %v", err)
+		}
+	}
+	want(t, reopen(t, dir), "1 healthy; 2 healthy; current 2 previous 1 order 0")
+}
+
 func TestAbsurdState(t *testing.T) {
 	for name, x := range map[string]index{
 		"no next":       {Next: 0},
