@@ -265,8 +265,26 @@ func TestTrialThatNeverEnds(t *testing.T) {
 		}
 		return m.Runs(next)
 	}})
+	trial := func(f *fixture) { f.stands("1 healthy; 2 trial; current 2") }
+	// An agent that is told to end, as by an upgrade, is no reason to leave it.
+	for range generation.Trials + 1 {
+		l.live(t, next, trial)
+	}
+	tries = 0
 	for range generation.Trials {
-		l.live(t, next, func(f *fixture) { f.stands("1 healthy; 2 trial; current 2") })
+		dir := filepath.Join(l.dir, "generations")
+		l.live(t, next, func(f *fixture) {
+			trial(f)
+			if err := os.Rename(dir, dir+".away"); err != nil { // as a crash, it writes nothing any more
+				t.Fatal(err)
+			}
+		})
+		if err := os.Rename(dir+".away", dir); err != nil {
+			t.Fatal(err)
+		}
+	}
+	if tries != generation.Trials {
+		t.Errorf("%d tries", tries)
 	}
 	l.live(t, next, func(f *fixture) {
 		pass(2 * time.Second)

@@ -621,7 +621,10 @@ func (u *updater) passed(n int, phases []generation.Phase) {
 // failed goes back to the healthy generation before, if there is one. A plan
 // that is no trial has been healthy, so that this machine is at fault.
 func (u *updater) failed(ctx context.Context, p *staged, trial bool, err error, phases []generation.Phase) {
-	if ctx.Err() != nil {
+	if ctx.Err() != nil { // who restarts the agent thrice condemns nothing
+		if trial {
+			u.logged(u.gens.Interrupted(p.number))
+		}
 		return
 	}
 	u.setActive(nil, failed)

@@ -585,6 +585,16 @@ func (s *Store) Begin(n int) error {
 	})
 }
 
+// Interrupted takes back the try that [Store.Begin] has counted: the agent was
+// told to end, which says nothing of n.
+func (s *Store) Interrupted(n int) error {
+	return s.set(n, func(_ *index, r *record) {
+		if r.State == Trial {
+			r.Tries = max(0, r.Tries-1)
+		}
+	})
+}
+
 func (r *record) enter(st State, now time.Time) {
 	if r.State != st {
 		r.State, r.Since = st, now.UTC()
