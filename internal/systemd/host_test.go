@@ -681,7 +681,7 @@ func (s *site) units() {
 		t.Logf("exposure level %s", found[1])
 	}
 	// Every setting of the unit is one that this systemd knows and keeps.
-	for _, property := range []string{"WatchdogUSec=1min", "RestartSteps=5", "RestartMaxDelayUSec=30s", "StateDirectory=resultity/agent", "ProtectHome=read-only", "TasksMax=256", "LimitCORE=0", "ProtectSystem=strict", "RestartPreventExitStatus=78"} {
+	for _, property := range []string{"WatchdogUSec=20s", "RestartSteps=5", "RestartMaxDelayUSec=30s", "StateDirectory=resultity/agent", "ProtectHome=read-only", "TasksMax=256", "LimitCORE=0", "ProtectSystem=strict", "RestartPreventExitStatus=78"} {
 		name, _, _ := strings.Cut(property, "=")
 		if got := s.as("resultity", "systemctl", "--user", "show", "--property="+name, "resultity-agent.service"); got != property {
 			t.Errorf("got %s, want %s", got, property)
