@@ -277,3 +277,36 @@ func TestNoTextInLogs(t *testing.T) {
 		t.Fatal(err)
 	}
 }
+
+// The README says which test shows each claim. A name that no test has any more
+// would be a claim without one.
+func TestReadmeNamesTests(t *testing.T) {
+	text, err := os.ReadFile(filepath.Join(root, "README.md"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	rows := regexp.MustCompile("`((?:internal|test)/[a-z0-9/]+)` (Test\\w+(?:, Test\\w+)*)").FindAllSubmatch(text, -1)
+	if len(rows) < 20 {
+		t.Fatalf("%d packages with tests are named; has the table's form changed?", len(rows))
+	}
+	for _, row := range rows {
+		dir := string(row[1])
+		files, err := filepath.Glob(filepath.Join(root, dir, "*_test.go"))
+		if err != nil {
+			t.Fatal(err)
+		}
+		var code []byte
+		for _, f := range files {
+			b, err := os.ReadFile(f)
+			if err != nil {
+				t.Fatal(err)
+			}
+			code = append(code, b...)
+		}
+		for _, name := range strings.Split(string(row[2]), ", ") {
+			if !strings.Contains(string(code), "func "+name+"(t *testing.T)") {
+				t.Errorf("README.md names %s of %s, which there is not", name, dir)
+			}
+		}
+	}
+}
