@@ -107,6 +107,7 @@ func dialWithin(ctx context.Context, patience time.Duration) (*dbus.Conn, error)
 		if !impatient.Stop() {
 			err = fmt.Errorf("%w within %v", errSilent, patience)
 		}
+		context.AfterFunc(bus.Context(), hangUp) // or ctx would be remembered as long as its parent lasts
 		if err != nil {
 			_ = bus.Close() // the error before says more
 		}
