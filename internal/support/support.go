@@ -25,6 +25,7 @@ import (
 	"regexp"
 	"slices"
 	"strings"
+	"syscall"
 	"time"
 
 	"github.com/knadh/koanf/parsers/toml/v2"
@@ -137,9 +138,12 @@ func forms(secret []byte) [][]byte {
 
 // Forms of values that may be shown of a configuration.
 var (
+	plainDevice = regexp.MustCompile(`^[a-z0-9.-]{1,64}/[a-z0-9_-]{1,64}=[A-Za-z0-9:._*-]{1,64}$`)
+
 	plainWord = regexp.MustCompile(`^[a-z0-9][a-z0-9._-]{0,63}$`)
 	plainPath = regexp.MustCompile(`^/[A-Za-z0-9/._@+-]{0,1000}$`)
 	plainURL  = regexp.MustCompile(`^https://[A-Za-z0-9.:\[\]-]{1,255}/?$`)
+	plainSize = regexp.MustCompile(`^[0-9]{1,15}[KMGT%]?$`)
 	plainKey  = regexp.MustCompile(`^[a-z_]{1,40}(\.[a-z_]{1,40}){0,3}$`)
 )
 
@@ -152,6 +156,12 @@ func shown(key, value string) bool {
 		return plainURL.MatchString(value)
 	case "log.level":
 		return slices.Contains([]string{"debug", "info", "warn", "error"}, value)
+	case "log.upload":
+		return slices.Contains([]string{"on", "off"}, value)
+	case "runtime.memory_max":
+		return plainSize.MatchString(value)
+	case "runtime.devices":
+		return plainDevice.MatchString(value)
 	}
 	return value == "" || plainPath.MatchString(value) // all others are files
 }
@@ -166,6 +176,7 @@ func Config(raw []byte) []byte {
 	var b bytes.Buffer
 	for _, key := range k.Keys() {
 		value, isString := k.Get(key).(string)
+		list, isList := k.Get(key).([]any)
 		switch {
 		case !plainKey.MatchString(key):
 			b.WriteString("# a key of an odd form was left out\n")
@@ -173,6 +184,8 @@ func Config(raw []byte) []byte {
 			fmt.Fprintf(&b, "# %s: an unknown key; its value was left out\n", key)
 		case isString && shown(key, value):
 			fmt.Fprintf(&b, "%s = %q\n", key, value)
+		case isList && !slices.ContainsFunc(list, func(v any) bool { s, ok := v.(string); return !ok || !shown(key, s) }):
+			fmt.Fprintf(&b, "%s = %s\n", key, strings.ReplaceAll(fmt.Sprintf("%q", list), `" "`, `", "`))
 		default:
 			fmt.Fprintf(&b, "# %s: not of the form that it has to have; its value was left out\n", key)
 		}
@@ -314,11 +327,17 @@ func Secrets(names []string) ([][]byte, error) {
 }
 
 func readAtMost(name string, most int64) ([]byte, error) {
-	f, err := os.Open(name)
+	// The account's files are its own, and root reads them: none may hold that up.
+	f, err := os.OpenFile(name, os.O_RDONLY|syscall.O_NONBLOCK, 0)
 	if err != nil {
 		return nil, err
 	}
 	defer f.Close() // read only: nothing to lose
+	if st, err := f.Stat(); err != nil {
+		return nil, err
+	} else if !st.Mode().IsRegular() {
+		return nil, &fs.PathError{Op: "read", Path: name, Err: errors.New("no regular file")}
+	}
 	return io.ReadAll(io.LimitReader(f, most))
 }
 

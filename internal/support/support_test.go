@@ -8,6 +8,7 @@ import (
 	"os"
 	"path/filepath"
 	"strings"
+	"syscall"
 	"testing"
 	"time"
 )
@@ -64,10 +65,17 @@ root = "relative/secret"
 x = "y"
 [log]
 level = 3
+upload = "off"
+[runtime]
+memory_max = "24G"
+devices = ["nvidia.com/gpu=0", "amd.com/gpu=*"]
+[paths]
+state = ["/a", "secret"]
 [more]
 password = "p"
 `)))
-	want := []string{`network.name = "testnet"`, `network.url = "https://network.example:8443"`, "# network.root: not of the form", "# a key of an odd form", "# log.level: not of the form", "# more.password: an unknown key"}
+	want := []string{`network.name = "testnet"`, `network.url = "https://network.example:8443"`, "# network.root: not of the form", "# a key of an odd form", "# log.level: not of the form", `log.upload = "off"`, `runtime.memory_max = "24G"`,
+		`runtime.devices = ["nvidia.com/gpu=0", "amd.com/gpu=*"]`, "# paths.state: not of the form", "# more.password: an unknown key"}
 	for _, w := range want {
 		if !strings.Contains(got, w) {
 			t.Errorf("no %q in\n%s", w, got)
@@ -82,6 +90,14 @@ password = "p"
 func TestSecretsMustBeReadable(t *testing.T) {
 	if _, err := Secrets([]string{t.TempDir()}); err == nil {
 		t.Error("a directory was read as a secret")
+	}
+	// One that nobody ever writes to.
+	pipe := filepath.Join(t.TempDir(), "pipe")
+	if err := syscall.Mkfifo(pipe, 0o600); err != nil {
+		t.Fatal(err)
+	}
+	if _, err := Secrets([]string{pipe}); err == nil {
+		t.Error("a pipe was read as a secret")
 	}
 	if s, err := Secrets([]string{"", filepath.Join(t.TempDir(), "none")}); err != nil || len(s) != 0 {
 		t.Errorf("%q, %v", s, err)
