@@ -142,7 +142,11 @@ func (o *offline) agentGate(ctx context.Context) gate.Gate {
 	case p["ActiveState"] == "failed":
 		g.Detail = "it failed with exit status " + p["ExecMainStatus"]
 	case o.unconfigured():
-		g.Detail, g.Remedy, said = "it has no configuration yet", "sudo install -D -m 0644 /usr/share/doc/resultity-agent/agent.toml "+o.config()+", fill in [network], then "+g.Remedy, ""
+		install := "install -D -m 0644 /usr/share/doc/resultity-agent/agent.toml "
+		if o.Account == Account {
+			install = "sudo " + install
+		}
+		g.Detail, g.Remedy, said = "it has no configuration yet", install+o.config()+", fill in [network], then "+g.Remedy, ""
 	default:
 		g.Detail, said = "it is stopped", ""
 	}

@@ -12,6 +12,22 @@ import (
 	"github.com/resultity/node/internal/preflight"
 )
 
+// A node of one's own is begun without root, which would own the configuration.
+func TestOwnNodeNotConfigured(t *testing.T) {
+	root := t.TempDir()
+	if err := os.MkdirAll(filepath.Join(root, "run/user/1000/systemd"), 0o755); err != nil {
+		t.Fatal(err)
+	}
+	o := &offline{Machine: &preflight.Machine{Root: root, Account: "me", UID: 1000}, home: "/home/me",
+		run: func(context.Context, string, ...string) ([]byte, error) {
+			return []byte("LoadState=loaded\nActiveState=inactive\n"), nil
+		}}
+	const want = "install -D -m 0644 /usr/share/doc/resultity-agent/agent.toml /home/me/.config/resultity/agent.toml, fill in [network], then systemctl --user start resultity-agent"
+	if g := o.agentGate(t.Context()); g.Remedy != want {
+		t.Errorf("%q, want %q", g.Remedy, want)
+	}
+}
+
 // What the service manager and the journal say becomes one gate with a command.
 func TestAgentGateOffline(t *testing.T) {
 	for _, c := range []struct {

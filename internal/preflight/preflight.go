@@ -93,7 +93,7 @@ func (m *Machine) account() gate.Gate {
 	case m.UID < 0:
 		return closed(gate.Account, "sudo systemd-sysusers resultity.conf && sudo /usr/libexec/resultity/postinstall.sh configure", "there is no account %s", m.Account)
 	case m.UID == 0:
-		return closed(gate.Account, m.Systemctl("start", "resultity-agent"), "the node runs as root; it belongs into an account of its own")
+		return closed(gate.Account, (&Machine{Account: Packaged}).Systemctl("start", "resultity-agent"), "the node runs as root; it belongs into an account of its own")
 	}
 	return open(gate.Account, "%s", strings.TrimPrefix(fmt.Sprintf("%s, uid %d", m.Account, m.UID), ", "))
 }

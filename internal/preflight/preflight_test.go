@@ -195,3 +195,12 @@ func TestIdentityModes(t *testing.T) {
 		t.Errorf("%+v", g)
 	}
 }
+
+// What is said to an agent of root's is about another account.
+func TestRoot(t *testing.T) {
+	m := well(t, "")
+	m.Account, m.UID = "root", 0
+	if g := m.account(); g.State != gate.Closed || g.Remedy != "sudo systemctl --user -M resultity@ start resultity-agent" {
+		t.Errorf("%+v", g)
+	}
+}
