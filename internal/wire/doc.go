@@ -11,10 +11,30 @@
 // Terms. A node is known by its address, the EVM address of its secp256k1 key.
 // A network signs with message keys, whose addresses stand in its configuration
 // snapshot. keccak is Keccak-256; a signature is r ‖ s ‖ v, 65 bytes, v 27 or
-// 28, s in the lower half of the group order. ‖ is concatenation. JSON is
-// UTF-8; unknown fields are refused; byte strings are base64 with padding;
-// digests are "sha256:" and 64 lower-case hexadecimal digits; addresses are
-// "0x" and 40 hexadecimal digits. Sessions and registrations are TLS 1.3.
+// 28, s in the lower half of the group order. ‖ is concatenation. Everything is
+// below one https URL, the network's, and TLS 1.3.
+//
+// JSON is UTF-8. Each message is the struct of its name below, whose tags are
+// the names of its fields. Unknown fields are refused; one that is absent is zero. In
+// JSON
+//
+//	byte strings          base64 with padding
+//	digests               "sha256:" and 64 lower-case hexadecimal digits, "" for none
+//	addresses             "0x" and 40 hexadecimal digits; in headers lower case, or EIP-55's case
+//	signatures, nonces    "0x" and 130 or 64 hexadecimal digits
+//	ids of jobs, orders   32 lower-case hexadecimal digits, random
+//	times                 Unix milliseconds of the sender's clock, where nothing else is said
+//
+// The form and the bounds of every value of a snapshot, such as limits and windows
+// named here, are in package snapshot.
+//
+// # Configuration
+//
+// Below /tuf/ lies a TUF repository (specification 1.0, consistent snapshots, paths
+// in package tuf) with one target, config.json, at most 1 MiB. Its SHA-256 is the
+// configuration's digest. A node has the first root, verifies the whole chain, and
+// takes nothing of the network's that a verified snapshot does not vouch for:
+// its reply to a registration included. An [Update] says that there is news.
 //
 // # Registration
 //
@@ -23,8 +43,8 @@
 //
 //	keccak("resultity.v1 register\n" ‖ JSON)
 //
-// and the JSON is a [Registration]. The time must be within the network's
-// clock window. The reply, 200, has the same form with a [Registered], signed
+// and the JSON is a [Registration]: agent at most 128 bytes, token at most 256,
+// all of it at most 64 KiB. The time must be within the network's clock window. The reply, 200, has the same form with a [Registered], signed
 // by a message key. Registering again changes nothing and answers how things
 // are; the enrolment token is looked at only the first time. A network may let
 // nodes register without one: they are bound to no account then. 400 malformed or
@@ -48,14 +68,20 @@
 // and a [BindReply]. The step "begin" answers a nonce, which replaces the one
 // before and is good for ten minutes and one change; a request that
 // names it is refused after that, except that a repetition of the request which
-// led to the present state is answered with that state. The steps:
+// led to the present state is answered with that state. email is at most 254
+// bytes, token 256, code 64. The steps:
 //
-//	wallet  statement: package binding; action bind, or unbind by the present owner
+//	wallet  statement, see below; action bind, or unbind by the present owner
 //	email   sends a code of eight digits, good for ten minutes and five tries;
 //	        the answer does not depend on whose address it is
 //	code    binds to the account of the address that the code was sent to
 //	token   binds to the account of an enrolment token, one use per node
 //	unbind  the node's own wish
+//
+// What the wallet signs is EIP-712, domain as for receipts, and the node checks it
+// before it sends it; expiresAt is at most an hour after issuedAt:
+//
+//	Binding(string network,address node,address owner,string action,bytes32 nonce,uint64 issuedAt,uint64 expiresAt)
 //
 // A node that is bound is refused (409) until it has been unbound. An account
 // is named by the wallet's address, by what the token says, or by an opaque name
@@ -129,8 +155,16 @@
 // malformed, by somebody else, out of sequence or off in time ends the session:
 // the receiver closes with status 1008 (1009 for size) and counts it. Whatever
 // is received is checked over the received bytes; nothing is serialised again
-// before checking. WebSocket pings keep the connection known to be alive; they
-// carry no meaning.
+// before checking.
+//
+// The first frame of a node is at most 16 KiB and due within 10 seconds of the
+// 101 reply, Welcome within 10 seconds of Hello. WebSocket pings carry no
+// meaning but life: a node sends one every 5 seconds and ends a session that is
+// silent for 15, a network every 15 seconds and 45. Both answer pings. A
+// network ends the session (1008) of a node that leaves 1024 messages or 64 MiB unread,
+// and slows down one that sends what nobody asked for. A node connects
+// again after half a second, then ever later, up to 15 seconds; after what
+// only people can mend (403, 409), a minute.
 //
 // Why tags beside TLS: TLS may end at a front proxy of the network's operator,
 // and the node does not take that proxy's word. Why not signatures: one costs
@@ -148,7 +182,21 @@
 // [Bye], [OrderDone], [Logs]. From the network: [Welcome], [Bound], [Status],
 // [Job], [Cancel], [Ack], [Update], [Order], [OrderAck], [LogsAck].
 //
-// Bound follows Welcome, and comes again whenever the binding has changed.
+//	Hello       first; the digest of the verified snapshot, if there is one
+//	Welcome     first; Session is session in hexadecimal digits, for logs
+//	Bound       behind Welcome, and whenever the binding has changed
+//	Update      behind Welcome if Hello named another configuration, and when one is published
+//	Heartbeat   behind Welcome, then every heartbeat_s and at changes; at most 256 models
+//	            and 256 GPUs, slots and busy 0 to 65536, texts of at most 256 bytes
+//	Status      when a heartbeat, or its absence for window_s, has changed the answer
+//	Cancel      nobody waits for the job; the node stops and answers a Result, code cancelled
+//	Ack         for each Result, also for one of a job that the network does not know
+//	Bye         the node will close; nothing follows
+//
+// A node gets jobs while it is bound, its last heartbeat names the network's
+// configuration, an active model and runtime, and it is not draining: Status
+// says whether, and why not. What is out of bounds is a protocol violation: it
+// ends the session with 1008, and the node gets no jobs for a while.
 //
 // The life of a job:
 //
@@ -170,13 +218,27 @@
 // effect exactly once.
 //
 // A job is dispatched under a configuration: [Job.Config] is the digest of the
-// snapshot, and a node that is on another refuses with config_mismatch.
+// snapshot, and a node that is on another refuses with config_mismatch. Model is
+// the snapshot's, Request at most request_bytes, Deadline at most deadline_s
+// ahead, Kind and Stream what Request says. A node that does not answer Accept or
+// Refuse within 3 seconds (and what a link of 1 MiB/s needs for the request), or
+// makes no progress for a third of the job's time, may see another node get the job;
+// whoever delivers first counts.
+//
+// A job that is refused or has failed has a [Code]. After
+//
+//	bad_request, context_length, limit, deadline, cancelled
+//
+// no other node would do better, which the network believes of two nodes; after
+// any other code it tries another node. A failed result has no receipt, and once
+// acknowledged the job may come again.
 //
 // How a stream is cut into chunks means nothing; a node joins those that wait.
 // Chunk.Offset is the place of its bytes in the response body, so that a
 // stream can go on from another node or from the result: bytes that were
 // passed on already are skipped if they are equal. [Result.Response] is always
-// the whole body.
+// the whole body, at most response_bytes. A node may leave out chunks when it
+// cannot send as fast as its engine writes: the result has them.
 //
 // # Orders
 //
@@ -238,10 +300,19 @@
 //
 // # Receipts
 //
-// A result carries a receipt (package receipt) whose requestHash is SHA-256 of
-// Job.Request and whose responseHash is SHA-256 of Result.Response: the bytes
-// that the client sent and got. The network checks both, the signer, and that
-// configuration, image and model are those of the snapshot, before it
-// acknowledges. A result that fails this check is a protocol violation: it ends
+// A result carries a receipt, EIP-712 typed data with the node's signature
+// (package receipt has its JSON):
+//
+//	EIP712Domain(string name,string version,uint256 chainId): "Resultity", "1", chain_id of the snapshot
+//	Receipt(bytes16 job,address node,bytes32 configDigest,bytes32 imageDigest,bytes32 modelDigest,
+//	        bytes32 requestHash,bytes32 responseHash,uint64 promptTokens,uint64 completionTokens,
+//	        uint64 startedAt,uint64 finishedAt)     (one line, without spaces after commas)
+//
+// requestHash is SHA-256 of Job.Request and responseHash SHA-256 of
+// Result.Response: the bytes that the client sent and got. imageDigest is that of
+// the image's manifest; modelDigest is SHA-256 over the lines that sha256sum
+// prints for the model's files, sorted by path. The network checks all of them, the
+// signer, and that token counts and times (within the clock window) are possible,
+// before it acknowledges. A result that fails this check is a protocol violation: it ends
 // the session, is counted, and the job goes to another node.
 package wire
