@@ -9,6 +9,7 @@ import (
 	"path/filepath"
 	"slices"
 	"strings"
+	"sync/atomic"
 	"testing"
 	"testing/synctest"
 	"time"
@@ -19,6 +20,7 @@ import (
 	"github.com/resultity/node/internal/generation"
 	"github.com/resultity/node/internal/journal"
 	"github.com/resultity/node/internal/model"
+	"github.com/resultity/node/internal/podman"
 	"github.com/resultity/node/internal/quadlet"
 	"github.com/resultity/node/internal/runtime"
 	"github.com/resultity/node/internal/snapshot"
@@ -334,6 +336,80 @@ func TestSlowStaging(t *testing.T) {
 		pass(untilSettled)
 		f.serves(third)
 		f.stands("1 healthy; 2 healthy; current 2")
+	})
+}
+
+// Stagings come one after the other, also where Podman takes its time to give
+// one up: each sets the policy for images.
+func TestOneStagingAtATime(t *testing.T) {
+	l := newLives(t)
+	one, next := l.two()
+	synctest.Test(t, func(t *testing.T) {
+		f := build(t, l.dir, l.machine)
+		var running, tries atomic.Int32
+		release, open := make(chan struct{}), f.openDeployer
+		f.openDeployer = func(ctx context.Context) (deployer, error) {
+			if tries.Add(1); running.Add(1) > 1 {
+				t.Error("two at once")
+			}
+			defer running.Add(-1)
+			<-release
+			return open(ctx)
+		}
+		f.tuf.serve(one, nil)
+		defer f.run()()
+		pass(untilSettled)
+		f.publish(next)
+		pass(untilSettled)
+		if k := tries.Load(); k != 1 {
+			t.Errorf("%d stagings", k)
+		}
+		close(release)
+		pass(untilSettled)
+		f.serves(next)
+	})
+}
+
+// What could not be removed at a switch is removed later.
+func TestCleaningIsCertain(t *testing.T) {
+	l := newLives(t)
+	one, next := l.two()
+	third := l.n.Publish(map[string]any{"runtime.image": deploytest.Image(3), "models": []any{deploytest.Model(3)}})
+	l.live(t, one, func(f *fixture) {
+		f.publish(next)
+		pass(untilSettled)
+		l.machine.Fail(deploytest.RetainImages, &deploytest.Fault{Err: podman.ErrUnavailable, Times: 1})
+		f.publish(third)
+		pass(untilSettled)
+		f.serves(third)
+		if image, _ := l.machine.Has(one); !image {
+			t.Fatal("removed by a Podman that does not answer")
+		}
+		pass(10 * time.Minute)
+		if image, _ := l.machine.Has(one); image {
+			t.Error("it is still there")
+		}
+		if image, _ := l.machine.Has(next); !image {
+			t.Error("the generation before has lost its image")
+		}
+	})
+}
+
+// Configurations that fail before anything is switched leave a few records, not
+// as many as the network can publish.
+func TestFewOfThoseThatFail(t *testing.T) {
+	l := newLives(t)
+	one := l.n.Publish(nil)
+	l.live(t, one, func(f *fixture) {
+		l.machine.Fail(deploytest.Devices, &deploytest.Fault{Err: quadlet.ErrUnsealed})
+		for i := range 9 {
+			f.publish(l.n.Publish(map[string]any{"runtime.image": deploytest.Image(10 + i)}))
+			pass(untilSettled)
+		}
+		f.serves(one)
+		if k := len(f.Generations().Generations); k > 7 {
+			t.Errorf("%d are kept: %s", k, f.states())
+		}
 	})
 }
 

@@ -65,9 +65,9 @@ type updater struct {
 	newest   digest.Digest // of the network, as of the last look
 	opened   map[int]*snapshot.Snapshot
 	plans    map[digest.Digest]*staged // of what is current and what should be, by configuration
-	staging  *staging                  // under way, or nil
+	staging  *staging                  // under way until its result is here, or nil; never two
 	results  chan *result
-	wg       sync.WaitGroup // stagings
+	wg       sync.WaitGroup // staging
 	tried    string         // start of the unit at the last attempt to use it
 	down     bool           // what is current did not come up, or could not be staged, at the last attempt
 
@@ -81,6 +81,9 @@ type updater struct {
 	build backoff // bringing a runtime up while none is
 	fetch backoff // staging
 	again backoff // a generation that this machine has failed, while another one serves
+
+	untidy bool    // there may be images and models that nothing needs
+	tidy   backoff // removing them
 }
 
 // staged is a plan whose generation is on disk.
@@ -127,7 +130,7 @@ func (a *Agent) updates(ctx context.Context) error {
 // sleep is how long nothing is to be done if nothing happens.
 func (u *updater) sleep() time.Duration {
 	d := time.Hour
-	for _, b := range []*backoff{&u.build, &u.fetch, &u.again} {
+	for _, b := range []*backoff{&u.build, &u.fetch, &u.again, &u.tidy} {
 		if !b.due() {
 			d = min(d, time.Until(b.at))
 		}
@@ -172,6 +175,7 @@ func (u *updater) reconcile(ctx context.Context) {
 		return
 	default:
 		u.door.reopen(u.worker)
+		u.clean(ctx)
 	}
 
 	// What was healthy last serves until what should be is ready. If it does not
@@ -336,6 +340,7 @@ func failure(g *generation.Generation) *deploy.Error {
 
 // settled does what is left to do when what should be is.
 func (u *updater) settled(v *generation.View) {
+	u.staging.end() // nobody wants it any more
 	// The disk was full when it came up.
 	if g := v.Get(v.Current); g != nil && g.State == generation.Trial && g.Config == u.active.Snapshot().Digest() {
 		u.passed(v.Current, g.Phases)
@@ -346,6 +351,15 @@ func (u *updater) settled(v *generation.View) {
 type staging struct {
 	snap   *snapshot.Snapshot
 	cancel context.CancelFunc
+	over   bool // it is not wanted any more
+}
+
+// end has a staging end, if there is one; its result comes all the same.
+func (st *staging) end() {
+	if st != nil {
+		st.over = true
+		st.cancel()
+	}
 }
 
 // result is what comes of one.
@@ -359,21 +373,19 @@ type result struct {
 }
 
 // stage begins to prepare everything for snap while the old deployment serves. A
-// staging of something else ends.
+// staging of something else ends first: two would be at one image policy.
 func (u *updater) stage(ctx context.Context, v *generation.View, snap *snapshot.Snapshot) {
 	if u.staging != nil {
-		if u.staging.snap.Digest() == snap.Digest() {
-			return
+		if u.staging.snap.Digest() != snap.Digest() {
+			u.staging.end()
 		}
-		u.staging.cancel()
-		u.staging = nil
-		u.fetch = backoff{}
+		return
 	}
 	if !u.fetch.due() {
 		return
 	}
-	ctx, cancel := context.WithCancel(ctx)
-	st := &staging{snap, cancel}
+	sctx, cancel := context.WithCancel(ctx)
+	st := &staging{snap: snap, cancel: cancel}
 	u.staging = st
 	u.board.advance(snap, deploy.StepImage)
 	r := &result{staging: st, deployer: u.deployer}
@@ -388,7 +400,7 @@ func (u *updater) stage(ctx context.Context, v *generation.View, snap *snapshot.
 	}
 	u.wg.Go(func() {
 		defer cancel()
-		r.err = u.prepare(ctx, r, serving)
+		r.err = u.prepare(sctx, r, serving)
 		select {
 		case u.results <- r:
 		case <-ctx.Done():
@@ -454,11 +466,15 @@ func lists(s *snapshot.Snapshot, m *snapshot.Model) bool {
 
 // collect takes up what a staging has come to.
 func (u *updater) collect(ctx context.Context, r *result) {
-	if r.staging != u.staging || ctx.Err() != nil {
+	if ctx.Err() != nil {
 		return
 	}
-	u.staging = nil
-	u.deployer = r.deployer
+	u.staging, u.deployer = nil, r.deployer
+	if r.over {
+		u.fetch = backoff{}
+		return
+	}
+	u.logged(u.gens.Prune()) // also where none comes up, which would clean
 	err := r.err
 	n := 0
 	if err == nil {
@@ -484,14 +500,15 @@ func (u *updater) collect(ctx context.Context, r *result) {
 	var space *model.NoSpaceError
 	switch {
 	case errors.As(err, &space):
-		u.makeRoom(ctx, &v)
+		u.makeRoom(&v)
 	case e != nil && !e.Machine() && !isCurrent && v.Current != 0 && r.proof != nil: // nothing here will mend it
 		n, err := u.gens.Add(contentOf(r))
 		if err == nil {
 			err = u.gens.Condemn(n, string(e.Step), e.Err.Error())
 		}
-		u.logged(err)
-		u.log.Error("generation is dead", journal.GenerationDead.Attr(), "generation", n, "step", e.Step)
+		if u.logged(err); err == nil {
+			u.log.Error("generation is dead", journal.GenerationDead.Attr(), "generation", n, "step", e.Step)
+		}
 	}
 }
 
@@ -509,15 +526,14 @@ func contentOf(r *result) generation.Content {
 
 // makeRoom gives up the generation before, whose model may be as large as the
 // one that there is no room for.
-func (u *updater) makeRoom(ctx context.Context, v *generation.View) {
+func (u *updater) makeRoom(v *generation.View) {
 	if v.Previous == 0 || v.Previous == v.Order || u.active == nil {
 		return
 	}
 	u.log.Warn("no room for the next model: the generation before is given up", "generation", v.Previous)
 	u.logged(u.gens.Forget(v.Previous))
 	delete(u.opened, v.Previous)
-	u.clean(ctx)
-	u.fetch = backoff{}
+	u.untidy, u.tidy, u.fetch = true, backoff{}, backoff{} // in this order, at the next look
 }
 
 // bringUp makes a staged plan what runs, or goes back to what was healthy.
@@ -582,7 +598,7 @@ func (u *updater) bringUp(ctx context.Context, p *staged) {
 	if trial || v.Unjudged() {
 		u.passed(p.number, phases)
 	}
-	u.clean(ctx)
+	u.untidy, u.tidy = true, backoff{}
 }
 
 // idle gives out no more jobs and waits until those that run have ended, or the
@@ -670,12 +686,14 @@ func (u *updater) failed(ctx context.Context, p *staged, trial bool, err error, 
 // lowDisk is so little free space, in bytes, that a start may fail for it.
 const lowDisk = 64 << 20
 
-// clean removes the images and models that no generation needs that is kept.
+// clean removes the images and models that no generation needs that is kept,
+// where a switch has left some. It waits for a staging, which holds what would be
+// looked at, and tries again what could not be removed.
 func (u *updater) clean(ctx context.Context) {
-	u.logged(u.gens.Prune())
-	if u.staging != nil || u.active == nil { // it holds what would be looked at; the next switch cleans
+	if !u.untidy || u.staging != nil || !u.tidy.due() {
 		return
 	}
+	u.logged(u.gens.Prune())
 	v := u.gens.View()
 	keep := []*snapshot.Snapshot{u.active.Snapshot()}
 	if s := u.board.snapshot(); s != nil {
@@ -687,13 +705,22 @@ func (u *updater) clean(ctx context.Context) {
 		}
 	}
 	for _, n := range []int{v.Current, v.Previous, v.Order} {
-		if s := u.open(n); s != nil {
+		s := u.open(n)
+		v := u.gens.View()
+		switch {
+		case s != nil:
 			keep = append(keep, s)
+		case v.Get(n) != nil: // it is kept, and what it needs may be known later
+			u.tidy.failedOn(rarely)
+			return
 		}
 	}
 	if err := u.deployer.Clean(ctx, keep...); err != nil {
 		u.log.Warn("unlisted images or models not removed", "error", err)
+		u.tidy.failedOn(rarely)
+		return
 	}
+	u.untidy, u.tidy = false, backoff{}
 }
 
 // setActive publishes what runs; nil for nothing that may be given jobs.

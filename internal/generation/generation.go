@@ -636,9 +636,13 @@ func (s *Store) Fail(n int, step, reason string, machine bool, phases []Phase) (
 	})
 }
 
-// Condemn says that n is not to be tried at all.
+// Condemn says that n is not to be tried at all. That ends an order of the
+// operator's to go back to its configuration.
 func (s *Store) Condemn(n int, step, reason string) error {
-	return s.set(n, func(_ *index, r *record) {
+	return s.set(n, func(x *index, r *record) {
+		if x.Order != 0 && s.manifests[x.Order].Config == s.manifests[n].Config {
+			x.Order = 0
+		}
 		r.enter(Dead, s.now())
 		r.Step, r.Reason = step, reason[:min(len(reason), maxReason)]
 	})

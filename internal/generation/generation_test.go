@@ -187,6 +187,14 @@ func TestOrders(t *testing.T) {
 	if v := s.View(); !v.Aside.IsZero() || !v.Get(2).Machine {
 		t.Errorf("%+v", v)
 	}
+	// An order that cannot be carried out here ends.
+	ok(t, s.Rollback(2, content(3).Config))
+	bare := content(2)
+	bare.Unit = nil
+	n, err := s.Add(bare)
+	ok(t, err)
+	ok(t, s.Condemn(n, "unit", "refused"))
+	want(t, s, "1 healthy; 2 failed; 3 dead; current 1 previous 2 order 0")
 }
 
 func TestPrune(t *testing.T) {
