@@ -99,7 +99,9 @@ func (u *updater) replace(ctx context.Context, reason string) error {
 // storming notes that the unit has used up its starts, after which systemd does
 // nothing more. At the agent's own start that is no reason to wait.
 func (u *updater) storming(unit systemd.State, cur, want *snapshot.Snapshot) {
-	spent := unit.Active == "failed" && unit.Result == "start-limit-hit"
+	// Where it has restarted the unit by itself, systemd leaves the result of the
+	// last end and says only in its log that there were too many starts.
+	spent := unit.Active == "failed" && (unit.Result == "start-limit-hit" || unit.StartLimit > 0 && unit.NRestarts >= unit.StartLimit)
 	first := !u.looked
 	u.looked = true
 	if !spent || unit.InvocationID == u.storm {

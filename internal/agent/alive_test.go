@@ -128,7 +128,7 @@ func TestSuspectAndLost(t *testing.T) {
 // A runtime that ends again and again is left alone for longer each time, and
 // says so; systemd's own starts are used up.
 func TestRestartStorm(t *testing.T) {
-	storm := func(m *deploytest.Locked) { m.End("start-limit-hit", 1, "engine ended with exit code 1") }
+	storm := func(m *deploytest.Locked) { m.Storm(1, "engine ended with exit code 1") }
 	quiet := func(t *testing.T, f *fixture, d time.Duration) {
 		t.Helper()
 		f.machine.Calls()

@@ -233,8 +233,14 @@ func (l *Locked) End(result string, status int, text string) {
 	l.state.InvocationID = fmt.Sprintf("%032x", l.starts)
 	l.state.Active, l.state.Sub, l.state.Result, l.state.ExitStatus, l.state.StatusText = "failed", "failed", result, status, text
 	l.state.StartLimit, l.state.StartWindow = 10, 10*time.Minute
-	l.spent = result == "start-limit-hit"
 	l.changed()
+}
+
+// Storm ends the runtime until systemd starts it no more. What systemd says is
+// the result of the last end.
+func (l *Locked) Storm(status int, text string) {
+	l.state.NRestarts, l.spent = 10, true
+	l.End("exit-code", status, text)
 }
 
 // Reboot loses what does not outlive the machine's power: units and what runs.
@@ -499,7 +505,7 @@ func (u *Units) ResetFailed(ctx context.Context, unit string) error {
 	u.own(unit)
 	m := (*Machine)(u)
 	return m.fail(ctx, ResetFailed, func() error {
-		m.spent = false
+		m.spent, m.state.NRestarts = false, 0
 		m.state.Active = "inactive"
 		return nil
 	})
