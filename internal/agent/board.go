@@ -38,6 +38,7 @@ type board struct {
 	snap       *snapshot.Snapshot // newest verified
 	snapErr    error              // why it could not be refreshed
 	refreshed  time.Time          // when the network last confirmed it
+	expired    digest.Digest      // configuration of which it was said that it has expired
 	bound      wire.Bound         // whose node it is; also the session's to write
 	registered bool
 	regErr     error
@@ -303,6 +304,9 @@ func (b *board) configurationGate(now time.Time) gate.Gate {
 		// Going on with the last verified one is right, so the gate is open; but
 		// it says so.
 		g.Detail = fmt.Sprintf("version %d, last confirmed %s: %v", b.snap.Version(), age(now, b.refreshed), b.snapErr)
+		if e := b.snap.Expires(); !now.Before(e) {
+			g.Detail += fmt.Sprintf("; it expired on %s, and the node goes on with it", e.UTC().Format(time.DateOnly))
+		}
 	}
 	if b.pinned != 0 {
 		g.State = gate.Closed

@@ -25,6 +25,7 @@ func (a *Agent) follow(ctx context.Context) error {
 	for {
 		if err := a.askNetwork(ctx); err != nil {
 			next.failed()
+			a.sayExpired(time.Now())
 		} else {
 			next = backoff{at: time.Now().Add(jittered(refreshEvery))}
 		}
@@ -100,6 +101,21 @@ func (a *Agent) refresh(ctx context.Context) error {
 	a.learn(s)
 	a.board.set(func(b *board) { b.snapErr, b.refreshed = nil, time.Now() })
 	return nil
+}
+
+// sayExpired says once for a configuration that it has expired while the network
+// was away. The node goes on with it: what it was told last is still what it was
+// told, and whoever holds newer words back gains nothing by its going down.
+func (a *Agent) sayExpired(now time.Time) {
+	s := a.board.snapshot()
+	if s == nil || now.Before(s.Expires()) {
+		return
+	}
+	var said bool
+	a.board.set(func(b *board) { said, b.expired = b.expired == s.Digest(), s.Digest() })
+	if !said {
+		a.log.Warn("the configuration has expired; the node goes on with it", journal.SnapshotExpired.Attr(), "version", s.Version(), "since", s.Expires().UTC().Format(time.RFC3339))
+	}
 }
 
 func sameError(a, b error) bool { return a != nil && b != nil && a.Error() == b.Error() }

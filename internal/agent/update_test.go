@@ -125,6 +125,41 @@ func TestUnreachableNetworkWithKeptSnapshot(t *testing.T) {
 }
 
 // What the network serves and the node refuses changes nothing.
+// A configuration that expires while the network is away serves on, and that is
+// said.
+func TestExpiredWhileTheNetworkIsAway(t *testing.T) {
+	bubble(t, func(t *testing.T, f *fixture, n *deploytest.Network) {
+		s := n.Publish(nil)
+		time.Sleep(time.Until(s.Expires()) - time.Hour)
+		f.tuf.last = s
+		f.tuf.serve(nil, tuf.ErrUnreachable)
+		close(f.link.up)
+		if err := f.store.SetRegistration(&wire.Registered{Network: "testnet", Node: nodeKey.Address(), Account: "acme", Time: 1}); err != nil {
+			t.Fatal(err)
+		}
+		defer f.run()()
+		pass(30 * time.Minute)
+		f.serves(s)
+		if g := f.gate("configuration"); strings.Contains(g.Detail, "expired") || f.book.count(journal.SnapshotExpired) != 0 {
+			t.Errorf("before its time: %+v", g)
+		}
+		last[*wire.Heartbeat](f)
+		pass(90 * time.Minute)
+		f.serves(s)
+		if g := f.gate("configuration"); g.State != gate.Open || !strings.Contains(g.Detail, "it expired on") || f.book.count(journal.SnapshotExpired) != 1 {
+			t.Errorf("%+v, said %d times", g, f.book.count(journal.SnapshotExpired))
+		}
+		f.Message(job(s))
+		synctest.Wait()
+		<-f.engine.asked
+		f.engine.answer <- struct{}{}
+		synctest.Wait()
+		if r := last[*wire.Result](f); r == nil || r.Code != "" {
+			t.Errorf("%+v", r)
+		}
+	})
+}
+
 func TestRefusedSnapshots(t *testing.T) {
 	for name, c := range map[string]struct {
 		err    error

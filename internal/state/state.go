@@ -10,6 +10,14 @@
 // of every accepted job is set aside ahead of time, so an accepted job can
 // always be ended. Results are bounded in number and bytes.
 //
+// # Without the network
+//
+// No new jobs come then, so that what gathers is what was accepted before, and
+// days change nothing. Only a network that gives jobs and takes no results fills
+// the store; at its bound Accept fails with [ErrFull], by which the network learns
+// to ask another node, and Finish takes a failure in the place of a result that
+// there is no room for. The oldest result is never given up for a newer one.
+//
 // # What is remembered about a job
 //
 //	nothing ── Accept ──▶ accepted ── Finish ──▶ finished ── Ack, Expire ──▶ settled

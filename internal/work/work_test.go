@@ -1357,6 +1357,79 @@ func TestASessionBeforeRun(t *testing.T) {
 }
 
 // Results are dropped only while the clock is known to be right.
+// With the network gone the node finishes what it has and keeps the results, over
+// their time to live too, since nothing says that the clock is right. At the
+// store's bound it refuses more; what it has kept is delivered in the order of
+// finishing, once, and then there is room again.
+func TestTheNetworkIsAway(t *testing.T) {
+	bubble(t, func(t *testing.T) {
+		var held sync.Map // channels, by job
+		n := newNode(t, func(ctx context.Context, j runtime.Job, emit func([]byte) error) (runtime.Result, error) {
+			until, _ := held.Load(j.ID)
+			select {
+			case <-until.(chan struct{}):
+			case <-ctx.Done():
+				return runtime.Result{}, context.Cause(ctx)
+			}
+			return say(answer)(ctx, j, emit)
+		})
+		if err := n.state.Close(); err != nil {
+			t.Fatal(err)
+		}
+		var err error
+		if n.state, err = state.Open(n.path, state.Bounds{Jobs: 3}, time.Now); err != nil {
+			t.Fatal(err)
+		}
+		n.store = n.state
+		stop := n.begin(n.active)
+		give := func() *wire.Job {
+			j := n.job(false)
+			held.Store(j.ID, make(chan struct{}))
+			n.worker.Job(j)
+			return j
+		}
+		release := func(j *wire.Job) {
+			until, _ := held.Load(j.ID)
+			close(until.(chan struct{}))
+			synctest.Wait()
+		}
+		first, second := give(), give()
+		n.expect("accept", "accept")
+		n.onSend(func(wire.Message) error { return errors.New("not connected") })
+		release(second)
+		release(first)
+		third := give() // as it came with the last packet
+		release(third)
+		time.Sleep(10 * time.Hour) // longer than results are kept
+		n.expect()
+		n.status(Status{Slots: 2, Outbox: 3})
+		give()
+		n.expect()
+
+		// Over a restart, too.
+		if err := stop(); err != nil {
+			t.Fatal(err)
+		}
+		n.begin(n.active)
+		n.onSend(nil)
+		fourth := give()
+		n.refused(wire.CodeStorage)
+		n.worker.Connected()
+		said := n.expect("result", "result", "result")
+		for i, j := range []*wire.Job{second, first, third} {
+			n.answered(j, said[i], answer)
+		}
+		n.worker.Ack(&wire.Ack{Jobs: []receipt.JobID{first.ID, second.ID, third.ID}})
+		synctest.Wait()
+		n.worker.Connected()
+		n.expect()
+		n.status(Status{Slots: 2})
+		release(fourth)
+		n.worker.Job(fourth) // a job that was refused has left no trace
+		n.answered(fourth, n.expect("accept", "result")[1], answer)
+	})
+}
+
 func TestExpiry(t *testing.T) {
 	bubble(t, func(t *testing.T) {
 		n := newNode(t, say(answer))
