@@ -86,6 +86,7 @@ type Agent struct {
 	session link
 	worker  *work.Worker
 	drained atomic.Pointer[time.Time] // by the operator, since when; nil for not
+	drain   sync.Mutex                // held over a drain or a resume, so that all that they change is of one of them
 	http    *http.Client              // for the network
 	sources *http.Client              // for models and images
 	profile wire.Hardware             // read once; its disk space at each heartbeat

@@ -577,6 +577,25 @@ func TestHeartbeats(t *testing.T) {
 	})
 }
 
+// Of two operators at one instant one comes first, and the node is as the other
+// has said: what it does, what it says and what it remembers.
+func TestTwoOperators(t *testing.T) {
+	f := build(t, t.TempDir(), deploytest.New(t))
+	for range 200 {
+		var wg sync.WaitGroup
+		wg.Go(func() { _ = f.Drain() })
+		wg.Go(func() { _ = f.Resume() })
+		wg.Wait()
+		_, err := os.Stat(f.drainFile())
+		if s, kept := f.Status(), err == nil; s.Draining != kept || s.Draining != (len(s.Drains) == 1) {
+			t.Fatalf("draining %v by %+v, remembered: %v", s.Draining, s.Drains, kept)
+		}
+	}
+	if err := f.Close(); err != nil {
+		t.Fatal(err)
+	}
+}
+
 // The operator's drain outlives the process, until the operator takes it back.
 func TestDrainIsRemembered(t *testing.T) {
 	dir, n := t.TempDir(), deploytest.New(t)

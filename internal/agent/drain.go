@@ -39,6 +39,8 @@ func (a *Agent) recallDrain() {
 
 // Drain implements [control.Backend].
 func (a *Agent) Drain() error {
+	a.drain.Lock()
+	defer a.drain.Unlock()
 	since := a.drained.Load()
 	if since == nil {
 		now := time.Now().UTC().Truncate(time.Second)
@@ -57,6 +59,8 @@ func (a *Agent) Drain() error {
 
 // Resume implements [control.Backend].
 func (a *Agent) Resume() error {
+	a.drain.Lock()
+	defer a.drain.Unlock()
 	a.drained.Store(nil)
 	a.log.Info("resumed", journal.Resumed.Attr())
 	a.worker.Resume()
