@@ -14,11 +14,13 @@ import (
 	"github.com/resultity/node/internal/wire"
 )
 
-// How much of each node's log is kept. A node that sends more pushes out its own
-// and nobody else's.
+// How much of each node's log is kept. A node that sends more pushes out its own.
+// What all have together is bounded too, by an eighth of the file system at most,
+// so that logs never take the room of results: the oldest go first.
 const (
 	logAge     = 30 * 24 * time.Hour
 	logBatches = 64 // of at most wire.MaxLogBatch
+	maxLogs    = 4 << 30
 )
 
 // Logs is a batch of a node's log, as it came.

@@ -160,6 +160,7 @@ func (s *Store) open(ctx context.Context) (err error) {
 	if s.logs, err = s.js.CreateOrUpdateStream(ctx, jetstream.StreamConfig{
 		Name: "LOGS", Description: "logs of nodes, by node", Subjects: []string{"logs.*"},
 		MaxAge: logAge, MaxMsgsPerSubject: logBatches, MaxMsgSize: 1 << 20,
+		MaxBytes:    min(maxLogs, s.space/8),
 		Discard:     jetstream.DiscardOld,
 		AllowDirect: true,
 	}); err != nil {

@@ -329,6 +329,9 @@ func TestLimitsOfTheFileSystem(t *testing.T) {
 	if err != nil || got != (Limits{Jobs: s.space / 8, Results: s.space / 2}) {
 		t.Fatalf("%+v of %d: %v", got, s.space, err)
 	}
+	if n := s.logs.CachedInfo().Config.MaxBytes; n < 1 || n > s.space/8 {
+		t.Errorf("logs may take %d bytes of %d", n, s.space)
+	}
 }
 
 func TestResultTTL(t *testing.T) {
