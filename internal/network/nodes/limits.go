@@ -29,6 +29,10 @@ const (
 	perNetworkNodes = 2000
 )
 
+// A batch of logs costs as much as hundreds of other messages, and a node sends
+// one at a time, now and then.
+const logsRate, logsBurst = 0.5, 16
+
 // maxKeys bounds what limiters remember; it is twice as many, to be exact.
 const maxKeys = 8192
 
@@ -45,6 +49,8 @@ type limits struct {
 
 	nodesOf *limiters[netip.Prefix] // new ones, without a token
 	nodes   *rate.Limiter
+
+	logsOf *limiters[evm.Address] // in all of its sessions
 }
 
 func newLimits() limits {
@@ -53,6 +59,7 @@ func newLimits() limits {
 		requestsOf: newLimiters[evm.Address](hourly(perNodeRequests)), codesOf: newLimiters[evm.Address](hourly(perNodeCodes)),
 		codesTo: newLimiters[string](hourly(perAddress)), codesSource: newLimiters[netip.Prefix](hourly(perSource)), codes: rate.NewLimiter(hourly(perNetwork)),
 		nodesOf: newLimiters[netip.Prefix](hourly(perSourceNodes)), nodes: rate.NewLimiter(hourly(perNetworkNodes)),
+		logsOf: newLimiters[evm.Address](logsRate, logsBurst),
 	}
 }
 
@@ -94,7 +101,9 @@ func newLimiters[K comparable](r rate.Limit, burst int) *limiters[K] {
 }
 
 // allow takes one of what the key may do; false when it has had it all.
-func (l *limiters[K]) allow(key K) bool {
+func (l *limiters[K]) allow(key K) bool { return l.of(key).Allow() }
+
+func (l *limiters[K]) of(key K) *rate.Limiter {
 	l.mu.Lock()
 	defer l.mu.Unlock()
 	lim := l.young[key]
@@ -107,5 +116,5 @@ func (l *limiters[K]) allow(key K) bool {
 		}
 		l.young[key] = lim
 	}
-	return lim.Allow()
+	return lim
 }

@@ -339,17 +339,16 @@ func (s *session) handle(member *dispatch.Member, msg wire.Message) error {
 	case *wire.OrderDone:
 		expected, err = s.orderDone(v)
 	case *wire.Logs:
-		expected = false // a flood of them is slowed down
 		err = s.logs(v)
 	case *wire.Bye:
 		return errBye
 	default:
 		return fmt.Errorf("%w: a second %s", errOrder, msg.Type())
 	}
-	if err != nil || expected {
-		return err
+	if err == nil && !expected {
+		s.pause(s.stray)
 	}
-	return s.pause()
+	return err
 }
 
 // orderDone takes a node's answer to an order. One that cannot be written down is
@@ -379,6 +378,7 @@ func (s *session) logs(l *wire.Logs) error {
 	if network := s.m.dispatch.Terms().Config.Network.Name; who != s.node || b.Node != s.node || b.Network != network {
 		return fmt.Errorf("%w: logs of node %s of network %.64q, signed by %s", wire.ErrLogs, b.Node, b.Network, who)
 	}
+	s.pause(s.m.limits.logsOf.of(s.node))
 	if _, err := b.Unpack(l.Data); err != nil {
 		return err
 	}
@@ -396,11 +396,10 @@ func (s *session) logs(l *wire.Logs) error {
 }
 
 // pause makes a node wait that sends more than it should.
-func (s *session) pause() error {
-	r := s.stray.Reserve()
-	d := r.Delay()
+func (s *session) pause(l *rate.Limiter) {
+	d := l.Reserve().Delay()
 	if d == 0 {
-		return nil
+		return
 	}
 	t := time.NewTimer(d)
 	defer t.Stop()
@@ -408,7 +407,6 @@ func (s *session) pause() error {
 	case <-t.C:
 	case <-s.stop:
 	}
-	return nil
 }
 
 // write sends what is queued, and pings, until the session is to end. Then it

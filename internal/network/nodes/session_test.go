@@ -1,10 +1,12 @@
 package nodes
 
 import (
+	"bufio"
 	"bytes"
 	"errors"
 	"fmt"
 	"log/slog"
+	"net"
 	"net/http"
 	"net/http/httptest"
 	"net/netip"
@@ -12,6 +14,7 @@ import (
 	"runtime"
 	"strings"
 	"testing"
+	"testing/synctest"
 	"time"
 
 	"github.com/gorilla/websocket"
@@ -142,34 +145,72 @@ func TestSilentPeer(t *testing.T) {
 	s.m.remove(s)
 }
 
+// hijacked is the answer to a request on a connection of ours.
+type hijacked struct {
+	http.ResponseWriter
+	conn net.Conn
+}
+
+func (hijacked) Header() http.Header { return http.Header{} }
+
+func (h hijacked) Hijack() (net.Conn, *bufio.ReadWriter, error) {
+	return h.conn, bufio.NewReadWriter(bufio.NewReader(h.conn), bufio.NewWriter(h.conn)), nil
+}
+
 // A large frame may take longer to arrive than silence may last.
 func TestSlowLink(t *testing.T) {
-	s, client := rig(t, Options{Ping: 50 * time.Millisecond})
-	s.met = true
-	if err := s.alive(); err != nil {
-		t.Fatal(err)
+	for name, c := range map[string]struct {
+		each time.Duration // between pieces
+		why  string
+	}{
+		"slow":   {14 * time.Second, "violation"}, // it arrives, and is refused
+		"silent": {16 * time.Second, "timeout"},
+	} {
+		t.Run(name, func(t *testing.T) {
+			s, _ := rig(t, Options{Ping: 5 * time.Second})
+			defer s.m.remove(s)
+			_ = s.conn.Close()
+			synctest.Test(t, func(t *testing.T) {
+				node, network := net.Pipe()
+				done := make(chan struct{})
+				defer func() { _ = network.Close(); <-done }()
+				go func() {
+					defer close(done)
+					d := websocket.Dialer{NetDial: func(string, string) (net.Conn, error) { return node, nil }}
+					conn, _, err := d.Dial("ws://network/", nil)
+					if err != nil {
+						t.Error(err)
+						return
+					}
+					w, err := conn.NextWriter(websocket.BinaryMessage)
+					for range 10 {
+						if err == nil {
+							_, err = w.Write(make([]byte, 16<<10))
+						}
+						time.Sleep(c.each)
+					}
+					if err == nil {
+						_ = w.Close()
+					}
+				}()
+				r, err := http.ReadRequest(bufio.NewReader(network))
+				if err != nil {
+					t.Fatal(err)
+				}
+				if s.conn, err = new(websocket.Upgrader).Upgrade(hijacked{conn: network}, r, nil); err != nil {
+					t.Fatal(err)
+				}
+				s.met = true
+				if err := s.alive(); err != nil {
+					t.Fatal(err)
+				}
+				_, err = s.next(new(bytes.Buffer))
+				if s.blame(err); s.why != c.why {
+					t.Errorf("ended for %s (%v), want %s", s.why, err, c.why)
+				}
+			})
+		})
 	}
-	go func() {
-		w, err := client.NextWriter(websocket.BinaryMessage)
-		for range 10 {
-			if err == nil {
-				_, err = w.Write(make([]byte, 64<<10))
-			}
-			time.Sleep(30 * time.Millisecond) // this is the slow link
-		}
-		if err == nil {
-			err = w.Close()
-		}
-		if err != nil {
-			t.Error(err)
-		}
-	}()
-	if _, err := s.next(new(bytes.Buffer)); !errors.Is(err, wire.ErrSigner) {
-		t.Errorf("got %v, want the frame to arrive and to be refused", err)
-	}
-	s.end(websocket.CloseNormalClosure, "test", "")
-	s.write()
-	s.m.remove(s)
 }
 
 // A large message arrives whole.
@@ -190,25 +231,46 @@ func TestFragments(t *testing.T) {
 	s.m.remove(s)
 }
 
-func TestStrayMessagesAreSlowedDown(t *testing.T) {
-	s, _ := rig(t, Options{})
-	s.stray = rate.NewLimiter(rate.Every(time.Hour), 2)
-	for range 2 {
-		if err := s.pause(); err != nil {
-			t.Fatal(err)
-		}
+func TestFloodsAreSlowedDown(t *testing.T) {
+	for name, flood := range map[string]func(*session, *wire.Logs){
+		"stray": func(s *session, _ *wire.Logs) { s.pause(s.stray) },
+		"logs": func(s *session, bad *wire.Logs) {
+			if err := s.logs(bad); !errors.Is(err, wire.ErrLogs) {
+				t.Errorf("logs: %v", err)
+			}
+		},
+	} {
+		t.Run(name, func(t *testing.T) {
+			s, _ := rig(t, Options{})
+			key, err := evm.NewKey()
+			if err != nil {
+				t.Fatal(err)
+			}
+			s.node = key.Address()
+			bad, err := wire.SealLogs(key, wire.LogBatch{
+				Network: s.m.dispatch.Terms().Config.Network.Name, Node: s.node, Spool: strings.Repeat("0", 32), Last: 1, Count: 1,
+			}, []byte("no gzip"))
+			if err != nil {
+				t.Fatal(err)
+			}
+			s.stray = rate.NewLimiter(rate.Every(time.Hour), 2)
+			s.m.limits.logsOf = newLimiters[evm.Address](rate.Every(time.Hour), 2)
+			for range 2 {
+				flood(s, bad)
+			}
+			done := make(chan struct{})
+			go func() { flood(s, bad); close(done) }()
+			select {
+			case <-done:
+				t.Fatal("not slowed down")
+			case <-time.After(20 * time.Millisecond):
+			}
+			s.end(websocket.CloseNormalClosure, "test", "")
+			<-done
+			s.write()
+			s.m.remove(s)
+		})
 	}
-	done := make(chan struct{})
-	go func() { _ = s.pause(); close(done) }()
-	select {
-	case <-done:
-		t.Fatal("not slowed down")
-	case <-time.After(20 * time.Millisecond):
-	}
-	s.end(websocket.CloseNormalClosure, "test", "")
-	<-done
-	s.write()
-	s.m.remove(s)
 }
 
 // Nodes have places of their own; those who wait to say hello take none.
