@@ -301,13 +301,17 @@ func (n *testNetwork) metric(series string) float64 {
 // logBuffer collects the service's log, shows it when the test fails, and fails
 // the test when a prompt or an answer is in it.
 type logBuffer struct {
-	t testing.TB
-	w bytes.Buffer // written by slog's handler only, which locks
+	t  testing.TB
+	w  bytes.Buffer // written by slog's handler only, which locks
+	on func([]byte) // called with each record, unless nil; set before the service starts
 }
 
 func (l *logBuffer) Write(p []byte) (int, error) {
 	if bytes.Contains(p, []byte("secret words")) || bytes.Contains(p, []byte("secret answer")) {
 		l.t.Errorf("text of a request or a response in the log: %s", p)
+	}
+	if l.on != nil {
+		l.on(p)
 	}
 	return l.w.Write(p)
 }

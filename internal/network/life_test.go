@@ -277,11 +277,20 @@ func TestPublishWhileServing(t *testing.T) {
 // Files that somebody copies into the repository are taken over too.
 func TestPublishBehindTheBack(t *testing.T) {
 	t.Parallel() // it waits more than it works
-	n := start(t, nil)
+	n := setUp(t, nil)
 	n.config.Limits.Messages = 1
-	if err := publish.Publish(n.dir, nodetest.JSON(t, n.config)); err != nil {
-		t.Fatal(err)
+	// The first time while the service starts, when it has read what was there.
+	publishNow := sync.OnceFunc(func() {
+		if err := publish.Publish(n.dir, nodetest.JSON(t, n.config)); err != nil {
+			t.Error(err)
+		}
+	})
+	n.logs.on = func(line []byte) {
+		if bytes.Contains(line, []byte("msg=\"store: ")) {
+			publishNow()
+		}
 	}
+	n.serve()
 	n.until("the new configuration is active", func() bool { return n.metric("resultity_config_version") == 2 })
 	// One that does not list the service's key is not served, and said to be there.
 	n.config.Network.MessageKeys[0][0] ^= 1
@@ -292,6 +301,59 @@ func TestPublishBehindTheBack(t *testing.T) {
 	if v := n.metric("resultity_config_version"); v != 2 {
 		t.Errorf("version %v is active", v)
 	}
+}
+
+// Somebody publishes elsewhere and copies the files, the timestamp first: once all
+// of them are there they are taken over, whatever was wrong before.
+func TestPublishInPieces(t *testing.T) {
+	t.Parallel() // it waits more than it works
+	n := start(t, nil)
+	elsewhere := t.TempDir()
+	for _, part := range []string{"keys", "repository"} {
+		if err := os.CopyFS(filepath.Join(elsewhere, part), os.DirFS(filepath.Join(n.dir, part))); err != nil {
+			t.Fatal(err)
+		}
+	}
+	keys, err := filepath.Glob(filepath.Join(elsewhere, "keys", "*"))
+	for _, key := range keys {
+		err = errors.Join(err, os.Chmod(key, 0o600))
+	}
+	if err != nil {
+		t.Fatal(err)
+	}
+	raw, err := os.ReadFile(filepath.Join(n.dir, "publish.json"))
+	if err == nil {
+		err = os.WriteFile(filepath.Join(elsewhere, "publish.json"), raw, 0o600)
+	}
+	n.config.Limits.Messages = 1
+	if err := errors.Join(err, publish.Publish(elsewhere, nodetest.JSON(t, n.config))); err != nil {
+		t.Fatal(err)
+	}
+	copied := func(name string) {
+		raw, err := os.ReadFile(filepath.Join(elsewhere, "repository", name))
+		if err == nil {
+			err = os.WriteFile(filepath.Join(n.dir, "repository", name), raw, 0o600)
+		}
+		if err != nil {
+			t.Fatal(err)
+		}
+	}
+	copied("metadata/timestamp.json")
+	n.until("the service is unwell", func() bool { return n.get("/healthz").status == http.StatusServiceUnavailable })
+	for _, dir := range []string{"targets", "metadata"} {
+		files, err := os.ReadDir(filepath.Join(elsewhere, "repository", dir))
+		if err != nil {
+			t.Fatal(err)
+		}
+		for _, f := range files {
+			if f.Name() != "timestamp.json" {
+				copied(dir + "/" + f.Name())
+			}
+		}
+	}
+	n.until("the new configuration is active", func() bool {
+		return n.metric("resultity_config_version") == 2 && n.get("/healthz").status == http.StatusOK
+	})
 }
 
 // The timestamp is renewed before nodes would refuse it.

@@ -73,6 +73,8 @@ type service struct {
 	outbox   *mail.Outbox // likewise
 	orders   *orders.Desk
 
+	seen string // stamp of what was published when it was last looked at; of Run, then of watch
+
 	// mu is held while a configuration is taken over.
 	mu    sync.Mutex
 	stale error // why the published configuration is not the active one, or nil
@@ -280,9 +282,7 @@ func (s *service) mail(ctx context.Context, m store.Mail) error {
 // healthz answers whether this process can do its work. Having no nodes is no
 // fault of its own.
 func (s *service) healthz(w http.ResponseWriter, _ *http.Request) {
-	s.mu.Lock()
-	err := s.stale
-	s.mu.Unlock()
+	err := s.unwell()
 	if err == nil {
 		err = s.store.Healthy()
 	}
@@ -317,6 +317,7 @@ func (s *service) published() (*snapshot.Snapshot, error) {
 		// The timestamp's key may be kept by somebody else, who renews it.
 		s.log.Warn("timestamp was not renewed", "error", err)
 	}
+	s.seen = s.stamp() // before it is read: what is published meanwhile is a change
 	snap, err := publish.Current(s.cfg.Dir)
 	if err != nil {
 		return nil, fmt.Errorf("published configuration: %w", err)
@@ -382,7 +383,6 @@ const watchEvery = 2 * time.Second
 func (s *service) watch(ctx context.Context) error {
 	tick := time.NewTicker(watchEvery)
 	defer tick.Stop()
-	seen := s.stamp()
 	renew := time.Now().Add(s.renewIn())
 	for {
 		select {
@@ -400,12 +400,14 @@ func (s *service) watch(ctx context.Context) error {
 			}
 			renew = time.Now().Add(s.renewIn())
 		}
-		if now := s.stamp(); now != seen {
-			seen = now
+		if now := s.stamp(); now != s.seen {
+			s.seen = now
 			if err := s.reload(ctx); err != nil {
 				s.log.Error("published configuration was not taken over", "error", err)
 			}
 			renew = time.Now().Add(s.renewIn())
+		} else if s.unwell() != nil {
+			_ = s.reload(ctx) // somebody may be copying the files: the rest comes later. What is wrong has been said
 		}
 	}
 }
@@ -422,6 +424,13 @@ func (s *service) stamp() string {
 		return err.Error()
 	}
 	return fmt.Sprint(st.ModTime().UnixNano(), st.Size(), st.Sys().(*syscall.Stat_t).Ino)
+}
+
+// unwell says why the published configuration is not the active one, or nil.
+func (s *service) unwell() error {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	return s.stale
 }
 
 // reload takes over what is published now.
