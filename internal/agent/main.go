@@ -86,7 +86,9 @@ func Main(ctx context.Context, args []string, stdout io.Writer, stderr *os.File,
 		fmt.Fprint(stderr, "usage: resultity-agent [--config FILE] run|check|version\n\n"+
 			"  run      run the node; systemd does this (resultity-agent.service)\n"+
 			"  check    read the configuration, say what is wrong with it, and end\n"+
-			"  version  print the version\n\n")
+			"  version  print the version\n\n"+
+			"exit status: 0 done; 1 failed, systemd tries again; 64 wrong command line;\n"+
+			"78 wrong configuration or key, which no restart mends\n\n")
 		flags.PrintDefaults()
 	}
 	file := flags.String("config", defaultConfig(env), "configuration `file`; drop-ins are in FILE.d")

@@ -113,6 +113,11 @@ type command struct {
 func (c *command) root(version string) *cobra.Command {
 	root := &cobra.Command{
 		Use: "resultityctl", Short: "Look at and steer a Resultity node", Version: version,
+		Long: `Look at and steer a Resultity node. Run it as root or as the node's own account;
+verify needs neither a node nor a network.
+
+Exit status: 0 done; 1 failed; 2 a gate is closed (status) or a check has failed
+(doctor); 64 wrong command line; 69 the agent does not run.`,
 		SilenceErrors: true, SilenceUsage: true,
 		// Without these cobra takes no command, and any other, for a call for help.
 		Args: func(cmd *cobra.Command, a []string) error {

@@ -53,11 +53,28 @@ func Main(ctx context.Context, args []string, stdout, stderr io.Writer, version 
 
 func root(version string) *cobra.Command {
 	cmd := &cobra.Command{
-		Use:           "resultity-network",
-		Short:         "Run a Resultity network: its nodes, its API, its configuration",
+		Use:   "resultity-network",
+		Short: "Run a Resultity network: its nodes, its API, its configuration",
+		Long: `Run a Resultity network: its nodes, its API, its configuration.
+
+Every command but version works on one network's directory, --dir. Those about
+tokens, keys, nodes, accounts, orders and logs ask the service while it runs, and
+open its store when it does not.
+
+Exit status: 0 done; 1 failed; 64 wrong command line; 78 wrong configuration.`,
 		Version:       version,
 		SilenceUsage:  true,
 		SilenceErrors: true,
+		// Without these cobra takes no command, and any other, for a call for help.
+		Args: func(_ *cobra.Command, a []string) error {
+			if len(a) > 0 {
+				return fmt.Errorf("%w: unknown command %q; see resultity-network --help", errUsage, a[0])
+			}
+			return nil
+		},
+		RunE: func(*cobra.Command, []string) error {
+			return fmt.Errorf("%w: which command? see resultity-network --help", errUsage)
+		},
 	}
 	cmd.SetFlagErrorFunc(func(_ *cobra.Command, err error) error { return fmt.Errorf("%w: %w", errUsage, err) })
 	cmd.CompletionOptions.HiddenDefaultCmd = true
@@ -80,7 +97,7 @@ func initCommand() *cobra.Command {
 	var o network.InitOptions
 	life := publish.DefaultLifetimes
 	cmd := &cobra.Command{
-		Use: "init --name NAME --chain-id ID", Short: "Make a network: keys, an empty repository, a first API key and enrolment token", Args: cobra.NoArgs,
+		Use: "init --name NAME --chain-id ID", Short: "Make a network: keys, an empty repository, a first API key and enrolment token", Args: exactly(0),
 	}
 	dir := dirFlag(cmd)
 	f := cmd.Flags()
@@ -130,7 +147,7 @@ func initCommand() *cobra.Command {
 
 func publishCommand() *cobra.Command {
 	cmd := &cobra.Command{
-		Use: "publish --config FILE", Short: "Publish a configuration; a running service and its nodes take it over", Args: cobra.NoArgs,
+		Use: "publish --config FILE", Short: "Publish a configuration; a running service and its nodes take it over", Args: exactly(0),
 	}
 	dir := dirFlag(cmd)
 	config := cmd.Flags().String("config", "", "the configuration, config.json (required)")
@@ -183,7 +200,7 @@ func withAdmin(cmd *cobra.Command, dir string, f func(network.Admin) error) erro
 func serveCommand() *cobra.Command {
 	c := network.Defaults()
 	var file string
-	cmd := &cobra.Command{Use: "serve", Short: "Serve the network until told to stop", Args: cobra.NoArgs}
+	cmd := &cobra.Command{Use: "serve", Short: "Serve the network until told to stop", Args: exactly(0)}
 	f := cmd.Flags()
 	f.StringVar(&file, "config", "", "network.toml; flags win over it")
 	f.StringVar(&c.Dir, "dir", c.Dir, "directory of the network")
@@ -219,7 +236,7 @@ func serveCommand() *cobra.Command {
 
 func tokenCommand() *cobra.Command {
 	cmd := &cobra.Command{Use: "token", Short: "Enrolment tokens, with which nodes register"}
-	create := &cobra.Command{Use: "create", Short: "Make a token and print it; it is not kept", Args: cobra.NoArgs}
+	create := &cobra.Command{Use: "create", Short: "Make a token and print it; it is not kept", Args: exactly(0)}
 	dir := dirFlag(create)
 	uses := create.Flags().Int("uses", 1, "how many nodes may register with it")
 	expires := create.Flags().Duration("expires", 24*time.Hour, "how long it is good for")
@@ -243,8 +260,8 @@ func tokenCommand() *cobra.Command {
 
 func apikeyCommand() *cobra.Command {
 	cmd := &cobra.Command{Use: "apikey", Short: "API keys, with which clients send requests"}
-	create := &cobra.Command{Use: "create --name NAME", Short: "Make an API key and print it; it is not kept", Args: cobra.NoArgs}
-	revoke := &cobra.Command{Use: "revoke --name NAME", Short: "Revoke every API key of a name", Args: cobra.NoArgs}
+	create := &cobra.Command{Use: "create --name NAME", Short: "Make an API key and print it; it is not kept", Args: exactly(0)}
+	revoke := &cobra.Command{Use: "revoke --name NAME", Short: "Revoke every API key of a name", Args: exactly(0)}
 	for _, c := range []struct {
 		cmd *cobra.Command
 		run func(ctx context.Context, a network.Admin, name string, out io.Writer) error
@@ -285,7 +302,7 @@ func apikeyCommand() *cobra.Command {
 }
 
 func versionCommand(version string) *cobra.Command {
-	return &cobra.Command{Use: "version", Short: "Print the version", Args: cobra.NoArgs, RunE: func(cmd *cobra.Command, _ []string) error {
+	return &cobra.Command{Use: "version", Short: "Print the version", Args: exactly(0), RunE: func(cmd *cobra.Command, _ []string) error {
 		_, err := fmt.Fprintln(cmd.OutOrStdout(), "resultity-network", version)
 		return err
 	}}

@@ -95,7 +95,7 @@ func accountsCommand() *cobra.Command {
 // adminCommand makes a command that prints what it gets from the network, as a
 // table or as JSON.
 func adminCommand(use, short string, args int, run func(*cobra.Command, network.Admin, []string) (any, func(io.Writer), error)) *cobra.Command {
-	cmd := &cobra.Command{Use: use, Short: short, Args: cobra.ExactArgs(args)}
+	cmd := &cobra.Command{Use: use, Short: short, Args: exactly(args)}
 	dir := dirFlag(cmd)
 	asJSON := cmd.Flags().Bool("json", false, "print JSON")
 	cmd.RunE = func(cmd *cobra.Command, args []string) error {

@@ -127,11 +127,16 @@ func showOrders(cmd *cobra.Command, list []network.OrderState) error {
 	return w.Flush()
 }
 
-// exactly is cobra.ExactArgs with the exit status of a usage error.
+// exactly is cobra.ExactArgs, and its look at required flags, with the exit status
+// of a usage error.
 func exactly(n int) cobra.PositionalArgs {
 	return func(cmd *cobra.Command, args []string) error {
-		if err := cobra.ExactArgs(n)(cmd, args); err != nil {
-			return fmt.Errorf("%w: %w; see resultity-network %s --help", errUsage, err, cmd.Name())
+		err := cobra.ExactArgs(n)(cmd, args)
+		if err == nil {
+			err = cmd.ValidateRequiredFlags()
+		}
+		if err != nil {
+			return fmt.Errorf("%w: %w; see %s --help", errUsage, err, cmd.CommandPath())
 		}
 		return nil
 	}
