@@ -39,6 +39,11 @@
 // They meet in one place only, the active deployment, owned by one goroutine
 // (agent's update loop). A job keeps the terms it was accepted under.
 //
+// Three small things pass beside them, each signed on its own so that it can be
+// shown to others later: orders of the network's operator (order, and the memory of
+// which were carried out), the binding to an account (binding), and the node's log
+// on its way to the network (spool).
+//
 // # Level-triggered and crash-only
 //
 // The agent compares what should be (the last verified snapshot) with what is
@@ -65,8 +70,11 @@
 // Imports go downward only; test/rules holds the list and fails otherwise.
 //
 //	leaves  failpoint; digest, durable, evm, gate, journal, version
-//	pure    receipt, binding, wire, snapshot, openai, quadlet, bridge/contract   no I/O, no clock
-//	edges   identity, tuf, session, image, model, podman, systemd, runtime, state, generation, order, spool, sandbox, control, hardware, preflight, support
+//	pure    receipt, binding; wire, snapshot, bridge/contract; openai, quadlet   no I/O, no clock
+//	        config                                                               reads its files, no more
+//	edges   identity, tuf, session, image, model, podman, systemd, runtime,      one thing outside each
+//	        state, generation, order, spool, preflight, support;
+//	        sandbox, control, hardware
 //	order   deploy, work
 //	top     agent, ctl
 //
@@ -88,6 +96,10 @@
 // Units are generated into the runtime directory, which a reboot empties:
 // nothing starts before the agent has verified it again.
 //
+// Podman seals the container, and the bridge the engine in it once more, with a
+// seccomp filter and, where the kernel has it, Landlock: a network namespace does
+// not hold all kinds of sockets, and the socket's directory is on a real disk.
+//
 // The runtime outlives the agent: an upgrade or a crash of the agent does not
 // unload the model. A restarted agent finds the unit unchanged, looks at its
 // sandbox, validates it, and goes on.
@@ -101,6 +113,24 @@
 // front proxy; a signature for each frame costs a hundred times a tag, for each
 // token of a stream, and would have whoever holds the node's key asked for each.
 // A frame therefore proves nothing to third parties. Receipts do.
+//
+// Accepted jobs and results are in an append-only log of the agent's own (state): one
+// sync for all who commit at once, room for the failure of every accepted job set
+// aside ahead of time. A database syncs more often for each commit, and meets a full
+// disk after a job was accepted.
+//
+// The network writes a job down while a node works on it already, and a result
+// while its client reads it: the disk is off the way of the first token. What
+// nobody may see before it is durable, the end of an answer and the node's
+// acknowledgement, waits (see network/dispatch).
+//
+// The network's operator does not steer nodes by the session but by orders, which
+// are signed one by one and kept. What has consequences for a node's owner is
+// evidence against whoever ordered it.
+//
+// What may leave a node in its log is a list of fields with lengths, on both
+// sides. Leaving texts out by rule would fail with the first careless error; a list
+// fails the other way.
 //
 // SHA-256 names all content (it has hardware support and a command on every
 // machine); Keccak-256 appears only where EVM signatures need it.

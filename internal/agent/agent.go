@@ -3,8 +3,10 @@
 // One errgroup holds them all: follow (the network's configuration), update
 // (configuration to active deployment; the sole owner of the deployment and of
 // the generations on disk), the session with the network, the worker that
-// runs jobs, heartbeats, the control socket and the service manager's watchdog.
-// Start-up runs the same steps as every later change.
+// runs jobs, heartbeats, orders, the binding, uploads of the log, the control
+// socket and the service manager's watchdog.
+//
+// The rule it keeps: start-up runs the same steps as every later change.
 package agent
 
 import (

@@ -5,6 +5,8 @@
 // trying where a try is harmless, and a pure function compares them with what
 // was ordered. What cannot be read counts as different. Nothing here trusts
 // that a flag was passed; only what the kernel answers counts.
+//
+// [Confine] takes from the engine what a sealed container still leaves.
 package sandbox
 
 import (
