@@ -449,6 +449,25 @@ func TestFalseAlarm(t *testing.T) {
 	})
 }
 
+// A start that is seen while the loop looks at the one before stays shut out.
+func TestAlarmInALook(t *testing.T) {
+	l := newLives(t)
+	one := l.n.Publish(nil)
+	l.live(t, one, func(f *fixture) {
+		seen := false
+		l.machine.Fail(deploytest.State, &deploytest.Fault{Late: true, Times: 1, Also: func(*deploytest.Locked) {
+			seen = true
+			f.door.check(f.worker, systemd.State{Active: "active", InvocationID: "of after"})
+		}})
+		l.machine.Fail(deploytest.Look, &deploytest.Fault{Block: true}) // nothing is validated from here on
+		poke(f.look)
+		synctest.Wait()
+		if k := f.worker.Status().Slots; !seen || k != 0 {
+			t.Errorf("%d slots for a start that nobody has looked at", k)
+		}
+	})
+}
+
 // What is current is on disk: neither the network nor the cache is needed.
 func TestStartFromGeneration(t *testing.T) {
 	l := newLives(t)

@@ -53,6 +53,7 @@ type door struct {
 	dep    *deploy.Deployment
 	active *work.Active
 	isShut bool
+	alarms int    // checks that have shut it
 	doubt  string // why dep's engine is suspect; "" when it is not
 }
 
@@ -72,11 +73,19 @@ func (d *door) shut(w *work.Worker) {
 	w.SetActive(nil)
 }
 
-// reopen undoes shut, and a check that was of an older state.
-func (d *door) reopen(w *work.Worker) {
+// alarm returns what tells [door.reopen] of a check that comes after this call.
+func (d *door) alarm() int {
 	d.mu.Lock()
 	defer d.mu.Unlock()
-	if d.isShut && d.active != nil && d.doubt == "" {
+	return d.alarms
+}
+
+// reopen undoes shut, and a check that was of an older state: the caller has seen
+// the right start of the unit after it got since from alarm.
+func (d *door) reopen(w *work.Worker, since int) {
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	if d.alarms == since && d.isShut && d.active != nil && d.doubt == "" {
 		d.isShut = false
 		w.SetActive(d.active)
 	}
@@ -88,6 +97,7 @@ func (d *door) check(w *work.Worker, unit systemd.State) {
 	defer d.mu.Unlock()
 	if d.dep != nil && !d.dep.Current(unit) {
 		d.isShut = true
+		d.alarms++
 		w.SetActive(nil)
 	}
 }

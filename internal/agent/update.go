@@ -146,6 +146,7 @@ func (u *updater) reconcile(ctx context.Context) {
 	if want == nil {
 		return // nothing is known yet
 	}
+	since := u.door.alarm()
 	unit, err := u.units.State(ctx, quadlet.ServiceName)
 	if err != nil {
 		if ctx.Err() == nil {
@@ -174,7 +175,7 @@ func (u *updater) reconcile(ctx context.Context) {
 		poke(u.look)
 		return
 	default:
-		u.door.reopen(u.worker)
+		u.door.reopen(u.worker, since)
 		u.clean(ctx)
 	}
 
@@ -566,8 +567,7 @@ func (u *updater) bringUp(ctx context.Context, p *staged) {
 			u.report(snap, &deploy.Error{Step: deploy.StepUnit, Err: err})
 			u.again.failedOn(rarely)
 			u.build.failed()
-			u.door.reopen(u.worker)
-			return
+			return // the next look lets jobs in again
 		}
 	}
 	u.setActive(nil, starting)
