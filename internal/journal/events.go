@@ -22,7 +22,9 @@ type Event struct {
 // Attr makes the event part of a record.
 func (e *Event) Attr() slog.Attr { return slog.Any("event", e) }
 
-// The events. Identifiers are never used again for anything else.
+// The events. An identifier is for ever: take one that was never here, such as
+// what systemd-id128 new prints, and give a removed one to nothing else. The
+// tests refuse one that is here twice.
 var (
 	AgentReady       = event("7c1f2a2f6f8e4d6a9a4a5d1e0b7c3f01", "agent-ready", "The agent runs", "The agent has opened its store and its control socket. Whether the node gets jobs is another question: `resultityctl status` answers it.")
 	AgentStopping    = event("7c1f2a2f6f8e4d6a9a4a5d1e0b7c3f02", "agent-stopping", "The agent stops", "No new jobs are taken; running ones are finished within the unit's stop time. Results that the network has not acknowledged are kept and sent at the next start.")
@@ -104,7 +106,7 @@ var (
 	GenerationUnpin  = event("7c1f2a2f6f8e4d6a9a4a5d1e0b7c3f67", "generation-unpinned", "The node follows the network's configuration again", "The newest configuration is taken up, also if it was put aside by the operator, or was dead.")
 )
 
-// Events lists all events, in the order of their ids.
+// Events lists all events, in the order of their declaration.
 var Events []*Event
 
 func event(id, name, subject, text string) *Event {
