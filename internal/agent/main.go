@@ -121,9 +121,13 @@ func Main(ctx context.Context, args []string, stdout io.Writer, stderr *os.File,
 	a, err := New(ctx, cfg, env, log, version)
 	if err == nil {
 		a.configFile = *file
-		err = errors.Join(a.Run(ctx), a.Close())
+		err = a.Run(ctx)
 	}
-	return exitCode(ctx, err, log)
+	code := exitCode(ctx, err, a.log) // while the spool is open: the network has to read it, too
+	if err := a.Close(); err != nil {
+		code = max(code, exitCode(ctx, err, log))
+	}
+	return code
 }
 
 // exitCode logs why the agent ended, if not because it was told to.
@@ -153,60 +157,57 @@ func defaultConfig(env func(string) string) string {
 }
 
 // New puts an agent together. It opens the store and the identity, and reaches
-// the user manager; Podman and the network are reached when they are needed.
-func New(ctx context.Context, cfg *config.Config, env func(string) string, log *slog.Logger, version string) (_ *Agent, err error) {
+// the user manager; Podman and the network are reached when they are needed. The
+// agent has to be closed, also with an error.
+func New(ctx context.Context, cfg *config.Config, env func(string) string, log *slog.Logger, version string) (*Agent, error) {
 	a := empty(cfg, log, version)
-	defer func() {
-		if err != nil {
-			err = errors.Join(err, a.Close())
-		}
-	}()
 	networkDir := filepath.Join(cfg.Paths.State, "networks", cfg.Network.Name)
 	if err := os.MkdirAll(networkDir, 0o700); err != nil {
-		return nil, inDir("paths.state", err)
+		return a, inDir("paths.state", err)
 	}
 	if err := os.MkdirAll(cfg.Paths.Runtime, 0o700); err != nil {
-		return nil, inDir("paths.runtime", err)
+		return a, inDir("paths.runtime", err)
 	}
 	// The store first: its lock says whether another agent runs here.
+	var err error
 	a.store, err = state.Open(filepath.Join(networkDir, "jobs"), state.DefaultBounds, failpoint.Now)
 	switch {
 	case errors.Is(err, state.ErrCorrupt), errors.Is(err, state.ErrFormat):
-		return nil, &finalError{journal.StoreRefused, err}
+		return a, &finalError{journal.StoreRefused, err}
 	case err != nil && !errors.Is(err, state.ErrLocked): // whoever holds it may go away
-		return nil, inDir("paths.state", err)
+		return a, inDir("paths.state", err)
 	case err != nil:
-		return nil, err
+		return a, err
 	}
 	a.closers = append(a.closers, a.store.Close)
 	a.openSpool(networkDir)
 	log = a.log
 	if err := a.openIdentity(env); err != nil {
-		return nil, err
+		return a, err
 	}
 	if err := a.sameNode(networkDir); err != nil {
-		return nil, err
+		return a, err
 	}
 	if err := a.openBook(filepath.Join(networkDir, "orders.json")); err != nil {
-		return nil, err
+		return a, err
 	}
 	var ca []byte
 	if a.http, a.sources, ca, err = clients(cfg.Network.CA); err != nil {
-		return nil, &finalError{journal.ConfigInvalid, err}
+		return a, &finalError{journal.ConfigInvalid, err}
 	}
 	root, err := os.ReadFile(cfg.Network.Root)
 	if err != nil {
-		return nil, &finalError{journal.ConfigInvalid, fmt.Errorf("network.root: %w; get the network's first root.json from its operator", err)}
+		return a, &finalError{journal.ConfigInvalid, fmt.Errorf("network.root: %w; get the network's first root.json from its operator", err)}
 	}
 	if a.snaps, err = tuf.New(tuf.Config{Dir: filepath.Join(networkDir, "tuf"), URL: cfg.Network.URL + "/tuf", Root: root, Client: a.http, Now: failpoint.Now}); err != nil {
-		return nil, &finalError{journal.ConfigInvalid, fmt.Errorf("network.root: %w", err)}
+		return a, &finalError{journal.ConfigInvalid, fmt.Errorf("network.root: %w", err)}
 	}
 	if a.gens, err = generation.Open(filepath.Join(networkDir, "generations"), time.Now); err != nil {
-		return nil, inDir("paths.state", err)
+		return a, inDir("paths.state", err)
 	}
 	models, err := model.Open(filepath.Join(cfg.Paths.State, "models"), a.sources, log)
 	if err != nil {
-		return nil, err
+		return a, err
 	}
 	a.closers = append(a.closers, models.Close)
 	a.verify = func(ctx context.Context, s *snapshot.Snapshot) error {
@@ -219,7 +220,7 @@ func New(ctx context.Context, cfg *config.Config, env func(string) string, log *
 	}
 	units, err := systemd.Dial(ctx)
 	if err != nil {
-		return nil, err
+		return a, err
 	}
 	a.closers = append(a.closers, func() error { units.Close(); return nil })
 	a.units = units

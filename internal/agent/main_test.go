@@ -191,6 +191,20 @@ func TestCannotStart(t *testing.T) {
 			if len(errs) != 1 || !strings.Contains(errs[0], "event="+c.event) || !strings.Contains(errs[0], c.says) {
 				t.Errorf("want one line with event %s and %q:\n%s", c.event, c.says, said)
 			}
+			// Where the log is kept for the network, it says why there is no node.
+			kept, err := filepath.Glob(i.path("state/networks/testnet/spool/*.log"))
+			if _, none := os.Stat(i.path("state/networks/testnet/spool")); err != nil || none != nil {
+				return
+			}
+			raw := []byte{}
+			for _, name := range kept {
+				if raw, err = os.ReadFile(name); err != nil {
+					t.Fatal(err)
+				}
+			}
+			if !bytes.Contains(raw, []byte(`"event":"`+c.event+`"`)) {
+				t.Errorf("not for the network: %s", raw)
+			}
 		})
 	}
 }
