@@ -169,7 +169,7 @@ func tmpfsDifferences(want, got map[string][]string) (bad []string) {
 
 // env compares the container's variables with those of the order. The image is
 // signed, and its variables are how its programs are found; devices may bring
-// variables along; the rest is Podman's own.
+// variables along, also in the place of the image's; the rest is Podman's own.
 //
 // Values may be anybody's secrets, as env_host in containers.conf brings in all
 // of the account's: only names are told.
@@ -182,16 +182,18 @@ func (d *Deployer) env(ctx context.Context, o quadlet.Order, devices, got []stri
 	if err != nil {
 		return nil, err
 	}
-	may, must := variables(slices.Concat(podmans, brought)), variables(slices.Concat(image, o.Env))
+	own, devs, must := variables(podmans), variables(brought), variables(slices.Concat(image, o.Env))
 	for name, value := range variables(got) {
 		w, ok := must[name]
 		if !ok {
-			w, ok = may[name]
+			w, ok = own[name]
 		}
+		d, dok := devs[name]
 		switch {
-		case !ok:
+		case dok && d == value: // those of devices come last
+		case !ok && !dok:
 			bad = append(bad, fmt.Sprintf("podman: variable %.100s, which nobody ordered", name))
-		case w != value && w != "":
+		case !ok || w != value && w != "":
 			bad = append(bad, fmt.Sprintf("podman: variable %.100s has another value than was ordered", name))
 		}
 		delete(must, name)

@@ -93,6 +93,25 @@ func TestDriftIsNamed(t *testing.T) {
 	}
 }
 
+// Devices bring variables along: for those alone that are ordered.
+func TestVariablesOfDevices(t *testing.T) {
+	for _, devices := range [][]string{{}, {"nvidia.com/gpu=0"}} {
+		m, s := New(t), NewNetwork(t).Publish(map[string]any{"runtime.devices": devices})
+		m.Do(func(m *Locked) {
+			m.Drift(func(c *podman.ContainerState) { c.Env[slices.Index(c.Env, "LANG=C")] = DeviceEnv })
+		})
+		if _, err := bring(t, m.Deployer(), s); (err == nil) != (len(devices) > 0) {
+			t.Errorf("devices %q: %v", devices, err)
+		}
+		m.Do(func(m *Locked) {
+			m.Drift(func(c *podman.ContainerState) { c.Env[slices.Index(c.Env, "LANG=C")] = DeviceEnv + "s" })
+		})
+		if _, err := bring(t, m.Deployer(), s); !errors.Is(err, sandbox.ErrNotSealed) {
+			t.Errorf("another value with devices %q: %v", devices, err)
+		}
+	}
+}
+
 // All differences are in one error, so that nobody mends them one by one.
 func TestAllDriftIsNamedAtOnce(t *testing.T) {
 	m, s := New(t), NewNetwork(t).Publish(nil)

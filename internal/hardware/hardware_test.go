@@ -40,7 +40,7 @@ const nvidia = `{"cdiVersion": "0.6.0", "kind": "nvidia.com/gpu",
 	{"name": "0", "containerEdits": {"deviceNodes": [{"path": "/dev/nvidia0"}]}},
 	{"name": "1", "containerEdits": {"deviceNodes": [{"path": "/dev/nvidia1", "hostPath": "/dev/host-only"}]}},
 	{"name": "all", "containerEdits": {"deviceNodes": [{"path": "/dev/nvidia0"}, {"path": "/dev/nvidia1"}]}}],
-"containerEdits": {"deviceNodes": [{"path": "/dev/nvidiactl"}], "mounts": [
+"containerEdits": {"env": ["NVIDIA_VISIBLE_DEVICES=void"], "deviceNodes": [{"path": "/dev/nvidiactl"}], "mounts": [
 	{"hostPath": "BASE/daemon.sock", "containerPath": "/run/daemon.sock"},
 	{"hostPath": "BASE/etc/nvidia.json", "containerPath": "/usr/lib/libcuda.so"},
 	{"hostPath": "BASE/gone", "containerPath": "/run/gone"}]}}`
@@ -63,6 +63,11 @@ func TestDeviceNodes(t *testing.T) {
 	} {
 		if got, err := DeviceNodes(dirs, c.names); err != nil || !slices.Equal(got, c.want) {
 			t.Errorf("%q: %q, %v; want %q", c.names, got, err, c.want)
+		}
+	}
+	for want, names := range map[string][]string{"": nil, "NVIDIA_VISIBLE_DEVICES=void": {"nvidia.com/gpu=1", "nvidia.com/gpu=0"}} {
+		if got, err := DeviceEnv(dirs, names); err != nil || strings.Join(got, " ") != want {
+			t.Errorf("%q: %q, %v; want %q", names, got, err, want)
 		}
 	}
 	if got := Devices(dirs); !slices.Equal(got, []string{"nvidia.com/gpu=0", "nvidia.com/gpu=1", "nvidia.com/gpu=all"}) {

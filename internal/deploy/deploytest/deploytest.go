@@ -156,7 +156,7 @@ func (m *Machine) Deployer() *deploy.Deployer {
 		Ceiling: func(int) (int64, error) { return m.ceiling, nil },
 		Mounts:  func([]string) ([]string, error) { return nil, nil },
 		Env: func(names []string) ([]string, error) {
-			return slices.Repeat([]string{"DEVICE=1"}, min(len(names), 1)), nil
+			return slices.Repeat([]string{DeviceEnv}, min(len(names), 1)), nil
 		},
 		Look:    m.look,
 		UnitDir: "/run/user/990/containers/systemd", SocketDir: m.SocketDir(), Bridge: "/usr/libexec/resultity/resultity-bridge",
@@ -555,6 +555,9 @@ func (c *containers) Image(ctx context.Context, ref snapshot.ImageRef) (id strin
 	return id, size, err
 }
 
+// DeviceEnv is a variable that devices bring along, in the place of the image's.
+const DeviceEnv = "LANG=device"
+
 // imageEnv is what every image asks for.
 var imageEnv = []string{"PATH=/opt/bin", "LANG=C", "HOME=/root"}
 
@@ -607,10 +610,7 @@ func env(o quadlet.Order) []string {
 		name, _, _ := strings.Cut(v, "=")
 		return slices.ContainsFunc(o.Env, func(w string) bool { return strings.HasPrefix(w, name+"=") })
 	})
-	if env = append(env, o.Env...); len(o.Bridge.Devices) > 0 {
-		env = append(env, "DEVICE=1")
-	}
-	return env
+	return append(env, o.Env...)
 }
 
 func (m *Machine) look(pid int) (o *sandbox.Outside, err error) {
