@@ -38,6 +38,7 @@ import (
 	"github.com/resultity/node/internal/spool"
 	"github.com/resultity/node/internal/state"
 	"github.com/resultity/node/internal/systemd"
+	"github.com/resultity/node/internal/tuf"
 	"github.com/resultity/node/internal/wire"
 	"github.com/resultity/node/internal/work"
 )
@@ -48,6 +49,7 @@ type (
 		// Refresh asks the network, Last the disk.
 		Refresh(ctx context.Context) (*snapshot.Snapshot, error)
 		Last() (*snapshot.Snapshot, error)
+		Trust() (*tuf.Trust, error)
 		// Proof and Open are what a generation keeps of a snapshot.
 		Proof(s *snapshot.Snapshot) ([]byte, error)
 		Open(proof []byte) (*snapshot.Snapshot, error)

@@ -34,6 +34,7 @@ import (
 	"github.com/resultity/node/internal/session"
 	"github.com/resultity/node/internal/snapshot"
 	"github.com/resultity/node/internal/state"
+	"github.com/resultity/node/internal/tuf"
 	"github.com/resultity/node/internal/wire"
 	"github.com/resultity/node/internal/work"
 )
@@ -145,6 +146,10 @@ func (f *tufs) Last() (*snapshot.Snapshot, error) {
 		return nil, fs.ErrNotExist
 	}
 	return f.last, nil
+}
+
+func (f *tufs) Trust() (*tuf.Trust, error) {
+	return &tuf.Trust{Roots: []tuf.Metadata{{Version: 7}}}, nil
 }
 
 // proofs are of all networks of all tests, by what stands for them on disk.

@@ -39,6 +39,19 @@ func (a *Agent) Bundle(ctx context.Context) ([]byte, error) {
 		wire.Hardware
 	}{a.version, runtime.Version(), now.UTC(), a.profile})
 	archive.AddJSON("configuration.json", a.board.history())
+	if trust, err := a.snaps.Trust(); err == nil {
+		archive.AddJSON("tuf.json", trust)
+	} else {
+		archive.Add("tuf.error", []byte(err.Error()+"\n"))
+	}
+	if a.spool != nil {
+		// What may leave the node for the network may leave it here.
+		if records, err := a.spool.Recent(support.MaxFile); err == nil {
+			archive.Add("log.jsonl", records)
+		} else {
+			archive.Add("log.error", []byte(err.Error()+"\n"))
+		}
+	}
 	secretFiles := archive.Configs(a.configFile)
 	if a.unitFiles != nil {
 		for _, unit := range nodeUnits {

@@ -20,6 +20,7 @@ import (
 	"github.com/resultity/node/internal/control"
 	"github.com/resultity/node/internal/deploy/deploytest"
 	"github.com/resultity/node/internal/image"
+	"github.com/resultity/node/internal/journal"
 	"github.com/resultity/node/internal/openai"
 	"github.com/resultity/node/internal/podman"
 	"github.com/resultity/node/internal/runtime"
@@ -192,6 +193,7 @@ func TestOneDoctor(t *testing.T) {
 // the archive, in any form; what is harmless is.
 func TestBundleHoldsNoSecret(t *testing.T) {
 	bubble(t, func(t *testing.T, f *fixture, n *deploytest.Network) {
+		f.openSpool(f.cfg.Paths.State)
 		f.tuf.serve(n.Publish(nil), nil)
 		defer f.run()()
 		pass(untilSettled)
@@ -223,6 +225,10 @@ func TestBundleHoldsNoSecret(t *testing.T) {
 			return []string{unit, filepath.Join(dir, "gone.conf")}, nil
 		}
 
+		f.log.Info("runtime active", journal.RuntimeActive.Attr(), "model", "tiny", "prompt", secrets["prompt"], "path", secrets["passphrase"])
+		if err := f.spool.Close(); err != nil { // all of it is on disk
+			t.Error(err)
+		}
 		raw, err := f.Bundle(t.Context())
 		if err != nil {
 			t.Fatal(err)
@@ -245,6 +251,7 @@ func TestBundleHoldsNoSecret(t *testing.T) {
 		}
 		for name, want := range map[string]string{
 			"status.json": `"testnet"`, "versions.json": "1.2.3", "configuration.json": `"active": 1`, "models.json": "active",
+			"tuf.json": `"version": 7`, "log.jsonl": `"event":"runtime-active"`,
 			"config/agent.toml": `network.name = "testnet"`, "config/10.toml": "network.api_key: an unknown key", "config/20.toml": "not TOML",
 			"units/resultity-agent.service/0-x.service": "Type=notify\n# Environment: its value was left out\n# ExecStart: its value was left out",
 			"units/resultity-agent.service/1.error":     "no such file",

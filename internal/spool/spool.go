@@ -396,6 +396,32 @@ func (s *Spool) Next(limit int) (*Batch, error) {
 	return b, nil
 }
 
+// Recent returns the last records on disk, JSON by the line, of at most limit
+// bytes, also those that the network has.
+func (s *Spool) Recent(limit int) ([]byte, error) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	var out []byte
+	for i := len(s.segments) - 1; i >= 0 && len(out) < limit; i-- {
+		var b []byte
+		if err := s.scan(s.segments[i], func(_ uint64, line []byte, _ int64) bool {
+			var r wire.LogRecord
+			if json.Unmarshal(line, &r) == nil && r.Check() == nil {
+				b = append(append(b, line...), '\n')
+			}
+			return true
+		}); err != nil {
+			return nil, err
+		}
+		out = append(b, out...)
+	}
+	if over := len(out) - limit; over > 0 {
+		out = out[over:]
+		out = out[bytes.IndexByte(out, '\n')+1:] // of the first one the beginning is missing
+	}
+	return out, nil
+}
+
 // Ack notes that the network has everything up to a position of a spool. What it
 // says of another spool, or of positions that were never written, is ignored.
 func (s *Spool) Ack(spool string, position uint64) error {

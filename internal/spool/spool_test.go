@@ -2,11 +2,13 @@ package spool
 
 import (
 	"bytes"
+	"encoding/json"
 	"errors"
 	"fmt"
 	"log/slog"
 	"os"
 	"path/filepath"
+	"slices"
 	"strings"
 	"syscall"
 	"testing"
@@ -91,6 +93,42 @@ func TestOnlyWhatMayLeave(t *testing.T) {
 	for _, f := range files {
 		if raw, err := os.ReadFile(f); err != nil || bytes.Contains(raw, []byte("secret")) {
 			t.Errorf("%s holds text, %v", f, err)
+		}
+	}
+}
+
+// Recent has the newest records, whether or not the network has them.
+func TestRecent(t *testing.T) {
+	s := open(t, t.TempDir())
+	if b, err := s.Recent(1000); err != nil || len(b) != 0 {
+		t.Errorf("Recent of nothing = %q, %v", b, err)
+	}
+	log := slog.New(s.Handler(slog.LevelInfo))
+	for i := range 7000 { // more than one segment
+		log.Info("x", "count", i, "reason", strings.Repeat("r", 300))
+		if i%500 == 0 {
+			until(t, s, "room in line", func(st Stats) bool { return st.Last == st.Written })
+		}
+	}
+	s = reopen(t, s)
+	if len(s.segments) < 2 {
+		t.Fatal("one segment")
+	}
+	for _, limit := range []int{10, 5000, segmentSize + segmentSize/2} {
+		b, err := s.Recent(limit)
+		if err != nil || len(b) > limit || limit > 1000 && len(b) < limit-1000 {
+			t.Errorf("Recent(%d) has %d bytes, %v", limit, len(b), err)
+		}
+		want := uint64(7000)
+		for _, line := range slices.Backward(bytes.Split(bytes.TrimSpace(b), []byte("\n"))) {
+			var r wire.LogRecord
+			if len(line) == 0 {
+				continue
+			}
+			if err := json.Unmarshal(line, &r); err != nil || r.Position != want || r.Fields["count"] != fmt.Sprint(want-1) {
+				t.Fatalf("%.80s, %v; want position %d", line, err, want)
+			}
+			want--
 		}
 	}
 }

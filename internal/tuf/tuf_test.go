@@ -90,11 +90,20 @@ func TestFollow(t *testing.T) {
 	if _, err := c.Last(); !errors.Is(err, fs.ErrNotExist) {
 		t.Errorf("Last before the first refresh: %v, want ErrNotExist", err)
 	}
+	if _, err := c.Trust(); !errors.Is(err, fs.ErrNotExist) {
+		t.Errorf("Trust before the first refresh: %v, want ErrNotExist", err)
+	}
 	sees(t, c, 1)
 	want := []string{"metadata/2.root.json", "metadata/timestamp.json", "metadata/1.snapshot.json", "metadata/1.targets.json",
 		"targets/" + digest.Of(config(t, 1)).Hex() + ".config.json"}
 	if !slices.Equal(n.fetched, want) {
 		t.Errorf("fetched %q, want %q", n.fetched, want)
+	}
+
+	trust, err := c.Trust()
+	if err != nil || len(trust.Roots) != 1 || trust.Roots[0].Version != 1 || trust.Timestamp.Version != 1 || trust.Snapshot.Version != 1 || trust.Targets.Version != 1 ||
+		trust.Last.IsZero() || trust.Targets.Expires.Before(trust.Last) {
+		t.Errorf("Trust = %+v, %v", trust, err)
 	}
 
 	// When nothing is new, only what can tell is fetched, and nothing written.
