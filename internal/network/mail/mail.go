@@ -223,7 +223,8 @@ func told(err error) error {
 		return nil
 	}
 	text := err.Error()
-	text = anyAddress.ReplaceAllString(strings.ToValidUTF8(text[:min(len(text), 300)], ""), "ADDRESS")
+	text = anyAddress.ReplaceAllString(text, "ADDRESS") // before a cut could take the @ from one
+	text = strings.ToValidUTF8(text[:min(len(text), 300)], "")
 	if p, ok := errors.AsType[*textproto.Error](err); ok && p.Code >= 500 {
 		return fmt.Errorf("%w: %s", ErrRejected, text)
 	}

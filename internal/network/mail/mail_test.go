@@ -433,3 +433,13 @@ func TestOutboxIsBounded(t *testing.T) {
 		}
 	})
 }
+
+// An address is left out of what is logged, also where the text is cut.
+func TestToldIsCutBehindAddresses(t *testing.T) {
+	for n := 250; n <= 300; n++ {
+		text := told(errors.New(strings.Repeat("x", n) + " <ann.of.somewhere@example.org> is unknown")).Error()
+		if strings.Contains(text, "ann") || len(text) > 300 {
+			t.Fatalf("after %d bytes: %s", n, text)
+		}
+	}
+}
