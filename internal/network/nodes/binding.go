@@ -345,6 +345,12 @@ func (m *Manager) tell(n store.Node) {
 	m.log.Info("binding changed", "node", n.Address, "account", n.Account, "method", n.Method)
 	m.joining.Lock()
 	defer m.joining.Unlock()
+	ctx, cancel := context.WithTimeout(context.Background(), helloTimeout)
+	defer cancel()
+	// Another change may have come after this one, and be told already.
+	if latest, err := m.registry.Node(ctx, n.Address); err == nil {
+		n = latest
+	}
 	m.mu.Lock()
 	s := m.current[n.Address]
 	m.mu.Unlock()

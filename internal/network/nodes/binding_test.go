@@ -69,3 +69,16 @@ func TestCodeThatWasNotSent(t *testing.T) {
 		}
 	}
 }
+
+// Two changes of a binding may be told in the other order: the last one counts.
+func TestLastChangeIsTold(t *testing.T) {
+	s, _ := rig(t, Options{})
+	s.m.registry = &oneNode{node: store.Node{Address: s.node}} // it was unbound after
+	s.m.current[s.node] = s
+	s.m.Changed(store.Node{Address: s.node, Binding: store.Binding{Account: "email-x"}})
+	if b, ok := s.queue[0].(*wire.Bound); !ok || b.Account != "" {
+		t.Errorf("the node is told %+v", s.queue[0])
+	}
+	s.m.remove(s)
+	_ = s.conn.Close()
+}
