@@ -319,7 +319,7 @@ func (c *Conn) Install(ctx context.Context, dir, name string, text []byte) (chan
 }
 
 // ErrNotTaken says that no service came of a unit.
-var ErrNotTaken = errors.New("Podman's generator did not take the unit")
+var ErrNotTaken = errors.New("the unit was not taken by Podman's generator")
 
 // serviceOf names the service that Podman's generator makes of a Quadlet file.
 func serviceOf(name string) string { return strings.TrimSuffix(name, ".container") + ".service" }

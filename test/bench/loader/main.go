@@ -26,7 +26,8 @@ func run(args []string) error {
 	}
 	switch args[0] {
 	case "spin":
-		for { // until it is killed
+		for n := uint64(0); ; n++ { // until it is killed
+			_ = n
 		}
 	case "source":
 		return load.Source(args[1])
