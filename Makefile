@@ -15,9 +15,10 @@ build: $(PROGRAMS:%=build/bin/%)
 $(PROGRAMS:%=build/bin/%): build/bin/%:
 	$(BUILD) -o $@ ./cmd/$*
 
-# What a package contains; packaging/scripts/postinstall.sh does the rest.
+# What a package contains, of what `make build` has built: root need not have Go.
+# packaging/scripts/postinstall.sh does the rest.
 .PHONY: install
-install: $(PROGRAMS:%=build/bin/%)
+install:
 	install -C -D -m 0755 -t $(DESTDIR)/usr/bin build/bin/resultity-agent build/bin/resultityctl
 	install -C -D -m 0755 -t $(DESTDIR)/usr/libexec/resultity build/bin/resultity-bridge packaging/scripts/postinstall.sh
 	install -C -D -m 0644 -t $(DESTDIR)/usr/lib/systemd/user units/resultity-agent.service units/resultity-podman.socket units/resultity-podman.service

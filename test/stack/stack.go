@@ -122,7 +122,7 @@ func Build(ctx context.Context) (Artifacts, error) {
 	if err := unix.Flock(int(lock.Fd()), unix.LOCK_EX); err != nil {
 		return Artifacts{}, fmt.Errorf("lock %s: %w", lock.Name(), err)
 	}
-	if err := run(ctx, top, "make", "--no-print-directory", "install", "DESTDIR="+a.Root); err != nil {
+	if err := run(ctx, top, "make", "--no-print-directory", "build", "install", "DESTDIR="+a.Root); err != nil {
 		return Artifacts{}, err
 	}
 	for _, name := range []string{"fileserver", "registry", "probe"} {
