@@ -49,7 +49,7 @@ type link struct {
 	key     evm.Address                   // of the peer, once it is known
 	leaving bool                          // nothing more may be queued
 	ended   bool
-	cause   error // of the end
+	cause   error // of the end; the first one that is known
 }
 
 func newLink(conn *websocket.Conn, raw *liveConn) *link {
@@ -244,6 +244,17 @@ func (l *link) closeFrame(code int, text string) {
 	_ = l.conn.WriteControl(websocket.CloseMessage, websocket.FormatCloseMessage(code, text), time.Now().Add(time.Second))
 }
 
+// blame decides why the link is about to end, unless that is decided. Whoever
+// tells the peer before calling end calls it first: the peer's answer would
+// seem to be the reason otherwise.
+func (l *link) blame(err error) {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	if l.cause == nil && !l.ended {
+		l.cause = err
+	}
+}
+
 // end ends the link. The first call decides why.
 func (l *link) end(err error) {
 	l.mu.Lock()
@@ -255,7 +266,10 @@ func (l *link) endLocked(err error) {
 	if l.ended {
 		return
 	}
-	l.ended, l.cause = true, err
+	l.ended = true
+	if l.cause == nil {
+		l.cause = err
+	}
 	close(l.done)
 	l.changed.Broadcast()
 	_ = l.raw.Close() // not TLS's Close, which would still want to write
@@ -265,7 +279,7 @@ func (l *link) endLocked(err error) {
 func (l *link) why(err error) error {
 	l.mu.Lock()
 	defer l.mu.Unlock()
-	if l.ended && l.cause != nil {
+	if l.cause != nil {
 		return l.cause
 	}
 	var closed *websocket.CloseError

@@ -367,6 +367,7 @@ func (s *Session) trust(l *link) {
 
 // refuse counts a frame that ends the session and tells the peer.
 func (s *Session) refuse(l *link, err error) error {
+	l.blame(err)
 	for _, k := range kinds {
 		if !errors.Is(err, k.err) {
 			continue

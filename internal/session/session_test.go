@@ -830,6 +830,55 @@ func TestKeyIsRevoked(t *testing.T) {
 	}
 }
 
+// A peer that answers our close frame at once does not seem to have ended the
+// session itself.
+func TestRefusalIsTheReason(t *testing.T) {
+	server := httptest.NewServer(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		conn, err := new(websocket.Upgrader).Upgrade(w, r, nil)
+		if err != nil {
+			t.Error(err)
+			return
+		}
+		defer conn.Close()
+		_, _, _ = conn.ReadMessage() // answers the close frame
+	}))
+	defer server.Close()
+	raw := new(answered)
+	d := websocket.Dialer{NetDial: func(network, addr string) (_ net.Conn, err error) {
+		raw.Conn, err = net.Dial(network, addr)
+		return raw, err
+	}}
+	conn, _, err := d.Dial("ws"+strings.TrimPrefix(server.URL, "http"), nil)
+	if err != nil {
+		t.Fatal(err)
+	}
+	conn.SetCloseHandler(func(int, string) error { return nil })
+	l := newLink(conn, &liveConn{Conn: raw})
+	var read error
+	raw.after = func() { // our close frame has been written: the reader is faster than the rest of refuse
+		raw.after = nil
+		_, _, err := conn.NextReader()
+		read = l.why(err)
+	}
+	if err := New(Config{}, nil).refuse(l, wire.ErrRevoked); !errors.Is(err, wire.ErrRevoked) || !errors.Is(read, wire.ErrRevoked) {
+		t.Errorf("refuse says %v, the reader %v, want ErrRevoked of both", err, read)
+	}
+}
+
+// answered calls after when something has been written.
+type answered struct {
+	net.Conn
+	after func()
+}
+
+func (c *answered) Write(b []byte) (int, error) {
+	n, err := c.Conn.Write(b)
+	if c.after != nil {
+		c.after()
+	}
+	return n, err
+}
+
 // Before the network has shown who it is, it hears hello and nothing else.
 func TestStopBeforeWelcome(t *testing.T) {
 	seen, codes := make(chan wire.Message, 1), make(chan int, 1)
