@@ -96,9 +96,10 @@ type patience struct {
 	welcome time.Duration // from hello to welcome
 	write   time.Duration // for a write to move on, if Config.Dead is not longer
 	leave   time.Duration // to say what is queued, and goodbye
+	act     time.Duration // between attempts that cannot succeed unless somebody acts
 }
 
-var usual = patience{dial: 15 * time.Second, welcome: 10 * time.Second, write: 10 * time.Second, leave: 2 * time.Second}
+var usual = patience{dial: 15 * time.Second, welcome: 10 * time.Second, write: 10 * time.Second, leave: 2 * time.Second, act: time.Minute}
 
 // healthy is how long a session lasts that makes the delays begin anew.
 const healthy = 10 * time.Second
@@ -108,9 +109,6 @@ const healthy = 10 * time.Second
 var defaultDelays = []time.Duration{
 	500 * time.Millisecond, time.Second, 2 * time.Second, 4 * time.Second, 8 * time.Second, 15 * time.Second,
 }
-
-// hopelessDelay is between attempts that cannot succeed unless somebody acts.
-const hopelessDelay = time.Minute
 
 // Session holds the connection while Run runs. Safe for concurrent use.
 type Session struct {
@@ -195,7 +193,7 @@ func (s *Session) Send(m wire.Message) error {
 // and goodbye, and returns nil. It owns every goroutine it starts; none
 // outlives it.
 func (s *Session) Run(ctx context.Context) error {
-	b := backoff{delays: s.cfg.Delays}
+	b := backoff{delays: s.cfg.Delays, act: s.patience.act}
 	for {
 		lasted, err := s.once(ctx)
 		if ctx.Err() != nil {
@@ -215,6 +213,7 @@ func (s *Session) Run(ctx context.Context) error {
 // backoff chooses how long to wait before the next attempt.
 type backoff struct {
 	delays []time.Duration
+	act    time.Duration // after a hopeless attempt
 	try    int
 }
 
@@ -227,7 +226,7 @@ func (b *backoff) next(lasted time.Duration, err error) time.Duration {
 	d := b.delays[min(b.try, len(b.delays)-1)]
 	b.try++
 	if hopeless(err) {
-		d = hopelessDelay
+		d = b.act
 	}
 	return d/2 + rand.N(d) // nodes must not come back as a herd
 }

@@ -213,6 +213,9 @@ func get[T any](t testing.TB, c <-chan T) T {
 	}
 }
 
+// What needs somebody to act is tried again at once.
+func init() { usual.act = time.Millisecond }
+
 func config(n *network) Config {
 	return Config{
 		URL: "wss" + strings.TrimPrefix(n.URL, "https") + "/base", Network: "testnet", Node: nodeKey.Address(), Key: nodeKey,
@@ -1140,8 +1143,8 @@ func TestBackoff(t *testing.T) {
 	within(b.next(healthy, down), time.Second)
 	within(b.next(0, down), 10*time.Second)
 	for _, err := range []error{ErrNotRegistered, ErrWrongNetwork, ErrProtocol, wire.ErrClock, wire.ErrSigner} {
-		b := backoff{delays: delays}
-		within(b.next(0, fmt.Errorf("x: %w", err)), time.Minute)
+		b := backoff{delays: delays, act: time.Hour}
+		within(b.next(0, fmt.Errorf("x: %w", err)), time.Hour)
 	}
 	// Nodes that lost the same network do not come back together.
 	seen := map[time.Duration]bool{}
