@@ -1611,6 +1611,35 @@ func TestResultsAtTheSameTime(t *testing.T) {
 	})
 }
 
+// A node refuses a job while the result of another one is on its way to the disk.
+func TestRefusalBesideAResult(t *testing.T) {
+	run(t, Options{}, nil, func(t *testing.T, f *fixture) {
+		a := f.join(nil)
+		ticket := f.submit(false)
+		j := a.take()
+		b := f.join(nil)
+		f.sleep(20*time.Second, a, b) // a stalls
+		b.take()
+		hold := make(chan struct{})
+		f.store.putResult = func() error { <-hold; return nil }
+		b.deliver(j, "hello")
+		synctest.Wait()
+		if !a.member.Refused(&wire.Refuse{Job: j.ID, Code: wire.CodeBadRequest}) {
+			t.Error("the node does not have the job")
+		}
+		f.answered(ticket, "hello")
+		if f.d.Receipt(j.ID) == nil {
+			t.Error("the client was answered, and there is no receipt")
+		}
+		close(hold)
+		b.acked(j)
+		if got := f.metric(`resultity_jobs_total{outcome="refused"}`); got != "" {
+			t.Errorf("%s jobs are counted as refused", got)
+		}
+		f.empty(1)
+	})
+}
+
 func TestCancel(t *testing.T) {
 	run(t, Options{}, nil, func(t *testing.T, f *fixture) {
 		a := f.join(nil)

@@ -216,6 +216,11 @@ func (m *Member) Refused(msg *wire.Refuse) (known bool) {
 	if r == nil {
 		return false
 	}
+	if r.job.result != nil { // somebody else was first, and that counts
+		d.detach(r)
+		d.pump()
+		return true
+	}
 	switch msg.Code {
 	case wire.CodeDuplicate: // it has the job, which is all we want
 		r.accept(d)
