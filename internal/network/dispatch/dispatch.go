@@ -194,6 +194,7 @@ func (d *Dispatcher) Submit(w Work) (*Ticket, error) {
 	d.mu.Lock()
 	defer d.mu.Unlock()
 	if f := d.refuse(w.Client, int64(len(w.Body)), now); f != nil {
+		d.metrics.Jobs.WithLabelValues(string(f.Outcome)).Inc()
 		return nil, f
 	}
 	rec.Config = d.terms.Digest
@@ -309,8 +310,9 @@ func (d *Dispatcher) Close() {
 	}
 	for _, j := range d.jobs {
 		j.timer.stop()
-		if j.result == nil {
+		if j.result == nil && !j.finished {
 			j.end(nil, &Failure{Outcome: Closing, Message: "the service is stopping"})
+			d.metrics.Jobs.WithLabelValues(string(Closing)).Inc()
 		}
 	}
 	d.mu.Unlock()
@@ -477,9 +479,10 @@ func (d *Dispatcher) revive(r *runner) {
 	}
 }
 
-// fail ends a job without a result.
+// fail ends a job without a result. One that is unfinished when the service
+// stops is for the next run.
 func (d *Dispatcher) fail(j *job, f *Failure) {
-	if j.ended {
+	if j.ended || d.closed {
 		return
 	}
 	if f.Outcome != Cancelled {

@@ -1083,6 +1083,9 @@ func TestNoNode(t *testing.T) {
 		if got, ok := AsFailure(err); !ok || got.Outcome != NoNode {
 			t.Fatalf("got %v", err)
 		}
+		if got := f.metric(`resultity_jobs_total{outcome="no_node"}`); got != "2" {
+			t.Errorf("%s jobs are counted, want 2", got)
+		}
 		a := f.join(nil)
 		f.submit(false)
 		must[*wire.Job](a)
@@ -1666,6 +1669,28 @@ func TestCancel(t *testing.T) {
 		close(hold)
 		a.acked(j)
 		f.empty(1)
+	})
+}
+
+// What happens to a job while the service stops does not take it from the next run.
+func TestCloseLeavesJobs(t *testing.T) {
+	run(t, Options{}, nil, func(t *testing.T, f *fixture) {
+		a := f.join(nil)
+		ticket, other := f.submit(false), f.submit(false)
+		a.take()
+		a.take()
+		synctest.Wait()
+		f.d.Close()
+		f.failed(ticket, Closing)
+		ticket.Cancel() // the client sees its connection closed
+		a.member.Refused(&wire.Refuse{Job: other.ID(), Code: wire.CodeBadRequest})
+		synctest.Wait()
+		if jobs, _ := f.store.count(); jobs != 2 {
+			t.Errorf("%d jobs are left for the next run, want 2", jobs)
+		}
+		if got := f.metric(`resultity_jobs_total{outcome="closing"}`); got != "2" {
+			t.Errorf("%q jobs are counted, want 2", got)
+		}
 	})
 }
 

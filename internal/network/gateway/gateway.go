@@ -327,9 +327,6 @@ func (g *Gateway) stream(w http.ResponseWriter, r *http.Request, t *dispatch.Tic
 // fail answers with what went wrong.
 func (g *Gateway) fail(w http.ResponseWriter, err error) {
 	e := asError(err)
-	if f, ok := dispatch.AsFailure(err); ok && (f.Outcome == dispatch.QueueFull || f.Outcome == dispatch.NoNode || f.Outcome == dispatch.Closing) {
-		g.metrics.Jobs.WithLabelValues(string(f.Outcome)).Inc()
-	}
 	_ = http.NewResponseController(w).SetWriteDeadline(allow(writeTimeout, 0)) // as in infer
 	switch e.Status {
 	case http.StatusTooManyRequests:
