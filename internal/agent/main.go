@@ -14,6 +14,7 @@ import (
 	"os"
 	"path/filepath"
 	"slices"
+	"strconv"
 	"strings"
 	"syscall"
 	"time"
@@ -108,6 +109,9 @@ func Main(ctx context.Context, args []string, stdout io.Writer, stderr *os.File,
 		fmt.Fprintln(stdout, version)
 		return ExitOK
 	}
+	if verb == "check" {
+		env = withRuntimeDir(env)
+	}
 	cfg, err := config.Load(*file, env)
 	if err != nil {
 		log.Error("configuration", journal.ConfigInvalid.Attr(), "error", err)
@@ -128,6 +132,17 @@ func Main(ctx context.Context, args []string, stdout io.Writer, stderr *os.File,
 		code = max(code, exitCode(ctx, err, log))
 	}
 	return code
+}
+
+// withRuntimeDir adds what sudo leaves out: root checks a file that the account's
+// service manager will start the agent with, which has a runtime directory.
+func withRuntimeDir(env func(string) string) func(string) string {
+	return func(name string) string {
+		if v := env(name); v != "" || name != "XDG_RUNTIME_DIR" {
+			return v
+		}
+		return filepath.Join("/run/user", strconv.Itoa(os.Getuid()))
+	}
 }
 
 // exitCode logs why the agent ended, if not because it was told to.

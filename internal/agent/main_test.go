@@ -100,6 +100,18 @@ func TestCommandLine(t *testing.T) {
 	}
 }
 
+// Root checks a file by way of sudo, without the environment of a login session.
+func TestCheckAsRoot(t *testing.T) {
+	i := install(t)
+	i.env = map[string]string{"HOME": i.dir}
+	if code, out, err := i.main(t.Context(), "check"); code != ExitOK || out != i.path("agent.toml")+": ok\n" {
+		t.Errorf("%d, %q, %q", code, out, err)
+	}
+	if code, _, err := i.main(t.Context(), "run"); code != ExitConfig || !strings.Contains(err, "paths.runtime") {
+		t.Errorf("run: %d, %q", code, err)
+	}
+}
+
 // What can be wrong at the start: the exit code says whether a restart may help,
 // and one line says what is wrong.
 func TestCannotStart(t *testing.T) {
