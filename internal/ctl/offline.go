@@ -136,17 +136,17 @@ func (o *offline) agentGate(ctx context.Context) gate.Gate {
 		if p["SubState"] == "auto-restart" {
 			g.Detail = "it ends again and again, with exit status " + p["ExecMainStatus"]
 		}
-	case p["ExecMainStatus"] == exitConfig:
-		g.Detail = "it ended with exit status 78, over something that no restart mends"
-		g.Remedy = "mend what it names, then " + g.Remedy
-	case p["ActiveState"] == "failed":
-		g.Detail = "it failed with exit status " + p["ExecMainStatus"]
 	case o.unconfigured():
 		install := "install -D -m 0644 /usr/share/doc/resultity-agent/agent.toml "
 		if o.Account == Account {
 			install = "sudo " + install
 		}
 		g.Detail, g.Remedy, said = "it has no configuration yet", install+o.config()+", fill in [network], then "+g.Remedy, ""
+	case p["ExecMainStatus"] == exitConfig:
+		g.Detail = "it ended with exit status 78, over something that no restart mends"
+		g.Remedy = "mend what it names, then " + g.Remedy
+	case p["ActiveState"] == "failed":
+		g.Detail = "it failed with exit status " + p["ExecMainStatus"]
 	default:
 		g.Detail, said = "it is stopped", ""
 	}
