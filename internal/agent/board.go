@@ -34,7 +34,7 @@ const (
 type board struct {
 	mu sync.Mutex // guards everything below; held only to copy values
 
-	// Written by the update loop.
+	// Written by the loop that follows the network, and at the start.
 	snap       *snapshot.Snapshot // newest verified
 	snapErr    error              // why it could not be refreshed
 	refreshed  time.Time          // when the network last confirmed it
@@ -42,13 +42,15 @@ type board struct {
 	bound      wire.Bound         // whose node it is; also the session's to write
 	registered bool
 	regErr     error
-	step       deploy.Step   // where snap is on its way; "" when its deployment is active
-	failed     *deploy.Error // why it stands there, or nil
-	active     *deploy.Deployment
-	phase      string // of the runtime
-	restarts   int
-	pinned     int                     // generation that the operator has gone back to; 0 for none
-	models     map[digest.Digest]int64 // verified bytes, by model of snap
+
+	// Written by the update loop.
+	step     deploy.Step   // where snap is on its way; "" when its deployment is active
+	failed   *deploy.Error // why it stands there, or nil
+	active   *deploy.Deployment
+	phase    string // of the runtime
+	restarts int
+	pinned   int                     // generation that the operator has gone back to; 0 for none
+	models   map[digest.Digest]int64 // verified bytes, by model of snap
 
 	// Written by the session.
 	connected bool
@@ -301,11 +303,16 @@ func (b *board) configurationGate(now time.Time) gate.Gate {
 	g.State = gate.Open
 	g.Detail = fmt.Sprintf("version %d, verified", b.snap.Version())
 	if b.snapErr != nil {
-		// Going on with the last verified one is right, so the gate is open; but
-		// it says so.
+		// Going on with the last verified one is right, so the gate is open where
+		// the network is away; but it says so.
 		g.Detail = fmt.Sprintf("version %d, last confirmed %s: %v", b.snap.Version(), age(now, b.refreshed), b.snapErr)
 		if e := b.snap.Expires(); !now.Before(e) {
 			g.Detail += fmt.Sprintf("; it expired on %s, and the node goes on with it", e.UTC().Format(time.DateOnly))
+		}
+		// What is refused is another matter than what cannot be had: somebody has
+		// to look, and jobs that still come are no reason to be silent.
+		if r := remedyOf(b.snapErr, snapshotCauses, ""); r != "" && !errors.Is(b.snapErr, tuf.ErrUnreachable) {
+			g.State, g.Remedy = gate.Closed, r
 		}
 	}
 	if b.pinned != 0 {
