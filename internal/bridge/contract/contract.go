@@ -67,6 +67,9 @@
 // each --canary-every; only a 200 with a choice in it counts. Canaries never
 // overlap, and are not sent while requests are in flight.
 //
+// What the bytes say is not looked at: an engine that answers garbage is alive
+// here, and the agent's to find.
+//
 // Two consequences for the caller: --max-in-flight must not exceed what the
 // engine works on at once (a request that waits in the engine's own queue
 // receives nothing), and answers that take long should be streamed.
