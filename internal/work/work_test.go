@@ -788,6 +788,32 @@ func TestSuspect(t *testing.T) {
 	}
 }
 
+// A job that began before does not clear an engine that is suspect.
+func TestSuspectStaysSuspect(t *testing.T) {
+	bubble(t, func(t *testing.T) {
+		release, first := make(chan struct{}), true
+		n := newNode(t, func(ctx context.Context, j runtime.Job, emit func([]byte) error) (runtime.Result, error) {
+			if first {
+				first = false
+				<-release
+				return say(answer)(ctx, j, emit)
+			}
+			return runtime.Result{}, &runtime.EngineError{Op: "ask", Status: 500}
+		})
+		n.begin(n.active)
+		n.worker.Job(n.job(false))
+		n.expect("accept")
+		for range suspectAfter {
+			n.worker.Job(n.job(false))
+			n.expect("accept", "result")
+		}
+		close(release)
+		n.expect("result")
+		n.worker.Job(n.job(false))
+		n.refused(wire.CodeNotReady)
+	})
+}
+
 func TestStream(t *testing.T) {
 	bubble(t, func(t *testing.T) {
 		n := newNode(t, say("data: "+answer))
