@@ -231,13 +231,12 @@ const small = 32 << 10 // segments of the tests, so that there are many
 
 // model is what a store must know.
 type model struct {
-	t      testing.TB
-	jobs   map[receipt.JobID]*modelJob
-	order  []receipt.JobID
-	rand   *rand.Rand
-	number uint64 // last one of finishing that was seen
-	reg    *wire.Registered
-	lax    bool // settled ids are forgotten at some time
+	t     testing.TB
+	jobs  map[receipt.JobID]*modelJob
+	order []receipt.JobID
+	rand  *rand.Rand
+	reg   *wire.Registered
+	lax   bool // settled ids are forgotten at some time
 }
 
 type modelJob struct {
