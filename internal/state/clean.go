@@ -191,6 +191,7 @@ func (s *Store) retire(n int) error {
 	keep := 3 + int(reserve(s.count.Accepted, s.count.Results)/(s.segmentSize-headRoom-edge))
 	s.mu.Unlock()
 	s.reading.Lock() // whoever reads in them has done so
+	//lint:ignore SA2001 to have waited is all
 	s.reading.Unlock()
 	for _, g := range old {
 		name := segmentName(g.Number)

@@ -8,7 +8,6 @@ import (
 	"strings"
 	"testing"
 
-	"github.com/resultity/node/internal/receipt"
 	"github.com/resultity/node/internal/wire"
 )
 
@@ -220,13 +219,11 @@ func TestFilesAreUsedAgain(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	var ids []receipt.JobID
 	for range 300 { // all of one size
 		j := newJob(1000)
 		accept(t, s, j, New)
 		finish(t, s, failure(j))
 		ack(t, s, j.ID)
-		ids = append(ids, j.ID)
 	}
 	abandon(s)
 	if n := len(d.names); n > 6 {
