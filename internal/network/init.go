@@ -42,7 +42,7 @@ func Init(ctx context.Context, dir string, o InitOptions, log *slog.Logger) (evm
 	if err := os.MkdirAll(filepath.Join(dir, "keys"), 0o700); err != nil {
 		return none, err
 	}
-	if _, err := os.Stat(filepath.Join(dir, "publish.json")); err == nil {
+	if _, err := os.Stat(filepath.Join(dir, "repository/metadata/1.root.json")); err == nil {
 		return none, fmt.Errorf("%w: dir: %s holds a network already", ErrConfig, dir)
 	}
 	key, err := makeMessageKey(dir)
