@@ -1,0 +1,277 @@
+package crash
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"net/http"
+	"regexp"
+	"strings"
+	"sync"
+	"time"
+
+	"github.com/resultity/node/internal/snapshot"
+	"github.com/resultity/node/test/bench/instant"
+	"github.com/resultity/node/test/model"
+)
+
+// scenario makes a program pass points. It is repeated until the point is
+// reached, and until it succeeds.
+type scenario func(ctx context.Context, w *world) error
+
+// nothing leaves it to the clients, who ask all the time.
+func nothing(context.Context, *world) error { return nil }
+
+// freshNode has a node begin its life.
+func freshNode(ctx context.Context, w *world) error {
+	if err := w.token(ctx); err != nil {
+		return err
+	}
+	if err := w.node.UserCtl(ctx, "stop", w.node.Agent); err != nil {
+		return err
+	}
+	w.key, w.address = nil, ""
+	if out, err := w.node.Output(ctx, "rm", "-rf", w.node.State+"/agent/identity", w.node.State+"/agent/networks"); err != nil {
+		return fmt.Errorf("%w: %s", err, out)
+	}
+	if err := w.node.UserCtl(ctx, "start", "--no-block", w.node.Agent); err != nil {
+		return err
+	}
+	w.untilJobs(ctx)
+	return nil
+}
+
+func restartAgent(ctx context.Context, w *world) error {
+	if err := w.node.UserCtl(ctx, "restart", "--no-block", w.node.Agent); err != nil {
+		return err
+	}
+	pause(ctx, 100*time.Millisecond) // the job begins
+	w.untilJobs(ctx)
+	return nil
+}
+
+func restartNetwork(ctx context.Context, w *world) error {
+	_, err := w.Net.Output(ctx, "systemctl", "restart", "--no-block", networkUnit)
+	return err
+}
+
+func publish(ctx context.Context, w *world) error {
+	if err := w.publish(ctx, func(*snapshot.Config) {}); err != nil {
+		return err
+	}
+	w.untilJobs(ctx)
+	return nil
+}
+
+// ordered gives the node an order and waits for the answer.
+func ordered(kind string) scenario {
+	return func(ctx context.Context, w *world) error {
+		out, err := w.service(ctx, "order", w.address, kind, "--expires", "20s", "--wait")
+		if err != nil {
+			return fmt.Errorf("%w: %s", err, out)
+		}
+		return nil
+	}
+}
+
+// command runs the network's command line, which has the service do it.
+func command(args ...string) scenario {
+	return func(ctx context.Context, w *world) error {
+		_, err := w.service(ctx, args...)
+		return err
+	}
+}
+
+func revoke(ctx context.Context, w *world) error {
+	if _, err := w.service(ctx, "apikey", "create", "--name", "gone"); err != nil {
+		return err
+	}
+	_, err := w.service(ctx, "apikey", "revoke", "--name", "gone")
+	return err
+}
+
+// ctl runs resultityctl; an answer with one of the words is fine, too.
+func (w *world) ctl(ctx context.Context, fine string, args ...string) error {
+	out, err := w.node.Ctl(ctx, args...)
+	if err != nil && (fine == "" || !strings.Contains(err.Error()+string(out), fine)) {
+		return fmt.Errorf("resultityctl %s: %w: %s", args[0], err, out)
+	}
+	return nil
+}
+
+// bind takes the node from its account and gives it back.
+func bind(ctx context.Context, w *world) error {
+	if err := w.ctl(ctx, "bound to no account", "unbind"); err != nil {
+		return err
+	}
+	if err := w.token(ctx); err != nil {
+		return err
+	}
+	return w.ctl(ctx, "", "bind", "--token", "/etc/resultity/enrolment-token")
+}
+
+var code = regexp.MustCompile(`(?m)^([0-9]{8})\r?$`)
+
+// bindByMail does so with a code that a mail server delivers.
+func bindByMail(ctx context.Context, w *world) error {
+	if err := w.ctl(ctx, "bound to no account", "unbind"); err != nil {
+		return err
+	}
+	if _, err := w.Net.Output(ctx, "sh", "-c", "rm -f /home/ann/Maildir/new/*"); err != nil {
+		return err
+	}
+	if err := w.ctl(ctx, "", "bind", "--email", "ann@net"); err != nil {
+		return err
+	}
+	var found string
+	w.wait(ctx, 10*time.Second, func() bool {
+		out, err := w.Net.Output(ctx, "sh", "-c", "cat /home/ann/Maildir/new/* 2>/dev/null")
+		if m := code.FindSubmatch(out); err == nil && m != nil {
+			found = string(m[1])
+		}
+		return found != ""
+	})
+	if found == "" {
+		return errors.New("no mail came")
+	}
+	return w.ctl(ctx, "", "bind", "--code", found)
+}
+
+// largeJobs fill the agent's log, so that it is continued and cleaned up.
+func largeJobs(ctx context.Context, w *world) error {
+	prompt := strings.Repeat("x ", 100<<10)
+	var wg sync.WaitGroup
+	errs := make([]error, 12)
+	for i := range errs {
+		wg.Go(func() {
+			var id string
+			if id, _, errs[i] = w.ask(ctx, false, prompt); errs[i] == nil {
+				w.load.note(id)
+			}
+		})
+	}
+	wg.Wait()
+	return errors.Join(errs...)
+}
+
+// freshLog has the log of a node that begins its life continued: from then on
+// its files are used again.
+func freshLog(ctx context.Context, w *world) error {
+	if err := freshNode(ctx, w); err != nil {
+		return err
+	}
+	return largeJobs(ctx, w)
+}
+
+// refuse drains the node while jobs are on their way to it.
+func refuse(ctx context.Context, w *world) error {
+	ctx, cancel := context.WithTimeout(ctx, 5*time.Second)
+	defer cancel()
+	var wg sync.WaitGroup
+	errs := make([]error, 8)
+	for i := range errs {
+		wg.Go(func() {
+			for range 20 {
+				id, _, err := w.ask(ctx, false, "x")
+				if err == nil {
+					w.load.note(id)
+				}
+				errs[i] = err
+			}
+		})
+	}
+	var err error
+	for range 2 {
+		err = errors.Join(err, drain(ctx, w))
+	}
+	wg.Wait()
+	return err
+}
+
+func drain(ctx context.Context, w *world) error {
+	return errors.Join(w.ctl(ctx, "", "drain"), w.ctl(ctx, "", "resume"))
+}
+
+// leave asks for a stream and goes away.
+func leave(ctx context.Context, w *world) error {
+	ctx, cancel := context.WithCancel(ctx)
+	defer cancel()
+	res, err := w.Open(ctx, http.MethodPost, "/v1/chat/completions", map[string]any{
+		"model": model.Name, "stream": true, "temperature": 0, "max_tokens": 500,
+		"messages": []map[string]string{{"role": "user", "content": instant.Pace(50 * time.Millisecond)}},
+	})
+	if err != nil {
+		return err
+	}
+	_, err = res.Body.Read(make([]byte, 1))
+	cancel()
+	return errors.Join(err, res.Body.Close())
+}
+
+// blob is the only file of the model that is served.
+func (w *world) blob(ctx context.Context) (string, error) {
+	out, err := w.node.Output(ctx, "find", w.node.State, "-type", "f", "-regextype", "egrep", "-regex", ".*/[0-9a-f]{64}")
+	if err != nil {
+		return "", err
+	}
+	names := strings.Fields(string(out))
+	if len(names) == 0 {
+		return "", errors.New("no model")
+	}
+	return names[0], nil
+}
+
+// damage turns a byte of the model, and has the network order to look at it.
+func damage(ctx context.Context, w *world) error {
+	name, err := w.blob(ctx)
+	if err != nil {
+		return err
+	}
+	if out, err := w.node.Output(ctx, "sh", "-c", `printf wrong | dd of="$0" bs=1 seek=1000 conv=notrunc`, name); err != nil {
+		return fmt.Errorf("%w: %s", err, out)
+	}
+	_ = ordered("revalidate")(ctx, w) // which fails, as it has to
+	return nil
+}
+
+// shorten cuts the model's file, and has the agent look at it.
+func shorten(ctx context.Context, w *world) error {
+	name, err := w.blob(ctx)
+	if err != nil {
+		return err
+	}
+	if out, err := w.node.Output(ctx, "truncate", "-s", "1000", name); err != nil {
+		return fmt.Errorf("%w: %s", err, out)
+	}
+	return restartAgent(ctx, w)
+}
+
+// byHand runs the network's command line with fail points.
+func (w *world) byHand(ctx context.Context, args ...string) error {
+	w.other = true // the service goes on
+	out, err := w.Net.Output(ctx, append([]string{"env", "RESULTITY_FAILPOINT=" + networkPoint, networkProgram}, args...)...)
+	if err != nil {
+		return fmt.Errorf("%s: %w: %s", args[0], err, out)
+	}
+	return nil
+}
+
+// initialize makes another network, in as many tries as it takes.
+func initialize(ctx context.Context, w *world) error {
+	const dir = "/var/lib/another-network"
+	if !w.begun {
+		if _, err := w.Net.Output(ctx, "rm", "-rf", dir); err != nil {
+			return err
+		}
+	}
+	w.begun = true
+	if err := w.byHand(ctx, "init", "--name", "another", "--chain-id", "1", "--dir", dir); err != nil {
+		return err
+	}
+	w.begun = false
+	return w.byHand(ctx, "token", "create", "--dir", dir)
+}
+
+func publishByHand(ctx context.Context, w *world) error {
+	return w.byHand(ctx, "publish", "--config", networkDir+"/next.json", "--dir", networkDir)
+}

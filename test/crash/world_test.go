@@ -1,0 +1,461 @@
+package crash
+
+import (
+	"bufio"
+	"bytes"
+	"cmp"
+	"context"
+	"crypto/rand"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"io"
+	"net"
+	"net/http"
+	"os"
+	"os/exec"
+	"path"
+	"path/filepath"
+	"strings"
+	"sync"
+	"testing"
+	"time"
+
+	"github.com/resultity/node/internal/control"
+	"github.com/resultity/node/internal/digest"
+	"github.com/resultity/node/internal/receipt"
+	"github.com/resultity/node/internal/snapshot"
+	"github.com/resultity/node/test/bench/instant"
+	"github.com/resultity/node/test/host"
+	"github.com/resultity/node/test/model"
+	"github.com/resultity/node/test/stack"
+)
+
+const (
+	agentProgram   = "/usr/libexec/resultity/agent-with-fail-points"
+	networkProgram = "/usr/bin/network-with-fail-points"
+	networkUnit    = "resultity-network.service"
+	networkDir     = "/var/lib/resultity-network"
+
+	tags   = "remote,containers_image_openpgp,exclude_graphdriver_btrfs,failpoint"
+	tokens = 8 // of each answer
+)
+
+// world is a network with one node, both with fail points, and clients that ask
+// without pause.
+type world struct {
+	*stack.Stack
+	node   *stack.Node
+	engine []byte // program
+	plain  string // the agent's program as it is shipped
+	tagged string // and with fail points
+	load   *load
+
+	address string        // the node's id; learnt when key is
+	key     []byte        // the node's keystore file; nil until there is one
+	images  int           // engines pushed so far
+	image   digest.Digest // that was published last
+
+	reached func() bool // the point at which to die
+	other   bool        // it was a command that died, not a service
+	begun   bool        // a command was, and is to be repeated
+}
+
+// up brings a world up; what is left of it goes with the test.
+func up(t *testing.T) *world {
+	t.Helper()
+	ctx := t.Context()
+	dir := t.TempDir()
+	w := &world{tagged: filepath.Join(dir, "agent")}
+	engine, service := filepath.Join(dir, "engine"), filepath.Join(dir, "network")
+	for out, pkg := range map[string]string{w.tagged: "./cmd/resultity-agent", service: "./cmd/resultity-network"} {
+		build(t, out, pkg)
+	}
+	must(t, stack.BuildProgram(ctx, engine, "./test/bench/engine"))
+	var err error
+	w.engine, err = os.ReadFile(engine)
+	must(t, err)
+	w.Stack, err = stack.Up(ctx, stack.Options{Host: host.Options{Progress: os.Stderr}})
+	must(t, err)
+	t.Cleanup(func() { must(t, w.Close()) })
+	top, err := stack.Repository()
+	must(t, err)
+	w.plain = filepath.Join(top, "build/bin/resultity-agent")
+
+	w.startNetwork(t, service)
+	must(t, w.publish(ctx, func(c *snapshot.Config) {
+		c.Runtime.Settings.Slots = 4
+		c.Limits.Deadline = 60
+		c.Validation = []snapshot.Golden{{Name: "words", Prompt: "words", Answer: instant.Text(tokens), Tokens: tokens, Timeout: 20}}
+	}))
+	must(t, w.AddNode(ctx, host.Config{Name: "node", Release: host.Trixie}))
+	w.node = w.Nodes[0]
+	must(t, w.node.CopyTo(w.tagged, agentProgram))
+	must(t, w.node.WriteFile("/etc/systemd/user/resultity-agent.service.d/crash.conf", []byte("[Service]\nExecStart=\nExecStart="+agentProgram+" run\n"+
+		"Environment=RESULTITY_FAILPOINT=%S/resultity/agent/failpoint RESULTITY_CLOCK_OFFSET_FILE=%S/resultity/agent/clock-offset\n"+
+		"RestartSec=20ms\nRestartSteps=0\nRestartMaxDelaySec=infinity\n"), 0o644))
+	must(t, w.token(ctx))
+	must(t, w.node.UserCtl(ctx, "daemon-reload"))
+	must(t, w.node.UserCtl(ctx, "restart", w.node.Agent))
+	if err := w.node.WaitRoutable(ctx); err != nil {
+		t.Fatalf("%v\n%s", err, w.node.Journal(ctx, 100))
+	}
+	w.load = newLoad(w)
+	t.Cleanup(func() { w.load.stop() })
+	must(t, w.recovered(ctx))
+	return w
+}
+
+func must(t *testing.T, err error) {
+	t.Helper()
+	if err != nil {
+		t.Fatal(err)
+	}
+}
+
+// build makes a program with fail points.
+func build(t *testing.T, out, pkg string) {
+	t.Helper()
+	top, err := stack.Repository()
+	must(t, err)
+	cmd := exec.CommandContext(t.Context(), "go", "build", "-trimpath", "-tags", tags, "-o", out, pkg)
+	cmd.Dir = top
+	cmd.Env = append(os.Environ(), "CGO_ENABLED=0")
+	if text, err := cmd.CombinedOutput(); err != nil {
+		t.Fatalf("build %s: %v\n%s", pkg, err, text)
+	}
+}
+
+// smtpd is a mail server's configuration, which takes what the network sends.
+const smtpd = `pki net cert "/etc/resultity-network/tls.crt"
+pki net key "/etc/resultity-network/tls.key"
+listen on 0.0.0.0 port 25 tls-require pki net
+action "local" maildir
+match from any for domain "net" action "local"
+`
+
+// startNetwork puts a service with fail points, and with a mail server, in the
+// place of the one that the stack has started.
+func (w *world) startNetwork(t *testing.T, program string) {
+	t.Helper()
+	must(t, w.Net.CopyTo(program, networkProgram))
+	for name, text := range map[string]string{
+		"/etc/smtpd.conf":                  smtpd,
+		"/etc/systemd/system/mail.service": "[Service]\nExecStart=/usr/sbin/smtpd -d -f /etc/smtpd.conf\n",
+		"/etc/resultity-network/network.toml": fmt.Sprintf("listen = \":8443\"\ntls_cert = \"/etc/resultity-network/tls.crt\"\ntls_key = \"/etc/resultity-network/tls.key\"\n"+
+			"smtp = %q\nsmtp_from = \"The demo <codes@net>\"\nsmtp_ca = \"/etc/resultity-network/ca.pem\"\n", net.JoinHostPort(w.Net.Addr().String(), "25")),
+		"/etc/systemd/system/" + networkUnit + ".d/crash.conf": "[Unit]\nStartLimitIntervalSec=0\n[Service]\nExecStart=\nExecStart=" + networkProgram +
+			" serve --config /etc/resultity-network/network.toml\nEnvironment=RESULTITY_FAILPOINT=" + networkPoint + "\nRestartSec=20ms\n",
+	} {
+		must(t, w.Net.WriteFile(name, []byte(text), 0o600))
+	}
+	for _, args := range [][]string{
+		{"useradd", "--create-home", "ann"}, {"systemctl", "daemon-reload"}, {"systemctl", "start", "mail.service"}, {"systemctl", "restart", networkUnit},
+	} {
+		if out, err := w.Net.Output(t.Context(), args...); err != nil {
+			t.Fatalf("%s: %v: %s", args, err, out)
+		}
+	}
+}
+
+// service runs the network's command line.
+func (w *world) service(ctx context.Context, args ...string) (string, error) {
+	args = append([]string{"/usr/bin/resultity-network"}, args...)
+	out, err := w.Net.Output(ctx, append(args, "--dir", networkDir)...)
+	if err != nil {
+		err = fmt.Errorf("%s: %w", args[1], err)
+	}
+	return string(out), err
+}
+
+// token puts an enrolment token that has not been used on the node.
+func (w *world) token(ctx context.Context) error {
+	out, err := w.service(ctx, "token", "create", "--uses", "1", "--account", "demo")
+	if err != nil {
+		return err
+	}
+	return w.node.WriteFile("/etc/resultity/enrolment-token", []byte(out), 0o644)
+}
+
+// publish publishes a new configuration with a new model and a new image.
+func (w *world) publish(ctx context.Context, change func(*snapshot.Config)) error {
+	w.images++
+	ref, err := w.PushEngine(ctx, fmt.Sprintf("instant%d", w.images), w.engine)
+	if err != nil {
+		return err
+	}
+	weights := make([]byte, 3<<20)
+	_, _ = rand.Read(weights) // it never fails: it ends the program instead
+	name := rand.Text()
+	if err := w.ServeModel(name, weights); err != nil {
+		return err
+	}
+	w.image = ref.Digest()
+	return w.Publish(ctx, func(c *snapshot.Config) {
+		change(c)
+		c.Runtime.Image = ref
+		f := &c.Models[0].Files[0]
+		f.Size, f.SHA256 = int64(len(weights)), digest.Of(weights)
+		f.Sources = []string{strings.TrimSuffix(f.Sources[0], path.Base(f.Sources[0])) + name}
+	})
+}
+
+// Files with the point at which to die.
+const networkPoint = "/var/lib/resultity-network/failpoint"
+
+func (w *world) keyFile() string { return w.node.State + "/agent/identity/key.json" }
+
+func (w *world) agentPoint() string { return w.node.State + "/agent/failpoint" }
+
+// recovered waits until the node answers again, and looks at all that has to be
+// true then.
+func (w *world) recovered(ctx context.Context) error {
+	if err := w.node.WaitStatus(ctx, "jobs, and an empty outbox", func(s *control.Status) bool {
+		return s.GetsJobs() && s.Outbox == 0 && s.Runtime.Image == w.image
+	}); err != nil {
+		return err
+	}
+	if err := w.load.waitAnswer(ctx); err != nil {
+		return err
+	}
+	key, err := w.node.ReadFile(w.keyFile())
+	if err != nil {
+		return err
+	}
+	s, err := w.node.Status(ctx)
+	if err != nil {
+		return err
+	}
+	if w.key == nil {
+		w.key, w.address = key, ""
+	}
+	w.address = cmp.Or(w.address, s.Node)
+	if !bytes.Equal(key, w.key) || s.Node != w.address {
+		return fmt.Errorf("node %s has become %s, or its key another", w.address, s.Node)
+	}
+	return errors.Join(w.checkModels(ctx), w.load.fault())
+}
+
+// checkModels compares every model file with its name.
+func (w *world) checkModels(ctx context.Context) error {
+	out, err := w.node.Output(ctx, "find", w.node.State, "-type", "f", "-regextype", "egrep", "-regex", ".*/[0-9a-f]{64}", "-exec", "sha256sum", "{}", ";")
+	if err != nil {
+		return err
+	}
+	n := 0
+	for line := range strings.Lines(string(out)) {
+		sum, name, _ := strings.Cut(strings.TrimSpace(line), "  ")
+		if n++; sum != path.Base(name) {
+			return fmt.Errorf("%s has the hash %s", name, sum)
+		}
+	}
+	if n == 0 {
+		return errors.New("no model file was found to check")
+	}
+	return nil
+}
+
+// load is clients that ask without pause, plain and streamed by turns, and check
+// every answer and its receipt.
+type load struct {
+	w    *world
+	stop func()
+
+	asking sync.RWMutex // read-locked by each client that waits for an answer
+
+	mu       sync.Mutex // guards what follows
+	answers  map[string]bool
+	refused  int           // with an error, or not taken at all
+	broken   int           // ended in the middle
+	err      error         // what must never be
+	lastBad  error         // of refused or broken
+	changed  chan struct{} // closed and replaced with every answer
+	lastSent time.Time     // when the request was sent that was answered last
+}
+
+func newLoad(w *world) *load {
+	ctx, cancel := context.WithCancel(context.Background())
+	l := &load{w: w, answers: map[string]bool{}, changed: make(chan struct{})}
+	var wg sync.WaitGroup
+	for i := range 2 {
+		wg.Go(func() {
+			for n := i; ctx.Err() == nil; n++ {
+				l.asking.RLock()
+				l.once(ctx, n%2 == 0)
+				l.asking.RUnlock()
+				pause(ctx, 20*time.Millisecond)
+			}
+		})
+	}
+	l.stop = func() { cancel(); wg.Wait() }
+	return l
+}
+
+// wait waits until ok holds, at most for so long.
+func (w *world) wait(ctx context.Context, most time.Duration, ok func() bool) {
+	for end := time.Now().Add(most); ctx.Err() == nil && time.Now().Before(end) && !ok(); {
+		pause(ctx, 50*time.Millisecond)
+	}
+}
+
+func pause(ctx context.Context, d time.Duration) {
+	select {
+	case <-ctx.Done():
+	case <-time.After(d):
+	}
+}
+
+// once asks once.
+func (l *load) once(ctx context.Context, stream bool) {
+	begin := time.Now()
+	id, status, err := l.w.ask(ctx, stream, "x")
+	if err == nil {
+		l.note(id)
+	}
+	if ctx.Err() != nil {
+		return // it may have been cut short by that
+	}
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	switch {
+	case err == nil:
+		if begin.After(l.lastSent) {
+			l.lastSent = begin
+		}
+		close(l.changed)
+		l.changed = make(chan struct{})
+	case errors.Is(err, errWrong):
+		l.err = errors.Join(l.err, err)
+	case status == http.StatusOK:
+		l.broken++
+		l.lastBad = err
+	default:
+		l.refused++
+		l.lastBad = err
+	}
+}
+
+// quiet waits until every client has its answer, and keeps them from asking again
+// until resume is called.
+func (l *load) quiet() (resume func()) {
+	l.asking.Lock()
+	return l.asking.Unlock
+}
+
+// note counts an answer.
+func (l *load) note(id string) {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	if l.answers[id] {
+		l.err = errors.Join(l.err, fmt.Errorf("job %s was answered twice", id))
+	}
+	l.answers[id] = true
+}
+
+// count returns how many answers there have been.
+func (l *load) count() int {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	return len(l.answers)
+}
+
+// fault returns what must never be, once.
+func (l *load) fault() error {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	err := l.err
+	l.err = nil
+	return err
+}
+
+// waitAnswer waits until a request that is sent after now is answered.
+func (l *load) waitAnswer(ctx context.Context) error {
+	now := time.Now()
+	for {
+		l.mu.Lock()
+		at, changed, bad := l.lastSent, l.changed, l.lastBad
+		l.mu.Unlock()
+		if at.After(now) {
+			return nil
+		}
+		select {
+		case <-changed:
+		case <-ctx.Done():
+			return fmt.Errorf("no answer (%w); the last failure: %v", ctx.Err(), bad)
+		}
+	}
+}
+
+var errWrong = errors.New("wrong answer")
+
+// ask asks once and returns the receipt's id, which has been checked, and the
+// status.
+func (w *world) ask(ctx context.Context, stream bool, prompt string) (id string, status int, err error) {
+	ctx, cancel := context.WithTimeout(ctx, 90*time.Second)
+	defer cancel()
+	res, err := w.Open(ctx, http.MethodPost, "/v1/chat/completions", map[string]any{
+		"model": model.Name, "stream": stream, "temperature": 0, "max_tokens": tokens,
+		"messages": []map[string]string{{"role": "user", "content": prompt}},
+	})
+	if err != nil {
+		return "", 0, err
+	}
+	defer res.Body.Close() // read to its end below
+	raw, err := io.ReadAll(io.LimitReader(res.Body, 1<<20))
+	if err == nil && res.StatusCode != http.StatusOK {
+		err = fmt.Errorf("%s: %.300s", res.Status, raw)
+	}
+	if err != nil {
+		return "", res.StatusCode, err
+	}
+	text, whole := textOf(raw, stream)
+	switch {
+	case !whole:
+		return "", res.StatusCode, fmt.Errorf("cut short: %.300s", raw[max(0, len(raw)-300):])
+	case text != instant.Text(tokens):
+		return "", res.StatusCode, fmt.Errorf("%w: %.300q", errWrong, raw)
+	}
+	id = res.Header.Get("Resultity-Receipt")
+	// The network may be down just now, or wait for the node to tell it once more
+	// what it had answered from memory: the receipt has to be there all the same.
+	for end := time.Now().Add(30 * time.Second); ; pause(ctx, 50*time.Millisecond) {
+		again, proof, err := w.Do(ctx, http.MethodGet, "/v1/receipts/"+id, nil)
+		switch {
+		case err == nil && again.StatusCode == http.StatusOK:
+			signed, err := receipt.Verify(proof)
+			if err != nil || signed.Receipt().ResponseHash != digest.Of(raw) {
+				err = fmt.Errorf("%w: receipt %s is not for the bytes that came (%v)", errWrong, id, err)
+			}
+			return id, res.StatusCode, err
+		case ctx.Err() != nil:
+			return id, 0, ctx.Err()
+		case time.Now().After(end):
+			return id, res.StatusCode, fmt.Errorf("%w: no receipt %s: %v %s", errWrong, id, err, proof)
+		}
+	}
+}
+
+// textOf returns the text of an answer, and whether it is whole.
+func textOf(raw []byte, stream bool) (text string, whole bool) {
+	var e struct {
+		Choices []struct{ Message, Delta struct{ Content string } }
+	}
+	if !stream {
+		if json.Unmarshal(raw, &e) != nil || len(e.Choices) != 1 {
+			return "", true
+		}
+		return e.Choices[0].Message.Content, true
+	}
+	var b strings.Builder
+	for lines := bufio.NewScanner(bytes.NewReader(raw)); lines.Scan(); {
+		data, ok := strings.CutPrefix(lines.Text(), "data: ")
+		if data == "[DONE]" {
+			return b.String(), true
+		}
+		e.Choices = nil
+		if ok && json.Unmarshal([]byte(data), &e) == nil && len(e.Choices) > 0 {
+			b.WriteString(e.Choices[0].Delta.Content)
+		}
+	}
+	return b.String(), false
+}
