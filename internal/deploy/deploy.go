@@ -320,7 +320,7 @@ func (d *Deployer) apply(ctx context.Context, p *Plan, begin func(phase string))
 		return nil, fails(StepSandbox, err)
 	}
 	begin(PhaseValidate)
-	if err := validate(ctx, engine, p.snapshot.Config()); err != nil {
+	if err := d.validate(ctx, engine, dep); err != nil {
 		return nil, err
 	}
 	return dep, nil
@@ -335,21 +335,26 @@ func Loaded(state systemd.State) error {
 	return nil
 }
 
-// validate asks the golden requests.
-func validate(ctx context.Context, engine Engine, c *snapshot.Config) error {
+// validate asks the golden requests, all of the very start that dep is of.
+func (d *Deployer) validate(ctx context.Context, engine Engine, dep *Deployment) error {
+	c := dep.snapshot.Config()
 	for _, g := range c.Validation {
 		if err := engine.Golden(ctx, g, c.Runtime.Model); err != nil {
 			return fails(StepValidate, err)
 		}
 	}
-	return nil
+	state, err := d.Units.State(ctx, quadlet.ServiceName)
+	if err == nil && !dep.Current(state) {
+		err = fmt.Errorf("%s ended while it was looked at, and is %s (%s)", quadlet.ServiceName, state.Active, state.Result)
+	}
+	return fails(StepStart, err)
 }
 
 // Validate repeats the golden requests of a deployment that is up.
 func (d *Deployer) Validate(ctx context.Context, dep *Deployment) error {
 	engine := d.Engine(dep.socket)
 	defer engine.Close()
-	return validate(ctx, engine, dep.snapshot.Config())
+	return d.validate(ctx, engine, dep)
 }
 
 // Clean removes images and models that none of the snapshots asks for.

@@ -63,7 +63,7 @@ func TestFromNothing(t *testing.T) {
 		progress = append(progress, done)
 	}
 	dep := up(t, d, s)
-	want := []string{Info, EnsureImage, EnsureModel, Devices, Install, State, ResetFailed, Start, State, Container, FindImage, Look, Record, Golden, Golden}
+	want := []string{Info, EnsureImage, EnsureModel, Devices, Install, State, ResetFailed, Start, State, Container, FindImage, Look, Record, Golden, Golden, State}
 	if got := m.Calls(); !slices.Equal(got, want) {
 		t.Errorf("calls %q\nwant  %q", got, want)
 	}
@@ -210,6 +210,26 @@ func TestUpForAMoment(t *testing.T) {
 	m.Fail(State, &Fault{When: func(*Locked) bool { return started }, Also: func(m *Locked) { m.Crash(false) }, Late: true})
 	if dep, err := bring(t, m.Deployer(), s); dep != nil || step(err) != deploy.StepStart {
 		t.Errorf("got %v, %v", dep, err)
+	}
+}
+
+// A runtime that systemd starts again in the middle of its validation has not
+// been validated: the answers are of two starts.
+func TestRestartedWhileValidated(t *testing.T) {
+	m, s := New(t), NewNetwork(t).Publish(nil)
+	d := m.Deployer()
+	crash := func() { // with the last of the answers
+		asked := 0
+		m.Fail(Golden, &Fault{When: func(*Locked) bool { asked++; return asked == len(s.Config().Validation) }, Also: func(l *Locked) { l.Crash(true) }})
+	}
+	crash()
+	if dep, err := bring(t, d, s); dep != nil || step(err) != deploy.StepStart {
+		t.Errorf("%+v, %v", dep, err)
+	}
+	dep := up(t, d, s)
+	crash()
+	if err := d.Validate(t.Context(), dep); step(err) != deploy.StepStart {
+		t.Errorf("validated again: %v", err)
 	}
 }
 
