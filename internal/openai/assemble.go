@@ -70,6 +70,7 @@ type Assembler struct {
 	thoughts []byte // of a plain answer, escaped
 	scratch  []byte
 	begun    bool
+	pieces   int    // texts that are not empty
 	finish   string // finish reason, "" before
 	usage    *Usage
 	done     bool
@@ -126,6 +127,10 @@ func (a *Assembler) Event(data []byte) ([]byte, error) {
 	}
 	return a.body[start:len(a.body):len(a.body)], nil
 }
+
+// Pieces returns how many pieces of text there have been. None has less than a
+// token, so that an answer without end shows before it has filled its bounds.
+func (a *Assembler) Pieces() int { return a.pieces }
 
 // Finish ends the response after the engine's stream has ended, and returns
 // all of it. It is to be called once.
@@ -322,6 +327,9 @@ func (a *Assembler) write(v []byte, thought bool) {
 	if bytes.IndexByte(text, '\\') >= 0 {
 		a.scratch = unescape(a.scratch[:0], v)
 		text = a.scratch
+	}
+	if len(text) > 0 {
+		a.pieces++
 	}
 	switch {
 	case len(text) == 0:

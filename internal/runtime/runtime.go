@@ -164,21 +164,26 @@ func (c *Client) run(ctx context.Context, j Job, emit func([]byte) error) (Resul
 		return Result{}, &openai.OutputError{Reason: openai.ReasonNoStream, Detail: "the answer is no event stream"}
 	}
 	a := openai.NewAssembler(j.Request.Kind, j.ID, j.Model, j.Created, j.Request.Stream, j.Request.IncludeUsage, j.ResponseBytes)
-	if err := pump(resp.Body, a, emit); err != nil {
+	most := j.Request.Bound(j.Tokens)
+	if err := pump(resp.Body, a, most, emit); err != nil {
 		return Result{}, err
 	}
 	body, usage, err := a.Finish()
 	if err != nil {
 		return Result{}, err
 	}
-	if most := j.Request.Bound(j.Tokens); usage.CompletionTokens > uint64(most) {
+	if usage.CompletionTokens > uint64(most) {
 		return Result{}, &openai.OutputError{Reason: openai.ReasonUsage, Detail: fmt.Sprintf("%d completion tokens where %d were allowed", usage.CompletionTokens, most)}
 	}
 	return Result{Body: body, Usage: usage}, nil
 }
 
-// pump moves the engine's stream through a until it ends.
-func pump(r io.Reader, a *openai.Assembler, emit func([]byte) error) error {
+// slack is for engines that cut one token's text in two.
+const slack = 16
+
+// pump moves the engine's stream, of at most so many tokens, through a until it
+// ends.
+func pump(r io.Reader, a *openai.Assembler, tokens int, emit func([]byte) error) error {
 	var (
 		p       parser
 		pending []byte // of our stream, not emitted yet
@@ -187,6 +192,9 @@ func pump(r io.Reader, a *openai.Assembler, emit func([]byte) error) error {
 	event := func(data []byte) error {
 		out, err := a.Event(data)
 		pending = append(pending, out...)
+		if err == nil && a.Pieces() > tokens+slack {
+			err = &openai.OutputError{Reason: openai.ReasonUsage, Detail: fmt.Sprintf("%d pieces of text where %d tokens were allowed", a.Pieces(), tokens)}
+		}
 		return err
 	}
 	for {
