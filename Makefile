@@ -6,7 +6,7 @@ export CGO_ENABLED := 0
 PROGRAMS := resultity-agent resultity-bridge resultityctl resultity-network
 BUILD    := go build -ldflags '-s -w'
 
-.PHONY: all build test lint bench demo demo-down clean
+.PHONY: all build test lint bench soak demo demo-down clean
 all: build
 
 build: $(PROGRAMS:%=build/bin/%)
@@ -47,6 +47,10 @@ demo-down:
 
 bench: build
 	go run ./test/bench
+
+# An hour of faults in an order that SEED decides; FOR=10m for less.
+soak: build
+	go run ./test/faults/soak $(if $(FOR),-for $(FOR)) $(if $(SEED),-seed $(SEED))
 
 clean:
 	rm -rf build dist

@@ -44,6 +44,7 @@ var measurements = []struct {
 	{"memory", "resident (Rss) and proportional (Pss) memory", memory},
 	{"throughput", "jobs through one node whose engine answers at once", throughput},
 	{"streams", "streams through the API compared with the known text and the signed hash of all bytes, both cores busy", streams},
+	{"recovery", "from the end of a fault until the node has answered a new request", recovery},
 }
 
 // bench is one run.

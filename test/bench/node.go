@@ -72,7 +72,7 @@ func (b *bench) instantNode(ctx context.Context) (*stack.Node, error) {
 	if err != nil {
 		return nil, err
 	}
-	ref, err := b.s.PushEngine(ctx, "instant", program)
+	ref, err := b.s.PushEngine(ctx, b.s.Reg, "instant", program)
 	if err != nil {
 		return nil, err
 	}

@@ -180,7 +180,7 @@ func (w *world) token(ctx context.Context) error {
 // publish publishes a new configuration with a new model and a new image.
 func (w *world) publish(ctx context.Context, change func(*snapshot.Config)) error {
 	w.images++
-	ref, err := w.PushEngine(ctx, fmt.Sprintf("instant%d", w.images), w.engine)
+	ref, err := w.PushEngine(ctx, w.Reg, fmt.Sprintf("instant%d", w.images), w.engine)
 	if err != nil {
 		return err
 	}

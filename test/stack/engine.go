@@ -5,7 +5,6 @@ import (
 	"bytes"
 	"context"
 	"errors"
-	"strings"
 
 	"github.com/google/go-containerregistry/pkg/v1/mutate"
 	"github.com/google/go-containerregistry/pkg/v1/static"
@@ -16,8 +15,9 @@ import (
 )
 
 // PushEngine makes an image with the program in the place where a unit of
-// llama.cpp has its own, pushes it under a name, and signs it.
-func (s *Stack) PushEngine(ctx context.Context, name string, program []byte) (snapshot.ImageRef, error) {
+// llama.cpp has its own, pushes it under a name to the stack's registry, or the
+// way to it that is given, and signs it.
+func (s *Stack) PushEngine(ctx context.Context, to *oci.Registry, name string, program []byte) (snapshot.ImageRef, error) {
 	img, err := oci.Single(name+"-engine", program)
 	if err != nil {
 		return snapshot.ImageRef{}, err
@@ -36,13 +36,12 @@ func (s *Stack) PushEngine(ctx context.Context, name string, program []byte) (sn
 	if img, err = mutate.AppendLayers(img, static.NewLayer(layer.Bytes(), types.OCIUncompressedLayer)); err != nil {
 		return snapshot.ImageRef{}, err
 	}
-	pushed, err := s.Reg.Push(ctx, "resultity/"+name, img)
+	pushed, err := to.Push(ctx, "resultity/"+name, img)
 	if err != nil {
 		return snapshot.ImageRef{}, err
 	}
-	if err := s.Reg.Sign(ctx, pushed, s.Key); err != nil {
+	if err := to.Sign(ctx, pushed, s.Key); err != nil {
 		return snapshot.ImageRef{}, err
 	}
-	registry, _, _ := strings.Cut(s.Image.Repository(), "/")
-	return snapshot.ParseImageRef(registry + "/resultity/" + name + "@" + pushed.DigestStr())
+	return snapshot.ParseImageRef(pushed.String())
 }

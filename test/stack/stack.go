@@ -354,6 +354,15 @@ func (s *Stack) startSources(ctx context.Context, a Artifacts) (err error) {
 
 const modelDir = "/srv/models"
 
+// Certificate issues one for a server that nodes and clients of the stack trust.
+func (s *Stack) Certificate(name string, addresses ...net.IP) (tls.Certificate, error) {
+	cert, key, err := s.ca.issue([]string{name}, addresses)
+	if err != nil {
+		return tls.Certificate{}, err
+	}
+	return tls.X509KeyPair(cert, key)
+}
+
 // ServeModel puts a file under a name into the model source.
 func (s *Stack) ServeModel(name string, data []byte) error {
 	return s.net.WriteFile(filepath.Join(s.net.path(modelDir), name), data, 0o644)

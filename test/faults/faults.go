@@ -1,0 +1,435 @@
+package faults
+
+import (
+	"bufio"
+	"context"
+	"errors"
+	"fmt"
+	"io"
+	"slices"
+	"strconv"
+	"strings"
+	"time"
+
+	"github.com/resultity/node/internal/control"
+	"github.com/resultity/node/internal/digest"
+	"github.com/resultity/node/internal/gate"
+	"github.com/resultity/node/internal/snapshot"
+	"github.com/resultity/node/test/host"
+	"github.com/resultity/node/test/stack"
+)
+
+// Fault is something that breaks.
+type Fault struct {
+	Name string
+	Do   func(context.Context, *World) error // breaks it, and returns when it is whole again or has to heal by itself
+
+	Before, After func(context.Context, *World) error // what it needs and leaves; not measured
+
+	Network bool // the network itself is hit: clients may be told so, but nothing worse
+	Agent   bool // ends A's agent
+	Slow    bool // not in the quick set
+}
+
+// Outcome is what came of a fault.
+type Outcome struct {
+	Fault    string
+	Broken   time.Duration // for so long
+	Recovery time.Duration // from then until A had answered a new request
+	Clients  Tally         // of that time
+}
+
+// patience is for a recovery.
+const patience = 2 * time.Minute
+
+// Run breaks one thing, waits for the recovery, and says what of that must be
+// true is not.
+func (w *World) Run(ctx context.Context, f *Fault) (o Outcome, err error) {
+	o.Fault = f.Name
+	if f.Before != nil {
+		if err := errors.Join(f.Before(ctx, w), w.WaitRoutable(ctx)); err != nil {
+			return o, fmt.Errorf("to prepare it: %w", err)
+		}
+	}
+	if f.After != nil {
+		defer func() { err = errors.Join(err, f.After(ctx, w), w.WaitRoutable(ctx)) }()
+	}
+	resume := w.Load.Quiet()
+	before, err := w.look(ctx)
+	w.Load.Take()
+	resume()
+	if err != nil {
+		return o, fmt.Errorf("before it: %w", err)
+	}
+	begin := time.Now()
+	if err := f.Do(ctx, w); err != nil {
+		return o, fmt.Errorf("it could not be done: %w", err)
+	}
+	healed := time.Now()
+	o.Broken = healed.Sub(begin)
+	rctx, cancel := context.WithTimeout(ctx, patience)
+	defer cancel()
+	if err := w.WaitRecovered(rctx); err != nil {
+		return o, fmt.Errorf("no recovery: %w", err)
+	}
+	o.Recovery = time.Since(healed)
+
+	resume = w.Load.Quiet()
+	defer resume()
+	o.Clients = w.Load.Take()
+	after, err := w.look(rctx)
+	if err != nil {
+		return o, fmt.Errorf("after it: %w", err)
+	}
+	var errs []error
+	if c := &o.Clients; c.Wrong > 0 || !f.Network && c.Answered < c.Sent {
+		errs = append(errs, fmt.Errorf("clients: %s", c))
+	}
+	if counted := after.counted - before.counted; !f.Network && counted != o.Clients.Answered {
+		errs = append(errs, fmt.Errorf("%d results were counted for %d answers", counted, o.Clients.Answered))
+	}
+	if (after.agent != before.agent) != f.Agent {
+		errs = append(errs, fmt.Errorf("the agent was invocation %s and is %s", before.agent, after.agent))
+	}
+	if n, err := w.Load.Answers(rctx); err != nil {
+		errs = append(errs, err)
+	} else if n < o.Clients.Answered {
+		errs = append(errs, fmt.Errorf("%d answers have receipts, of %d", n, o.Clients.Answered))
+	}
+	return o, errors.Join(append(errs, w.Check(rctx))...)
+}
+
+// sight is what is compared before and after.
+type sight struct {
+	counted int    // results, by the network
+	agent   string // invocation
+}
+
+func (w *World) look(ctx context.Context) (s sight, err error) {
+	if s.agent, err = w.A.Property(ctx, w.A.Agent, "InvocationID"); err != nil {
+		return s, err
+	}
+	s.counted, err = w.counted(ctx)
+	return s, err
+}
+
+// counted is how many results the network has counted since it was started.
+func (w *World) counted(ctx context.Context) (int, error) {
+	_, raw, err := w.Do(ctx, "GET", "/metrics", nil)
+	if err != nil {
+		return 0, err
+	}
+	for line := range strings.Lines(string(raw)) {
+		if v, ok := strings.CutPrefix(line, `resultity_results_total{verdict="counted"} `); ok {
+			return strconv.Atoi(strings.TrimSpace(v))
+		}
+	}
+	return 0, nil // none yet
+}
+
+// Faults are all of them.
+var Faults = []*Fault{
+	{Name: "network cut for a second", Do: cut(time.Second)},
+	{Name: "network cut for six seconds", Do: cut(6 * time.Second)},
+	{Name: "network cut for a minute", Do: cut(time.Minute), Slow: true},
+	{Name: "network cut ten times in a row", Do: func(ctx context.Context, w *World) error {
+		for range 10 {
+			if err := errors.Join(cut(300*time.Millisecond)(ctx, w), pause(ctx, 300*time.Millisecond)); err != nil {
+				return err
+			}
+		}
+		return nil
+	}},
+	{Name: "nothing arrives at the node for six seconds", Do: lose(100, 0, 6*time.Second)},
+	{Name: "nothing leaves the node for six seconds", Do: lose(0, 100, 6*time.Second)},
+	{Name: "30 % of packets lost for ten seconds", Do: lose(30, 30, 10*time.Second)},
+	{Name: "a proxy delays messages", Do: behave(Manner{Delay: 100 * time.Millisecond})},
+	{Name: "a proxy duplicates messages", Do: behave(Manner{Duplicate: 5})},
+	{Name: "a proxy changes their order", Do: behave(Manner{Reorder: 5})},
+	{Name: "a proxy flips bits", Do: behave(Manner{Change: 5})},
+	{Name: "names are not resolved for eight seconds", Do: func(ctx context.Context, w *World) error {
+		if err := w.setName(false); err != nil {
+			return err
+		}
+		w.Proxy.Break()
+		return errors.Join(pause(ctx, 8*time.Second), w.setName(true))
+	}},
+	{Name: "engine killed", Do: told("KILL")},
+	{Name: "engine stopped (SIGSTOP)", Do: told("STOP")},
+	{Name: "engine hangs and says that it is well", Do: told("USR1")},
+	{Name: "engine answers garbage", Do: told("USR2")},
+	{Name: "engine answers without end", Do: told("HUP")},
+	{Name: "engine answers nothing", Do: told("WINCH")},
+	{Name: "engine runs out of memory", Do: outOfMemory},
+	{Name: "Podman's storage locked, and the engine ends", Do: lockedStorage},
+	{Name: "agent killed", Agent: true, Do: func(ctx context.Context, w *World) error {
+		return w.A.UserCtl(ctx, "kill", "--signal=KILL", w.A.Agent)
+	}},
+	{Name: "agent stopped (SIGSTOP)", Agent: true, Do: func(ctx context.Context, w *World) error {
+		return w.A.UserCtl(ctx, "kill", "--signal=STOP", w.A.Agent)
+	}},
+	{Name: "user manager restarted", Agent: true, Do: func(ctx context.Context, w *World) error {
+		uid, err := w.uid(ctx)
+		if err != nil {
+			return err
+		}
+		_, err = w.A.Output(ctx, "systemctl", "restart", "user@"+uid+".service")
+		return err
+	}},
+	{Name: "host rebooted", Agent: true, Do: func(ctx context.Context, w *World) error {
+		return errors.Join(w.A.Reboot(ctx), w.setName(true))
+	}},
+	{Name: "host loses power", Agent: true, Do: func(ctx context.Context, w *World) error {
+		return errors.Join(w.A.Kill(ctx), w.A.Boot(ctx), w.setName(true))
+	}},
+	{Name: "model source slow", Do: trouble(Slow, anotherModel)},
+	{Name: "model source lies about sizes", Do: trouble(Lying, anotherModel)},
+	{Name: "model source ends early", Do: trouble(Short, anotherModel)},
+	{Name: "model source sends other bytes", Do: trouble(Wrong, anotherModel)},
+	{Name: "registry slow", Do: trouble(Slow, anotherImage)},
+	{Name: "registry lies about sizes", Do: trouble(Lying, anotherImage)},
+	{Name: "registry ends early", Do: trouble(Short, anotherImage)},
+	{Name: "registry sends other bytes", Do: trouble(Wrong, anotherImage)},
+	{Name: "disk of the node's state full", Before: smallDisk, Do: fullDisk, After: wholeDisk},
+	{Name: "directories of the node's state not writable", Do: readOnly},
+	{Name: "network service killed", Network: true, Do: func(ctx context.Context, w *World) error {
+		_, err := w.Net.Output(ctx, "systemctl", "kill", "--signal=KILL", "resultity-network.service")
+		return err
+	}},
+	{Name: "network service goes back to an older snapshot", Network: true, Do: olderSnapshot},
+}
+
+func (w *World) uid(ctx context.Context) (string, error) {
+	out, err := w.A.OutputAs(ctx, stack.Account, "id", "-u")
+	return strings.TrimSpace(string(out)), err
+}
+
+func cut(d time.Duration) func(context.Context, *World) error {
+	return func(ctx context.Context, w *World) error {
+		if err := w.A.Cut(ctx); err != nil {
+			return err
+		}
+		return errors.Join(pause(ctx, d), w.A.Heal(ctx))
+	}
+}
+
+func lose(in, out int, d time.Duration) func(context.Context, *World) error {
+	return func(ctx context.Context, w *World) error {
+		if err := w.A.Lose(ctx, in, out); err != nil {
+			return err
+		}
+		return errors.Join(pause(ctx, d), w.A.Lose(ctx, 0, 0))
+	}
+}
+
+func behave(m Manner) func(context.Context, *World) error {
+	return func(ctx context.Context, w *World) error {
+		w.Proxy.Behave(m)
+		defer w.Proxy.Behave(Manner{})
+		return pause(ctx, 8*time.Second)
+	}
+}
+
+// told has A's engine go wrong, and waits until there is another one.
+func told(signal string) func(context.Context, *World) error {
+	return func(ctx context.Context, w *World) error {
+		before, err := w.A.Property(ctx, stack.Runtime, "InvocationID")
+		if err != nil {
+			return err
+		}
+		if err := w.tell(ctx, signal); err != nil {
+			return err
+		}
+		ctx, cancel := context.WithTimeout(ctx, patience)
+		defer cancel()
+		return w.A.WaitStatus(ctx, "another engine", func(*control.Status) bool {
+			now, err := w.A.Property(ctx, stack.Runtime, "InvocationID")
+			return err == nil && now != "" && now != before
+		})
+	}
+}
+
+// trouble has A's way to models and images in trouble when change, which needs
+// it, is published.
+func trouble(t Trouble, change func(context.Context, *World) (func(*snapshot.Config), error)) func(context.Context, *World) error {
+	return func(ctx context.Context, w *World) error {
+		f, err := change(ctx, w)
+		if err != nil {
+			return err
+		}
+		w.Site.Be(t)
+		defer w.Site.Be(None)
+		if err := w.Publish(ctx, f); err != nil {
+			return err
+		}
+		return pause(ctx, 5*time.Second)
+	}
+}
+
+// maxModels keeps the disks from filling over a long run.
+const maxModels = 4
+
+func anotherModel(_ context.Context, w *World) (func(*snapshot.Config), error) {
+	data, address := w.Site.Put(1 << 20)
+	sum := digest.Of(data)
+	return func(c *snapshot.Config) {
+		if len(c.Models) >= maxModels {
+			c.Models = append(c.Models[:1:1], c.Models[2:]...) // the first one is served
+		}
+		c.Models = append(c.Models, snapshot.Model{
+			Name: "m" + sum.Hex()[:8], Version: "1", Format: "gguf",
+			Files: []snapshot.File{{Path: "m.gguf", Size: int64(len(data)), SHA256: sum, Sources: []string{address}}},
+		})
+	}, nil
+}
+
+// anotherImage is the same engine with other bytes behind it.
+func anotherImage(ctx context.Context, w *World) (func(*snapshot.Config), error) {
+	w.program = append(w.program, 0)
+	ref, err := w.PushEngine(ctx, w.Site.Reg, "faulty", w.program)
+	return func(c *snapshot.Config) { c.Runtime.Image = ref }, err
+}
+
+// sh runs a script as root on A's host; $1 is the agent's state directory, $2
+// the account.
+func (w *World) sh(ctx context.Context, script string) error {
+	out, err := w.A.Output(ctx, "sh", "-euc", script+"\n", "sh", w.A.State+"/agent", stack.Account)
+	if err != nil {
+		return fmt.Errorf("%w: %s", err, out)
+	}
+	return nil
+}
+
+// onNet is sh on the network's host; $1 is the directory of the service.
+func (w *World) onNet(ctx context.Context, script string) error {
+	out, err := w.Net.Output(ctx, "sh", "-euc", script, "sh", "/var/lib/resultity-network")
+	if err != nil {
+		return fmt.Errorf("%w: %s", err, out)
+	}
+	return nil
+}
+
+// smallDisk gives the agent's state a disk of its own.
+func smallDisk(ctx context.Context, w *World) error {
+	return w.moveState(ctx, `mount -t tmpfs -o "size=64m,mode=0700,uid=$(id -u $2),gid=$(id -g $2)" tmpfs "$1"`)
+}
+
+// wholeDisk undoes smallDisk.
+func wholeDisk(ctx context.Context, w *World) error {
+	return w.moveState(ctx, `umount "$1" && find "$1" -mindepth 1 -delete`)
+}
+
+// moveState has the state directory become another one, with the same in it.
+func (w *World) moveState(ctx context.Context, become string) error {
+	units := []string{w.A.Agent, stack.Runtime, "resultity-podman.service"} // the container has a model of it, Podman its policy
+	return errors.Join(
+		w.A.UserCtl(ctx, append([]string{"stop"}, units...)...),
+		w.sh(ctx, `cp -a "$1" /var/tmp/kept && `+become+` && cp -a /var/tmp/kept/. "$1" && rm -r /var/tmp/kept`),
+		w.A.UserCtl(ctx, "start", w.A.Agent),
+	)
+}
+
+// fill leaves not a byte of a disk.
+const fill = `for bs in 1M 4k 1; do dd if=/dev/zero of="$1/fill-$bs" bs=$bs 2>/dev/null || true; done`
+
+func fullDisk(ctx context.Context, w *World) error {
+	return errors.Join(
+		w.sh(ctx, fill),
+		pause(ctx, 6*time.Second),
+		w.sh(ctx, `rm "$1"/fill-*`),
+	)
+}
+
+// readOnly takes the right to write from every directory of the state: what is
+// open stays so, nothing new can be made. Meanwhile there is something to be
+// stored. (A read-only mount would be nearer to a broken disk, but its end takes
+// the mounts of the agent's own sandbox with it.)
+func readOnly(ctx context.Context, w *World) error {
+	change, err := anotherModel(ctx, w)
+	if err != nil {
+		return err
+	}
+	if err := w.sh(ctx, `find "$1" -type d -perm -u+w -print0 >/var/tmp/writable && xargs -0 chmod u-w </var/tmp/writable`); err != nil {
+		return err
+	}
+	return errors.Join(w.Publish(ctx, change), pause(ctx, 6*time.Second), w.sh(ctx, `xargs -0 chmod u+w </var/tmp/writable`))
+}
+
+// olderSnapshot replaces the network's repository by a copy from before its
+// last snapshot, for a while. No node may follow it there.
+func olderSnapshot(ctx context.Context, w *World) error {
+	ctx, cancel := context.WithTimeout(ctx, patience)
+	defer cancel()
+	if err := w.onNet(ctx, `rm -rf $1/older && cp -a $1/repository $1/older`); err != nil {
+		return err
+	}
+	change, err := anotherModel(ctx, w)
+	if err != nil {
+		return err
+	}
+	if err := errors.Join(w.Publish(ctx, change), w.WaitRoutable(ctx)); err != nil {
+		return err
+	}
+	newer, err := w.A.Status(ctx)
+	if err != nil {
+		return err
+	}
+	if err := w.onNet(ctx, `systemctl stop resultity-network && mv $1/repository $1/newer && mv $1/older $1/repository && systemctl start resultity-network`); err != nil {
+		return err
+	}
+	refused := w.A.WaitStatus(ctx, "a refusal of the older snapshot", func(s *control.Status) bool {
+		return slices.ContainsFunc(s.Gates, func(g gate.Gate) bool { return g.Name == gate.Configuration && strings.Contains(g.Detail, "older") })
+	})
+	now, err := w.A.Status(ctx)
+	if err == nil && now.Snapshot.Version != newer.Snapshot.Version {
+		err = fmt.Errorf("the node went from version %d to %d", newer.Snapshot.Version, now.Snapshot.Version)
+	}
+	return errors.Join(refused, err,
+		w.onNet(ctx, `systemctl stop resultity-network && rm -r $1/repository && mv $1/newer $1/repository && systemctl start resultity-network`))
+}
+
+// outOfMemory bounds what A's engine may take, since the hosts have no cgroup
+// controllers, and has it take all it can get.
+func outOfMemory(ctx context.Context, w *World) error {
+	pid, err := w.engine(ctx)
+	if err != nil {
+		return err
+	}
+	if out, err := w.A.Podman(ctx, "unshare", "prlimit", "--pid", pid, "--data=268435456"); err != nil {
+		return fmt.Errorf("%w: %s", err, out)
+	}
+	return told("PWR")(ctx, w)
+}
+
+// lockedStorage holds a lock that every command of Podman takes, while a
+// container has to be made.
+func lockedStorage(ctx context.Context, w *World) (err error) {
+	ctx, cancel := context.WithTimeout(ctx, patience)
+	defer cancel()
+	pid, err := w.engine(ctx) // asks Podman
+	if err != nil {
+		return err
+	}
+	release, stdin := io.Pipe()
+	stdout, out := io.Pipe()
+	ended := make(chan error, 1)
+	go func() {
+		err := w.A.Exec(ctx, host.Cmd{
+			User: stack.Account, Stdin: release, Stdout: out,
+			Args: []string{w.locker, "/var/lib/" + stack.Account + "/.local/share/containers/storage/overlay-layers/layers.lock"},
+		})
+		out.CloseWithError(err)
+		ended <- err
+	}()
+	defer func() {
+		stdin.Close() // a pipe in memory
+		err = errors.Join(err, <-ended)
+	}()
+	if _, err := bufio.NewReader(stdout).ReadString('\n'); err != nil {
+		return err
+	}
+	if out, err := w.A.Output(ctx, "kill", "-KILL", pid); err != nil {
+		return fmt.Errorf("%w: %s", err, out)
+	}
+	return pause(ctx, 8*time.Second)
+}

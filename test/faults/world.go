@@ -1,0 +1,271 @@
+package faults
+
+import (
+	"bytes"
+	"context"
+	"errors"
+	"fmt"
+	"io"
+	"os"
+	"path/filepath"
+	"strings"
+	"time"
+
+	"github.com/resultity/node/internal/control"
+	"github.com/resultity/node/internal/receipt"
+	"github.com/resultity/node/internal/snapshot"
+	"github.com/resultity/node/test/bench/instant"
+	"github.com/resultity/node/test/host"
+	"github.com/resultity/node/test/stack"
+)
+
+// World is a system to break: a network with two nodes. A is the victim, B is
+// there so that clients have somebody who answers. A reaches the network through
+// a proxy of ours.
+type World struct {
+	*stack.Stack
+	A, B  *stack.Node
+	Load  *Load
+	Proxy *Proxy
+	Site  *Site
+
+	address string // A's node id
+	program []byte // the engine
+	locker  string // on A's host
+}
+
+// proxyName is what A calls the network.
+const proxyName = "proxy.test"
+
+// tokens of each answer.
+const tokens = 8
+
+// New brings a world up. Progress, if not nil, is told in lines what happens.
+func New(ctx context.Context, progress io.Writer) (_ *World, err error) {
+	dir, err := os.MkdirTemp("", "faults-")
+	if err != nil {
+		return nil, err
+	}
+	defer func() { err = errors.Join(err, os.RemoveAll(dir)) }()
+	engine := filepath.Join(dir, "engine")
+	if err := stack.BuildProgram(ctx, engine, "./test/faults/engine"); err != nil {
+		return nil, err
+	}
+	program, err := os.ReadFile(engine)
+	if err != nil {
+		return nil, err
+	}
+	w := &World{program: program}
+	defer func() {
+		if err != nil {
+			err = errors.Join(err, w.Close())
+		}
+	}()
+	if w.Stack, err = stack.Up(ctx, stack.Options{Host: host.Options{Progress: progress}}); err != nil {
+		return nil, err
+	}
+	ref, err := w.PushEngine(ctx, w.Reg, "faulty", program)
+	if err != nil {
+		return nil, err
+	}
+	if err := w.Publish(ctx, func(c *snapshot.Config) {
+		c.Runtime.Image = ref
+		c.Runtime.Settings.Slots = 4
+		c.Limits.Deadline = 30
+		c.Validation = []snapshot.Golden{{Name: "words", Prompt: "words", Answer: instant.Text(tokens), Tokens: tokens, Timeout: 20}}
+	}); err != nil {
+		return nil, err
+	}
+	if w.Proxy, err = w.newProxy(); err != nil {
+		return nil, err
+	}
+	if w.Site, err = w.newSite(); err != nil {
+		return nil, err
+	}
+	for _, c := range []host.Config{{Name: "a", Release: host.Trixie}, {Name: "b", Release: host.Forky}} {
+		if err := w.AddNode(ctx, c); err != nil {
+			return nil, err
+		}
+	}
+	w.A, w.B = w.Nodes[0], w.Nodes[1]
+	w.locker = "/usr/local/bin/locker"
+	if err := errors.Join(stack.BuildProgram(ctx, dir+"/locker", "./test/faults/locker"), w.A.CopyTo(dir+"/locker", w.locker)); err != nil {
+		return nil, err
+	}
+	w.Site.victim.Store(w.A.Addr().String())
+	if err := w.throughProxy(ctx); err != nil {
+		return nil, err
+	}
+	if err := w.WaitRoutable(ctx); err != nil {
+		return nil, fmt.Errorf("%w\n%s", err, w.A.Journal(ctx, 50))
+	}
+	s, err := w.A.Status(ctx)
+	if err != nil {
+		return nil, err
+	}
+	w.address = s.Node
+	w.Load = newLoad(w.Stack)
+	return w, nil
+}
+
+// Close takes the world down.
+func (w *World) Close() error {
+	var errs []error
+	if w.Load != nil {
+		w.Load.Stop()
+	}
+	if w.Stack != nil {
+		errs = append(errs, w.Stack.Close())
+	}
+	if w.Proxy != nil {
+		errs = append(errs, w.Proxy.Close())
+	}
+	if w.Site != nil {
+		errs = append(errs, w.Site.Close())
+	}
+	return errors.Join(errs...)
+}
+
+const (
+	agentFile = "/etc/resultity/agent.toml"
+	hostsFile = "/etc/hosts"
+)
+
+// throughProxy has A's agent reach the network by a name, which is the proxy's.
+func (w *World) throughProxy(ctx context.Context) error {
+	raw, err := w.A.ReadFile(agentFile)
+	if err != nil {
+		return err
+	}
+	raw = bytes.Replace(raw, []byte(w.API), []byte(w.Proxy.URL), 1)
+	if !bytes.Contains(raw, []byte(proxyName)) {
+		return fmt.Errorf("%s does not name %s:\n%s", agentFile, w.API, raw)
+	}
+	return errors.Join(w.A.WriteFile(agentFile, raw, 0o644), w.setName(true), w.A.UserCtl(ctx, "restart", w.A.Agent))
+}
+
+// setName lets A know the proxy by name, or not.
+func (w *World) setName(known bool) error {
+	raw, err := w.A.ReadFile(hostsFile)
+	if err != nil {
+		return err
+	}
+	var b bytes.Buffer
+	for line := range bytes.Lines(raw) {
+		if !bytes.Contains(line, []byte(proxyName)) {
+			b.Write(line)
+		}
+	}
+	if known {
+		fmt.Fprintf(&b, "%s %s\n", w.Lab.Addr(), proxyName)
+	}
+	return w.A.WriteFile(hostsFile, b.Bytes(), 0o644)
+}
+
+// engine returns the process id of A's engine, as its host counts.
+func (w *World) engine(ctx context.Context) (string, error) {
+	out, err := w.A.Podman(ctx, "top", "resultity-runtime", "hpid", "comm")
+	if err != nil {
+		return "", fmt.Errorf("%w: %s", err, out)
+	}
+	for line := range strings.Lines(string(out)) {
+		if f := strings.Fields(line); len(f) == 2 && f[1] == "llama-server" {
+			return f[0], nil
+		}
+	}
+	return "", fmt.Errorf("no engine in the container: %s", out)
+}
+
+// tell signals A's engine.
+func (w *World) tell(ctx context.Context, signal string) error {
+	pid, err := w.engine(ctx)
+	if err != nil {
+		return err
+	}
+	// The engine's user is a subordinate id of the account's, whose master the
+	// account is in there only.
+	if out, err := w.A.Podman(ctx, "unshare", "kill", "-"+signal, pid); err != nil {
+		return fmt.Errorf("%w: %s", err, out)
+	}
+	return nil
+}
+
+// WaitRecovered waits until A has answered a client's request that was sent
+// after now.
+func (w *World) WaitRecovered(ctx context.Context) error {
+	if err := w.A.WaitRoutable(ctx); err != nil {
+		return err
+	}
+	return w.Load.WaitAnswerOf(ctx, w.address)
+}
+
+// Check looks at what must be true at any time when nothing is broken.
+func (w *World) Check(ctx context.Context) error {
+	err := w.A.WaitStatus(ctx, "an empty outbox", func(s *control.Status) bool { return s.Outbox == 0 })
+	if err != nil {
+		return err
+	}
+	s, err := w.A.Status(ctx)
+	if err != nil {
+		return err
+	}
+	if s.Node != w.address {
+		return fmt.Errorf("node %s has become %s", w.address, s.Node)
+	}
+	return w.checkModels(ctx)
+}
+
+// checkModels compares every model file of A's with its name.
+func (w *World) checkModels(ctx context.Context) error {
+	out, err := w.A.Output(ctx, "find", w.A.State, "-type", "f", "-regextype", "egrep", "-regex", ".*/[0-9a-f]{64}", "-exec", "sha256sum", "{}", ";")
+	if err != nil {
+		return err
+	}
+	n := 0
+	for line := range strings.Lines(string(out)) {
+		sum, path, _ := strings.Cut(strings.TrimSpace(line), "  ")
+		if n++; sum != filepath.Base(path) {
+			return fmt.Errorf("%s has the hash %s", path, sum)
+		}
+	}
+	if n == 0 {
+		return errors.New("no model file was found to check")
+	}
+	return nil
+}
+
+// Balance returns how many answers that clients have got are not to be found at
+// the network any more, and how many jobs were answered twice. Clients are quiet
+// from then on.
+func (w *World) Balance(ctx context.Context) (lost, twice int, err error) {
+	w.Load.Stop()
+	w.Load.mu.Lock()
+	all, twice := w.Load.all, w.Load.twice
+	w.Load.mu.Unlock()
+	for id := range all {
+		res, raw, err := w.Do(ctx, "GET", "/v1/receipts/"+id, nil)
+		switch {
+		case err != nil:
+			return lost, twice, err
+		case res.StatusCode != 200:
+			lost++
+		default:
+			if _, err := receipt.Verify(raw); err != nil {
+				return lost, twice, fmt.Errorf("receipt %s: %w", id, err)
+			}
+		}
+	}
+	return lost, twice, nil
+}
+
+// pause is for faults that last a while.
+func pause(ctx context.Context, d time.Duration) error {
+	t := time.NewTimer(d)
+	defer t.Stop()
+	select {
+	case <-t.C:
+		return nil
+	case <-ctx.Done():
+		return ctx.Err()
+	}
+}
