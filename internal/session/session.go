@@ -232,10 +232,11 @@ func (b *backoff) next(lasted time.Duration, err error) time.Duration {
 }
 
 // hopeless says that waiting alone mends nothing. It is tried again all the
-// same, slowly: somebody may register the node, set the clock or change the
-// configuration without telling this agent.
+// same, slowly: somebody may register the node or change the configuration without
+// telling this agent. A wrong clock is none of these: time synchronisation sets it
+// right, soon after a boot most often, and the node is not to miss that.
 func hopeless(err error) bool {
-	for _, e := range []error{ErrNotRegistered, ErrWrongNetwork, ErrProtocol, wire.ErrClock, wire.ErrSigner} {
+	for _, e := range []error{ErrNotRegistered, ErrWrongNetwork, ErrProtocol, wire.ErrSigner} {
 		if errors.Is(err, e) {
 			return true
 		}

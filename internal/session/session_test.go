@@ -1142,7 +1142,7 @@ func TestBackoff(t *testing.T) {
 	within(b.next(healthy-1, down), time.Minute) // a session that ends at once is no success
 	within(b.next(healthy, down), time.Second)
 	within(b.next(0, down), 10*time.Second)
-	for _, err := range []error{ErrNotRegistered, ErrWrongNetwork, ErrProtocol, wire.ErrClock, wire.ErrSigner} {
+	for _, err := range []error{ErrNotRegistered, ErrWrongNetwork, ErrProtocol, wire.ErrSigner} {
 		b := backoff{delays: delays, act: time.Hour}
 		within(b.next(0, fmt.Errorf("x: %w", err)), time.Hour)
 	}
