@@ -68,7 +68,14 @@ func scenarioOf(p Point) scenario {
 // perPoint is how long one point may take. The machine may be busy.
 const perPoint = time.Minute
 
-func TestWalk(t *testing.T) {
+// All tests share a world.
+func TestCrash(t *testing.T) {
+	w := up(t)
+	t.Run("clock", w.clock)
+	t.Run("walk", w.walk)
+}
+
+func (w *world) walk(t *testing.T) {
 	points, err := Points("../..")
 	must(t, err)
 	for _, p := range points {
@@ -76,7 +83,6 @@ func TestWalk(t *testing.T) {
 			t.Errorf("%s: nothing in scenarios passes %s", p.At, p.Name)
 		}
 	}
-	w := up(t)
 	w.checkPrograms(t, points)
 	for _, network := range []bool{false, true} {
 		missing := w.missing(t)
