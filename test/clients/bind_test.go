@@ -3,6 +3,7 @@ package clients
 import (
 	"bytes"
 	"context"
+	"net/http"
 	"os"
 	"path/filepath"
 	"strings"
@@ -33,6 +34,8 @@ func (a agent) Bind(_ context.Context, q control.BindRequest) (control.Binding, 
 		Network: b.Network, ChainID: b.ChainID, Node: b.Node, Action: binding.Bind, Nonce: b.Nonce, Now: now, Window: time.Minute,
 	})
 }
+
+func (agent) Metrics() http.Handler { return http.NotFoundHandler() } // nobody asks here
 
 // What resultityctl prints is what a wallet of somebody else's signs, and what
 // that returns is what resultityctl takes.
