@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"net/http"
 	"regexp"
+	"slices"
 	"strings"
 	"sync"
 	"time"
@@ -208,17 +209,20 @@ func leave(ctx context.Context, w *world) error {
 	return errors.Join(err, res.Body.Close())
 }
 
-// blob is the only file of the model that is served.
+// blob is the only file of the model that is served: the one that came last. A
+// node keeps the model of the generation before, too.
 func (w *world) blob(ctx context.Context) (string, error) {
-	out, err := w.node.Output(ctx, "find", w.node.State, "-type", "f", "-regextype", "egrep", "-regex", ".*/[0-9a-f]{64}")
+	out, err := w.node.Output(ctx, "find", w.node.State, "-type", "f", "-regextype", "egrep", "-regex", ".*/[0-9a-f]{64}", "-printf", "%T@ %p\n")
 	if err != nil {
 		return "", err
 	}
-	names := strings.Fields(string(out))
-	if len(names) == 0 {
+	lines := strings.Split(strings.TrimSpace(string(out)), "\n")
+	slices.Sort(lines)
+	_, name, ok := strings.Cut(lines[len(lines)-1], " ")
+	if !ok {
 		return "", errors.New("no model")
 	}
-	return names[0], nil
+	return name, nil
 }
 
 // damage turns a byte of the model, and has the network order to look at it.
