@@ -170,7 +170,7 @@ func TestSetupInstalls(t *testing.T) {
 	if err := Setup(t.Context(), nil); err == nil || !strings.Contains(err.Error(), "broken archive") {
 		t.Errorf("failed installation: %v, want its reason", err)
 	}
-	script(fmt.Sprintf("for tool in mmdebstrap ip unshare cp; do echo > %[1]s/$tool; /bin/chmod 755 %[1]s/$tool; done", dir))
+	script(fmt.Sprintf("for tool in mmdebstrap ip unshare cp nft; do echo > %[1]s/$tool; /bin/chmod 755 %[1]s/$tool; done", dir))
 	if err := os.Remove(calls); err != nil {
 		t.Fatal(err)
 	}
@@ -181,7 +181,7 @@ func TestSetupInstalls(t *testing.T) {
 	}
 	got, err := os.ReadFile(calls)
 	want := "-o DPkg::Lock::Timeout=600 -q update\n" +
-		"-o DPkg::Lock::Timeout=600 -q install --yes --no-install-recommends coreutils iproute2 mmdebstrap util-linux\n"
+		"-o DPkg::Lock::Timeout=600 -q install --yes --no-install-recommends coreutils iproute2 mmdebstrap nftables util-linux\n"
 	if err != nil || string(got) != want {
 		t.Errorf("apt-get was called with\n%s%v, want\n%s", got, err, want)
 	}
