@@ -234,7 +234,7 @@ func addedInstant(ctx context.Context, b *bench, t *table) error {
 	if err != nil {
 		return err
 	}
-	t.add(fmt.Sprintf("floor of plain: %d durable writes, %d signatures, %d checks of one", load.Syncs, load.Signs, load.Checks), "µs", m.floor(0, total))
+	t.add(fmt.Sprintf("floor of plain: %d durable write, %d signature, %d check of one", load.Syncs, load.Signs, load.Checks), "µs", m.floor(0, total))
 	t.add("plain, added / floor", "ratio", paired(m.added[0], m.floor(0, total), over), atMost(3))
 	hops := paired(m.floor(2, token), m.floor(1, token), minus)
 	t.add("floor of a token each 2 ms: two programs that pass bytes on, over TLS", "µs", hops)
