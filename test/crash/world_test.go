@@ -1,12 +1,10 @@
 package crash
 
 import (
-	"bufio"
 	"bytes"
 	"cmp"
 	"context"
 	"crypto/rand"
-	"encoding/json"
 	"errors"
 	"fmt"
 	"io"
@@ -408,7 +406,7 @@ func (w *world) ask(ctx context.Context, stream bool, prompt string) (id string,
 	if err != nil {
 		return "", res.StatusCode, err
 	}
-	text, whole := textOf(raw, stream)
+	text, whole := instant.Read(raw, stream)
 	switch {
 	case !whole:
 		return "", res.StatusCode, fmt.Errorf("cut short: %.300s", raw[max(0, len(raw)-300):])
@@ -433,29 +431,4 @@ func (w *world) ask(ctx context.Context, stream bool, prompt string) (id string,
 			return id, res.StatusCode, fmt.Errorf("%w: no receipt %s: %v %s", errWrong, id, err, proof)
 		}
 	}
-}
-
-// textOf returns the text of an answer, and whether it is whole.
-func textOf(raw []byte, stream bool) (text string, whole bool) {
-	var e struct {
-		Choices []struct{ Message, Delta struct{ Content string } }
-	}
-	if !stream {
-		if json.Unmarshal(raw, &e) != nil || len(e.Choices) != 1 {
-			return "", true
-		}
-		return e.Choices[0].Message.Content, true
-	}
-	var b strings.Builder
-	for lines := bufio.NewScanner(bytes.NewReader(raw)); lines.Scan(); {
-		data, ok := strings.CutPrefix(lines.Text(), "data: ")
-		if data == "[DONE]" {
-			return b.String(), true
-		}
-		e.Choices = nil
-		if ok && json.Unmarshal([]byte(data), &e) == nil && len(e.Choices) > 0 {
-			b.WriteString(e.Choices[0].Delta.Content)
-		}
-	}
-	return b.String(), false
 }

@@ -1,17 +1,13 @@
 package faults
 
 import (
-	"bufio"
-	"bytes"
 	"cmp"
 	"context"
 	"crypto/sha256"
-	"encoding/json"
 	"errors"
 	"fmt"
 	"io"
 	"net/http"
-	"strings"
 	"sync"
 	"time"
 
@@ -220,7 +216,7 @@ func (l *Load) ask(ctx context.Context, stream bool) (id, node string, sum [sha2
 	case res.StatusCode != http.StatusOK:
 		return "", "", sum, fmt.Errorf("%s: %.300s", res.Status, raw)
 	}
-	text, done := textOf(raw, stream)
+	text, done := instant.Read(raw, stream)
 	switch {
 	case stream && !done: // ended in order, with an error event or without a word
 		return "", "", sum, fmt.Errorf("%w: %.300s", errBroken, tail(raw))
@@ -243,29 +239,3 @@ func (l *Load) ask(ctx context.Context, stream bool) (id, node string, sum [sha2
 }
 
 func tail(b []byte) []byte { return b[max(0, len(b)-300):] }
-
-// textOf returns the text of an answer, and whether a stream has its end.
-func textOf(raw []byte, stream bool) (text string, done bool) {
-	type event struct {
-		Choices []struct{ Message, Delta struct{ Content string } }
-	}
-	var e event
-	if !stream {
-		if json.Unmarshal(raw, &e) != nil || len(e.Choices) != 1 {
-			return "", true
-		}
-		return e.Choices[0].Message.Content, true
-	}
-	var b strings.Builder
-	for lines := bufio.NewScanner(bytes.NewReader(raw)); lines.Scan(); {
-		data, ok := strings.CutPrefix(lines.Text(), "data: ")
-		if data == "[DONE]" {
-			return b.String(), true
-		}
-		e = event{}
-		if ok && json.Unmarshal([]byte(data), &e) == nil && len(e.Choices) > 0 {
-			b.WriteString(e.Choices[0].Delta.Content)
-		}
-	}
-	return b.String(), false
-}

@@ -4,7 +4,6 @@ package main
 
 import (
 	"log"
-	"net"
 	"net/http"
 	"os"
 	"time"
@@ -13,16 +12,10 @@ import (
 )
 
 func main() {
-	option := map[string]string{}
-	for i, a := range os.Args[1:] {
-		if i+2 < len(os.Args) {
-			option[a] = os.Args[i+2]
-		}
-	}
 	log.SetFlags(0)
 	log.Print("this is the instant engine: no model, known words, for measurements only")
 	s := &http.Server{
-		Addr: net.JoinHostPort(option["--host"], option["--port"]), Handler: instant.Handler(), ReadHeaderTimeout: 10 * time.Second,
+		Addr: instant.Address(os.Args[1:]), Handler: instant.Handler(), ReadHeaderTimeout: 10 * time.Second,
 	}
 	log.Fatal(s.ListenAndServe())
 }

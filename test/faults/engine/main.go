@@ -14,7 +14,6 @@ package main
 import (
 	"fmt"
 	"log"
-	"net"
 	"net/http"
 	"os"
 	"os/signal"
@@ -27,12 +26,6 @@ import (
 )
 
 func main() {
-	option := map[string]string{}
-	for i, a := range os.Args[1:] {
-		if i+2 < len(os.Args) {
-			option[a] = os.Args[i+2]
-		}
-	}
 	log.SetFlags(0)
 	log.Print("this is an engine for tests of faults: no model, known words")
 	var told atomic.Value // syscall.Signal
@@ -48,7 +41,7 @@ func main() {
 		told.Store(s)
 	}()
 	s := &http.Server{
-		Addr: net.JoinHostPort(option["--host"], option["--port"]), ReadHeaderTimeout: 10 * time.Second,
+		Addr: instant.Address(os.Args[1:]), ReadHeaderTimeout: 10 * time.Second,
 		Handler: &faulty{good: instant.Handler(), told: func() syscall.Signal { return told.Load().(syscall.Signal) }},
 	}
 	log.Fatal(s.ListenAndServe())
