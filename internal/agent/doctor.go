@@ -232,7 +232,7 @@ func (a *Agent) listen(ctx context.Context) (_ *ears, err error) {
 					return // closed
 				}
 				e.count.Add(1)
-				_ = c.Close()
+				_ = c.Close() // that it came is all
 				select {
 				case heard <- struct{}{}:
 				default:
@@ -244,7 +244,7 @@ func (a *Agent) listen(ctx context.Context) (_ *ears, err error) {
 		if err != nil {
 			return e, err
 		}
-		_ = c.Close()
+		_ = c.Close() // likewise
 		e.own++
 		select {
 		case <-heard:

@@ -76,7 +76,7 @@ func checkMemory(s string) error {
 	}
 	var n int64
 	if m != nil {
-		n, _ = strconv.ParseInt(m[1], 10, 64)
+		n, _ = strconv.ParseInt(m[1], 10, 64) // digits; what overflows is above 100 %, too
 	}
 	switch {
 	case m == nil, m[2] == "%" && n > 100, m[2] != "%" && (len(m[1]) > 6 && m[2] != "" || Runtime{MemoryMax: s}.Memory(0) < leastMemory):

@@ -122,7 +122,7 @@ func serveUnsigned() (*unsigned, error) {
 				_, _ = w.Write(manifest) // whoever has gone does not want it
 			case known:
 				w.Header().Set("Content-Type", "application/octet-stream")
-				_, _ = w.Write(blob)
+				_, _ = w.Write(blob) // likewise
 			default:
 				http.NotFound(w, r)
 			}

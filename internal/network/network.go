@@ -237,7 +237,7 @@ func (s *service) serve(ctx context.Context, listener, admin net.Listener) error
 	})
 	t := s.dispatch.Terms()
 	s.log.Info("serving", "network", t.Config.Network.Name, "address", listener.Addr().String(), "config", t.Digest, "version", t.Version, "key", s.key.Address())
-	_, _ = daemon.SdNotify(false, daemon.SdNotifyReady)
+	_, _ = daemon.SdNotify(false, daemon.SdNotifyReady) // likewise
 	if s.cfg.Ready != nil {
 		s.cfg.Ready(listener.Addr())
 	}

@@ -241,7 +241,7 @@ func (m *Manager) ServeSession(w http.ResponseWriter, r *http.Request) {
 		return
 	}
 	if conn.Subprotocol() != wire.Subprotocol {
-		_ = conn.Close()
+		_ = conn.Close() // nothing was said on it
 		m.remove(s)
 		return
 	}
