@@ -72,8 +72,8 @@
 //	leaves  failpoint; digest, durable, evm, gate, journal, version
 //	pure    receipt, binding; wire, snapshot, bridge/contract; openai, quadlet   no I/O, no clock
 //	        config                                                               reads its files, no more
-//	edges   identity, tuf, session, image, model, podman, systemd, runtime,      one thing outside each
-//	        state, generation, order, spool, preflight, support;
+//	edges   identity, signer, tuf, session, image, model, podman, systemd,       one thing outside each
+//	        runtime, state, generation, order, spool, preflight, support;
 //	        sandbox, control, hardware
 //	order   deploy, work
 //	top     agent, ctl

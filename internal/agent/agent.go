@@ -34,6 +34,7 @@ import (
 	"github.com/resultity/node/internal/podman"
 	"github.com/resultity/node/internal/runtime"
 	"github.com/resultity/node/internal/session"
+	"github.com/resultity/node/internal/signer"
 	"github.com/resultity/node/internal/snapshot"
 	"github.com/resultity/node/internal/spool"
 	"github.com/resultity/node/internal/state"
@@ -82,7 +83,8 @@ type Agent struct {
 	version string
 	log     *slog.Logger
 
-	key     *evm.Key
+	key     signer.Signer
+	held    *evm.Key // the key where it is in this process, else nil
 	store   *state.Store
 	snaps   snapshots
 	gens    *generation.Store // changed by the update loop alone

@@ -32,6 +32,7 @@ import (
 	"github.com/resultity/node/internal/receipt"
 	"github.com/resultity/node/internal/runtime"
 	"github.com/resultity/node/internal/session"
+	"github.com/resultity/node/internal/signer"
 	"github.com/resultity/node/internal/snapshot"
 	"github.com/resultity/node/internal/state"
 	"github.com/resultity/node/internal/tuf"
@@ -251,7 +252,8 @@ func build(t *testing.T, dir string, m *deploytest.Machine) *fixture {
 	f := &fixture{t: t, machine: m, tuf: &tufs{}, book: &logbook{}, engine: &talker{asked: make(chan struct{}, 16), answer: make(chan struct{}, 16)}}
 	f.Agent = empty(cfg, slog.New(journal.Text(f.book, slog.LevelInfo)), "1.2.3")
 	f.link = &wirelink{h: f.Agent, sent: make(chan wire.Message, 1000), up: make(chan struct{})}
-	f.key, f.snaps, f.units, f.session = nodeKey, f.tuf, m.Units(), f.link
+	f.held, f.key = nodeKey, signer.NewLocal(nodeKey)
+	f.snaps, f.units, f.session = f.tuf, m.Units(), f.link
 	var err error
 	if f.store, err = state.Open(filepath.Join(dir, "jobs"), state.DefaultBounds, time.Now); err != nil {
 		t.Fatal(err)

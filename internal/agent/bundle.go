@@ -92,7 +92,10 @@ func (a *Agent) secrets(files []string) ([][]byte, error) {
 	if err != nil {
 		return nil, err
 	}
-	key, err := hex.DecodeString(a.key.Hex())
+	if a.held == nil {
+		return secrets, nil
+	}
+	key, err := hex.DecodeString(a.held.Hex())
 	return append(secrets, key), err
 }
 

@@ -234,7 +234,7 @@ func TestBundleHoldsNoSecret(t *testing.T) {
 			t.Fatal(err)
 		}
 		files := untar(t, raw)
-		key, err := hex.DecodeString(f.key.Hex())
+		key, err := hex.DecodeString(f.held.Hex())
 		if err != nil || len(key) != 32 {
 			t.Fatal(len(key), err)
 		}

@@ -87,7 +87,7 @@ func (a *Agent) uploadTo(ctx context.Context, target uint64) error {
 		if b == nil || err != nil {
 			return err
 		}
-		l, err := wire.SealLogs(a.key, wire.LogBatch{
+		l, err := a.key.Logs(wire.LogBatch{
 			Network: a.cfg.Network.Name, Node: a.key.Address(), Spool: b.Spool, After: b.After, Last: b.Last, Count: b.Count,
 		}, b.Data)
 		if err != nil {

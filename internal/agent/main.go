@@ -35,6 +35,7 @@ import (
 	"github.com/resultity/node/internal/runtime"
 	"github.com/resultity/node/internal/sandbox"
 	"github.com/resultity/node/internal/session"
+	"github.com/resultity/node/internal/signer"
 	"github.com/resultity/node/internal/snapshot"
 	"github.com/resultity/node/internal/state"
 	"github.com/resultity/node/internal/systemd"
@@ -275,7 +276,7 @@ func (a *Agent) openIdentity(env func(string) string) error {
 	if err != nil {
 		return inDir("paths.state", err)
 	}
-	a.key = key
+	a.key, a.held = signer.NewLocal(key), key
 	if created {
 		a.log.Info("identity created", journal.IdentityCreated.Attr(), "node", key.Address())
 	}

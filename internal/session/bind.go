@@ -15,7 +15,7 @@ import (
 type Binding struct {
 	URL     string // https://host[:port][/path]
 	Client  *http.Client
-	Key     signer // the node's
+	Key     bindingSigner // the node's
 	Trusted func(evm.Address) bool
 	Body    wire.BindRequest // a Time of 0 is replaced by the present
 }
@@ -31,7 +31,7 @@ func Bind(ctx context.Context, b Binding) (*wire.BindReply, error) {
 	failpoint.Here("session.bind.begin")
 	reply := new(wire.BindReply)
 	err := exchange{b.URL, wire.BindPath, b.Client, b.Trusted, wire.OpenBinding, bindRefused}.do(ctx, reply, func() ([]byte, error) {
-		return wire.SealBinding(b.Key, &b.Body)
+		return b.Key.Binding(&b.Body)
 	})
 	if err == nil && (reply.Network != b.Body.Network || reply.Node != b.Body.Node) {
 		err = fmt.Errorf("%w: the reply is about node %s of network %.80q", ErrProtocol, reply.Node, reply.Network)

@@ -165,7 +165,7 @@ var ErrToken = errors.New("the enrolment token is missing, unknown, used up or e
 type Registration struct {
 	URL     string // https://host[:port][/path]
 	Client  *http.Client
-	Key     signer // the node's
+	Key     registrationSigner // the node's
 	Trusted func(evm.Address) bool
 	Body    wire.Registration // a Time of 0 is replaced by the present
 }
@@ -181,7 +181,7 @@ func Register(ctx context.Context, r Registration) (*wire.Registered, error) {
 	failpoint.Here("session.register.begin")
 	reply := new(wire.Registered)
 	err := exchange{r.URL, wire.RegisterPath, r.Client, r.Trusted, wire.OpenRegistration, registerRefused}.do(ctx, reply, func() ([]byte, error) {
-		return wire.SealRegistration(r.Key, &r.Body)
+		return r.Key.Registration(&r.Body)
 	})
 	if err == nil && (reply.Network != r.Body.Network || reply.Node != r.Body.Node) {
 		err = fmt.Errorf("%w: the reply is about node %s of network %.80q", ErrProtocol, reply.Node, reply.Network)

@@ -54,10 +54,19 @@ var (
 	ErrProtocol = errors.New("the network does not speak " + wire.Subprotocol)
 )
 
-// signer is what a session needs of the node's key.
-type signer interface {
-	Sign(evm.Hash) (evm.Signature, error)
-}
+// What a session, a registration and a binding need of whoever holds the node's
+// key; package signer has the methods' meaning.
+type (
+	helloSigner interface {
+		Hello(wire.Terms, wire.Hello, time.Time) ([]byte, error)
+	}
+	registrationSigner interface {
+		Registration(*wire.Registration) ([]byte, error)
+	}
+	bindingSigner interface {
+		Binding(*wire.BindRequest) ([]byte, error)
+	}
+)
 
 // Handler is told what happens. Its methods are called one at a time, from the
 // read loop: while one runs, nothing is read.
@@ -76,7 +85,7 @@ type Config struct {
 	URL     string // wss://host[:port][/path], without the protocol's own path
 	Network string
 	Node    evm.Address
-	Key     signer                 // the node's
+	Key     helloSigner            // the node's
 	Trusted func(evm.Address) bool // may this key sign for the network? Asked again for each frame and each ping, so that a session ends with its key
 	Agent   string                 // version
 	TLS     *tls.Config
@@ -256,7 +265,7 @@ func (s *Session) once(ctx context.Context) (lasted time.Duration, err error) {
 	defer wg.Wait()
 	defer func() { l.end(err) }()
 	wg.Go(func() {
-		if err := l.write(wire.NewSealer(s.cfg.Key, agreed, wire.ToNetwork, s.cfg.Now), s.cfg.Log); err != nil {
+		if err := l.write(wire.NewNodeSealer(s.cfg.Key.Hello, agreed, s.cfg.Now), s.cfg.Log); err != nil {
 			l.end(err)
 		}
 	})

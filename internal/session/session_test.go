@@ -26,6 +26,7 @@ import (
 	"github.com/resultity/node/internal/digest"
 	"github.com/resultity/node/internal/evm"
 	"github.com/resultity/node/internal/receipt"
+	"github.com/resultity/node/internal/signer"
 	"github.com/resultity/node/internal/wire"
 )
 
@@ -218,7 +219,7 @@ func init() { usual.act = time.Millisecond }
 
 func config(n *network) Config {
 	return Config{
-		URL: "wss" + strings.TrimPrefix(n.URL, "https") + "/base", Network: "testnet", Node: nodeKey.Address(), Key: nodeKey,
+		URL: "wss" + strings.TrimPrefix(n.URL, "https") + "/base", Network: "testnet", Node: nodeKey.Address(), Key: signer.NewLocal(nodeKey),
 		Trusted: func(a evm.Address) bool { return a == networkKey.Address() }, Agent: "v1",
 		TLS: n.Client().Transport.(*http.Transport).TLSClientConfig,
 		Log: slog.New(slog.DiscardHandler), Now: time.Now,

@@ -42,9 +42,8 @@ func (t *tagger) tag(body []byte) []byte {
 // Sealer makes the frames of one direction of one session. Not safe for
 // concurrent use: the order of calls is the order on the wire.
 type Sealer struct {
-	key     signer
+	first   func(buf []byte, m Message) ([]byte, error) // makes the first frame, which is signed
 	session *Session
-	dir     Direction
 	now     func() time.Time
 	tags    tagger
 	seq     uint64
@@ -53,7 +52,66 @@ type Sealer struct {
 // NewSealer begins a direction; its first frame has sequence number 1 and is
 // signed with key. The key is not asked again.
 func NewSealer(key signer, session *Session, dir Direction, now func() time.Time) *Sealer {
-	return &Sealer{key: key, session: session, dir: dir, now: now, tags: newTagger(session, dir)}
+	s := &Sealer{session: session, now: now, tags: newTagger(session, dir)}
+	s.first = func(buf []byte, m Message) ([]byte, error) { return sealFirst(buf, key, session.id, dir, m, s.now()) }
+	return s
+}
+
+// NewNodeSealer begins the direction to the network for a node whose key is not
+// at hand: hello makes its first frame, as [SealHello] does.
+func NewNodeSealer(hello func(Terms, Hello, time.Time) ([]byte, error), session *Session, now func() time.Time) *Sealer {
+	s := &Sealer{session: session, now: now, tags: newTagger(session, ToNetwork)}
+	s.first = func(buf []byte, m Message) ([]byte, error) {
+		h, ok := m.(*Hello)
+		if !ok {
+			return nil, fmt.Errorf("%s before hello", m.Type())
+		}
+		frame, err := hello(session.terms, *h, s.now())
+		return append(buf, frame...), err
+	}
+	return s
+}
+
+// SealHello makes the first frame of a node.
+func SealHello(key signer, t Terms, h Hello, at time.Time) ([]byte, error) {
+	return sealFirst(nil, key, t.ID(), ToNetwork, &h, at)
+}
+
+// sealFirst appends the first frame of a direction.
+func sealFirst(buf []byte, key signer, id ID, dir Direction, m Message, at time.Time) ([]byte, error) {
+	buf, frame, err := begin(buf, signatureSize, 1, m, at)
+	if err != nil {
+		return nil, err
+	}
+	sig, err := key.Sign(id.hash(dir, frame[signatureSize:]))
+	if err != nil {
+		return nil, err
+	}
+	copy(frame, sig[:])
+	return buf, nil
+}
+
+// begin appends a frame to buf, which may be nil, with room for its proof. It
+// returns the longer buf and the frame at its end.
+func begin(buf []byte, proof int, seq uint64, m Message, at time.Time) (_, frame []byte, err error) {
+	start := len(buf)
+	var room [signatureSize]byte
+	buf = append(buf, room[:proof]...)
+	buf = append(buf, `{"seq":`...)
+	buf = strconv.AppendUint(buf, seq, 10)
+	buf = append(buf, `,"time":`...)
+	buf = strconv.AppendInt(buf, at.UnixMilli(), 10)
+	buf = append(buf, `,"type":"`...)
+	buf = append(buf, m.Type()...)
+	buf = append(buf, `","data":`...)
+	if buf, err = encode(buf, m); err != nil {
+		return nil, nil, err
+	}
+	buf = append(buf, '}')
+	if frame = buf[start:]; len(frame) > MaxFrame {
+		return nil, nil, fmt.Errorf("%w: %s of %d bytes, at most %d", ErrTooLarge, m.Type(), len(frame), MaxFrame)
+	}
+	return buf, frame, nil
 }
 
 // Seal appends the next frame to buf, which may be nil. A message that does not
@@ -61,41 +119,21 @@ func NewSealer(key signer, session *Session, dir Direction, now func() time.Time
 // first need the peer's first one to have been opened: before that, nobody knows
 // who else holds the keys.
 func (s *Sealer) Seal(buf []byte, m Message) ([]byte, error) {
-	proof := tagSize
-	if s.seq == 0 {
-		proof = signatureSize
-	} else if !s.session.met.Load() {
+	switch {
+	case s.seq == 0:
+		buf, err := s.first(buf, m)
+		if err == nil {
+			s.seq++
+		}
+		return buf, err
+	case !s.session.met.Load():
 		return nil, errNotMet
 	}
-	start := len(buf)
-	var room [signatureSize]byte
-	buf = append(buf, room[:proof]...)
-	buf = append(buf, `{"seq":`...)
-	buf = strconv.AppendUint(buf, s.seq+1, 10)
-	buf = append(buf, `,"time":`...)
-	buf = strconv.AppendInt(buf, s.now().UnixMilli(), 10)
-	buf = append(buf, `,"type":"`...)
-	buf = append(buf, m.Type()...)
-	buf = append(buf, `","data":`...)
-	buf, err := encode(buf, m)
+	buf, frame, err := begin(buf, tagSize, s.seq+1, m, s.now())
 	if err != nil {
 		return nil, err
 	}
-	buf = append(buf, '}')
-	frame := buf[start:]
-	if len(frame) > MaxFrame {
-		return nil, fmt.Errorf("%w: %s of %d bytes, at most %d", ErrTooLarge, m.Type(), len(frame), MaxFrame)
-	}
-	body := frame[proof:]
-	if s.seq == 0 {
-		sig, err := s.key.Sign(s.session.hash(s.dir, body))
-		if err != nil {
-			return nil, err
-		}
-		copy(frame, sig[:])
-	} else {
-		copy(frame, s.tags.tag(body))
-	}
+	copy(frame, s.tags.tag(frame[tagSize:]))
 	s.seq++
 	return buf, nil
 }
@@ -171,7 +209,7 @@ func (o *Opener) Open(frame []byte, begun time.Time) (Message, error) {
 	body, who := frame[proof:], o.signer
 	if o.seq == 0 {
 		var err error
-		if who, err = evm.Recover(o.session.hash(o.dir, body), evm.Signature(frame[:proof])); err != nil {
+		if who, err = evm.Recover(o.session.id.hash(o.dir, body), evm.Signature(frame[:proof])); err != nil {
 			return nil, fmt.Errorf("%w: %w", ErrSigner, err)
 		}
 		if !o.trusted(who) {

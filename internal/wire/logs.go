@@ -119,7 +119,7 @@ type LogsAck struct {
 	Position uint64 `json:"position"`
 }
 
-// SealLogs signs a batch over records that [PackLogs] has packed.
+// SealLogs signs a batch over records that a [Packer] has packed.
 func SealLogs(key signer, b LogBatch, data []byte) (*Logs, error) {
 	b.Digest = digest.Of(data)
 	s, err := makeStatement(key, logsDomain, &b)

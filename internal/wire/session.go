@@ -54,13 +54,27 @@ type ID [32]byte
 // String prints 64 lower-case hexadecimal digits.
 func (id ID) String() string { return hex.EncodeToString(id[:]) }
 
+// Terms are what a session is about, and all that its name is made of.
+type Terms struct {
+	Network           string
+	Node              evm.Address
+	OfNode, OfNetwork PublicKey
+}
+
+// ID returns the session's name.
+func (t *Terms) ID() ID {
+	name := evm.Keccak([]byte(t.Network))
+	return ID(evm.Keccak([]byte(sessionDomain), name[:], t.Node[:], t.OfNode[:], t.OfNetwork[:]))
+}
+
 // Session is what both sides know of one session. Its keys are known to whoever
 // holds one of the two secrets; that those are the node and the network is known
 // once the first frames have been checked. Safe for concurrent use.
 type Session struct {
-	id   ID
-	keys [2][sha256.Size]byte // of the tags, by direction
-	met  atomic.Bool          // the peer's first frame has been checked
+	terms Terms
+	id    ID                   // the terms'
+	keys  [2][sha256.Size]byte // of the tags, by direction
+	met   atomic.Bool          // the peer's first frame has been checked
 }
 
 // Agree makes the session of the two keys, one of which is that of the secret.
@@ -84,8 +98,8 @@ func (s *Secret) Agree(network string, node evm.Address, ofNode, ofNetwork Publi
 		return nil, err
 	}
 	defer clear(shared)
-	name := evm.Keccak([]byte(network))
-	session := &Session{id: ID(evm.Keccak([]byte(sessionDomain), name[:], node[:], ofNode[:], ofNetwork[:]))}
+	session := &Session{terms: Terms{Network: network, Node: node, OfNode: ofNode, OfNetwork: ofNetwork}}
+	session.id = session.terms.ID()
 	for _, d := range []Direction{ToNetwork, ToNode} {
 		key, err := hkdf.Key(sha256.New, shared, session.id[:], tagDomain+string([]byte{byte(d)}), sha256.Size)
 		if err != nil {
@@ -100,9 +114,12 @@ func (s *Secret) Agree(network string, node evm.Address, ofNode, ofNetwork Publi
 // ID returns the session's name.
 func (s *Session) ID() ID { return s.id }
 
+// Terms returns what the session is about.
+func (s *Session) Terms() Terms { return s.terms }
+
 func (s *Session) tagKey(d Direction) []byte { return s.keys[d-1][:] }
 
 // hash is what the first frame of a direction signs.
-func (s *Session) hash(d Direction, body []byte) evm.Hash {
-	return evm.Keccak([]byte(frameDomain), s.id[:], []byte{byte(d)}, body)
+func (id ID) hash(d Direction, body []byte) evm.Hash {
+	return evm.Keccak([]byte(frameDomain), id[:], []byte{byte(d)}, body)
 }

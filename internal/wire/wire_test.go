@@ -61,7 +61,9 @@ func only(k *evm.Key) func(evm.Address) bool {
 }
 
 // The halves of a session, by who uses them.
-func (p *pair) nodeSeals() *Sealer    { return NewSealer(p.node, p.ofNode, ToNetwork, now) }
+func (p *pair) nodeSeals() *Sealer {
+	return NewNodeSealer(func(t Terms, h Hello, at time.Time) ([]byte, error) { return SealHello(p.node, t, h, at) }, p.ofNode, now)
+}
 func (p *pair) networkSeals() *Sealer { return NewSealer(p.network, p.ofNetwork, ToNode, now) }
 func (p *pair) nodeOpens() *Opener    { return NewOpener(only(p.network), p.ofNode, ToNode, time.Minute) }
 func (p *pair) networkOpens() *Opener {
@@ -121,7 +123,7 @@ func TestFramesArriveInOrder(t *testing.T) {
 func TestOnlyTheFirstFrameIsSigned(t *testing.T) {
 	p := newPair(t)
 	s, o, _, _ := p.shake()
-	s.key = nil // would panic
+	s.first = nil // would panic
 	for range 3 {
 		f := seal(t, s, hello)
 		if body := f[tagSize:]; body[0] != '{' {
@@ -195,7 +197,7 @@ func TestOpenRefusesEveryFlippedBit(t *testing.T) {
 
 // signed and tagged make frames around any body.
 func (p *pair) signed(k *evm.Key, body string) []byte {
-	sig, err := k.Sign(p.ofNode.hash(ToNetwork, []byte(body)))
+	sig, err := k.Sign(p.ofNode.id.hash(ToNetwork, []byte(body)))
 	if err != nil {
 		p.t.Fatal(err)
 	}

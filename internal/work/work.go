@@ -53,6 +53,10 @@ type (
 		Expire(ttl time.Duration) (dropped int, err error)
 		Counts() state.Counts
 	}
+	key interface { // signs receipts; see package signer
+		Address() evm.Address
+		Receipt(chainID uint64, r receipt.Receipt) (receipt.Signed, error)
+	}
 )
 
 // Active is a deployment that may be given jobs: the terms of those accepted
@@ -78,7 +82,7 @@ func (a *Active) slots() int { return a.Snapshot.Config().Runtime.Settings.Slots
 // Config is what a worker works with.
 type Config struct {
 	Store store
-	Key   *evm.Key // signs receipts
+	Key   key
 	// Send hands a message to the session. Without one it fails at once; a
 	// result is then sent when there is one again. A result may wait for room,
 	// but not for long; nothing else waits.
@@ -509,7 +513,7 @@ func (w *Worker) conclude(ctx context.Context, k *job, a *Active, started time.T
 		// The clock may have been set while the engine worked.
 		StartedAt: uint64(started.UnixMilli()), FinishedAt: uint64(max(finished.UnixMilli(), started.UnixMilli())),
 	}
-	signed, err := r.Sign(c.Network.ChainID, w.cfg.Key)
+	signed, err := w.cfg.Key.Receipt(c.Network.ChainID, r)
 	if err != nil {
 		w.fail(ctx, k, wire.CodeInternal, "the receipt could not be signed", err)
 		return

@@ -33,6 +33,7 @@ import (
 	"github.com/resultity/node/internal/openai"
 	"github.com/resultity/node/internal/receipt"
 	"github.com/resultity/node/internal/runtime"
+	"github.com/resultity/node/internal/signer"
 	"github.com/resultity/node/internal/snapshot"
 	"github.com/resultity/node/internal/state"
 	"github.com/resultity/node/internal/wire"
@@ -203,7 +204,7 @@ func (n *node) open() {
 // start runs a new worker and returns what ends it.
 func (n *node) start() (stop func() error) {
 	n.t.Helper()
-	n.worker = New(Config{Store: n.store, Key: n.key, Send: n.send, Suspect: n.suspect, Log: slog.New(slog.NewTextHandler(n.log, &slog.HandlerOptions{Level: slog.LevelDebug})), Now: n.now})
+	n.worker = New(Config{Store: n.store, Key: signer.NewLocal(n.key), Send: n.send, Suspect: n.suspect, Log: slog.New(slog.NewTextHandler(n.log, &slog.HandlerOptions{Level: slog.LevelDebug})), Now: n.now})
 	ctx, cancel := context.WithCancel(context.Background())
 	done := make(chan error, 1)
 	go func() { done <- n.worker.Run(ctx) }()
@@ -450,7 +451,7 @@ func TestAdmission(t *testing.T) {
 		bad.Request, bad.Deadline = make([]byte, 4097), time.Now().UnixMilli()
 		bad.Stream = true
 
-		n.worker = New(Config{Store: n.store, Key: n.key, Send: n.send, Log: slog.New(slog.DiscardHandler), Now: time.Now})
+		n.worker = New(Config{Store: n.store, Key: signer.NewLocal(n.key), Send: n.send, Log: slog.New(slog.DiscardHandler), Now: time.Now})
 		n.worker.Job(&bad)
 		n.refused(wire.CodeNotReady)
 		n.start()
@@ -1370,7 +1371,7 @@ func TestASessionBeforeRun(t *testing.T) {
 		if err := n.state.Finish(&wire.Result{Job: j.ID, Code: wire.CodeEngine, Message: "m"}); err != nil {
 			t.Fatal(err)
 		}
-		n.worker = New(Config{Store: n.store, Key: n.key, Send: n.send, Log: slog.New(slog.DiscardHandler), Now: time.Now})
+		n.worker = New(Config{Store: n.store, Key: signer.NewLocal(n.key), Send: n.send, Log: slog.New(slog.DiscardHandler), Now: time.Now})
 		n.worker.Connected()
 		n.expect()
 		ctx, cancel := context.WithCancel(t.Context())
@@ -1565,7 +1566,7 @@ func BenchmarkJob(b *testing.B) {
 			c.Runtime.Settings.Slots = at
 			n.active.Snapshot = verified(b, c)
 			done := make(chan receipt.JobID, 1000)
-			w := New(Config{Store: n.store, Key: n.key, Log: slog.New(slog.DiscardHandler), Now: time.Now, Send: func(m wire.Message) error {
+			w := New(Config{Store: n.store, Key: signer.NewLocal(n.key), Log: slog.New(slog.DiscardHandler), Now: time.Now, Send: func(m wire.Message) error {
 				switch m := m.(type) {
 				case *wire.Result:
 					done <- m.Job

@@ -59,7 +59,7 @@ var levels = [][]string{
 	{"receipt", "binding"},                  // pure: no I/O, no clock
 	{"wire", "snapshot", "bridge/contract"}, //
 	{"openai", "quadlet", "config"},         //
-	{"identity", "tuf", "session", "image", "model", "podman", "systemd", "runtime", "state", "generation", "order", "spool", "preflight", "support"}, // edges
+	{"identity", "signer", "tuf", "session", "image", "model", "podman", "systemd", "runtime", "state", "generation", "order", "spool", "preflight", "support"}, // edges
 	{"control", "sandbox", "hardware"},
 	{"work", "deploy"}, // order
 	{"agent", "ctl"},

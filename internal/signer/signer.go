@@ -1,0 +1,63 @@
+// Package signer owns the use of the node's key: what is signed with it, and by
+// whom it is held.
+//
+// The rule it keeps: the key signs what a node states, each kind by a method of
+// its own that is given the statement and not a hash. Whoever may ask for a
+// signature can thereby not have anything else signed.
+package signer
+
+import (
+	"time"
+
+	"github.com/resultity/node/internal/evm"
+	"github.com/resultity/node/internal/receipt"
+	"github.com/resultity/node/internal/wire"
+)
+
+// Signer signs for a node. Safe for concurrent use.
+type Signer interface {
+	// Address returns the node's address.
+	Address() evm.Address
+	// Hello makes the first frame of a session.
+	Hello(wire.Terms, wire.Hello, time.Time) ([]byte, error)
+	// Registration makes the body of a registration request.
+	Registration(*wire.Registration) ([]byte, error)
+	// Binding makes the body of a request about a binding.
+	Binding(*wire.BindRequest) ([]byte, error)
+	// Logs makes a batch of what a [wire.Packer] has packed.
+	Logs(b wire.LogBatch, data []byte) (*wire.Logs, error)
+	// Receipt signs a receipt for a chain.
+	Receipt(chainID uint64, r receipt.Receipt) (receipt.Signed, error)
+}
+
+// Local is a [Signer] that holds the key in this process.
+type Local struct{ key *evm.Key }
+
+// NewLocal makes a signer of a key.
+func NewLocal(key *evm.Key) *Local { return &Local{key} }
+
+// Address implements [Signer].
+func (l *Local) Address() evm.Address { return l.key.Address() }
+
+// Hello implements [Signer].
+func (l *Local) Hello(t wire.Terms, h wire.Hello, at time.Time) ([]byte, error) {
+	return wire.SealHello(l.key, t, h, at)
+}
+
+// Registration implements [Signer].
+func (l *Local) Registration(r *wire.Registration) ([]byte, error) {
+	return wire.SealRegistration(l.key, r)
+}
+
+// Binding implements [Signer].
+func (l *Local) Binding(r *wire.BindRequest) ([]byte, error) { return wire.SealBinding(l.key, r) }
+
+// Logs implements [Signer].
+func (l *Local) Logs(b wire.LogBatch, data []byte) (*wire.Logs, error) {
+	return wire.SealLogs(l.key, b, data)
+}
+
+// Receipt implements [Signer].
+func (l *Local) Receipt(chainID uint64, r receipt.Receipt) (receipt.Signed, error) {
+	return r.Sign(chainID, l.key)
+}
