@@ -4,6 +4,7 @@ import (
 	"bytes"
 	"context"
 	"encoding/json"
+	"errors"
 	"io"
 	"log/slog"
 	"net"
@@ -13,6 +14,7 @@ import (
 	"path/filepath"
 	"regexp"
 	"runtime"
+	"runtime/pprof"
 	"strconv"
 	"strings"
 	"syscall"
@@ -34,7 +36,7 @@ func TestMain(m *testing.M) {
 	if os.Getenv(asProgram) != "" {
 		ctx, stop := signal.NotifyContext(context.Background(), syscall.SIGTERM)
 		defer stop()
-		os.Exit(cli.Main(ctx, os.Args[1:], os.Stdout, os.Stderr, "test"))
+		os.Exit(profiled(func() int { return cli.Main(ctx, os.Args[1:], os.Stdout, os.Stderr, "test") }))
 	}
 	before := runtime.NumGoroutine()
 	code := m.Run()
@@ -54,6 +56,34 @@ func TestMain(m *testing.M) {
 }
 
 const asProgram = "RESULTITY_NETWORK_TEST"
+
+// asProfiled names a file for the program's profile; asAllocating that it is to
+// be of its allocations, not of its time.
+const asProfiled, asAllocating = "RESULTITY_NETWORK_PROFILE", "RESULTITY_NETWORK_PROFILE_ALLOCS"
+
+// profiled runs the program and writes its profile, if one is asked for.
+func profiled(program func() int) (code int) {
+	name := os.Getenv(asProfiled)
+	if name == "" {
+		return program()
+	}
+	f, err := os.Create(name)
+	if err != nil {
+		panic(err)
+	}
+	if os.Getenv(asAllocating) != "" {
+		runtime.MemProfileRate = 512
+		code = program()
+		err = pprof.Lookup("allocs").WriteTo(f, 0)
+	} else if err = pprof.StartCPUProfile(f); err == nil {
+		code = program()
+		pprof.StopCPUProfile()
+	}
+	if err := errors.Join(err, f.Close()); err != nil {
+		panic(err)
+	}
+	return code
+}
 
 // testNetwork is a network under test: a real service on a real store.
 type testNetwork struct {

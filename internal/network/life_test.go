@@ -23,6 +23,7 @@ import (
 	"regexp"
 	"strings"
 	"sync"
+	"syscall"
 	"testing"
 	"time"
 
@@ -107,9 +108,9 @@ type killable struct {
 
 var addressPattern = regexp.MustCompile(`msg=serving .*address=(\S+)`)
 
-func (n *testNetwork) spawn() *killable {
+func (n *testNetwork) spawn(flags ...string) *killable {
 	n.t.Helper()
-	cmd := exec.Command(os.Args[0], "serve", "--dir", n.dir, "--listen", "127.0.0.1:0")
+	cmd := exec.Command(os.Args[0], append([]string{"serve", "--dir", n.dir, "--listen", "127.0.0.1:0"}, flags...)...)
 	cmd.Env = append(os.Environ(), asProgram+"=1")
 	out, err := cmd.StderrPipe()
 	if err != nil {
@@ -142,6 +143,14 @@ func (k *killable) kill() {
 	k.once.Do(func() {
 		_ = k.cmd.Process.Kill() // gone already is as good
 		_ = k.cmd.Wait()         // says that it was killed
+	})
+}
+
+// end stops the program as an operator does.
+func (k *killable) end() {
+	k.once.Do(func() {
+		_ = k.cmd.Process.Signal(syscall.SIGTERM) // gone already is as good
+		_ = k.cmd.Wait()                          // likewise
 	})
 }
 
@@ -649,7 +658,7 @@ func TestOneServiceOnly(t *testing.T) {
 }
 
 // certificate writes a self-signed pair and returns it.
-func certificate(t *testing.T, certFile, keyFile string) *x509.Certificate {
+func certificate(t testing.TB, certFile, keyFile string) *x509.Certificate {
 	t.Helper()
 	k, err := ecdsa.GenerateKey(elliptic.P256(), rand.Reader)
 	if err != nil {
