@@ -48,6 +48,9 @@ type Config struct {
 	// MaxResultsBytes bounds the results that are kept for clients that ask for
 	// receipts; the oldest go first.
 	MaxResultsBytes int64 `koanf:"max_results_bytes"`
+	// MinFreeBytes must be free on the disk of the store, or no new requests are
+	// taken; a tenth of a small disk.
+	MinFreeBytes int64 `koanf:"min_free_bytes"`
 	// MaxSessions bounds the nodes that are connected at once.
 	MaxSessions int `koanf:"max_sessions"`
 	// Drain is how long requests may go on after the service was told to stop.
@@ -77,7 +80,7 @@ func Defaults() Config {
 	return Config{
 		Dir: "/var/lib/resultity-network", Listen: "127.0.0.1:8443",
 		MaxQueued: 1024, MaxQueuedBytes: 256 << 20, MaxUploadBytes: 256 << 20, KeyShare: 50,
-		MaxResultsBytes: store.DefaultLimits.Results, MaxSessions: 16384, Drain: 10 * time.Second,
+		MaxResultsBytes: store.DefaultLimits.Results, MinFreeBytes: store.DefaultLimits.Free, MaxSessions: 16384, Drain: 10 * time.Second,
 		Registration: "token", SMTPSecurity: string(mail.StartTLS), LogLevel: "info",
 	}
 }
@@ -174,7 +177,7 @@ func (c *Config) check() error {
 	}
 	for key, v := range map[string]int64{
 		"max_queued": int64(c.MaxQueued), "max_queued_bytes": c.MaxQueuedBytes, "max_upload_bytes": c.MaxUploadBytes,
-		"max_results_bytes": c.MaxResultsBytes, "max_sessions": int64(c.MaxSessions),
+		"max_results_bytes": c.MaxResultsBytes, "min_free_bytes": c.MinFreeBytes, "max_sessions": int64(c.MaxSessions),
 	} {
 		if v < 1 {
 			return bad(key, "is %d, want at least 1", v)

@@ -100,7 +100,6 @@ type testNetwork struct {
 	apiKey string
 	client *http.Client // nil for the default
 	stop   func()       // ends the service and checks that it ended well
-	ended  func() error // waits until the service ends by itself
 }
 
 // shortDir is a directory whose unix sockets have short paths.
@@ -186,18 +185,6 @@ func (n *testNetwork) serve() {
 		cancel()
 		if err := <-done; err != nil {
 			n.t.Errorf("service ended with %v", err)
-		}
-	}
-	n.ended = func() error {
-		n.t.Helper()
-		stopped = true
-		defer cancel()
-		select {
-		case err := <-done:
-			return err
-		case <-time.After(nodetest.Patience):
-			n.t.Fatal("the service does not end")
-			return nil
 		}
 	}
 	n.t.Cleanup(n.stop)

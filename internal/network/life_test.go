@@ -28,6 +28,7 @@ import (
 	"time"
 
 	"github.com/gorilla/websocket"
+	"golang.org/x/sys/unix"
 
 	"github.com/resultity/node/internal/digest"
 	"github.com/resultity/node/internal/network"
@@ -756,55 +757,59 @@ func TestExampleFile(t *testing.T) {
 	}
 }
 
-// The disk gets full: the service ends, so that its manager starts it anew. What
-// was acknowledged is there then, and what was not comes from its node.
-func TestDiskFull(t *testing.T) {
+// The disk takes no writes for a while: clients and the operator are told, what
+// was answered is kept, and when it takes them again all goes on by itself, in the
+// same sessions.
+func TestDiskTakesNoWrites(t *testing.T) {
 	t.Parallel() // it waits more than it works
-	n := start(t, nil)
-	v := n.node()
-	s := v.Ready(t)
+	n := setUp(t, nil)
+	k := n.spawn()
+	t.Cleanup(k.kill)
+	disk := func(limit uint64) {
+		t.Helper()
+		if err := unix.Prlimit(k.cmd.Process.Pid, unix.RLIMIT_FSIZE, &unix.Rlimit{Cur: limit, Max: unix.RLIM_INFINITY}, nil); err != nil {
+			t.Fatal(err)
+		}
+	}
+	s := n.node().Ready(t)
 	first := n.ask(chat)
+	j := s.Take()
+	n.until("the job is written down", func() bool { return n.metric(`resultity_store_seconds_count{op="job"}`) == 1 })
+	disk(1)
+	s.Send(s.Node.Result(t, j, nodetest.Body(j, "secret answer"), nil))
+	if r := n.answer(first); r.status != http.StatusOK { // its record is enough
+		t.Fatalf("%d %s", r.status, r.body)
+	}
+	if r := n.get("/v1/receipts/" + j.ID.String()); r.status != http.StatusOK {
+		t.Errorf("receipt of an answer whose result is not stored: %d", r.status)
+	}
+	n.until("the service says that it is unwell", func() bool {
+		r := n.get("/healthz")
+		return r.status == http.StatusServiceUnavailable && bytes.Contains(r.body, []byte("cannot write"))
+	})
+	if v := n.metric("resultity_store_accepting"); v != 0 {
+		t.Errorf("the metric says %v", v)
+	}
+	if r := n.answer(n.ask(chat)); r.status != http.StatusServiceUnavailable || r.code() != "storage" || r.header.Get("Retry-After") == "" {
+		t.Errorf("a request: %d %v %s", r.status, r.header, r.body)
+	}
+	disk(unix.RLIM_INFINITY)
+	if a := nodetest.Expect[*wire.Ack](s); a.Jobs[0] != j.ID {
+		t.Errorf("acknowledged %v", a.Jobs)
+	}
+	n.until("it is well", func() bool { return n.get("/healthz").status == http.StatusOK })
+	if accepting, reopened := n.metric("resultity_store_accepting"), n.metric("resultity_store_reopened_total"); accepting != 1 || reopened < 1 {
+		t.Errorf("metrics: accepting %v, reopened %v", accepting, reopened)
+	}
+	second := n.ask(chat)
 	s.Finish(s.Take(), "secret answer")
-	id := n.answer(first).header.Get("Resultity-Receipt")
-	full := filepath.Join(n.dir, "store", "jetstream", "$G", "streams", "RESULTS", "msgs", "2.blk")
-	if err := os.Symlink("/dev/full", full); err != nil {
-		t.Fatal(err)
+	if r := n.answer(second); r.status != http.StatusOK {
+		t.Errorf("a request: %d %s", r.status, r.body)
 	}
-	big := strings.Repeat("x", 400<<10)
-	var last *wire.Job // answered, and not acknowledged
-	for {
-		ch := n.ask(chat)
-		j := s.Take()
-		s.Send(s.Node.Result(t, j, nodetest.Body(j, big), nil))
-		r := n.answer(ch)
-		if r.status != http.StatusOK {
-			t.Fatalf("%d %s", r.status, r.body)
-		}
-		m, err := s.Receive()
-		if _, ok := m.(*wire.Ack); ok {
-			continue
-		}
-		if c := new(websocket.CloseError); !errors.As(err, &c) || c.Code != websocket.CloseGoingAway {
-			t.Fatalf("%T %v", m, err)
-		}
-		last = j
-		break
-	}
-	if err := n.ended(); err == nil || !strings.Contains(err.Error(), "make room on its disk") {
-		t.Fatalf("ended with %v", err)
-	}
-	if err := os.Remove(full); err != nil {
-		t.Fatal(err)
-	}
+	// What is said to be stored is.
+	k.kill()
 	n.serve()
-	if r := n.get("/v1/receipts/" + id); r.status != http.StatusOK {
+	if r := n.get("/v1/receipts/" + j.ID.String()); r.status != http.StatusOK {
 		t.Errorf("receipt: %d", r.status)
-	}
-	v.URL = n.url
-	s = v.Connect(t)
-	s.Send(s.Node.Result(t, last, nodetest.Body(last, big), nil))
-	nodetest.Expect[*wire.Ack](s)
-	if r := n.get("/v1/receipts/" + last.ID.String()); r.status != http.StatusOK {
-		t.Errorf("receipt of the last answer: %d", r.status)
 	}
 }

@@ -14,6 +14,11 @@
 //
 //	publish ──TUF repository──▶ agents; and to this process, which serves under it
 //
+// A disk that is full or takes no writes does not end the process (see package
+// store): only a process that runs can tell clients so, keep the sessions of nodes
+// and the results that wait, and go on within a second when there is room. Clients
+// get 503 with Retry-After meanwhile, and nodes keep what is not acknowledged.
+//
 // Sessions and dispatch are in memory, everything that must outlive the process
 // is in the store. So a restart costs the connections of clients and nodes and
 // nothing else, and more processes over one store would need no other design:
@@ -38,6 +43,7 @@ import (
 	"os"
 	"path/filepath"
 	"slices"
+	"strings"
 	"sync"
 	"syscall"
 	"time"
@@ -139,7 +145,7 @@ func Run(ctx context.Context, cfg Config, log *slog.Logger) (err error) {
 func (s *service) begin(ctx context.Context, snap *snapshot.Snapshot) error {
 	// A request is written down in base64 with a little beside it, and deleted
 	// some time after its end.
-	want := store.Limits{Jobs: 64<<20 + 4*s.cfg.MaxQueuedBytes, Results: s.cfg.MaxResultsBytes}
+	want := store.Limits{Jobs: 64<<20 + 4*s.cfg.MaxQueuedBytes, Results: s.cfg.MaxResultsBytes, Free: s.cfg.MinFreeBytes}
 	limits, err := s.store.SetLimits(ctx, want)
 	if err != nil {
 		return err
@@ -151,7 +157,11 @@ func (s *service) begin(ctx context.Context, snap *snapshot.Snapshot) error {
 	if err != nil {
 		return err
 	}
-	s.metrics = metrics.New(func() metrics.State { return s.dispatch.State() })
+	s.metrics = metrics.New(func() metrics.State {
+		m, st := s.dispatch.State(), s.store.State()
+		m.StoreFree, m.StoreAccepting, m.StoreReopened = st.Free, st.Err == nil, st.Reopened
+		return m
+	})
 	s.dispatch = dispatch.New(s.store, terms, s.metrics, s.log, dispatch.Options{
 		MaxQueued: s.cfg.MaxQueued, MaxBytes: s.cfg.MaxQueuedBytes, Share: s.cfg.KeyShare,
 	})
@@ -284,7 +294,7 @@ func (s *service) mail(ctx context.Context, m store.Mail) error {
 func (s *service) healthz(w http.ResponseWriter, _ *http.Request) {
 	err := s.unwell()
 	if err == nil {
-		err = s.store.Healthy()
+		err = s.store.Accepting()
 	}
 	if t := s.dispatch.Terms(); err == nil && time.Now().After(t.Expires) {
 		err = fmt.Errorf("the signature of the configuration expired at %s", t.Expires.UTC().Format(time.RFC3339))
@@ -378,22 +388,29 @@ func (s *service) formerTerms(ctx context.Context, d digest.Digest) (*dispatch.T
 // from another machine and copy the files.
 const watchEvery = 2 * time.Second
 
-// watch renews the timestamp on schedule, takes over what is published, and
-// fails when the store has failed.
+// watch renews the timestamp on schedule, takes over what is published, and tells
+// the service manager how things are.
 func (s *service) watch(ctx context.Context) error {
 	tick := time.NewTicker(watchEvery)
 	defer tick.Stop()
 	renew := time.Now().Add(s.renewIn())
+	const well = "serving"
+	told := well
 	for {
 		select {
 		case <-ctx.Done():
 			return nil
 		case <-tick.C:
 		}
-		if err := s.store.Healthy(); err != nil {
-			return err // it does not mend itself; a new start may find room
-		}
 		_, _ = daemon.SdNotify(false, daemon.SdNotifyWatchdog) // nobody may be there to be told
+		status := well
+		if err := s.store.Accepting(); err != nil {
+			status = "takes no new requests: " + strings.ReplaceAll(err.Error(), "\n", " ")
+		}
+		if status != told {
+			told = status
+			_, _ = daemon.SdNotify(false, "STATUS="+status) // likewise
+		}
 		if !time.Now().Before(renew) {
 			if _, err := publish.Refresh(s.cfg.Dir); err != nil {
 				s.log.Error("timestamp was not renewed; nodes refuse the configuration once it has expired", "error", err)

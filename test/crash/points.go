@@ -221,7 +221,7 @@ func sent(files map[string][]*ast.File, dir string) (types []string) {
 var durable = []struct{ dir, call *regexp.Regexp }{
 	{regexp.MustCompile(``), regexp.MustCompile(`^durable\.(WriteFile|SyncDir)$|^os\.Rename$|\.root\.Rename$|\.Sync$|\.(WriteMessage|WriteControl|NextWriter)$`)},
 	{regexp.MustCompile(`^internal/state$`), regexp.MustCompile(`\.(rename|sync|commit)$`)},
-	{regexp.MustCompile(`^internal/network/store$`), regexp.MustCompile(`^s\.js\.Publish$|^s\.\w+\.(Put|Create|Update|Purge|Delete|DeleteMsg)$`)},
+	{regexp.MustCompile(`^internal/network/store$`), regexp.MustCompile(`^db\.js\.Publish$|^db\.\w+\.(Put|Create|Update|Purge|Delete|DeleteMsg)$`)},
 }
 
 // Bare lists the functions, as package.Type.Func, that make something durable or

@@ -25,6 +25,7 @@ type jobStore interface {
 	JobDone(seq uint64)
 	PutResult(context.Context, *receipt.Signed, []byte) error
 	Result(context.Context, receipt.JobID) (*store.Result, error)
+	Accepting() error // why no job can be written down, or nil; does not wait
 }
 
 // Options bound the dispatcher. The zero value of a field stands for its default.
@@ -90,8 +91,8 @@ var penalties = []time.Duration{10 * time.Second, 30 * time.Second, time.Minute,
 const forgiven = 30 * time.Minute
 
 // storeRetries is how long a result that could not be stored waits in memory
-// before the next try.
-var storeRetries = []time.Duration{time.Second, 2 * time.Second, 5 * time.Second, 10 * time.Second, 30 * time.Second}
+// before the next try. A try costs little while the store knows that it cannot write.
+var storeRetries = []time.Duration{time.Second, 2 * time.Second}
 
 // restoredPause is how long a job of a former run is kept for the node that had
 // it, which comes back with the result or is at it still. Its client may have
@@ -215,6 +216,8 @@ func (d *Dispatcher) refuse(client string, size int64, now time.Time) *Failure {
 	switch l := d.queue.lanes[client]; {
 	case d.closed:
 		return &Failure{Outcome: Closing, Message: "the service is stopping"}
+	case d.store.Accepting() != nil: // the store has said why
+		return notWritten
 	case d.routable == 0 && now.Sub(d.noneAt) >= d.opt.NoNodeWait:
 		return &Failure{Outcome: NoNode, Message: "no node is ready to serve the model"}
 	case d.queue.places >= d.opt.MaxQueued || d.bytes+size > d.opt.MaxBytes:

@@ -36,6 +36,7 @@ type memory struct {
 
 	putJob    func() error // called before a job is written
 	putResult func() error // called before a result is written
+	full      error        // why nothing is accepted
 }
 
 func (m *memory) PutJob(_ context.Context, j *store.Job) error {
@@ -51,6 +52,8 @@ func (m *memory) PutJob(_ context.Context, j *store.Job) error {
 	m.jobs[j.Seq] = j
 	return nil
 }
+
+func (m *memory) Accepting() error { return m.full }
 
 func (m *memory) DeleteJob(_ context.Context, seq uint64) error { m.JobDone(seq); return nil }
 
@@ -414,6 +417,23 @@ func TestJobThatCannotBeWritten(t *testing.T) {
 		p.deliver(j, "hello") // it was faster; nobody needs it, and it is no fault
 		p.acked(j)
 		f.empty(0)
+	})
+}
+
+// While the store takes nothing no node is bothered.
+func TestStoreTakesNothing(t *testing.T) {
+	run(t, Options{}, nil, func(t *testing.T, f *fixture) {
+		p := f.join(nil)
+		f.store.full = errors.New("disk full")
+		_, err := f.d.Submit(Work{Kind: wire.KindChat, Model: "tiny", Body: []byte("{}"), Client: "alice"})
+		if failure, ok := AsFailure(err); !ok || failure.Outcome != Storage {
+			t.Fatalf("%v", err)
+		}
+		none[*wire.Job](p)
+		f.store.full = nil
+		ticket := f.submit(false)
+		p.deliver(p.take(), "hello")
+		f.answered(ticket, "hello")
 	})
 }
 

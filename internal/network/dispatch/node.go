@@ -459,7 +459,9 @@ func (d *Dispatcher) storeResult(j *job) {
 func (d *Dispatcher) keep(j *job, try int, err error) bool {
 	d.mu.Lock()
 	defer d.mu.Unlock()
-	d.log.Error("result could not be stored; it is kept in memory and by its node", "job", j.spec.ID, "try", try+1, "error", err)
+	if try == 0 {
+		d.log.Error("result could not be stored; it is kept in memory and by its node", "job", j.spec.ID, "error", err)
+	}
 	if j.record == unwritten {
 		d.fail(j, notWritten)
 	}

@@ -354,7 +354,7 @@ func asError(err error) *openai.Error {
 	case dispatch.QueueFull:
 		return &openai.Error{Status: http.StatusTooManyRequests, Type: "rate_limit_error", Code: "queue_full", Message: f.Message}
 	case dispatch.Storage:
-		return server(http.StatusServiceUnavailable, "storage", "The network could not write the request down. Please try again later.")
+		return server(http.StatusServiceUnavailable, "storage", "The network cannot write requests down at the moment. Please try again later.")
 	case dispatch.NoNode:
 		return server(http.StatusServiceUnavailable, "no_node", "No node is ready to serve the model. Please try again later.")
 	case dispatch.Withdrawn:

@@ -39,6 +39,9 @@ type State struct {
 	Connected, Routable, Queued, Running int
 	ConfigVersion                        int64
 	ConfigExpires                        time.Time
+	StoreFree                            int64 // bytes
+	StoreAccepting                       bool
+	StoreReopened                        int
 }
 
 // New makes the collectors. state is called for each collection.
@@ -86,11 +89,14 @@ var (
 	nodesDesc   = prometheus.NewDesc("resultity_nodes", "Nodes by state; routable ones are connected too.", []string{"state"}, nil)
 	jobsDesc    = prometheus.NewDesc("resultity_jobs", "Unfinished jobs by state.", []string{"state"}, nil)
 	versionDesc = prometheus.NewDesc("resultity_config_version", "Version of the active configuration.", nil, nil)
+	freeDesc    = prometheus.NewDesc("resultity_store_free_bytes", "Bytes free on the file system of the store.", nil, nil)
+	acceptDesc  = prometheus.NewDesc("resultity_store_accepting", "1, or 0 when no new requests are taken since the store's disk is full or takes no writes.", nil, nil)
+	reopenDesc  = prometheus.NewDesc("resultity_store_reopened_total", "How often the store was opened anew after a write error.", nil, nil)
 	expiresDesc = prometheus.NewDesc("resultity_config_expires_seconds", "Unix time at which the signature of the configuration must have been renewed.", nil, nil)
 )
 
 func (gauges) Describe(ch chan<- *prometheus.Desc) {
-	for _, d := range []*prometheus.Desc{nodesDesc, jobsDesc, versionDesc, expiresDesc} {
+	for _, d := range []*prometheus.Desc{nodesDesc, jobsDesc, versionDesc, expiresDesc, freeDesc, acceptDesc, reopenDesc} {
 		ch <- d
 	}
 }
@@ -106,4 +112,11 @@ func (g gauges) Collect(ch chan<- prometheus.Metric) {
 	put(jobsDesc, float64(s.Running), "running")
 	put(versionDesc, float64(s.ConfigVersion))
 	put(expiresDesc, float64(s.ConfigExpires.Unix()))
+	put(freeDesc, float64(s.StoreFree))
+	accepting := 0.0
+	if s.StoreAccepting {
+		accepting = 1
+	}
+	put(acceptDesc, accepting)
+	ch <- prometheus.MustNewConstMetric(reopenDesc, prometheus.CounterValue, float64(s.StoreReopened))
 }

@@ -67,13 +67,18 @@ func (n *Node) SetBinding(b Binding, e BindEvent) {
 // change does is on disk, or nothing. change may be called more than once. An
 // error of change is returned as it is, and changes nothing.
 func (s *Store) UpdateNode(ctx context.Context, a evm.Address, change func(*Node) error) (Node, error) {
+	db, ctx, end, err := s.write(ctx, needed, 0)
+	if err != nil {
+		return Node{}, fmt.Errorf("change node %s: %w", a, err)
+	}
+	defer end()
 	for {
-		e, err := s.nodes.Get(ctx, nodeKey(a))
+		e, err := db.nodes.Get(ctx, nodeKey(a))
 		if errors.Is(err, jetstream.ErrKeyNotFound) {
 			return Node{}, fmt.Errorf("node %s: %w", a, ErrNotFound)
 		}
 		if err != nil {
-			return Node{}, fmt.Errorf("read node %s: %w", a, err)
+			return Node{}, fmt.Errorf("read node %s: %w", a, db.failure(err))
 		}
 		var n Node
 		if err := json.Unmarshal(e.Value(), &n); err != nil {
@@ -87,12 +92,12 @@ func (s *Store) UpdateNode(ctx context.Context, a evm.Address, change func(*Node
 			return Node{}, err
 		}
 		failpoint.Here("store.binding.begin")
-		_, err = s.nodes.Update(ctx, nodeKey(a), b, e.Revision())
+		_, err = db.nodes.Update(ctx, nodeKey(a), b, e.Revision())
 		if errors.Is(err, jetstream.ErrKeyRevisionMismatch) {
 			continue // somebody else was first; look again
 		}
 		if err != nil {
-			return Node{}, fmt.Errorf("change node %s: %w", a, err)
+			return Node{}, fmt.Errorf("change node %s: %w", a, db.failure(err))
 		}
 		failpoint.Here("store.binding.stored")
 		return n, nil
@@ -139,20 +144,25 @@ func (s *Store) EmailAccount(ctx context.Context, email string, now time.Time) (
 	if err != nil {
 		return EmailAccount{}, err
 	}
-	failpoint.Here("store.account.begin")
-	_, err = s.accounts.Create(ctx, hashed(email), b)
-	if errors.Is(err, jetstream.ErrKeyExists) {
-		return get[EmailAccount](ctx, s.accounts, hashed(email))
-	}
+	db, ctx, end, err := s.write(ctx, needed, len(b))
 	if err != nil {
 		return EmailAccount{}, fmt.Errorf("make account: %w", err)
+	}
+	defer end()
+	failpoint.Here("store.account.begin")
+	_, err = db.accounts.Create(ctx, hashed(email), b)
+	if errors.Is(err, jetstream.ErrKeyExists) {
+		return get[EmailAccount](ctx, db.accounts, hashed(email))
+	}
+	if err != nil {
+		return EmailAccount{}, fmt.Errorf("make account: %w", db.failure(err))
 	}
 	return a, nil
 }
 
 // EmailAccounts returns all of them.
 func (s *Store) EmailAccounts(ctx context.Context) (map[string]EmailAccount, error) {
-	return all[EmailAccount](ctx, s.accounts)
+	return all[EmailAccount](ctx, s.now.Load().accounts)
 }
 
 // Mail is a message with a code that has not been handed to a mail server yet.
@@ -170,21 +180,33 @@ func (s *Store) PutMail(ctx context.Context, m Mail) error {
 	if err != nil {
 		return err
 	}
-	failpoint.Here("store.mail.begin")
-	if _, err := s.mails.Create(ctx, m.ID, b); err != nil {
+	db, ctx, end, err := s.write(ctx, needed, len(b))
+	if err != nil {
 		return fmt.Errorf("keep mail: %w", err)
+	}
+	defer end()
+	failpoint.Here("store.mail.begin")
+	if _, err := db.mails.Create(ctx, m.ID, b); err != nil {
+		return fmt.Errorf("keep mail: %w", db.failure(err))
 	}
 	failpoint.Here("store.mail.stored")
 	return nil
 }
 
 // Mails returns all messages.
-func (s *Store) Mails(ctx context.Context) (map[string]Mail, error) { return all[Mail](ctx, s.mails) }
+func (s *Store) Mails(ctx context.Context) (map[string]Mail, error) {
+	return all[Mail](ctx, s.now.Load().mails)
+}
 
 // DeleteMail forgets a message, all traces of the address included.
 func (s *Store) DeleteMail(ctx context.Context, id string) error {
-	if err := s.mails.Purge(ctx, id); err != nil {
+	db, ctx, end, err := s.write(ctx, needed, 0)
+	if err != nil {
 		return fmt.Errorf("forget mail: %w", err)
+	}
+	defer end()
+	if err := db.mails.Purge(ctx, id); err != nil {
+		return fmt.Errorf("forget mail: %w", db.failure(err))
 	}
 	failpoint.Here("store.mail.forgotten")
 	return nil

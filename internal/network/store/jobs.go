@@ -33,18 +33,24 @@ func (s *Store) PutJob(ctx context.Context, j *Job) error {
 	if err != nil {
 		return err
 	}
-	ctx, cancel := s.op(ctx)
-	defer cancel()
+	db, ctx, end, err := s.write(ctx, more, len(b))
+	if err != nil {
+		return fmt.Errorf("write job %s down: %w", j.ID, err)
+	}
+	defer end()
 	written := s.pending.begin()
 	failpoint.Here("store.job.begin")
-	ack, err := s.js.Publish(ctx, "jobs."+j.ID.String(), b, jetstream.WithExpectLastSequencePerSubject(0))
+	ack, err := db.js.Publish(ctx, "jobs."+j.ID.String(), b, jetstream.WithExpectLastSequencePerSubject(0))
 	if err != nil {
 		written(0, 0)
 		var api *jetstream.APIError
 		if errors.As(err, &api) && strings.Contains(api.Description, "maximum bytes exceeded") {
-			err = ErrFull
+			return fmt.Errorf("write job %s down: %w", j.ID, ErrFull)
 		}
-		return fmt.Errorf("write job %s down: %w", j.ID, s.failure(err))
+		if api == nil { // it said nothing: the job may be there, or come to be
+			s.pending.doubt(j.ID)
+		}
+		return fmt.Errorf("write job %s down: %w", j.ID, db.failure(err))
 	}
 	failpoint.Here("store.job.stored")
 	j.Seq = ack.Sequence
@@ -60,6 +66,14 @@ type pending struct {
 	open, done map[uint64]int       // jobs by number, with the size of their record in bytes
 	writing    map[*uint64]struct{} // each with a number that the job being written will be above
 	highest    uint64
+	void       []receipt.JobID // jobs whose writing failed, and may not have
+}
+
+// doubt notes a job that may be in the store and must not.
+func (p *pending) doubt(id receipt.JobID) {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	p.void = append(p.void, id)
 }
 
 // begin notes that a job is about to be written; written says under which
@@ -129,19 +143,25 @@ const (
 	maxDoneShare = 4
 )
 
-// sweep deletes finished jobs.
+// sweep deletes finished jobs, and those that should not be there.
 func (s *Store) sweep(ctx context.Context) error {
+	if err := s.voidJobs(ctx); err != nil {
+		return err
+	}
 	below, above, size := s.pending.settled()
 	if len(below) > 0 {
-		ctx, cancel := s.op(ctx)
-		defer cancel()
-		if err := s.jobs.Purge(ctx, jetstream.WithPurgeSequence(slices.Max(below)+1)); err != nil {
+		db, ctx, end, err := s.write(ctx, needed, 0)
+		if err != nil {
 			return fmt.Errorf("delete finished jobs: %w", err)
+		}
+		defer end()
+		if err := db.jobs.Purge(ctx, jetstream.WithPurgeSequence(slices.Max(below)+1)); err != nil {
+			return fmt.Errorf("delete finished jobs: %w", db.failure(err))
 		}
 		failpoint.Here("store.jobs.purged")
 		s.pending.forget(below...)
 	}
-	if len(above) > maxDone || size > s.jobs.CachedInfo().Config.MaxBytes/maxDoneShare {
+	if len(above) > maxDone || size > s.now.Load().jobs.CachedInfo().Config.MaxBytes/maxDoneShare {
 		for _, seq := range above {
 			if err := s.DeleteJob(ctx, seq); err != nil {
 				return err
@@ -151,13 +171,46 @@ func (s *Store) sweep(ctx context.Context) error {
 	return nil
 }
 
+// voidJobs deletes the jobs whose writing failed and may not have. The mark goes
+// the way that the job went, so that the job is there before it or never will be.
+func (s *Store) voidJobs(ctx context.Context) error {
+	s.pending.mu.Lock()
+	list := slices.Clone(s.pending.void)
+	s.pending.mu.Unlock()
+	for _, id := range list {
+		if err := s.voidJob(ctx, id); err != nil {
+			return fmt.Errorf("delete job %s, whose writing failed: %w", id, err)
+		}
+		s.pending.mu.Lock()
+		s.pending.void = slices.DeleteFunc(s.pending.void, func(v receipt.JobID) bool { return v == id })
+		s.pending.mu.Unlock()
+	}
+	return nil
+}
+
+func (s *Store) voidJob(ctx context.Context, id receipt.JobID) error {
+	db, ctx, end, err := s.write(ctx, needed, 0)
+	if err != nil {
+		return err
+	}
+	defer end()
+	subject := "jobs." + id.String()
+	if _, err := db.js.Publish(ctx, subject, nil); err != nil {
+		return db.failure(err)
+	}
+	return db.failure(db.jobs.Purge(ctx, jetstream.WithPurgeSubject(subject)))
+}
+
 // DeleteJob forgets a job at once. A job that is gone already is no error.
 func (s *Store) DeleteJob(ctx context.Context, seq uint64) error {
-	ctx, cancel := s.op(ctx)
-	defer cancel()
-	if err := s.jobs.DeleteMsg(ctx, seq); err != nil {
-		if _, gone := s.jobs.GetMsg(ctx, seq); !errors.Is(gone, jetstream.ErrMsgNotFound) {
-			return fmt.Errorf("delete job: %w", err)
+	db, ctx, end, err := s.write(ctx, needed, 0)
+	if err != nil {
+		return fmt.Errorf("delete job: %w", err)
+	}
+	defer end()
+	if err := db.jobs.DeleteMsg(ctx, seq); err != nil {
+		if _, gone := db.jobs.GetMsg(ctx, seq); !errors.Is(gone, jetstream.ErrMsgNotFound) {
+			return fmt.Errorf("delete job: %w", db.failure(err))
 		}
 	}
 	failpoint.Here("store.deletion.stored")
@@ -169,8 +222,9 @@ func (s *Store) DeleteJob(ctx context.Context, seq uint64) error {
 // that cannot be read is passed to bad and left out.
 func (s *Store) Jobs(ctx context.Context, bad func(seq uint64, err error)) ([]*Job, error) {
 	var jobs []*Job
+	stream := s.now.Load().jobs
 	for seq := uint64(1); ; seq++ {
-		m, err := s.jobs.GetMsg(ctx, seq, jetstream.WithGetMsgSubject("jobs.*")) // the first from seq on
+		m, err := stream.GetMsg(ctx, seq, jetstream.WithGetMsgSubject("jobs.*")) // the first from seq on
 		if errors.Is(err, jetstream.ErrMsgNotFound) {
 			return jobs, nil
 		}
@@ -178,6 +232,13 @@ func (s *Store) Jobs(ctx context.Context, bad func(seq uint64, err error)) ([]*J
 			return nil, fmt.Errorf("read jobs: %w", err)
 		}
 		seq = m.Sequence
+		if len(m.Data) == 0 { // see voidJobs
+			if id, err := receipt.ParseJobID(strings.TrimPrefix(m.Subject, "jobs.")); err == nil {
+				jobs = slices.DeleteFunc(jobs, func(j *Job) bool { return j.ID == id })
+				s.pending.doubt(id)
+			}
+			continue
+		}
 		var j Job
 		if err := json.Unmarshal(m.Data, &j); err != nil {
 			bad(seq, err)
@@ -229,17 +290,20 @@ func (s *Store) PutResult(ctx context.Context, r *receipt.Signed, response []byt
 	if err != nil {
 		return err
 	}
-	ctx, cancel := s.op(ctx)
-	defer cancel()
 	id := r.Receipt().Job
+	db, ctx, end, err := s.write(ctx, needed, len(b))
+	if err != nil {
+		return fmt.Errorf("store result of job %s: %w", id, err)
+	}
+	defer end()
 	failpoint.Here("store.result.begin")
-	_, err = s.js.Publish(ctx, "results."+id.String(), b, jetstream.WithExpectLastSequencePerSubject(0))
+	_, err = db.js.Publish(ctx, "results."+id.String(), b, jetstream.WithExpectLastSequencePerSubject(0))
 	var api *jetstream.APIError
 	if errors.As(err, &api) && (api.ErrorCode == jetstream.JSErrCodeStreamWrongLastSequence || api.ErrorCode == jetstream.JSErrCodeStreamWrongLastSequenceConstant) {
 		return fmt.Errorf("result of job %s: %w", id, ErrExists)
 	}
 	if err != nil {
-		return fmt.Errorf("store result of job %s: %w", id, s.failure(err))
+		return fmt.Errorf("store result of job %s: %w", id, db.failure(err))
 	}
 	failpoint.Here("store.result.stored")
 	return nil
@@ -247,7 +311,7 @@ func (s *Store) PutResult(ctx context.Context, r *receipt.Signed, response []byt
 
 // Result returns the counted result of a job or [ErrNotFound].
 func (s *Store) Result(ctx context.Context, id receipt.JobID) (*Result, error) {
-	m, err := s.results.GetLastMsgForSubject(ctx, "results."+id.String())
+	m, err := s.now.Load().results.GetLastMsgForSubject(ctx, "results."+id.String())
 	if errors.Is(err, jetstream.ErrMsgNotFound) {
 		return nil, fmt.Errorf("result of job %s: %w", id, ErrNotFound)
 	}

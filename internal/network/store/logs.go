@@ -35,14 +35,17 @@ func logSubject(a evm.Address) string { return "logs." + nodeKey(a) }
 // the position up to which there is everything then. One that begins before that
 // is not stored. So a record is stored once, however often it is sent.
 func (s *Store) PutLogs(ctx context.Context, b *wire.LogBatch, l *wire.Logs) (position uint64, err error) {
-	ctx, cancel := s.op(ctx)
-	defer cancel()
+	db, ctx, end, err := s.write(ctx, more, len(l.Body)+len(l.Data))
+	if err != nil {
+		return 0, fmt.Errorf("store logs of %s: %w", b.Node, err)
+	}
+	defer end()
 	subject, seq := logSubject(b.Node), uint64(0)
-	last, err := s.logs.GetLastMsgForSubject(ctx, subject)
+	last, err := db.logs.GetLastMsgForSubject(ctx, subject)
 	switch {
 	case errors.Is(err, jetstream.ErrMsgNotFound):
 	case err != nil:
-		return 0, fmt.Errorf("read the last logs of %s: %w", b.Node, s.failure(err))
+		return 0, fmt.Errorf("read the last logs of %s: %w", b.Node, db.failure(err))
 	default:
 		_, old, err := decodeLogs(last.Data)
 		if err != nil {
@@ -59,8 +62,8 @@ func (s *Store) PutLogs(ctx context.Context, b *wire.LogBatch, l *wire.Logs) (po
 	}
 	failpoint.Here("store.logs.begin")
 	// Another session of the node may be at the same.
-	if _, err := s.js.Publish(ctx, subject, raw, jetstream.WithExpectLastSequencePerSubject(seq)); err != nil {
-		return 0, fmt.Errorf("store logs of %s: %w", b.Node, s.failure(err))
+	if _, err := db.js.Publish(ctx, subject, raw, jetstream.WithExpectLastSequencePerSubject(seq)); err != nil {
+		return 0, fmt.Errorf("store logs of %s: %w", b.Node, db.failure(err))
 	}
 	failpoint.Here("store.logs.stored")
 	return b.Last, nil
@@ -82,8 +85,9 @@ func (s *Store) ReadLogs(ctx context.Context, node *evm.Address, since time.Time
 	if node != nil {
 		subject = logSubject(*node)
 	}
+	stream := s.now.Load().logs
 	for seq := uint64(1); ; seq++ {
-		m, err := s.logs.GetMsg(ctx, seq, jetstream.WithGetMsgSubject(subject)) // the first from seq on
+		m, err := stream.GetMsg(ctx, seq, jetstream.WithGetMsgSubject(subject)) // the first from seq on
 		if errors.Is(err, jetstream.ErrMsgNotFound) {
 			return nil
 		}

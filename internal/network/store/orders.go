@@ -29,11 +29,14 @@ func (s *Store) PutOrder(ctx context.Context, o *Order) error {
 	if err != nil {
 		return err
 	}
-	ctx, cancel := s.op(ctx)
-	defer cancel()
+	db, ctx, end, err := s.write(ctx, needed, len(b))
+	if err != nil {
+		return fmt.Errorf("write order %s down: %w", o.Directive.ID, err)
+	}
+	defer end()
 	failpoint.Here("store.order.begin")
-	if _, err := s.orders.Put(ctx, orderKey(&o.Directive), b); err != nil {
-		return fmt.Errorf("write order %s down: %w", o.Directive.ID, s.failure(err))
+	if _, err := db.orders.Put(ctx, orderKey(&o.Directive), b); err != nil {
+		return fmt.Errorf("write order %s down: %w", o.Directive.ID, db.failure(err))
 	}
 	failpoint.Here("store.order.stored")
 	return nil
@@ -41,7 +44,7 @@ func (s *Store) PutOrder(ctx context.Context, o *Order) error {
 
 // Orders returns every order that is kept, in the order of their issue.
 func (s *Store) Orders(ctx context.Context) ([]*Order, error) {
-	m, err := all[Order](ctx, s.orders)
+	m, err := all[Order](ctx, s.now.Load().orders)
 	if err != nil {
 		return nil, err
 	}

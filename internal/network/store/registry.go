@@ -73,21 +73,26 @@ func (s *Store) CreateToken(ctx context.Context, t Token) (string, error) {
 	if err != nil {
 		return "", err
 	}
-	failpoint.Here("store.token.begin")
-	if _, err := s.tokens.Create(ctx, hashed(secret), b); err != nil {
+	db, ctx, end, err := s.write(ctx, needed, len(b))
+	if err != nil {
 		return "", fmt.Errorf("store token: %w", err)
+	}
+	defer end()
+	failpoint.Here("store.token.begin")
+	if _, err := db.tokens.Create(ctx, hashed(secret), b); err != nil {
+		return "", fmt.Errorf("store token: %w", db.failure(err))
 	}
 	return secret, nil
 }
 
 // Node returns a registered node or [ErrNotFound].
 func (s *Store) Node(ctx context.Context, a evm.Address) (Node, error) {
-	return get[Node](ctx, s.nodes, nodeKey(a))
+	return get[Node](ctx, s.now.Load().nodes, nodeKey(a))
 }
 
 // Nodes returns every registered node, ordered by address.
 func (s *Store) Nodes(ctx context.Context) ([]Node, error) {
-	nodes, err := all[Node](ctx, s.nodes)
+	nodes, err := all[Node](ctx, s.now.Load().nodes)
 	if err != nil {
 		return nil, err
 	}
@@ -133,13 +138,18 @@ func (s *Store) create(ctx context.Context, n Node, now time.Time) (Node, error)
 	if err != nil {
 		return Node{}, err
 	}
+	db, ctx, end, err := s.write(ctx, needed, len(b))
+	if err != nil {
+		return Node{}, fmt.Errorf("register node: %w", err)
+	}
+	defer end()
 	failpoint.Here("store.node.begin")
-	_, err = s.nodes.Create(ctx, nodeKey(n.Address), b)
+	_, err = db.nodes.Create(ctx, nodeKey(n.Address), b)
 	if errors.Is(err, jetstream.ErrKeyExists) {
 		return s.Node(ctx, n.Address)
 	}
 	if err != nil {
-		return Node{}, fmt.Errorf("register node: %w", err)
+		return Node{}, fmt.Errorf("register node: %w", db.failure(err))
 	}
 	failpoint.Here("store.node.stored")
 	return n, nil
@@ -148,13 +158,18 @@ func (s *Store) create(ctx context.Context, n Node, now time.Time) (Node, error)
 // use takes one use of a token for a node and returns the token's account.
 func (s *Store) use(ctx context.Context, token string, node evm.Address, now time.Time) (account string, err error) {
 	key := hashed(token)
+	db, ctx, end, err := s.write(ctx, needed, 0)
+	if err != nil {
+		return "", fmt.Errorf("use token: %w", err)
+	}
+	defer end()
 	for {
-		e, err := s.tokens.Get(ctx, key)
+		e, err := db.tokens.Get(ctx, key)
 		if errors.Is(err, jetstream.ErrKeyNotFound) {
 			return "", ErrToken
 		}
 		if err != nil {
-			return "", fmt.Errorf("read token: %w", err)
+			return "", fmt.Errorf("read token: %w", db.failure(err))
 		}
 		var t Token
 		if err := json.Unmarshal(e.Value(), &t); err != nil {
@@ -172,12 +187,12 @@ func (s *Store) use(ctx context.Context, token string, node evm.Address, now tim
 			return "", err
 		}
 		failpoint.Here("store.use.begin")
-		_, err = s.tokens.Update(ctx, key, b, e.Revision())
+		_, err = db.tokens.Update(ctx, key, b, e.Revision())
 		if errors.Is(err, jetstream.ErrKeyRevisionMismatch) {
 			continue // somebody else was first; look again at what is left
 		}
 		if err != nil {
-			return "", fmt.Errorf("use token: %w", err)
+			return "", fmt.Errorf("use token: %w", db.failure(err))
 		}
 		failpoint.Here("store.use.stored")
 		return t.Account, nil
@@ -197,7 +212,7 @@ type clients struct {
 }
 
 func (s *Store) loadClients(ctx context.Context) error {
-	keys, err := all[Client](ctx, s.keys)
+	keys, err := all[Client](ctx, s.now.Load().keys)
 	if err != nil {
 		return err
 	}
@@ -224,9 +239,14 @@ func (s *Store) CreateAPIKey(ctx context.Context, name string, now time.Time) (s
 	if err != nil {
 		return "", err
 	}
-	failpoint.Here("store.key.begin")
-	if _, err := s.keys.Create(ctx, hashed(secret), b); err != nil {
+	db, ctx, end, err := s.write(ctx, needed, len(b))
+	if err != nil {
 		return "", fmt.Errorf("store API key: %w", err)
+	}
+	defer end()
+	failpoint.Here("store.key.begin")
+	if _, err := db.keys.Create(ctx, hashed(secret), b); err != nil {
+		return "", fmt.Errorf("store API key: %w", db.failure(err))
 	}
 	s.clients.mu.Lock()
 	defer s.clients.mu.Unlock()
@@ -236,6 +256,11 @@ func (s *Store) CreateAPIKey(ctx context.Context, name string, now time.Time) (s
 
 // RevokeAPIKeys removes every API key of the name and returns how many.
 func (s *Store) RevokeAPIKeys(ctx context.Context, name string) (int, error) {
+	db, ctx, end, err := s.write(ctx, needed, 0)
+	if err != nil {
+		return 0, fmt.Errorf("revoke API key: %w", err)
+	}
+	defer end()
 	s.clients.mu.Lock()
 	defer s.clients.mu.Unlock()
 	n := 0
@@ -244,8 +269,8 @@ func (s *Store) RevokeAPIKeys(ctx context.Context, name string) (int, error) {
 			continue
 		}
 		failpoint.Here("store.revocation.begin")
-		if err := s.keys.Delete(ctx, hex.EncodeToString(h[:])); err != nil {
-			return n, fmt.Errorf("revoke API key: %w", err)
+		if err := db.keys.Delete(ctx, hex.EncodeToString(h[:])); err != nil {
+			return n, fmt.Errorf("revoke API key: %w", db.failure(err))
 		}
 		delete(s.clients.byHash, h)
 		n++
@@ -267,20 +292,35 @@ func (s *Store) Client(key string) (Client, bool) {
 // be checked after the next one. It returns when it was first put.
 func (s *Store) PutConfig(ctx context.Context, raw []byte) (time.Time, error) {
 	key := digest.Of(raw).Hex()
-	failpoint.Here("store.config.begin")
-	if _, err := s.published.Create(ctx, key, raw); err != nil && !errors.Is(err, jetstream.ErrKeyExists) {
-		return time.Time{}, fmt.Errorf("keep configuration: %w", err)
+	db := s.now.Load()
+	e, err := db.published.Get(ctx, key)
+	if errors.Is(err, jetstream.ErrKeyNotFound) {
+		if err = s.createConfig(ctx, key, raw); err == nil {
+			e, err = db.published.Get(ctx, key)
+		}
 	}
-	e, err := s.published.Get(ctx, key)
 	if err != nil {
 		return time.Time{}, fmt.Errorf("keep configuration: %w", err)
 	}
 	return e.Created(), nil
 }
 
+func (s *Store) createConfig(ctx context.Context, key string, raw []byte) error {
+	db, ctx, end, err := s.write(ctx, needed, len(raw))
+	if err != nil {
+		return err
+	}
+	defer end()
+	failpoint.Here("store.config.begin")
+	if _, err := db.published.Create(ctx, key, raw); err != nil && !errors.Is(err, jetstream.ErrKeyExists) {
+		return db.failure(err)
+	}
+	return nil
+}
+
 // Config returns a configuration that was published, or [ErrNotFound].
 func (s *Store) Config(ctx context.Context, d digest.Digest) ([]byte, error) {
-	e, err := s.published.Get(ctx, d.Hex())
+	e, err := s.now.Load().published.Get(ctx, d.Hex())
 	if errors.Is(err, jetstream.ErrKeyNotFound) {
 		return nil, fmt.Errorf("configuration %s: %w", d, ErrNotFound)
 	}

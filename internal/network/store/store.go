@@ -8,6 +8,22 @@
 // answered from memory that was not written first. There are no lasting
 // consumers: jobs are read once at start-up and afterwards written and deleted
 // only, so the cost does not depend on the number of nodes.
+//
+// # Full and broken disks
+//
+// Three lines, the first of which is enough as long as the disk fills slowly. With
+// less free than Room.Jobs no new job and no logs are taken, so that there is room
+// for the results of the jobs that there are. With less than Room.Writes nothing is
+// written. Both are asked before each write, and end by themselves.
+//
+// The third is for whatever else a disk may do. After one failed write JetStream
+// refuses every further one to that stream, for good: what it has in memory may not
+// be what is on disk. So its server is ended and another one begins on the same
+// files, which takes a fraction of a second and reads what is really there; in this
+// process, since a new one could tell clients nothing meanwhile. That is tried
+// when there is room, and otherwise again and again. Until then what was written
+// can be read. A job whose writing failed may be there all the same: it is deleted
+// by its name (see sweep), or it would be given out after the next start.
 package store
 
 import (
@@ -18,8 +34,10 @@ import (
 	"log/slog"
 	"os"
 	"path/filepath"
+	"slices"
 	"strings"
 	"sync"
+	"sync/atomic"
 	"syscall"
 	"time"
 
@@ -47,7 +65,23 @@ const opTimeout = 10 * time.Second
 
 // Store is an open store. All methods are safe for concurrent use.
 type Store struct {
-	lock   *os.File
+	dir  string
+	log  *slog.Logger
+	lock *os.File
+
+	// now is the server that runs; a new one takes its place after a write error.
+	now atomic.Pointer[db]
+
+	clients clients
+	pending pending
+	room    room
+
+	space   int64      // of the file system, in bytes
+	streams sync.Mutex // held while a stream's configuration is changed
+}
+
+// db is one run of the embedded server.
+type db struct {
 	server *server.Server
 	conn   *nats.Conn
 	js     jetstream.JetStream
@@ -56,30 +90,25 @@ type Store struct {
 	nodes, tokens, keys, published jetstream.KeyValue
 	accounts, mails, orders        jetstream.KeyValue
 
-	clients clients
-	pending pending
-
 	// failed ends when JetStream can no longer write; its cause is why. fail ends it.
 	failed context.Context
 	fail   context.CancelCauseFunc
-
-	space   int64      // of the file system, in bytes
-	streams sync.Mutex // held while a stream's configuration is changed
 }
 
 // Limits bound what is stored, in bytes.
 type Limits struct {
 	Jobs    int64 // records of jobs; beyond it no new one is taken: [ErrFull]
 	Results int64 // results; beyond it the oldest go, however young
+	Free    int64 // what must be free on the disk; with less no new job is taken: [ErrNoRoom]
 }
 
 // DefaultLimits are those of a new store.
-var DefaultLimits = Limits{Jobs: 1 << 30, Results: 8 << 30}
+var DefaultLimits = Limits{Jobs: 1 << 30, Results: 8 << 30, Free: 256 << 20}
 
 // within returns the limits, but no more than an eighth of a file system for
-// jobs and half of it for results.
+// jobs, half of it for results, and a tenth of it free.
 func (l Limits) within(space int64) Limits {
-	return Limits{Jobs: min(l.Jobs, space/8), Results: min(l.Results, space/2)}
+	return Limits{Jobs: min(l.Jobs, space/8), Results: min(l.Results, space/2), Free: min(l.Free, space/10)}
 }
 
 // Open opens the store in dir, making it when it is not there. One process at
@@ -88,8 +117,10 @@ func Open(ctx context.Context, dir string, log *slog.Logger) (_ *Store, err erro
 	if err := os.MkdirAll(dir, 0o700); err != nil {
 		return nil, err
 	}
-	s := &Store{pending: pending{open: map[uint64]int{}, done: map[uint64]int{}, writing: map[*uint64]struct{}{}}}
-	s.failed, s.fail = context.WithCancelCause(context.Background())
+	s := &Store{
+		dir: dir, log: log,
+		pending: pending{open: map[uint64]int{}, done: map[uint64]int{}, writing: map[*uint64]struct{}{}},
+	}
 	defer func() {
 		if err != nil {
 			s.Close()
@@ -101,11 +132,29 @@ func Open(ctx context.Context, dir string, log *slog.Logger) (_ *Store, err erro
 	if s.space, err = spaceOf(dir); err != nil {
 		return nil, err
 	}
-	s.server, err = server.NewServer(&server.Options{
+	s.room.dir, s.room.free, s.room.keep = dir, freeIn, DefaultLimits.within(s.space).Free
+	d, err := s.start(ctx)
+	if err != nil {
+		return nil, err
+	}
+	s.now.Store(d)
+	return s, s.loadClients(ctx)
+}
+
+// start runs a server over the store's files.
+func (s *Store) start(ctx context.Context) (_ *db, err error) {
+	d := new(db)
+	d.failed, d.fail = context.WithCancelCause(context.Background())
+	defer func() {
+		if err != nil {
+			d.close()
+		}
+	}()
+	d.server, err = server.NewServer(&server.Options{
 		ServerName:             "resultity-network",
 		DontListen:             true, // reached through InProcessConn only
 		JetStream:              true,
-		StoreDir:               dir,
+		StoreDir:               s.dir,
 		SyncAlways:             true,
 		JetStreamMaxStore:      s.space,             // each stream has a bound of its own
 		MaxPayload:             maxMessage + 64<<10, // a value and its headers
@@ -116,100 +165,145 @@ func Open(ctx context.Context, dir string, log *slog.Logger) (_ *Store, err erro
 	if err != nil {
 		return nil, fmt.Errorf("store: %w", err)
 	}
-	s.server.SetLoggerV2(natsLog{log, s.fail}, false, false, false)
-	s.server.Start()
-	if !s.server.ReadyForConnections(30 * time.Second) {
-		return nil, fmt.Errorf("store in %s did not become ready within 30 s; see the log lines before this one", dir)
+	d.server.SetLoggerV2(natsLog{s.log, d.fail}, false, false, false)
+	d.server.Start()
+	if !d.server.ReadyForConnections(30 * time.Second) {
+		return nil, fmt.Errorf("store in %s did not become ready within 30 s; see the log lines before this one", s.dir)
 	}
-	s.conn, err = nats.Connect("", nats.InProcessServer(s.server), nats.Name("resultity-network"), nats.NoReconnect(),
-		nats.ErrorHandler(func(_ *nats.Conn, _ *nats.Subscription, err error) { log.Error("store connection", "error", err) }))
+	d.conn, err = nats.Connect("", nats.InProcessServer(d.server), nats.Name("resultity-network"), nats.NoReconnect(),
+		nats.ErrorHandler(func(_ *nats.Conn, _ *nats.Subscription, err error) { s.log.Error("store connection", "error", err) }))
 	if err != nil {
 		return nil, fmt.Errorf("store: %w", err)
 	}
-	if s.js, err = jetstream.New(s.conn, jetstream.WithDefaultTimeout(opTimeout)); err != nil {
+	if d.js, err = jetstream.New(d.conn, jetstream.WithDefaultTimeout(opTimeout)); err != nil {
 		return nil, err
 	}
-	if err := s.open(ctx); err != nil {
-		return nil, fmt.Errorf("store in %s: %w", dir, err)
+	if err := d.open(ctx, s.space); err != nil {
+		return nil, fmt.Errorf("store in %s: %w", s.dir, err)
 	}
-	return s, nil
+	return d, nil
 }
 
-func (s *Store) open(ctx context.Context) (err error) {
-	limits := DefaultLimits.within(s.space)
-	if s.jobs, err = s.stream(ctx, jetstream.StreamConfig{
-		Name: "JOBS", Description: "jobs that are not finished", Subjects: []string{"jobs.*"},
-		MaxAge:      25 * time.Hour, // no job may be given longer than a day
-		MaxMsgSize:  maxMessage,
-		MaxBytes:    limits.Jobs,
-		Discard:     jetstream.DiscardNew,
-		AllowDirect: true,
-	}); err != nil {
-		return err
+// close ends the server and waits until its files are closed.
+func (d *db) close() {
+	d.fail(errors.New("store is closed"))
+	if d.conn != nil {
+		d.conn.Close()
 	}
-	if s.results, err = s.stream(ctx, jetstream.StreamConfig{
-		Name: "RESULTS", Description: "results by job id", Subjects: []string{"results.*"},
-		MaxMsgSize:        maxMessage,
-		MaxBytes:          limits.Results,
-		MaxMsgsPerSubject: 1,
-		Discard:           jetstream.DiscardOld,
-		AllowDirect:       true,
-	}); err != nil {
-		return err
+	if d.server != nil {
+		d.server.Shutdown()
+		d.server.WaitForShutdown()
 	}
-	if s.logs, err = s.js.CreateOrUpdateStream(ctx, jetstream.StreamConfig{
-		Name: "LOGS", Description: "logs of nodes, by node", Subjects: []string{"logs.*"},
-		MaxAge: logAge, MaxMsgsPerSubject: logBatches, MaxMsgSize: 1 << 20,
-		MaxBytes:    min(maxLogs, s.space/8),
-		Discard:     jetstream.DiscardOld,
-		AllowDirect: true,
-	}); err != nil {
-		return err
+}
+
+func (d *db) open(ctx context.Context, space int64) (err error) {
+	limits := DefaultLimits.within(space)
+	for _, str := range []struct {
+		to  *jetstream.Stream
+		cfg jetstream.StreamConfig
+	}{
+		{&d.jobs, jetstream.StreamConfig{
+			Name: "JOBS", Description: "jobs that are not finished", Subjects: []string{"jobs.*"},
+			MaxAge:      25 * time.Hour, // no job may be given longer than a day
+			MaxMsgSize:  maxMessage,
+			MaxBytes:    limits.Jobs,
+			Discard:     jetstream.DiscardNew,
+			AllowDirect: true,
+		}},
+		{&d.results, jetstream.StreamConfig{
+			Name: "RESULTS", Description: "results by job id", Subjects: []string{"results.*"},
+			MaxMsgSize:        maxMessage,
+			MaxBytes:          limits.Results,
+			MaxMsgsPerSubject: 1,
+			Discard:           jetstream.DiscardOld,
+			AllowDirect:       true,
+		}},
+		{&d.logs, jetstream.StreamConfig{
+			Name: "LOGS", Description: "logs of nodes, by node", Subjects: []string{"logs.*"},
+			MaxAge: logAge, MaxMsgsPerSubject: logBatches, MaxMsgSize: 1 << 20,
+			MaxBytes:    min(maxLogs, space/8),
+			Discard:     jetstream.DiscardOld,
+			AllowDirect: true,
+		}},
+	} {
+		if *str.to, err = d.stream(ctx, str.cfg); err != nil {
+			return err
+		}
 	}
 	for _, b := range []struct {
 		kv         *jetstream.KeyValue
 		name, what string
 		ttl        time.Duration
 	}{
-		{&s.nodes, "NODES", "registered nodes by address", 0},
-		{&s.tokens, "TOKENS", "enrolment tokens by their SHA-256", 0},
-		{&s.keys, "APIKEYS", "API keys by their SHA-256", 0},
-		{&s.orders, "ORDERS", "orders to nodes by node and id", 30 * 24 * time.Hour},
-		{&s.published, "CONFIGS", "published configurations by digest", 0},
-		{&s.accounts, "ACCOUNTS", "accounts of e-mail addresses, by their SHA-256", 0},
-		{&s.mails, "OUTBOX", "messages that no mail server has taken yet", time.Hour},
+		{&d.nodes, "NODES", "registered nodes by address", 0},
+		{&d.tokens, "TOKENS", "enrolment tokens by their SHA-256", 0},
+		{&d.keys, "APIKEYS", "API keys by their SHA-256", 0},
+		{&d.orders, "ORDERS", "orders to nodes by node and id", 30 * 24 * time.Hour},
+		{&d.published, "CONFIGS", "published configurations by digest", 0},
+		{&d.accounts, "ACCOUNTS", "accounts of e-mail addresses, by their SHA-256", 0},
+		{&d.mails, "OUTBOX", "messages that no mail server has taken yet", time.Hour},
 	} {
-		if *b.kv, err = s.js.CreateOrUpdateKeyValue(ctx, jetstream.KeyValueConfig{
+		if *b.kv, err = d.bucket(ctx, jetstream.KeyValueConfig{
 			Bucket: b.name, Description: b.what, TTL: b.ttl, MaxValueSize: 2 << 20,
 		}); err != nil {
 			return err
 		}
 	}
-	return s.loadClients(ctx)
+	return nil
 }
 
 // stream makes a stream, or opens it with the age and the size that it was given
-// last: those are the snapshot's and the configuration's to decide.
-func (s *Store) stream(ctx context.Context, cfg jetstream.StreamConfig) (jetstream.Stream, error) {
-	if old, err := s.js.Stream(ctx, cfg.Name); err == nil {
-		cfg.MaxAge, cfg.MaxBytes = old.CachedInfo().Config.MaxAge, old.CachedInfo().Config.MaxBytes
-	} else if !errors.Is(err, jetstream.ErrStreamNotFound) {
+// last: those are the snapshot's and the configuration's to decide. One that is as
+// it should be is not written to, so that the store opens on a full disk too.
+func (d *db) stream(ctx context.Context, cfg jetstream.StreamConfig) (jetstream.Stream, error) {
+	old, err := d.js.Stream(ctx, cfg.Name)
+	if errors.Is(err, jetstream.ErrStreamNotFound) {
+		return d.js.CreateStream(ctx, cfg)
+	}
+	if err != nil {
 		return nil, err
 	}
-	return s.js.CreateOrUpdateStream(ctx, cfg)
+	is := old.CachedInfo().Config
+	cfg.MaxAge, cfg.MaxBytes = is.MaxAge, is.MaxBytes
+	if is.MaxMsgSize == cfg.MaxMsgSize && is.Discard == cfg.Discard && is.AllowDirect == cfg.AllowDirect &&
+		max(is.MaxMsgsPerSubject, 0) == cfg.MaxMsgsPerSubject && slices.Equal(is.Subjects, cfg.Subjects) {
+		return old, nil
+	}
+	return d.js.UpdateStream(ctx, cfg)
+}
+
+// bucket is stream for a key-value bucket.
+func (d *db) bucket(ctx context.Context, cfg jetstream.KeyValueConfig) (jetstream.KeyValue, error) {
+	old, err := d.js.KeyValue(ctx, cfg.Bucket)
+	if errors.Is(err, jetstream.ErrBucketNotFound) {
+		return d.js.CreateKeyValue(ctx, cfg)
+	}
+	if err != nil {
+		return nil, err
+	}
+	is, err := old.Status(ctx)
+	if err != nil {
+		return nil, err
+	}
+	if is.TTL() == cfg.TTL && is.Config().MaxValueSize == cfg.MaxValueSize {
+		return old, nil
+	}
+	return d.js.UpdateKeyValue(ctx, cfg)
 }
 
 // change changes the configuration of a stream.
-func (s *Store) change(ctx context.Context, str jetstream.Stream, what func(*jetstream.StreamConfig)) error {
+func (s *Store) change(ctx context.Context, which func(*db) jetstream.Stream, what func(*jetstream.StreamConfig)) error {
 	s.streams.Lock()
 	defer s.streams.Unlock()
+	d := s.now.Load()
+	str := which(d)
 	old := str.CachedInfo().Config
 	cfg := old
 	what(&cfg)
 	if cfg.MaxAge == old.MaxAge && cfg.MaxBytes == old.MaxBytes {
 		return nil
 	}
-	if _, err := s.js.UpdateStream(ctx, cfg); err != nil {
+	if _, err := d.js.UpdateStream(ctx, cfg); err != nil {
 		return fmt.Errorf("set bounds of %s: %w", cfg.Name, err)
 	}
 	info, err := str.Info(ctx) // which CachedInfo is from then on
@@ -222,30 +316,32 @@ func (s *Store) change(ctx context.Context, str jetstream.Stream, what func(*jet
 	return nil
 }
 
+func jobsOf(d *db) jetstream.Stream    { return d.jobs }
+func resultsOf(d *db) jetstream.Stream { return d.results }
+
 // SetLimits sets how much is stored, as far as the file system allows: it
 // returns what is in force. Results beyond their limit go at once.
 func (s *Store) SetLimits(ctx context.Context, l Limits) (Limits, error) {
 	l = l.within(s.space)
+	s.room.mu.Lock()
+	s.room.keep = l.Free
+	s.room.mu.Unlock()
 	return l, errors.Join(
-		s.change(ctx, s.jobs, func(c *jetstream.StreamConfig) { c.MaxBytes = l.Jobs }),
-		s.change(ctx, s.results, func(c *jetstream.StreamConfig) { c.MaxBytes = l.Results }),
+		s.change(ctx, jobsOf, func(c *jetstream.StreamConfig) { c.MaxBytes = l.Jobs }),
+		s.change(ctx, resultsOf, func(c *jetstream.StreamConfig) { c.MaxBytes = l.Results }),
 	)
 }
 
 // SetResultTTL sets how long results are kept, counted from when each was stored.
 func (s *Store) SetResultTTL(ctx context.Context, ttl time.Duration) error {
-	return s.change(ctx, s.results, func(c *jetstream.StreamConfig) { c.MaxAge = ttl })
+	return s.change(ctx, resultsOf, func(c *jetstream.StreamConfig) { c.MaxAge = ttl })
 }
 
-// Close closes the store and waits until its files are closed.
+// Close closes the store and waits until its files are closed. [Store.Run] must
+// have returned.
 func (s *Store) Close() {
-	s.fail(errors.New("store is closed"))
-	if s.conn != nil {
-		s.conn.Close()
-	}
-	if s.server != nil {
-		s.server.Shutdown()
-		s.server.WaitForShutdown()
+	if d := s.now.Load(); d != nil {
+		d.close()
 	}
 	if s.lock != nil {
 		_ = s.lock.Close() // gives up the lock; the file itself stays
@@ -255,33 +351,42 @@ func (s *Store) Close() {
 const (
 	sweepEvery = time.Second      // between two deletions of finished jobs
 	lookEvery  = 10 * time.Second // between two looks at what results went
+	guardEvery = 250 * time.Millisecond
 )
 
-// Run deletes finished jobs until ctx ends, and then what is left of them.
+// Run deletes finished jobs until ctx ends, and then what is left of them. It
+// looks after the room on the disk, and opens the files anew after a write error.
 // Meanwhile it passes to discarded how many results had to go before their time.
 func (s *Store) Run(ctx context.Context, log *slog.Logger, discarded func(results uint64)) error {
 	tick := time.NewTicker(sweepEvery)
 	defer tick.Stop()
 	look := time.NewTicker(lookEvery)
 	defer look.Stop()
+	guard := time.NewTicker(guardEvery)
+	defer guard.Stop()
 	var seen oldest
+	s.guard(ctx)
 	for {
 		select {
 		case <-tick.C:
+		case <-guard.C:
+			s.guard(ctx)
+			continue
 		case <-look.C:
 			n, err := s.discarded(ctx, &seen)
 			switch {
+			case s.Accepting() != nil: // it has been said why
 			case err != nil:
 				log.Warn("results could not be looked at", "error", err)
 			case n > 0:
 				log.Warn("results were discarded before their time: they take more room than they may; raise max_results_bytes, or lower limits.result_ttl_s in the published configuration",
-					"count", n, "max_bytes", s.results.CachedInfo().Config.MaxBytes)
+					"count", n, "max_bytes", s.now.Load().results.CachedInfo().Config.MaxBytes)
 				discarded(n)
 			}
 			continue
 		case <-ctx.Done():
 		}
-		if err := s.sweep(context.WithoutCancel(ctx)); err != nil {
+		if err := s.sweep(context.WithoutCancel(ctx)); err != nil && s.Accepting() == nil { // else it has been said why
 			log.Error("finished jobs stay in the store for now", "error", err)
 		}
 		if ctx.Err() != nil {
@@ -299,7 +404,7 @@ type oldest struct {
 // discarded counts the results that have gone since the last look although the
 // oldest of them was younger than results may become.
 func (s *Store) discarded(ctx context.Context, seen *oldest) (uint64, error) {
-	info, err := s.results.Info(ctx)
+	info, err := s.now.Load().results.Info(ctx)
 	if err != nil {
 		return 0, err
 	}
@@ -310,37 +415,6 @@ func (s *Store) discarded(ctx context.Context, seen *oldest) (uint64, error) {
 		return 0, nil
 	}
 	return seen.seq - was.seq, nil
-}
-
-// ErrFailed says that JetStream has stopped writing after an error of the disk.
-// It does not begin again by itself, even when there is room again: the process
-// has to.
-var ErrFailed = errors.New("store has stopped after a write error; make room on its disk")
-
-// Healthy fails when the store can no longer write.
-func (s *Store) Healthy() error {
-	switch {
-	case s.failed.Err() != nil:
-		return context.Cause(s.failed)
-	case !s.server.JetStreamEnabled() || !s.conn.IsConnected():
-		return ErrFailed
-	}
-	return nil
-}
-
-// op bounds one operation, by time and by the store's health.
-func (s *Store) op(ctx context.Context) (context.Context, func()) {
-	ctx, cancel := context.WithTimeout(ctx, opTimeout)
-	stop := context.AfterFunc(s.failed, cancel)
-	return ctx, func() { stop(); cancel() }
-}
-
-// failure adds why an operation failed, when that is the store's own state.
-func (s *Store) failure(err error) error {
-	if err != nil && s.failed.Err() != nil {
-		return fmt.Errorf("%w: %w", context.Cause(s.failed), err)
-	}
-	return err
 }
 
 // spaceOf is the size of the file system of a directory, in bytes.
@@ -393,11 +467,17 @@ func (l natsLog) Warnf(format string, v ...any) {
 		return
 	}
 	l.put(slog.LevelWarn, format, v)
+	l.watch(format, v)
 }
 func (l natsLog) Errorf(format string, v ...any) {
 	l.put(slog.LevelError, format, v)
-	if strings.Contains(strings.ToLower(format), "critical write error") {
-		l.fail(fmt.Errorf("%w (%s)", ErrFailed, strings.TrimSpace(fmt.Sprintf(format, v...))))
-	}
+	l.watch(format, v)
 }
 func (l natsLog) Fatalf(format string, v ...any) { l.put(slog.LevelError, format, v) }
+
+func (l natsLog) watch(format string, v []any) {
+	text := strings.ToLower(format)
+	if strings.Contains(text, "critical write error") || strings.Contains(text, "disabling jetstream") || strings.Contains(text, "will be disabled") {
+		l.fail(fmt.Errorf("%w: %s", ErrFailed, strings.TrimSpace(fmt.Sprintf(format, v...))))
+	}
+}

@@ -13,6 +13,7 @@ import (
 	"runtime"
 	"slices"
 	"sync"
+	"sync/atomic"
 	"testing"
 	"time"
 
@@ -71,7 +72,7 @@ func put(t testing.TB, s *Store, request []byte) *Job {
 func ids(t testing.TB, s *Store) (list []receipt.JobID) {
 	t.Helper()
 	for seq := uint64(1); ; seq++ {
-		m, err := s.jobs.GetMsg(t.Context(), seq, jetstream.WithGetMsgSubject("jobs.*"))
+		m, err := s.now.Load().jobs.GetMsg(t.Context(), seq, jetstream.WithGetMsgSubject("jobs.*"))
 		if errors.Is(err, jetstream.ErrMsgNotFound) {
 			return list
 		}
@@ -329,7 +330,7 @@ func TestLimitsOfTheFileSystem(t *testing.T) {
 	if err != nil || got != (Limits{Jobs: s.space / 8, Results: s.space / 2}) {
 		t.Fatalf("%+v of %d: %v", got, s.space, err)
 	}
-	if n := s.logs.CachedInfo().Config.MaxBytes; n < 1 || n > s.space/8 {
+	if n := s.now.Load().logs.CachedInfo().Config.MaxBytes; n < 1 || n > s.space/8 {
 		t.Errorf("logs may take %d bytes of %d", n, s.space)
 	}
 }
@@ -343,7 +344,7 @@ func TestResultTTL(t *testing.T) {
 		}
 	}
 	s = reopen(t, s, dir)
-	if got := s.results.CachedInfo().Config.MaxAge; got != 2*time.Hour {
+	if got := s.now.Load().results.CachedInfo().Config.MaxAge; got != 2*time.Hour {
 		t.Errorf("results are kept for %v", got)
 	}
 }
@@ -372,7 +373,7 @@ func TestOneProcess(t *testing.T) {
 	if _, err := Open(t.Context(), dir, slog.New(slog.DiscardHandler)); !errors.Is(err, ErrLocked) {
 		t.Fatalf("got %v", err)
 	}
-	if err := s.Healthy(); err != nil {
+	if err := s.Accepting(); err != nil {
 		t.Error(err)
 	}
 	s.Close()
@@ -476,7 +477,7 @@ func TestAPIKeys(t *testing.T) {
 func TestUnreadableJob(t *testing.T) {
 	s := open(t, t.TempDir())
 	put(t, s, []byte("x"))
-	if _, err := s.js.Publish(t.Context(), "jobs.broken", []byte("{")); err != nil {
+	if _, err := s.now.Load().js.Publish(t.Context(), "jobs.broken", []byte("{")); err != nil {
 		t.Fatal(err)
 	}
 	put(t, s, []byte("y"))
@@ -495,17 +496,29 @@ func TestLockFileMode(t *testing.T) {
 	}
 }
 
+// fullDisk has the next file of a stream be a disk without room, and returns how to
+// make room again.
+func fullDisk(t testing.TB, dir, stream, file string) (room func()) {
+	t.Helper()
+	next := filepath.Join(dir, "jetstream", "$G", "streams", stream, "msgs", file)
+	if err := os.Symlink("/dev/full", next); err != nil {
+		t.Fatal(err)
+	}
+	return func() {
+		if err := os.Remove(next); err != nil {
+			t.Fatal(err)
+		}
+	}
+}
+
 // A full disk: JetStream gives up the stream without an answer. The store says
-// so at once, and after a new start everything that was acknowledged is there.
+// so at once, and goes on by itself when there is room, with all that was
+// acknowledged and nothing else.
 func TestDiskFull(t *testing.T) {
 	dir := t.TempDir()
 	s := open(t, dir)
 	put(t, s, []byte("first"))
-	// The stream's next file is a disk without room.
-	next := filepath.Join(dir, "jetstream", "$G", "streams", "JOBS", "msgs", "2.blk")
-	if err := os.Symlink("/dev/full", next); err != nil {
-		t.Fatal(err)
-	}
+	room := fullDisk(t, dir, "JOBS", "2.blk")
 	big := bytes.Repeat([]byte("x"), 3<<20)
 	written := 1
 	for {
@@ -523,16 +536,180 @@ func TestDiskFull(t *testing.T) {
 		}
 		break
 	}
-	if err := s.Healthy(); !errors.Is(err, ErrFailed) {
-		t.Errorf("healthy: %v", err)
+	if got, err := s.Jobs(t.Context(), noBad(t)); err != nil || len(got) != written {
+		t.Errorf("while nothing can be written %d jobs can be read, of %d: %v", len(got), written, err)
 	}
-	s.Close()
-	if err := os.Remove(next); err != nil {
-		t.Fatal(err)
+	var low atomic.Bool // as it is when a disk is full
+	low.Store(true)
+	free := s.room.free
+	s.room.free = func(dir string) (int64, error) {
+		if low.Load() {
+			return 0, nil
+		}
+		return free(dir)
 	}
-	s = open(t, dir)
+	s.guard(t.Context())
+	if st := s.State(); !errors.Is(st.Err, ErrNoRoom) || st.Free != 0 || st.Reopened != 0 {
+		t.Errorf("without room: %+v", st)
+	}
+	room()
+	low.Store(false)
+	s.guard(t.Context())
+	if st := s.State(); st.Err != nil || st.Free == 0 || st.Reopened != 1 {
+		t.Fatalf("with room: %+v", st)
+	}
 	if got := ids(t, s); len(got) != written {
 		t.Errorf("%d of %d jobs are left", len(got), written)
 	}
 	put(t, s, []byte("again"))
+	if err := s.sweep(t.Context()); err != nil {
+		t.Error(err)
+	}
+	if got := ids(t, s); len(got) != written+1 {
+		t.Errorf("%d jobs, want %d", len(got), written+1)
+	}
+}
+
+// A disk that takes no writes although it has room, such as a broken one, is tried
+// again, ever less often.
+func TestBrokenDisk(t *testing.T) {
+	dir := t.TempDir()
+	s := open(t, dir)
+	first := s.now.Load()
+	for range len(reopenDelays) {
+		s.now.Load().fail(ErrFailed)
+		s.guard(t.Context())
+		if s.room.retries < len(reopenDelays) {
+			s.room.reopened = time.Now().Add(-calm / 2)
+		}
+	}
+	if st := s.State(); st.Err != nil || st.Reopened != len(reopenDelays) || s.now.Load() == first {
+		t.Fatalf("%+v", st)
+	}
+	last := s.now.Load()
+	last.fail(ErrFailed)
+	s.guard(t.Context())
+	if st := s.State(); !errors.Is(st.Err, ErrFailed) || s.now.Load() != last {
+		t.Errorf("opened anew without a pause: %+v", st)
+	}
+	s.room.reopened = time.Now().Add(-reopenDelays[len(reopenDelays)-1])
+	s.guard(t.Context())
+	if st := s.State(); st.Err != nil || s.now.Load() == last {
+		t.Errorf("not opened anew: %+v", st)
+	}
+}
+
+// With little room only what is needed is written, with less nothing.
+func TestLittleRoom(t *testing.T) {
+	s := open(t, t.TempDir())
+	var free int64
+	s.room.free = func(string) (int64, error) { return free, nil }
+	jobs, writes := s.room.limit()
+	j := func() error {
+		return s.PutJob(t.Context(), &Job{Job: wire.Job{ID: receipt.NewJobID(), Request: []byte("x")}})
+	}
+	order := func() error {
+		return s.PutOrder(t.Context(), &Order{Directive: wire.Directive{ID: wire.OrderID{1}}})
+	}
+	for _, tc := range []struct {
+		free       int64
+		job, order error
+		state      error
+	}{
+		{jobs + 4096, nil, nil, nil},
+		{jobs - 1, ErrNoRoom, nil, ErrNoRoom},
+		{jobs + 4096, nil, nil, ErrNoRoom}, // not to and fro
+		{jobs + jobs/4, nil, nil, nil},
+		{writes + 4096, ErrNoRoom, nil, ErrNoRoom},
+		{writes - 1, ErrNoRoom, ErrNoRoom, ErrNoRoom},
+		{2 * jobs, nil, nil, nil},
+	} {
+		free = tc.free
+		s.guard(t.Context())
+		if err := j(); !errors.Is(err, tc.job) {
+			t.Errorf("%d free: job: %v", free, err)
+		}
+		if err := order(); !errors.Is(err, tc.order) {
+			t.Errorf("%d free: order: %v", free, err)
+		}
+		if err := s.Accepting(); !errors.Is(err, tc.state) {
+			t.Errorf("%d free: state: %v", free, err)
+		}
+	}
+	if st := s.State(); st.Reopened != 0 {
+		t.Errorf("opened anew %d times", st.Reopened)
+	}
+	full := errors.New("no answer")
+	s.room.free = func(string) (int64, error) { return 0, full }
+	if err := order(); !errors.Is(err, full) {
+		t.Errorf("nothing known of the disk: %v", err)
+	}
+}
+
+// The store opens on a disk without room, and says what there is.
+func TestOpenOnFullDisk(t *testing.T) {
+	dir := t.TempDir()
+	s := open(t, dir)
+	j := put(t, s, []byte("x"))
+	s.Close()
+	for _, name := range []string{"JOBS", "RESULTS", "LOGS", "KV_NODES", "KV_ORDERS"} {
+		meta := filepath.Join(dir, "jetstream", "$G", "streams", name, "meta.inf")
+		before, err := os.Stat(meta)
+		if err != nil {
+			t.Fatal(err)
+		}
+		defer func() {
+			if after, err := os.Stat(meta); err != nil || after.ModTime() != before.ModTime() {
+				t.Errorf("%s was written: %v", name, err)
+			}
+		}()
+	}
+	s = open(t, dir)
+	if got := ids(t, s); !slices.Equal(got, []receipt.JobID{j.ID}) {
+		t.Errorf("%v", got)
+	}
+}
+
+// A job of which nobody knows whether it was written is deleted, whether its
+// deletion is cut in two or not.
+func TestJobInDoubt(t *testing.T) {
+	for _, cut := range []bool{false, true} {
+		dir := t.TempDir()
+		s := open(t, dir)
+		other, j := put(t, s, []byte("other")), put(t, s, []byte("x"))
+		s.pending.forget(j.Seq)
+		s.pending.doubt(j.ID) // it was written, and its acknowledgement did not come
+		if cut {
+			if _, err := s.now.Load().js.Publish(t.Context(), "jobs."+j.ID.String(), nil); err != nil {
+				t.Fatal(err)
+			}
+			s = reopen(t, s, dir)
+			if got, err := s.Jobs(t.Context(), noBad(t)); err != nil || len(got) != 1 || got[0].ID != other.ID {
+				t.Fatalf("%d jobs: %v", len(got), err)
+			}
+		}
+		for range 2 {
+			if err := s.sweep(t.Context()); err != nil {
+				t.Fatal(err)
+			}
+			if got := ids(t, s); !slices.Equal(got, []receipt.JobID{other.ID}) {
+				t.Errorf("cut %v: left are %v", cut, got)
+			}
+		}
+	}
+}
+
+// What waits for the acknowledgement of a job is in doubt, what was refused is not.
+func TestDoubt(t *testing.T) {
+	s := open(t, t.TempDir())
+	ctx, cancel := context.WithCancel(t.Context())
+	cancel()
+	j := &Job{Job: wire.Job{ID: receipt.NewJobID()}}
+	if err := s.PutJob(ctx, j); err == nil || !slices.Equal(s.pending.void, []receipt.JobID{j.ID}) {
+		t.Errorf("%v, in doubt are %v", err, s.pending.void)
+	}
+	j = put(t, s, []byte("x"))
+	if err := s.PutJob(t.Context(), &Job{Job: j.Job}); err == nil || len(s.pending.void) != 1 {
+		t.Errorf("%v, in doubt are %v", err, s.pending.void)
+	}
 }
