@@ -286,6 +286,10 @@ var snapshotCauses = []cause{
 	{tuf.ErrExpired, remedyClock + "; if it is right, the network has not renewed its configuration: " + remedyOperator},
 	{errOtherNetwork, remedyNames},
 	{snapshot.ErrInvalid, remedyUpgrade},
+	{tuf.ErrRollback, "tell the network's operator: it serves older files than before"},
+	{tuf.ErrMixed, "look for a cache or proxy between this machine and network.url, then " + remedyOperator},
+	{tuf.ErrRoot, remedyOperator + ": its change of root keys is not valid"},
+	{tuf.ErrMalformed, "check that network.url is reached and no proxy or portal answers in its place, then " + remedyOperator},
 	{snapshot.ErrUntrusted, "check that network.root is this network's, then " + remedyOperator},
 }
 

@@ -55,7 +55,7 @@ func TestGates(t *testing.T) {
 		{name: "nothing yet", edit: func(b *board) { b.forget(nil) }, closed: "configuration", detail: "not fetched"},
 		{name: "unreachable", edit: func(b *board) { b.forget(tuf.ErrUnreachable) }, closed: "configuration", detail: "reached", remedy: "network.url"},
 		{name: "expired", edit: func(b *board) { b.forget(fmt.Errorf("%w %w", snapshot.ErrUntrusted, tuf.ErrExpired)) }, closed: "configuration", remedy: "timedatectl"},
-		{name: "rolled back", edit: func(b *board) { b.forget(fmt.Errorf("%w %w", snapshot.ErrUntrusted, tuf.ErrRollback)) }, closed: "configuration", remedy: "network.root"},
+		{name: "rolled back", edit: func(b *board) { b.forget(fmt.Errorf("%w %w", snapshot.ErrUntrusted, tuf.ErrRollback)) }, closed: "configuration", remedy: "older files"},
 		{name: "unknown schema", edit: func(b *board) { b.forget(snapshot.ErrInvalid) }, closed: "configuration", remedy: "upgrade"},
 		{name: "other network", edit: func(b *board) { b.forget(errOtherNetwork) }, closed: "configuration", remedy: "network.name"},
 		{name: "full disk", edit: func(b *board) { b.forget(errBroken) }, closed: "configuration", remedy: "this machine"},

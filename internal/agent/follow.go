@@ -89,12 +89,8 @@ func (a *Agent) refresh(ctx context.Context) error {
 	if err != nil {
 		var before error
 		a.board.set(func(b *board) { before, b.snapErr = b.snapErr, err })
-		event := journal.SnapshotRefused
-		if errors.Is(err, tuf.ErrUnreachable) {
-			event = journal.SnapshotStale
-		}
 		if !sameError(before, err) { // say it once, not at every try
-			a.log.Warn("configuration not refreshed", event.Attr(), "error", err)
+			a.log.Warn("configuration not refreshed", tuf.Event(err).Attr(), "error", err)
 		}
 		return err
 	}

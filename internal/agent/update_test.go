@@ -163,12 +163,19 @@ func TestExpiredWhileTheNetworkIsAway(t *testing.T) {
 func TestRefusedSnapshots(t *testing.T) {
 	for name, c := range map[string]struct {
 		err    error
+		event  *journal.Event
 		remedy string
 	}{
-		"unsigned": {fmt.Errorf("%w: bad signature", snapshot.ErrUntrusted), "network.root"},
-		"expired":  {fmt.Errorf("%w: %w", tuf.ErrExpired, snapshot.ErrUntrusted), "timedatectl"},
-		"too new":  {fmt.Errorf("%w: schema is 2", snapshot.ErrInvalid), "upgrade"},
-		"the disk": {errors.New("no space left on device"), "this machine"},
+		"unsigned":   {fmt.Errorf("%w: %w", tuf.ErrUnsigned, snapshot.ErrUntrusted), journal.SnapshotUnsigned, "network.root"},
+		"expired":    {fmt.Errorf("%w: %w", tuf.ErrExpired, snapshot.ErrUntrusted), journal.SnapshotFrozen, "timedatectl"},
+		"older":      {fmt.Errorf("%w: %w", tuf.ErrRollback, snapshot.ErrUntrusted), journal.SnapshotRollback, "older files"},
+		"mixed":      {fmt.Errorf("%w: %w", tuf.ErrMixed, snapshot.ErrUntrusted), journal.SnapshotMixed, "proxy"},
+		"wrong root": {fmt.Errorf("%w: %w", tuf.ErrRoot, snapshot.ErrUntrusted), journal.SnapshotRoot, "root keys"},
+		"malformed":  {fmt.Errorf("%w: %w", tuf.ErrMalformed, snapshot.ErrUntrusted), journal.SnapshotMalformed, "portal"},
+		"endless":    {fmt.Errorf("%w: %w", tuf.ErrTooLarge, snapshot.ErrUntrusted), journal.SnapshotTooLarge, "network.root"},
+		"redirected": {fmt.Errorf("%w: %w", tuf.ErrRedirect, snapshot.ErrUntrusted), journal.SnapshotRedirected, "network.root"},
+		"too new":    {fmt.Errorf("%w: schema is 2", snapshot.ErrInvalid), journal.SnapshotUnusable, "upgrade"},
+		"the disk":   {errors.New("no space left on device"), journal.SnapshotRefused, "this machine"},
 	} {
 		t.Run(name, func(t *testing.T) {
 			bubble(t, func(t *testing.T, f *fixture, n *deploytest.Network) {
@@ -182,11 +189,11 @@ func TestRefusedSnapshots(t *testing.T) {
 				f.tuf.serve(s, nil)
 				pass(time.Minute)
 				f.tuf.serve(nil, c.err)
-				before := f.book.count(journal.SnapshotRefused)
+				before := f.book.count(c.event)
 				f.Message(&wire.Update{})
 				pass(time.Hour)
 				f.serves(s)
-				if k := f.book.count(journal.SnapshotRefused) - before; k != 1 {
+				if k := f.book.count(c.event) - before; k != 1 {
 					t.Errorf("the refusal was logged %d times", k)
 				}
 				// The node serves, and status begins with what somebody has to look at.

@@ -43,8 +43,8 @@ import (
 	"time"
 
 	"github.com/theupdateframework/go-tuf/v2/metadata"
-	"github.com/theupdateframework/go-tuf/v2/metadata/trustedmetadata"
 
+	"github.com/resultity/node/internal/chain"
 	"github.com/resultity/node/internal/digest"
 	"github.com/resultity/node/internal/durable"
 	"github.com/resultity/node/internal/failpoint"
@@ -154,8 +154,8 @@ func Init(dir string, o Options) error {
 	if err != nil {
 		return err
 	}
-	if _, err := trustedmetadata.New(raw); err != nil {
-		return fmt.Errorf("root: %w", err)
+	if _, err := chain.Begin([][]byte{raw}, time.Now()); err != nil {
+		return err
 	}
 	b, err := json.MarshalIndent(s, "", "  ")
 	if err != nil {
@@ -456,19 +456,18 @@ func (r *repository) current() (*newer, error) {
 
 // verify opens the set as a node does that has root.
 func (n *newer) verify(root []byte) (*snapshot.Snapshot, error) {
-	trusted, err := trustedmetadata.New(root)
+	trusted, err := chain.Begin([][]byte{root}, time.Now())
 	if err != nil {
 		return nil, err
 	}
-	trusted.RefTime = time.Now()
-	if _, err := trusted.UpdateTimestamp(n.timestamp.raw); err != nil {
-		return nil, err
+	if err := chain.Timestamp(trusted, n.timestamp.raw); err != nil {
+		return nil, chain.Refusal("timestamp.json", err)
 	}
-	if _, err := trusted.UpdateSnapshot(n.snapshot.raw, false); err != nil {
-		return nil, err
+	if err := chain.Snapshot(trusted, n.snapshot.raw, false); err != nil {
+		return nil, chain.Refusal("snapshot.json", err)
 	}
-	if _, err := trusted.UpdateTargets(n.targets.raw); err != nil {
-		return nil, err
+	if err := chain.Targets(trusted, n.targets.raw); err != nil {
+		return nil, chain.Refusal("targets.json", err)
 	}
 	return snapshot.Open(trusted, n.config)
 }

@@ -5,9 +5,11 @@ import (
 	"fmt"
 	"maps"
 	"slices"
+	"time"
 
 	"github.com/theupdateframework/go-tuf/v2/metadata"
-	"github.com/theupdateframework/go-tuf/v2/metadata/trustedmetadata"
+
+	"github.com/resultity/node/internal/chain"
 )
 
 // Rotation says what the next root changes. The zero value of the last three
@@ -94,11 +96,7 @@ func RotateRoot(dir string, o Rotation) error {
 	if err != nil {
 		return err
 	}
-	trusted, err := trustedmetadata.New(r.rootRaw)
-	if err != nil {
-		return err
-	}
-	if _, err := trusted.UpdateRoot(raw); err != nil {
+	if _, err := chain.Begin([][]byte{r.rootRaw, raw}, time.Now()); err != nil {
 		return fmt.Errorf("nodes would refuse root %d: %w", root.Signed.Version, err)
 	}
 

@@ -33,7 +33,7 @@ type Snapshot struct {
 
 // Open checks raw against verified TUF metadata, then looks inside.
 func Open(trusted *trustedmetadata.TrustedMetadata, raw []byte) (*Snapshot, error) {
-	if trusted == nil || trusted.Timestamp == nil || trusted.Targets["targets"] == nil {
+	if trusted == nil || trusted.Root == nil || trusted.Timestamp == nil || trusted.Snapshot == nil || trusted.Targets["targets"] == nil {
 		return nil, fmt.Errorf("%w: metadata is incomplete", ErrUntrusted)
 	}
 	targets := trusted.Targets["targets"].Signed
@@ -51,7 +51,14 @@ func Open(trusted *trustedmetadata.TrustedMetadata, raw []byte) (*Snapshot, erro
 	if err != nil {
 		return nil, err
 	}
-	return &Snapshot{config: c, digest: digest.Of(raw), version: targets.Version, expires: trusted.Timestamp.Signed.Expires}, nil
+	// The timestamp's is the first, unless somebody has its key and lets it last.
+	expires := trusted.Timestamp.Signed.Expires
+	for _, e := range []time.Time{trusted.Snapshot.Signed.Expires, targets.Expires, trusted.Root.Signed.Expires} {
+		if e.Before(expires) {
+			expires = e
+		}
+	}
+	return &Snapshot{config: c, digest: digest.Of(raw), version: targets.Version, expires: expires}, nil
 }
 
 // Config returns the content. The caller must not change it.
@@ -63,7 +70,8 @@ func (s *Snapshot) Digest() digest.Digest { return s.digest }
 // Version returns the version of the targets metadata; it never falls.
 func (s *Snapshot) Version() int64 { return s.version }
 
-// Expires returns when the network must have confirmed the snapshot again.
+// Expires returns when the network must have confirmed the snapshot again: the
+// first of what its metadata says.
 func (s *Snapshot) Expires() time.Time { return s.expires }
 
 // Model returns the model that the runtime serves.

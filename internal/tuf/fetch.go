@@ -15,14 +15,15 @@ import (
 // server that drips cannot hold a refresh for long.
 const fetchTimeout = 30 * time.Second
 
+// refreshTimeout bounds all files together: a chain of roots may be long. What
+// was verified until then is kept, so that the next refresh goes on from there.
+const refreshTimeout = 5 * time.Minute
+
 const maxRedirects = 5
 
-var (
-	// errAbsent comes with ErrUnreachable: the server has no such file. Object
-	// stores say 403 where they may not say 404.
-	errAbsent   = errors.New("no such file")
-	errRedirect = errors.New("refused to follow a redirect")
-)
+// errAbsent comes with ErrUnreachable: the server has no such file. Object stores
+// say 403 where they may not say 404.
+var errAbsent = errors.New("no such file")
 
 // restrict returns a copy of client that follows a few redirects, to https.
 func restrict(client *http.Client) *http.Client {
@@ -32,10 +33,10 @@ func restrict(client *http.Client) *http.Client {
 	}
 	c.CheckRedirect = func(r *http.Request, via []*http.Request) error {
 		if r.URL.Scheme != "https" || r.URL.User != nil {
-			return fmt.Errorf("%w to %s://%s", errRedirect, r.URL.Scheme, r.URL.Host)
+			return fmt.Errorf("%w to %s://%s", ErrRedirect, r.URL.Scheme, r.URL.Host)
 		}
 		if len(via) > maxRedirects {
-			return fmt.Errorf("%w: more than %d", errRedirect, maxRedirects)
+			return fmt.Errorf("%w: more than %d", ErrRedirect, maxRedirects)
 		}
 		return nil
 	}
@@ -58,7 +59,7 @@ func (c *Client) fetch(ctx context.Context, name string, limit int64) ([]byte, e
 		return nil, err
 	}
 	resp, err := c.http.Do(req)
-	if errors.Is(err, errRedirect) {
+	if errors.Is(err, ErrRedirect) {
 		return nil, fmt.Errorf("%w: %s: %w", snapshot.ErrUntrusted, name, err)
 	}
 	if err != nil {
@@ -77,7 +78,7 @@ func (c *Client) fetch(ctx context.Context, name string, limit int64) ([]byte, e
 		return nil, unreachable(err)
 	}
 	if int64(len(raw)) > limit {
-		return nil, fmt.Errorf("%w: %s: more than %d bytes", snapshot.ErrUntrusted, name, limit)
+		return nil, fmt.Errorf("%w: %w: %s has more than %d bytes", snapshot.ErrUntrusted, ErrTooLarge, name, limit)
 	}
 	return raw, nil
 }

@@ -31,6 +31,10 @@ type network struct {
 	overlay   map[string][]byte
 	intercept func(r *http.Request, name string) *http.Response // nil goes on
 	fetched   []string
+
+	old    []byte            // the timestamp before the last
+	begun  time.Time         // when the attack began
+	signed map[string][]byte // roots that the holders of root keys have signed for the attacker
 }
 
 const base = "https://network.example/tuf"
@@ -72,7 +76,7 @@ func config(t testing.TB, version int) []byte {
 // newNetwork has published version 1 of the configuration.
 func newNetwork(t testing.TB) *network {
 	t.Helper()
-	n := &network{dir: t.TempDir(), overlay: map[string][]byte{}}
+	n := &network{dir: t.TempDir(), overlay: map[string][]byte{}, signed: map[string][]byte{}}
 	if err := publish.Init(n.dir, publish.Options{}); err != nil {
 		t.Fatal(err)
 	}
@@ -227,16 +231,21 @@ func (n *network) forge(t testing.TB, f forged) {
 	n.overlay["targets/"+digest.Of(f.config).Hex()+"."+snapshot.Target] = f.config
 }
 
-// nextRoot puts a root of the next version, signed by keys, in front.
+// nextRoot puts a root that follows the newest, signed by keys, in front.
 func (n *network) nextRoot(t testing.TB, change func(*metadata.RootType), keys ...string) {
 	t.Helper()
-	root, err := metadata.Root().FromBytes(n.root(t))
+	names, err := filepath.Glob(n.dir + "/repository/metadata/*.root.json")
 	if err != nil {
 		t.Fatal(err)
 	}
-	root.Signed.Version = 2
+	root, err := metadata.Root().FromBytes(n.file(t, fmt.Sprintf("metadata/%d.root.json", len(names))))
+	if err != nil {
+		t.Fatal(err)
+	}
+	root.Signed.Version++
+	name := fmt.Sprintf("metadata/%d.root.json", root.Signed.Version)
 	if change != nil {
 		change(&root.Signed)
 	}
-	n.overlay["metadata/2.root.json"] = sign(t, n, root, keys...)
+	n.overlay[name] = sign(t, n, root, keys...)
 }

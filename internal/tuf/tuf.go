@@ -8,8 +8,8 @@
 // adds is the memory of versions already seen, and of the last good set.
 //
 // [Client.Refresh] follows the client workflow of the TUF specification
-// (section 5), with consistent snapshots. It drives go-tuf's trustedmetadata,
-// which is pure, and not its updater: that one takes no context, fetches every
+// (section 5), with consistent snapshots; package chain verifies each file. It
+// does not use go-tuf's updater: that one takes no context, fetches every
 // root again each time, and replaces its cached files one by one and unsynced,
 // so that a crash can leave a set that was never verified as a whole.
 //
@@ -42,31 +42,59 @@ import (
 	"github.com/theupdateframework/go-tuf/v2/metadata"
 	"github.com/theupdateframework/go-tuf/v2/metadata/trustedmetadata"
 
+	"github.com/resultity/node/internal/chain"
 	"github.com/resultity/node/internal/digest"
+	"github.com/resultity/node/internal/journal"
 	"github.com/resultity/node/internal/snapshot"
 )
 
 // How a refresh can fail. [ErrUnreachable] is about reach: nothing is known to
 // be wrong, try again later. The others come together with
 // [snapshot.ErrUntrusted]: what arrived is not what the network vouches for
-// now. Neither touches what [Client.Last] returns.
+// now. Neither touches what [Client.Last] returns. [Event] tells them apart for
+// the journal.
 var (
 	ErrUnreachable = errors.New("network cannot be reached")
-	ErrExpired     = errors.New("metadata has expired: the network has not renewed it, somebody holds newer metadata back, or the clock of this machine is ahead")
-	ErrRollback    = errors.New("metadata is older than what was seen before")
-	ErrMixed       = errors.New("files of different versions are mixed")
+	ErrRedirect    = errors.New("refused to follow a redirect")
+
+	ErrUnsigned  = chain.ErrUnsigned
+	ErrExpired   = chain.ErrExpired
+	ErrRollback  = chain.ErrRollback
+	ErrMixed     = chain.ErrMixed
+	ErrRoot      = chain.ErrRoot
+	ErrMalformed = chain.ErrMalformed
+	ErrTooLarge  = chain.ErrTooLarge
 )
 
-// Bounds of what is fetched, in bytes. The metadata of a network with one
-// target and a handful of keys is a tenth of them.
-const (
-	maxRoot      = 64 << 10
-	maxTimestamp = 16 << 10
-	maxSnapshot  = 64 << 10
-	maxTargets   = 64 << 10
-	// maxRoots bounds the versions of root after the shipped one.
-	maxRoots = 256
-)
+// events are what the journal says of each of them.
+var events = []struct {
+	is    error
+	event *journal.Event
+}{
+	{ErrUnreachable, journal.SnapshotStale},
+	{ErrRedirect, journal.SnapshotRedirected},
+	{ErrUnsigned, journal.SnapshotUnsigned},
+	{ErrExpired, journal.SnapshotFrozen},
+	{ErrRollback, journal.SnapshotRollback},
+	{ErrMixed, journal.SnapshotMixed},
+	{ErrRoot, journal.SnapshotRoot},
+	{ErrMalformed, journal.SnapshotMalformed},
+	{ErrTooLarge, journal.SnapshotTooLarge},
+	{snapshot.ErrInvalid, journal.SnapshotUnusable},
+}
+
+// Event returns the event that tells of err, which is an error of [Client].
+func Event(err error) *journal.Event {
+	for _, e := range events {
+		if errors.Is(err, e.is) {
+			return e.event
+		}
+	}
+	return journal.SnapshotRefused
+}
+
+// maxRoots bounds the versions of root after the shipped one.
+const maxRoots = 256
 
 // Config says what to follow and where to remember it.
 type Config struct {
@@ -91,7 +119,7 @@ type Client struct {
 
 // New checks cfg and prepares the cache. It does not use the network.
 func New(cfg Config) (*Client, error) {
-	if _, err := chain([][]byte{cfg.Root}, time.Time{}); err != nil {
+	if _, err := chain.Begin([][]byte{cfg.Root}, time.Time{}); err != nil {
 		return nil, fmt.Errorf("shipped root: %w", err)
 	}
 	base, err := url.Parse(cfg.URL)
@@ -128,7 +156,8 @@ func New(cfg Config) (*Client, error) {
 // Refresh asks the network for the newest configuration, verifies it and
 // remembers it.
 //
-// Every file is bounded in size and time, and ctx ends it early. A
+// Every file is bounded in size and time, the whole in time, and ctx ends it
+// early. A
 // configuration that is properly signed but unusable ([snapshot.ErrInvalid])
 // does not become the last one: the node needs something it can run after a
 // restart, and a mistake in a configuration must not take away the one before.
@@ -163,15 +192,17 @@ func (c *Client) Refresh(ctx context.Context) (*snapshot.Snapshot, error) {
 			ref = st.Last.At
 		}
 	}
-	trusted, err := chain(st.Roots, ref)
+	trusted, err := chain.Begin(st.Roots, ref)
 	if err != nil {
 		st = &state{Roots: [][]byte{c.root}}
-		if trusted, err = chain(st.Roots, ref); err != nil {
+		if trusted, err = chain.Begin(st.Roots, ref); err != nil {
 			return nil, err
 		}
 	}
 	seen := *st
-	s, err := c.update(ctx, trusted, st)
+	bounded, cancel := context.WithTimeoutCause(ctx, refreshTimeout, fmt.Errorf("not complete after %v", refreshTimeout))
+	defer cancel()
+	s, err := c.update(bounded, trusted, st)
 	// One write, whatever came out: the roots and the versions that were
 	// verified count even where a later step failed.
 	if !st.equal(&seen) {
@@ -201,7 +232,7 @@ func (c *Client) update(ctx context.Context, trusted *trustedmetadata.TrustedMet
 	if err != nil {
 		return nil, err
 	}
-	s, err := snapshot.Open(trusted, raw)
+	s, err := open(trusted, raw)
 	if err != nil {
 		return nil, err
 	}
@@ -216,7 +247,7 @@ func (c *Client) update(ctx context.Context, trusted *trustedmetadata.TrustedMet
 func (c *Client) updateRoot(ctx context.Context, trusted *trustedmetadata.TrustedMetadata, st *state) error {
 	for {
 		name := fmt.Sprintf("metadata/%d.root.json", trusted.Root.Signed.Version+1)
-		raw, err := c.fetch(ctx, name, maxRoot)
+		raw, err := c.fetch(ctx, name, chain.MaxRoot)
 		if errors.Is(err, errAbsent) {
 			return nil // the one we have is the newest
 		}
@@ -224,10 +255,10 @@ func (c *Client) updateRoot(ctx context.Context, trusted *trustedmetadata.Truste
 			return err
 		}
 		if len(st.Roots) > maxRoots {
-			return fmt.Errorf("%w: more than %d roots after the shipped one: install a newer package", snapshot.ErrUntrusted, maxRoots)
+			return fmt.Errorf("%w: %w: more than %d roots after the shipped one: install a newer package", snapshot.ErrUntrusted, ErrTooLarge, maxRoots)
 		}
-		if err := addRoot(trusted, raw); err != nil {
-			return untrusted(name, err)
+		if err := chain.Root(trusted, raw); err != nil {
+			return chain.Refusal(name, err)
 		}
 		st.Roots = append(slices.Clip(st.Roots), raw)
 	}
@@ -238,68 +269,55 @@ func (c *Client) updateTimestamp(ctx context.Context, trusted *trustedmetadata.T
 	if st.Timestamp != nil {
 		// For comparison only. It may have expired, which is normal, or be
 		// signed by a key that is no longer listed, and then counts no more.
-		_ = addTimestamp(trusted, st.Timestamp)
+		_ = chain.Timestamp(trusted, st.Timestamp)
 	}
-	raw, err := c.fetch(ctx, name, maxTimestamp)
+	raw, err := c.fetch(ctx, name, chain.MaxTimestamp)
 	if err != nil {
 		return err
 	}
-	err = addTimestamp(trusted, raw)
+	err = chain.Timestamp(trusted, raw)
 	if errors.Is(err, &metadata.ErrEqualVersionNumber{}) {
 		return nil // updateSnapshot refuses it should it have expired
 	}
 	if err != nil {
-		return untrusted(name, err)
+		return chain.Refusal(name, err)
 	}
 	st.Timestamp = raw
 	return nil
 }
 
 func (c *Client) updateSnapshot(ctx context.Context, trusted *trustedmetadata.TrustedMetadata, st *state) error {
-	meta := trusted.Timestamp.Signed.Meta["snapshot.json"] // addTimestamp made sure of it
+	meta := trusted.Timestamp.Signed.Meta["snapshot.json"] // chain.Timestamp made sure of it
 	name := fmt.Sprintf("metadata/%d.snapshot.json", meta.Version)
 	if st.Snapshot != nil {
 		// For comparison, and to go on with if it is still the one.
-		if addSnapshot(trusted, st.Snapshot, true) == nil && meta.VerifyLengthHashes(st.Snapshot) == nil {
+		if chain.Snapshot(trusted, st.Snapshot, true) == nil && meta.VerifyLengthHashes(st.Snapshot) == nil {
 			return nil
 		}
 	}
-	limit, err := bound(name, meta.Length, maxSnapshot)
+	raw, err := c.fetch(ctx, name, meta.Length)
 	if err != nil {
 		return err
 	}
-	raw, err := c.fetch(ctx, name, limit)
-	if err != nil {
-		return err
-	}
-	if err := addSnapshot(trusted, raw, false); err != nil {
-		return untrusted(name, err)
+	if err := chain.Snapshot(trusted, raw, false); err != nil {
+		return chain.Refusal(name, err)
 	}
 	st.Snapshot = raw
 	return nil
 }
 
 func (c *Client) updateTargets(ctx context.Context, trusted *trustedmetadata.TrustedMetadata, st *state) error {
-	meta := trusted.Snapshot.Signed.Meta["targets.json"] // addSnapshot made sure of it
+	meta := trusted.Snapshot.Signed.Meta["targets.json"] // chain.Snapshot made sure of it
 	name := fmt.Sprintf("metadata/%d.targets.json", meta.Version)
-	if st.Targets != nil && addTargets(trusted, st.Targets) == nil {
+	if st.Targets != nil && chain.Targets(trusted, st.Targets) == nil {
 		return nil
 	}
-	limit, err := bound(name, meta.Length, maxTargets)
+	raw, err := c.fetch(ctx, name, meta.Length)
 	if err != nil {
 		return err
 	}
-	raw, err := c.fetch(ctx, name, limit)
-	if err != nil {
-		return err
-	}
-	if err := addTargets(trusted, raw); err != nil {
-		// A version other than the snapshot names is not older: it is from
-		// somewhere else.
-		if errors.Is(err, &metadata.ErrBadVersionNumber{}) {
-			err = fmt.Errorf("%w: %s", ErrMixed, err)
-		}
-		return untrusted(name, err)
+	if err := chain.Targets(trusted, raw); err != nil {
+		return chain.Refusal(name, err)
 	}
 	st.Targets = raw
 	return nil
@@ -309,11 +327,11 @@ func (c *Client) updateTargets(ctx context.Context, trusted *trustedmetadata.Tru
 func (c *Client) config(ctx context.Context, trusted *trustedmetadata.TrustedMetadata, st *state) ([]byte, error) {
 	info := trusted.Targets[metadata.TARGETS].Signed.Targets[snapshot.Target]
 	if info == nil {
-		return nil, fmt.Errorf("%w: the targets metadata does not name %s", snapshot.ErrUntrusted, snapshot.Target)
+		return nil, fmt.Errorf("%w: %w: the targets metadata does not name %s", snapshot.ErrUntrusted, ErrMalformed, snapshot.Target)
 	}
 	d, err := digest.ParseHex(info.Hashes["sha256"].String())
 	if err != nil {
-		return nil, fmt.Errorf("%w: sha256 of %s: %w", snapshot.ErrUntrusted, snapshot.Target, err)
+		return nil, fmt.Errorf("%w: %w: sha256 of %s: %w", snapshot.ErrUntrusted, ErrMalformed, snapshot.Target, err)
 	}
 	if st.Last != nil && d.Check(st.Last.Config) == nil {
 		return st.Last.Config, nil
@@ -346,30 +364,27 @@ func (c *Client) Last() (*snapshot.Snapshot, error) {
 
 // open verifies the set.
 func (l *set) open(roots [][]byte) (*snapshot.Snapshot, error) {
-	trusted, err := chain(roots[:l.Root+1], l.At)
+	trusted, err := chain.Begin(roots[:l.Root+1], l.At)
 	if err != nil {
 		return nil, err
 	}
-	if err := addTimestamp(trusted, l.Timestamp); err != nil {
-		return nil, untrusted("cached timestamp", err)
+	if err := chain.Timestamp(trusted, l.Timestamp); err != nil {
+		return nil, chain.Refusal("cached timestamp", err)
 	}
-	if err := addSnapshot(trusted, l.Snapshot, false); err != nil {
-		return nil, untrusted("cached snapshot", err)
+	if err := chain.Snapshot(trusted, l.Snapshot, false); err != nil {
+		return nil, chain.Refusal("cached snapshot", err)
 	}
-	if err := addTargets(trusted, l.Targets); err != nil {
-		return nil, untrusted("cached targets", err)
+	if err := chain.Targets(trusted, l.Targets); err != nil {
+		return nil, chain.Refusal("cached targets", err)
 	}
-	return snapshot.Open(trusted, l.Config)
+	return open(trusted, l.Config)
 }
 
-// bound returns how many bytes of a file to read: as many as its metadata
-// says, where it says so.
-func bound(name string, length, most int64) (int64, error) {
-	switch {
-	case length == 0:
-		return most, nil
-	case length < 0 || length > most:
-		return 0, fmt.Errorf("%w: %s is said to have %d bytes, at most %d", snapshot.ErrUntrusted, name, length, most)
+// open makes the snapshot, and names what is wrong with its bytes.
+func open(trusted *trustedmetadata.TrustedMetadata, raw []byte) (*snapshot.Snapshot, error) {
+	s, err := snapshot.Open(trusted, raw)
+	if errors.Is(err, snapshot.ErrUntrusted) {
+		err = chain.Refusal(snapshot.Target, err)
 	}
-	return length, nil
+	return s, err
 }

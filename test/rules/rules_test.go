@@ -56,9 +56,9 @@ func list(t *testing.T) []pkg {
 var levels = [][]string{
 	{"failpoint"}, // everywhere
 	{"digest", "durable", "evm", "gate", "journal", "version"}, // leaves
-	{"receipt", "binding"},                  // pure: no I/O, no clock
-	{"wire", "snapshot", "bridge/contract"}, //
-	{"openai", "quadlet", "config"},         //
+	{"receipt", "binding"},                   // pure: no I/O, no clock
+	{"wire", "snapshot", "bridge/contract"},  //
+	{"openai", "quadlet", "config", "chain"}, //
 	{"identity", "signer", "tuf", "session", "image", "model", "podman", "systemd", "runtime", "state", "generation", "order", "spool", "preflight", "support"}, // edges
 	{"control", "sandbox", "hardware"},
 	{"work", "deploy"}, // order
@@ -108,7 +108,7 @@ func TestImportDirection(t *testing.T) {
 }
 
 // Packages that decide without looking at the world.
-var pure = []string{"receipt", "binding", "wire", "snapshot", "openai", "bridge/contract", "quadlet"}
+var pure = []string{"receipt", "binding", "wire", "snapshot", "openai", "bridge/contract", "quadlet", "chain"}
 
 func TestPurePackagesStayPure(t *testing.T) {
 	bad := map[string]string{"os": "files", "net": "network", "os/exec": "programs", "log": "logging", "log/slog": "logging"}
@@ -141,7 +141,7 @@ func TestSoleUsers(t *testing.T) {
 		"github.com/containers/podman/v5/pkg/bindings":     "podman",
 		"github.com/containers/podman/v5/pkg/systemd":      "quadlet",
 		"github.com/coreos/go-systemd/v22/dbus":            "systemd",
-		"github.com/theupdateframework/go-tuf/v2/metadata": "tuf snapshot",
+		"github.com/theupdateframework/go-tuf/v2/metadata": "chain tuf snapshot",
 	}
 	for _, p := range list(t) {
 		name, ours := strings.CutPrefix(p.ImportPath, module+"/internal/")
