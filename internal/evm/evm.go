@@ -146,9 +146,10 @@ func Recover(h Hash, sig Signature) (Address, error) {
 	}
 	raw := sig
 	raw[64] -= 27
-	pub, err := crypto.SigToPub(h[:], raw[:])
+	pub, err := crypto.Ecrecover(h[:], raw[:]) // 4 ‖ x ‖ y
 	if err != nil {
 		return Address{}, fmt.Errorf("%w: %v", ErrSignature, err)
 	}
-	return crypto.PubkeyToAddress(*pub), nil
+	sum := Keccak(pub[1:])
+	return Address(sum[12:]), nil
 }
