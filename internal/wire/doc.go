@@ -190,7 +190,8 @@
 //	            and 256 GPUs, slots and busy 0 to 65536, texts of at most 256 bytes
 //	Status      when a heartbeat, or its absence for window_s, has changed the answer
 //	Cancel      nobody waits for the job; the node stops and answers a Result, code cancelled
-//	Ack         for each Result, also for one of a job that the network does not know
+//	Ack         for each Result, also for one of a job that the network does not know;
+//	            it may wait for others, but a failed job comes again only behind its own
 //	Bye         the node will close; nothing follows
 //
 // A node gets jobs while it is bound, its last heartbeat names the network's

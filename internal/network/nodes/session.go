@@ -21,6 +21,7 @@ import (
 	"github.com/resultity/node/internal/evm"
 	"github.com/resultity/node/internal/failpoint"
 	"github.com/resultity/node/internal/network/dispatch"
+	"github.com/resultity/node/internal/receipt"
 	"github.com/resultity/node/internal/wire"
 )
 
@@ -33,6 +34,12 @@ const (
 	fragment     = 64 << 10
 	// keepBuffer is the largest read buffer that a session keeps, in bytes.
 	keepBuffer = 32 << 10
+	// ackDelay is how long an acknowledgement may wait for others: a frame costs
+	// both sides the same for one and for many, and a node that forgets a result a
+	// little later misses nothing.
+	ackDelay = 20 * time.Millisecond
+	// lastWords is how long the last frames of a session may take.
+	lastWords = time.Second
 )
 
 // session is one WebSocket of a node. Its reader is the goroutine of run, its
@@ -60,7 +67,8 @@ type session struct {
 	// mu guards what follows, for the length of an append.
 	mu     sync.Mutex
 	queue  []wire.Message
-	bytes  int // of the requests that are not yet written
+	acks   []receipt.JobID // that wait for others
+	bytes  int             // of the requests that are not yet written
 	ended  bool
 	code   int    // of the close frame
 	why    string // metric's label
@@ -78,8 +86,39 @@ func newSession(m *Manager, node evm.Address, agreed *wire.Session, from string)
 	}
 }
 
-// Send queues a message. It never blocks: see the package comment.
+// Send queues a message. It never blocks: see the package comment. Others may
+// overtake an acknowledgement.
 func (s *session) Send(msg wire.Message) {
+	a, ok := msg.(*wire.Ack)
+	if !ok {
+		s.enqueue(msg)
+		return
+	}
+	s.mu.Lock()
+	first := len(s.acks) == 0
+	s.acks = append(s.acks, a.Jobs...)
+	s.mu.Unlock()
+	if first {
+		time.AfterFunc(ackDelay, s.sendAcks)
+	}
+}
+
+// sendAcks queues the acknowledgements that wait for others.
+func (s *session) sendAcks() {
+	if a := s.takeAcks(); len(a.Jobs) > 0 {
+		s.enqueue(a)
+	}
+}
+
+func (s *session) takeAcks() *wire.Ack {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	a := &wire.Ack{Jobs: s.acks}
+	s.acks = nil
+	return a
+}
+
+func (s *session) enqueue(msg wire.Message) {
 	size := weight(msg)
 	s.mu.Lock()
 	full := len(s.queue) >= maxQueue || s.bytes > 0 && s.bytes+size > maxQueueBytes
@@ -336,6 +375,9 @@ func (s *session) handle(member *dispatch.Member, msg wire.Message) error {
 		expected, err = member.Chunk(v)
 	case *wire.Result:
 		expected, err = member.Result(v)
+		if v.Code != "" { // the job may come again, behind the acknowledgement
+			s.sendAcks()
+		}
 	case *wire.OrderDone:
 		expected, err = s.orderDone(v)
 	case *wire.Logs:
@@ -419,9 +461,7 @@ func (s *session) write() {
 	for {
 		select {
 		case <-s.stop:
-			text := strings.ToValidUTF8(s.reason[:min(len(s.reason), 120)], "") // what fits into a close frame
-			// The peer may be gone; closing is what counts.
-			_ = s.conn.WriteControl(websocket.CloseMessage, websocket.FormatCloseMessage(s.code, text), time.Now().Add(time.Second))
+			s.close(sealer)
 			return
 		case <-ping.C:
 			if err := s.conn.WriteControl(websocket.PingMessage, nil, time.Now().Add(writeTimeout)); err != nil {
@@ -435,11 +475,35 @@ func (s *session) write() {
 	}
 }
 
+// close says the last words of a session. The peer may be gone, and then nothing
+// is lost: it sends again what was not acknowledged.
+func (s *session) close(sealer *wire.Sealer) {
+	if a := s.takeAcks(); len(a.Jobs) > 0 {
+		_, _ = s.say(sealer, nil, a, lastWords)
+	}
+	text := strings.ToValidUTF8(s.reason[:min(len(s.reason), 120)], "") // what fits into a close frame
+	_ = s.conn.WriteControl(websocket.CloseMessage, websocket.FormatCloseMessage(s.code, text), time.Now().Add(lastWords))
+}
+
+// say seals one message in buf and writes it. It returns buf, which may be another.
+func (s *session) say(sealer *wire.Sealer, buf []byte, msg wire.Message, within time.Duration) ([]byte, error) {
+	frame, err := sealer.Seal(buf[:0], msg)
+	if err != nil {
+		return buf, err
+	}
+	failpoint.Here("nodes.frame.sealed", msg)
+	if err := s.writeFrame(frame, within); err != nil {
+		return frame, err
+	}
+	failpoint.Here("nodes.frame.written", msg)
+	return frame, nil
+}
+
 // writeFrame writes one message, a large one in fragments: each has its own time
 // and lets pings pass, so that a slow link is not taken for a dead one.
-func (s *session) writeFrame(frame []byte) error {
+func (s *session) writeFrame(frame []byte, within time.Duration) error {
 	if len(frame) <= fragment {
-		if err := s.conn.SetWriteDeadline(time.Now().Add(writeTimeout)); err != nil {
+		if err := s.conn.SetWriteDeadline(time.Now().Add(within)); err != nil {
 			return err
 		}
 		return s.conn.WriteMessage(websocket.BinaryMessage, frame)
@@ -450,7 +514,7 @@ func (s *session) writeFrame(frame []byte) error {
 	}
 	for len(frame) > 0 {
 		n := min(len(frame), fragment)
-		if err := s.conn.SetWriteDeadline(time.Now().Add(writeTimeout)); err != nil {
+		if err := s.conn.SetWriteDeadline(time.Now().Add(within)); err != nil {
 			return err
 		}
 		if _, err := w.Write(frame[:n]); err != nil {
@@ -473,16 +537,10 @@ func (s *session) flush(sealer *wire.Sealer) error {
 			return nil
 		}
 		for _, msg := range queue {
-			frame, err := sealer.Seal(buf[:0], msg)
-			if err != nil {
+			var err error
+			if buf, err = s.say(sealer, buf, msg, writeTimeout); err != nil {
 				return err
 			}
-			buf = frame
-			failpoint.Here("nodes.frame.sealed", msg)
-			if err := s.writeFrame(frame); err != nil {
-				return err
-			}
-			failpoint.Here("nodes.frame.written", msg)
 			s.mu.Lock()
 			s.bytes -= weight(msg)
 			s.mu.Unlock()

@@ -11,6 +11,7 @@ import (
 	"net/http/httptest"
 	"net/netip"
 	"os"
+	"reflect"
 	"runtime"
 	"strings"
 	"testing"
@@ -25,6 +26,7 @@ import (
 	"github.com/resultity/node/internal/network/dispatch"
 	"github.com/resultity/node/internal/network/metrics"
 	"github.com/resultity/node/internal/network/nodetest"
+	"github.com/resultity/node/internal/receipt"
 	"github.com/resultity/node/internal/wire"
 )
 
@@ -132,6 +134,44 @@ func TestSlowNode(t *testing.T) {
 	}
 }
 
+// Acknowledgements wait a little for one another, and nothing else waits for them.
+func TestAcksTogether(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		s := &session{work: make(chan struct{}, 1)}
+		a, b, c := receipt.NewJobID(), receipt.NewJobID(), receipt.NewJobID()
+		for _, id := range []receipt.JobID{a, b} {
+			s.Send(&wire.Ack{Jobs: []receipt.JobID{id}})
+			time.Sleep(ackDelay / 3)
+		}
+		time.Sleep(ackDelay)
+		s.Send(&wire.Ack{Jobs: []receipt.JobID{c}})
+		s.Send(&wire.Update{})
+		time.Sleep(2 * ackDelay)
+		s.mu.Lock()
+		defer s.mu.Unlock()
+		want := []wire.Message{&wire.Ack{Jobs: []receipt.JobID{a, b}}, &wire.Update{}, &wire.Ack{Jobs: []receipt.JobID{c}}}
+		if !reflect.DeepEqual(s.queue, want) {
+			t.Errorf("queued %v, want %v", s.queue, want)
+		}
+	})
+}
+
+// What waits to be acknowledged when a session ends is told before its end.
+func TestAcksBeforeTheEnd(t *testing.T) {
+	s, client := rig(t, Options{})
+	done := make(chan struct{})
+	go func() { s.run(); close(done) }()
+	s.Send(&wire.Ack{Jobs: []receipt.JobID{receipt.NewJobID()}})
+	s.end(websocket.CloseGoingAway, "going_away", "test")
+	if _, frame, err := client.ReadMessage(); err != nil || !bytes.Contains(frame, []byte(`"type":"ack"`)) {
+		t.Errorf("got %q, %v", frame, err)
+	}
+	if _, _, err := client.ReadMessage(); !websocket.IsCloseError(err, websocket.CloseGoingAway) {
+		t.Errorf("then %v", err)
+	}
+	<-done
+}
+
 // A peer that says nothing is not waited for.
 func TestSilentPeer(t *testing.T) {
 	s, _ := rig(t, Options{Ping: 20 * time.Millisecond})
@@ -218,7 +258,7 @@ func TestFragments(t *testing.T) {
 	s, client := rig(t, Options{})
 	want := bytes.Repeat([]byte("0123456789"), 20_000)
 	done := make(chan error, 1)
-	go func() { done <- s.writeFrame(want) }()
+	go func() { done <- s.writeFrame(want, writeTimeout) }()
 	_, got, err := client.ReadMessage()
 	if err != nil || !bytes.Equal(got, want) {
 		t.Errorf("%d bytes, want %d; %v", len(got), len(want), err)
