@@ -37,7 +37,6 @@ import (
 	"github.com/resultity/node/internal/state"
 	"github.com/resultity/node/internal/tuf"
 	"github.com/resultity/node/internal/wire"
-	"github.com/resultity/node/internal/work"
 )
 
 var nodeKey = newKey()
@@ -227,6 +226,7 @@ func (e *talker) Close() {
 // fixture is an agent in a world that does as it is told.
 type fixture struct {
 	*Agent
+	*membership
 	t       *testing.T
 	machine *deploytest.Machine
 	tuf     *tufs
@@ -250,15 +250,19 @@ func build(t *testing.T, dir string, m *deploytest.Machine) *fixture {
 		Paths:   config.Paths{State: dir, Runtime: filepath.Join(dir, "run")},
 	}
 	f := &fixture{t: t, machine: m, tuf: &tufs{}, book: &logbook{}, engine: &talker{asked: make(chan struct{}, 16), answer: make(chan struct{}, 16)}}
-	f.Agent = empty(cfg, slog.New(journal.Text(f.book, slog.LevelInfo)), "1.2.3")
-	f.link = &wirelink{h: f.Agent, sent: make(chan wire.Message, 1000), up: make(chan struct{})}
-	f.held, f.key = nodeKey, signer.NewLocal(nodeKey)
+	log := slog.New(journal.Text(f.book, slog.LevelInfo))
+	f.Agent = empty(cfg, log, "1.2.3")
+	f.membership = newMembership(cfg, f.Agent, log, "1.2.3")
+	f.member = f.membership
+	f.link = &wirelink{h: f.membership, sent: make(chan wire.Message, 1000), up: make(chan struct{})}
+	f.held, f.Agent.key = nodeKey, signer.NewLocal(nodeKey)
+	f.membership.key = f.Agent.key
 	f.snaps, f.units, f.session = f.tuf, m.Units(), f.link
 	var err error
 	if f.store, err = state.Open(filepath.Join(dir, "jobs"), state.DefaultBounds, time.Now); err != nil {
 		t.Fatal(err)
 	}
-	f.closers = append(f.closers, f.store.Close)
+	f.membership.closers = append(f.membership.closers, f.store.Close)
 	if err := f.openBook(filepath.Join(dir, "orders.json")); err != nil {
 		t.Fatal(err)
 	}
@@ -267,8 +271,7 @@ func build(t *testing.T, dir string, m *deploytest.Machine) *fixture {
 		t.Fatal(err)
 	}
 	f.memory = func() int64 { return 1 << 30 }
-	f.worker = work.New(work.Config{Store: f.store, Key: f.key, Send: f.link.Send, Suspect: f.suspect, Log: f.log, Now: time.Now})
-	f.hold()
+	f.openWorker(time.Now)
 	f.recallDrain()
 	f.openDeployer = func(context.Context) (deployer, error) {
 		d := m.Deployer()
@@ -306,7 +309,7 @@ func (f *fixture) run() (stop func()) {
 	ctx, cancel := context.WithCancel(f.t.Context())
 	f.recall()
 	var wg sync.WaitGroup
-	for _, loop := range []func(context.Context) error{f.worker.Run, f.follow, f.updates, f.watchRuntime, f.heartbeats, f.orders} {
+	for _, loop := range []func(context.Context) error{f.worker.Run, f.follow, f.updates, f.watchRuntime, f.heartbeats, f.orders, f.watchGates} {
 		wg.Go(func() {
 			if err := loop(ctx); err != nil {
 				f.t.Error(err)

@@ -33,10 +33,10 @@ var storms = []time.Duration{5 * time.Minute, 10 * time.Minute, 20 * time.Minute
 // errSuspect says that the engine fails the jobs of others than the validation.
 var errSuspect = errors.New("its engine fails job after job")
 
-// suspect is the worker's word that an engine fails job after job.
-func (a *Agent) suspect(active *work.Active, why string) {
-	a.door.suspect(a.worker, active, why)
-	poke(a.beat)
+// suspect implements machine. It is the worker's word that an engine fails job after job.
+func (a *Agent) suspect(m *membership, active *work.Active, why string) {
+	m.door.suspect(m.worker, active, why)
+	poke(m.beat)
 	poke(a.look)
 }
 

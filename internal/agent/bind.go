@@ -11,17 +11,17 @@ import (
 	"github.com/resultity/node/internal/wire"
 )
 
-// Bind implements [control.Backend]: it passes the operator's wish on to the
+// askBinding passes the operator's wish on to the
 // network, with the node's signature. That is the node's consent; the network
 // checks the owner's.
-func (a *Agent) Bind(ctx context.Context, q control.BindRequest) (control.Binding, error) {
-	snap := a.board.snapshot()
+func (m *membership) askBinding(ctx context.Context, q control.BindRequest) (control.Binding, error) {
+	snap := m.board.snapshot()
 	if snap == nil {
 		return control.Binding{}, errors.New("there is no verified configuration yet, so the network's answer could not be checked; see resultityctl status")
 	}
 	ask := func(body wire.BindRequest) (*wire.BindReply, error) {
-		body.Network, body.Node = a.cfg.Network.Name, a.key.Address()
-		return a.bind(ctx, session.Binding{URL: a.cfg.Network.URL, Client: a.http, Key: a.key, Trusted: trusted(snap), Body: body})
+		body.Network, body.Node = m.net.Name, m.key.Address()
+		return m.bind(ctx, session.Binding{URL: m.net.URL, Client: m.http, Key: m.key, Trusted: trusted(snap), Body: body})
 	}
 	body := wire.BindRequest{Step: q.Step, Nonce: q.Nonce, Statement: q.Statement, Email: q.Email, Code: q.Code, Token: q.Token}
 	if q.Step != wire.BindBegin && q.Step != wire.BindCode && q.Nonce == (evm.Hash{}) {
@@ -35,7 +35,7 @@ func (a *Agent) Bind(ctx context.Context, q control.BindRequest) (control.Bindin
 	if err != nil {
 		return control.Binding{}, inWords(err)
 	}
-	a.setBound(reply.Bound)
+	m.setBound(reply.Bound)
 	return control.Binding{
 		Network: reply.Network, ChainID: snap.Config().Network.ChainID, Node: reply.Node,
 		Bound: reply.Bound, Nonce: reply.Nonce, Now: reply.Time, Expires: reply.Expires,
@@ -51,36 +51,36 @@ func inWords(err error) error {
 }
 
 // setBound takes the network's word about whose node this is.
-func (a *Agent) setBound(now wire.Bound) {
+func (m *membership) setBound(now wire.Bound) {
 	var before wire.Bound
-	a.board.set(func(b *board) { before, b.bound = b.bound, now })
+	m.board.set(func(b *board) { before, b.bound = b.bound, now })
 	if before == now {
 		return
 	}
 	if now.Account != "" {
-		a.log.Info("bound to an account", journal.Bound.Attr(), "account", now.Account, "method", now.Method)
+		m.log.Info("bound to an account", journal.Bound.Attr(), "account", now.Account, "method", now.Method)
 	} else {
-		a.log.Warn("bound to no account", journal.Unbound.Attr(), "account", before.Account)
+		m.log.Warn("bound to no account", journal.Unbound.Attr(), "account", before.Account)
 	}
-	poke(a.keep)
+	poke(m.keep)
 }
 
 // bindings writes down whose node this is, so that it is known before the next
 // session. It is the network's word that counts: failing here harms nothing.
-func (a *Agent) bindings(ctx context.Context) error {
+func (m *membership) bindings(ctx context.Context) error {
 	for {
 		select {
 		case <-ctx.Done():
 			return nil
-		case <-a.keep:
+		case <-m.keep:
 		}
-		reg, err := a.store.Registration()
+		reg, err := m.store.Registration()
 		if err == nil && reg != nil {
-			a.board.set(func(b *board) { reg.Account, reg.Method, reg.Since = b.bound.Account, b.bound.Method, b.bound.Since })
-			err = a.store.SetRegistration(reg)
+			m.board.set(func(b *board) { reg.Account, reg.Method, reg.Since = b.bound.Account, b.bound.Method, b.bound.Since })
+			err = m.store.SetRegistration(reg)
 		}
 		if err != nil {
-			a.log.Warn("account not written down; the network says it again", "error", err)
+			m.log.Warn("account not written down; the network says it again", "error", err)
 		}
 	}
 }

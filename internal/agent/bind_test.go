@@ -61,7 +61,7 @@ func TestBindAsksForANonce(t *testing.T) {
 	var refused error
 	f.bind = func(_ context.Context, b session.Binding) (*wire.BindReply, error) {
 		steps = append(steps, b.Body.Step)
-		if b.Body.Network != "testnet" || b.Body.Node != nodeKey.Address() || b.Key != f.key || b.URL != "https://network.example.net" {
+		if b.Body.Network != "testnet" || b.Body.Node != nodeKey.Address() || b.Key != f.membership.key || b.URL != "https://network.example.net" {
 			t.Errorf("%+v", b)
 		}
 		if b.Body.Step == wire.BindBegin {

@@ -56,8 +56,6 @@ type board struct {
 	connected bool
 	sessErr   error
 	word      *wire.Status // the network's own word
-
-	report *control.Report // doctor's last
 }
 
 func (b *board) set(f func(*board)) {
@@ -211,11 +209,11 @@ func (b *board) runtimeState() wire.RuntimeState {
 	return r
 }
 
-// gates walks from identity to jobs. Every closed gate says what opens it.
-func (b *board) gates(node string, drains []control.Drain, now time.Time) []gate.Gate {
+// gates walks from the registration to jobs. Every closed gate says what opens it.
+func (b *board) gates(drains []control.Drain, now time.Time) []gate.Gate {
 	b.mu.Lock()
 	defer b.mu.Unlock()
-	gs := []gate.Gate{{Name: gate.Identity, State: gate.Open, Detail: "node " + node}, b.registrationGate(), b.configurationGate(now)}
+	gs := []gate.Gate{b.registrationGate(), b.configurationGate(now)}
 	gs = append(gs, b.runtimeGates()...)
 	gs = append(gs, b.sessionGate())
 	gs = append(gs, acceptingGate(drains))

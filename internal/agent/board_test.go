@@ -23,7 +23,7 @@ import (
 	"github.com/resultity/node/internal/wire"
 )
 
-var gateNames = []string{"identity", "registration", "configuration", "image", "model", "runtime", "sandbox", "validation", "session", "accepting", "routable"}
+var gateNames = []string{"registration", "configuration", "image", "model", "runtime", "sandbox", "validation", "session", "accepting", "routable"}
 
 func TestGates(t *testing.T) {
 	m, n := deploytest.New(t), deploytest.NewNetwork(t)
@@ -83,7 +83,7 @@ func TestGates(t *testing.T) {
 		t.Run(c.name, func(t *testing.T) {
 			b := well()
 			c.edit(b)
-			check(t, b.gates("0xaa", drains(c.drain), now), c.closed, c.detail, c.remedy)
+			check(t, b.gates(drains(c.drain), now), c.closed, c.detail, c.remedy)
 		})
 	}
 
@@ -116,18 +116,18 @@ func TestGates(t *testing.T) {
 				if !b.fail(next, &deploy.Error{Step: c.step, Err: c.err}) || b.fail(next, &deploy.Error{Step: c.step, Err: c.err}) {
 					t.Error("news twice, or not once")
 				}
-				gs := b.gates("0xaa", nil, now)
+				gs := b.gates(nil, now)
 				check(t, gs, c.closed, c.err.Error(), c.remedy)
 				at := slices.Index(gateNames, c.closed)
 				if got := strings.Contains(gs[at].Detail, "version 1 goes on running"); got != older {
 					t.Errorf("%q: does it say what runs?", gs[at].Detail)
 				}
-				if got := strings.Contains(gs[2].Detail, "version 1 runs"); got != older {
-					t.Errorf("%q: does it say what runs?", gs[2].Detail)
+				if got := strings.Contains(gs[1].Detail, "version 1 runs"); got != older {
+					t.Errorf("%q: does it say what runs?", gs[1].Detail)
 				}
 				// A new try shows the failure until it is past that step.
 				b.advance(next, deploy.StepImage)
-				if g := b.gates("0xaa", nil, now)[at]; g.State != gate.Closed || !strings.Contains(g.Detail, c.err.Error()) {
+				if g := b.gates(nil, now)[at]; g.State != gate.Closed || !strings.Contains(g.Detail, c.err.Error()) {
 					t.Errorf("at the next try: %+v", g)
 				}
 			})
@@ -200,7 +200,7 @@ func TestSinceWhenAGateIsClosed(t *testing.T) {
 		if f.Status(); looks != before {
 			t.Error("looked again within two seconds")
 		}
-		if i := len(st.Gates) - len(gateNames); st.Gates[0].Name != gate.Linger || st.Gates[i-1].Name != gate.Agent || st.Gates[i].Name != gate.Identity {
+		if i := len(st.Gates) - len(gateNames) - 1; st.Gates[0].Name != gate.Linger || st.Gates[i-1].Name != gate.Agent || st.Gates[i].Name != gate.Identity {
 			t.Errorf("gates %+v", st.Gates)
 		}
 		closed = false

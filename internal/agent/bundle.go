@@ -9,7 +9,6 @@ import (
 	"runtime"
 	"time"
 
-	"github.com/resultity/node/internal/control"
 	"github.com/resultity/node/internal/identity"
 	"github.com/resultity/node/internal/quadlet"
 	"github.com/resultity/node/internal/support"
@@ -27,9 +26,7 @@ func (a *Agent) Bundle(ctx context.Context) ([]byte, error) {
 	archive := new(support.Archive)
 	archive.AddJSON("status.json", a.Status())
 	archive.AddJSON("models.json", a.Models())
-	var report *control.Report
-	a.board.set(func(b *board) { report = b.report })
-	if report != nil {
+	if report := a.report.Load(); report != nil {
 		archive.AddJSON("doctor.json", report)
 	}
 	archive.AddJSON("versions.json", struct {
@@ -38,15 +35,15 @@ func (a *Agent) Bundle(ctx context.Context) ([]byte, error) {
 		At    time.Time `json:"at"`
 		wire.Hardware
 	}{a.version, runtime.Version(), now.UTC(), a.profile})
-	archive.AddJSON("configuration.json", a.board.history())
-	if trust, err := a.snaps.Trust(); err == nil {
+	archive.AddJSON("configuration.json", a.member.board.history())
+	if trust, err := a.member.snaps.Trust(); err == nil {
 		archive.AddJSON("tuf.json", trust)
 	} else {
 		archive.Add("tuf.error", []byte(err.Error()+"\n"))
 	}
-	if a.spool != nil {
+	if a.member.spool != nil {
 		// What may leave the node for the network may leave it here.
-		if records, err := a.spool.Recent(support.MaxFile); err == nil {
+		if records, err := a.member.spool.Recent(support.MaxFile); err == nil {
 			archive.Add("log.jsonl", records)
 		} else {
 			archive.Add("log.error", []byte(err.Error()+"\n"))
@@ -80,7 +77,7 @@ func (a *Agent) Bundle(ctx context.Context) ([]byte, error) {
 // secrets are what must never be in an archive: the key as it is in memory, and
 // all that files hold which protect it or prove who the node is.
 func (a *Agent) secrets(files []string) ([][]byte, error) {
-	files = append(files, a.cfg.Identity.Passphrase, a.cfg.Network.EnrolmentToken)
+	files = append(files, a.cfg.Identity.Passphrase, a.member.net.EnrolmentToken)
 	own, err := filepath.Glob(filepath.Join(a.cfg.Paths.State, "identity/*"))
 	if err != nil {
 		return nil, err

@@ -84,7 +84,7 @@ func (a *Agent) Doctor(ctx context.Context) (*control.Report, error) {
 	if ctx.Err() != nil {
 		return nil, ctx.Err() // nobody reads it
 	}
-	a.board.set(func(b *board) { b.report = r })
+	a.report.Store(r)
 	return r, nil
 }
 
@@ -104,7 +104,7 @@ func refuted(name, remedy, format string, v ...any) control.Check {
 func (a *Agent) probeUnsigned(ctx context.Context) []control.Check {
 	file := filepath.Join(a.policyDir(), "policy.json")
 	const own, theirs = control.ProbeUnsignedAgent, control.ProbeUnsignedPodman
-	s := a.board.snapshot()
+	s := a.member.board.snapshot()
 	if s == nil {
 		return []control.Check{notMeasured(own, "no configuration says whose signatures count"), notMeasured(theirs, "no configuration says whose signatures count")}
 	}
@@ -149,7 +149,7 @@ func (a *Agent) probeUnsigned(ctx context.Context) []control.Check {
 // agent's own, which the host reaches, and to addresses beyond it.
 func (a *Agent) probeSocketOut(ctx context.Context) control.Check {
 	const name = control.ProbeSocketOut
-	if !a.board.runs() {
+	if !a.member.board.runs() {
 		return notMeasured(name, "no runtime is active")
 	}
 	ctx, cancel := context.WithTimeout(ctx, probeTime)
@@ -258,7 +258,7 @@ func (a *Agent) listen(ctx context.Context) (_ *ears, err error) {
 // outgoing is the address by which this machine reaches the network, "" when it
 // has none. Connecting a datagram socket asks for the way and sends nothing.
 func (a *Agent) outgoing() string {
-	u, err := url.Parse(a.cfg.Network.URL)
+	u, err := url.Parse(a.member.net.URL)
 	if err != nil {
 		return ""
 	}
@@ -286,7 +286,7 @@ const oneToken = `{"model":%q,"messages":[{"role":"user","content":"Hello"}],"te
 func (a *Agent) probeOneToken(ctx context.Context) control.Check {
 	const name = control.ProbeOneToken
 	var socket, model string
-	a.board.set(func(b *board) {
+	a.member.board.set(func(b *board) {
 		if b.active != nil {
 			socket, model = b.active.Socket(), b.active.Snapshot().Config().Runtime.Model
 		}

@@ -194,6 +194,7 @@ func TestOneDoctor(t *testing.T) {
 func TestBundleHoldsNoSecret(t *testing.T) {
 	bubble(t, func(t *testing.T, f *fixture, n *deploytest.Network) {
 		f.openSpool(f.cfg.Paths.State)
+		f.Agent.log = f.membership.log
 		f.tuf.serve(n.Publish(nil), nil)
 		defer f.run()()
 		pass(untilSettled)
@@ -225,7 +226,7 @@ func TestBundleHoldsNoSecret(t *testing.T) {
 			return []string{unit, filepath.Join(dir, "gone.conf")}, nil
 		}
 
-		f.log.Info("runtime active", journal.RuntimeActive.Attr(), "model", "tiny", "prompt", secrets["prompt"], "path", secrets["passphrase"])
+		f.Agent.log.Info("runtime active", journal.RuntimeActive.Attr(), "model", "tiny", "prompt", secrets["prompt"], "path", secrets["passphrase"])
 		if err := f.spool.Close(); err != nil { // all of it is on disk
 			t.Error(err)
 		}

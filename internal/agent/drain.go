@@ -33,7 +33,7 @@ func (a *Agent) recallDrain() {
 		a.log.Warn("time of the drain not known", "error", err)
 	}
 	a.drained.Store(&since)
-	a.worker.Pause()
+	a.member.worker.Pause()
 	a.log.Info("draining", journal.Draining.Attr(), "since", since)
 }
 
@@ -48,8 +48,8 @@ func (a *Agent) Drain() error {
 		a.drained.Store(since)
 	}
 	a.log.Info("draining", journal.Draining.Attr(), "since", *since)
-	a.worker.Pause()
-	poke(a.beat)
+	a.member.worker.Pause()
+	poke(a.member.beat)
 	failpoint.Here("agent.drain.begin")
 	if err := durable.WriteFile(a.drainFile(), []byte(since.Format(time.RFC3339)+"\n"), 0o600); err != nil {
 		return fmt.Errorf("the node takes no new jobs, but a restart forgets that: %w", err)
@@ -63,8 +63,8 @@ func (a *Agent) Resume() error {
 	defer a.drain.Unlock()
 	a.drained.Store(nil)
 	a.log.Info("resumed", journal.Resumed.Attr())
-	a.worker.Resume()
-	poke(a.beat)
+	a.member.worker.Resume()
+	poke(a.member.beat)
 	err := os.Remove(a.drainFile())
 	if err == nil {
 		failpoint.Here("agent.resume.removed")

@@ -41,7 +41,7 @@ func (a *Agent) Forward(ctx context.Context) error { return a.steer(ctx, (*updat
 // forward writes down that the operator follows the network again. What that
 // asks for comes with the next look.
 func (u *updater) forward() error {
-	newest := u.board.snapshot()
+	newest := u.member.board.snapshot()
 	var d digest.Digest
 	if newest != nil {
 		d = newest.Digest()
@@ -52,7 +52,7 @@ func (u *updater) forward() error {
 	u.log.Info("following the network's configuration again", journal.GenerationUnpin.Attr())
 	u.newest = digest.Digest{} // as if it were new
 	if newest != nil {
-		u.board.retry(newest)
+		u.member.board.retry(newest)
 	}
 	return nil
 }
@@ -60,7 +60,7 @@ func (u *updater) forward() error {
 // rollback writes down that the operator goes back to generation n; 0 is the one
 // before.
 func (u *updater) rollback(n int) error {
-	newest := u.board.snapshot()
+	newest := u.member.board.snapshot()
 	v := u.gens.View()
 	if n == 0 {
 		n = v.Previous
@@ -91,15 +91,10 @@ func (u *updater) rollback(n int) error {
 // maxReported bounds a reason that is told to the network, in bytes.
 const maxReported = 256
 
-// failedConfig is what the network is told of its newest configuration where
-// this node could not bring it up.
-func (a *Agent) failedConfig() *wire.Failed {
-	s := a.board.snapshot()
-	if s == nil {
-		return nil
-	}
+// failed implements machine.
+func (a *Agent) failed(config digest.Digest) *wire.Failed {
 	v := a.gens.View()
-	g := v.Find(s.Digest())
+	g := v.Find(config)
 	if g == nil || g.State != generation.Dead && g.State != generation.Failed {
 		return nil
 	}
@@ -146,7 +141,7 @@ func (a *Agent) Generation(n int) (control.Generation, error) {
 	if err != nil {
 		return c, err
 	}
-	s, err := a.snaps.Open(proof)
+	s, err := a.member.snaps.Open(proof)
 	if err != nil {
 		return c, err
 	}

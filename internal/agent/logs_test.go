@@ -22,6 +22,7 @@ func uploading(t *testing.T, s *snapshot.Snapshot) *fixture {
 	t.Helper()
 	f := build(t, t.TempDir(), deploytest.New(t))
 	f.openSpool(f.cfg.Paths.State)
+	f.Agent.log = f.membership.log
 	if f.spool == nil {
 		t.Fatal(f.book)
 	}
@@ -70,7 +71,7 @@ func TestUploads(t *testing.T) {
 	f := uploading(t, s)
 	const secret = "the words of a prompt"
 	for range 300 {
-		f.log.Warn("job failed", journal.JobFailed.Attr(), "job", wire.NewOrderID(), "code", "engine_failed", "error", errors.New(secret))
+		f.Agent.log.Warn("job failed", journal.JobFailed.Attr(), "job", wire.NewOrderID(), "code", "engine_failed", "error", errors.New(secret))
 	}
 	for f.spool.Stats().Last < 300 {
 		time.Sleep(time.Millisecond) // between two looks: the spool writes beside
@@ -120,9 +121,10 @@ func TestUploads(t *testing.T) {
 func TestUploadOff(t *testing.T) {
 	f := build(t, t.TempDir(), deploytest.New(t))
 	defer f.Close()
-	f.cfg.Log.Upload = "off"
+	f.keeps.Upload = "off"
 	f.openSpool(f.cfg.Paths.State)
-	f.log.Error("x", slog.String("code", "y"))
+	f.Agent.log = f.membership.log
+	f.Agent.log.Error("x", slog.String("code", "y"))
 	if _, err := os.Stat(filepath.Join(f.cfg.Paths.State, "spool")); !errors.Is(err, os.ErrNotExist) || f.logs().Upload != "off" {
 		t.Errorf("%v, %+v", err, f.logs())
 	}

@@ -19,6 +19,7 @@ const (
 	lookAtMost = 3 * time.Second  // one look takes; who asks for the status waits that long
 	lookFresh  = 2 * time.Second  // within which a look is not repeated
 	lookAgain  = 10 * time.Minute // when nobody asks; Podman's service may sleep in between
+	watchEvery = 10 * time.Second // the agent looks at what it knows by itself
 )
 
 // sightings is what was seen of the gates, and since when they are closed.
@@ -78,7 +79,18 @@ func (a *Agent) gates() []gate.Gate { return a.lookAtGates(lookFresh) }
 
 // watchGates looks at the gates when nobody asks, so that status can say since
 // when one is closed.
-func (a *Agent) watchGates() { a.lookAtGates(lookAgain) }
+func (a *Agent) watchGates(ctx context.Context) error {
+	tick := time.NewTicker(watchEvery)
+	defer tick.Stop()
+	for {
+		select {
+		case <-ctx.Done():
+			return nil
+		case <-tick.C:
+			a.lookAtGates(lookAgain)
+		}
+	}
+}
 
 func (a *Agent) lookAtGates(fresh time.Duration) []gate.Gate {
 	now := time.Now()
@@ -86,11 +98,13 @@ func (a *Agent) lookAtGates(fresh time.Duration) []gate.Gate {
 	if a.machine != nil {
 		gs = append(gs, gate.Gate{Name: gate.Agent, State: gate.Open, Detail: "runs, " + a.version})
 	}
-	own := a.board.gates(a.key.Address().Hex(), a.drains(a.worker.Status()), now)
-	if id := preflight.Identity(filepath.Join(a.cfg.Paths.State, "identity")); id.State == gate.Closed {
-		own[0] = id // loosened since the start, which would have refused it
+	id := preflight.Identity(filepath.Join(a.cfg.Paths.State, "identity"))
+	if id.State != gate.Closed { // else it was loosened since the start, which would have refused it
+		id = gate.Gate{Name: gate.Identity, State: gate.Open, Detail: "node " + a.key.Address().Hex()}
 	}
-	gs = append(gs, own...)
+	gs = append(gs, id)
+	m := a.member
+	gs = append(gs, m.board.gates(m.drains(m.worker.Status()), now)...)
 	a.seen.note(gs, now)
 	return gs
 }
@@ -102,18 +116,18 @@ func (a *Agent) lookAround(ctx context.Context) []gate.Gate { return a.surroundi
 func (a *Agent) surroundings() *preflight.Machine {
 	m := &preflight.Machine{
 		Root: "/", Account: os.Getenv("USER"), UID: os.Getuid(), Socket: a.cfg.Paths.Podman, State: a.cfg.Paths.State,
-		Need: a.board.missing(), Running: true, Window: 30 * time.Second,
+		Need: a.member.board.missing(), Running: true, Window: 30 * time.Second,
 	}
 	// An account that is in no file, such as a directory service's, is named by
 	// the service manager alone.
 	if u, err := user.LookupId(strconv.Itoa(m.UID)); err == nil {
 		m.Account = u.Username
 	}
-	if s := a.board.snapshot(); s != nil && s.Config().Network.ClockWindow > 0 {
+	if s := a.member.board.snapshot(); s != nil && s.Config().Network.ClockWindow > 0 {
 		m.Window = s.Config().Network.ClockWindow.Duration()
 	}
-	if a.ahead != nil {
-		m.Offset = a.ahead()
+	if ahead := a.member.ahead; ahead != nil {
+		m.Offset = ahead()
 	}
 	return m
 }

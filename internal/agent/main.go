@@ -15,15 +15,11 @@ import (
 	"path/filepath"
 	"slices"
 	"strconv"
-	"strings"
 	"syscall"
 	"time"
 
 	"github.com/resultity/node/internal/config"
 	"github.com/resultity/node/internal/deploy"
-	"github.com/resultity/node/internal/digest"
-	"github.com/resultity/node/internal/evm"
-	"github.com/resultity/node/internal/failpoint"
 	"github.com/resultity/node/internal/generation"
 	"github.com/resultity/node/internal/hardware"
 	"github.com/resultity/node/internal/identity"
@@ -34,14 +30,9 @@ import (
 	"github.com/resultity/node/internal/quadlet"
 	"github.com/resultity/node/internal/runtime"
 	"github.com/resultity/node/internal/sandbox"
-	"github.com/resultity/node/internal/session"
 	"github.com/resultity/node/internal/signer"
 	"github.com/resultity/node/internal/snapshot"
-	"github.com/resultity/node/internal/state"
 	"github.com/resultity/node/internal/systemd"
-	"github.com/resultity/node/internal/tuf"
-	"github.com/resultity/node/internal/wire"
-	"github.com/resultity/node/internal/work"
 )
 
 // Exit codes. The unit does not restart after ExitConfig, since no restart
@@ -172,56 +163,38 @@ func defaultConfig(env func(string) string) string {
 	return DefaultConfig
 }
 
-// New puts an agent together. It opens the store and the identity, and reaches
+// New puts an agent together. It opens the identity and the stores, and reaches
 // the user manager; Podman and the network are reached when they are needed. The
 // agent has to be closed, also with an error.
 func New(ctx context.Context, cfg *config.Config, env func(string) string, log *slog.Logger, version string) (*Agent, error) {
 	a := empty(cfg, log, version)
-	networkDir := filepath.Join(cfg.Paths.State, "networks", cfg.Network.Name)
-	if err := os.MkdirAll(networkDir, 0o700); err != nil {
-		return a, inDir("paths.state", err)
+	for key, dir := range map[string]string{"paths.state": cfg.Paths.State, "paths.runtime": cfg.Paths.Runtime} {
+		if err := os.MkdirAll(dir, 0o700); err != nil {
+			return a, inDir(key, err)
+		}
 	}
-	if err := os.MkdirAll(cfg.Paths.Runtime, 0o700); err != nil {
-		return a, inDir("paths.runtime", err)
-	}
-	// The store first: its lock says whether another agent runs here.
 	var err error
-	a.store, err = state.Open(filepath.Join(networkDir, "jobs"), state.DefaultBounds, failpoint.Now)
-	switch {
-	case errors.Is(err, state.ErrCorrupt), errors.Is(err, state.ErrFormat):
-		return a, &finalError{journal.StoreRefused, err}
-	case err != nil && !errors.Is(err, state.ErrLocked): // whoever holds it may go away
-		return a, inDir("paths.state", err)
-	case err != nil:
+	var ca []byte
+	m := newMembership(cfg, a, log, version)
+	a.member = m
+	// The store of jobs first: its lock says whether another agent runs here.
+	if err := m.openStore(cfg); err != nil {
 		return a, err
 	}
-	a.closers = append(a.closers, a.store.Close)
-	a.openSpool(networkDir)
-	log = a.log
+	a.log = m.log
 	if err := a.openIdentity(env); err != nil {
 		return a, err
 	}
-	if err := a.sameNode(networkDir); err != nil {
-		return a, err
-	}
-	if err := a.openBook(filepath.Join(networkDir, "orders.json")); err != nil {
-		return a, err
-	}
-	var ca []byte
-	if a.http, a.sources, ca, err = clients(cfg.Network.CA); err != nil {
+	if m.http, a.sources, ca, err = clients(cfg.Network.CA); err != nil {
 		return a, &finalError{journal.ConfigInvalid, err}
 	}
-	root, err := os.ReadFile(cfg.Network.Root)
-	if err != nil {
-		return a, &finalError{journal.ConfigInvalid, fmt.Errorf("network.root: %w; get the network's first root.json from its operator", err)}
+	if err := m.open(cfg, a.key); err != nil {
+		return a, err
 	}
-	if a.snaps, err = tuf.New(tuf.Config{Dir: filepath.Join(networkDir, "tuf"), URL: cfg.Network.URL + "/tuf", Root: root, Client: a.http, Now: failpoint.Now}); err != nil {
-		return a, &finalError{journal.ConfigInvalid, fmt.Errorf("network.root: %w", err)}
-	}
-	if a.gens, err = generation.Open(filepath.Join(networkDir, "generations"), time.Now); err != nil {
+	if a.gens, err = generation.Open(filepath.Join(m.dir(cfg), "generations"), time.Now); err != nil {
 		return a, inDir("paths.state", err)
 	}
-	models, err := model.Open(filepath.Join(cfg.Paths.State, "models"), a.sources, log)
+	models, err := model.Open(filepath.Join(cfg.Paths.State, "models"), a.sources, a.log)
 	if err != nil {
 		return a, err
 	}
@@ -242,12 +215,11 @@ func New(ctx context.Context, cfg *config.Config, env func(string) string, log *
 	a.units = units
 	a.profile = hardware.Profile(cfg.Paths.State)
 	if a.profile.Systemd, err = units.Version(ctx); err != nil {
-		log.Debug("version of the service manager not known", "error", err) // a profile is never a reason to fail
+		a.log.Debug("version of the service manager not known", "error", err) // a profile is never a reason to fail
 	}
 	a.openDeployer = func(ctx context.Context) (deployer, error) { return a.newDeployer(ctx, models, units, ca) }
 	a.openEngine = func(socket string) engine { return openEngine(socket) }
-	a.enrol, a.bind = session.Register, session.Bind
-	a.openJobs()
+	a.recallDrain()
 	a.machine = a.lookAround
 	a.probes = a.openProbes()
 	a.unitFiles = units.Files
@@ -257,12 +229,8 @@ func New(ctx context.Context, cfg *config.Config, env func(string) string, log *
 // empty returns an agent without a world around it.
 func empty(cfg *config.Config, log *slog.Logger, version string) *Agent {
 	return &Agent{
-		cfg: cfg, version: version, log: log,
-		memory: hardware.Available,
-		update: make(chan struct{}, 1), look: make(chan struct{}, 1), beat: make(chan struct{}, 1), registered: make(chan struct{}), keep: make(chan struct{}, 1),
-		upload: make(chan struct{}, 1), uploadNow: make(chan chan<- error), logAcks: make(chan *wire.LogsAck, 4),
-		inbox: make(chan wire.Message, maxInbox), retell: make(chan struct{}, 1), tasks: make(chan task), halt: make(chan struct{}, maxLong),
-		board: board{phase: stopped, models: map[digest.Digest]int64{}},
+		cfg: cfg, version: version, log: log, memory: hardware.Available,
+		look: make(chan struct{}, 1), tasks: make(chan task),
 	}
 }
 
@@ -279,20 +247,6 @@ func (a *Agent) openIdentity(env func(string) string) error {
 	a.key, a.held = signer.NewLocal(key), key
 	if created {
 		a.log.Info("identity created", journal.IdentityCreated.Attr(), "node", key.Address())
-	}
-	return nil
-}
-
-// sameNode refuses a store of another node, before the network hears of this
-// one: its results could be delivered to nobody.
-func (a *Agent) sameNode(dir string) error {
-	reg, err := a.store.Registration()
-	if err != nil {
-		return err
-	}
-	if reg != nil && (reg.Node != a.key.Address() || reg.Network != a.cfg.Network.Name) {
-		return &finalError{journal.IdentityRefused, fmt.Errorf("%s belongs to node %s of network %s, and the key is that of node %s; put the old key back, or move that directory away to begin as a new node",
-			dir, reg.Node, reg.Network, a.key.Address())}
 	}
 	return nil
 }
@@ -373,42 +327,4 @@ func (a *Agent) newDeployer(ctx context.Context, models *model.Store, units *sys
 		Bridge:    a.cfg.Paths.Bridge, Log: a.log,
 		Progress: a.progress,
 	}, nil
-}
-
-// trusted says which keys may sign for the network, by the newest snapshot.
-func trusted(s *snapshot.Snapshot) func(evm.Address) bool {
-	return func(a evm.Address) bool { return slices.Contains(s.Config().Network.MessageKeys, a) }
-}
-
-func (a *Agent) openJobs() {
-	s := session.New(session.Config{
-		URL: "wss" + strings.TrimPrefix(a.cfg.Network.URL, "https"), Network: a.cfg.Network.Name,
-		Node: a.key.Address(), Key: a.key, Agent: a.version, Log: a.log, Now: failpoint.Now,
-		TLS: a.http.Transport.(*http.Transport).TLSClientConfig,
-		Trusted: func(k evm.Address) bool {
-			s := a.board.snapshot()
-			return s != nil && trusted(s)(k)
-		},
-		Config: a.board.config,
-		ClockWindow: func() time.Duration {
-			s := a.board.snapshot()
-			if s == nil {
-				return 0 // the session's own default
-			}
-			return s.Config().Network.ClockWindow.Duration()
-		},
-	}, a)
-	a.session, a.ahead = s, s.Ahead
-	a.worker = work.New(work.Config{Store: a.store, Key: a.key, Send: a.session.Send, Suspect: a.suspect, Log: a.log, Now: failpoint.Now})
-	a.hold()
-	a.recallDrain()
-}
-
-// Close gives back what New opened.
-func (a *Agent) Close() error {
-	var errs []error
-	for _, f := range slices.Backward(a.closers) {
-		errs = append(errs, f())
-	}
-	return errors.Join(errs...)
 }

@@ -109,7 +109,7 @@ func (a *Agent) updates(ctx context.Context) error {
 	}
 	for {
 		u.reconcile(ctx)
-		poke(a.beat)
+		poke(a.member.beat)
 		if ctx.Err() != nil {
 			return nil
 		}
@@ -146,7 +146,7 @@ func (u *updater) reconcile(ctx context.Context) {
 	if want == nil {
 		return // nothing is known yet
 	}
-	since := u.door.alarm()
+	since := u.member.door.alarm()
 	unit, err := u.units.State(ctx, quadlet.ServiceName)
 	if err != nil {
 		if ctx.Err() == nil {
@@ -155,14 +155,14 @@ func (u *updater) reconcile(ctx context.Context) {
 		}
 		return
 	}
-	u.board.set(func(b *board) { b.restarts = unit.NRestarts })
+	u.member.board.set(func(b *board) { b.restarts = unit.NRestarts })
 	lost := u.active != nil && !u.active.Current(unit)
 	if lost {
 		u.log.Warn("runtime lost", lossOf(unit).Attr(), "unit", unit.Active, "result", unit.Result, "status", unit.StatusText)
 		u.setActive(nil, starting)
 	}
 	u.storming(unit, cur, want)
-	switch why := u.door.doubted(); {
+	switch why := u.member.door.doubted(); {
 	case u.renew:
 		u.renew = false
 		if u.replace(ctx, "the operator asks for it") == nil {
@@ -175,7 +175,7 @@ func (u *updater) reconcile(ctx context.Context) {
 		poke(u.look)
 		return
 	default:
-		u.door.reopen(u.worker, since)
+		u.member.door.reopen(u.member.worker, since)
 		u.clean(ctx)
 	}
 
@@ -229,14 +229,14 @@ func (u *updater) open(n int) *snapshot.Snapshot {
 	damaged := errors.Is(err, generation.ErrDamaged)
 	var s *snapshot.Snapshot
 	if err == nil {
-		s, err = u.snaps.Open(proof)
+		s, err = u.member.snaps.Open(proof)
 		damaged = errors.Is(err, snapshot.ErrUntrusted)
 	}
 	if err == nil && s.Digest() != g.Config {
 		err, damaged = fmt.Errorf("%w: its configuration is %s, not %s", generation.ErrDamaged, s.Digest(), g.Config), true
 	}
 	if err == nil {
-		err = u.ours(s)
+		err = u.member.ours(s)
 	}
 	if err != nil {
 		u.log.Error("a generation cannot be used", journal.GenerationBroken.Attr(), "generation", n, "error", err)
@@ -274,10 +274,10 @@ func (u *updater) current(v *generation.View) *snapshot.Snapshot {
 
 // wanted returns the configuration that should be.
 func (u *updater) wanted(v *generation.View, cur *snapshot.Snapshot) *snapshot.Snapshot {
-	newest := u.board.snapshot()
+	newest := u.member.board.snapshot()
 	if newest == nil {
 		if cur != nil {
-			u.board.learn(cur)
+			u.member.board.learn(cur)
 		}
 		return cur
 	}
@@ -303,7 +303,7 @@ func (u *updater) wanted(v *generation.View, cur *snapshot.Snapshot) *snapshot.S
 			pinned = v.Current
 		}
 	}
-	u.board.set(func(b *board) { b.pinned = pinned })
+	u.member.board.set(func(b *board) { b.pinned = pinned })
 	if v.Order != 0 {
 		if s := u.open(v.Order); s != nil {
 			return s
@@ -320,7 +320,7 @@ func (u *updater) wanted(v *generation.View, cur *snapshot.Snapshot) *snapshot.S
 		return newest
 	case g.State == generation.Dead:
 		if fresh {
-			u.board.fail(newest, failure(g))
+			u.member.board.fail(newest, failure(g))
 		}
 		return cur
 	case g.State != generation.Failed:
@@ -388,7 +388,7 @@ func (u *updater) stage(ctx context.Context, v *generation.View, snap *snapshot.
 	sctx, cancel := context.WithCancel(ctx)
 	st := &staging{snap: snap, cancel: cancel}
 	u.staging = st
-	u.board.advance(snap, deploy.StepImage)
+	u.member.board.advance(snap, deploy.StepImage)
 	r := &result{staging: st, deployer: u.deployer}
 	if g := v.Find(snap.Digest()); g != nil {
 		if proof, _, err := u.gens.Load(g.Number); err == nil {
@@ -415,7 +415,7 @@ func (u *updater) prepare(ctx context.Context, r *result, serving *snapshot.Mode
 	defer func() { r.phases = clock.end() }()
 	clock.begin(phaseStage)
 	if r.proof == nil {
-		if r.proof, err = u.snaps.Proof(r.snap); err != nil {
+		if r.proof, err = u.member.snaps.Proof(r.snap); err != nil {
 			return &deploy.Error{Step: deploy.StepUnit, Err: err}
 		}
 	}
@@ -446,13 +446,13 @@ func (u *updater) prepare(ctx context.Context, r *result, serving *snapshot.Mode
 
 // progress is told by the deployer how much of a model is here.
 func (a *Agent) progress(m *snapshot.Model, done, _ int64) {
-	a.board.set(func(b *board) {
+	a.member.board.set(func(b *board) {
 		if _, listed := b.models[m.Digest()]; listed {
 			b.models[m.Digest()] = done
 		}
 	})
-	if s := a.board.snapshot(); s != nil && lists(s, m) {
-		a.board.advance(s, deploy.StepModel)
+	if s := a.member.board.snapshot(); s != nil && lists(s, m) {
+		a.member.board.advance(s, deploy.StepModel)
 	}
 }
 
@@ -571,7 +571,7 @@ func (u *updater) bringUp(ctx context.Context, p *staged) {
 		}
 	}
 	u.setActive(nil, starting)
-	u.board.advance(snap, deploy.StepUnit)
+	u.member.board.advance(snap, deploy.StepUnit)
 	var dep *deploy.Deployment
 	if err == nil {
 		actx, cancel := context.WithTimeoutCause(ctx, p.plan.Patience(), fmt.Errorf("not healthy within %v", p.plan.Patience()))
@@ -607,15 +607,15 @@ func (u *updater) idle(ctx context.Context) error {
 	if u.active == nil {
 		return nil
 	}
-	u.door.shut(u.worker)
-	poke(u.beat)
+	u.member.door.shut(u.member.worker)
+	poke(u.member.beat)
 	limit := u.active.Snapshot().Config().Limits.Deadline.Duration()
-	if last := u.worker.Deadline(); !last.IsZero() {
+	if last := u.member.worker.Deadline(); !last.IsZero() {
 		limit = min(limit, max(0, time.Until(last)))
 	}
 	ictx, cancel := context.WithTimeout(ctx, limit)
 	defer cancel()
-	if err := u.worker.Idle(ictx); err != nil && ctx.Err() == nil {
+	if err := u.member.worker.Idle(ictx); err != nil && ctx.Err() == nil {
 		u.log.Warn("jobs are cut short by the switch", "error", err)
 	}
 	return ctx.Err()
@@ -696,7 +696,7 @@ func (u *updater) clean(ctx context.Context) {
 	u.logged(u.gens.Prune())
 	v := u.gens.View()
 	keep := []*snapshot.Snapshot{u.active.Snapshot()}
-	if s := u.board.snapshot(); s != nil {
+	if s := u.member.board.snapshot(); s != nil {
 		keep = append(keep, s)
 	}
 	for n := range u.opened {
@@ -727,17 +727,17 @@ func (u *updater) clean(ctx context.Context) {
 func (u *updater) setActive(d *deploy.Deployment, phase string) {
 	old := u.engine
 	u.active, u.engine = d, nil
-	u.board.setActive(d, phase)
+	u.member.board.setActive(d, phase)
 	if d == nil {
-		u.door.open(u.worker, nil, nil)
+		u.member.door.open(u.member.worker, nil, nil)
 	} else {
 		u.engine = u.openEngine(d.Socket())
-		u.door.open(u.worker, d, &work.Active{Snapshot: d.Snapshot(), Image: d.Image(), Model: d.Model(), Engine: u.engine})
+		u.member.door.open(u.member.worker, d, &work.Active{Snapshot: d.Snapshot(), Image: d.Image(), Model: d.Model(), Engine: u.engine})
 	}
 	if old != nil {
 		old.Close() // connections that no job uses
 	}
-	poke(u.beat)
+	poke(u.member.beat)
 }
 
 // report makes a failure known: to the operator at once, to status until it is
@@ -747,7 +747,7 @@ func (u *updater) report(snap *snapshot.Snapshot, err error) {
 	if !ok { // the deployer promises the other
 		e = &deploy.Error{Step: deploy.StepUnit, Err: err}
 	}
-	if u.board.fail(snap, e) { // say it once, not at every try
+	if u.member.board.fail(snap, e) { // say it once, not at every try
 		u.log.Error("deployment failed", eventOf(err).Attr(), "version", snap.Version(), "step", e.Step, "error", err)
 	}
 }
@@ -797,7 +797,7 @@ func (a *Agent) watchRuntime(ctx context.Context) error {
 		begin := time.Now()
 		err := a.units.Watch(ctx, quadlet.ServiceName, func() {
 			if unit, err := a.units.State(ctx, quadlet.ServiceName); err == nil {
-				a.door.check(a.worker, unit)
+				a.member.door.check(a.member.worker, unit)
 			}
 			poke(a.look)
 		})

@@ -652,7 +652,7 @@ func TestRegistration(t *testing.T) {
 	n := deploytest.NewNetwork(t)
 	s := n.Publish(nil)
 	start := func(t *testing.T, f *fixture) func() {
-		f.cfg.Network.EnrolmentToken = token
+		f.net.EnrolmentToken = token
 		f.tuf.serve(s, nil)
 		return f.run()
 	}

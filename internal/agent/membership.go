@@ -1,0 +1,309 @@
+package agent
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"log/slog"
+	"net/http"
+	"sync"
+	"sync/atomic"
+	"time"
+
+	"golang.org/x/sync/errgroup"
+
+	"github.com/resultity/node/internal/config"
+	"github.com/resultity/node/internal/control"
+	"github.com/resultity/node/internal/deploy"
+	"github.com/resultity/node/internal/digest"
+	"github.com/resultity/node/internal/journal"
+	"github.com/resultity/node/internal/order"
+	"github.com/resultity/node/internal/session"
+	"github.com/resultity/node/internal/signer"
+	"github.com/resultity/node/internal/snapshot"
+	"github.com/resultity/node/internal/spool"
+	"github.com/resultity/node/internal/state"
+	"github.com/resultity/node/internal/tuf"
+	"github.com/resultity/node/internal/wire"
+	"github.com/resultity/node/internal/work"
+)
+
+// The outside world of one network, as far as its loops need it.
+type (
+	snapshots interface {
+		// Refresh asks the network, Last the disk.
+		Refresh(ctx context.Context) (*snapshot.Snapshot, error)
+		Last() (*snapshot.Snapshot, error)
+		Trust() (*tuf.Trust, error)
+		// Proof and Open are what a generation keeps of a snapshot.
+		Proof(s *snapshot.Snapshot) ([]byte, error)
+		Open(proof []byte) (*snapshot.Snapshot, error)
+	}
+	link interface {
+		Run(ctx context.Context) error
+		Send(m wire.Message) error
+	}
+)
+
+// machine is what a membership needs of the machine that it is on.
+type machine interface {
+	// changed says that what should run may be something else now.
+	changed()
+	// suspect says that the engine fails this network's jobs.
+	suspect(m *membership, active *work.Active, why string)
+	// hardware is the machine as it is now.
+	hardware() wire.Hardware
+	// failed returns why the machine is not on a configuration, or nil.
+	failed(config digest.Digest) *wire.Failed
+	// drainedSince returns since when the operator has drained the machine, or
+	// nil.
+	drainedSince() *time.Time
+
+	// What the network orders; each returns when it is done.
+	restart(ctx context.Context) error
+	revalidate(ctx context.Context, dep *deploy.Deployment) error
+	release(ctx context.Context, m *membership) error
+	// ending is told of a membership that ends because its network wants it to.
+	ending(m *membership)
+}
+
+// membership is the node's part in one network: its configuration, its jobs, its
+// session, its orders, its log. It shares the machine with others, and nothing
+// else.
+type membership struct {
+	net     config.Network
+	on      machine
+	version string // of the agent
+	log     *slog.Logger
+	keeps   config.Log // what is kept of it for the network
+
+	key     signer.Signer
+	store   *state.Store
+	snaps   snapshots
+	session link
+	worker  *work.Worker
+	http    *http.Client // for the network
+	closers []func() error
+
+	enrol func(context.Context, session.Registration) (*wire.Registered, error)
+	bind  func(context.Context, session.Binding) (*wire.BindReply, error)
+	ahead func() *time.Duration // this clock before the network's
+
+	spool     *spool.Spool      // of the log, for the network; nil when it is not uploaded
+	upload    chan struct{}     // capacity 1: look whether there is something to upload
+	uploadNow chan chan<- error // upload, and say when it is done
+	logAcks   chan *wire.LogsAck
+	dropped   atomic.Uint64 // log records that the network never got, since the start
+
+	orderBook *order.Book       // of the network's orders
+	inbox     chan wire.Message // orders, and what the network says of their answers
+	retell    chan struct{}     // capacity 1: tell the network every outcome that it has not acknowledged
+	leaving   atomic.Bool       // the network has ordered a shutdown
+	holding   sync.Mutex        // held while the worker is told of that, or of a drain
+	halt      chan struct{}     // capacity maxLong: that has been done, and the membership ends
+
+	board      board
+	door       door
+	update     chan struct{} // capacity 1: ask the network for a newer configuration, then look
+	beat       chan struct{} // capacity 1: tell the network how things are
+	keep       chan struct{} // capacity 1: write down whose node this is
+	registered chan struct{} // closed once the network knows the node
+}
+
+// newMembership returns a membership without a world around it.
+func newMembership(cfg *config.Config, on machine, log *slog.Logger, version string) *membership {
+	return &membership{
+		net: cfg.Network, on: on, log: log, keeps: cfg.Log, version: version,
+		update: make(chan struct{}, 1), beat: make(chan struct{}, 1), registered: make(chan struct{}), keep: make(chan struct{}, 1),
+		upload: make(chan struct{}, 1), uploadNow: make(chan chan<- error), logAcks: make(chan *wire.LogsAck, 4),
+		inbox: make(chan wire.Message, maxInbox), retell: make(chan struct{}, 1), halt: make(chan struct{}, maxLong),
+		board: board{phase: stopped, models: map[digest.Digest]int64{}},
+	}
+}
+
+// run takes part in the network until end is closed, or the network orders a
+// shutdown. Then it drains: no new jobs, running ones are finished or given up
+// when the service manager's patience ends. It ends at once with ctx.
+func (m *membership) run(ctx context.Context, end <-chan struct{}) error {
+	ctx, stop := context.WithCancel(ctx)
+	defer stop()
+	m.recall()
+	g, ctx := errgroup.WithContext(ctx)
+	for _, loop := range []func(context.Context) error{m.worker.Run, m.follow, m.heartbeats, m.bindings, m.orders, m.uploads} {
+		g.Go(func() error { return loop(ctx) })
+	}
+	g.Go(func() error {
+		select {
+		case <-m.registered:
+			return m.session.Run(ctx)
+		case <-ctx.Done():
+			return nil
+		}
+	})
+	g.Go(func() error {
+		select {
+		case <-end:
+		case <-m.halt:
+			m.on.ending(m)
+		case <-ctx.Done():
+			return nil
+		}
+		m.finish(ctx)
+		stop()
+		return nil
+	})
+	return g.Wait()
+}
+
+// stopPatience is how long a stop waits for running jobs. The unit's
+// TimeoutStopSec= is longer.
+const stopPatience = 60 * time.Second
+
+// finish has the jobs that run end and says goodbye.
+func (m *membership) finish(ctx context.Context) {
+	m.worker.Pause()
+	poke(m.beat) // so that the network gives its jobs to others from now on
+	ctx, cancel := context.WithTimeout(ctx, stopPatience)
+	defer cancel()
+	if err := m.worker.Drain(ctx); err != nil {
+		m.log.Warn("jobs were cut short; they are kept and run again at the next start, or elsewhere", "error", err)
+	}
+	// Best effort: the network notices a closed connection anyway.
+	_ = m.session.Send(&wire.Bye{Reason: "agent stops"})
+}
+
+// close gives back what was opened for it.
+func (m *membership) close() error {
+	var errs []error
+	for i := len(m.closers) - 1; i >= 0; i-- {
+		errs = append(errs, m.closers[i]())
+	}
+	return errors.Join(errs...)
+}
+
+// responsive reports whether the membership's parts answer; it blocks if one of
+// them hangs.
+func (m *membership) responsive() bool {
+	m.board.set(func(*board) {})
+	m.worker.Status()
+	return true
+}
+
+// heartbeats tells the network how things are, at its interval and when poked.
+func (m *membership) heartbeats(ctx context.Context) error {
+	for {
+		interval := 10 * time.Second
+		if s := m.board.snapshot(); s != nil {
+			interval = s.Config().Network.Heartbeat.Duration()
+		}
+		timer := time.NewTimer(interval)
+		select {
+		case <-ctx.Done():
+			timer.Stop()
+			return nil
+		case <-m.beat:
+			timer.Stop()
+		case <-timer.C:
+		}
+		if err := m.session.Send(m.heartbeat()); err != nil && !errors.Is(err, session.ErrNotConnected) {
+			m.log.Debug("heartbeat not sent", "error", err)
+		}
+	}
+}
+
+func (m *membership) heartbeat() *wire.Heartbeat {
+	w := m.worker.Status()
+	h := &wire.Heartbeat{
+		Config: m.board.config(), Runtime: m.board.runtimeState(), Hardware: m.on.hardware(),
+		Slots: w.Slots, Busy: w.Busy, Outbox: w.Outbox, Draining: w.Draining, Models: []wire.ModelState{},
+	}
+	for _, s := range m.board.modelStates() {
+		h.Models = append(h.Models, s.ModelState)
+	}
+	if s := m.board.snapshot(); s != nil {
+		h.Failed = m.on.failed(s.Digest())
+	}
+	return h
+}
+
+// Opened implements [session.Handler]: a session has been authenticated.
+func (m *membership) Opened() {
+	m.board.set(func(b *board) { b.connected, b.sessErr, b.word = true, nil, nil })
+	m.log.Info("session opened", journal.SessionOpened.Attr())
+	m.worker.Connected()
+	poke(m.retell)
+	poke(m.upload)
+	poke(m.beat)
+}
+
+// Closed implements [session.Handler].
+func (m *membership) Closed(err error) {
+	var opened bool
+	var before error
+	m.board.set(func(b *board) {
+		opened, before = b.connected, b.sessErr
+		b.connected, b.sessErr, b.word = false, err, nil
+	})
+	event := journal.SessionClosed
+	if errors.Is(err, wire.ErrClock) {
+		event = journal.ClockWrong
+	}
+	if opened || !sameError(before, err) { // say it once, not at every try
+		m.log.Warn("session closed", event.Attr(), "error", err)
+	}
+}
+
+// Message implements [session.Handler]. It must not block: what takes time
+// happens elsewhere.
+func (m *membership) Message(msg wire.Message) {
+	switch msg := msg.(type) {
+	case *wire.Job:
+		m.worker.Job(msg)
+	case *wire.Cancel:
+		m.worker.Cancel(msg)
+	case *wire.Ack:
+		m.worker.Ack(msg)
+	case *wire.Update:
+		poke(m.update)
+	case *wire.LogsAck:
+		m.logsStored(msg)
+	case *wire.Order, *wire.OrderAck:
+		m.post(msg)
+	case *wire.Bound:
+		m.setBound(*msg)
+	case *wire.Status:
+		var before *wire.Status
+		m.board.set(func(b *board) { before, b.word = b.word, msg })
+		switch {
+		case before != nil && *before == *msg:
+		case msg.Routable:
+			m.log.Info("routable", journal.Routable.Attr())
+		default:
+			m.log.Warn("not routable", journal.NotRoutable.Attr(), "reason", msg.Reason)
+		}
+	}
+}
+
+// jobs lists the jobs that the membership has not forgotten, at most limit.
+func (m *membership) jobs(limit int) ([]control.Job, error) {
+	jobs := []control.Job{}
+	running, err := m.store.Unfinished()
+	if err != nil {
+		return nil, err
+	}
+	for _, j := range running[:min(len(running), limit)] {
+		jobs = append(jobs, control.Job{ID: j.ID.String(), State: "running", Model: j.Model})
+	}
+	errFull := errors.New("enough")
+	err = m.store.Outbox(0, func(_ uint64, r *wire.Result) error {
+		if len(jobs) >= limit {
+			return errFull
+		}
+		jobs = append(jobs, control.Job{ID: r.Job.String(), State: "unacknowledged", Code: r.Code})
+		return nil
+	})
+	if err != nil && !errors.Is(err, errFull) {
+		return nil, fmt.Errorf("read the outbox: %w", err)
+	}
+	return jobs, nil
+}

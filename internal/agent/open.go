@@ -1,0 +1,120 @@
+package agent
+
+import (
+	"errors"
+	"fmt"
+	"net/http"
+	"os"
+	"path/filepath"
+	"slices"
+	"strings"
+	"time"
+
+	"github.com/resultity/node/internal/config"
+	"github.com/resultity/node/internal/evm"
+	"github.com/resultity/node/internal/failpoint"
+	"github.com/resultity/node/internal/journal"
+	"github.com/resultity/node/internal/session"
+	"github.com/resultity/node/internal/signer"
+	"github.com/resultity/node/internal/snapshot"
+	"github.com/resultity/node/internal/state"
+	"github.com/resultity/node/internal/tuf"
+	"github.com/resultity/node/internal/work"
+)
+
+// This file opens a membership: what it has on disk, and its way to the network.
+
+// dir is the membership's directory. Nothing in it is shared with another one.
+func (m *membership) dir(cfg *config.Config) string {
+	return filepath.Join(cfg.Paths.State, "networks", m.net.Name)
+}
+
+// openStore opens the store of jobs, whose lock says whether another agent runs
+// here, and the spool of the log.
+func (m *membership) openStore(cfg *config.Config) (err error) {
+	dir := m.dir(cfg)
+	if err := os.MkdirAll(dir, 0o700); err != nil {
+		return inDir("paths.state", err)
+	}
+	m.store, err = state.Open(filepath.Join(dir, "jobs"), state.DefaultBounds, failpoint.Now)
+	switch {
+	case errors.Is(err, state.ErrCorrupt), errors.Is(err, state.ErrFormat):
+		return &finalError{journal.StoreRefused, err}
+	case err != nil && !errors.Is(err, state.ErrLocked): // whoever holds it may go away
+		return inDir("paths.state", err)
+	case err != nil:
+		return err
+	}
+	m.closers = append(m.closers, m.store.Close)
+	m.openSpool(dir)
+	return nil
+}
+
+// open opens the rest, for the node with that key. The HTTP client has to be
+// there.
+func (m *membership) open(cfg *config.Config, key signer.Signer) error {
+	m.key = key
+	dir := m.dir(cfg)
+	if err := m.sameNode(dir); err != nil {
+		return err
+	}
+	if err := m.openBook(filepath.Join(dir, "orders.json")); err != nil {
+		return err
+	}
+	root, err := os.ReadFile(m.net.Root)
+	if err != nil {
+		return &finalError{journal.ConfigInvalid, fmt.Errorf("network.root: %w; get the network's first root.json from its operator", err)}
+	}
+	if m.snaps, err = tuf.New(tuf.Config{Dir: filepath.Join(dir, "tuf"), URL: m.net.URL + "/tuf", Root: root, Client: m.http, Now: failpoint.Now}); err != nil {
+		return &finalError{journal.ConfigInvalid, fmt.Errorf("network.root: %w", err)}
+	}
+	m.enrol, m.bind = session.Register, session.Bind
+	s := session.New(session.Config{
+		URL: "wss" + strings.TrimPrefix(m.net.URL, "https"), Network: m.net.Name,
+		Node: key.Address(), Key: key, Agent: m.version, Log: m.log, Now: failpoint.Now,
+		TLS: m.http.Transport.(*http.Transport).TLSClientConfig,
+		Trusted: func(k evm.Address) bool {
+			s := m.board.snapshot()
+			return s != nil && trusted(s)(k)
+		},
+		Config: m.board.config,
+		ClockWindow: func() time.Duration {
+			s := m.board.snapshot()
+			if s == nil {
+				return 0 // the session's own default
+			}
+			return s.Config().Network.ClockWindow.Duration()
+		},
+	}, m)
+	m.session, m.ahead = s, s.Ahead
+	m.openWorker(failpoint.Now)
+	return nil
+}
+
+// openWorker makes the worker, once there are a store, a key and a session.
+func (m *membership) openWorker(now func() time.Time) {
+	m.worker = work.New(work.Config{
+		Store: m.store, Key: m.key, Send: m.session.Send, Log: m.log, Now: now,
+		Suspect: func(active *work.Active, why string) { m.on.suspect(m, active, why) },
+	})
+	m.hold()
+}
+
+// sameNode refuses a store of another node, before the network hears of this
+// one: its results could be delivered to nobody.
+func (m *membership) sameNode(dir string) error {
+	reg, err := m.store.Registration()
+	if err != nil {
+		return err
+	}
+	if reg != nil && (reg.Node != m.key.Address() || reg.Network != m.net.Name) {
+		return &finalError{journal.IdentityRefused, fmt.Errorf("%s belongs to node %s of network %s, and the key is that of node %s; put the old key back, or move that directory away to begin as a new node",
+			dir, reg.Node, reg.Network, m.key.Address())}
+	}
+	return nil
+}
+
+// trusted says which keys may sign for the network, by the newest snapshot.
+func trusted(s *snapshot.Snapshot) func(evm.Address) bool {
+	return func(a evm.Address) bool { return slices.Contains(s.Config().Network.MessageKeys, a) }
+}

@@ -1,0 +1,133 @@
+package agent
+
+import (
+	"context"
+	"errors"
+	"fmt"
+
+	"github.com/resultity/node/internal/deploy"
+	"github.com/resultity/node/internal/digest"
+	"github.com/resultity/node/internal/model"
+	"github.com/resultity/node/internal/quadlet"
+)
+
+// This file is what others have the update loop do.
+
+// validating is a phase of the runtime: it runs and is being looked at.
+const validating = "validating"
+
+// task is something that only the update loop may do.
+type task struct {
+	do   func(context.Context, *updater) error
+	done chan error // capacity 1
+}
+
+// inUpdates has the update loop do something and waits for it.
+func (a *Agent) inUpdates(ctx context.Context, do func(*updater, context.Context) error) error {
+	t := task{func(ctx context.Context, u *updater) error { return do(u, ctx) }, make(chan error, 1)}
+	select {
+	case a.tasks <- t:
+	case <-ctx.Done():
+		return ctx.Err()
+	}
+	select {
+	case err := <-t.done:
+		return err
+	case <-ctx.Done():
+		return ctx.Err()
+	}
+}
+
+var errNothing = errors.New("no runtime is active; resultityctl status says why")
+
+// restart has the runtime started anew and validated.
+func (u *updater) restart(ctx context.Context) error {
+	if err := u.replace(ctx, "the network has ordered it"); err != nil {
+		return err
+	}
+	u.reconcile(ctx)
+	if u.active == nil {
+		return u.member.board.why()
+	}
+	return nil
+}
+
+// revalidate implements machine. It hashes the model's files while they are served, and then has the
+// golden requests repeated. A disk that does not answer is no damage: what was
+// verified when it was started goes on, and the network hears why.
+func (a *Agent) revalidate(ctx context.Context, dep *deploy.Deployment) error {
+	damage := a.verify(ctx, dep.Snapshot())
+	switch {
+	case ctx.Err() != nil:
+		return ctx.Err()
+	case damage != nil && !errors.Is(damage, digest.ErrMismatch) && !errors.Is(damage, model.ErrIncomplete):
+		return fmt.Errorf("the files could not be read, and nothing is known to be wrong with them: the node goes on: %w", damage)
+	}
+	return a.inUpdates(ctx, func(u *updater, ctx context.Context) error { return u.judge(ctx, dep, damage) })
+}
+
+// judge takes dep out of service if its files are damaged or its answers wrong.
+// The runtime is stopped then, since it may hold what is no longer in the store,
+// and brought up again by the ordinary steps, which fetch and validate all anew.
+func (u *updater) judge(ctx context.Context, dep *deploy.Deployment, damage error) error {
+	if u.active != dep {
+		return errors.New("the runtime was replaced meanwhile, and validated with that")
+	}
+	err := damage
+	if err != nil {
+		err = &deploy.Error{Step: deploy.StepModel, Err: damage}
+	} else {
+		if err := u.idle(ctx); err != nil {
+			return err
+		}
+		u.setActive(nil, validating)
+		if err = u.deployer.Validate(ctx, dep); err == nil {
+			u.setActive(dep, active)
+			return nil
+		}
+	}
+	if ctx.Err() != nil {
+		return ctx.Err()
+	}
+	return u.discard(ctx, dep, err)
+}
+
+// why returns the reason for which nothing is active.
+func (b *board) why() error {
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	if b.failed != nil {
+		return b.failed
+	}
+	return errNothing
+}
+
+// restart implements machine.
+func (a *Agent) restart(ctx context.Context) error { return a.inUpdates(ctx, (*updater).restart) }
+
+// release implements machine: it stops the runtime. The update loop does nothing
+// more, or it would bring the runtime up again.
+func (a *Agent) release(ctx context.Context, _ *membership) error {
+	down := make(chan error, 1)
+	t := task{func(ctx context.Context, u *updater) error {
+		err := u.idle(ctx)
+		if err == nil {
+			u.setActive(nil, stopped)
+			err = u.units.Stop(ctx, quadlet.ServiceName)
+		}
+		down <- err
+		<-ctx.Done()
+		return nil
+	}, make(chan error, 1)}
+	select {
+	case a.tasks <- t:
+	case <-ctx.Done():
+		return ctx.Err()
+	}
+	select {
+	case err := <-down:
+		return err
+	case <-ctx.Done():
+		return ctx.Err()
+	}
+}
