@@ -246,13 +246,13 @@ var errBroken = errors.New("broken")
 func build(t *testing.T, dir string, m *deploytest.Machine) *fixture {
 	t.Helper()
 	cfg := &config.Config{
-		Network: config.Network{Name: "testnet", URL: "https://network.example.net"},
-		Paths:   config.Paths{State: dir, Runtime: filepath.Join(dir, "run")},
+		Networks: []config.Network{{Name: "testnet", URL: "https://network.example.net"}},
+		Paths:    config.Paths{State: dir, Runtime: filepath.Join(dir, "run")},
 	}
 	f := &fixture{t: t, machine: m, tuf: &tufs{}, book: &logbook{}, engine: &talker{asked: make(chan struct{}, 16), answer: make(chan struct{}, 16)}}
 	log := slog.New(journal.Text(f.book, slog.LevelInfo))
 	f.Agent = empty(cfg, log, "1.2.3")
-	f.membership = newMembership(cfg, f.Agent, log, "1.2.3")
+	f.membership = newMembership(cfg, cfg.Networks[0], f.Agent, log, "1.2.3")
 	f.member = f.membership
 	f.link = &wirelink{h: f.membership, sent: make(chan wire.Message, 1000), up: make(chan struct{})}
 	f.held, f.Agent.key = nodeKey, signer.NewLocal(nodeKey)

@@ -32,6 +32,8 @@ const (
 // board is what the loops tell each other and the operator. Each value is
 // written by one loop and read by all.
 type board struct {
+	network string // its name; never changes
+
 	mu sync.Mutex // guards everything below; held only to copy values
 
 	// Written by the loop that follows the network, and at the start.
@@ -216,8 +218,16 @@ func (b *board) gates(drains []control.Drain, now time.Time) []gate.Gate {
 	gs := []gate.Gate{b.registrationGate(), b.configurationGate(now)}
 	gs = append(gs, b.runtimeGates()...)
 	gs = append(gs, b.sessionGate())
-	gs = append(gs, acceptingGate(drains))
-	return append(gs, b.routableGate())
+	gs = append(gs, acceptingGate(drains), b.routableGate())
+	for i := range gs { // the texts know no network
+		gs[i].Detail, gs[i].Remedy = b.named(gs[i].Detail), b.named(gs[i].Remedy)
+	}
+	return gs
+}
+
+// named puts the network's name into keys of agent.toml.
+func (b *board) named(s string) string {
+	return strings.ReplaceAll(s, "network.NAME", "network."+b.network)
 }
 
 // acceptingGate names everybody who has drained the node.
@@ -269,10 +279,10 @@ func remedyOf(err error, causes []cause, otherwise string) string {
 }
 
 const (
-	remedyReach    = "check that this machine reaches network.url, and network.ca for a private network; the agent keeps trying"
+	remedyReach    = "check that this machine reaches network.NAME.url, and network.NAME.ca for a private network; the agent keeps trying"
 	remedyClock    = "set this machine's clock: timedatectl set-ntp true"
-	remedyToken    = "put a valid token into the file that network.enrolment_token names; ask the network's operator for one"
-	remedyNames    = "network.name and network.url in agent.toml belong to different networks; correct one of them"
+	remedyToken    = "put a valid token into the file that network.NAME.enrolment_token names; ask the network's operator for one"
+	remedyNames    = "the name of the table [network.NAME] in agent.toml and its url belong to different networks; correct one of them"
 	remedyUpgrade  = "upgrade the agent; if it is the newest, ask the network's operator"
 	remedyBind     = "bind it to yours: resultityctl bind --wallet 0x…, --email name@domain or --token FILE"
 	remedyOperator = "ask the network's operator"
@@ -285,10 +295,10 @@ var snapshotCauses = []cause{
 	{errOtherNetwork, remedyNames},
 	{snapshot.ErrInvalid, remedyUpgrade},
 	{tuf.ErrRollback, "tell the network's operator: it serves older files than before"},
-	{tuf.ErrMixed, "look for a cache or proxy between this machine and network.url, then " + remedyOperator},
+	{tuf.ErrMixed, "look for a cache or proxy between this machine and network.NAME.url, then " + remedyOperator},
 	{tuf.ErrRoot, remedyOperator + ": its change of root keys is not valid"},
-	{tuf.ErrMalformed, "check that network.url is reached and no proxy or portal answers in its place, then " + remedyOperator},
-	{snapshot.ErrUntrusted, "check that network.root is this network's, then " + remedyOperator},
+	{tuf.ErrMalformed, "check that network.NAME.url is reached and no proxy or portal answers in its place, then " + remedyOperator},
+	{snapshot.ErrUntrusted, "check that network.NAME.root is this network's, then " + remedyOperator},
 }
 
 func (b *board) configurationGate(now time.Time) gate.Gate {

@@ -40,7 +40,7 @@ func TestGates(t *testing.T) {
 	now := time.Unix(1_000_000, 0)
 
 	well := func() *board {
-		return &board{snap: s, registered: true, bound: wire.Bound{Account: "acme"}, active: dep, phase: active, connected: true, word: &wire.Status{Routable: true}}
+		return &board{network: "testnet", snap: s, registered: true, bound: wire.Bound{Account: "acme"}, active: dep, phase: active, connected: true, word: &wire.Status{Routable: true}}
 	}
 	for _, c := range []struct {
 		name   string
@@ -53,16 +53,16 @@ func TestGates(t *testing.T) {
 		{name: "all is well", edit: func(*board) {}},
 		{name: "stale", edit: func(b *board) { b.snapErr, b.refreshed = tuf.ErrUnreachable, now.Add(-90*time.Second) }},
 		{name: "nothing yet", edit: func(b *board) { b.forget(nil) }, closed: "configuration", detail: "not fetched"},
-		{name: "unreachable", edit: func(b *board) { b.forget(tuf.ErrUnreachable) }, closed: "configuration", detail: "reached", remedy: "network.url"},
+		{name: "unreachable", edit: func(b *board) { b.forget(tuf.ErrUnreachable) }, closed: "configuration", detail: "reached", remedy: "network.testnet.url"},
 		{name: "expired", edit: func(b *board) { b.forget(fmt.Errorf("%w %w", snapshot.ErrUntrusted, tuf.ErrExpired)) }, closed: "configuration", remedy: "timedatectl"},
 		{name: "rolled back", edit: func(b *board) { b.forget(fmt.Errorf("%w %w", snapshot.ErrUntrusted, tuf.ErrRollback)) }, closed: "configuration", remedy: "older files"},
 		{name: "unknown schema", edit: func(b *board) { b.forget(snapshot.ErrInvalid) }, closed: "configuration", remedy: "upgrade"},
-		{name: "other network", edit: func(b *board) { b.forget(errOtherNetwork) }, closed: "configuration", remedy: "network.name"},
+		{name: "other network", edit: func(b *board) { b.forget(errOtherNetwork) }, closed: "configuration", remedy: "[network.testnet]"},
 		{name: "full disk", edit: func(b *board) { b.forget(errBroken) }, closed: "configuration", remedy: "this machine"},
 		{name: "not registered", edit: func(b *board) { b.registered = false }, closed: "registration"},
-		{name: "token", edit: func(b *board) { b.registered, b.regErr = false, session.ErrToken }, closed: "registration", remedy: "network.enrolment_token"},
-		{name: "token file", edit: func(b *board) { b.registered, b.regErr = false, errToken }, closed: "registration", remedy: "network.enrolment_token"},
-		{name: "registration times out", edit: func(b *board) { b.registered, b.regErr = false, errBroken }, closed: "registration", remedy: "network.url"},
+		{name: "token", edit: func(b *board) { b.registered, b.regErr = false, session.ErrToken }, closed: "registration", remedy: "network.testnet.enrolment_token"},
+		{name: "token file", edit: func(b *board) { b.registered, b.regErr = false, errToken }, closed: "registration", remedy: "network.testnet.enrolment_token"},
+		{name: "registration times out", edit: func(b *board) { b.registered, b.regErr = false, errBroken }, closed: "registration", remedy: "network.testnet.url"},
 
 		{name: "image in progress", edit: func(b *board) { b.active, b.step = nil, deploy.StepImage }, closed: "image", detail: "in progress"},
 		{name: "model in progress", edit: func(b *board) { b.active, b.step = nil, deploy.StepModel }, closed: "model", detail: "in progress", remedy: "resultityctl models"},
@@ -72,9 +72,9 @@ func TestGates(t *testing.T) {
 		{name: "next in progress", edit: func(b *board) { b.learn(next) }, closed: "image", detail: "version 2"},
 
 		{name: "not connected", edit: func(b *board) { b.connected = false }, closed: "session"},
-		{name: "no way", edit: func(b *board) { b.connected, b.sessErr = false, errBroken }, closed: "session", detail: "broken", remedy: "network.url"},
+		{name: "no way", edit: func(b *board) { b.connected, b.sessErr = false, errBroken }, closed: "session", detail: "broken", remedy: "network.testnet.url"},
 		{name: "unknown node", edit: func(b *board) { b.connected, b.sessErr = false, session.ErrNotRegistered }, closed: "session", remedy: "operator"},
-		{name: "wrong name", edit: func(b *board) { b.connected, b.sessErr = false, session.ErrWrongNetwork }, closed: "session", remedy: "network.name"},
+		{name: "wrong name", edit: func(b *board) { b.connected, b.sessErr = false, session.ErrWrongNetwork }, closed: "session", remedy: "[network.testnet]"},
 		{name: "clock", edit: func(b *board) { b.connected, b.sessErr = false, wire.ErrClock }, closed: "session", remedy: "timedatectl"},
 		{name: "draining", edit: func(*board) {}, drain: true, closed: "accepting", remedy: "resume"},
 		{name: "no word", edit: func(b *board) { b.word = nil }, closed: "routable"},

@@ -218,8 +218,8 @@ func TestBundleHoldsNoSecret(t *testing.T) {
 		write("identity/key.json", `{"crypto":{"ciphertext":"`+secrets["ciphertext"]+`"}}`)
 		token := write("token", secrets["token"]+"\n")
 		f.cfg.Identity.Passphrase = write("pass", secrets["passphrase"])
-		f.configFile = write("agent.toml", "# "+secrets["token"]+"\n[network]\nname = \"testnet\"\nurl = \"https://user:"+secrets["apikey"]+"@x.example\"\nenrolment_token = \""+token+"\"\n[log]\nlevel = \""+secrets["environment"]+"\"\n")
-		write("agent.toml.d/10.toml", "[network]\napi_key = \""+secrets["apikey"]+"\"\n[identity]\npassphrase = \""+secrets["passphrase"]+"\"\n")
+		f.configFile = write("agent.toml", "# "+secrets["token"]+"\n[network.testnet]\nurl = \"https://user:"+secrets["apikey"]+"@x.example\"\nenrolment_token = \""+token+"\"\n[log]\nlevel = \""+secrets["environment"]+"\"\n")
+		write("agent.toml.d/10.toml", "[network.testnet]\napi_key = \""+secrets["apikey"]+"\"\n[identity]\npassphrase = \""+secrets["passphrase"]+"\"\n")
 		write("agent.toml.d/20.toml", "not toml "+secrets["passphrase"])
 		unit := write("x.service", "[Service]\n# "+secrets["token"]+"\nType=notify\nEnvironment=KEY="+secrets["environment"]+"\nExecStart=/usr/bin/x --key \\\n  Type="+secrets["apikey"]+"\nSetCredential=a:"+secrets["own"]+"\nX-Prompt="+secrets["prompt"]+"\n")
 		f.unitFiles = func(context.Context, string) ([]string, error) {
@@ -253,7 +253,7 @@ func TestBundleHoldsNoSecret(t *testing.T) {
 		for name, want := range map[string]string{
 			"status.json": `"testnet"`, "versions.json": "1.2.3", "configuration.json": `"active": 1`, "models.json": "active",
 			"tuf.json": `"version": 7`, "log.jsonl": `"event":"runtime-active"`,
-			"config/agent.toml": `network.name = "testnet"`, "config/10.toml": "network.api_key: an unknown key", "config/20.toml": "not TOML",
+			"config/agent.toml": `network.testnet.enrolment_token = "`, "config/10.toml": "network.testnet.api_key: an unknown key", "config/20.toml": "not TOML",
 			"units/resultity-agent.service/0-x.service": "Type=notify\n# Environment: its value was left out\n# ExecStart: its value was left out",
 			"units/resultity-agent.service/1.error":     "no such file",
 		} {

@@ -62,7 +62,7 @@ func (m *membership) recall() {
 // right: who changed the URL, or has one root for two networks, finds out here.
 func (m *membership) ours(s *snapshot.Snapshot) error {
 	if got, want := s.Config().Network.Name, m.net.Name; got != want {
-		return fmt.Errorf("%w: it is for %s, and agent.toml has network.name = %q", errOtherNetwork, got, want)
+		return fmt.Errorf("%w: it is for %s, and agent.toml has its address in [network.%s]", errOtherNetwork, got, want)
 	}
 	return nil
 }
@@ -185,7 +185,7 @@ func (m *membership) registerNow(ctx context.Context, snap *snapshot.Snapshot) (
 }
 
 // errToken says that there is a file for the token and no token in it.
-var errToken = errors.New("network.enrolment_token")
+var errToken = errors.New("network.NAME.enrolment_token")
 
 const maxToken = 4 << 10 // bytes
 

@@ -113,7 +113,7 @@ func Main(ctx context.Context, args []string, stdout io.Writer, stderr *os.File,
 		fmt.Fprintf(stdout, "%s: ok\n", *file)
 		return ExitOK
 	}
-	log = journal.New(stderr, cfg.Log.SlogLevel()).With("network", cfg.Network.Name)
+	log = journal.New(stderr, cfg.Log.SlogLevel()).With("network", cfg.Networks[0].Name)
 	a, err := New(ctx, cfg, env, log, version)
 	if err == nil {
 		a.configFile = *file
@@ -173,9 +173,12 @@ func New(ctx context.Context, cfg *config.Config, env func(string) string, log *
 			return a, inDir(key, err)
 		}
 	}
+	if len(cfg.Networks) > 1 {
+		return a, &finalError{journal.ConfigInvalid, fmt.Errorf("network.%s: this agent takes part in one network at a time", cfg.Networks[1].Name)}
+	}
 	var err error
 	var ca []byte
-	m := newMembership(cfg, a, log, version)
+	m := newMembership(cfg, cfg.Networks[0], a, log, version)
 	a.member = m
 	// The store of jobs first: its lock says whether another agent runs here.
 	if err := m.openStore(cfg); err != nil {
@@ -185,8 +188,8 @@ func New(ctx context.Context, cfg *config.Config, env func(string) string, log *
 	if err := a.openIdentity(env); err != nil {
 		return a, err
 	}
-	if m.http, a.sources, ca, err = clients(cfg.Network.CA); err != nil {
-		return a, &finalError{journal.ConfigInvalid, err}
+	if m.http, a.sources, ca, err = clients(m.net.CA); err != nil {
+		return a, &finalError{journal.ConfigInvalid, fmt.Errorf("network.%s.%w", m.net.Name, err)}
 	}
 	if err := m.open(cfg, a.key); err != nil {
 		return a, err
@@ -252,7 +255,7 @@ func (a *Agent) openIdentity(env func(string) string) error {
 }
 
 // clients makes the HTTP clients for the network and for sources of models and
-// images. network.ca stands in place of the system's authorities for the network
+// images. Its ca stands in place of the system's authorities for the network
 // itself, which it names, and beside them for the sources: a private network may
 // well take its models from a public host. The protocol is TLS 1.3; what hosts of
 // models speak is theirs.
@@ -261,11 +264,11 @@ func clients(caFile string) (network, sources *http.Client, ca []byte, err error
 		return client(tls.VersionTLS13, nil), client(tls.VersionTLS12, nil), nil, nil
 	}
 	if ca, err = os.ReadFile(caFile); err != nil {
-		return nil, nil, nil, fmt.Errorf("network.ca: %w", err)
+		return nil, nil, nil, fmt.Errorf("ca: %w", err)
 	}
 	own := x509.NewCertPool()
 	if !own.AppendCertsFromPEM(ca) {
-		return nil, nil, nil, fmt.Errorf("network.ca: %s has no PEM certificate", caFile)
+		return nil, nil, nil, fmt.Errorf("ca: %s has no PEM certificate", caFile)
 	}
 	all, err := x509.SystemCertPool()
 	if err != nil {

@@ -37,7 +37,7 @@ func install(t *testing.T) *installation {
 		t.Fatal(err)
 	}
 	i.write("root.json", string(root))
-	i.write("agent.toml", fmt.Sprintf("[network]\nname = \"testnet\"\nurl = \"https://127.0.0.1:1\"\nroot = %q\n[paths]\nstate = %q\n", i.path("root.json"), i.path("state")))
+	i.write("agent.toml", fmt.Sprintf("[network.testnet]\nurl = \"https://127.0.0.1:1\"\nroot = %q\n[paths]\nstate = %q\n", i.path("root.json"), i.path("state")))
 	// Without a user manager the start ends where it would be asked.
 	t.Setenv("DBUS_SESSION_BUS_ADDRESS", "unix:path="+i.path("no-bus"))
 	t.Setenv("XDG_RUNTIME_DIR", i.path("run"))
@@ -126,13 +126,13 @@ func TestCannotStart(t *testing.T) {
 	}{
 		"no user manager": {func(*testing.T, *installation) {}, ExitFailed, "agent-failed", "service manager"},
 		"unknown key": {func(_ *testing.T, i *installation) {
-			i.write("agent.toml.d/1.toml", "[network]\nurll = \"x\"\n")
-		}, ExitConfig, "config-invalid", "network.urll"},
+			i.write("agent.toml.d/1.toml", "[network.testnet]\nurll = \"x\"\n")
+		}, ExitConfig, "config-invalid", "network.testnet.urll"},
 		"no root": {func(t *testing.T, i *installation) {
 			if err := os.Remove(i.path("root.json")); err != nil {
 				t.Fatal(err)
 			}
-		}, ExitConfig, "config-invalid", "network.root"},
+		}, ExitConfig, "config-invalid", "network.testnet.root"},
 		"root is a directory": {func(t *testing.T, i *installation) {
 			if err := os.Remove(i.path("root.json")); err != nil {
 				t.Fatal(err)
@@ -140,11 +140,11 @@ func TestCannotStart(t *testing.T) {
 			if err := os.Mkdir(i.path("root.json"), 0o700); err != nil {
 				t.Fatal(err)
 			}
-		}, ExitConfig, "config-invalid", "network.root"},
-		"root is none": {func(_ *testing.T, i *installation) { i.write("root.json", "{}") }, ExitConfig, "config-invalid", "network.root"},
+		}, ExitConfig, "config-invalid", "network.testnet.root"},
+		"root is none": {func(_ *testing.T, i *installation) { i.write("root.json", "{}") }, ExitConfig, "config-invalid", "network.testnet.root"},
 		"no authority": {func(_ *testing.T, i *installation) {
-			i.write("agent.toml.d/1.toml", fmt.Sprintf("[network]\nca = %q\n", i.path("root.json")))
-		}, ExitConfig, "config-invalid", "network.ca"},
+			i.write("agent.toml.d/1.toml", fmt.Sprintf("[network.testnet]\nca = %q\n", i.path("root.json")))
+		}, ExitConfig, "config-invalid", "network.testnet.ca"},
 		"locked": {func(t *testing.T, i *installation) {
 			if err := os.MkdirAll(filepath.Dir(i.path(db)), 0o700); err != nil {
 				t.Fatal(err)

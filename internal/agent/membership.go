@@ -111,13 +111,13 @@ type membership struct {
 }
 
 // newMembership returns a membership without a world around it.
-func newMembership(cfg *config.Config, on machine, log *slog.Logger, version string) *membership {
+func newMembership(cfg *config.Config, net config.Network, on machine, log *slog.Logger, version string) *membership {
 	return &membership{
-		net: cfg.Network, on: on, log: log, keeps: cfg.Log, version: version,
+		net: net, on: on, log: log, keeps: cfg.Log, version: version,
 		update: make(chan struct{}, 1), beat: make(chan struct{}, 1), registered: make(chan struct{}), keep: make(chan struct{}, 1),
 		upload: make(chan struct{}, 1), uploadNow: make(chan chan<- error), logAcks: make(chan *wire.LogsAck, 4),
 		inbox: make(chan wire.Message, maxInbox), retell: make(chan struct{}, 1), halt: make(chan struct{}, maxLong),
-		board: board{phase: stopped, models: map[digest.Digest]int64{}},
+		board: board{network: net.Name, phase: stopped, models: map[digest.Digest]int64{}},
 	}
 }
 

@@ -63,10 +63,10 @@ func (m *membership) open(cfg *config.Config, key signer.Signer) error {
 	}
 	root, err := os.ReadFile(m.net.Root)
 	if err != nil {
-		return &finalError{journal.ConfigInvalid, fmt.Errorf("network.root: %w; get the network's first root.json from its operator", err)}
+		return &finalError{journal.ConfigInvalid, fmt.Errorf("network.%s.root: %w; get the network's first root.json from its operator", m.net.Name, err)}
 	}
 	if m.snaps, err = tuf.New(tuf.Config{Dir: filepath.Join(dir, "tuf"), URL: m.net.URL + "/tuf", Root: root, Client: m.http, Now: failpoint.Now}); err != nil {
-		return &finalError{journal.ConfigInvalid, fmt.Errorf("network.root: %w", err)}
+		return &finalError{journal.ConfigInvalid, fmt.Errorf("network.%s.root: %w", m.net.Name, err)}
 	}
 	m.enrol, m.bind = session.Register, session.Bind
 	s := session.New(session.Config{

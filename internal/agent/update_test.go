@@ -89,7 +89,7 @@ func TestUnreachableNetwork(t *testing.T) {
 		if k := f.book.count(journal.SnapshotStale); k != 1 {
 			t.Errorf("said %d times", k)
 		}
-		if g := f.gate("configuration"); g.State == gate.Open || !strings.Contains(g.Remedy, "network.url") {
+		if g := f.gate("configuration"); g.State == gate.Open || !strings.Contains(g.Remedy, "network.testnet.url") {
 			t.Errorf("%+v", g)
 		}
 		s := n.Publish(nil)
@@ -166,14 +166,14 @@ func TestRefusedSnapshots(t *testing.T) {
 		event  *journal.Event
 		remedy string
 	}{
-		"unsigned":   {fmt.Errorf("%w: %w", tuf.ErrUnsigned, snapshot.ErrUntrusted), journal.SnapshotUnsigned, "network.root"},
+		"unsigned":   {fmt.Errorf("%w: %w", tuf.ErrUnsigned, snapshot.ErrUntrusted), journal.SnapshotUnsigned, "network.testnet.root"},
 		"expired":    {fmt.Errorf("%w: %w", tuf.ErrExpired, snapshot.ErrUntrusted), journal.SnapshotFrozen, "timedatectl"},
 		"older":      {fmt.Errorf("%w: %w", tuf.ErrRollback, snapshot.ErrUntrusted), journal.SnapshotRollback, "older files"},
 		"mixed":      {fmt.Errorf("%w: %w", tuf.ErrMixed, snapshot.ErrUntrusted), journal.SnapshotMixed, "proxy"},
 		"wrong root": {fmt.Errorf("%w: %w", tuf.ErrRoot, snapshot.ErrUntrusted), journal.SnapshotRoot, "root keys"},
 		"malformed":  {fmt.Errorf("%w: %w", tuf.ErrMalformed, snapshot.ErrUntrusted), journal.SnapshotMalformed, "portal"},
-		"endless":    {fmt.Errorf("%w: %w", tuf.ErrTooLarge, snapshot.ErrUntrusted), journal.SnapshotTooLarge, "network.root"},
-		"redirected": {fmt.Errorf("%w: %w", tuf.ErrRedirect, snapshot.ErrUntrusted), journal.SnapshotRedirected, "network.root"},
+		"endless":    {fmt.Errorf("%w: %w", tuf.ErrTooLarge, snapshot.ErrUntrusted), journal.SnapshotTooLarge, "network.testnet.root"},
+		"redirected": {fmt.Errorf("%w: %w", tuf.ErrRedirect, snapshot.ErrUntrusted), journal.SnapshotRedirected, "network.testnet.root"},
 		"too new":    {fmt.Errorf("%w: schema is 2", snapshot.ErrInvalid), journal.SnapshotUnusable, "upgrade"},
 		"the disk":   {errors.New("no space left on device"), journal.SnapshotRefused, "this machine"},
 	} {
@@ -219,7 +219,7 @@ func TestOtherNetwork(t *testing.T) {
 		if f.board.snapshot() != nil || len(f.enrols) != 0 {
 			t.Errorf("snapshot %v, %d registrations", f.board.snapshot(), len(f.enrols))
 		}
-		if g := f.gate("configuration"); g.State == gate.Open || !strings.Contains(g.Detail, "mainnet") || !strings.Contains(g.Remedy, "network.name") {
+		if g := f.gate("configuration"); g.State == gate.Open || !strings.Contains(g.Detail, "mainnet") || !strings.Contains(g.Remedy, "[network.testnet]") {
 			t.Errorf("%+v", g)
 		}
 		for _, c := range f.machine.Calls() {
@@ -667,7 +667,7 @@ func TestRegistration(t *testing.T) {
 		f := build(t, dir, m)
 		defer start(t, f)()
 		pass(time.Minute)
-		closed(t, f, token, "network.enrolment_token")
+		closed(t, f, token, "network.testnet.enrolment_token")
 		if len(f.enrols) != 0 {
 			t.Error("registered without the token")
 		}
@@ -676,7 +676,7 @@ func TestRegistration(t *testing.T) {
 				t.Fatal(err)
 			}
 			pass(10 * time.Minute)
-			closed(t, f, "holds no token", "network.enrolment_token")
+			closed(t, f, "holds no token", "network.testnet.enrolment_token")
 		}
 		// The network refuses; then it does not.
 		f.refuse(fmt.Errorf("register: %w", session.ErrToken))
@@ -684,7 +684,7 @@ func TestRegistration(t *testing.T) {
 			t.Fatal(err)
 		}
 		pass(time.Hour)
-		closed(t, f, "token", "network.enrolment_token")
+		closed(t, f, "token", "network.testnet.enrolment_token")
 		if k := len(f.enrols); k < 8 || k > 24 {
 			t.Errorf("%d tries in an hour", k)
 		}
@@ -694,7 +694,7 @@ func TestRegistration(t *testing.T) {
 		if strings.Contains(f.book.String(), "secret") {
 			t.Error("the token was logged")
 		}
-		for err, remedy := range map[error]string{wire.ErrClock: "timedatectl", session.ErrWrongNetwork: "network.name", wire.ErrSigner: "operator", errBroken: "network.url"} {
+		for err, remedy := range map[error]string{wire.ErrClock: "timedatectl", session.ErrWrongNetwork: "[network.testnet]", wire.ErrSigner: "operator", errBroken: "network.testnet.url"} {
 			f.refuse(err)
 			pass(10 * time.Minute)
 			closed(t, f, err.Error(), remedy)

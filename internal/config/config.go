@@ -7,6 +7,7 @@
 package config
 
 import (
+	"cmp"
 	"errors"
 	"fmt"
 	"io/fs"
@@ -29,7 +30,8 @@ import (
 // Config is a checked configuration. The example file, agent.toml beside this
 // package, documents every key; a test holds the two together.
 type Config struct {
-	Network  Network  `koanf:"network"`
+	Networks []Network `koanf:"-"` // tables network.NAME; by priority, the highest first
+
 	Identity Identity `koanf:"identity"`
 	Paths    Paths    `koanf:"paths"`
 	Runtime  Runtime  `koanf:"runtime"`
@@ -90,14 +92,21 @@ func checkMemory(s string) error {
 // machine into a specification was for another purpose.
 var gpus = []string{"amd.com/gpu=*", "intel.com/gpu=*", "nvidia.com/gpu=*"}
 
-// Network says which network the node belongs to and how it is reached.
+// Network is a network that the node takes part in, and how it is reached.
 type Network struct {
-	Name           string `koanf:"name"`            // as in the network's snapshot
+	Name           string `koanf:"-"`               // of the table; as in the network's snapshot
 	URL            string `koanf:"url"`             // https://host[:port]
 	Root           string `koanf:"root"`            // file: the network's first TUF root
 	CA             string `koanf:"ca"`              // file: PEM certificates of a private network; "" for the system's
 	EnrolmentToken string `koanf:"enrolment_token"` // file: token for the first registration; "" for none
+	Priority       int    `koanf:"priority"`        // the highest decides what the machine runs; no two are equal
 }
+
+// MaxNetworks is how many networks a node can take part in.
+const MaxNetworks = 8
+
+// maxPriority bounds priorities, so that what is written is what is compared.
+const maxPriority = 1000
 
 // Identity says how the node's key is protected.
 type Identity struct {
@@ -143,92 +152,170 @@ func Load(file string, env func(string) string) (*Config, error) {
 			files = append(files, filepath.Join(file+".d", d.Name()))
 		}
 	}
-	c := Config{Log: Log{Level: "info", Upload: "on"}, Paths: Paths{Bridge: "/usr/libexec/resultity/resultity-bridge"}}
+	all := koanf.New(".")
 	from := map[string]string{} // key → file that set it last
 	for _, f := range files {
-		if err := c.merge(f, from); err != nil {
+		k, err := read(f)
+		if err == nil {
+			err = all.Merge(k)
+		}
+		if err != nil {
 			return nil, fmt.Errorf("%s: %w", f, err)
 		}
+		for _, key := range k.Keys() {
+			from[key] = f
+			if name, field, ok := cutNetwork(key); ok && from["network."+name] == "" && field != "" {
+				from["network."+name] = f // where to add what is missing
+			}
+		}
 	}
-	if from["runtime.devices"] == "" {
-		c.Runtime.Devices = slices.Clone(gpus)
+	c := &Config{Log: Log{Level: "info", Upload: "on"}, Paths: Paths{Bridge: "/usr/libexec/resultity/resultity-bridge"}, Runtime: Runtime{Devices: slices.Clone(gpus)}}
+	if err := c.decode(all); err != nil {
+		return nil, fmt.Errorf("%s: %w", file, err)
 	}
 	c.Paths.fill(env)
 	if key, err := c.check(); err != nil {
 		where := from[key]
+		if name, _, ok := cutNetwork(key); ok && where == "" {
+			where = from["network."+name]
+		}
 		if where == "" {
 			where = file
 		}
 		return nil, fmt.Errorf("%s: %s: %w", where, key, err)
 	}
-	return &c, nil
+	return c, nil
 }
 
-// merge decodes one file over c. Each file is decoded on its own, so that an
-// error can name it.
-func (c *Config) merge(file string, from map[string]string) error {
+// cutNetwork takes the name of a network from a key network.NAME.FIELD. A name
+// may have dots; no field has.
+func cutNetwork(key string) (name, field string, ok bool) {
+	rest, ok := strings.CutPrefix(key, "network.")
+	if !ok {
+		return "", "", false
+	}
+	i := strings.LastIndexByte(rest, '.')
+	if i < 0 {
+		return rest, "", true
+	}
+	return rest[:i], rest[i+1:], true
+}
+
+// decode takes the values, whose keys and types have been checked.
+func (c *Config) decode(all *koanf.Koanf) error {
+	if all.Exists("runtime.devices") {
+		c.Runtime.Devices = []string{} // lists are not mixed
+	}
+	into := func(path string, v any) error {
+		return all.UnmarshalWithConf(path, v, koanf.UnmarshalConf{DecoderConfig: &mapstructure.DecoderConfig{Result: v, TagName: "koanf"}})
+	}
+	networks := map[string]Network{}
+	if err := errors.Join(into("", c), into("network", &networks)); err != nil {
+		return err
+	}
+	for name, n := range networks {
+		n.Name = name
+		c.Networks = append(c.Networks, n)
+	}
+	slices.SortFunc(c.Networks, func(a, b Network) int {
+		return cmp.Or(cmp.Compare(b.Priority, a.Priority), strings.Compare(a.Name, b.Name))
+	})
+	return nil
+}
+
+// read reads one file and checks its keys and the types of its values. Each is
+// read on its own, so that an error can name it.
+func read(file string) (*koanf.Koanf, error) {
 	st, err := os.Stat(file)
 	if err != nil {
 		if errors.Is(err, fs.ErrNotExist) {
-			return errors.New("does not exist; copy the example from /usr/share/doc/resultity-agent/agent.toml and fill in [network]")
+			return nil, errors.New("does not exist; copy the example from /usr/share/doc/resultity-agent/agent.toml and fill in [network.NAME]")
 		}
-		return err
+		return nil, err
 	}
 	if st.Size() > maxFile {
-		return fmt.Errorf("%d bytes, at most %d", st.Size(), maxFile)
+		return nil, fmt.Errorf("%d bytes, at most %d", st.Size(), maxFile)
 	}
 	raw, err := os.ReadFile(file)
 	if err != nil {
-		return err
+		return nil, err
 	}
 	k := koanf.New(".")
 	if err := k.Load(rawbytes.Provider(raw), toml.Parser()); err != nil {
-		return err
+		return nil, err
 	}
 	for _, key := range k.Keys() {
-		if m, ok := k.Get(key).(map[string]any); ok && len(m) == 0 && sections[key] {
+		name, field, ofNetwork := cutNetwork(key)
+		if m, ok := k.Get(key).(map[string]any); ok && len(m) == 0 && (sections[key] || ofNetwork) {
 			continue // a section with nothing in it
 		}
-		kind, ok := known[key]
+		kind, ok := known[Generalise(key)]
+		if ofNetwork && field == "" {
+			return nil, fmt.Errorf("%s: a network has a table of its own: [network.NAME] with %s; %q stands outside of one", key, networkKeys(), name)
+		}
 		if !ok {
-			return fmt.Errorf("%s: unknown key; known are %s", key, strings.Join(Keys(), ", "))
+			return nil, fmt.Errorf("%s: unknown key; known are %s", key, strings.Join(Keys(), ", "))
 		}
 		switch v := k.Get(key); kind {
 		case reflect.Slice:
 			if _, ok := v.([]any); !ok || slices.ContainsFunc(v.([]any), func(e any) bool { _, ok := e.(string); return !ok }) {
-				return fmt.Errorf("%s: want a list of strings in quotes, got %v", key, v)
+				return nil, fmt.Errorf("%s: want a list of strings in quotes, got %v", key, v)
+			}
+		case reflect.Int:
+			if n, ok := v.(int64); !ok || n < 0 || n > maxPriority {
+				return nil, fmt.Errorf("%s: want a whole number from 0 to %d, got %v", key, maxPriority, v)
 			}
 		default:
 			if _, ok := v.(string); !ok {
-				return fmt.Errorf("%s: want a string in quotes, got %v", key, v)
+				return nil, fmt.Errorf("%s: want a string in quotes, got %v", key, v)
 			}
 		}
-		from[key] = file
 	}
-	if k.Exists("runtime.devices") {
-		c.Runtime.Devices = nil // lists are not mixed
-	}
-	return k.UnmarshalWithConf("", c, koanf.UnmarshalConf{DecoderConfig: &mapstructure.DecoderConfig{Result: c, TagName: "koanf", ErrorUnused: true}})
+	return k, nil
 }
 
-// known has every key with its kind, sections every section. All values are
-// strings or lists of strings, so that the two are all there is to check before
-// decoding.
+// known has every key with its kind, in the form of [Generalise]; sections has
+// every section. Values are strings, lists of strings and numbers, so that the
+// kind is all there is to check before decoding.
 var known, sections = func() (keys map[string]reflect.Kind, sections map[string]bool) {
-	keys, sections = map[string]reflect.Kind{}, map[string]bool{}
+	keys, sections = map[string]reflect.Kind{}, map[string]bool{"network": true}
+	add := func(section string, t reflect.Type) {
+		sections[section] = true
+		for f := range t.NumField() {
+			if name := t.Field(f).Tag.Get("koanf"); name != "-" {
+				keys[section+"."+name] = t.Field(f).Type.Kind()
+			}
+		}
+	}
+	add("network.NAME", reflect.TypeFor[Network]())
 	t := reflect.TypeFor[Config]()
 	for s := range t.NumField() {
-		name := t.Field(s).Tag.Get("koanf")
-		sections[name] = true
-		for f := range t.Field(s).Type.NumField() {
-			field := t.Field(s).Type.Field(f)
-			keys[name+"."+field.Tag.Get("koanf")] = field.Type.Kind()
+		if name := t.Field(s).Tag.Get("koanf"); name != "-" {
+			add(name, t.Field(s).Type)
 		}
 	}
 	return keys, sections
 }()
 
-// Keys returns every key, sorted.
+// Generalise writes NAME for the name of a network in a key.
+func Generalise(key string) string {
+	if _, field, ok := cutNetwork(key); ok && field != "" {
+		return "network.NAME." + field
+	}
+	return key
+}
+
+func networkKeys() string {
+	var ks []string
+	for _, k := range Keys() {
+		if field, ok := strings.CutPrefix(k, "network.NAME."); ok {
+			ks = append(ks, field)
+		}
+	}
+	return strings.Join(ks, ", ")
+}
+
+// Keys returns every key, sorted, in the form of [Generalise].
 func Keys() []string {
 	var ks []string
 	for k := range known {
@@ -265,32 +352,34 @@ var devicePattern = regexp.MustCompile(`^[a-z0-9][a-z0-9.-]*/[a-z][a-z0-9_-]*=(?
 
 // check returns the first key whose value cannot work.
 func (c *Config) check() (key string, err error) {
-	n := &c.Network
-	switch u, err := url.Parse(n.URL); {
-	case !namePattern.MatchString(n.Name):
-		return "network.name", fmt.Errorf("%.80q: want the network's name, e.g. \"testnet\" (%s)", n.Name, namePattern)
-	case err != nil || u.Scheme != "https" || u.Host == "" || u.User != nil || (u.Path != "" && u.Path != "/") || u.RawQuery != "" || u.Fragment != "":
-		return "network.url", fmt.Errorf("%.200q: want https://host or https://host:port", n.URL)
+	if len(c.Networks) == 0 {
+		return "network", errors.New("there is none: add a table [network.NAME] with url and root")
 	}
-	n.URL = strings.TrimSuffix(n.URL, "/")
-	for _, f := range []struct {
-		key, value string
-		needed     bool
-		what       string
-	}{
-		{"network.root", n.Root, true, "the absolute path of the network's first TUF root"},
-		{"network.ca", n.CA, false, "the absolute path of a PEM file"},
-		{"network.enrolment_token", n.EnrolmentToken, false, "the absolute path of a file with the token"},
+	if len(c.Networks) > MaxNetworks {
+		return "network", fmt.Errorf("%d networks, at most %d", len(c.Networks), MaxNetworks)
+	}
+	for i := range c.Networks {
+		if key, err := c.Networks[i].check(); err != nil {
+			return "network." + c.Networks[i].Name + key, err
+		}
+		for _, other := range c.Networks[:i] {
+			switch n := c.Networks[i]; {
+			case n.Priority == other.Priority:
+				return "network." + n.Name + ".priority", fmt.Errorf("it is %d, like that of %s: give each network its own; the highest decides what this machine runs", n.Priority, other.Name)
+			case n.URL == other.URL:
+				return "network." + n.Name + ".url", fmt.Errorf("%.200q is that of %s, too", n.URL, other.Name)
+			}
+		}
+	}
+	if key, err := checkFiles([]file{
 		{"identity.passphrase", c.Identity.Passphrase, false, "the absolute path of a file with the passphrase"},
 		{"paths.state", c.Paths.State, true, "an absolute path (or run under a service manager that sets STATE_DIRECTORY)"},
 		{"paths.runtime", c.Paths.Runtime, true, "an absolute path (or a login session that sets XDG_RUNTIME_DIR)"},
 		{"paths.units", c.Paths.Units, true, "an absolute path (or a login session that sets XDG_RUNTIME_DIR)"},
 		{"paths.podman", c.Paths.Podman, true, "an absolute path (or a login session that sets XDG_RUNTIME_DIR)"},
 		{"paths.bridge", c.Paths.Bridge, true, "an absolute path"},
-	} {
-		if (f.value != "" || f.needed) && (!filepath.IsAbs(f.value) || filepath.Clean(f.value) != f.value) {
-			return f.key, fmt.Errorf("%.200q: want %s", f.value, f.what)
-		}
+	}); err != nil {
+		return key, err
 	}
 	for _, d := range c.Runtime.Devices {
 		if !devicePattern.MatchString(d) {
@@ -305,6 +394,39 @@ func (c *Config) check() (key string, err error) {
 	}
 	if !slices.Contains([]string{"debug", "info", "warn", "error"}, c.Log.Level) {
 		return "log.level", fmt.Errorf("%.40q: want debug, info, warn or error", c.Log.Level)
+	}
+	return "", nil
+}
+
+// check returns the first key of a network whose value cannot work, with a dot
+// before it; "" stands for the name.
+func (n *Network) check() (key string, err error) {
+	switch u, err := url.Parse(n.URL); {
+	case !namePattern.MatchString(n.Name):
+		return "", fmt.Errorf("%.80q: want the network's name, e.g. \"testnet\" (%s)", n.Name, namePattern)
+	case err != nil || u.Scheme != "https" || u.Host == "" || u.User != nil || (u.Path != "" && u.Path != "/") || u.RawQuery != "" || u.Fragment != "":
+		return ".url", fmt.Errorf("%.200q: want https://host or https://host:port", n.URL)
+	}
+	n.URL = strings.TrimSuffix(n.URL, "/")
+	return checkFiles([]file{
+		{".root", n.Root, true, "the absolute path of the network's first TUF root"},
+		{".ca", n.CA, false, "the absolute path of a PEM file"},
+		{".enrolment_token", n.EnrolmentToken, false, "the absolute path of a file with the token"},
+	})
+}
+
+// file is a value that has to be an absolute path.
+type file struct {
+	key, value string
+	needed     bool
+	what       string
+}
+
+func checkFiles(fs []file) (key string, err error) {
+	for _, f := range fs {
+		if (f.value != "" || f.needed) && (!filepath.IsAbs(f.value) || filepath.Clean(f.value) != f.value) {
+			return f.key, fmt.Errorf("%.200q: want %s", f.value, f.what)
+		}
 	}
 	return "", nil
 }

@@ -1,6 +1,7 @@
 package config
 
 import (
+	"fmt"
 	"os"
 	"path/filepath"
 	"reflect"
@@ -14,7 +15,7 @@ func env(k string) string {
 	return map[string]string{"XDG_RUNTIME_DIR": "/run/user/7", "STATE_DIRECTORY": "/s", "RUNTIME_DIRECTORY": "/run/user/7/resultity"}[k]
 }
 
-const good = "[network]\nname = \"t\"\nurl = \"https://n.example:8443/\"\nroot = \"/r.json\"\n"
+const good = "[network.t]\nurl = \"https://n.example:8443/\"\nroot = \"/r.json\"\n"
 
 func write(t *testing.T, text string, dropins ...string) string {
 	t.Helper()
@@ -34,12 +35,12 @@ func write(t *testing.T, text string, dropins ...string) string {
 }
 
 func TestLoadFillsAndOverrides(t *testing.T) {
-	c, err := Load(write(t, good, "[log]\nlevel = \"debug\"\n[network]\nca = \"/a\"\n", "[network]\nca = \"/b\"\n"), env)
+	c, err := Load(write(t, good, "[log]\nlevel = \"debug\"\n[network.t]\nca = \"/a\"\n", "[network.t]\nca = \"/b\"\n"), env)
 	if err != nil {
 		t.Fatal(err)
 	}
 	want := Config{
-		Network: Network{Name: "t", URL: "https://n.example:8443", Root: "/r.json", CA: "/b"},
+		Networks: []Network{{Name: "t", URL: "https://n.example:8443", Root: "/r.json", CA: "/b"}},
 		Paths: Paths{State: "/s", Runtime: "/run/user/7/resultity", Units: "/run/user/7/containers/systemd",
 			Podman: "/run/user/7/resultity-podman/podman.sock", Bridge: "/usr/libexec/resultity/resultity-bridge"},
 		Runtime: Runtime{Devices: []string{"amd.com/gpu=*", "intel.com/gpu=*", "nvidia.com/gpu=*"}},
@@ -50,9 +51,40 @@ func TestLoadFillsAndOverrides(t *testing.T) {
 	}
 }
 
+// second is a drop-in that joins a network.
+func second(name, more string) string {
+	return fmt.Sprintf("[network.%[1]q]\nurl = \"https://%[1]s.example\"\nroot = \"/r.json\"\n%[2]s", name, more)
+}
+
+func many(n int) (text string) {
+	for i := range n {
+		text += second(fmt.Sprintf("n%d", i), fmt.Sprintf("priority = %d\n", i+1))
+	}
+	return text
+}
+
+// A drop-in joins a network; the highest priority comes first, wherever it stands.
+func TestSeveralNetworks(t *testing.T) {
+	c, err := Load(write(t, good, second("main.net", "priority = 7\n"), second("z", "priority = 3\n")+"[network.t]\nca = \"/b\"\n"), env)
+	if err != nil {
+		t.Fatal(err)
+	}
+	want := []Network{
+		{Name: "main.net", URL: "https://main.net.example", Root: "/r.json", Priority: 7},
+		{Name: "z", URL: "https://z.example", Root: "/r.json", Priority: 3},
+		{Name: "t", URL: "https://n.example:8443", Root: "/r.json", CA: "/b"},
+	}
+	if !slices.Equal(c.Networks, want) {
+		t.Errorf("got  %+v\nwant %+v", c.Networks, want)
+	}
+	if _, err := Load(write(t, many(MaxNetworks)), env); err != nil {
+		t.Error(err)
+	}
+}
+
 func TestErrorsNameFileAndKey(t *testing.T) {
 	for _, c := range []struct{ name, base, drop, file, key, expect string }{
-		{"unknown key", good + "x = 1\n", "", "agent.toml", "network.x", "unknown key"},
+		{"unknown key", good + "x = 1\n", "", "agent.toml", "network.t.x", "unknown key"},
 		{"unknown section", good + "[zap]\na = 1\n", "", "agent.toml", "zap.a", "unknown key"},
 		{"unknown key in drop-in", good, "[log]\nlvl = \"info\"\n", "a.toml", "log.lvl", "unknown key"},
 		{"wrong type", good + "[log]\nlevel = 3\n", "", "agent.toml", "log.level", "string"},
@@ -65,11 +97,23 @@ func TestErrorsNameFileAndKey(t *testing.T) {
 		{"device no name", good, "[runtime]\ndevices = [\"/dev/kvm\"]\n", "a.toml", "runtime.devices", "want CDI devices"},
 		{"device of all kinds", good, "[runtime]\ndevices = [\"*\"]\n", "a.toml", "runtime.devices", "want CDI devices"},
 		{"bad level in drop-in", good, "[log]\nlevel = \"loud\"\n", "a.toml", "log.level", "debug, info"},
-		{"no name", strings.Replace(good, `"t"`, `""`, 1), "", "agent.toml", "network.name", "want the network's name"},
-		{"http", strings.Replace(good, "https", "http", 1), "", "agent.toml", "network.url", "want https://"},
-		{"password in url", strings.Replace(good, "//n", "//u:p@n", 1), "", "agent.toml", "network.url", "want https://"},
-		{"relative root", strings.Replace(good, `"/r.json"`, `"r.json"`, 1), "", "agent.toml", "network.root", "absolute path"},
-		{"no root", strings.Replace(good, `root = "/r.json"`, "", 1), "", "agent.toml", "network.root", "absolute path"},
+		{"no network", "[log]\nlevel = \"info\"\n", "", "agent.toml", "network", "[network.NAME]"},
+		{"empty section", "[network]\n", "", "agent.toml", "network", "[network.NAME]"},
+		{"no table", "[network]\nname = \"t\"\nurl = \"https://n\"\n", "", "agent.toml", "network.", "[network.NAME] with ca, enrolment_token, priority, root, url"},
+		{"bad name", good, "[network.T]\n", "a.toml", "network.T", "want the network's name"},
+		{"half a network", good, "[network.u]\npriority = 1\n", "a.toml", "network.u.url", "want https://"},
+		{"empty network", good, "[network.u]\n", "a.toml", "network.u", "want https://"},
+		{"equal priorities", good, second("u", ""), "a.toml", "network.u.priority", "like that of t"},
+		{"equal addresses", strings.Replace(good, "n.example:8443/", "u.example", 1), second("u", "priority = 3\n"), "agent.toml", "network.t.url", "that of u"},
+		{"priority no number", good, second("u", "priority = \"3\"\n"), "a.toml", "network.u.priority", "whole number"},
+		{"priority no whole number", good, second("u", "priority = 1.5\n"), "a.toml", "network.u.priority", "whole number"},
+		{"priority too high", good, second("u", "priority = 1001\n"), "a.toml", "network.u.priority", "0 to 1000"},
+		{"priority below zero", good, second("u", "priority = -1\n"), "a.toml", "network.u.priority", "0 to 1000"},
+		{"too many", good, many(8), "agent.toml", "network", "9 networks, at most 8"},
+		{"http", strings.Replace(good, "https", "http", 1), "", "agent.toml", "network.t.url", "want https://"},
+		{"password in url", strings.Replace(good, "//n", "//u:p@n", 1), "", "agent.toml", "network.t.url", "want https://"},
+		{"relative root", strings.Replace(good, `"/r.json"`, `"r.json"`, 1), "", "agent.toml", "network.t.root", "absolute path"},
+		{"no root", strings.Replace(good, `root = "/r.json"`, "", 1), "", "agent.toml", "network.t.root", "absolute path"},
 		{"unclean bridge", good + "[paths]\nbridge = \"/a/../b\"\n", "", "agent.toml", "paths.bridge", "absolute path"},
 		{"not TOML", "[network\n", "", "agent.toml", "", ""},
 	} {
@@ -109,10 +153,12 @@ func TestExampleIsWholeAndLoads(t *testing.T) {
 	var got []string
 	section := ""
 	for line := range strings.Lines(string(raw)) {
-		if m := regexp.MustCompile(`^\[(\w+)\]`).FindStringSubmatch(line); m != nil {
-			section = m[1]
+		if m := regexp.MustCompile(`^\[(\w+)(\.\w+)?\]`).FindStringSubmatch(line); m != nil {
+			if section = m[1]; m[2] != "" {
+				section += ".NAME"
+			}
 		}
-		if m := regexp.MustCompile(`^(?:# )?(\w+) *= ["\[]`).FindStringSubmatch(line); m != nil {
+		if m := regexp.MustCompile(`^(?:# )?(\w+) *= ["\[0-9]`).FindStringSubmatch(line); m != nil {
 			got = append(got, section+"."+m[1])
 		}
 	}

@@ -141,7 +141,7 @@ func (o *offline) agentGate(ctx context.Context) gate.Gate {
 		if o.Account == Account {
 			install = "sudo " + install
 		}
-		g.Detail, g.Remedy, said = "it has no configuration yet", install+o.config()+", fill in [network], then "+g.Remedy, ""
+		g.Detail, g.Remedy, said = "it has no configuration yet", install+o.config()+", fill in [network.NAME], then "+g.Remedy, ""
 	case p["ExecMainStatus"] == exitConfig:
 		g.Detail = "it ended with exit status 78, over something that no restart mends"
 		g.Remedy = "mend what it names, then " + g.Remedy

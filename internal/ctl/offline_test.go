@@ -22,7 +22,7 @@ func TestOwnNodeNotConfigured(t *testing.T) {
 		run: func(context.Context, string, ...string) ([]byte, error) {
 			return []byte("LoadState=loaded\nActiveState=inactive\n"), nil
 		}}
-	const want = "install -D -m 0644 /usr/share/doc/resultity-agent/agent.toml /home/me/.config/resultity/agent.toml, fill in [network], then systemctl --user start resultity-agent"
+	const want = "install -D -m 0644 /usr/share/doc/resultity-agent/agent.toml /home/me/.config/resultity/agent.toml, fill in [network.NAME], then systemctl --user start resultity-agent"
 	if g := o.agentGate(t.Context()); g.Remedy != want {
 		t.Errorf("%q, want %q", g.Remedy, want)
 	}
@@ -35,8 +35,8 @@ func TestAgentGateOffline(t *testing.T) {
 		err                 error
 		detail, remedy      string
 	}{
-		{"ended over a file", "LoadState=loaded\nActiveState=failed\nSubState=failed\nExecMainStatus=78\nStateChangeTimestamp=@1000000000\n", "configuration: /etc/resultity/agent.toml: network.urll: unknown key\n", nil,
-			"exit status 78, over something that no restart mends; its last words: configuration: /etc/resultity/agent.toml: network.urll: unknown key", "mend what it names, then sudo systemctl --user -M resultity@ start resultity-agent"},
+		{"ended over a file", "LoadState=loaded\nActiveState=failed\nSubState=failed\nExecMainStatus=78\nStateChangeTimestamp=@1000000000\n", "configuration: /etc/resultity/agent.toml: network.demo.urll: unknown key\n", nil,
+			"exit status 78, over something that no restart mends; its last words: configuration: /etc/resultity/agent.toml: network.demo.urll: unknown key", "mend what it names, then sudo systemctl --user -M resultity@ start resultity-agent"},
 		{"never configured", "LoadState=loaded\nActiveState=inactive\nSubState=dead\n", "old news", nil, "no configuration yet", "/etc/resultity/agent.toml, fill in"},
 		{"never configured, but started", "LoadState=loaded\nActiveState=failed\nSubState=failed\nExecMainStatus=78\n", "old news", nil, "no configuration yet", "/etc/resultity/agent.toml, fill in"},
 		{"stopped", "LoadState=loaded\nActiveState=inactive\nSubState=dead\nExecMainStatus=0\n", "old news", nil, "it is stopped", "sudo systemctl --user -M resultity@ start resultity-agent"},

@@ -45,7 +45,7 @@ var (
 	ErrNotRegistered = errors.New("the network does not know this node; register it, or ask the network's operator")
 
 	// ErrWrongNetwork says that the address is that of another network.
-	ErrWrongNetwork = errors.New("the address belongs to a network of another name; check network.name and network.url")
+	ErrWrongNetwork = errors.New("the address belongs to a network of another name; check the name and the url of its table in agent.toml")
 
 	// ErrSilent says that nothing was heard of the network for too long.
 	ErrSilent = errors.New("the network has gone silent")

@@ -140,19 +140,16 @@ func forms(secret []byte) [][]byte {
 var (
 	plainDevice = regexp.MustCompile(`^[a-z0-9.-]{1,64}/[a-z0-9_-]{1,64}=[A-Za-z0-9:._*-]{1,64}$`)
 
-	plainWord = regexp.MustCompile(`^[a-z0-9][a-z0-9._-]{0,63}$`)
 	plainPath = regexp.MustCompile(`^/[A-Za-z0-9/._@+-]{0,1000}$`)
 	plainURL  = regexp.MustCompile(`^https://[A-Za-z0-9.:\[\]-]{1,255}/?$`)
 	plainSize = regexp.MustCompile(`^[0-9]{1,15}[KMGT%]?$`)
-	plainKey  = regexp.MustCompile(`^[a-z_]{1,40}(\.[a-z_]{1,40}){0,3}$`)
+	plainKey  = regexp.MustCompile(`^[a-z_]{1,40}(\.[a-z0-9._-]{1,64})?(\.[a-z_]{1,40}){0,2}$`)
 )
 
 // shown reports whether a value has the form that its key's values have.
 func shown(key, value string) bool {
 	switch key {
-	case "network.name":
-		return plainWord.MatchString(value)
-	case "network.url":
+	case "network.NAME.url":
 		return plainURL.MatchString(value)
 	case "log.level":
 		return slices.Contains([]string{"debug", "info", "warn", "error"}, value)
@@ -177,13 +174,16 @@ func Config(raw []byte) []byte {
 	for _, key := range k.Keys() {
 		value, isString := k.Get(key).(string)
 		list, isList := k.Get(key).([]any)
+		number, isNumber := k.Get(key).(int64)
 		switch {
 		case !plainKey.MatchString(key):
 			b.WriteString("# a key of an odd form was left out\n")
-		case !slices.Contains(config.Keys(), key):
+		case !slices.Contains(config.Keys(), config.Generalise(key)):
 			fmt.Fprintf(&b, "# %s: an unknown key; its value was left out\n", key)
-		case isString && shown(key, value):
+		case isString && shown(config.Generalise(key), value):
 			fmt.Fprintf(&b, "%s = %q\n", key, value)
+		case isNumber && config.Generalise(key) == "network.NAME.priority":
+			fmt.Fprintf(&b, "%s = %d\n", key, number)
 		case isList && !slices.ContainsFunc(list, func(v any) bool { s, ok := v.(string); return !ok || !shown(key, s) }):
 			fmt.Fprintf(&b, "%s = %s\n", key, strings.ReplaceAll(fmt.Sprintf("%q", list), `" "`, `", "`))
 		default:
@@ -357,9 +357,12 @@ func (a *Archive) Configs(main string) (secretFiles []string) {
 		a.Add("config/"+filepath.Base(name), Config(raw))
 		k := koanf.New(".")
 		if k.Load(rawbytes.Provider(raw), toml.Parser()) == nil {
-			for _, key := range []string{"network.enrolment_token", "identity.passphrase"} {
-				if f, ok := k.Get(key).(string); ok && filepath.IsAbs(f) {
-					secretFiles = append(secretFiles, f)
+			for _, key := range k.Keys() {
+				switch config.Generalise(key) {
+				case "network.NAME.enrolment_token", "identity.passphrase":
+					if f, ok := k.Get(key).(string); ok && filepath.IsAbs(f) {
+						secretFiles = append(secretFiles, f)
+					}
 				}
 			}
 		}

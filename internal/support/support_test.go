@@ -57,8 +57,8 @@ func TestBounds(t *testing.T) {
 
 func TestConfigKeepsWhatIsKnown(t *testing.T) {
 	got := string(Config([]byte(`
-[network]
-name = "testnet"
+[network.testnet]
+priority = 3
 url = "https://network.example:8443"
 root = "relative/secret"
 [network."odd key"]
@@ -74,7 +74,7 @@ state = ["/a", "secret"]
 [more]
 password = "p"
 `)))
-	want := []string{`network.name = "testnet"`, `network.url = "https://network.example:8443"`, "# network.root: not of the form", "# a key of an odd form", "# log.level: not of the form", `log.upload = "off"`, `runtime.memory_max = "24G"`,
+	want := []string{`network.testnet.priority = 3`, `network.testnet.url = "https://network.example:8443"`, "# network.testnet.root: not of the form", "# a key of an odd form", "# log.level: not of the form", `log.upload = "off"`, `runtime.memory_max = "24G"`,
 		`runtime.devices = ["nvidia.com/gpu=0", "amd.com/gpu=*"]`, "# paths.state: not of the form", "# more.password: an unknown key"}
 	for _, w := range want {
 		if !strings.Contains(got, w) {

@@ -144,7 +144,7 @@ func TestWrongConfigurationIsFinal(t *testing.T) {
 	n := s.Nodes[0]
 	ctx := t.Context()
 	drop := "/etc/resultity/agent.toml.d/50-wrong.toml"
-	if err := n.WriteFile(drop, []byte("[network]\nurll = \"x\"\n"), 0o644); err != nil {
+	if err := n.WriteFile(drop, []byte("[network.demo]\nurll = \"x\"\n"), 0o644); err != nil {
 		t.Fatal(err)
 	}
 	if err := n.UserCtl(ctx, "restart", "resultity-agent.service"); err == nil {
@@ -157,7 +157,7 @@ func TestWrongConfigurationIsFinal(t *testing.T) {
 	if state, err := n.Property(ctx, "resultity-agent.service", "ActiveState"); err != nil || state != "failed" {
 		t.Errorf("state %q, %v; want failed: no restart mends a file", state, err)
 	}
-	if log := n.Journal(ctx, 20); !strings.Contains(log, drop) || !strings.Contains(log, "network.urll") {
+	if log := n.Journal(ctx, 20); !strings.Contains(log, drop) || !strings.Contains(log, "network.demo.urll") {
 		t.Errorf("the journal names neither file nor key:\n%s", log)
 	}
 	var exit *exec.ExitError
@@ -165,7 +165,7 @@ func TestWrongConfigurationIsFinal(t *testing.T) {
 	if !errors.As(err, &exit) || exit.ExitCode() != 69 {
 		t.Errorf("resultityctl without an agent: %v, want exit status 69", err)
 	}
-	if first, _, _ := strings.Cut(string(out), "\n"); !strings.Contains(first, `"agent" is closed`) || !strings.Contains(first, "78") || !strings.Contains(first, drop) || !strings.Contains(first, "network.urll") {
+	if first, _, _ := strings.Cut(string(out), "\n"); !strings.Contains(first, `"agent" is closed`) || !strings.Contains(first, "78") || !strings.Contains(first, drop) || !strings.Contains(first, "network.demo.urll") {
 		t.Errorf("status does not begin with the agent's last words:\n%s", out)
 	}
 	t.Logf("status:\n%s", out)

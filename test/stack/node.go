@@ -77,7 +77,7 @@ func (s *Stack) configure(ctx context.Context, n *Node, dir, more string) error 
 	if err != nil {
 		return err
 	}
-	toml := fmt.Appendf(nil, "[network]\nname = \"demo\"\nurl = \"https://%s\"\nroot = \"%[2]s/root.json\"\nca = \"%[2]s/ca.pem\"\nenrolment_token = \"%[2]s/enrolment-token\"\n%[3]s",
+	toml := fmt.Appendf(nil, "[network.demo]\nurl = \"https://%s\"\nroot = \"%[2]s/root.json\"\nca = \"%[2]s/ca.pem\"\nenrolment_token = \"%[2]s/enrolment-token\"\n%[3]s",
 		net.JoinHostPort(s.net.Addr().String(), s.net.networkPort), dir, more)
 	return place(n, map[string][]byte{
 		dir + "/agent.toml": toml, dir + "/root.json": root, dir + "/ca.pem": s.CA, dir + "/enrolment-token": token,
