@@ -255,7 +255,7 @@ func build(t *testing.T, dir string, m *deploytest.Machine) *fixture {
 	f.membership = newMembership(cfg, cfg.Networks[0], f.Agent, log, "1.2.3")
 	f.member = f.membership
 	f.link = &wirelink{h: f.membership, sent: make(chan wire.Message, 1000), up: make(chan struct{})}
-	f.held, f.Agent.key = nodeKey, signer.NewLocal(nodeKey)
+	f.held, f.Agent.key = nodeKey, signer.NewLocal(nodeKey, nil)
 	f.membership.key = f.Agent.key
 	f.snaps, f.units, f.session = f.tuf, m.Units(), f.link
 	var err error

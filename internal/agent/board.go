@@ -286,6 +286,7 @@ const (
 	remedyUpgrade  = "upgrade the agent; if it is the newest, ask the network's operator"
 	remedyBind     = "bind it to yours: resultityctl bind --wallet 0x…, --email name@domain or --token FILE"
 	remedyOperator = "ask the network's operator"
+	remedyCloned   = "find out which machine uses this node's key; stop all but one, and there, if this one was restored from a backup or moved on purpose: resultityctl identity takeover. If nobody of yours did this, the key is stolen: become a new node"
 	remedyWait     = "wait; the gates above come first"
 )
 
@@ -452,6 +453,7 @@ var sessionCauses = []cause{
 	{session.ErrNotRegistered, "the network does not know this node; " + remedyOperator},
 	{session.ErrWrongNetwork, remedyNames},
 	{session.ErrProtocol, remedyUpgrade},
+	{session.ErrCloned, remedyCloned},
 	{wire.ErrClock, remedyClock},
 	{wire.ErrSigner, "the network signs with a key that its configuration does not list; " + remedyOperator},
 }

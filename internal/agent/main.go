@@ -247,7 +247,15 @@ func (a *Agent) openIdentity(env func(string) string) error {
 	if err != nil {
 		return inDir("paths.state", err)
 	}
-	a.key, a.held = signer.NewLocal(key), key
+	c, err := signer.OpenCounters(filepath.Join(a.cfg.Paths.State, "identity/counters"), key.Address())
+	if errors.Is(err, signer.ErrCounters) {
+		return &finalError{journal.IdentityRefused, err}
+	}
+	if err != nil {
+		return inDir("paths.state", err)
+	}
+	a.key, a.held = signer.NewLocal(key, c), key
+	a.closers = append(a.closers, a.key.Close)
 	if created {
 		a.log.Info("identity created", journal.IdentityCreated.Attr(), "node", key.Address())
 	}

@@ -225,7 +225,8 @@ type NodeInfo struct {
 	Registered int64             `json:"registered"` // Unix milliseconds
 	Account    string            `json:"account"`    // "" for none
 	Method     wire.Method       `json:"method,omitempty"`
-	Since      int64             `json:"since,omitempty"` // Unix milliseconds
+	Since      int64             `json:"since,omitempty"`  // Unix milliseconds
+	Cloned     int64             `json:"cloned,omitempty"` // Unix milliseconds: when its key was last seen to be held twice
 	History    []store.BindEvent `json:"history,omitempty"`
 }
 
@@ -287,7 +288,7 @@ func (a storeAdmin) Node(ctx context.Context, addr evm.Address) (NodeInfo, error
 
 // info leaves out what is nobody's business: codes, and where they went.
 func info(n store.Node) NodeInfo {
-	return NodeInfo{n.Address, n.Agent, n.Registered, n.Account, n.Method, n.Since, n.History}
+	return NodeInfo{n.Address, n.Agent, n.Registered, n.Account, n.Method, n.Since, n.Cloned, n.History}
 }
 
 func (a storeAdmin) Unbind(ctx context.Context, addr evm.Address) error {

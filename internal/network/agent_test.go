@@ -77,12 +77,12 @@ func TestAgentsSide(t *testing.T) {
 	v := nodetest.New(t, "", n.raw)
 	trusted := func(a evm.Address) bool { return a == n.key }
 	if _, err := session.Register(t.Context(), session.Registration{
-		URL: "https://" + address, Client: client, Key: signer.NewLocal(v.Key), Trusted: trusted, Body: v.Registration(n.file("enrolment-token")),
+		URL: "https://" + address, Client: client, Key: signer.NewLocal(v.Key, nil), Trusted: trusted, Body: v.Registration(n.file("enrolment-token")),
 	}); err != nil {
 		t.Fatal(err)
 	}
 	begun, err := session.Bind(t.Context(), session.Binding{
-		URL: "https://" + address, Client: client, Key: signer.NewLocal(v.Key), Trusted: trusted,
+		URL: "https://" + address, Client: client, Key: signer.NewLocal(v.Key, nil), Trusted: trusted,
 		Body: wire.BindRequest{Network: "testnet", Node: v.Key.Address(), Step: wire.BindBegin},
 	})
 	if err != nil || begun.Bound.Account != "operator" || begun.Nonce == (evm.Hash{}) {
@@ -90,7 +90,7 @@ func TestAgentsSide(t *testing.T) {
 	}
 	e := &events{opened: make(chan struct{}, 16), messages: make(chan wire.Message, 64)}
 	s := session.New(session.Config{
-		URL: "wss://" + address, Network: "testnet", Node: v.Key.Address(), Key: signer.NewLocal(v.Key), Trusted: trusted, Agent: "test", TLS: trust,
+		URL: "wss://" + address, Network: "testnet", Node: v.Key.Address(), Key: signer.NewLocal(v.Key, nil), Trusted: trusted, Agent: "test", TLS: trust,
 		Log: slog.New(slog.DiscardHandler), Now: time.Now, Config: func() digest.Digest { return v.Digest }, Delays: []time.Duration{50 * time.Millisecond},
 	}, e)
 	ctx, cancel := context.WithCancel(t.Context())

@@ -316,6 +316,54 @@ func TestBeforeHello(t *testing.T) {
 	}
 }
 
+// Two machines with one key: whoever says hello with a count that was there
+// already is told so, the other one goes on, and the network knows it.
+func TestClonedKey(t *testing.T) {
+	n := start(t, nil)
+	v := n.node()
+	hello := func(count uint64) *nodetest.Session {
+		own := wire.NewSecret()
+		s, status, err := v.Dial(t, v.Headers(own), own)
+		if err != nil {
+			t.Fatal(status, err)
+		}
+		s.Send(&wire.Hello{Agent: "a", Config: v.Digest, Count: count})
+		return s
+	}
+	good := hello(1 << 40) // above what the harness has used
+	nodetest.Expect[*wire.Welcome](good)
+	for _, count := range []uint64{0, 1, 1 << 40} {
+		if code := hello(count).Closed(); code != wire.CloseCloned {
+			t.Errorf("hello %d: closed with %d", count, code)
+		}
+	}
+	if got := n.metric(`resultity_frames_refused_total{reason="cloned"}`); got != 3 {
+		t.Errorf("%v refusals counted", got)
+	}
+	good.Send(v.Heartbeat()) // the session has not ended
+	nodetest.Expect[*wire.Status](good)
+	a, err := network.OpenAdmin(t.Context(), n.dir, n.log())
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer func() { a.Close() }()
+	n.until("the network to write it down", func() bool {
+		info, err := a.Node(t.Context(), v.Key.Address())
+		if err != nil {
+			t.Fatal(err)
+		}
+		return info.Cloned != 0
+	})
+	// It is known after a restart, too.
+	n.stop()
+	n.serve()
+	v.URL = n.url
+	if code := hello(1 << 40).Closed(); code != wire.CloseCloned {
+		t.Errorf("after a restart: closed with %d", code)
+	}
+	nodetest.Expect[*wire.Welcome](hello(1<<40 + 1))
+}
+
 // Connections that never say hello do not keep a node out, whosever
 // address they name; the oldest of them go.
 func TestStrangersDoNotKeepNodesOut(t *testing.T) {

@@ -78,6 +78,12 @@ type Receipt struct {
 	CompletionTokens uint64
 	StartedAt        uint64 // Unix milliseconds, by the node's clock
 	FinishedAt       uint64 // Unix milliseconds, by the node's clock
+	// Sequence is given by whoever holds the node's key, never twice on a chain:
+	// in the upper 32 bits how many times it has been started, below them the
+	// receipt's number since then, from 1 and without gaps. Two receipts with one
+	// sequence are by two holders of the key; one that is missing between others
+	// was signed and not shown.
+	Sequence uint64
 }
 
 const primaryType = "Receipt"
@@ -89,7 +95,7 @@ var (
 		{Name: "configDigest", Type: "bytes32"}, {Name: "imageDigest", Type: "bytes32"}, {Name: "modelDigest", Type: "bytes32"},
 		{Name: "requestHash", Type: "bytes32"}, {Name: "responseHash", Type: "bytes32"},
 		{Name: "promptTokens", Type: "uint64"}, {Name: "completionTokens", Type: "uint64"},
-		{Name: "startedAt", Type: "uint64"}, {Name: "finishedAt", Type: "uint64"},
+		{Name: "startedAt", Type: "uint64"}, {Name: "finishedAt", Type: "uint64"}, {Name: "sequence", Type: "uint64"},
 	}
 	receiptTypeHash = evm.TypeHash(primaryType, receiptFields)
 )
@@ -101,7 +107,7 @@ func (r *Receipt) Hash(chainID uint64) evm.Hash {
 	sums := [5][32]byte{r.ConfigDigest.Sum(), r.ImageDigest.Sum(), r.ModelDigest.Sum(), r.RequestHash.Sum(), r.ResponseHash.Sum()}
 	return evm.TypedHash(chainID, receiptTypeHash, job[:], evm.AddressWord(r.Node),
 		sums[0][:], sums[1][:], sums[2][:], sums[3][:], sums[4][:],
-		evm.Word(r.PromptTokens), evm.Word(r.CompletionTokens), evm.Word(r.StartedAt), evm.Word(r.FinishedAt))
+		evm.Word(r.PromptTokens), evm.Word(r.CompletionTokens), evm.Word(r.StartedAt), evm.Word(r.FinishedAt), evm.Word(r.Sequence))
 }
 
 // Sign makes the signed form. The key must be r.Node's.
@@ -113,11 +119,17 @@ func (r *Receipt) Sign(chainID uint64, key *evm.Key) (Signed, error) {
 	if err != nil {
 		return Signed{}, err
 	}
-	return Signed{receipt: *r, chainID: chainID, sig: sig}, nil
+	return r.With(chainID, sig), nil
 }
 
-// Signed is a receipt whose signature has been checked, or made here. Only
-// [Receipt.Sign] and [Verify] make one. As JSON it is
+// With makes the signed form of a signature that the node's signer has made. It
+// is not checked again: that costs more than to make it.
+func (r *Receipt) With(chainID uint64, sig evm.Signature) Signed {
+	return Signed{receipt: *r, chainID: chainID, sig: sig}
+}
+
+// Signed is a receipt whose signature has been checked, or made by this node.
+// Only [Receipt.Sign], [Receipt.With] and [Verify] make one. As JSON it is
 //
 //	{"typedData": …, "signature": "0x…", "node": "0x…"}
 //
@@ -171,6 +183,7 @@ type message struct {
 	CompletionTokens string `json:"completionTokens"`
 	StartedAt        string `json:"startedAt"`
 	FinishedAt       string `json:"finishedAt"`
+	Sequence         string `json:"sequence"`
 }
 
 // MarshalJSON implements [json.Marshaler].
@@ -186,7 +199,7 @@ func (s Signed) MarshalJSON() ([]byte, error) {
 		Job: "0x" + r.Job.String(), Node: r.Node.Hex(),
 		ConfigDigest: "0x" + r.ConfigDigest.Hex(), ImageDigest: "0x" + r.ImageDigest.Hex(), ModelDigest: "0x" + r.ModelDigest.Hex(),
 		RequestHash: "0x" + r.RequestHash.Hex(), ResponseHash: "0x" + r.ResponseHash.Hex(),
-		PromptTokens: u(r.PromptTokens), CompletionTokens: u(r.CompletionTokens), StartedAt: u(r.StartedAt), FinishedAt: u(r.FinishedAt),
+		PromptTokens: u(r.PromptTokens), CompletionTokens: u(r.CompletionTokens), StartedAt: u(r.StartedAt), FinishedAt: u(r.FinishedAt), Sequence: u(r.Sequence),
 	}
 	j.Signature, j.Node = s.sig, r.Node.Hex()
 	return json.Marshal(j)
@@ -251,7 +264,7 @@ func verify(b []byte) (Signed, error) {
 		ConfigDigest: p.digest("configDigest", m.ConfigDigest), ImageDigest: p.digest("imageDigest", m.ImageDigest), ModelDigest: p.digest("modelDigest", m.ModelDigest),
 		RequestHash: p.digest("requestHash", m.RequestHash), ResponseHash: p.digest("responseHash", m.ResponseHash),
 		PromptTokens: p.number("promptTokens", m.PromptTokens), CompletionTokens: p.number("completionTokens", m.CompletionTokens),
-		StartedAt: p.number("startedAt", m.StartedAt), FinishedAt: p.number("finishedAt", m.FinishedAt),
+		StartedAt: p.number("startedAt", m.StartedAt), FinishedAt: p.number("finishedAt", m.FinishedAt), Sequence: p.number("sequence", m.Sequence),
 	}
 	if node := p.address("node", j.Node); p.err == nil && node != s.receipt.Node {
 		p.err = fmt.Errorf("envelope names node %s, message names %s", node, s.receipt.Node)

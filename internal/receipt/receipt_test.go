@@ -24,7 +24,7 @@ func sample(t testing.TB) (*evm.Key, Receipt) {
 	return key, Receipt{
 		Job: NewJobID(), Node: key.Address(),
 		ConfigDigest: d(), ImageDigest: d(), ModelDigest: d(), RequestHash: d(), ResponseHash: d(),
-		PromptTokens: rand.Uint64(), CompletionTokens: rand.Uint64(), StartedAt: rand.Uint64(), FinishedAt: rand.Uint64(),
+		PromptTokens: rand.Uint64(), CompletionTokens: rand.Uint64(), StartedAt: rand.Uint64(), FinishedAt: rand.Uint64(), Sequence: rand.Uint64(),
 	}
 }
 

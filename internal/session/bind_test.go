@@ -65,7 +65,7 @@ func TestBind(t *testing.T) {
 			}))
 			defer srv.Close()
 			got, err := Bind(t.Context(), Binding{
-				URL: srv.URL + "/base", Client: srv.Client(), Key: signer.NewLocal(nodeKey), Trusted: func(a evm.Address) bool { return a == networkKey.Address() },
+				URL: srv.URL + "/base", Client: srv.Client(), Key: signer.NewLocal(nodeKey, nil), Trusted: func(a evm.Address) bool { return a == networkKey.Address() },
 				Body: wire.BindRequest{Network: "testnet", Node: nodeKey.Address(), Step: wire.BindCode, Code: "12345678"},
 			})
 			if c.want == nil {

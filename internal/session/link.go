@@ -291,6 +291,9 @@ func (l *link) why(err error) error {
 		if clock := saysClock(closed.Text); clock != nil {
 			return fmt.Errorf("%w: %w", clock, text)
 		}
+		if closed.Code == wire.CloseCloned {
+			return fmt.Errorf("%w: %w", ErrCloned, text)
+		}
 		return text
 	case errors.Is(err, os.ErrDeadlineExceeded), errors.As(err, &timeout) && timeout.Timeout():
 		return fmt.Errorf("%w: %w", ErrSilent, err)

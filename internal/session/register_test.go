@@ -28,7 +28,7 @@ func tls12() *tls.Config { return &tls.Config{MaxVersion: tls.VersionTLS12} }
 
 func registration(url string, client *http.Client) Registration {
 	return Registration{
-		URL: url + "/base", Client: client, Key: signer.NewLocal(nodeKey),
+		URL: url + "/base", Client: client, Key: signer.NewLocal(nodeKey, nil),
 		Trusted: func(a evm.Address) bool { return a == networkKey.Address() },
 		Body:    wire.Registration{Network: "testnet", Node: nodeKey.Address(), Token: "secret-token", Agent: "v1"},
 	}

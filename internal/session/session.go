@@ -47,6 +47,9 @@ var (
 	// ErrWrongNetwork says that the address is that of another network.
 	ErrWrongNetwork = errors.New("the address belongs to a network of another name; check the name and the url of its table in agent.toml")
 
+	// ErrCloned says that the network has seen a later hello of this key.
+	ErrCloned = errors.New("cloned key: another machine has used this node's key, or this one was set back to an older state")
+
 	// ErrSilent says that nothing was heard of the network for too long.
 	ErrSilent = errors.New("the network has gone silent")
 
@@ -245,7 +248,7 @@ func (b *backoff) next(lasted time.Duration, err error) time.Duration {
 // telling this agent. A wrong clock is none of these: time synchronisation sets it
 // right, soon after a boot most often, and the node is not to miss that.
 func hopeless(err error) bool {
-	for _, e := range []error{ErrNotRegistered, ErrWrongNetwork, ErrProtocol, wire.ErrSigner} {
+	for _, e := range []error{ErrNotRegistered, ErrWrongNetwork, ErrProtocol, ErrCloned, wire.ErrSigner} {
 		if errors.Is(err, e) {
 			return true
 		}

@@ -219,7 +219,7 @@ func init() { usual.act = time.Millisecond }
 
 func config(n *network) Config {
 	return Config{
-		URL: "wss" + strings.TrimPrefix(n.URL, "https") + "/base", Network: "testnet", Node: nodeKey.Address(), Key: signer.NewLocal(nodeKey),
+		URL: "wss" + strings.TrimPrefix(n.URL, "https") + "/base", Network: "testnet", Node: nodeKey.Address(), Key: signer.NewLocal(nodeKey, nil),
 		Trusted: func(a evm.Address) bool { return a == networkKey.Address() }, Agent: "v1",
 		TLS: n.Client().Transport.(*http.Transport).TLSClientConfig,
 		Log: slog.New(slog.DiscardHandler), Now: time.Now,
@@ -272,7 +272,7 @@ func TestSession(t *testing.T) {
 		t.Fatalf("Send before Run = %v, want ErrNotConnected", err)
 	}
 	stop := run(t, s)
-	if got := get(t, seen); !reflect.DeepEqual(got, &wire.Hello{Agent: "v1", Config: digest.Of([]byte("c"))}) {
+	if got := get(t, seen); !reflect.DeepEqual(got, &wire.Hello{Agent: "v1", Config: digest.Of([]byte("c")), Count: 1}) {
 		t.Fatalf("first message %+v", got)
 	}
 	get(t, h.opened)

@@ -18,7 +18,7 @@ import (
 type Signer interface {
 	// Address returns the node's address.
 	Address() evm.Address
-	// Hello makes the first frame of a session.
+	// Hello makes the first frame of a session, and its count.
 	Hello(wire.Terms, wire.Hello, time.Time) ([]byte, error)
 	// Registration makes the body of a registration request.
 	Registration(*wire.Registration) ([]byte, error)
@@ -26,21 +26,38 @@ type Signer interface {
 	Binding(*wire.BindRequest) ([]byte, error)
 	// Logs makes a batch of what a [wire.Packer] has packed.
 	Logs(b wire.LogBatch, data []byte) (*wire.Logs, error)
-	// Receipt signs a receipt for a chain.
+	// Receipt signs a receipt for a chain, and gives it its sequence.
 	Receipt(chainID uint64, r receipt.Receipt) (receipt.Signed, error)
+	// Takeover has the counts go on where no other holder of the key is, for
+	// whoever has moved or restored it.
+	Takeover() error
+	Close() error
 }
 
 // Local is a [Signer] that holds the key in this process.
-type Local struct{ key *evm.Key }
+type Local struct {
+	key *evm.Key
+	*Counters
+}
 
-// NewLocal makes a signer of a key.
-func NewLocal(key *evm.Key) *Local { return &Local{key} }
+// NewLocal makes a signer of a key. The counters are the key's; nil stands for
+// such that end with the process.
+func NewLocal(key *evm.Key, c *Counters) *Local {
+	if c == nil {
+		c = &Counters{now: counts{Node: key.Address(), Networks: map[string]uint64{}}, receipts: map[uint64]uint32{}}
+	}
+	return &Local{key, c}
+}
 
 // Address implements [Signer].
 func (l *Local) Address() evm.Address { return l.key.Address() }
 
 // Hello implements [Signer].
 func (l *Local) Hello(t wire.Terms, h wire.Hello, at time.Time) ([]byte, error) {
+	var err error
+	if h.Count, err = l.hello(t.Network); err != nil {
+		return nil, err
+	}
 	return wire.SealHello(l.key, t, h, at)
 }
 
@@ -59,5 +76,9 @@ func (l *Local) Logs(b wire.LogBatch, data []byte) (*wire.Logs, error) {
 
 // Receipt implements [Signer].
 func (l *Local) Receipt(chainID uint64, r receipt.Receipt) (receipt.Signed, error) {
+	var err error
+	if r.Sequence, err = l.receipt(chainID); err != nil {
+		return receipt.Signed{}, err
+	}
 	return r.Sign(chainID, l.key)
 }

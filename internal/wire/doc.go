@@ -173,6 +173,15 @@
 // nothing to a third party, since both sides can make it. Nothing needs that:
 // what a node answers for is in its receipts, which it signs.
 //
+// [Hello.Count] rises with each Hello that a node signs for a network, by one where nobody
+// intervenes, and is written down (synced) before it is signed. A network that has seen the
+// same or a higher count of the node before ends the session with status 4001: the
+// key is held twice, or the node's disk was set back to an older state. It cannot tell
+// which of the two is the genuine one; each Hello of one shows at the next Hello of
+// the other. An operator who has moved or restored the key on purpose has the count
+// go on at the next multiple of 2^20, so that the other one is behind. The network may
+// write counts down late: a count that it has lost delays the discovery.
+//
 // # Messages
 //
 // The type of a message is its struct's name in lower case. Texts for people are
@@ -182,7 +191,7 @@
 // [Bye], [OrderDone], [Logs]. From the network: [Welcome], [Bound], [Status],
 // [Job], [Cancel], [Ack], [Update], [Order], [OrderAck], [LogsAck].
 //
-//	Hello       first; the digest of the verified snapshot, if there is one
+//	Hello       first; the digest of the verified snapshot, if there is one, and Count, see below
 //	Welcome     first; Session is session in hexadecimal digits, for logs
 //	Bound       behind Welcome, and whenever the binding has changed
 //	Update      behind Welcome if Hello named another configuration, and when one is published
@@ -307,12 +316,16 @@
 //	EIP712Domain(string name,string version,uint256 chainId): "Resultity", "1", chain_id of the snapshot
 //	Receipt(bytes16 job,address node,bytes32 configDigest,bytes32 imageDigest,bytes32 modelDigest,
 //	        bytes32 requestHash,bytes32 responseHash,uint64 promptTokens,uint64 completionTokens,
-//	        uint64 startedAt,uint64 finishedAt)     (one line, without spaces after commas)
+//	        uint64 startedAt,uint64 finishedAt,uint64 sequence)     (one line, without spaces after commas)
 //
 // requestHash is SHA-256 of Job.Request and responseHash SHA-256 of
 // Result.Response: the bytes that the client sent and got. imageDigest is that of
 // the image's manifest; modelDigest is SHA-256 over the lines that sha256sum
-// prints for the model's files, sorted by path. The network checks all of them, the
+// prints for the model's files, sorted by path. sequence is never 0 and never twice
+// the same for a node and a chain: its upper 32 bits say how many times whoever holds the node's key
+// has been started, its lower ones are the receipt's number since, from 1 without gaps.
+// Two receipts with one sequence show two holders of the key, a gap within one start a receipt that was signed and
+// not delivered. Receipts arrive in any order. The network checks all of them, the
 // signer, and that token counts and times (within the clock window) are possible,
 // before it acknowledges. A result that fails this check is a protocol violation: it ends
 // the session, is counted, and the job goes to another node.

@@ -122,8 +122,22 @@ type LogsAck struct {
 // SealLogs signs a batch over records that a [Packer] has packed.
 func SealLogs(key signer, b LogBatch, data []byte) (*Logs, error) {
 	b.Digest = digest.Of(data)
-	s, err := makeStatement(key, logsDomain, &b)
-	return &Logs{s, data}, err
+	body, sig, err := SignLogs(key, &b)
+	if err != nil {
+		return nil, err
+	}
+	return NewLogs(body, sig, data), nil
+}
+
+// SignLogs signs a batch without its data.
+func SignLogs(key signer, b *LogBatch) (body []byte, sig evm.Signature, err error) {
+	s, err := makeStatement(key, logsDomain, b)
+	return s.Body, s.Signature, err
+}
+
+// NewLogs puts together what [SignLogs] has signed and its data.
+func NewLogs(body []byte, sig evm.Signature, data []byte) *Logs {
+	return &Logs{statement{body, sig}, data}
 }
 
 var spoolPattern = regexp.MustCompile(`^[0-9a-f]{32}$`)

@@ -86,7 +86,12 @@ type Registered struct {
 type Hello struct {
 	Agent  string        `json:"agent"`
 	Config digest.Digest `json:"config"` // digest of the verified snapshot, or ""
+	Count  uint64        `json:"count"`  // rises with each hello of the node to the network
 }
+
+// CloseCloned is the status with which a network ends the session of a node whose
+// [Hello.Count] has not risen.
+const CloseCloned = 4001
 
 // Welcome is the network's first frame.
 type Welcome struct {

@@ -173,10 +173,10 @@ func newPeers(b *testing.B) *peers {
 	roots.AddCert(ca)
 	h := &peersHandler{opened: make(chan struct{})}
 	link := session.New(session.Config{
-		URL: r.URL, Network: "testnet", Node: key.Address(), Key: signer.NewLocal(key), Agent: "bench", Log: log, Now: time.Now,
+		URL: r.URL, Network: "testnet", Node: key.Address(), Key: signer.NewLocal(key, nil), Agent: "bench", Log: log, Now: time.Now,
 		Trusted: func(a evm.Address) bool { return a == r.Key }, TLS: &tls.Config{RootCAs: roots},
 	}, h)
-	h.worker = New(Config{Store: store, Key: signer.NewLocal(key), Send: link.Send, Log: log, Now: time.Now})
+	h.worker = New(Config{Store: store, Key: signer.NewLocal(key, nil), Send: link.Send, Log: log, Now: time.Now})
 	ctx, cancel := context.WithCancel(context.Background())
 	var running sync.WaitGroup
 	running.Go(func() { _ = h.worker.Run(ctx) })

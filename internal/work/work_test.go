@@ -123,7 +123,9 @@ func verified(t testing.TB, c *snapshot.Config) *snapshot.Snapshot {
 		t.Fatal(err)
 	}
 	s, err := snapshot.Open(&trustedmetadata.TrustedMetadata{
+		Root:      metadata.Root(time.Now().Add(time.Hour)),
 		Timestamp: metadata.Timestamp(time.Now().Add(time.Hour)),
+		Snapshot:  metadata.Snapshot(time.Now().Add(time.Hour)),
 		Targets:   map[string]*metadata.Metadata[metadata.TargetsType]{"targets": targets},
 	}, raw)
 	if err != nil {
@@ -211,7 +213,7 @@ func (n *node) open() {
 // start runs a new worker and returns what ends it.
 func (n *node) start() (stop func() error) {
 	n.t.Helper()
-	n.worker = New(Config{Store: n.store, Key: signer.NewLocal(n.key), Send: n.send, Suspect: n.suspect, Log: slog.New(slog.NewTextHandler(n.log, &slog.HandlerOptions{Level: slog.LevelDebug})), Now: n.now})
+	n.worker = New(Config{Store: n.store, Key: signer.NewLocal(n.key, nil), Send: n.send, Suspect: n.suspect, Log: slog.New(slog.NewTextHandler(n.log, &slog.HandlerOptions{Level: slog.LevelDebug})), Now: n.now})
 	ctx, cancel := context.WithCancel(context.Background())
 	done := make(chan error, 1)
 	go func() { done <- n.worker.Run(ctx) }()
@@ -321,9 +323,9 @@ func (n *node) answered(j *wire.Job, m wire.Message, body string) {
 	want := receipt.Receipt{
 		Job: j.ID, Node: n.key.Address(), ConfigDigest: j.Config, ImageDigest: n.active.Image, ModelDigest: n.active.Model,
 		RequestHash: digest.Of(j.Request), ResponseHash: digest.Of([]byte(body)), PromptTokens: 3, CompletionTokens: 4,
-		StartedAt: got.StartedAt, FinishedAt: got.FinishedAt,
+		StartedAt: got.StartedAt, FinishedAt: got.FinishedAt, Sequence: got.Sequence,
 	}
-	if got != want || got.StartedAt == 0 || got.FinishedAt < got.StartedAt || r.Receipt.ChainID() != 31337 {
+	if got != want || got.Sequence == 0 || got.StartedAt == 0 || got.FinishedAt < got.StartedAt || r.Receipt.ChainID() != 31337 {
 		n.t.Fatalf("receipt %+v, want %+v", got, want)
 	}
 	raw, err := json.Marshal(r.Receipt)
@@ -458,7 +460,7 @@ func TestAdmission(t *testing.T) {
 		bad.Request, bad.Deadline = make([]byte, 4097), time.Now().UnixMilli()
 		bad.Stream = true
 
-		n.worker = New(Config{Store: n.store, Key: signer.NewLocal(n.key), Send: n.send, Log: slog.New(slog.DiscardHandler), Now: time.Now})
+		n.worker = New(Config{Store: n.store, Key: signer.NewLocal(n.key, nil), Send: n.send, Log: slog.New(slog.DiscardHandler), Now: time.Now})
 		n.worker.Job(&bad)
 		n.refused(wire.CodeNotReady)
 		n.start()
@@ -1378,7 +1380,7 @@ func TestASessionBeforeRun(t *testing.T) {
 		if err := n.state.Finish(&wire.Result{Job: j.ID, Code: wire.CodeEngine, Message: "m"}); err != nil {
 			t.Fatal(err)
 		}
-		n.worker = New(Config{Store: n.store, Key: signer.NewLocal(n.key), Send: n.send, Log: slog.New(slog.DiscardHandler), Now: time.Now})
+		n.worker = New(Config{Store: n.store, Key: signer.NewLocal(n.key, nil), Send: n.send, Log: slog.New(slog.DiscardHandler), Now: time.Now})
 		n.worker.Connected()
 		n.expect()
 		ctx, cancel := context.WithCancel(t.Context())

@@ -22,7 +22,7 @@ var scenarios = []struct {
 	do     scenario
 }{
 	// The agent.
-	{`identity\.|session\.register|state\.(registration|dir)`, freshNode},
+	{`identity\.|signer\.counters|session\.register|state\.(registration|dir)`, freshNode},
 	{`state\.spare`, freshLog},
 	{`session\.bind`, bind},
 	{`state\.(segment|clean|retire)`, largeJobs},

@@ -19,9 +19,9 @@ func nodesCommand() *cobra.Command {
 	list := adminCommand("list", "List the registered nodes", 0, func(cmd *cobra.Command, a network.Admin, _ []string) (any, func(io.Writer), error) {
 		nodes, err := a.Nodes(cmd.Context())
 		return nodes, func(w io.Writer) {
-			fmt.Fprintln(w, "NODE\tACCOUNT\tMETHOD\tBOUND\tREGISTERED")
+			fmt.Fprintln(w, "NODE\tACCOUNT\tMETHOD\tBOUND\tREGISTERED\tCLONED KEY")
 			for _, n := range nodes {
-				fmt.Fprintf(w, "%s\t%s\t%s\t%s\t%s\n", n.Address.Hex(), cmp.Or(n.Account, "(none)"), n.Method, when(n.Since), when(n.Registered))
+				fmt.Fprintf(w, "%s\t%s\t%s\t%s\t%s\t%s\n", n.Address.Hex(), cmp.Or(n.Account, "(none)"), n.Method, when(n.Since), when(n.Registered), when(n.Cloned))
 			}
 		}, err
 	})
@@ -33,6 +33,9 @@ func nodesCommand() *cobra.Command {
 		n, err := a.Node(cmd.Context(), addr)
 		return n, func(w io.Writer) {
 			fmt.Fprintf(w, "node\t%s\nregistered\t%s\nagent\t%q\naccount\t%s\n", n.Address.Hex(), when(n.Registered), n.Agent, cmp.Or(n.Account, "(none)"))
+			if n.Cloned != 0 {
+				fmt.Fprintf(w, "cloned key\tseen %s: two machines have signed as this node, or one was set back\n", when(n.Cloned))
+			}
 			if n.Account != "" {
 				fmt.Fprintf(w, "method\t%s\nbound\t%s\n", n.Method, when(n.Since))
 			}

@@ -84,6 +84,8 @@ func (c *claim) check(r *wire.Result) error {
 		return bad("%d completion tokens, at most %d", rc.CompletionTokens, cfg.Limits.Tokens)
 	case rc.PromptTokens > uint64(cfg.Runtime.Settings.Context):
 		return bad("%d prompt tokens, the context has %d", rc.PromptTokens, cfg.Runtime.Settings.Context)
+	case rc.Sequence == 0:
+		return bad("it has no sequence")
 	case finished.Before(started):
 		return bad("it finished before it started")
 	case started.Before(time.Unix(c.job.Created, 0).Add(-window)), finished.After(c.now.Add(window)):

@@ -83,6 +83,7 @@ type Manager struct {
 	upgrader websocket.Upgrader
 	limits   limits
 	codes    Codes
+	counts   *counts
 
 	// joining is held for reading from the look at a node's binding until dispatch
 	// knows it, and for writing while dispatch is told of a change: so none is missed.
@@ -121,7 +122,7 @@ func New(r registry, d *dispatch.Dispatcher, o desk, key *evm.Key, version strin
 			// Nodes are no browsers; a page that makes one connect is up to no good.
 			CheckOrigin: func(r *http.Request) bool { return r.Header.Get("Origin") == "" },
 		},
-		limits: newLimits(), codes: NewCodes(key),
+		limits: newLimits(), codes: NewCodes(key), counts: newCounts(),
 		sessions: map[*session]struct{}{}, current: map[evm.Address]*session{},
 		waiting: list.New(), waitsOf: map[netip.Prefix]int{},
 	}
@@ -129,7 +130,7 @@ func New(r registry, d *dispatch.Dispatcher, o desk, key *evm.Key, version strin
 
 // Run waits until ctx ends, then ends every session and waits for them.
 func (m *Manager) Run(ctx context.Context) error {
-	<-ctx.Done()
+	m.counts.keep(ctx, m.registry, m.log)
 	m.mu.Lock()
 	m.closing = true
 	for s := range m.sessions {
@@ -222,13 +223,13 @@ func (m *Manager) registerNode(w http.ResponseWriter, r *http.Request) (reply []
 // ServeSession answers GET /node/v1/session.
 func (m *Manager) ServeSession(w http.ResponseWriter, r *http.Request) {
 	own := wire.NewSecret()
-	node, agreed, status, err := m.admit(r, own)
+	node, counted, agreed, status, err := m.admit(r, own)
 	if err != nil {
 		m.log.Warn("session refused", "status", status, "from", r.RemoteAddr, "error", err)
 		http.Error(w, err.Error(), status)
 		return
 	}
-	s := newSession(m, node, agreed, r.RemoteAddr)
+	s := newSession(m, node, counted, agreed, r.RemoteAddr)
 	if !m.add(s) {
 		w.Header().Set("Retry-After", "5")
 		http.Error(w, "too many nodes are connected, or the service is stopping", http.StatusServiceUnavailable)
@@ -249,33 +250,34 @@ func (m *Manager) ServeSession(w http.ResponseWriter, r *http.Request) {
 	go s.run() // the handler returns, and the HTTP server's buffers with it
 }
 
-// admit checks the request for a session and agrees on one.
-func (m *Manager) admit(r *http.Request, own *wire.Secret) (node evm.Address, agreed *wire.Session, status int, err error) {
+// admit checks the request for a session and agrees on one. counted is the count
+// of the node's last hello, as far as it was written down.
+func (m *Manager) admit(r *http.Request, own *wire.Secret) (node evm.Address, counted uint64, agreed *wire.Session, status int, err error) {
 	name := m.dispatch.Terms().Config.Network.Name
 	if got := r.Header.Get(wire.HeaderNetwork); got != name {
-		return node, nil, http.StatusConflict, fmt.Errorf("this is network %s, not %.64q", name, got)
+		return node, 0, nil, http.StatusConflict, fmt.Errorf("this is network %s, not %.64q", name, got)
 	}
 	if node, err = evm.ParseAddress(r.Header.Get(wire.HeaderNode)); err != nil {
-		return node, nil, http.StatusBadRequest, fmt.Errorf("header %s: %w", wire.HeaderNode, err)
+		return node, 0, nil, http.StatusBadRequest, fmt.Errorf("header %s: %w", wire.HeaderNode, err)
 	}
 	theirs, err := wire.ParsePublicKey(r.Header.Get(wire.HeaderKey))
 	if err != nil {
-		return node, nil, http.StatusBadRequest, fmt.Errorf("header %s: %w", wire.HeaderKey, err)
+		return node, 0, nil, http.StatusBadRequest, fmt.Errorf("header %s: %w", wire.HeaderKey, err)
 	}
 	if !slices.Contains(websocket.Subprotocols(r), wire.Subprotocol) {
-		return node, nil, http.StatusBadRequest, fmt.Errorf("want WebSocket subprotocol %s", wire.Subprotocol)
+		return node, 0, nil, http.StatusBadRequest, fmt.Errorf("want WebSocket subprotocol %s", wire.Subprotocol)
 	}
-	_, err = m.registry.Node(r.Context(), node)
+	known, err := m.registry.Node(r.Context(), node)
 	if errors.Is(err, store.ErrNotFound) {
-		return node, nil, http.StatusForbidden, fmt.Errorf("node %s is not registered", node)
+		return node, 0, nil, http.StatusForbidden, fmt.Errorf("node %s is not registered", node)
 	}
 	if err != nil {
-		return node, nil, http.StatusServiceUnavailable, errors.New("the network cannot read its registry; try again later")
+		return node, 0, nil, http.StatusServiceUnavailable, errors.New("the network cannot read its registry; try again later")
 	}
 	if agreed, err = own.Agree(name, node, theirs, own.Public()); err != nil {
-		return node, nil, http.StatusBadRequest, fmt.Errorf("header %s: %w", wire.HeaderKey, err)
+		return node, 0, nil, http.StatusBadRequest, fmt.Errorf("header %s: %w", wire.HeaderKey, err)
 	}
-	return node, agreed, 0, nil
+	return node, known.Hello, agreed, 0, nil
 }
 
 // add has a session wait for its hello; false when there are too many nodes.

@@ -45,13 +45,14 @@ const (
 // session is one WebSocket of a node. Its reader is the goroutine of run, its
 // writer the one of write; the writer also closes the connection.
 type session struct {
-	m      *Manager
-	conn   *websocket.Conn // set before run
-	node   evm.Address
-	log    *slog.Logger
-	agreed *wire.Session
-	source netip.Prefix
-	place  *list.Element // in the manager's waiting room, and guarded by its mu; nil after hello
+	m       *Manager
+	conn    *websocket.Conn // set before run
+	node    evm.Address
+	log     *slog.Logger
+	agreed  *wire.Session
+	counted uint64 // the node's hellos, by the registry
+	source  netip.Prefix
+	place   *list.Element // in the manager's waiting room, and guarded by its mu; nil after hello
 
 	opener *wire.Opener // the reader's
 	// stray slows down a node that sends what nobody asked for: the reader waits,
@@ -75,10 +76,10 @@ type session struct {
 	reason string // for people
 }
 
-func newSession(m *Manager, node evm.Address, agreed *wire.Session, from string) *session {
+func newSession(m *Manager, node evm.Address, counted uint64, agreed *wire.Session, from string) *session {
 	window := m.dispatch.Terms().Config.Network.ClockWindow.Duration()
 	return &session{
-		m: m, node: node, agreed: agreed, source: source(from), log: m.log.With("node", node, "from", from),
+		m: m, node: node, counted: counted, agreed: agreed, source: source(from), log: m.log.With("node", node, "from", from),
 		opener:  wire.NewOpener(func(a evm.Address) bool { return a == node }, agreed, wire.ToNetwork, window),
 		stray:   rate.NewLimiter(20, 200),
 		writing: make(chan struct{}, 1),
@@ -214,6 +215,7 @@ var refusals = []struct {
 	{wire.ErrSigner, "signer", false},
 	{wire.ErrTag, "tag", false},
 	{wire.ErrSequence, "sequence", false},
+	{errCloned, "cloned", false},
 	{wire.ErrClock, "clock", false},
 	{wire.ErrMalformed, "malformed", true},
 	{errNotBinary, "malformed", false},
@@ -226,6 +228,7 @@ var (
 	errNotBinary = errors.New("not a binary message")
 	errOrder     = errors.New("not the time for this message")
 	errBye       = errors.New("bye")
+	errCloned    = errors.New("cloned key")
 )
 
 // blame ends the session for err and reports whether that is the node's fault,
@@ -238,8 +241,11 @@ func (s *session) blame(err error) bool {
 		s.m.metrics.FramesRefused.WithLabelValues(r.name).Inc()
 		s.log.Warn("frame refused", "reason", r.name, "error", err)
 		code := websocket.ClosePolicyViolation
-		if r.name == "too_large" {
+		switch r.name {
+		case "too_large":
 			code = websocket.CloseMessageTooBig
+		case "cloned":
+			code = wire.CloseCloned
 		}
 		s.end(code, "violation", err.Error())
 		return r.fault
@@ -269,6 +275,9 @@ func (s *session) hello() (*dispatch.Member, error) {
 		return nil, fmt.Errorf("%w: %s before hello", errOrder, msg.Type())
 	}
 	s.log = s.log.With("agent", fmt.Sprintf("%.64q", h.Agent))
+	if err := s.m.counts.take(s.node, h.Count, s.counted); err != nil {
+		return nil, err
+	}
 	s.met = true
 	s.conn.SetReadLimit(wire.MaxFrame)
 	s.conn.SetPongHandler(func(string) error { return s.alive() })

@@ -96,7 +96,7 @@ func rig(t *testing.T, opt Options) (s *session, client *websocket.Conn) {
 		t.Fatal(err)
 	}
 	t.Cleanup(func() { _ = client.Close() })
-	s = newSession(mgr, evm.Address{1}, metSession(t), "test")
+	s = newSession(mgr, evm.Address{1}, 0, metSession(t), "test")
 	s.conn = <-conns
 	if !mgr.add(s) {
 		t.Fatal("no room")
@@ -320,7 +320,7 @@ func TestSessionsAreBounded(t *testing.T) {
 	_ = s.conn.Close()
 	agreed := metSession(t)
 	of := func(node byte) *session {
-		return newSession(s.m, evm.Address{node}, agreed, fmt.Sprintf("192.0.2.%d:1", node))
+		return newSession(s.m, evm.Address{node}, 0, agreed, fmt.Sprintf("192.0.2.%d:1", node))
 	}
 	var waiting []*session
 	for i := range byte(9) {
@@ -368,7 +368,7 @@ func TestWaitingRoom(t *testing.T) {
 	var all []*session
 	wait := func(from string) *session {
 		t.Helper()
-		v := newSession(s.m, evm.Address{1}, agreed, from)
+		v := newSession(s.m, evm.Address{1}, 0, agreed, from)
 		if !s.m.add(v) {
 			t.Fatal("no room")
 		}

@@ -20,6 +20,7 @@ import (
 	"io"
 	"net/http"
 	"strings"
+	"sync/atomic"
 	"testing"
 	"time"
 
@@ -202,6 +203,9 @@ type Session struct {
 	opener *wire.Opener
 }
 
+// counter gives the counts of hellos and the sequences of receipts.
+var counter atomic.Uint64
+
 // Headers is what an honest node sends with the upgrade.
 func (n *Node) Headers(own *wire.Secret) http.Header {
 	return http.Header{
@@ -247,7 +251,7 @@ func (n *Node) Connect(t testing.TB) *Session {
 	if err != nil {
 		t.Fatalf("session: status %d, %v", status, err)
 	}
-	s.Send(&wire.Hello{Agent: "nodetest", Config: n.Digest})
+	s.Send(&wire.Hello{Agent: "nodetest", Config: n.Digest, Count: counter.Add(1)})
 	Expect[*wire.Welcome](s)
 	return s
 }
@@ -394,7 +398,7 @@ func (n *Node) Result(t testing.TB, j *wire.Job, response []byte, change func(*r
 		Job: j.ID, Node: n.Key.Address(), ConfigDigest: n.Digest,
 		ImageDigest: n.Config.Runtime.Image.Digest(), ModelDigest: n.Config.Models[0].Digest(),
 		RequestHash: digest.Of(j.Request), ResponseHash: digest.Of(response),
-		PromptTokens: 7, CompletionTokens: 3, StartedAt: now, FinishedAt: now,
+		PromptTokens: 7, CompletionTokens: 3, StartedAt: now, FinishedAt: now, Sequence: counter.Add(1),
 	}
 	if change != nil {
 		change(&r)

@@ -27,6 +27,9 @@ type Node struct {
 	Agent      string      `json:"agent"` // version at registration
 	Registered int64       `json:"registered"`
 
+	Hello  uint64 `json:"hello,omitempty"`  // the highest count of its hellos that was written down
+	Cloned int64  `json:"cloned,omitempty"` // when its key was last seen to be held twice, Unix milliseconds
+
 	Binding
 	History []BindEvent `json:"history,omitempty"` // the last ones, oldest first
 	Tokens  []string    `json:"tokens,omitempty"`  // names of those that have bound it

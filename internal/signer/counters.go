@@ -1,0 +1,254 @@
+package signer
+
+import (
+	"bytes"
+	"encoding/binary"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"hash/crc32"
+	"io/fs"
+	"maps"
+	"os"
+	"path/filepath"
+	"regexp"
+	"slices"
+	"sync"
+	"time"
+
+	"github.com/resultity/node/internal/durable"
+	"github.com/resultity/node/internal/evm"
+	"github.com/resultity/node/internal/failpoint"
+)
+
+// Errors about counters.
+var (
+	// ErrCounters says that the file of the counters cannot be used. The key
+	// must not sign then: it would begin to count anew.
+	ErrCounters = errors.New("counters refused")
+
+	// ErrTerms says that the key does not sign for a network or a chain.
+	ErrTerms = errors.New("not a network or chain that this key signs for")
+)
+
+// epoch is where the counts of a key go on that was moved or restored on
+// purpose: at the next multiple of it.
+const epoch = 1 << 20
+
+// Bounds of what a key counts for. They keep the file within its slots.
+const (
+	maxNetworks = 8
+	maxChains   = 8
+)
+
+// Counters are the numbers of a key that never go back: how many times its
+// signer has been started, and the hellos for each network. Receipts are counted
+// within one start, so that none of them waits for the disk. Safe for concurrent
+// use.
+//
+// The file has two slots of fixed size that are written in turn, so that a torn
+// write leaves the other one, and that a full disk is no reason not to write.
+type Counters struct {
+	mu       sync.Mutex // guards what follows, and the writes to file
+	file     *os.File   // nil for counters that end with the process
+	turn     uint64     // of the last write
+	now      counts
+	receipts map[uint64]uint32 // of this start, by chain
+}
+
+// counts is what the file holds.
+type counts struct {
+	Node     evm.Address       `json:"node"`
+	Starts   uint64            `json:"starts"`
+	Networks map[string]uint64 `json:"networks"` // hellos
+	Chains   []uint64          `json:"chains"`   // that receipts were signed for
+}
+
+const slotSize = 2048
+
+// OpenCounters opens the counters of a key, which are made where there are none,
+// and counts a start. Starts begin with the time in seconds: where the file was
+// lost, no receipt gets a sequence for the second time.
+func OpenCounters(name string, node evm.Address) (*Counters, error) {
+	c := &Counters{receipts: map[uint64]uint32{}, now: counts{Node: node, Networks: map[string]uint64{}}}
+	f, err := os.OpenFile(name, os.O_RDWR, 0)
+	if errors.Is(err, fs.ErrNotExist) {
+		failpoint.Here("signer.counters.begin")
+		if err := durable.WriteFile(name, make([]byte, 2*slotSize), 0o600); err != nil {
+			return nil, err
+		}
+		failpoint.Here("signer.counters.made")
+		f, err = os.OpenFile(name, os.O_RDWR, 0)
+	}
+	if err != nil {
+		return nil, err
+	}
+	c.file = f
+	if err := c.load(node); err != nil {
+		_ = f.Close() // the error says more
+		return nil, fmt.Errorf("%s: %w", filepath.Base(name), err)
+	}
+	next := c.now.clone()
+	next.Starts++
+	if err := c.write(next); err != nil {
+		_ = f.Close() // the error says more
+		return nil, err
+	}
+	return c, nil
+}
+
+// load reads the newer of the slots that are whole.
+func (c *Counters) load(node evm.Address) error {
+	raw := make([]byte, 2*slotSize+1)
+	n, _ := c.file.ReadAt(raw, 0) // a short read shows in its length
+	if n != 2*slotSize {
+		return fmt.Errorf("%w: %d bytes, want %d; restore the file, or see identity takeover", ErrCounters, n, 2*slotSize)
+	}
+	if bytes.Equal(raw[:n], make([]byte, n)) { // made, and not written yet
+		c.now.Starts = uint64(time.Now().Unix())
+		return nil
+	}
+	for i := range 2 {
+		turn, v, ok := parseSlot(raw[i*slotSize : (i+1)*slotSize])
+		if ok && turn > c.turn {
+			c.turn, c.now = turn, v
+		}
+	}
+	switch {
+	case c.turn == 0:
+		return fmt.Errorf("%w: it is damaged; restore it, or remove it and take the key over (resultityctl identity takeover)", ErrCounters)
+	case c.now.Node != node:
+		return fmt.Errorf("%w: it belongs to node %s, and the key to %s", ErrCounters, c.now.Node, node)
+	}
+	return nil
+}
+
+// A slot is turn, length and checksum of what follows, and that.
+const slotHeader = 8 + 4 + 4
+
+func parseSlot(b []byte) (turn uint64, v counts, ok bool) {
+	turn = binary.BigEndian.Uint64(b)
+	size := binary.BigEndian.Uint32(b[8:])
+	if turn == 0 || size > slotSize-slotHeader {
+		return 0, v, false
+	}
+	body := b[slotHeader : slotHeader+size]
+	if crc32.ChecksumIEEE(append(b[:12:12], body...)) != binary.BigEndian.Uint32(b[12:]) {
+		return 0, v, false
+	}
+	err := json.Unmarshal(body, &v)
+	if v.Networks == nil {
+		v.Networks = map[string]uint64{}
+	}
+	return turn, v, err == nil
+}
+
+// write makes next the counts, on disk first. Called with mu held, or before
+// anybody else has c.
+func (c *Counters) write(next counts) error {
+	if c.file != nil {
+		body, err := json.Marshal(&next)
+		if err != nil {
+			return err
+		}
+		if len(body) > slotSize-slotHeader {
+			return fmt.Errorf("%w: %d bytes", ErrCounters, len(body))
+		}
+		turn := c.turn + 1
+		b := make([]byte, slotSize)
+		binary.BigEndian.PutUint64(b, turn)
+		binary.BigEndian.PutUint32(b[8:], uint32(len(body)))
+		copy(b[slotHeader:], body)
+		binary.BigEndian.PutUint32(b[12:], crc32.ChecksumIEEE(append(b[:12:12], body...)))
+		failpoint.Here("signer.count.begin")
+		if _, err := c.file.WriteAt(b, int64(turn%2)*slotSize); err != nil {
+			return fmt.Errorf("write down the key's counters: %w", err)
+		}
+		if err := c.file.Sync(); err != nil {
+			return fmt.Errorf("write down the key's counters: %w", err)
+		}
+		failpoint.Here("signer.count.synced")
+		c.turn = turn
+	}
+	c.now = next
+	return nil
+}
+
+func (v counts) clone() counts {
+	v.Networks, v.Chains = maps.Clone(v.Networks), slices.Clone(v.Chains)
+	return v
+}
+
+var networkPattern = regexp.MustCompile(`^[a-z0-9][a-z0-9._-]{0,63}$`)
+
+// hello counts one hello for a network.
+func (c *Counters) hello(network string) (uint64, error) {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	n, known := c.now.Networks[network]
+	switch {
+	case !known && !networkPattern.MatchString(network):
+		return 0, fmt.Errorf("%w: network %.80q", ErrTerms, network)
+	case !known && len(c.now.Networks) >= maxNetworks:
+		return 0, fmt.Errorf("%w: network %s would be one more than %d", ErrTerms, network, maxNetworks)
+	}
+	next := c.now.clone()
+	next.Networks[network] = n + 1
+	return n + 1, c.write(next)
+}
+
+// receipt counts one receipt for a chain.
+func (c *Counters) receipt(chain uint64) (uint64, error) {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	n, known := c.receipts[chain]
+	if !known {
+		if err := c.admit(chain); err != nil {
+			return 0, err
+		}
+	}
+	if n == 1<<32-1 {
+		return 0, fmt.Errorf("%w: too many receipts since the start; restart the signer", ErrCounters)
+	}
+	c.receipts[chain] = n + 1
+	return c.now.Starts<<32 | uint64(n+1), nil
+}
+
+// admit writes a chain down at its first use.
+func (c *Counters) admit(chain uint64) error {
+	if slices.Contains(c.now.Chains, chain) {
+		return nil
+	}
+	if len(c.now.Chains) >= maxChains {
+		return fmt.Errorf("%w: chain %d would be one more than %d", ErrTerms, chain, maxChains)
+	}
+	next := c.now.clone()
+	next.Chains = append(next.Chains, chain)
+	return c.write(next)
+}
+
+// Takeover has all counts go on where no other holder of the key can be by
+// itself. For whoever has moved or restored the key and knows that no other
+// machine uses it.
+func (c *Counters) Takeover() error {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	next := c.now.clone()
+	for name, n := range next.Networks {
+		next.Networks[name] = (n/epoch + 1) * epoch
+	}
+	next.Starts = max(next.Starts+1, uint64(time.Now().Unix()))
+	if err := c.write(next); err != nil {
+		return err
+	}
+	c.receipts = map[uint64]uint32{}
+	return nil
+}
+
+// Close gives the file back.
+func (c *Counters) Close() error {
+	if c.file == nil {
+		return nil
+	}
+	return c.file.Close()
+}

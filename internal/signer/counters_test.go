@@ -1,0 +1,176 @@
+package signer
+
+import (
+	"errors"
+	"os"
+	"path/filepath"
+	"strings"
+	"testing"
+	"time"
+
+	"github.com/resultity/node/internal/evm"
+)
+
+var node = evm.Address{1}
+
+func openCounters(t *testing.T, name string) *Counters {
+	t.Helper()
+	c, err := OpenCounters(name, node)
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { _ = c.Close() })
+	return c
+}
+
+func next(t *testing.T, f func() (uint64, error)) uint64 {
+	t.Helper()
+	n, err := f()
+	if err != nil {
+		t.Fatal(err)
+	}
+	return n
+}
+
+func TestCountersNeverGoBack(t *testing.T) {
+	name := filepath.Join(t.TempDir(), "counters")
+	var last uint64
+	for start := range 5 {
+		c := openCounters(t, name)
+		for i := range 3 {
+			if got := next(t, func() (uint64, error) { return c.hello("testnet") }); got != uint64(start*3+i+1) {
+				t.Fatalf("hello %d, want %d", got, start*3+i+1)
+			}
+			got := next(t, func() (uint64, error) { return c.receipt(31337) })
+			if got <= last || got&(1<<32-1) != uint64(i+1) {
+				t.Fatalf("sequence %x after %x, receipt %d of its start", got, last, i+1)
+			}
+			last = got
+			if other := next(t, func() (uint64, error) { return c.receipt(1) }); other != got {
+				t.Errorf("sequence %x on one chain and %x on the other: receipts are counted apart", got, other)
+			}
+		}
+		if got := next(t, func() (uint64, error) { return c.hello("mainnet") }); got != uint64(start+1) {
+			t.Errorf("hello %d of the other network, want %d", got, start+1)
+		}
+	}
+}
+
+// A write that a power cut tears leaves the counts before it.
+func TestTornWrite(t *testing.T) {
+	name := filepath.Join(t.TempDir(), "counters")
+	c := openCounters(t, name)
+	for range 4 {
+		next(t, func() (uint64, error) { return c.hello("testnet") })
+	}
+	raw, err := os.ReadFile(name)
+	if err != nil {
+		t.Fatal(err)
+	}
+	slot := int(c.turn%2) * slotSize // the newest
+	for _, at := range []int{0, 7, 8, 11, 12, 16, 30} {
+		torn := append([]byte(nil), raw...)
+		torn[slot+at] ^= 1
+		if err := os.WriteFile(name, torn, 0o600); err != nil {
+			t.Fatal(err)
+		}
+		if got := next(t, func() (uint64, error) { return openCounters(t, name).hello("testnet") }); got != 4 {
+			t.Errorf("byte %d: hello %d, want that after the third", at, got)
+		}
+	}
+}
+
+func TestCountersRefused(t *testing.T) {
+	for what, harm := range map[string]func(b []byte) []byte{
+		"cut short": func(b []byte) []byte { return b[:len(b)-1] },
+		"empty":     func([]byte) []byte { return nil },
+		"longer":    func(b []byte) []byte { return append(b, 0) },
+		"damaged": func(b []byte) []byte {
+			b[20], b[slotSize+20] = b[20]^1, b[slotSize+20]^1
+			return b
+		},
+	} {
+		name := filepath.Join(t.TempDir(), "counters")
+		c := openCounters(t, name)
+		next(t, func() (uint64, error) { return c.hello("testnet") })
+		raw, err := os.ReadFile(name)
+		if err != nil {
+			t.Fatal(err)
+		}
+		if err := os.WriteFile(name, harm(raw), 0o600); err != nil {
+			t.Fatal(err)
+		}
+		if _, err := OpenCounters(name, node); !errors.Is(err, ErrCounters) {
+			t.Errorf("%s: %v, want a refusal", what, err)
+		}
+	}
+	name := filepath.Join(t.TempDir(), "counters")
+	openCounters(t, name)
+	if _, err := OpenCounters(name, evm.Address{2}); !errors.Is(err, ErrCounters) || !strings.Contains(err.Error(), "belongs to node") {
+		t.Errorf("of another key: %v", err)
+	}
+}
+
+// What was lost begins above what was.
+func TestLostCounters(t *testing.T) {
+	before := uint64(time.Now().Unix())
+	c := openCounters(t, filepath.Join(t.TempDir(), "counters"))
+	if got := next(t, func() (uint64, error) { return c.receipt(1) }) >> 32; got <= before {
+		t.Errorf("start %d, want one after %d", got, before)
+	}
+}
+
+func TestTakeover(t *testing.T) {
+	name := filepath.Join(t.TempDir(), "counters")
+	c := openCounters(t, name)
+	next(t, func() (uint64, error) { return c.hello("testnet") })
+	first := next(t, func() (uint64, error) { return c.receipt(1) })
+	for i := range 2 {
+		if err := c.Takeover(); err != nil {
+			t.Fatal(err)
+		}
+		if got := next(t, func() (uint64, error) { return c.hello("testnet") }); got != uint64(i+1)*epoch+1 {
+			t.Errorf("hello %d after takeover %d", got, i+1)
+		}
+		if got := next(t, func() (uint64, error) { return c.receipt(1) }); got <= first {
+			t.Errorf("sequence %x after %x", got, first)
+		}
+	}
+	if got := next(t, func() (uint64, error) { return openCounters(t, name).hello("testnet") }); got != 2*epoch+2 {
+		t.Errorf("hello %d after a restart", got)
+	}
+}
+
+func TestTerms(t *testing.T) {
+	c := openCounters(t, filepath.Join(t.TempDir(), "counters"))
+	for _, name := range []string{"", "A", "a b", "../x", strings.Repeat("x", 65)} {
+		if _, err := c.hello(name); !errors.Is(err, ErrTerms) {
+			t.Errorf("network %.20q: %v", name, err)
+		}
+	}
+	for i := range maxNetworks + 1 {
+		_, err := c.hello(strings.Repeat("n", 64-i))
+		if want := i == maxNetworks; errors.Is(err, ErrTerms) != want {
+			t.Errorf("network %d: %v", i, err)
+		}
+		_, err = c.receipt(1<<63 + uint64(i))
+		if want := i == maxChains; errors.Is(err, ErrTerms) != want {
+			t.Errorf("chain %d: %v", i, err)
+		}
+	}
+}
+
+// A count that is not written down is not used.
+func TestCountersOnABadDisk(t *testing.T) {
+	c := openCounters(t, filepath.Join(t.TempDir(), "counters"))
+	next(t, func() (uint64, error) { return c.hello("testnet") })
+	if err := c.file.Close(); err != nil {
+		t.Fatal(err)
+	}
+	if _, err := c.hello("testnet"); err == nil || errors.Is(err, ErrTerms) {
+		t.Errorf("hello with a count that nobody has written down: %v", err)
+	}
+	if c.now.Networks["testnet"] != 1 {
+		t.Error("the count has risen all the same")
+	}
+}
