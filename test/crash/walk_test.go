@@ -26,7 +26,7 @@ var scenarios = []struct {
 	{`state\.spare`, freshLog},
 	{`session\.bind`, bind},
 	{`state\.(segment|clean|retire)`, largeJobs},
-	{`state\.(close|open)|session\.frame\.\w+ \*wire\.(Hello|Bye)`, restartAgent},
+	{`signer\.count\.|state\.(close|open)|session\.frame\.\w+ \*wire\.(Hello|Bye)`, restartAgent},
 	{`session\.frame\.\w+ \*wire\.Refuse`, refuse},
 	{`session\.frame\.\w+ \*wire\.OrderDone|order\.`, ordered("resume")},
 	{`session\.frame\.\w+ \*wire\.Logs|spool\.mark`, ordered("logs")},
@@ -38,7 +38,7 @@ var scenarios = []struct {
 
 	// The network service.
 	{`store\.(job|jobs|result)\.|nodes\.frame\.\w+ \*wire\.(Job|Ack)$|gateway\.`, nothing},
-	{`nodes\.frame\.\w+ \*wire\.(Welcome|Bound|Status)`, restartAgent},
+	{`nodes\.count|nodes\.frame\.\w+ \*wire\.(Welcome|Bound|Status)`, restartAgent},
 	{`nodes\.frame\.\w+ \*wire\.Cancel|store\.deletion`, leave},
 	{`nodes\.frame\.\w+ \*wire\.Update|store\.config`, publish},
 	{`nodes\.frame\.\w+ \*wire\.Order|store\.order`, ordered("resume")},
