@@ -186,23 +186,69 @@ type message struct {
 	Sequence         string `json:"sequence"`
 }
 
-// MarshalJSON implements [json.Marshaler].
-func (s Signed) MarshalJSON() ([]byte, error) {
+// The one spelling that is printed: printedHead, then each value with what stands
+// behind it in printedMarks. Nearly all that is read is spelt so, too.
+var (
+	printedHead  = printHead()
+	printedMarks = [...]string{
+		`},"message":{"job":"`, `","node":"`, `","configDigest":"`, `","imageDigest":"`, `","modelDigest":"`, `","requestHash":"`, `","responseHash":"`,
+		`","promptTokens":"`, `","completionTokens":"`, `","startedAt":"`, `","finishedAt":"`, `","sequence":"`, `"}},"signature":"`, `","node":"`, `"}`,
+	}
+)
+
+// printHead prints what is the same in all receipts: the types and the domain
+// before the chain's id.
+func printHead() []byte {
+	const cut = `0},"message":`
 	var j signedJSON
 	j.TypedData.Types.Domain, j.TypedData.Types.Receipt = domainFields, receiptFields
 	j.TypedData.PrimaryType = primaryType
-	j.TypedData.Domain.Name, j.TypedData.Domain.Version = evm.DomainName, evm.DomainVersion
-	j.TypedData.Domain.ChainID = json.Number(strconv.FormatUint(s.chainID, 10))
-	r := &s.receipt
-	u := func(v uint64) string { return strconv.FormatUint(v, 10) }
-	j.TypedData.Message = message{
-		Job: "0x" + r.Job.String(), Node: r.Node.Hex(),
-		ConfigDigest: "0x" + r.ConfigDigest.Hex(), ImageDigest: "0x" + r.ImageDigest.Hex(), ModelDigest: "0x" + r.ModelDigest.Hex(),
-		RequestHash: "0x" + r.RequestHash.Hex(), ResponseHash: "0x" + r.ResponseHash.Hex(),
-		PromptTokens: u(r.PromptTokens), CompletionTokens: u(r.CompletionTokens), StartedAt: u(r.StartedAt), FinishedAt: u(r.FinishedAt), Sequence: u(r.Sequence),
+	j.TypedData.Domain.Name, j.TypedData.Domain.Version, j.TypedData.Domain.ChainID = evm.DomainName, evm.DomainVersion, "0"
+	b, err := json.Marshal(j)
+	head, _, ok := bytes.Cut(b, []byte(cut))
+	if err != nil || !ok {
+		panic("receipt: its types cannot be printed") // constants
 	}
-	j.Signature, j.Node = s.sig, r.Node.Hex()
-	return json.Marshal(j)
+	return head
+}
+
+// MarshalJSON implements [json.Marshaler].
+func (s Signed) MarshalJSON() ([]byte, error) {
+	r, node := &s.receipt, s.receipt.Node.Hex()
+	u := func(v uint64) string { return strconv.FormatUint(v, 10) }
+	b := make([]byte, 0, len(printedHead)+1<<10)
+	b = append(b, printedHead...)
+	for i, v := range [len(printedMarks)]string{
+		u(s.chainID), "0x" + r.Job.String(), node,
+		"0x" + r.ConfigDigest.Hex(), "0x" + r.ImageDigest.Hex(), "0x" + r.ModelDigest.Hex(), "0x" + r.RequestHash.Hex(), "0x" + r.ResponseHash.Hex(),
+		u(r.PromptTokens), u(r.CompletionTokens), u(r.StartedAt), u(r.FinishedAt), u(r.Sequence), s.sig.String(), node,
+	} {
+		b = append(append(b, v...), printedMarks[i]...)
+	}
+	return b, nil
+}
+
+// printed reads what MarshalJSON has printed, byte for byte, and nothing else.
+func printed(b []byte) (s Signed, ok bool) {
+	rest, ok := bytes.CutPrefix(b, printedHead)
+	var v [len(printedMarks)]string
+	for i := 0; ok && i < len(v); i++ {
+		var value []byte
+		value, rest, ok = bytes.Cut(rest, []byte(printedMarks[i]))
+		v[i] = string(value)
+	}
+	if !ok || len(rest) > 0 {
+		return Signed{}, false
+	}
+	var p parser
+	s = Signed{chainID: p.number("", v[0]), receipt: Receipt{
+		Job: p.job(v[1]), Node: p.address("", v[2]),
+		ConfigDigest: p.digest("", v[3]), ImageDigest: p.digest("", v[4]), ModelDigest: p.digest("", v[5]), RequestHash: p.digest("", v[6]), ResponseHash: p.digest("", v[7]),
+		PromptTokens: p.number("", v[8]), CompletionTokens: p.number("", v[9]), StartedAt: p.number("", v[10]), FinishedAt: p.number("", v[11]), Sequence: p.number("", v[12]),
+	}}
+	p.fail("", s.sig.UnmarshalText([]byte(v[13])))
+	again, err := s.MarshalJSON()
+	return s, p.err == nil && err == nil && bytes.Equal(again, b)
 }
 
 // UnmarshalJSON implements [json.Unmarshaler]; it is [Verify].
@@ -237,6 +283,18 @@ func verify(b []byte) (Signed, error) {
 	if len(b) > MaxSize {
 		return Signed{}, fmt.Errorf("%d bytes, at most %d", len(b), MaxSize)
 	}
+	s, ok := printed(b)
+	if !ok { // by another program, or wrong
+		var err error
+		if s, err = read(b); err != nil {
+			return Signed{}, err
+		}
+	}
+	return s, s.check()
+}
+
+// read reads any spelling that has one meaning.
+func read(b []byte) (Signed, error) {
 	var j signedJSON
 	dec := json.NewDecoder(bytes.NewReader(b))
 	dec.DisallowUnknownFields()
@@ -269,10 +327,7 @@ func verify(b []byte) (Signed, error) {
 	if node := p.address("node", j.Node); p.err == nil && node != s.receipt.Node {
 		p.err = fmt.Errorf("envelope names node %s, message names %s", node, s.receipt.Node)
 	}
-	if p.err != nil {
-		return Signed{}, p.err
-	}
-	return s, s.check()
+	return s, p.err
 }
 
 // oneSpelling fails unless every reader of b sees what was decoded into j. Go's

@@ -129,6 +129,49 @@ func TestVerifyRefusesEveryChange(t *testing.T) {
 	}
 }
 
+// What is printed is read the short way, and means there what it means to the
+// reader of any spelling; so does whatever else goes the short way.
+func TestPrinted(t *testing.T) {
+	key, r := sample(t)
+	signed, err := r.Sign(rand.Uint64(), key)
+	if err != nil {
+		t.Fatal(err)
+	}
+	raw, err := signed.MarshalJSON()
+	if err != nil {
+		t.Fatal(err)
+	}
+	var j signedJSON
+	if err := json.Unmarshal(raw, &j); err != nil {
+		t.Fatal(err)
+	}
+	if want, err := json.Marshal(j); err != nil || !bytes.Equal(raw, want) {
+		t.Errorf("printed %s, want %s", raw, want)
+	}
+	if s, ok := printed(raw); !ok || s != signed {
+		t.Errorf("%+v %v, want %+v", s, ok, signed)
+	}
+	for i := range raw {
+		for _, c := range []byte{'0', '1', 'a', 'A', '"', ' ', raw[i] ^ ' '} {
+			changed := bytes.Clone(raw)
+			changed[i] = c
+			agree(t, changed)
+		}
+		agree(t, raw[:i])
+		agree(t, append(bytes.Clone(raw[:i]), raw[min(i+1, len(raw)):]...))
+		agree(t, append(append(bytes.Clone(raw[:i]), raw[i]), raw[i:]...))
+	}
+}
+
+func agree(t *testing.T, b []byte) {
+	t.Helper()
+	if s, ok := printed(b); ok {
+		if want, err := read(b); err != nil || s != want {
+			t.Errorf("%s is read as %+v; the reader of any spelling says %+v, %v", b, s, want, err)
+		}
+	}
+}
+
 func TestSignRefusesAnotherNodesReceipt(t *testing.T) {
 	_, r := sample(t)
 	other, _ := sample(t)
@@ -149,6 +192,7 @@ func FuzzVerify(f *testing.F) {
 	}
 	f.Add(raw)
 	f.Fuzz(func(t *testing.T, b []byte) {
+		agree(t, b)
 		s, err := Verify(b)
 		if err != nil {
 			return

@@ -260,7 +260,7 @@ type Result struct {
 // A stored result is the length of the receipt in four bytes, the receipt's
 // JSON, then the response's bytes as they are.
 func encodeResult(r *receipt.Signed, response []byte) ([]byte, error) {
-	b, err := json.Marshal(r)
+	b, err := r.MarshalJSON() // which package json would check and copy once more
 	if err != nil {
 		return nil, err
 	}
