@@ -50,6 +50,7 @@ type (
 		Apply(ctx context.Context, p *deploy.Plan, begin func(phase string)) (*deploy.Deployment, error)
 		Clean(ctx context.Context, keep ...*snapshot.Snapshot) error
 		Validate(ctx context.Context, d *deploy.Deployment) error
+		Trusted(ctx context.Context, s *snapshot.Snapshot) error
 	}
 	units interface {
 		State(ctx context.Context, unit string) (systemd.State, error)

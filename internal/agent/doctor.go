@@ -20,13 +20,14 @@ import (
 	"github.com/resultity/node/internal/quadlet"
 	"github.com/resultity/node/internal/receipt"
 	"github.com/resultity/node/internal/runtime"
+	"github.com/resultity/node/internal/snapshot"
 	"github.com/resultity/node/internal/wire"
 )
 
 // probes are the tries that doctor makes of the world.
 type probes struct {
 	// unsigned offers an unsigned image to the agent's check and to Podman.
-	unsigned func(ctx context.Context, keys []string) (image.Refusal, error)
+	unsigned func(ctx context.Context, t *snapshot.ImageTrust) (image.Refusal, error)
 	// policy compares Podman's policy with what the agent wrote; see
 	// [image.Images.CheckPolicy].
 	policy func() (written bool, err error)
@@ -49,9 +50,9 @@ func (a *Agent) openProbes() probes {
 		return f(p)
 	}
 	return probes{
-		unsigned: func(ctx context.Context, keys []string) (r image.Refusal, err error) {
+		unsigned: func(ctx context.Context, t *snapshot.ImageTrust) (r image.Refusal, err error) {
 			err = with(ctx, func(p *podman.Client) error {
-				r, err = image.ProbeUnsigned(ctx, p, keys)
+				r, err = image.ProbeUnsigned(ctx, p, t)
 				return err
 			})
 			return r, err
@@ -110,7 +111,7 @@ func (a *Agent) probeUnsigned(ctx context.Context) []control.Check {
 	}
 	ctx, cancel := context.WithTimeout(ctx, probeTime)
 	defer cancel()
-	r, err := a.probes.unsigned(ctx, s.Config().ImageKeys)
+	r, err := a.probes.unsigned(ctx, &s.Config().ImageTrust)
 	if err != nil && r.Agent == nil {
 		return []control.Check{notMeasured(own, "%v", err), notMeasured(theirs, "%v", err)}
 	}

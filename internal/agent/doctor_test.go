@@ -24,6 +24,7 @@ import (
 	"github.com/resultity/node/internal/openai"
 	"github.com/resultity/node/internal/podman"
 	"github.com/resultity/node/internal/runtime"
+	"github.com/resultity/node/internal/snapshot"
 	"github.com/resultity/node/internal/support"
 )
 
@@ -45,8 +46,8 @@ func sealed(open string) func(context.Context, ...string) ([]byte, error) {
 
 func intact() (bool, error) { return true, nil }
 
-func offered(r image.Refusal, err error) func(context.Context, []string) (image.Refusal, error) {
-	return func(context.Context, []string) (image.Refusal, error) { return r, err }
+func offered(r image.Refusal, err error) func(context.Context, *snapshot.ImageTrust) (image.Refusal, error) {
+	return func(context.Context, *snapshot.ImageTrust) (image.Refusal, error) { return r, err }
 }
 
 var refusal = image.Refusal{Agent: image.ErrUnsigned, Podman: podman.ErrRefused, Asked: true}
@@ -71,7 +72,7 @@ func TestProbes(t *testing.T) {
 	token := oneTokenEngine{res: runtime.Result{Usage: openai.Usage{CompletionTokens: 1}}}
 	for _, c := range []struct {
 		name     string
-		unsigned func(context.Context, []string) (image.Refusal, error)
+		unsigned func(context.Context, *snapshot.ImageTrust) (image.Refusal, error)
 		policy   func() (bool, error)
 		exec     func(context.Context, ...string) ([]byte, error)
 		engine   oneTokenEngine
@@ -165,7 +166,7 @@ func TestOneDoctor(t *testing.T) {
 		defer f.run()()
 		pass(untilSettled)
 		enter, leave := make(chan struct{}), make(chan struct{})
-		f.probes.unsigned = func(context.Context, []string) (image.Refusal, error) {
+		f.probes.unsigned = func(context.Context, *snapshot.ImageTrust) (image.Refusal, error) {
 			close(enter)
 			<-leave
 			return image.Refusal{}, errBroken

@@ -330,6 +330,7 @@ func (a *Agent) newDeployer(ctx context.Context, models *model.Store, units *sys
 		Env:       func(names []string) ([]string, error) { return hardware.DeviceEnv(hardware.SpecDirs, names) },
 		Look:      func(pid int) (*sandbox.Outside, error) { return sandbox.Look("/proc", pid) },
 		Engine:    func(socket string) deploy.Engine { return openEngine(socket) },
+		Newest:    func() *snapshot.Snapshot { return a.member.board.snapshot() },
 		Allowed:   a.cfg.Runtime.Devices,
 		Memory:    a.cfg.Runtime.Memory(hardware.Memory()),
 		Ceiling:   func(pid int) (int64, error) { return sandbox.Ceiling("/proc", "/sys/fs/cgroup", pid) },

@@ -84,7 +84,9 @@ func fails(s Step, err error) error {
 
 type (
 	images interface {
-		Ensure(ctx context.Context, ref snapshot.ImageRef, keys []string) error
+		Ensure(ctx context.Context, ref snapshot.ImageRef, own, now *snapshot.ImageTrust) error
+		Trusted(ctx context.Context, ref snapshot.ImageRef, own, now *snapshot.ImageTrust) error
+		Verify(ctx context.Context, ref snapshot.ImageRef) error
 		Retain(ctx context.Context, keep ...snapshot.ImageRef) error
 	}
 	models interface {
@@ -125,6 +127,7 @@ type Deployer struct {
 	Mounts     func(names []string) (places []string, err error) // what else of the host they bring into a container
 	Env        func(names []string) (env []string, err error)    // and which variables
 	Look       func(pid int) (*sandbox.Outside, error)           // the kernel's view of a process
+	Newest     func() *snapshot.Snapshot                         // the network's newest word, whatever is brought to life; nil for none
 	Allowed    []string                                          // CDI devices that the operator lets a snapshot order; vendor/class=* is all of a kind
 	Memory     int64                                             // ceiling for the runtime in bytes; 0 for none
 	Ceiling    func(pid int) (int64, error)                      // the one that a process is under; 0 for none
@@ -183,8 +186,14 @@ func (d *Deployer) Stage(ctx context.Context, s *snapshot.Snapshot) (*Plan, erro
 	if err != nil {
 		return nil, fails(StepUnit, err)
 	}
-	if err := d.Images.Ensure(ctx, c.Runtime.Image, c.ImageKeys); err != nil {
+	if err := d.Images.Ensure(ctx, c.Runtime.Image, &c.ImageTrust, d.trust(s)); err != nil {
 		return nil, fails(StepImage, err)
+	}
+	// What runs was looked at when it was started, and nothing would change for it.
+	if !d.runs(ctx, c.Runtime.Image) {
+		if err := d.Images.Verify(ctx, c.Runtime.Image); err != nil {
+			return nil, fails(StepImage, err)
+		}
 	}
 	d.Log.Info("image ready", journal.ImageReady.Attr(), "image", c.Runtime.Image)
 	var dir string
@@ -207,6 +216,34 @@ func (d *Deployer) Stage(ctx context.Context, s *snapshot.Snapshot) (*Plan, erro
 		return nil, fails(StepUnit, err)
 	}
 	return &Plan{s, unit}, nil
+}
+
+// trust is what the network says now of whose images may run. It holds for
+// older configurations, too: else a key that was taken back would be good again
+// as soon as a node goes back to one of them.
+func (d *Deployer) trust(s *snapshot.Snapshot) *snapshot.ImageTrust {
+	if n := d.Newest(); n != nil {
+		s = n
+	}
+	return &s.Config().ImageTrust
+}
+
+// Trusted fails if the network has taken back its trust in s's image.
+func (d *Deployer) Trusted(ctx context.Context, s *snapshot.Snapshot) error {
+	c := s.Config()
+	return fails(StepImage, d.Images.Trusted(ctx, c.Runtime.Image, &c.ImageTrust, d.trust(s)))
+}
+
+// runs reports whether the runtime is up and of this image.
+func (d *Deployer) runs(ctx context.Context, ref snapshot.ImageRef) bool {
+	ctx, cancel := context.WithTimeout(ctx, lookTimeout)
+	defer cancel()
+	c, err := d.Containers.Container(ctx, quadlet.ContainerName)
+	if err != nil || !c.Running {
+		return false
+	}
+	id, _, err := d.Containers.Image(ctx, ref)
+	return err == nil && id == c.ImageID
 }
 
 // render asks the machine for what the unit depends on.
@@ -290,6 +327,9 @@ func mustStop(ctx context.Context, err error) bool {
 
 func (d *Deployer) apply(ctx context.Context, p *Plan, begin func(phase string)) (*Deployment, error) {
 	begin(PhaseStop)
+	if err := d.Trusted(ctx, p.snapshot); err != nil {
+		return nil, err
+	}
 	if err := d.makeSocketDir(); err != nil {
 		return nil, fails(StepUnit, err)
 	}

@@ -63,7 +63,7 @@ func TestFromNothing(t *testing.T) {
 		progress = append(progress, done)
 	}
 	dep := up(t, d, s)
-	want := []string{Info, EnsureImage, EnsureModel, Devices, Install, State, ResetFailed, Start, State, Container, FindImage, Look, Record, Golden, Golden, State}
+	want := []string{Info, EnsureImage, Container, VerifyImage, EnsureModel, Devices, TrustImage, Install, State, ResetFailed, Start, State, Container, FindImage, Look, Record, Golden, Golden, State}
 	if got := m.Calls(); !slices.Equal(got, want) {
 		t.Errorf("calls %q\nwant  %q", got, want)
 	}
@@ -162,6 +162,8 @@ func TestEveryStepFails(t *testing.T) {
 		stops bool
 	}{
 		{EnsureImage, deploy.StepImage, false},
+		{VerifyImage, deploy.StepImage, false},
+		{TrustImage, deploy.StepImage, false},
 		{EnsureModel, deploy.StepModel, false},
 		{Info, deploy.StepUnit, false},
 		{Devices, deploy.StepUnit, false},
@@ -178,7 +180,8 @@ func TestEveryStepFails(t *testing.T) {
 			t.Run(c.call+" "+name, func(t *testing.T) {
 				m := New(t)
 				d := m.Deployer()
-				m.Fail(c.call, &Fault{Err: errBroken, Late: late, Times: 1})
+				// Stage looks at the container, too, and takes an error for none.
+				m.Fail(c.call, &Fault{Err: errBroken, Late: late, Times: 1, When: func(m *Locked) bool { return c.call != Container || m.Runs(s) }})
 				dep, err := bring(t, d, s)
 				if dep != nil || step(err) != c.step || !errors.Is(err, errBroken) {
 					t.Fatalf("got %v, step %q, %v; want step %q", dep, step(err), err, c.step)

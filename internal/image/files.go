@@ -36,10 +36,10 @@ func (i *Images) deny() error {
 	return err
 }
 
-// allow writes Podman's part of the trust in ref: its repository, with these
-// keys, and nothing else. The policy comes last, since without the files before
+// allow writes Podman's part of the trust in ref: its repository, with what t
+// asks for, and nothing else. The policy comes last, since without the files before
 // it refuses too much, never too little.
-func (i *Images) allow(ref snapshot.ImageRef, keys []string) error {
+func (i *Images) allow(ref snapshot.ImageRef, t *snapshot.ImageTrust) error {
 	named, err := reference.ParseNormalizedNamed(ref.Repository())
 	if err != nil {
 		return err
@@ -47,16 +47,7 @@ func (i *Images) allow(ref snapshot.ImageRef, keys []string) error {
 	// Podman looks a repository up by its long name: docker.io/library/….
 	scope := named.Name()
 
-	// Any one of the keys is enough.
-	datas := make([][]byte, len(keys))
-	for n, k := range keys {
-		datas[n] = []byte(k)
-	}
-	// Cosign's signatures name the repository alone, and it has to be this one.
-	signed, err := podmanpolicy.NewPRSigstoreSigned(
-		podmanpolicy.PRSigstoreSignedWithKeyDatas(datas),
-		podmanpolicy.PRSigstoreSignedWithSignedIdentity(podmanpolicy.NewPRMMatchRepository()),
-	)
+	signed, err := requirement(t)
 	if err != nil {
 		return err
 	}
@@ -144,10 +135,12 @@ func (i *Images) write(file string, data []byte) error {
 }
 
 // entry is what is kept of an image that was trusted: the signature, so that it
-// can be checked again without the registry, and whose image it is.
+// can be checked again without the registry, what it came to on this machine, and
+// whose image it is.
 type entry struct {
-	Image   snapshot.ImageRef `json:"image"`
-	Foreign bool              `json:"foreign,omitempty"` // it was here before
+	Image    snapshot.ImageRef `json:"image"`
+	Manifest digest.Digest     `json:"manifest"`          // Image's own, or that of this platform if Image is an index
+	Foreign  bool              `json:"foreign,omitempty"` // it was here before
 	attached
 }
 

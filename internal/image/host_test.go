@@ -22,7 +22,9 @@ import (
 	"net/netip"
 	"os"
 	"os/exec"
+	"path"
 	"path/filepath"
+	goruntime "runtime"
 	"slices"
 	"strings"
 	"sync"
@@ -31,6 +33,7 @@ import (
 
 	"github.com/google/go-containerregistry/pkg/name"
 	"github.com/google/go-containerregistry/pkg/registry"
+	"github.com/google/go-containerregistry/pkg/v1/types"
 
 	"github.com/resultity/node/internal/image"
 	"github.com/resultity/node/internal/podman"
@@ -54,13 +57,14 @@ func TestMain(m *testing.M) {
 
 // order is what the agent's stand-in is told on stdin, and report its answer.
 type order struct {
-	Do        string // ensure, retain, pull, remove or look
+	Do        string // ensure, verify, retain, pull, remove or look
 	Socket    string
 	PolicyDir string
 	CA        []byte
 	Refs      []snapshot.ImageRef // what it is about
 	Keep      []snapshot.ImageRef
-	Keys      []string
+	Trust     snapshot.ImageTrust
+	Now       *snapshot.ImageTrust // nil for Trust
 	Container string
 }
 
@@ -77,28 +81,30 @@ type report struct {
 // kinds are the errors that a report can name.
 var kinds = map[string]error{
 	"unsigned": image.ErrUnsigned, "wrong key": image.ErrWrongKey, "other digest": image.ErrOtherDigest,
-	"identity": image.ErrIdentity, "pull": image.ErrPull,
-	"refused": podman.ErrRefused, "not found": podman.ErrNotFound, "in use": podman.ErrInUse,
+	"identity": image.ErrIdentity, "pull": image.ErrPull, "expired": image.ErrExpired, "revoked": image.ErrRevoked,
+	"other bytes": image.ErrOtherBytes, "manifest": image.ErrManifest, "platform": image.ErrPlatform, "too large": image.ErrTooLarge, "altered": image.ErrAltered,
+	"refused": podman.ErrRefused, "refused by its code": image.ErrStandIn, "not found": podman.ErrNotFound, "in use": podman.ErrInUse,
 	"other image": podman.ErrOtherImage, "unavailable": podman.ErrUnavailable,
 }
 
 func agent() {
-	var o order
-	var r report
-	err := json.NewDecoder(os.Stdin).Decode(&o)
-	if err == nil {
-		err = o.carryOut(context.Background(), &r)
-	}
-	if err != nil {
-		r.Error = err.Error()
-		for k, e := range kinds {
-			if errors.Is(err, e) {
-				r.Kinds = append(r.Kinds, k)
+	var orders []order
+	var rs []report
+	err := json.NewDecoder(os.Stdin).Decode(&orders)
+	for _, o := range orders {
+		var r report
+		if err := o.carryOut(context.Background(), &r); err != nil {
+			r.Error = err.Error()
+			for k, e := range kinds {
+				if errors.Is(err, e) {
+					r.Kinds = append(r.Kinds, k)
+				}
 			}
+			slices.Sort(r.Kinds)
 		}
-		slices.Sort(r.Kinds)
+		rs = append(rs, r)
 	}
-	if err := json.NewEncoder(os.Stdout).Encode(r); err != nil {
+	if err := errors.Join(err, json.NewEncoder(os.Stdout).Encode(rs)); err != nil {
 		fmt.Fprintln(os.Stderr, err)
 		os.Exit(1)
 	}
@@ -119,7 +125,13 @@ func (o *order) carryOut(ctx context.Context, r *report) error {
 	}
 	switch o.Do {
 	case "ensure":
-		return images.Ensure(ctx, o.Refs[0], o.Keys)
+		now := o.Now
+		if now == nil {
+			now = &o.Trust
+		}
+		return images.Ensure(ctx, o.Refs[0], &o.Trust, now)
+	case "verify":
+		return images.Verify(ctx, o.Refs[0])
 	case "retain":
 		return images.Retain(ctx, o.Keep...)
 	case "pull":
@@ -168,7 +180,10 @@ func TestOnHosts(t *testing.T) {
 	}
 }
 
-const account = "op"
+const (
+	account = "op"
+	goarch  = goruntime.GOARCH
+)
 
 // site is a host with an account, a registry that it reaches, and what the two
 // are asked to do.
@@ -176,6 +191,7 @@ type site struct {
 	t     *testing.T
 	h     *host.Host
 	reg   *oci.Registry
+	host  string // the registry's
 	log   *requests
 	order order // what all orders have in common
 }
@@ -189,6 +205,7 @@ func newSite(t *testing.T, lab *host.Lab, release host.Release) *site {
 	s := &site{t: t, h: h, log: &requests{}}
 	var addr string
 	addr, s.order.CA = s.log.serve(t, lab.Addr())
+	s.host = addr
 	pool := x509.NewCertPool()
 	pool.AppendCertsFromPEM(s.order.CA)
 	s.reg = oci.NewRegistry(addr, pool)
@@ -249,22 +266,52 @@ func (s *site) as(args ...string) string {
 // do has the agent's stand-in carry out an order.
 func (s *site) do(o order) report {
 	s.t.Helper()
-	o.Socket, o.PolicyDir, o.CA = s.order.Socket, s.order.PolicyDir, s.order.CA
-	in, err := json.Marshal(o)
+	return s.all(o)[0]
+}
+
+// all has it carry out several, one after the other.
+func (s *site) all(orders ...order) []report {
+	s.t.Helper()
+	for i := range orders {
+		o := &orders[i]
+		o.Socket, o.PolicyDir, o.CA = s.order.Socket, s.order.PolicyDir, s.order.CA
+	}
+	in, err := json.Marshal(orders)
 	if err != nil {
 		s.t.Fatal(err)
 	}
 	var out bytes.Buffer
 	err = s.h.Exec(s.t.Context(), host.Cmd{User: account, Args: []string{"/usr/local/bin/agent"}, Env: []string{asAgent + "=1"}, Stdin: bytes.NewReader(in), Stdout: &out})
 	if err != nil {
-		s.t.Fatalf("%s: %v", o.Do, err)
+		s.t.Fatalf("%s: %v", orders[0].Do, err)
 	}
-	var r report
-	if err := json.Unmarshal(out.Bytes(), &r); err != nil {
-		s.t.Fatalf("%s: %v: %s", o.Do, err, out.Bytes())
+	var rs []report
+	if err := json.Unmarshal(out.Bytes(), &rs); err != nil || len(rs) != len(orders) {
+		s.t.Fatalf("%s: %v: %s", orders[0].Do, err, out.Bytes())
 	}
-	s.t.Logf("%s %v: %s", o.Do, o.Refs, r.Error)
-	return r
+	for i, r := range rs {
+		s.t.Logf("%s %v: %s", orders[i].Do, orders[i].Refs, r.Error)
+	}
+	return rs
+}
+
+// err is the error that was reported.
+func (r report) err() error {
+	var errs []error
+	for _, k := range r.Kinds {
+		errs = append(errs, kinds[k])
+	}
+	if r.Error != "" {
+		errs = append(errs, errors.New(r.Error))
+	}
+	return errors.Join(errs...)
+}
+
+// in is the site for a part of its test.
+func (s *site) in(t *testing.T) *site {
+	part := *s
+	part.t = t
+	return &part
 }
 
 // want fails the test unless the report names exactly these errors.
@@ -305,15 +352,11 @@ func onHost(t *testing.T, lab *host.Lab, release host.Release, pause []byte) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	theirs, err := oci.NewKey()
-	if err != nil {
-		t.Fatal(err)
-	}
 	pub, err := ours.PublicPEM()
 	if err != nil {
 		t.Fatal(err)
 	}
-	keys := []string{string(pub)}
+	trust := snapshot.ImageTrust{Keys: []string{string(pub)}}
 
 	// Before there is a configuration, nothing comes in. The registry's
 	// authority is not known either by then, so the machine lends it.
@@ -329,36 +372,44 @@ func onHost(t *testing.T, lab *host.Lab, release host.Release, pause []byte) {
 	s.root("rm", "-r", filepath.Dir(authority))
 
 	// Signed: it comes, into the account's own storage, and its Podman runs it.
-	s.want(s.do(order{Do: "ensure", Refs: []snapshot.ImageRef{goodRef}, Keys: keys}))
+	s.want(s.do(order{Do: "ensure", Refs: []snapshot.ImageRef{goodRef}, Trust: trust}))
 	s.as("podman", "image", "exists", goodRef.String())
 	s.as("podman", "run", "--detach", "--pull=never", "--name=r", "--network=none", "--read-only", "--cap-drop=all", goodRef.String())
 
-	// Each distrusted image, to each lock alone. The last order wrote the
-	// policy for its repository and key.
-	unsigned, unsignedRef := s.push("net/runtime", "unsigned", nil)
-	stranger, strangerRef := s.push("net/runtime", "stranger", nil)
-	sign(stranger, theirs)
-	moved, movedRef := s.push("net/runtime", "moved", nil)
-	if err := s.reg.SignAs(t.Context(), moved, unsigned, ours); err != nil {
-		t.Fatal(err)
+	// What is stored is looked at: a byte of a layer, a file more, a file less. It
+	// is removed then, and fetched again.
+	s.as("podman", "rm", "--force", "--time=0", "r")
+	diff := "$(ls -d ~/.local/share/containers/storage/overlay/*/diff | grep -v '/l/' | while read d; do test -e $d/program && echo $d; done)"
+	for _, how := range []string{
+		"printf X | dd of=" + diff + "/program conv=notrunc bs=1 status=none",
+		"d=" + diff + "; t=$(stat -c %y $d/etc); touch $d/etc/ld.so.preload; touch -d \"$t\" $d/etc",
+		"d=" + diff + "; chmod u+w $d; rm $d/program; chmod u-w $d",
+	} {
+		s.want(s.do(order{Do: "verify", Refs: []snapshot.ImageRef{goodRef}}))
+		s.as("sh", "-ec", how)
+		r := s.all(order{Do: "verify", Refs: []snapshot.ImageRef{goodRef}}, order{Do: "ensure", Refs: []snapshot.ImageRef{goodRef}, Trust: trust}, order{Do: "verify", Refs: []snapshot.ImageRef{goodRef}})
+		s.want(r[0], "altered")
+		s.want(r[1])
+		s.want(r[2])
 	}
-	foreign, foreignRef := s.push("net/runtime", "foreign", nil)
-	if err := s.reg.SignAs(t.Context(), foreign, foreign.Registry.Repo("net/else").Digest(foreign.DigestStr()), ours); err != nil {
-		t.Fatal(err)
+	s.as("podman", "run", "--detach", "--pull=never", "--name=r", "--network=none", "--read-only", "--cap-drop=all", goodRef.String())
+
+	// The table of all images, to each lock alone.
+	m := newMaker(t, s.reg, s.log, s.host, pause)
+	for _, c := range lockCases {
+		t.Run(c.name, func(t *testing.T) {
+			c.try(t, m, func(ref snapshot.ImageRef, own, now *snapshot.ImageTrust) (agent, podman error) {
+				refs := []snapshot.ImageRef{ref}
+				orders := []order{{Do: "ensure", Refs: refs, Trust: *own, Now: now}, {Do: "pull", Refs: refs}}
+				if c.agent != nil && c.podman == nil {
+					orders = append(orders, order{Do: "remove", Refs: refs}) // nobody else would
+				}
+				r := s.in(t).all(orders...)
+				return r[0].err(), r[1].err()
+			})
+		})
 	}
-	for _, c := range []struct {
-		ref  snapshot.ImageRef
-		kind string
-	}{{unsignedRef, "unsigned"}, {strangerRef, "wrong key"}, {movedRef, "other digest"}, {foreignRef, "identity"}} {
-		refs := []snapshot.ImageRef{c.ref}
-		before := s.log.blobs()
-		s.want(s.do(order{Do: "ensure", Refs: refs, Keys: keys}), c.kind)
-		// Signatures are blobs, too: one, where there is one.
-		if n := s.log.blobs() - before; n > 1 {
-			t.Errorf("%s: %d blobs were fetched before it was trusted", c.kind, n)
-		}
-		s.want(s.do(order{Do: "pull", Refs: refs}), "refused")
-	}
+	s.want(s.do(order{Do: "ensure", Refs: []snapshot.ImageRef{goodRef}, Trust: trust}))
 	// Signed by the right key, in a repository that the configuration does not name.
 	elsewhere, elsewhereRef := s.push("net/else", "else", nil)
 	sign(elsewhere, ours)
@@ -368,11 +419,11 @@ func onHost(t *testing.T, lab *host.Lab, release host.Release, pause []byte) {
 	if err := s.reg.SignBundle(t.Context(), bundled, ours); err != nil {
 		t.Fatal(err)
 	}
-	r := s.do(order{Do: "ensure", Refs: []snapshot.ImageRef{bundledRef}, Keys: keys})
-	s.want(r, "pull", "refused")
+	r := s.do(order{Do: "ensure", Refs: []snapshot.ImageRef{bundledRef}, Trust: trust})
 	if !strings.Contains(r.Error, "--new-bundle-format=false") {
 		t.Errorf("does not say what to do: %s", r.Error)
 	}
+	_, unsignedRef := s.push("net/runtime", "unsigned", nil)
 	// The account's own Podman has the policy that it had.
 	s.as("podman", "pull", "--quiet", "--tls-verify=false", unsignedRef.String())
 
@@ -410,20 +461,75 @@ func onHost(t *testing.T, lab *host.Lab, release host.Release, pause []byte) {
 	s.want(s.do(order{Do: "look"}), "unavailable")
 }
 
-// requests counts what a registry is asked.
+// requests counts what a registry is asked, and can answer what it does not have.
 type requests struct {
 	mu    sync.Mutex
 	blob  int // GET of a blob
+	layer int // and of a large one
+	lies  map[string]document
 	inner http.Handler
 }
 
+// lie makes the registry answer something else for a manifest.
+func (r *requests) lie(digest string, kind types.MediaType, raw []byte) {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	if r.lies == nil {
+		r.lies = map[string]document{}
+	}
+	r.lies[digest] = document{raw, kind}
+}
+
+// honest ends all lies.
+func (r *requests) honest() {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	r.lies = nil
+}
+
+// layers returns how many blobs were fetched that are no signature.
+func (r *requests) layers() int {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	return r.layer
+}
+
 func (r *requests) ServeHTTP(w http.ResponseWriter, req *http.Request) {
+	r.mu.Lock()
+	told, lies := r.lies[path.Base(req.URL.Path)]
+	r.mu.Unlock()
+	if lies && req.Method == http.MethodGet || lies && req.Method == http.MethodHead {
+		w.Header().Set("Content-Type", string(told.kind))
+		w.Header().Set("Content-Length", fmt.Sprint(len(told.raw)))
+		w.Header().Set("Docker-Content-Digest", path.Base(req.URL.Path))
+		if req.Method == http.MethodGet {
+			_, _ = w.Write(told.raw) // whoever has gone does not want it
+		}
+		return
+	}
 	if req.Method == http.MethodGet && strings.Contains(req.URL.Path, "/blobs/sha256:") {
+		c := &counter{ResponseWriter: w}
+		r.inner.ServeHTTP(c, req)
 		r.mu.Lock()
+		defer r.mu.Unlock()
 		r.blob++
-		r.mu.Unlock()
+		if c.n > 8<<10 {
+			r.layer++
+		}
+		return
 	}
 	r.inner.ServeHTTP(w, req)
+}
+
+// counter counts the bytes of an answer.
+type counter struct {
+	http.ResponseWriter
+	n int
+}
+
+func (c *counter) Write(p []byte) (int, error) {
+	c.n += len(p)
+	return c.ResponseWriter.Write(p)
 }
 
 func (r *requests) blobs() int {

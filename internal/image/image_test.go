@@ -32,6 +32,7 @@ import (
 	"github.com/sigstore/sigstore/pkg/signature/payload"
 	"go.podman.io/image/v5/docker"
 	podmanimage "go.podman.io/image/v5/image"
+	podmanmanifest "go.podman.io/image/v5/manifest"
 	podmanpolicy "go.podman.io/image/v5/signature"
 	"go.podman.io/image/v5/types"
 	"google.golang.org/protobuf/encoding/protojson"
@@ -112,6 +113,13 @@ func newKey(t *testing.T) (*oci.Key, string) {
 	return k, string(b)
 }
 
+// ensure is Ensure of an image that any one of the keys may sign.
+func ensure(t *testing.T, i *Images, ref snapshot.ImageRef, keys ...string) error {
+	t.Helper()
+	trust := &snapshot.ImageTrust{Keys: keys}
+	return i.Ensure(t.Context(), ref, trust, trust)
+}
+
 // errPolicy is the stand-in's refusal.
 var errPolicy = errors.New("refused by policy")
 
@@ -123,7 +131,9 @@ type standIn struct {
 	stored map[snapshot.ImageRef]bool
 	pulls  int
 
-	loses bool // say that a pull went well, and store nothing
+	loses  bool // say that a pull went well, and store nothing
+	damage []string
+	index  snapshot.ImageRef // an index, whose images are all called stored with it
 }
 
 func (p *standIn) Pull(ctx context.Context, ref snapshot.ImageRef, _ io.Writer) error {
@@ -162,7 +172,24 @@ func (p *standIn) allowed(ctx context.Context, ref snapshot.ImageRef) error {
 		return err
 	}
 	defer src.Close() // only read from
-	ok, err := pc.IsRunningImageAllowed(ctx, podmanimage.UnparsedInstance(src, nil))
+	// Of an index, it is the image for this machine that Podman looks at.
+	looked := podmanimage.UnparsedInstance(src, nil)
+	raw, kind, err := src.GetManifest(ctx, nil)
+	if err != nil {
+		return err
+	}
+	if podmanmanifest.MIMETypeIsMultiImage(kind) {
+		list, err := podmanmanifest.ListFromBlob(raw, kind)
+		if err != nil {
+			return err
+		}
+		chosen, err := list.ChooseInstance(sys)
+		if err != nil {
+			return err
+		}
+		looked = podmanimage.UnparsedInstance(src, &chosen)
+	}
+	ok, err := pc.IsRunningImageAllowed(ctx, looked)
 	if !ok {
 		return fmt.Errorf("%w: %w", errPolicy, err)
 	}
@@ -170,10 +197,17 @@ func (p *standIn) allowed(ctx context.Context, ref snapshot.ImageRef) error {
 }
 
 func (p *standIn) Image(_ context.Context, ref snapshot.ImageRef) (string, int64, error) {
-	if !p.stored[ref] {
-		return "", 0, errors.New("not stored")
+	// What an index came to is stored under its own digest as well.
+	for other, ok := range p.stored {
+		if ok && other.Repository() == ref.Repository() && (other == ref || p.index == other) {
+			return "id", 1, nil
+		}
 	}
-	return "id", 1, nil
+	return "", 0, errors.New("not stored")
+}
+
+func (p *standIn) Damage(context.Context, snapshot.ImageRef) ([]string, error) {
+	return p.damage, nil
 }
 
 func (p *standIn) RemoveImages(_ context.Context, pulled, keep []snapshot.ImageRef) (gone []snapshot.ImageRef, err error) {
@@ -196,7 +230,7 @@ func TestEnsure(t *testing.T) {
 	// Any one of the keys is enough, wherever it stands.
 	for _, keys := range [][]string{{pub}, {other, pub}, {pub, other}} {
 		w.pod.stored[ref] = false
-		if err := w.img.Ensure(t.Context(), ref, keys); err != nil {
+		if err := ensure(t, w.img, ref, keys...); err != nil {
 			t.Fatal(err)
 		}
 		if !w.pod.stored[ref] {
@@ -207,10 +241,10 @@ func TestEnsure(t *testing.T) {
 	pulls := w.pod.pulls
 	w.tr.TLSClientConfig.RootCAs = nil
 	w.tr.CloseIdleConnections()
-	if err := w.open().Ensure(t.Context(), ref, []string{pub}); err != nil || w.pod.pulls != pulls {
+	if err := ensure(t, w.open(), ref, pub); err != nil || w.pod.pulls != pulls {
 		t.Errorf("without the registry: %v, %d pulls", err, w.pod.pulls-pulls)
 	}
-	if err := w.open().Ensure(t.Context(), ref, []string{other}); err == nil {
+	if err := ensure(t, w.open(), ref, other); err == nil {
 		t.Error("goes on with a key that was taken away")
 	}
 	// A record that was changed proves nothing.
@@ -223,7 +257,7 @@ func TestEnsure(t *testing.T) {
 	raw, err = json.Marshal(e)
 	w.must(err)
 	w.must(os.WriteFile(file, raw, 0o600))
-	if err := w.open().Ensure(t.Context(), ref, []string{pub}); err == nil {
+	if err := ensure(t, w.open(), ref, pub); err == nil {
 		t.Error("believes a changed record")
 	}
 }
@@ -263,7 +297,7 @@ func TestRefused(t *testing.T) {
 			w := newWorld(t)
 			d, ref := w.push("net/runtime", "bad")
 			w.must(c.sign(w, d))
-			err := w.img.Ensure(t.Context(), ref, []string{pub})
+			err := ensure(t, w.img, ref, pub)
 			if !errors.Is(err, c.want) {
 				t.Errorf("error %v, want %v", err, c.want)
 			}
@@ -276,7 +310,7 @@ func TestRefused(t *testing.T) {
 			}
 			// Nothing but the signature is wrong with either of them.
 			w.must(w.reg.Sign(t.Context(), d, k))
-			if err := w.img.Ensure(t.Context(), ref, []string{pub}); err != nil {
+			if err := ensure(t, w.img, ref, pub); err != nil {
 				t.Errorf("signed: %v", err)
 			}
 		})
@@ -291,7 +325,7 @@ func TestRefused(t *testing.T) {
 		if len(a) != 1 {
 			t.Fatalf("%d bundles", len(a))
 		}
-		ks, err := load([]string{pub})
+		ks, err := load(&snapshot.ImageTrust{Keys: []string{pub}})
 		w.must(err)
 		if err := a[0].check(t.Context(), ref, ks); err != nil {
 			t.Fatal(err)
@@ -303,7 +337,9 @@ func TestRefused(t *testing.T) {
 		// Signed by the right key about the right image, but an inventory of it.
 		for kind, want := range map[string]error{cotypes.CosignSignPredicateType: nil, "https://spdx.dev/Document": ErrUnsigned} {
 			raw, key := statement(t, d, kind)
-			if err := checkBundle(raw, ref, key); !errors.Is(err, want) {
+			by, err := keySigner(key)
+			w.must(err)
+			if err := checkBundle(raw, ref, by); !errors.Is(err, want) {
 				t.Errorf("statement %s: %v, want %v", kind, err, want)
 			}
 		}
@@ -323,7 +359,9 @@ func TestRefused(t *testing.T) {
 			sig, err := key.SignMessage(bytes.NewReader(body))
 			w.must(err)
 			a := &attached{Payload: body, Signature: base64.StdEncoding.EncodeToString(sig)}
-			if err := a.check(t.Context(), ref, []signature.Verifier{key}); !errors.Is(err, want) {
+			by, err := keySigner(key)
+			w.must(err)
+			if err := a.check(t.Context(), ref, []*signer{by}); !errors.Is(err, want) {
 				t.Errorf("payload of type %s: %v, want %v", kind, err, want)
 			}
 		}
@@ -334,7 +372,7 @@ func TestRefused(t *testing.T) {
 		w.must(w.reg.Sign(t.Context(), d, k))
 		a, err := classics(d, w.reg.Options(t.Context()))
 		w.must(err)
-		ks, err := load([]string{pub})
+		ks, err := load(&snapshot.ImageTrust{Keys: []string{pub}})
 		w.must(err)
 		if err := a[0].check(t.Context(), ref, ks); err != nil {
 			t.Fatal(err)
@@ -351,7 +389,7 @@ func TestRefused(t *testing.T) {
 		w := newWorld(t)
 		_, ref := w.push("net/runtime", "a")
 		for _, keys := range [][]string{nil, {""}, {"x"}, {pub, "x"}} {
-			if err := w.img.Ensure(t.Context(), ref, keys); !errors.Is(err, ErrKeys) {
+			if err := ensure(t, w.img, ref, keys...); !errors.Is(err, ErrKeys) {
 				t.Errorf("%q: %v", keys, err)
 			}
 		}
@@ -393,12 +431,12 @@ func TestBundleAlone(t *testing.T) {
 	k, pub := newKey(t)
 	d, ref := w.push("net/runtime", "a")
 	w.must(w.reg.SignBundle(t.Context(), d, k))
-	err := w.img.Ensure(t.Context(), ref, []string{pub})
+	err := ensure(t, w.img, ref, pub)
 	if !errors.Is(err, ErrPull) || !errors.Is(err, errPolicy) || !strings.Contains(err.Error(), "--new-bundle-format=false") {
 		t.Errorf("error %v", err)
 	}
 	w.must(w.reg.Sign(t.Context(), d, k))
-	if err := w.img.Ensure(t.Context(), ref, []string{pub}); err != nil {
+	if err := ensure(t, w.img, ref, pub); err != nil {
 		t.Error(err)
 	}
 }
@@ -418,11 +456,11 @@ func TestPolicyNamesOneRepository(t *testing.T) {
 	db, b := w.push("net/b", "b")
 	w.must(w.reg.Sign(t.Context(), da, k))
 	w.must(w.reg.Sign(t.Context(), db, k))
-	w.must(w.img.Ensure(t.Context(), a, []string{pub}))
+	w.must(ensure(t, w.img, a, pub))
 	if err := w.pod.allowed(t.Context(), b); !errors.Is(err, errPolicy) {
 		t.Errorf("b is allowed with a: %v", err)
 	}
-	w.must(w.img.Ensure(t.Context(), b, []string{pub}))
+	w.must(ensure(t, w.img, b, pub))
 	if err := w.pod.allowed(t.Context(), a); !errors.Is(err, errPolicy) {
 		t.Errorf("a is still allowed: %v", err)
 	}
@@ -446,13 +484,13 @@ func TestPolicyNamesOneRepository(t *testing.T) {
 	if written, err := w.img.CheckPolicy(); !written || !errors.Is(err, ErrPolicy) {
 		t.Errorf("CheckPolicy of a loosened one = %v, %v", written, err)
 	}
-	w.must(w.img.Ensure(t.Context(), b, []string{pub}))
+	w.must(ensure(t, w.img, b, pub))
 	if written, err := w.img.CheckPolicy(); !written || err != nil {
 		t.Errorf("CheckPolicy of the next = %v, %v", written, err)
 	}
 	// The authority goes with the registry that it is for.
 	w.img.ca = nil
-	w.must(w.img.Ensure(t.Context(), b, []string{pub}))
+	w.must(ensure(t, w.img, b, pub))
 	if left, err := os.ReadDir(filepath.Join(w.dir, "certs.d")); err != nil || len(left) != 0 {
 		t.Errorf("left %v, %v", left, err)
 	}
@@ -464,7 +502,7 @@ func TestPullMustStore(t *testing.T) {
 	d, ref := w.push("net/runtime", "a")
 	w.must(w.reg.Sign(t.Context(), d, k))
 	w.pod.loses = true
-	if err := w.img.Ensure(t.Context(), ref, []string{pub}); !errors.Is(err, ErrPull) {
+	if err := ensure(t, w.img, ref, pub); !errors.Is(err, ErrPull) {
 		t.Errorf("error %v", err)
 	}
 }
@@ -478,8 +516,8 @@ func TestRetain(t *testing.T) {
 		w.must(w.reg.Sign(t.Context(), d, k))
 		refs[n] = ref
 		w.pod.stored[ref] = n == "foreign" // the user had it already
-		w.must(w.img.Ensure(t.Context(), ref, []string{pub}))
-		w.must(w.img.Ensure(t.Context(), ref, []string{pub})) // does not make it ours
+		w.must(ensure(t, w.img, ref, pub))
+		w.must(ensure(t, w.img, ref, pub)) // does not make it ours
 	}
 	w.must(os.WriteFile(filepath.Join(w.dir, records, "x.json"), []byte("{}"), 0o600))
 	w.must(w.img.Retain(t.Context(), refs["kept"]))
@@ -525,7 +563,7 @@ func TestHostileRegistry(t *testing.T) {
 			if err != nil {
 				t.Fatal(err)
 			}
-			err = i.Ensure(t.Context(), ref, []string{pub})
+			err = ensure(t, i, ref, pub)
 			if err == nil || pod.pulls != 0 {
 				t.Fatalf("error %v, %d pulls", err, pod.pulls)
 			}
@@ -561,7 +599,7 @@ func TestRegistryHangs(t *testing.T) {
 			t.Fatal(err)
 		}
 		i.stall = 50 * time.Millisecond
-		if err := i.Ensure(t.Context(), ref, []string{pub}); !errors.Is(err, errStalled) {
+		if err := ensure(t, i, ref, pub); !errors.Is(err, errStalled) {
 			t.Errorf("%s: %v", what, err)
 		}
 	}

@@ -43,10 +43,10 @@ type Refusal struct {
 
 // ProbeUnsigned makes an image that nobody has signed, serves it on a loopback
 // address, and offers it to both locks under the policy in force. What Podman
-// lets in is removed again. keys are those that the agent would check with. The
-// error is about the probe itself.
-func ProbeUnsigned(ctx context.Context, p offerer, keys []string) (r Refusal, err error) {
-	ks, err := load(keys)
+// lets in is removed again. Trust is what the agent would check with. The error is
+// about the probe itself.
+func ProbeUnsigned(ctx context.Context, p offerer, t *snapshot.ImageTrust) (r Refusal, err error) {
+	whom, _, err := under(t, t)
 	if err != nil {
 		return r, err
 	}
@@ -59,7 +59,7 @@ func ProbeUnsigned(ctx context.Context, p offerer, keys []string) (r Refusal, er
 		TLSClientConfig:   &tls.Config{RootCAs: reg.roots, MinVersion: tls.VersionTLS12},
 		DisableKeepAlives: true, // nothing to close
 	}}
-	_, r.Agent = i.find(ctx, reg.ref, ks)
+	_, _, r.Agent = i.find(ctx, reg.ref, whom)
 	before := reg.manifests.Load()
 	r.Podman = p.Offer(ctx, reg.ref)
 	r.Asked = reg.manifests.Load() > before

@@ -60,7 +60,7 @@ func TestProbeUnsigned(t *testing.T) {
 	_, key := newKey(t)
 	for _, c := range []error{refused, nil} {
 		p := &puller{t: t, refuses: c}
-		r, err := ProbeUnsigned(t.Context(), p, []string{key})
+		r, err := ProbeUnsigned(t.Context(), p, &snapshot.ImageTrust{Keys: []string{key}})
 		if err != nil || !errors.Is(r.Agent, ErrUnsigned) || !errors.Is(r.Podman, c) || !r.Asked {
 			t.Errorf("%+v, %v", r, err)
 		}
@@ -68,7 +68,7 @@ func TestProbeUnsigned(t *testing.T) {
 			t.Errorf("let in: %v, removed: %v", c == nil, p.gone)
 		}
 	}
-	if _, err := ProbeUnsigned(t.Context(), &puller{t: t}, nil); !errors.Is(err, ErrKeys) {
+	if _, err := ProbeUnsigned(t.Context(), &puller{t: t}, &snapshot.ImageTrust{}); !errors.Is(err, ErrKeys) {
 		t.Errorf("%v, want %v", err, ErrKeys)
 	}
 }

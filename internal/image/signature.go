@@ -3,7 +3,9 @@ package image
 import (
 	"bytes"
 	"context"
+	"crypto/x509"
 	"encoding/json"
+	"encoding/pem"
 	"errors"
 	"fmt"
 	"io"
@@ -17,16 +19,16 @@ import (
 	v1 "github.com/google/go-containerregistry/pkg/v1"
 	"github.com/google/go-containerregistry/pkg/v1/remote"
 	"github.com/sigstore/cosign/v2/pkg/cosign"
+	bundlelog "github.com/sigstore/cosign/v2/pkg/cosign/bundle"
 	"github.com/sigstore/cosign/v2/pkg/oci"
 	ociremote "github.com/sigstore/cosign/v2/pkg/oci/remote"
 	"github.com/sigstore/cosign/v2/pkg/oci/static"
 	"github.com/sigstore/cosign/v2/pkg/types"
 	"github.com/sigstore/sigstore-go/pkg/bundle"
-	"github.com/sigstore/sigstore-go/pkg/root"
 	"github.com/sigstore/sigstore-go/pkg/verify"
-	"github.com/sigstore/sigstore/pkg/signature"
 	"github.com/sigstore/sigstore/pkg/signature/payload"
 
+	"github.com/resultity/node/internal/digest"
 	"github.com/resultity/node/internal/snapshot"
 )
 
@@ -36,25 +38,50 @@ const (
 	maxSignatures = 100
 	maxPayload    = 64 << 10 // a classic signature's
 	maxBundle     = 1 << 20
+	maxAnswer     = 4 << 20  // bytes of one answer, as a manifest may have
 	maxTalk       = 64 << 20 // bytes of all answers in one check
 )
 
 // attached is a signature as it lies beside an image: classic, which is a
-// payload and its signature in base64, or a bundle.
+// payload and its signature in base64, or a bundle. A classic keyless one has its
+// certificate and what the log said beside it.
 type attached struct {
-	Payload   []byte          `json:"payload,omitempty"`
-	Signature string          `json:"signature,omitempty"`
-	Bundle    json.RawMessage `json:"bundle,omitempty"`
+	Payload     []byte          `json:"payload,omitempty"`
+	Signature   string          `json:"signature,omitempty"`
+	Certificate string          `json:"certificate,omitempty"` // PEM
+	Seen        *seen           `json:"seen,omitempty"`
+	Bundle      json.RawMessage `json:"bundle,omitempty"`
 }
 
-// check verifies that one of the keys has signed ref. It asks nobody.
-func (a *attached) check(ctx context.Context, ref snapshot.ImageRef, keys []signature.Verifier) error {
-	errs := make([]error, len(keys))
-	for n, k := range keys {
+// seen is the promise of a log that it has taken up an entry, as cosign notes it.
+type seen struct {
+	SignedEntryTimestamp []byte
+	Payload              struct {
+		Body           string `json:"body"` // cosign takes any type here, and then believes that it is this one
+		IntegratedTime int64  `json:"integratedTime"`
+		LogIndex       int64  `json:"logIndex"`
+		LogID          string `json:"logID"`
+	}
+}
+
+// check verifies that one of the signers has signed ref. It asks nobody.
+func (a *attached) check(ctx context.Context, ref snapshot.ImageRef, signers []*signer) (err error) {
+	// Whoever may write to a registry chooses these bytes, and some of the
+	// libraries that read them take more for granted than they should.
+	defer func() {
+		if r := recover(); r != nil {
+			err = fmt.Errorf("%w: it cannot be read: %v", ErrWrongKey, r)
+		}
+	}()
+	if len(signers) == 0 {
+		return fmt.Errorf("%w: nobody is trusted any more", ErrWrongKey)
+	}
+	errs := make([]error, len(signers))
+	for n, s := range signers {
 		if a.Bundle != nil {
-			errs[n] = checkBundle(a.Bundle, ref, k)
+			errs[n] = checkBundle(a.Bundle, ref, s)
 		} else {
-			errs[n] = checkClassic(ctx, a, ref, k)
+			errs[n] = checkClassic(ctx, a, ref, s)
 		}
 		if errs[n] == nil {
 			return nil
@@ -63,36 +90,58 @@ func (a *attached) check(ctx context.Context, ref snapshot.ImageRef, keys []sign
 	return worst(errs)
 }
 
-// checkClassic has cosign verify a signature with a key, and then its claims:
-// the digest, and also the repository, which cosign leaves to its caller.
-func checkClassic(ctx context.Context, a *attached, ref snapshot.ImageRef, key signature.Verifier) error {
-	sig, err := static.NewSignature(a.Payload, a.Signature)
+// checkClassic has cosign verify a signature, and then its claims: the digest,
+// and also the repository, which cosign leaves to its caller.
+func checkClassic(ctx context.Context, a *attached, ref snapshot.ImageRef, by *signer) error {
+	var opts []static.Option
+	if by.classic.SigVerifier == nil { // a key needs nothing but the signature
+		if a.Certificate == "" || a.Seen == nil {
+			return fmt.Errorf("%w: it has no certificate, or no log has seen it", ErrWrongKey)
+		}
+		p := a.Seen.Payload
+		opts = append(opts, static.WithCertChain([]byte(a.Certificate), nil), static.WithBundle(&bundlelog.RekorBundle{
+			SignedEntryTimestamp: a.Seen.SignedEntryTimestamp,
+			Payload:              bundlelog.RekorPayload{Body: p.Body, IntegratedTime: p.IntegratedTime, LogIndex: p.LogIndex, LogID: p.LogID},
+		}))
+	}
+	sig, err := static.NewSignature(a.Payload, a.Signature, opts...)
 	if err != nil {
 		return fmt.Errorf("%w: %w", ErrWrongKey, err)
 	}
 	h := v1.Hash{Algorithm: "sha256", Hex: ref.Digest().Hex()}
 	var claim error
-	_, err = cosign.VerifyImageSignature(ctx, sig, h, &cosign.CheckOpts{
-		SigVerifier: key,
-		IgnoreTlog:  true, // the key is the network's own; no log knows it
-		Offline:     true,
-		// Called only for what the key has signed.
-		ClaimVerifier: func(sig oci.Signature, h v1.Hash, annotations map[string]any) error {
-			if cosign.SimpleClaimVerifier(sig, h, annotations) != nil {
-				claim = ErrOtherDigest
-			} else {
-				claim = checkIdentity(a.Payload, ref)
-			}
-			return claim
-		},
-	})
+	co := by.classic
+	// Called only for what the signer has signed.
+	co.ClaimVerifier = func(sig oci.Signature, h v1.Hash, annotations map[string]any) error {
+		if cosign.SimpleClaimVerifier(sig, h, annotations) != nil {
+			claim = ErrOtherDigest
+		} else {
+			claim = checkIdentity(a.Payload, ref)
+		}
+		return claim
+	}
+	_, err = cosign.VerifyImageSignature(ctx, sig, h, &co)
 	switch {
 	case claim != nil:
 		return claim
+	case err != nil && a.expired():
+		return fmt.Errorf("%w: %w", ErrExpired, err)
 	case err != nil:
 		return fmt.Errorf("%w: %w", ErrWrongKey, err)
 	}
 	return nil
+}
+
+// expired reports whether a classic signature says of itself that its
+// certificate was not good when the log saw it.
+func (a *attached) expired() bool {
+	der, ok := certificate(a.Certificate)
+	if !ok || a.Seen == nil {
+		return false
+	}
+	c, err := x509.ParseCertificate(der)
+	at := time.Unix(a.Seen.Payload.IntegratedTime, 0)
+	return err == nil && (at.Before(c.NotBefore) || at.After(c.NotAfter))
 }
 
 // checkIdentity compares the repository in a payload with ref's.
@@ -119,25 +168,21 @@ func checkIdentity(raw []byte, ref snapshot.ImageRef) error {
 // checkBundle verifies a statement of cosign's newer format. It names the image
 // by digest alone; the repository is the configuration's word, and Podman's
 // policy asks for it, too.
-func checkBundle(raw []byte, ref snapshot.ImageRef, key signature.Verifier) error {
+func checkBundle(raw []byte, ref snapshot.ImageRef, by *signer) error {
 	var b bundle.Bundle
 	if err := b.UnmarshalJSON(raw); err != nil {
 		return fmt.Errorf("%w: %w", ErrWrongKey, err)
 	}
-	always := root.NewExpiringKey(key, time.Time{}, time.Time{})
-	v, err := verify.NewVerifier(root.NewTrustedPublicKeyMaterial(func(string) (root.TimeConstrainedVerifier, error) {
-		return always, nil
-	}), verify.WithNoObserverTimestamps())
-	if err != nil {
-		return err
-	}
 	// The signature first, so that a signed statement about something else is
 	// told from one that somebody else has signed.
-	if _, err := v.Verify(&b, verify.NewPolicy(verify.WithoutArtifactUnsafe(), verify.WithKey())); err != nil {
+	if _, err := by.bundle.Verify(&b, verify.NewPolicy(verify.WithoutArtifactUnsafe(), by.who)); err != nil {
+		if bundleExpired(&b) {
+			return fmt.Errorf("%w: %w", ErrExpired, err)
+		}
 		return fmt.Errorf("%w: %w", ErrWrongKey, err)
 	}
 	sum := ref.Digest().Sum()
-	r, err := v.Verify(&b, verify.NewPolicy(verify.WithArtifactDigest("sha256", sum[:]), verify.WithKey()))
+	r, err := by.bundle.Verify(&b, verify.NewPolicy(verify.WithArtifactDigest("sha256", sum[:]), by.who))
 	if err != nil {
 		return fmt.Errorf("%w: %w", ErrOtherDigest, err)
 	}
@@ -149,10 +194,26 @@ func checkBundle(raw []byte, ref snapshot.ImageRef, key signature.Verifier) erro
 	return nil
 }
 
-// worst picks the error that says most: what the keys have signed wrongly
-// before what others have signed.
+// bundleExpired is [attached.expired] of a bundle.
+func bundleExpired(b *bundle.Bundle) bool {
+	content, err := b.VerificationContent()
+	if err != nil || content.Certificate() == nil {
+		return false
+	}
+	entries, err := b.TlogEntries()
+	for _, e := range entries {
+		at, c := e.IntegratedTime(), content.Certificate()
+		if !at.IsZero() && (at.Before(c.NotBefore) || at.After(c.NotAfter)) {
+			return err == nil
+		}
+	}
+	return false
+}
+
+// worst picks the error that says most: what those who are or were trusted have
+// signed before what others have.
 func worst(errs []error) error {
-	for _, kind := range []error{ErrOtherDigest, ErrIdentity, ErrUnsigned, ErrWrongKey} {
+	for _, kind := range []error{ErrRevoked, ErrOtherDigest, ErrIdentity, ErrExpired, ErrUnsigned, ErrWrongKey} {
 		for _, err := range errs {
 			if errors.Is(err, kind) {
 				return err
@@ -162,25 +223,50 @@ func worst(errs []error) error {
 	return errors.Join(errs...)
 }
 
-// find looks in the registry for a signature of ref by one of the keys. A
-// classic one is preferred: Podman reads no other.
-func (i *Images) find(ctx context.Context, ref snapshot.ImageRef, keys []signature.Verifier) (*attached, error) {
-	ctx, cancel := context.WithTimeout(ctx, checkTimeout)
-	defer cancel()
-	ctx, stalled := context.WithCancelCause(ctx)
-	defer stalled(nil)
-	quiet := time.AfterFunc(i.stall, func() { stalled(errStalled) })
-	defer quiet.Stop()
-	at, err := name.NewDigest(ref.String(), name.StrictValidation)
+// talk begins a conversation with a registry about ref, which ends when it stands
+// still. The error of what was asked for is made better by explain.
+func (i *Images) talk(ctx context.Context, ref snapshot.ImageRef) (at name.Digest, opts []remote.Option, explain func(error) error, end func(), err error) {
+	at, err = name.NewDigest(ref.String(), name.StrictValidation)
 	if err != nil {
-		return nil, err
+		return at, nil, nil, nil, err
 	}
-	opts := []remote.Option{
+	ctx, cancel := context.WithTimeout(ctx, checkTimeout)
+	ctx, stalled := context.WithCancelCause(ctx)
+	quiet := time.AfterFunc(i.stall, func() { stalled(errStalled) })
+	opts = []remote.Option{
 		remote.WithContext(ctx),
 		remote.WithTransport(&careful{next: i.transport, heard: func() { quiet.Reset(i.stall) }}),
 		remote.WithAuthFromKeychain(authn.DefaultKeychain),
 		remote.WithUserAgent("resultity-node"),
 	}
+	explain = func(err error) error {
+		if errors.Is(context.Cause(ctx), errStalled) {
+			return fmt.Errorf("%w for %v", errStalled, i.stall)
+		}
+		return err
+	}
+	return at, opts, explain, func() { quiet.Stop(); stalled(nil); cancel() }, nil
+}
+
+// find looks in the registry for a signature of ref by somebody who is trusted,
+// and returns it with the image for this machine. A classic one is preferred:
+// Podman reads no other.
+func (i *Images) find(ctx context.Context, ref snapshot.ImageRef, t *trust) (sig *attached, manifest digest.Digest, err error) {
+	at, opts, explain, end, err := i.talk(ctx, ref)
+	if err != nil {
+		return nil, manifest, err
+	}
+	defer end()
+	if sig, err = signed(ctx, at, opts, ref, t); err != nil {
+		return nil, manifest, explain(err)
+	}
+	if manifest, err = resolve(at, opts); err != nil {
+		return nil, manifest, explain(err)
+	}
+	return sig, manifest, nil
+}
+
+func signed(ctx context.Context, at name.Digest, opts []remote.Option, ref snapshot.ImageRef, t *trust) (*attached, error) {
 	var unread, bad []error
 	for _, list := range []func(name.Digest, []remote.Option) ([]*attached, error){classics, bundles} {
 		found, err := list(at, opts)
@@ -188,7 +274,7 @@ func (i *Images) find(ctx context.Context, ref snapshot.ImageRef, keys []signatu
 			unread = append(unread, err)
 		}
 		for _, a := range found {
-			err := a.check(ctx, ref, keys)
+			err := t.judge(ctx, a, ref)
 			if err == nil {
 				return a, nil
 			}
@@ -196,8 +282,6 @@ func (i *Images) find(ctx context.Context, ref snapshot.ImageRef, keys []signatu
 		}
 	}
 	switch {
-	case errors.Is(context.Cause(ctx), errStalled):
-		return nil, fmt.Errorf("asking the registry for signatures: %w for %v", errStalled, i.stall)
 	case unread != nil: // one of them might have been it
 		return nil, fmt.Errorf("asking the registry for signatures: %w", errors.Join(unread...))
 	case bad != nil:
@@ -234,10 +318,26 @@ func classics(at name.Digest, opts []remote.Option) ([]*attached, error) {
 		case err != nil:
 			errs = append(errs, err)
 		default:
-			out = append(out, &attached{Payload: raw, Signature: b64})
+			out = append(out, withCertificate(&attached{Payload: raw, Signature: b64}, s))
 		}
 	}
 	return out, errors.Join(errs...)
+}
+
+// withCertificate adds to a classic signature what makes it keyless, if it has
+// that and it can be read.
+func withCertificate(a *attached, s oci.Signature) *attached {
+	notes, err := s.Annotations()
+	if err != nil {
+		return a
+	}
+	var promise seen
+	if cert := notes[static.CertificateAnnotationKey]; len(cert) <= maxPayload && json.Unmarshal([]byte(notes[static.BundleAnnotationKey]), &promise) == nil {
+		if der, ok := certificate(cert); ok { // one alone: Podman refuses more
+			a.Certificate, a.Seen = string(pem.EncodeToMemory(&pem.Block{Type: "CERTIFICATE", Bytes: der})), &promise
+		}
+	}
+	return a
 }
 
 // bundles returns the signatures that refer to the image as their subject, also
@@ -319,14 +419,15 @@ func (c *careful) RoundTrip(r *http.Request) (*http.Response, error) {
 	resp, err := c.next.RoundTrip(r)
 	if err == nil {
 		c.heard()
-		resp.Body = &bounded{resp.Body, c}
+		resp.Body = &bounded{ReadCloser: resp.Body, by: c}
 	}
 	return resp, err
 }
 
 type bounded struct {
 	io.ReadCloser
-	by *careful
+	by   *careful
+	read int64
 }
 
 func (b *bounded) Read(p []byte) (int, error) {
@@ -334,8 +435,12 @@ func (b *bounded) Read(p []byte) (int, error) {
 	if n > 0 {
 		b.by.heard()
 	}
+	b.read += int64(n)
+	if b.read > maxAnswer {
+		return n, fmt.Errorf("%w: one answer of more than %d bytes", ErrTooLarge, maxAnswer)
+	}
 	if b.by.read.Add(int64(n)) > maxTalk {
-		return n, fmt.Errorf("registry sent more than %d bytes about signatures", maxTalk)
+		return n, fmt.Errorf("%w: more than %d bytes", ErrTooLarge, maxTalk)
 	}
 	return n, err
 }

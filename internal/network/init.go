@@ -180,7 +180,7 @@ func skeleton(o InitOptions, key evm.Address) any {
 		Network    any      `json:"network"`
 		Limits     any      `json:"limits"`
 		Logs       any      `json:"logs"`
-		ImageKeys  []string `json:"image_keys"`
+		ImageTrust any      `json:"image_trust"`
 		Models     []object `json:"models"`
 		Runtime    any      `json:"runtime"`
 		Validation []object `json:"validation"`
@@ -192,8 +192,8 @@ func skeleton(o InitOptions, key evm.Address) any {
 		Limits: snapshot.Limits{
 			RequestBytes: 1 << 20, ResponseBytes: 4 << 20, Tokens: 4096, Messages: 256, Deadline: 300, ResultTTL: 7 * 24 * 3600,
 		},
-		Logs:      snapshot.Logs{Interval: 900, BatchBytes: 64 << 10},
-		ImageKeys: []string{"FILL-IN: the text of cosign.pub"},
+		Logs:       snapshot.Logs{Interval: 900, BatchBytes: 64 << 10},
+		ImageTrust: snapshot.ImageTrust{Keys: []string{"FILL-IN: the text of cosign.pub"}, Revoked: []string{}},
 		Models: []object{{
 			"name": model, "version": "1", "format": "gguf",
 			"files": []object{{"path": "model.gguf", "size": 0, "sha256": hash, "sources": []string{"https://FILL-IN/model.gguf"}}},

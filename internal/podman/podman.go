@@ -316,6 +316,22 @@ func (c *Client) ImageEnv(ctx context.Context, ref snapshot.ImageRef) ([]string,
 	return r.Config.Env, nil
 }
 
+// Damage has Podman read its whole store, compare it with what was put there, and
+// say what it found at ref's image; nil for nothing. A file with other content,
+// one too many or one too few is damage. While Podman reads, at the disk's speed,
+// it begins nothing else, and it does not stop when ctx ends.
+func (c *Client) Damage(ctx context.Context, ref snapshot.ImageRef) ([]string, error) {
+	id, _, err := c.Image(ctx, ref)
+	if err != nil {
+		return nil, err
+	}
+	r, err := system.Check(c.with(ctx), new(system.CheckOptions).WithQuick(false).WithRepair(false))
+	if err != nil {
+		return nil, c.explain("check "+ref.String(), err)
+	}
+	return append(r.Images[id], r.ROImages[id]...), nil
+}
+
 // RemoveImages removes those of the images in pulled that are not in keep.
 // Pulled is the caller's record of what it has fetched itself; no other image
 // is touched, and neither is one that a container needs, which is [ErrInUse].

@@ -2,10 +2,7 @@ package snapshot
 
 import (
 	"bytes"
-	"crypto/ecdsa"
-	"crypto/x509"
 	"encoding/json"
-	"encoding/pem"
 	"errors"
 	"fmt"
 	"maps"
@@ -24,14 +21,14 @@ import (
 // Config is the content of config.json: all that a network decides for its
 // nodes. Every value has been checked by [Parse].
 type Config struct {
-	Schema     int      `json:"schema"` // 1
-	Network    Network  `json:"network"`
-	Limits     Limits   `json:"limits"`
-	Logs       Logs     `json:"logs"`
-	ImageKeys  []string `json:"image_keys"` // cosign public keys in PEM; any one of them may sign an image
-	Models     []Model  `json:"models"`     // what a node keeps; everything else is removed
-	Runtime    Runtime  `json:"runtime"`
-	Validation []Golden `json:"validation"` // must pass before a deployment becomes active
+	Schema     int        `json:"schema"` // 1
+	Network    Network    `json:"network"`
+	Limits     Limits     `json:"limits"`
+	Logs       Logs       `json:"logs"`
+	ImageTrust ImageTrust `json:"image_trust"`
+	Models     []Model    `json:"models"` // what a node keeps; everything else is removed
+	Runtime    Runtime    `json:"runtime"`
+	Validation []Golden   `json:"validation"` // must pass before a deployment becomes active
 }
 
 // Network names the network and says how its sessions work.
@@ -169,6 +166,9 @@ func ParseImageRef(s string) (ImageRef, error) {
 
 // Repository returns host[:port]/path.
 func (r ImageRef) Repository() string { return r.repository }
+
+// At returns another image of the same repository.
+func (r ImageRef) At(d digest.Digest) ImageRef { return ImageRef{r.repository, d} }
 
 // Digest returns the manifest's digest.
 func (r ImageRef) Digest() digest.Digest { return r.digest }
@@ -351,7 +351,6 @@ func (c *Config) check() error {
 		between(l.ResultTTL, "limits.result_ttl_s", 60, 30*day),
 		between(c.Logs.Interval, "logs.interval_s", 10, day),
 		between(c.Logs.BatchBytes, "logs.batch_bytes", 4<<10, 256<<10),
-		between(len(c.ImageKeys), "number of image_keys", 1, 16),
 		between(len(c.Models), "number of models", 1, maxModels),
 		between(len(c.Validation), "number of validation requests", 1, 64),
 	); err != nil {
@@ -362,10 +361,8 @@ func (c *Config) check() error {
 			return fmt.Errorf("network.message_keys[%d] is the zero address", i)
 		}
 	}
-	for i, k := range c.ImageKeys {
-		if err := checkKey(k); err != nil {
-			return fmt.Errorf("image_keys[%d]: %w", i, err)
-		}
+	if err := c.ImageTrust.check(); err != nil {
+		return fmt.Errorf("image_trust: %w", err)
 	}
 	names := map[string]*Model{}
 	for i := range c.Models {
@@ -489,22 +486,6 @@ func (r *Runtime) check(models map[string]*Model) error {
 		between(r.Stall, "stall_s", 1, 3600),
 		between(r.StopTimeout, "stop_timeout_s", 1, 600),
 	)
-}
-
-func checkKey(s string) error {
-	// Decode skips whatever stands before a block.
-	b, rest := pem.Decode([]byte(s))
-	if b == nil || b.Type != "PUBLIC KEY" || len(bytes.TrimSpace(rest)) != 0 || !strings.HasPrefix(s, "-----BEGIN") {
-		return errors.New("want one PEM block PUBLIC KEY, as cosign.pub has")
-	}
-	k, err := x509.ParsePKIXPublicKey(b.Bytes)
-	if err != nil {
-		return err
-	}
-	if _, ok := k.(*ecdsa.PublicKey); !ok {
-		return fmt.Errorf("%T: want an ECDSA key, as cosign makes", k)
-	}
-	return nil
 }
 
 func first(errs ...error) error {

@@ -186,14 +186,18 @@ func TestParseRefuses(t *testing.T) {
 		{"logs.batch_bytes", 4095, []any{"logs", "batch_bytes"}},
 		{"logs.batch_bytes", 256<<10 + 1, []any{"logs", "batch_bytes"}},
 
-		{"image_keys", []any{}, []any{"image_keys"}},
-		{"image_keys", many(17, key), []any{"image_keys"}},
-		{"image_keys[0]", "", []any{"image_keys", 0}},
-		{"image_keys[0]", "hello\n" + key, []any{"image_keys", 0}},
-		{"image_keys[0]", key + key, []any{"image_keys", 0}},
-		{"image_keys[0]", strings.ReplaceAll(key, "PUBLIC", "PRIVATE"), []any{"image_keys", 0}},
-		{"image_keys[0]", "-----BEGIN PUBLIC KEY-----\nAAAA\n-----END PUBLIC KEY-----\n", []any{"image_keys", 0}},
-		{"image_keys[0]: ed25519.PublicKey: want an ECDSA key", ed25519, []any{"image_keys", 0}},
+		{"image_trust: neither keys nor keyless", []any{}, []any{"image_trust", "keys"}},
+		{"image_trust: number of keys", many(17, key), []any{"image_trust", "keys"}},
+		{"image_trust: keys[0]", "", []any{"image_trust", "keys", 0}},
+		{"image_trust: keys[0]", "hello\n" + key, []any{"image_trust", "keys", 0}},
+		{"image_trust: keys[0]", key + key, []any{"image_trust", "keys", 0}},
+		{"image_trust: keys[0]", strings.ReplaceAll(key, "PUBLIC", "PRIVATE"), []any{"image_trust", "keys", 0}},
+		{"image_trust: keys[0]", "-----BEGIN PUBLIC KEY-----\nAAAA\n-----END PUBLIC KEY-----\n", []any{"image_trust", "keys", 0}},
+		{"image_trust: keys[0]: ed25519.PublicKey: want an ECDSA key", ed25519, []any{"image_trust", "keys", 0}},
+		{"image_trust: number of revoked", many(65, key), []any{"image_trust", "revoked"}},
+		{"image_trust: revoked[0]: want one PEM block", []any{"x"}, []any{"image_trust", "revoked"}},
+		{"image_trust: revoked[0]: it is among the keys", []any{strings.TrimSuffix(key, "\n")}, []any{"image_trust", "revoked"}},
+		{"image_trust: keys and keyless: podman's policy cannot ask for it", map[string]any{}, []any{"image_trust", "keyless"}},
 
 		{"number of models", []any{}, []any{"models"}},
 		{"number of models", many(65, model(file("a"))), []any{"models"}},
@@ -310,7 +314,7 @@ func fields(t reflect.Type, at string) []string {
 	var l []string
 	if t.Kind() == reflect.Struct {
 		for f := range t.Fields() {
-			if name := f.Tag.Get("json"); name != "" {
+			if name, _, _ := strings.Cut(f.Tag.Get("json"), ","); name != "" {
 				l = append(l, fields(f.Type, at+"."+name)...)
 			}
 		}

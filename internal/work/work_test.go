@@ -95,11 +95,11 @@ func config() *snapshot.Config {
 		panic(err)
 	}
 	return &snapshot.Config{
-		Schema:    1,
-		Network:   snapshot.Network{Name: "testnet", ChainID: 31337, MessageKeys: []evm.Address{{1}}, Heartbeat: 1, Window: 3, ClockWindow: 5},
-		Limits:    snapshot.Limits{RequestBytes: 4096, ResponseBytes: 200 << 10, Tokens: 100, Messages: 2, Deadline: 30, ResultTTL: 3600},
-		Logs:      snapshot.Logs{Interval: 900, BatchBytes: 64 << 10},
-		ImageKeys: []string{string(pem.EncodeToMemory(&pem.Block{Type: "PUBLIC KEY", Bytes: der}))},
+		Schema:     1,
+		Network:    snapshot.Network{Name: "testnet", ChainID: 31337, MessageKeys: []evm.Address{{1}}, Heartbeat: 1, Window: 3, ClockWindow: 5},
+		Limits:     snapshot.Limits{RequestBytes: 4096, ResponseBytes: 200 << 10, Tokens: 100, Messages: 2, Deadline: 30, ResultTTL: 3600},
+		Logs:       snapshot.Logs{Interval: 900, BatchBytes: 64 << 10},
+		ImageTrust: snapshot.ImageTrust{Keys: []string{string(pem.EncodeToMemory(&pem.Block{Type: "PUBLIC KEY", Bytes: der}))}},
 		Models: []snapshot.Model{{Name: "tiny", Version: "1", Format: "gguf", Files: []snapshot.File{{
 			Path: "tiny.gguf", Size: 4, SHA256: digest.Of([]byte("tiny")), Sources: []string{"https://models.test/tiny.gguf"},
 		}}}},

@@ -36,8 +36,8 @@ import (
 	"github.com/google/go-containerregistry/pkg/v1/remote"
 	"github.com/google/go-containerregistry/pkg/v1/static"
 	"github.com/google/go-containerregistry/pkg/v1/types"
-	intoto "github.com/in-toto/attestation/go/v1"
 	"github.com/sigstore/cosign/v2/pkg/cosign/bundle"
+	"github.com/sigstore/cosign/v2/pkg/oci"
 	comutate "github.com/sigstore/cosign/v2/pkg/oci/mutate"
 	coremote "github.com/sigstore/cosign/v2/pkg/oci/remote"
 	costatic "github.com/sigstore/cosign/v2/pkg/oci/static"
@@ -46,7 +46,6 @@ import (
 	"github.com/sigstore/sigstore/pkg/signature/dsse"
 	"github.com/sigstore/sigstore/pkg/signature/options"
 	"github.com/sigstore/sigstore/pkg/signature/payload"
-	"google.golang.org/protobuf/encoding/protojson"
 
 	"github.com/resultity/node/packaging/images"
 )
@@ -241,6 +240,10 @@ func (r *Registry) attach(ctx context.Context, ref name.Digest, body []byte, k *
 	if err != nil {
 		return err
 	}
+	return r.attachLayer(ctx, ref, layer)
+}
+
+func (r *Registry) attachLayer(ctx context.Context, ref name.Digest, layer oci.Signature) error {
 	opts := coremote.WithRemoteOptions(r.Options(ctx)...)
 	img, err := coremote.SignedEntity(ref, opts)
 	if err != nil {
@@ -260,15 +263,7 @@ func (r *Registry) attach(ctx context.Context, ref name.Digest, body []byte, k *
 // default: a signed statement about the image's digest, which refers to the
 // image as its subject.
 func (r *Registry) SignBundle(ctx context.Context, ref name.Digest, k *Key) error {
-	alg, sum, ok := strings.Cut(ref.DigestStr(), ":")
-	if !ok {
-		return fmt.Errorf("bad digest in %s", ref)
-	}
-	body, err := protojson.Marshal(&intoto.Statement{
-		Type:          intoto.StatementTypeUri,
-		Subject:       []*intoto.ResourceDescriptor{{Digest: map[string]string{alg: sum}}},
-		PredicateType: cotypes.CosignSignPredicateType,
-	})
+	body, err := statement(ref)
 	if err != nil {
 		return err
 	}
@@ -288,10 +283,5 @@ func (r *Registry) SignBundle(ctx context.Context, ref name.Digest, k *Key) erro
 	if err != nil {
 		return err
 	}
-	err = coremote.WriteAttestationNewBundleFormat(ref, b, cotypes.CosignSignPredicateType,
-		coremote.WithRemoteOptions(r.Options(ctx)...))
-	if err != nil {
-		return fmt.Errorf("writing the bundle of %s: %w", ref, err)
-	}
-	return nil
+	return r.attachBundle(ctx, ref, b)
 }

@@ -495,8 +495,8 @@ func (s *Stack) firstConfig(keys []evm.Address) (*snapshot.Config, error) {
 		Limits: snapshot.Limits{
 			RequestBytes: 256 << 10, ResponseBytes: 1 << 20, Tokens: 1000, Messages: 64, Deadline: 60, ResultTTL: 24 * 60 * 60,
 		},
-		Logs:      snapshot.Logs{Interval: 900, BatchBytes: 64 << 10},
-		ImageKeys: []string{string(pub)},
+		Logs:       snapshot.Logs{Interval: 900, BatchBytes: 64 << 10},
+		ImageTrust: snapshot.ImageTrust{Keys: []string{string(pub)}},
 		Models: []snapshot.Model{{
 			Name: model.Name, Version: "1", Format: "gguf",
 			Files: []snapshot.File{{

@@ -25,6 +25,7 @@ import (
 	"github.com/resultity/node/internal/bridge/contract"
 	"github.com/resultity/node/internal/deploy"
 	"github.com/resultity/node/internal/digest"
+	"github.com/resultity/node/internal/image"
 	"github.com/resultity/node/internal/podman"
 	"github.com/resultity/node/internal/publish"
 	"github.com/resultity/node/internal/quadlet"
@@ -36,6 +37,8 @@ import (
 // Calls that can be counted and made to fail.
 const (
 	EnsureImage  = "image.Ensure"
+	TrustImage   = "image.Trusted"
+	VerifyImage  = "image.Verify"
 	RetainImages = "image.Retain"
 	EnsureModel  = "model.Ensure"
 	RetainModels = "model.Retain"
@@ -152,6 +155,7 @@ func (m *Machine) Deployer() *deploy.Deployer {
 			return (*engine)(m)
 		},
 		Devices: func([]string) ([]string, error) { return nil, m.fail(context.Background(), Devices, nil) },
+		Newest:  func() *snapshot.Snapshot { return nil },
 		Allowed: []string{"nvidia.com/gpu=*"},
 		Ceiling: func(int) (int64, error) { return m.ceiling, nil },
 		Mounts:  func([]string) ([]string, error) { return nil, nil },
@@ -348,12 +352,31 @@ func (m *Machine) fail(ctx context.Context, call string, effect func() error) er
 
 type images Machine
 
-func (i *images) Ensure(ctx context.Context, ref snapshot.ImageRef, keys []string) error {
+func (i *images) Ensure(ctx context.Context, ref snapshot.ImageRef, own, now *snapshot.ImageTrust) error {
 	m := (*Machine)(i)
-	if len(keys) == 0 {
+	if len(own.Keys) == 0 || len(now.Keys) == 0 {
 		m.t.Error("an image is asked for without keys")
 	}
 	return m.fail(ctx, EnsureImage, func() error { m.images[ref] = true; return nil })
+}
+
+func (i *images) Trusted(ctx context.Context, _ snapshot.ImageRef, own, now *snapshot.ImageTrust) error {
+	return (*Machine)(i).fail(ctx, TrustImage, func() error {
+		if still, _ := own.Under(now); len(still.Keys) == 0 {
+			return image.ErrRevoked
+		}
+		return nil
+	})
+}
+
+func (i *images) Verify(ctx context.Context, ref snapshot.ImageRef) error {
+	m := (*Machine)(i)
+	return m.fail(ctx, VerifyImage, func() error {
+		if !m.images[ref] {
+			m.t.Errorf("image %s is looked at and not there", ref)
+		}
+		return nil
+	})
 }
 
 func (i *images) Retain(ctx context.Context, keep ...snapshot.ImageRef) error {

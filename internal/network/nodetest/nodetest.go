@@ -61,8 +61,8 @@ func Config(t testing.TB, key evm.Address) *snapshot.Config {
 		Limits: snapshot.Limits{
 			RequestBytes: 1 << 20, ResponseBytes: 1 << 20, Tokens: 1000, Messages: 32, Deadline: 30, ResultTTL: 3600,
 		},
-		Logs:      snapshot.Logs{Interval: 900, BatchBytes: 64 << 10},
-		ImageKeys: []string{string(pem.EncodeToMemory(&pem.Block{Type: "PUBLIC KEY", Bytes: der}))},
+		Logs:       snapshot.Logs{Interval: 900, BatchBytes: 64 << 10},
+		ImageTrust: snapshot.ImageTrust{Keys: []string{string(pem.EncodeToMemory(&pem.Block{Type: "PUBLIC KEY", Bytes: der}))}},
 		Models: []snapshot.Model{{Name: Model, Version: "1", Format: "gguf", Files: []snapshot.File{{
 			Path: "tiny.gguf", Size: 4, SHA256: digest.Of([]byte("tiny")), Sources: []string{"https://models.test/tiny.gguf"},
 		}}}},
