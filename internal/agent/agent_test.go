@@ -555,7 +555,7 @@ func TestHeartbeats(t *testing.T) {
 		defer f.run()()
 		pass(time.Second)
 		h := last[*wire.Heartbeat](f)
-		if h == nil || h.Config != s.Digest() || h.Runtime.State != active || h.Slots != 4 || len(h.Models) != 1 || h.Models[0].State != "active" || h.Draining {
+		if h == nil || h.Config != s.Digest() || h.Runtime.State != active || h.Slots != 4 || len(h.Models) != 2 || h.Models[0].State != "active" || h.Models[1].State != "archived" || h.Draining {
 			t.Fatalf("%+v", h)
 		}
 		pass(6*time.Second - time.Millisecond)

@@ -182,6 +182,8 @@ func (b *board) modelStates() []control.Model {
 		m := &b.snap.Config().Models[i]
 		done, state := b.models[m.Digest()], "pending"
 		switch {
+		case m.Archived:
+			state = "archived"
 		case b.active != nil && b.active.Model() == m.Digest():
 			done, state = m.Size(), "active"
 		case done == m.Size():

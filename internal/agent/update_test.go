@@ -51,7 +51,7 @@ func TestFirstStart(t *testing.T) {
 				t.Errorf("event %s: %d times", e.Name, f.book.count(e))
 			}
 		}
-		if m := f.Models(); len(m) != 1 || m[0].State != "active" || m[0].Done != m[0].Bytes {
+		if m := f.Models(); len(m) != 2 || m[0].State != "active" || m[0].Done != m[0].Bytes || m[1].State != "archived" {
 			t.Errorf("models %+v", m)
 		}
 		// From there on nothing happens but a question now and then.

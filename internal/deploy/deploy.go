@@ -199,6 +199,9 @@ func (d *Deployer) Stage(ctx context.Context, s *snapshot.Snapshot) (*Plan, erro
 	var dir string
 	for i := range c.Models {
 		m := &c.Models[i]
+		if m.Archived {
+			continue
+		}
 		where, err := d.Models.Ensure(ctx, m, func(done, total int64) { d.Progress(m, done, total) })
 		if err != nil {
 			return nil, &Error{Step: StepModel, Model: m.Digest(), Err: err}

@@ -196,7 +196,7 @@ func skeleton(o InitOptions, key evm.Address) any {
 		ImageTrust: snapshot.ImageTrust{Keys: []string{"FILL-IN: the text of cosign.pub"}, Revoked: []string{}},
 		Models: []object{{
 			"name": model, "version": "1", "format": "gguf",
-			"files": []object{{"path": "model.gguf", "size": 0, "sha256": hash, "sources": []string{"https://FILL-IN/model.gguf"}}},
+			"files": []object{{"path": "model.gguf", "size": 0, "sha256": hash, "chunks": object{"root": hash}, "sources": []string{"https://FILL-IN/model.gguf"}}},
 		}},
 		Runtime: object{
 			"engine": "llamacpp", "image": "registry.example/runtime@" + hash, "model": model,

@@ -31,7 +31,7 @@ func llamacpp(r *snapshot.Runtime, m *snapshot.Model) driver {
 	s := &r.Settings
 	command := []string{
 		"/usr/bin/llama-server",
-		"-m", modelsDir + "/" + m.Files[0].Path, // without it, it starts and serves nothing
+		"-m", modelsDir + "/" + m.Main(), // without it, it starts and serves nothing
 		"--alias", r.Model,
 		"--host", listen.Addr().String(),
 		"--port", fmt.Sprint(listen.Port()), // the default differs between versions

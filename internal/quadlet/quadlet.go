@@ -167,7 +167,7 @@ func (p *Params) fields() (*fields, error) {
 	r := &p.Config.Runtime
 	i := slices.IndexFunc(p.Config.Models, func(m snapshot.Model) bool { return m.Name == r.Model })
 	drive := drivers[r.Engine]
-	if i < 0 || len(p.Config.Models[i].Files) == 0 || drive == nil {
+	if i < 0 || p.Config.Models[i].Main() == "" || drive == nil {
 		return nil, fmt.Errorf("no model %.80q or no engine %.80q", r.Model, r.Engine)
 	}
 	d := drive(r, &p.Config.Models[i])

@@ -188,7 +188,7 @@ func TestRenderRefuses(t *testing.T) {
 		"path with comma":      {func(p *Params) { p.ModelDir = `/var/lib,rw` }, "model directory"},
 		"long socket path":     {func(p *Params) { p.SocketDir = "/run/" + strings.Repeat("x", 93) }, "107"},
 		"model name":           {func(p *Params) { p.Config.Models[1].Name, p.Config.Runtime.Model = "a b", "a b" }, "model"},
-		"model file":           {func(p *Params) { p.Config.Models[1].Files[0].Path = "a\nb" }, "argument"},
+		"model file":           {func(p *Params) { p.Config.Models[1].Files[0].Path = "a\nb.gguf" }, "argument"},
 		"device":               {func(p *Params) { p.Config.Runtime.Devices = []string{"a\nb"} }, "device"},
 		"device node":          {func(p *Params) { p.DeviceNodes = []string{"/dev/a b"} }, "argument"},
 		"relative device node": {func(p *Params) { p.DeviceNodes = []string{"dev/a"} }, "bridge options"},

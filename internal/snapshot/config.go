@@ -5,11 +5,7 @@ import (
 	"encoding/json"
 	"errors"
 	"fmt"
-	"maps"
-	"net/url"
-	"path"
 	"regexp"
-	"slices"
 	"strings"
 	"time"
 	"unicode/utf8"
@@ -55,41 +51,6 @@ type Limits struct {
 type Logs struct {
 	Interval   Seconds `json:"interval_s"`  // at least this often, if there is anything
 	BatchBytes int     `json:"batch_bytes"` // of one message, compressed
-}
-
-// Model is a named set of files.
-type Model struct {
-	Name    string `json:"name"`
-	Version string `json:"version"`
-	Format  string `json:"format"` // gguf or safetensors
-	Files   []File `json:"files"`
-}
-
-// File is one file of a model.
-type File struct {
-	Path    string        `json:"path"` // relative, slash-separated
-	Size    int64         `json:"size"` // bytes
-	SHA256  digest.Digest `json:"sha256"`
-	Sources []string      `json:"sources"` // https URLs, tried in turn
-}
-
-// Digest names the model's content: SHA-256 over the lines that sha256sum
-// prints for its files, sorted by path.
-func (m *Model) Digest() digest.Digest {
-	files := slices.SortedFunc(slices.Values(m.Files), func(a, b File) int { return strings.Compare(a.Path, b.Path) })
-	var b bytes.Buffer
-	for _, f := range files {
-		fmt.Fprintf(&b, "%s  %s\n", f.SHA256.Hex(), f.Path)
-	}
-	return digest.Of(b.Bytes())
-}
-
-// Size returns the bytes of all files.
-func (m *Model) Size() (n int64) {
-	for _, f := range m.Files {
-		n += f.Size
-	}
-	return n
 }
 
 // Runtime is the one container that a node runs.
@@ -293,8 +254,10 @@ func checkText(at, s string) (err error) {
 	switch {
 	case strings.HasPrefix(at, "network.message_keys["):
 		_, err = evm.ParseAddress(s)
-	case strings.HasSuffix(at, ".sha256"):
+	case strings.HasSuffix(at, ".sha256"), strings.HasSuffix(at, ".chunks.root"):
 		_, err = digest.Parse(s)
+	case strings.HasSuffix(at, ".chunks.hashes"):
+		err = checkBase64(s)
 	case at == "runtime.image":
 		_, err = ParseImageRef(s)
 	}
@@ -315,6 +278,7 @@ const (
 	maxDepth     = 8 // of nested JSON; the deepest field lies at 5
 	maxModels    = 64
 	maxFiles     = 1024
+	maxSources   = 16
 	maxFileBytes = 4 << 40
 	maxBody      = 16 << 20
 	day          = Seconds(24 * 60 * 60)
@@ -397,62 +361,6 @@ func (c *Config) check() error {
 	return nil
 }
 
-func (m *Model) check() error {
-	if err := first(
-		named(m.Name, "name", namePattern), named(m.Version, "version", versionPattern),
-		between(len(m.Files), "number of files", 1, maxFiles),
-	); err != nil {
-		return err
-	}
-	if m.Format != "gguf" && m.Format != "safetensors" {
-		return fmt.Errorf("format %.40q: want gguf or safetensors; other formats can carry code", m.Format)
-	}
-	seen := map[string]bool{}
-	for i, f := range m.Files {
-		if err := f.check(); err != nil {
-			return fmt.Errorf("files[%d]: %w", i, err)
-		}
-		if seen[f.Path] {
-			return fmt.Errorf("files[%d]: a second %q", i, f.Path)
-		}
-		// A path may not be a file and a directory at once.
-		for d := path.Dir(f.Path); d != "."; d = path.Dir(d) {
-			if seen[d] {
-				return fmt.Errorf("files[%d]: %q lies below the file %q", i, f.Path, d)
-			}
-		}
-		for p := range maps.Keys(seen) {
-			if strings.HasPrefix(p, f.Path+"/") {
-				return fmt.Errorf("files[%d]: %q lies below the file %q", i, p, f.Path)
-			}
-		}
-		seen[f.Path] = true
-	}
-	return nil
-}
-
-var pathPattern = regexp.MustCompile(`^[A-Za-z0-9][A-Za-z0-9._-]{0,127}(/[A-Za-z0-9][A-Za-z0-9._-]{0,127}){0,3}$`)
-
-func (f *File) check() error {
-	if err := first(
-		named(f.Path, "path", pathPattern),
-		between(f.Size, "size", 1, maxFileBytes),
-		between(len(f.Sources), "number of sources", 1, 16),
-	); err != nil {
-		return err
-	}
-	if f.SHA256.IsZero() {
-		return errors.New("sha256 is missing")
-	}
-	for _, s := range f.Sources {
-		u, err := url.Parse(s)
-		if err != nil || u.Scheme != "https" || u.Hostname() == "" || u.User != nil || strings.Contains(s, "#") || len(s) > 2048 {
-			return fmt.Errorf("source %.200q: want an https URL without user or fragment", s)
-		}
-	}
-	return nil
-}
-
 func (r *Runtime) check(models map[string]*Model) error {
 	m := models[r.Model]
 	switch {
@@ -460,9 +368,13 @@ func (r *Runtime) check(models map[string]*Model) error {
 		return fmt.Errorf("model %.80q is not among the models", r.Model)
 	case r.Engine != LlamaCpp && r.Engine != Ollama && r.Engine != VLLM:
 		return fmt.Errorf("engine %.40q: this agent drives %s, %s and %s", r.Engine, LlamaCpp, Ollama, VLLM)
-	case r.Engine != VLLM && (m.Format != "gguf" || len(m.Files) != 1):
+	case m.Archived:
+		return fmt.Errorf("model %s is archived: it is kept, and served by nobody", r.Model)
+	case r.Engine != VLLM && m.Format != GGUF:
+		return fmt.Errorf("engine %s takes a model of format gguf", r.Engine)
+	case r.Engine == Ollama && len(m.weights()) != 1:
 		return fmt.Errorf("engine %s takes a model of one gguf file", r.Engine)
-	case r.Engine == VLLM && m.Format != "safetensors":
+	case r.Engine == VLLM && m.Format != Safetensors:
 		return fmt.Errorf("engine %s takes a model of format safetensors", r.Engine)
 	case r.Image == ImageRef{}:
 		return errors.New("image is missing")

@@ -2,6 +2,7 @@ package snapshot
 
 import (
 	"bytes"
+	"encoding/base64"
 	"encoding/json"
 	"errors"
 	"os"
@@ -103,17 +104,6 @@ func TestParseGolden(t *testing.T) {
 	}
 }
 
-func TestModelDigestIsThatOfSha256sum(t *testing.T) {
-	a, b := digest.Of([]byte("a")), digest.Of([]byte("b"))
-	m := Model{Files: []File{{Path: "z/b", SHA256: b}, {Path: "a", SHA256: a}}}
-	if got, want := m.Digest(), digest.Of([]byte(a.Hex()+"  a\n"+b.Hex()+"  z/b\n")); got != want {
-		t.Errorf("digest %s, want %s", got, want)
-	}
-	if m.Files[0].Path != "z/b" {
-		t.Error("Digest sorted the caller's files")
-	}
-}
-
 // One bad value per field; the error must name it.
 func TestParseRefuses(t *testing.T) {
 	const zeros = "sha256:0000000000000000000000000000000000000000000000000000000000000000"
@@ -121,7 +111,7 @@ func TestParseRefuses(t *testing.T) {
 		return map[string]any{"name": "m", "version": "1", "format": "gguf", "files": files}
 	}
 	file := func(path string) map[string]any {
-		return map[string]any{"path": path, "size": 1, "sha256": digest.Of([]byte(path)).String(), "sources": []string{"https://h/f"}}
+		return map[string]any{"path": path, "size": 1, "sha256": digest.Of([]byte(path)).String(), "chunks": map[string]any{"root": digest.Of([]byte{1}).String()}, "sources": []string{"https://h/f"}}
 	}
 	many := func(n int, v any) []any {
 		l := make([]any, n)
@@ -200,16 +190,16 @@ func TestParseRefuses(t *testing.T) {
 		{"image_trust: keys and keyless: podman's policy cannot ask for it", map[string]any{}, []any{"image_trust", "keyless"}},
 
 		{"number of models", []any{}, []any{"models"}},
-		{"number of models", many(65, model(file("a"))), []any{"models"}},
-		{"models[1]: a second \"m\"", []any{model(file("a")), model(file("b"))}, []any{"models"}},
+		{"number of models", many(65, model(file("a.gguf"))), []any{"models"}},
+		{"models[1]: a second \"m\"", []any{model(file("a.gguf")), model(file("b.gguf"))}, []any{"models"}},
 		{"models[0]: name", "../m", []any{"models", 0, "name"}},
 		{"models[0]: version", "1 2", []any{"models", 0, "version"}},
 		{"models[0]: format", "pickle", []any{"models", 0, "format"}},
 		{"models[0]: number of files", []any{}, []any{"models", 0, "files"}},
-		{"models[0]: number of files", many(1025, file("a")), []any{"models", 0, "files"}},
-		{"models[0]: files[1]: a second \"a\"", []any{file("a"), file("a")}, []any{"models", 0, "files"}},
-		{"models[0]: files[1]: \"a/b\" lies below the file \"a\"", []any{file("a"), file("a/b")}, []any{"models", 0, "files"}},
-		{"models[0]: files[1]: \"a/b/c\" lies below the file \"a\"", []any{file("a/b/c"), file("a")}, []any{"models", 0, "files"}},
+		{"models[0]: number of files", many(1025, file("a.gguf")), []any{"models", 0, "files"}},
+		{"models[0]: files[1]: a second \"a.gguf\"", []any{file("a.gguf"), file("a.gguf")}, []any{"models", 0, "files"}},
+		{"models[0]: files[0]: \"a.gguf\" is a file and a directory", []any{file("a.gguf"), file("a.gguf/b.gguf")}, []any{"models", 0, "files"}},
+		{"models[0]: files[1]: \"a.gguf\" is a file and a directory", []any{file("a.gguf/b/c.gguf"), file("a.gguf")}, []any{"models", 0, "files"}},
 		{"models[0]: files[0]: path", "/etc/passwd", []any{"models", 0, "files", 0, "path"}},
 		{"models[0]: files[0]: path", "../m", []any{"models", 0, "files", 0, "path"}},
 		{"models[0]: files[0]: path", "a/../m", []any{"models", 0, "files", 0, "path"}},
@@ -237,11 +227,33 @@ func TestParseRefuses(t *testing.T) {
 		{"models[0]: files[0]: source", "https://h/" + strings.Repeat("f", 2048), []any{"models", 0, "files", 0, "sources", 0}},
 		{"models[0]: files[0]: source", "https://h/\n", []any{"models", 0, "files", 0, "sources", 0}},
 
+		{"models[1].files[1].chunks.root: digest", "", []any{"models", 1, "files", 1, "chunks", "root"}},
+		{"chunks: root is missing", drop, []any{"models", 1, "files", 1, "chunks"}},
+		{"chunks: list of chunk hashes is not the one of this root", base64.StdEncoding.EncodeToString(make([]byte, 64)), []any{"models", 1, "files", 1, "chunks", "hashes"}},
+		{"chunks: list of chunk hashes is not the one of this root: it has 65", base64.StdEncoding.EncodeToString(make([]byte, 65)), []any{"models", 1, "files", 1, "chunks", "hashes"}},
+		{"models[1].files[1].chunks.hashes: want base64", "AAA=\n", []any{"models", 1, "files", 1, "chunks", "hashes"}},
+		{"models[1].files[1].chunks.hashes: illegal base64", "!", []any{"models", 1, "files", 1, "chunks", "hashes"}},
+		{"chunks: hashes or sources are empty", "", []any{"models", 1, "files", 1, "chunks", "hashes"}},
+		{"chunks: want either hashes or sources", drop, []any{"models", 1, "files", 1, "chunks", "hashes"}},
+		{"chunks: want either hashes or sources", []any{"https://h/f"}, []any{"models", 1, "files", 1, "chunks", "sources"}},
+		{"chunks: a file of one chunk has neither", []any{"https://h/f"}, []any{"models", 1, "files", 0, "chunks", "sources"}},
+		{"chunks: hashes or sources are empty", []any{}, []any{"models", 1, "files", 2, "chunks", "sources"}},
+		{"chunks: number of sources", many(17, "https://h/f"), []any{"models", 1, "files", 2, "chunks", "sources"}},
+		{"chunks: source \"oci://", []any{"oci://h/x@" + digest.Of(nil).String()}, []any{"models", 1, "files", 2, "chunks", "sources"}},
+		{"models[0]: files[0]: source: image \"h/x:latest\"", "oci://h/x:latest", []any{"models", 0, "files", 0, "sources", 0}},
+		{"model tiny-chat is archived", true, []any{"models", 0, "archived"}},
+		{"\"model.sig\" is no file of a model of format safetensors", "x", []any{"models", 1, "signature", "file"}},
+		{"\"model.sig\" is no file of a model of format safetensors: such files can run code", "config.json", []any{"models", 1, "signature", "file"}},
+		{"signature: number of keys", []any{}, []any{"models", 1, "signature", "keys"}},
+		{"signature: keys[0]: ed25519.PublicKey", ed25519, []any{"models", 1, "signature", "keys", 0}},
+		{"signature: file \"model.sig\" is not among the files", []any{file("config.json")}, []any{"models", 1, "files"}},
+		{"the parts of a split gguf file are not all here", []any{file("m-00001-of-00002.gguf")}, []any{"models", 0, "files"}},
+
 		{"runtime: engine", "tgi", []any{"runtime", "engine"}},
 		{"runtime: engine", "", []any{"runtime", "engine"}},
 		{"runtime: engine vllm takes a model of format safetensors", "vllm", []any{"runtime", "engine"}},
-		{"runtime: engine llamacpp takes a model of one gguf file", []any{file("a"), file("b")}, []any{"models", 0, "files"}},
-		{"runtime: engine llamacpp takes a model of one gguf file", "safetensors", []any{"models", 0, "format"}},
+		{"models[0]: file \"a.gguf\" is no part of a split gguf file", []any{file("a.gguf"), file("b.gguf")}, []any{"models", 0, "files"}},
+		{"models[0]: files[0]: \"tiny-chat-q8_0.gguf\" is no file of a model of format safetensors", "safetensors", []any{"models", 0, "format"}},
 		{"runtime: model \"other\" is not among the models", "other", []any{"runtime", "model"}},
 		{"runtime: image is missing", drop, []any{"runtime", "image"}},
 		{"runtime: image is missing", nil, []any{"runtime", "image"}},
@@ -308,7 +320,7 @@ func TestParseRefuses(t *testing.T) {
 
 // fields lists the JSON paths of all fields below t that hold no struct.
 func fields(t reflect.Type, at string) []string {
-	for t.Kind() == reflect.Slice {
+	for t.Kind() == reflect.Slice || t.Kind() == reflect.Pointer {
 		t = t.Elem()
 	}
 	var l []string

@@ -28,6 +28,7 @@ import (
 	"github.com/theupdateframework/go-tuf/v2/metadata"
 	"github.com/theupdateframework/go-tuf/v2/metadata/trustedmetadata"
 
+	"github.com/resultity/node/internal/chunk"
 	"github.com/resultity/node/internal/digest"
 	"github.com/resultity/node/internal/evm"
 	"github.com/resultity/node/internal/openai"
@@ -101,7 +102,7 @@ func config() *snapshot.Config {
 		Logs:       snapshot.Logs{Interval: 900, BatchBytes: 64 << 10},
 		ImageTrust: snapshot.ImageTrust{Keys: []string{string(pem.EncodeToMemory(&pem.Block{Type: "PUBLIC KEY", Bytes: der}))}},
 		Models: []snapshot.Model{{Name: "tiny", Version: "1", Format: "gguf", Files: []snapshot.File{{
-			Path: "tiny.gguf", Size: 4, SHA256: digest.Of([]byte("tiny")), Sources: []string{"https://models.test/tiny.gguf"},
+			Path: "tiny.gguf", Size: 4, SHA256: digest.Of([]byte("tiny")), Chunks: snapshot.Chunks{Root: digest.FromSum(chunk.Hash([]byte("tiny")))}, Sources: []string{"https://models.test/tiny.gguf"},
 		}}}},
 		Runtime: snapshot.Runtime{
 			Engine: snapshot.LlamaCpp, Image: image, Model: "tiny", Settings: snapshot.Settings{Context: 1024, Slots: 2},

@@ -13,6 +13,7 @@ import (
 	"strings"
 	"time"
 
+	"github.com/resultity/node/internal/chunk"
 	"github.com/resultity/node/internal/control"
 	"github.com/resultity/node/internal/digest"
 	"github.com/resultity/node/internal/gate"
@@ -123,7 +124,7 @@ func (d *demo) flippedByte(ctx context.Context) error {
 			m := c.Models[0]
 			f := m.Files[0]
 			f.Sources = []string{strings.TrimSuffix(f.Sources[0], model.FileName) + "flipped.gguf"}
-			f.SHA256 = digest.Of(want)
+			f.SHA256, f.Chunks.Root = digest.Of(want), digest.FromSum(chunk.Hash(want)) // it is one chunk
 			m.Name, m.Files = "flipped", []snapshot.File{f}
 			c.Models = append(c.Models, m)
 		})

@@ -2,6 +2,7 @@ package faults
 
 import (
 	"bufio"
+	"bytes"
 	"context"
 	"errors"
 	"fmt"
@@ -12,7 +13,6 @@ import (
 	"time"
 
 	"github.com/resultity/node/internal/control"
-	"github.com/resultity/node/internal/digest"
 	"github.com/resultity/node/internal/gate"
 	"github.com/resultity/node/internal/snapshot"
 	"github.com/resultity/node/test/host"
@@ -287,16 +287,16 @@ const maxModels = 4
 
 func anotherModel(_ context.Context, w *World) (func(*snapshot.Config), error) {
 	data, address := w.Site.Put(1 << 20)
-	sum := digest.Of(data)
+	file, err := snapshot.NewFile("m.gguf", bytes.NewReader(data), address)
 	return func(c *snapshot.Config) {
 		if len(c.Models) >= maxModels {
 			c.Models = append(c.Models[:1:1], c.Models[2:]...) // the first one is served
 		}
 		c.Models = append(c.Models, snapshot.Model{
-			Name: "m" + sum.Hex()[:8], Version: "1", Format: "gguf",
-			Files: []snapshot.File{{Path: "m.gguf", Size: int64(len(data)), SHA256: sum, Sources: []string{address}}},
+			Name: "m" + file.SHA256.Hex()[:8], Version: "1", Format: "gguf",
+			Files: []snapshot.File{file},
 		})
-	}, nil
+	}, err
 }
 
 // anotherImage is the same engine with other bytes behind it.

@@ -110,6 +110,8 @@ func (s *Site) Be(t Trouble) { s.trouble.Store(int32(t)) }
 func (s *Site) Put(size int) (data []byte, address string) {
 	data = make([]byte, size)
 	_, _ = rand.Read(data) // it never fails: it ends the program instead
+	copy(data, "GGUF\x03\x00\x00\x00")
+	clear(data[8:24]) // no tensors and no metadata
 	path := "/" + rand.Text()
 	s.mu.Lock()
 	defer s.mu.Unlock()

@@ -27,7 +27,6 @@ import (
 
 	"golang.org/x/sys/unix"
 
-	"github.com/resultity/node/internal/digest"
 	"github.com/resultity/node/internal/evm"
 	"github.com/resultity/node/internal/snapshot"
 	"github.com/resultity/node/packaging/images"
@@ -482,7 +481,8 @@ func (s *Stack) firstConfig(keys []evm.Address) (*snapshot.Config, error) {
 	if err != nil {
 		return nil, err
 	}
-	sum, err := digest.ParseHex(model.SHA256)
+	file, err := snapshot.NewFile(model.FileName, bytes.NewReader(model.GGUF()),
+		"https://"+net.JoinHostPort(s.net.Addr().String(), s.net.modelPort)+"/"+model.FileName)
 	if err != nil {
 		return nil, err
 	}
@@ -499,10 +499,7 @@ func (s *Stack) firstConfig(keys []evm.Address) (*snapshot.Config, error) {
 		ImageTrust: snapshot.ImageTrust{Keys: []string{string(pub)}},
 		Models: []snapshot.Model{{
 			Name: model.Name, Version: "1", Format: "gguf",
-			Files: []snapshot.File{{
-				Path: model.FileName, Size: int64(len(model.GGUF())), SHA256: sum,
-				Sources: []string{"https://" + net.JoinHostPort(s.net.Addr().String(), s.net.modelPort) + "/" + model.FileName},
-			}},
+			Files: []snapshot.File{file},
 		}},
 		Runtime: snapshot.Runtime{
 			Engine: snapshot.LlamaCpp, Image: s.Image, Model: model.Name,

@@ -746,7 +746,7 @@ func Model(n int) map[string]any {
 	return map[string]any{
 		"name": "tiny-chat", "version": fmt.Sprint(n), "format": "gguf",
 		"files": []any{map[string]any{
-			"path": "tiny-chat.gguf", "size": 1000 + n, "sha256": digest.Of([]byte{byte(n), 1}).String(),
+			"path": "tiny-chat.gguf", "size": 1000 + n, "sha256": digest.Of([]byte{byte(n), 1}).String(), "chunks": map[string]any{"root": digest.Of([]byte{byte(n), 2}).String()},
 			"sources": []string{"https://models.example.net/tiny-chat.gguf"},
 		}},
 	}

@@ -26,6 +26,7 @@ import (
 
 	"github.com/gorilla/websocket"
 
+	"github.com/resultity/node/internal/chunk"
 	"github.com/resultity/node/internal/digest"
 	"github.com/resultity/node/internal/evm"
 	"github.com/resultity/node/internal/receipt"
@@ -64,7 +65,8 @@ func Config(t testing.TB, key evm.Address) *snapshot.Config {
 		Logs:       snapshot.Logs{Interval: 900, BatchBytes: 64 << 10},
 		ImageTrust: snapshot.ImageTrust{Keys: []string{string(pem.EncodeToMemory(&pem.Block{Type: "PUBLIC KEY", Bytes: der}))}},
 		Models: []snapshot.Model{{Name: Model, Version: "1", Format: "gguf", Files: []snapshot.File{{
-			Path: "tiny.gguf", Size: 4, SHA256: digest.Of([]byte("tiny")), Sources: []string{"https://models.test/tiny.gguf"},
+			Path: "tiny.gguf", Size: 4, SHA256: digest.Of([]byte("tiny")), Chunks: snapshot.Chunks{Root: digest.FromSum(chunk.Hash([]byte("tiny")))},
+			Sources: []string{"https://models.test/tiny.gguf"},
 		}}}},
 		Runtime: snapshot.Runtime{
 			Engine: snapshot.LlamaCpp, Image: image, Model: Model, Settings: snapshot.Settings{Context: 1024, Slots: 4},
