@@ -69,11 +69,11 @@
 //
 // Imports go downward only; test/rules holds the list and fails otherwise.
 //
-//	leaves  failpoint; digest, durable, evm, gate, journal, version
+//	leaves  failpoint; digest, durable, evm, gate, journal, version; chunk
 //	pure    receipt, binding; wire, snapshot, bridge/contract; openai, quadlet,
 //	        chain                                                no I/O, no clock
 //	        config                                                               reads its files, no more
-//	edges   identity, signer, tuf, session, image, model, podman, systemd,       one thing outside each
+//	edges   model/fetch; identity, signer, tuf, session, image, model, podman, systemd,       one thing outside each
 //	        runtime, state, generation, order, spool, preflight, support;
 //	        sandbox, control, hardware
 //	order   deploy, work

@@ -15,6 +15,7 @@ import (
 	"github.com/resultity/node/internal/gate"
 	"github.com/resultity/node/internal/image"
 	"github.com/resultity/node/internal/model"
+	"github.com/resultity/node/internal/model/fetch"
 	"github.com/resultity/node/internal/podman"
 	"github.com/resultity/node/internal/sandbox"
 	"github.com/resultity/node/internal/session"
@@ -99,7 +100,7 @@ func TestGates(t *testing.T) {
 		{deploy.StepImage, image.ErrPull, "image", "registry"},
 		{deploy.StepModel, &model.NoSpaceError{}, "model", "free some space"},
 		{deploy.StepModel, digest.ErrMismatch, "model", "sources"},
-		{deploy.StepModel, model.ErrStalled, "model", "resumes"},
+		{deploy.StepModel, fetch.ErrStalled, "model", "resumes"},
 		{deploy.StepUnit, errBroken, "runtime", "lacks"},
 		{deploy.StepStart, errBroken, "runtime", "journalctl"},
 		{deploy.StepSandbox, sandbox.ErrNotSealed, "sandbox", "drop-in"},

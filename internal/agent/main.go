@@ -26,6 +26,7 @@ import (
 	"github.com/resultity/node/internal/image"
 	"github.com/resultity/node/internal/journal"
 	"github.com/resultity/node/internal/model"
+	"github.com/resultity/node/internal/model/fetch"
 	"github.com/resultity/node/internal/podman"
 	"github.com/resultity/node/internal/quadlet"
 	"github.com/resultity/node/internal/runtime"
@@ -197,7 +198,7 @@ func New(ctx context.Context, cfg *config.Config, env func(string) string, log *
 	if a.gens, err = generation.Open(filepath.Join(m.dir(cfg), "generations"), time.Now); err != nil {
 		return a, inDir("paths.state", err)
 	}
-	models, err := model.Open(filepath.Join(cfg.Paths.State, "models"), a.sources, a.log)
+	models, err := model.Open(filepath.Join(cfg.Paths.State, "models"), fetch.New(a.sources.Transport, nil, a.log), a.log)
 	if err != nil {
 		return a, err
 	}

@@ -80,6 +80,12 @@ var (
 	MemoryExceeded     = event("7c1f2a2f6f8e4d6a9a4a5d1e0b7c3f73", "memory-exceeded", "The runtime wanted more memory than it may have", "The kernel ended it, and systemd starts it again. Until it is validated the node takes no jobs; jobs that ran move to other nodes. If it happens often, the network's configuration asks for more than this machine has, or runtime.memory_max of agent.toml is too low.")
 )
 
+// Sources and files of models.
+var (
+	ModelSourceFailed = event("3d0e8a51c2b94f6e9a7785f4d10c2b01", "model-source-failed", "A source of a model failed", "The message has the source and the cause. The others go on, and this one is asked again later, ever less often. A file that no source brings is another event (model-failed).")
+	ModelSourceWrong  = event("3d0e8a51c2b94f6e9a7785f4d10c2b02", "model-source-wrong", "A source of a model sent wrong bytes", "A chunk from @RESULTITY_SOURCE@ has another hash than the configuration says. It was thrown away before it was written, and the source is not asked again for this file. If it is a neighbour (models.neighbours of agent.toml), that machine is broken or hostile; else tell the network's operator.")
+)
+
 // The network's orders, and logs.
 var (
 	OrderDrain      = event("7c1f2a2f6f8e4d6a9a4a5d1e0b7c3f40", "order-drain", "The network has drained this node", "The network ordered this node to take no new jobs: @RESULTITY_REASON@. Running jobs are finished. Only the network takes this back, by an order to resume; a restart of the agent does not. A drain of your own (`resultityctl drain`) is another matter and stays whatever the network orders.")

@@ -3,22 +3,17 @@ package model
 import (
 	"bytes"
 	"context"
-	"crypto/tls"
-	"crypto/x509"
 	"encoding/pem"
 	"errors"
 	"fmt"
-	"io"
 	"io/fs"
 	"log/slog"
-	"math/rand/v2"
 	"net/http"
 	"net/http/httptest"
 	"os"
 	"path/filepath"
 	"runtime/pprof"
 	"slices"
-	"strconv"
 	"strings"
 	"sync"
 	"sync/atomic"
@@ -27,6 +22,8 @@ import (
 	"time"
 
 	"github.com/resultity/node/internal/digest"
+	"github.com/resultity/node/internal/model/fetch"
+	"github.com/resultity/node/internal/model/modeltest"
 	"github.com/resultity/node/internal/snapshot"
 )
 
@@ -65,50 +62,26 @@ func leaks() int {
 	return 1
 }
 
-// content makes n bytes that compress badly and repeat nowhere.
-func content(n int) []byte {
-	b := make([]byte, n)
-	src := rand.NewChaCha8([32]byte{byte(n), byte(n >> 8), byte(n >> 16)})
-	_, _ = src.Read(b) // never fails
-	return b
+var (
+	content = modeltest.Content
+	modelOf = modeltest.Model
+	fileOf  = modeltest.File
+	serve   = modeltest.Serve
+)
+
+// fetcher reaches the servers, and does not wait for long.
+func fetcher(servers ...*httptest.Server) *fetch.Fetcher {
+	x := fetch.New(modeltest.Transport(servers...), nil, slog.New(slog.DiscardHandler))
+	x.Pace.Delays = []time.Duration{time.Millisecond, time.Millisecond}
+	return x
 }
 
-func modelOf(files ...snapshot.File) *snapshot.Model {
-	return &snapshot.Model{Name: "m", Version: "1", Format: "gguf", Files: files}
-}
-
-func fileOf(name string, b []byte, sources ...string) snapshot.File {
-	return snapshot.File{Path: name, Size: int64(len(b)), SHA256: digest.Of(b), Sources: sources}
-}
-
-// serve runs a TLS server for the test.
-func serve(t testing.TB, h http.HandlerFunc) *httptest.Server {
+func open(t testing.TB, dir string, servers ...*httptest.Server) *Store {
 	t.Helper()
-	srv := httptest.NewUnstartedServer(h)
-	srv.Config.ErrorLog = slog.NewLogLogger(slog.DiscardHandler, slog.LevelError)
-	srv.StartTLS()
-	t.Cleanup(srv.Close)
-	return srv
-}
-
-// clientFor trusts all of the servers.
-func clientFor(servers ...*httptest.Server) *http.Client {
-	pool := x509.NewCertPool()
-	for _, s := range servers {
-		if c := s.Certificate(); c != nil {
-			pool.AddCert(c)
-		}
-	}
-	return &http.Client{Transport: &http.Transport{TLSClientConfig: &tls.Config{RootCAs: pool}, DisableKeepAlives: true}}
-}
-
-func open(t testing.TB, dir string, c *http.Client) *Store {
-	t.Helper()
-	s, err := Open(dir, c, slog.New(slog.DiscardHandler))
+	s, err := Open(dir, fetcher(servers...), slog.New(slog.DiscardHandler))
 	if err != nil {
 		t.Fatal(err)
 	}
-	s.pace.delays = []time.Duration{time.Millisecond, time.Millisecond}
 	s.margin = 1 << 20
 	t.Cleanup(func() { _ = s.Close() })
 	return s
@@ -141,56 +114,6 @@ func finals(t testing.TB, dir string) []string {
 	})
 }
 
-// good serves b with ranges, and notes what it was asked for.
-type good struct {
-	b    []byte
-	etag string
-
-	mu     sync.Mutex
-	ranges []string // Range and If-Range of each request
-	sent   int64
-}
-
-func (g *good) ServeHTTP(w http.ResponseWriter, r *http.Request) {
-	g.mu.Lock()
-	g.ranges = append(g.ranges, r.Header.Get("Range")+" "+r.Header.Get("If-Range"))
-	g.mu.Unlock()
-	if g.etag != "" {
-		w.Header().Set("ETag", g.etag)
-	}
-	cw := &countingWriter{ResponseWriter: w}
-	http.ServeContent(cw, r, "", time.Time{}, bytes.NewReader(g.b))
-	g.mu.Lock()
-	g.sent += cw.n
-	g.mu.Unlock()
-}
-
-// asked returns what the requests so far asked for.
-func (g *good) asked() []string {
-	g.mu.Lock()
-	defer g.mu.Unlock()
-	return slices.Clone(g.ranges)
-}
-
-// served returns the bytes of all bodies; no more requests can be made.
-func (g *good) served(srv *httptest.Server) int64 {
-	srv.Close() // waits for the handlers
-	g.mu.Lock()
-	defer g.mu.Unlock()
-	return g.sent
-}
-
-type countingWriter struct {
-	http.ResponseWriter
-	n int64
-}
-
-func (w *countingWriter) Write(b []byte) (int, error) {
-	n, err := w.ResponseWriter.Write(b)
-	w.n += int64(n)
-	return n, err
-}
-
 func TestEnsure(t *testing.T) {
 	a, b := content(3<<20+17), content(5)
 	var requests atomic.Int32
@@ -200,7 +123,7 @@ func TestEnsure(t *testing.T) {
 		http.ServeContent(w, r, "", time.Time{}, bytes.NewReader(body))
 	})
 	m := modelOf(fileOf("weights/a.gguf", a, srv.URL+"/a"), fileOf("b.json", b, srv.URL+"/b"), fileOf("same.json", b, srv.URL+"/b"))
-	s := open(t, filepath.Join(t.TempDir(), "store"), clientFor(srv))
+	s := open(t, filepath.Join(t.TempDir(), "store"), srv)
 	if s.Have(m) {
 		t.Fatal("has it before it was fetched")
 	}
@@ -267,7 +190,7 @@ func TestEnsure(t *testing.T) {
 
 func TestHaveSeesWhatIsNotTheModel(t *testing.T) {
 	b := content(1000)
-	srv := serve(t, (&good{b: b}).ServeHTTP)
+	srv := serve(t, (&modeltest.Good{B: b}).ServeHTTP)
 	m := modelOf(fileOf("d/a", b, srv.URL))
 	for name, spoil := range map[string]func(dir string) error{
 		"file removed": func(dir string) error { return os.Remove(filepath.Join(dir, "d/a")) },
@@ -280,7 +203,7 @@ func TestHaveSeesWhatIsNotTheModel(t *testing.T) {
 		},
 	} {
 		t.Run(name, func(t *testing.T) {
-			s := open(t, t.TempDir(), clientFor(srv))
+			s := open(t, t.TempDir(), srv)
 			dir, err := s.Ensure(t.Context(), m, nil)
 			if err != nil {
 				t.Fatal(err)
@@ -301,421 +224,11 @@ func TestHaveSeesWhatIsNotTheModel(t *testing.T) {
 	}
 }
 
-// TestBadSources plays every source that must not be believed: alone it fails
-// with the named error and leaves nothing under a final name; with a good one
-// after it, the good one wins.
-func TestBadSources(t *testing.T) {
-	const size = 2<<20 + 100
-	b := content(size)
-	plain := httptest.NewServer(http.HandlerFunc(func(w http.ResponseWriter, _ *http.Request) { _, _ = w.Write(b) }))
-	t.Cleanup(plain.Close)
-	flipped := bytes.Clone(b)
-	flipped[size/2] ^= 1
-
-	cases := map[string]struct {
-		h    http.HandlerFunc
-		want error
-	}{
-		"one flipped byte": {func(w http.ResponseWriter, _ *http.Request) { _, _ = w.Write(flipped) }, digest.ErrMismatch},
-		"another file of the same size": {func(w http.ResponseWriter, _ *http.Request) {
-			_, _ = w.Write(make([]byte, size))
-		}, digest.ErrMismatch},
-		"says it is longer": {func(w http.ResponseWriter, _ *http.Request) {
-			w.Header().Set("Content-Length", strconv.Itoa(size+1))
-			_, _ = w.Write(b)
-		}, ErrLength},
-		"endless": {func(w http.ResponseWriter, r *http.Request) {
-			for r.Context().Err() == nil {
-				if _, err := w.Write(flipped); err != nil {
-					return
-				}
-			}
-		}, digest.ErrMismatch},
-		"says it is shorter": {func(w http.ResponseWriter, _ *http.Request) {
-			w.Header().Set("Content-Length", strconv.Itoa(size-1))
-			_, _ = w.Write(b[:size-1])
-		}, ErrLength},
-		"ends early": {func(w http.ResponseWriter, _ *http.Request) {
-			w.(http.Flusher).Flush() // no length
-			_, _ = w.Write(b[:size-1])
-		}, ErrLength},
-		"cuts the line each time": {func(w http.ResponseWriter, _ *http.Request) {
-			w.Header().Set("Content-Length", strconv.Itoa(size))
-			_, _ = w.Write(b[:1<<20])
-		}, io.ErrUnexpectedEOF},
-		"cuts, then another range": {func(w http.ResponseWriter, r *http.Request) {
-			if r.Header.Get("Range") == "" {
-				w.Header().Set("Content-Length", strconv.Itoa(size))
-				_, _ = w.Write(b[:1<<20])
-				return
-			}
-			w.Header().Set("Content-Range", fmt.Sprintf("bytes 0-%d/%d", size-1<<20-1, size))
-			w.WriteHeader(http.StatusPartialContent)
-			_, _ = w.Write(b[:size-1<<20])
-		}, ErrRange},
-		"a range nobody asked for": {func(w http.ResponseWriter, _ *http.Request) {
-			w.Header().Set("Content-Range", fmt.Sprintf("bytes 0-%d/%d", size-1, size))
-			w.WriteHeader(http.StatusPartialContent)
-			_, _ = w.Write(b)
-		}, ErrRange},
-		"encodes": {func(w http.ResponseWriter, r *http.Request) {
-			if r.Header.Get("Accept-Encoding") != "identity" {
-				return
-			}
-			w.Header().Set("Content-Encoding", "gzip")
-			_, _ = w.Write(b)
-		}, ErrEncoding},
-		"redirects to http": {func(w http.ResponseWriter, r *http.Request) {
-			http.Redirect(w, r, plain.URL, http.StatusFound)
-		}, ErrInsecure},
-		"redirects for ever": {func(w http.ResponseWriter, r *http.Request) {
-			http.Redirect(w, r, r.URL.Path+"x", http.StatusFound)
-		}, ErrRedirects},
-		"does not have it": {func(w http.ResponseWriter, _ *http.Request) { w.WriteHeader(http.StatusNotFound) }, ErrStatus},
-		"is out of order":  {func(w http.ResponseWriter, _ *http.Request) { w.WriteHeader(http.StatusBadGateway) }, ErrStatus},
-		"an error page":    {func(w http.ResponseWriter, _ *http.Request) { fmt.Fprint(w, "<html>sorry</html>") }, ErrLength},
-		"an empty answer":  {func(w http.ResponseWriter, _ *http.Request) { w.(http.Flusher).Flush() }, ErrLength},
-	}
-	for name, c := range cases {
-		t.Run(name, func(t *testing.T) {
-			bad := serve(t, c.h)
-			s := open(t, t.TempDir(), clientFor(bad))
-			m := modelOf(fileOf("f", b, bad.URL+"/f?token=secret"))
-			_, err := s.Ensure(t.Context(), m, nil)
-			if !errors.Is(err, c.want) {
-				t.Errorf("error %v, want %v", err, c.want)
-			}
-			if err != nil && strings.Contains(err.Error(), "secret") {
-				t.Errorf("the error shows the query: %v", err)
-			}
-			if got := finals(t, s.dir); len(got) != 0 || s.Have(m) {
-				t.Errorf("under a final name: %v", got)
-			}
-
-			g := &good{b: b, etag: `"g"`}
-			fine := serve(t, g.ServeHTTP)
-			s = open(t, s.dir, clientFor(bad, fine))
-			m.Files[0].Sources = append(m.Files[0].Sources, fine.URL)
-			dir, err := s.Ensure(t.Context(), m, nil)
-			if err != nil {
-				t.Fatalf("with a good source after it: %v", err)
-			}
-			if got, err := os.ReadFile(filepath.Join(dir, "f")); err != nil || !bytes.Equal(got, b) {
-				t.Errorf("got %d bytes, %v", len(got), err)
-			}
-		})
-	}
-
-	t.Run("asked once", func(t *testing.T) {
-		// Trying again cannot mend these, so it would only be a nuisance.
-		for _, code := range []int{http.StatusForbidden, http.StatusNotFound, http.StatusGone} {
-			var requests atomic.Int32
-			srv := serve(t, func(w http.ResponseWriter, _ *http.Request) {
-				requests.Add(1)
-				w.WriteHeader(code)
-			})
-			if _, err := open(t, t.TempDir(), clientFor(srv)).Ensure(t.Context(), modelOf(fileOf("f", b, srv.URL)), nil); !errors.Is(err, ErrStatus) {
-				t.Errorf("%d: %v", code, err)
-			}
-			if n := requests.Load(); n != 1 {
-				t.Errorf("%d: %d requests", code, n)
-			}
-		}
-	})
-	t.Run("unknown certificate", func(t *testing.T) {
-		g := &good{b: b}
-		srv := serve(t, g.ServeHTTP)
-		_, err := open(t, t.TempDir(), clientFor()).Ensure(t.Context(), modelOf(fileOf("f", b, srv.URL)), nil)
-		if _, ok := errors.AsType[*tls.CertificateVerificationError](err); !ok || len(g.asked()) != 0 {
-			t.Errorf("error %v, %d requests", err, len(g.asked()))
-		}
-	})
-	t.Run("http source", func(t *testing.T) {
-		_, err := open(t, t.TempDir(), clientFor()).Ensure(t.Context(), modelOf(fileOf("f", b, plain.URL)), nil)
-		if !errors.Is(err, ErrInsecure) {
-			t.Errorf("error %v", err)
-		}
-	})
-}
-
-// TestLongerBodyIsNotRead proves that nothing beyond the size is taken: a body
-// that goes on behind the right bytes neither spoils them nor is waited for.
-func TestLongerBodyIsNotRead(t *testing.T) {
-	b := content(1 << 20)
-	released := make(chan struct{})
-	srv := serve(t, func(w http.ResponseWriter, r *http.Request) {
-		defer close(released)
-		_, _ = w.Write(b)
-		_, _ = w.Write(b)
-		w.(http.Flusher).Flush()
-		<-r.Context().Done() // the client has hung up
-	})
-	s := open(t, t.TempDir(), clientFor(srv))
-	if _, err := s.Ensure(t.Context(), modelOf(fileOf("f", b, srv.URL)), nil); err != nil {
-		t.Fatal(err)
-	}
-	<-released
-	if got, want := finals(t, filepath.Join(s.dir, blobs)), []string{fmt.Sprintf("%s %d", digest.Of(b).Hex(), len(b))}; !slices.Equal(got, want) {
-		t.Errorf("got %v, want %v", got, want)
-	}
-}
-
-// cutter serves like good, but the first request only up to a byte.
-func cutter(g *good, at int) http.HandlerFunc {
-	var later atomic.Bool
-	return func(w http.ResponseWriter, r *http.Request) {
-		if later.Swap(true) {
-			g.ServeHTTP(w, r)
-			return
-		}
-		w.Header().Set("ETag", g.etag)
-		w.Header().Set("Content-Length", strconv.Itoa(len(g.b)))
-		_, _ = w.Write(g.b[:at])
-	}
-}
-
-func TestResumeAfterCut(t *testing.T) {
-	b := content(5<<20 + 3)
-	const at = 3<<20 + 1000
-	t.Run("same version", func(t *testing.T) {
-		g := &good{b: b, etag: `"v1"`}
-		srv := serve(t, cutter(g, at))
-		if _, err := open(t, t.TempDir(), clientFor(srv)).Ensure(t.Context(), modelOf(fileOf("f", b, srv.URL)), nil); err != nil {
-			t.Fatal(err)
-		}
-		if want := []string{fmt.Sprintf(`bytes=%d- "v1"`, at)}; !slices.Equal(g.asked(), want) {
-			t.Errorf("asked for %q, want %q", g.asked(), want)
-		}
-		if sent := g.served(srv); sent != int64(len(b)-at) {
-			t.Errorf("sent %d bytes again", sent-int64(len(b)-at))
-		}
-	})
-	t.Run("version changed", func(t *testing.T) {
-		// The first version is not ours; the second one is, and If-Range has
-		// the source send all of it.
-		g := &good{b: b, etag: `"v2"`}
-		var later atomic.Bool
-		old := serve(t, func(w http.ResponseWriter, r *http.Request) {
-			if later.Swap(true) {
-				g.ServeHTTP(w, r)
-				return
-			}
-			w.Header().Set("ETag", `"v1"`)
-			w.Header().Set("Content-Length", strconv.Itoa(len(b)))
-			_, _ = w.Write(make([]byte, at))
-		})
-		if _, err := open(t, t.TempDir(), clientFor(old)).Ensure(t.Context(), modelOf(fileOf("f", b, old.URL)), nil); err != nil {
-			t.Fatal(err)
-		}
-		asked, sent := g.asked(), g.served(old)
-		if len(asked) != 1 || !strings.HasSuffix(asked[0], `- "v1"`) || sent != int64(len(b)) {
-			t.Errorf("asked for %q, sent %d", asked, sent)
-		}
-	})
-	t.Run("ranges ignored", func(t *testing.T) {
-		var later atomic.Bool
-		srv := serve(t, func(w http.ResponseWriter, _ *http.Request) {
-			n := at
-			if later.Swap(true) {
-				n = len(b)
-			}
-			w.Header().Set("Content-Length", strconv.Itoa(len(b)))
-			_, _ = w.Write(b[:n])
-		})
-		if _, err := open(t, t.TempDir(), clientFor(srv)).Ensure(t.Context(), modelOf(fileOf("f", b, srv.URL)), nil); err != nil {
-			t.Fatal(err)
-		}
-	})
-	for name, refuse := range map[string]func(w http.ResponseWriter, r *http.Request){
-		"wrong range": func(w http.ResponseWriter, _ *http.Request) {
-			w.Header().Set("Content-Range", fmt.Sprintf("bytes 0-%d/%d", len(b)-1, len(b)))
-			w.WriteHeader(http.StatusPartialContent)
-			_, _ = w.Write(b)
-		},
-		"range not satisfiable": func(w http.ResponseWriter, _ *http.Request) {
-			w.WriteHeader(http.StatusRequestedRangeNotSatisfiable)
-		},
-	} {
-		t.Run(name, func(t *testing.T) {
-			var requests atomic.Int32
-			srv := serve(t, func(w http.ResponseWriter, r *http.Request) {
-				n := requests.Add(1)
-				if r.Header.Get("Range") != "" {
-					refuse(w, r)
-					return
-				}
-				w.Header().Set("Content-Length", strconv.Itoa(len(b)))
-				if n == 1 {
-					_, _ = w.Write(b[:at])
-					return
-				}
-				_, _ = w.Write(b)
-			})
-			if _, err := open(t, t.TempDir(), clientFor(srv)).Ensure(t.Context(), modelOf(fileOf("f", b, srv.URL)), nil); err != nil {
-				t.Fatal(err)
-			}
-			if n := requests.Load(); n != 3 {
-				t.Errorf("%d requests, want the cut one, the refused one and all from zero", n)
-			}
-		})
-	}
-	t.Run("another source goes on", func(t *testing.T) {
-		g := &good{b: b}
-		dead := serve(t, func(w http.ResponseWriter, r *http.Request) {
-			if r.Header.Get("Range") != "" {
-				w.WriteHeader(http.StatusServiceUnavailable)
-				return
-			}
-			w.Header().Set("ETag", `"dead"`)
-			w.Header().Set("Content-Length", strconv.Itoa(len(b)))
-			_, _ = w.Write(b[:at])
-		})
-		fine := serve(t, g.ServeHTTP)
-		if _, err := open(t, t.TempDir(), clientFor(dead, fine)).Ensure(t.Context(), modelOf(fileOf("f", b, dead.URL, fine.URL)), nil); err != nil {
-			t.Fatal(err)
-		}
-		// The tag of one source says nothing to another.
-		if want := []string{fmt.Sprintf("bytes=%d- ", at)}; !slices.Equal(g.asked(), want) {
-			t.Errorf("asked for %q, want %q", g.asked(), want)
-		}
-	})
-}
-
-// TestResumeAfterRestart leaves a partial file by ending the context and goes
-// on with a new store.
-func TestResumeAfterRestart(t *testing.T) {
-	b := content(4 << 20)
-	const at = 2 << 20
-	g := &good{b: b, etag: `"v1"`}
-	ctx, cancel := context.WithCancel(t.Context())
-	var later atomic.Bool
-	srv := serve(t, func(w http.ResponseWriter, r *http.Request) {
-		if later.Swap(true) {
-			g.ServeHTTP(w, r)
-			return
-		}
-		w.Header().Set("ETag", g.etag)
-		w.Header().Set("Content-Length", strconv.Itoa(len(b)))
-		_, _ = w.Write(b[:at])
-		w.(http.Flusher).Flush()
-		<-r.Context().Done()
-	})
-	m := modelOf(fileOf("f", b, srv.URL))
-	dir := t.TempDir()
-	_, err := open(t, dir, clientFor(srv)).Ensure(ctx, m, func(done, _ int64) {
-		if done == at {
-			cancel()
-		}
-	})
-	if !errors.Is(err, context.Canceled) {
-		t.Fatalf("interrupted with %v", err)
-	}
-	if got := finals(t, dir); len(got) != 0 {
-		t.Errorf("under a final name: %v", got)
-	}
-
-	damage := func(t *testing.T, change func([]byte) []byte) string {
-		t.Helper()
-		d := t.TempDir()
-		if err := os.CopyFS(d, os.DirFS(dir)); err != nil {
-			t.Fatal(err)
-		}
-		name := filepath.Join(d, blobs, m.Files[0].SHA256.Hex()+unverified)
-		part, err := os.ReadFile(name)
-		if err != nil {
-			t.Fatal(err)
-		}
-		if err := os.WriteFile(name, change(part), 0o600); err != nil {
-			t.Fatal(err)
-		}
-		return d
-	}
-	resumed := fmt.Sprintf(`bytes=%d- "v1"`, at)
-	for name, c := range map[string]struct {
-		change func([]byte) []byte
-		want   []string // requests
-	}{
-		"whole":         {func(p []byte) []byte { return p }, []string{resumed}},
-		"flipped byte":  {func(p []byte) []byte { p[5] ^= 1; return p }, []string{resumed, " "}},
-		"zeroed tail":   {func(p []byte) []byte { clear(p[at-4096:]); return p }, []string{resumed, " "}},
-		"too long":      {func(p []byte) []byte { return append(p, b...) }, []string{" "}},
-		"complete":      {func([]byte) []byte { return b }, nil},
-		"complete, bad": {func([]byte) []byte { return make([]byte, len(b)) }, []string{" "}},
-		"empty":         {func([]byte) []byte { return nil }, []string{" "}},
-	} {
-		t.Run(name, func(t *testing.T) {
-			before := len(g.asked())
-			s := open(t, damage(t, c.change), clientFor(srv))
-			if _, err := s.Ensure(t.Context(), m, nil); err != nil {
-				t.Fatal(err)
-			}
-			if got := g.asked()[before:]; !slices.Equal(got, c.want) {
-				t.Errorf("requests %q, want %q", got, c.want)
-			}
-			if err := s.Verify(t.Context(), m); err != nil {
-				t.Error(err)
-			}
-		})
-	}
-}
-
-// TestLiarCannotSpoilTheOthers: one source never brings a file that could be
-// found wrong. It begins wrongly and cuts the line, or ends what another has
-// begun. The other is honest, but its line is bad.
-func TestLiarCannotSpoilTheOthers(t *testing.T) {
-	const size, part = 3 << 20, 1<<20 + 1
-	b := content(size)
-	liar := serve(t, func(w http.ResponseWriter, r *http.Request) {
-		from := 0
-		if n, err := fmt.Sscanf(r.Header.Get("Range"), "bytes=%d-", &from); n == 1 && err == nil {
-			w.Header().Set("Content-Range", fmt.Sprintf("bytes %d-%d/%d", from, size-1, size))
-			w.WriteHeader(http.StatusPartialContent)
-			_, _ = w.Write(make([]byte, size-from))
-			return
-		}
-		w.Header().Set("Content-Length", strconv.Itoa(size))
-		_, _ = w.Write(make([]byte, part))
-	})
-	var requests atomic.Int32
-	honest := serve(t, func(w http.ResponseWriter, r *http.Request) {
-		n := requests.Add(1)
-		if n%2 == 0 || n > 100 {
-			w.WriteHeader(http.StatusServiceUnavailable)
-			return
-		}
-		from := 0
-		if r.Header.Get("Range") != "" {
-			if _, err := fmt.Sscanf(r.Header.Get("Range"), "bytes=%d-", &from); err != nil {
-				t.Error(err)
-			}
-			w.Header().Set("Content-Range", fmt.Sprintf("bytes %d-%d/%d", from, size-1, size))
-			w.Header().Set("Content-Length", strconv.Itoa(size-from))
-			w.WriteHeader(http.StatusPartialContent)
-		} else {
-			w.Header().Set("Content-Length", strconv.Itoa(size))
-		}
-		_, _ = w.Write(b[from:min(from+part, size)])
-	})
-	for name, sources := range map[string][]string{"honest first": {honest.URL, liar.URL}, "liar first": {liar.URL, honest.URL}} {
-		t.Run(name, func(t *testing.T) {
-			requests.Store(0)
-			s := open(t, t.TempDir(), clientFor(liar, honest))
-			m := modelOf(fileOf("f", b, sources...))
-			if _, err := s.Ensure(t.Context(), m, nil); err != nil {
-				t.Fatal(err)
-			}
-			if err := s.Verify(t.Context(), m); err != nil {
-				t.Error(err)
-			}
-		})
-	}
-}
-
 func TestConcurrentEnsureFetchesOnce(t *testing.T) {
 	b := content(2 << 20)
-	g := &good{b: b}
+	g := &modeltest.Good{B: b}
 	srv := serve(t, g.ServeHTTP)
-	s := open(t, t.TempDir(), clientFor(srv))
+	s := open(t, t.TempDir(), srv)
 	var wg sync.WaitGroup
 	for i := range 8 {
 		// Two models that share the file.
@@ -728,7 +241,7 @@ func TestConcurrentEnsureFetchesOnce(t *testing.T) {
 		})
 	}
 	wg.Wait()
-	if asked := g.asked(); len(asked) != 1 {
+	if asked := g.Asked(); len(asked) != 1 {
 		t.Errorf("%d requests", len(asked))
 	}
 	if len(s.locks.held) != 0 || len(s.busy) != 0 {
@@ -740,7 +253,7 @@ func TestConcurrentEnsureFetchesOnce(t *testing.T) {
 func TestWaiterTakesOver(t *testing.T) {
 	b := content(2 << 20)
 	arrived := make(chan struct{}, 2)
-	g := &good{b: b}
+	g := &modeltest.Good{B: b}
 	var later atomic.Bool
 	srv := serve(t, func(w http.ResponseWriter, r *http.Request) {
 		if !later.Swap(true) {
@@ -750,7 +263,7 @@ func TestWaiterTakesOver(t *testing.T) {
 		}
 		g.ServeHTTP(w, r)
 	})
-	s := open(t, t.TempDir(), clientFor(srv))
+	s := open(t, t.TempDir(), srv)
 	m := modelOf(fileOf("f", b, srv.URL))
 	ctx, cancel := context.WithCancel(t.Context())
 	var wg sync.WaitGroup
@@ -771,15 +284,19 @@ func TestWaiterTakesOver(t *testing.T) {
 
 func TestTwoProcessesDoNotMix(t *testing.T) {
 	b := content(1 << 20)
-	srv := serve(t, (&good{b: b}).ServeHTTP)
+	srv := serve(t, (&modeltest.Good{B: b}).ServeHTTP)
 	m := modelOf(fileOf("f", b, srv.URL))
 	dir := t.TempDir()
-	other := open(t, dir, clientFor(srv)) // another store is another process to flock
-	p, err := other.openPartial(t.Context(), &m.Files[0], func(int64) {})
+	other := open(t, dir, srv) // another store is another process to flock
+	list, err := other.list(t.Context(), &m.Files[0])
 	if err != nil {
 		t.Fatal(err)
 	}
-	s := open(t, dir, clientFor(srv))
+	p, err := other.openPartial(t.Context(), &m.Files[0], list)
+	if err != nil {
+		t.Fatal(err)
+	}
+	s := open(t, dir, srv)
 	if _, err := s.Ensure(t.Context(), m, nil); !errors.Is(err, syscall.EWOULDBLOCK) {
 		t.Fatalf("error %v", err)
 	}
@@ -808,7 +325,7 @@ func TestVerifyQuarantines(t *testing.T) {
 		http.ServeContent(w, r, "", time.Time{}, bytes.NewReader(body))
 	})
 	m := modelOf(fileOf("a", a, srv.URL+"/a"), fileOf("b", b, srv.URL+"/b"))
-	s := open(t, t.TempDir(), clientFor(srv))
+	s := open(t, t.TempDir(), srv)
 	if err := s.Verify(t.Context(), m); !errors.Is(err, ErrIncomplete) {
 		t.Errorf("verify of nothing: %v", err)
 	}
@@ -863,9 +380,9 @@ func flip(t *testing.T, name string) {
 
 func TestEnsureMendsTruncatedBlob(t *testing.T) {
 	b := content(1 << 20)
-	srv := serve(t, (&good{b: b}).ServeHTTP)
+	srv := serve(t, (&modeltest.Good{B: b}).ServeHTTP)
 	m := modelOf(fileOf("f", b, srv.URL))
-	s := open(t, t.TempDir(), clientFor(srv))
+	s := open(t, t.TempDir(), srv)
 	if _, err := s.Ensure(t.Context(), m, nil); err != nil {
 		t.Fatal(err)
 	}
@@ -887,7 +404,7 @@ func TestEnsureMendsTruncatedBlob(t *testing.T) {
 	// good file its name.
 	m2 := modelOf(fileOf("f", b, srv.URL))
 	m2.Files[0].Size++
-	if _, err := s.Ensure(t.Context(), m2, nil); !errors.Is(err, ErrLength) {
+	if _, err := s.Ensure(t.Context(), m2, nil); !errors.Is(err, fetch.ErrLength) {
 		t.Errorf("error %v", err)
 	}
 	if !s.Have(m) {
@@ -903,7 +420,7 @@ func TestRetain(t *testing.T) {
 	})
 	keep := modelOf(fileOf("a", a, srv.URL+"/a"), fileOf("s", shared, srv.URL+"/s"))
 	drop := modelOf(fileOf("b", b, srv.URL+"/b"), fileOf("s", shared, srv.URL+"/s"))
-	s := open(t, t.TempDir(), clientFor(srv))
+	s := open(t, t.TempDir(), srv)
 	for _, m := range []*snapshot.Model{keep, drop} {
 		if _, err := s.Ensure(t.Context(), m, nil); err != nil {
 			t.Fatal(err)
@@ -916,7 +433,8 @@ func TestRetain(t *testing.T) {
 	pending := content(4000)
 	partOf := func(b []byte) string { return filepath.Join(blobs, digest.Of(b).Hex()+unverified) }
 	for name, keep := range map[string]bool{
-		partOf(pending): true, partOf(pending) + ".json": true, // still to come
+		partOf(pending): true, filepath.Join(blobs, digest.Of(pending).Hex()+quarantined): true, // still to come
+		filepath.Join(blobs, digest.Of(a).Hex()+hashes): true, filepath.Join(blobs, digest.Of([]byte{1}).Hex()+hashes): false,
 		partOf(a):          false, // is there
 		partOf([]byte{1}):  false, // of nothing listed
 		"blobs/stray":      false,
@@ -951,7 +469,7 @@ func TestRetain(t *testing.T) {
 // TestRetainSparesRunningEnsure removes everything while a model is half there.
 func TestRetainSparesRunningEnsure(t *testing.T) {
 	a, b := content(1<<20), content(2<<20)
-	s := open(t, t.TempDir(), nil)
+	s := open(t, t.TempDir())
 	srv := serve(t, func(w http.ResponseWriter, r *http.Request) {
 		if r.URL.Path == "/a" {
 			_, _ = w.Write(a)
@@ -964,7 +482,7 @@ func TestRetainSparesRunningEnsure(t *testing.T) {
 		}
 		_, _ = w.Write(b[1<<20:])
 	})
-	s.client.Transport = clientFor(srv).Transport
+	s.fetcher = fetcher(srv)
 	m := modelOf(fileOf("a", a, srv.URL+"/a"), fileOf("b", b, srv.URL+"/b"))
 	if _, err := s.Ensure(t.Context(), m, nil); err != nil || !s.Have(m) {
 		t.Fatalf("%v", err)
@@ -973,9 +491,9 @@ func TestRetainSparesRunningEnsure(t *testing.T) {
 
 func TestNoPathEscapes(t *testing.T) {
 	b := content(100)
-	srv := serve(t, (&good{b: b}).ServeHTTP)
+	srv := serve(t, (&modeltest.Good{B: b}).ServeHTTP)
 	outer := t.TempDir()
-	s := open(t, filepath.Join(outer, "store"), clientFor(srv))
+	s := open(t, filepath.Join(outer, "store"), srv)
 	for _, p := range []string{"", ".", "..", "../x", "a/../../x", "/etc/x", "a//b", "./a", "a/../b", "x/"} {
 		if dir, err := s.Ensure(t.Context(), modelOf(fileOf(p, b, srv.URL)), nil); err == nil {
 			t.Errorf("took path %q into %s", p, dir)

@@ -3,93 +3,106 @@ package model
 import (
 	"context"
 	"crypto/sha256"
-	"encoding/json"
 	"errors"
 	"fmt"
-	"hash"
 	"io"
 	"io/fs"
-	"net/http"
 	"os"
 	"path"
-	"strings"
 	"sync"
 
 	"golang.org/x/sys/unix"
 
+	"github.com/resultity/node/internal/chunk"
 	"github.com/resultity/node/internal/digest"
 	"github.com/resultity/node/internal/failpoint"
+	"github.com/resultity/node/internal/model/fetch"
 	"github.com/resultity/node/internal/snapshot"
 )
 
-const (
-	bufferSize = 1 << 20
-	buffers    = 4
-	// defaultWindow is how much the kernel may have in memory that is not on
-	// disk yet, twice over. The sync at a file's end then takes the same short
-	// time for every size.
-	defaultWindow = 32 << 20
-)
+// unwritten is how many chunks the kernel may have in memory that are not on disk
+// yet. The sync at a file's end then takes the same short time for every size.
+const unwritten = 8
 
-// partial is the file of one blob while it is being fetched: the bytes [0,off)
-// of the file on disk are those that hash has seen.
+// partial is the file of one blob while it is being fetched. Only verified chunks
+// are in it, those that an earlier process left as well as those of this one.
 type partial struct {
-	s      *Store
-	name   string // of the blob; the file's has a suffix
-	f      *os.File
-	hash   hash.Hash
-	off    int64
-	size   int64
-	want   digest.Digest
-	origin originRecord
-	sole   *source     // who brought every byte; nil if nobody did alone, or it is not known
-	spare  chan []byte // buffers that nobody uses
+	s    *Store
+	name string // of the blob; the file's has a suffix
+	f    *os.File
+	list *chunk.List
+	want digest.Digest
+
+	mu      sync.Mutex // guards what follows
+	arrived *sync.Cond // of mu: have or ended has changed
+	have    []bool     // by chunk
+	bytes   int64      // of those
+	ended   bool       // no more chunks come
+	writing []int      // chunks on their way to the disk, the oldest first
 }
 
-// originRecord says which version of which source a partial file is of. It is
-// only a hint to ask for the right continuation, so it needs no care: what
-// comes of a wrong one is found out by the digest.
-type originRecord struct {
-	Source       string `json:"source"`
-	ETag         string `json:"etag,omitempty"`
-	LastModified string `json:"last_modified,omitempty"`
+// fetch makes f a blob from its sources, and from what of it is on this disk. The
+// caller has the blob's lock.
+func (s *Store) fetch(ctx context.Context, f *snapshot.File, report func(int64)) error {
+	list, err := s.list(ctx, f)
+	if err != nil {
+		return err
+	}
+	p, err := s.openPartial(ctx, f, list)
+	if err != nil {
+		return err
+	}
+	defer p.close()
+	if err := p.salvage(ctx); err != nil {
+		return err
+	}
+	sum := make(chan error, 1)
+	go func() { sum <- p.sum(ctx) }()
+	missing := p.missing()
+	err = s.fetcher.Fetch(ctx, &fetch.File{Path: f.Path, SHA256: f.SHA256, List: list, Sources: f.Sources}, missing, p.put,
+		func(int) { report(p.here()) })
+	p.mu.Lock()
+	p.ended = true
+	p.arrived.Broadcast()
+	p.mu.Unlock()
+	if err = errors.Join(err, <-sum); err != nil {
+		if errors.Is(err, digest.ErrMismatch) && len(p.missing()) == 0 {
+			// Each chunk is what the root names, so this is not what arrived.
+			return errors.Join(err, p.reset())
+		}
+		return err
+	}
+	return p.finish()
 }
 
-func originOf(source string, h http.Header) originRecord {
-	const most = 1 << 10 // of what a source may have us write down
-	o := originRecord{Source: source}
-	// If-Range takes no weak tags.
-	if t := h.Get("ETag"); len(t) < most && strings.HasPrefix(t, `"`) {
-		o.ETag = t
+// list returns the hashes of f's chunks. They are kept beside the blob where they
+// are not in the configuration: it may have to be repaired when the place that had
+// them is gone.
+func (s *Store) list(ctx context.Context, f *snapshot.File) (*chunk.List, error) {
+	name := path.Join(blobs, f.SHA256.Hex()) + hashes
+	if f.Chunks.Sources != nil {
+		if raw, err := s.root.ReadFile(name); err == nil {
+			if l, err := chunk.Parse(raw, f.Size, f.Chunks.Root); err == nil {
+				return l, nil
+			}
+		}
 	}
-	if t := h.Get("Last-Modified"); len(t) < most {
-		o.LastModified = t
+	l, err := s.fetcher.List(ctx, f)
+	if err != nil || f.Chunks.Sources == nil {
+		return l, err
 	}
-	return o
+	failpoint.Here("model.hashes.begin")
+	if err := s.root.WriteFile(name, l.Bytes(), 0o600); err != nil { // what is cut short is found out above
+		return nil, s.local(err, f.Size)
+	}
+	return l, nil
 }
 
-// validator returns what makes source send the rest only if it is the rest of
-// the same version.
-func (o originRecord) validator(source string) string {
-	if o.Source != source {
-		return ""
-	}
-	if o.ETag != "" {
-		return o.ETag
-	}
-	return o.LastModified
-}
-
-// openPartial opens the partial file of f, reads what is there already, and
-// keeps other processes away from it.
-func (s *Store) openPartial(ctx context.Context, f *snapshot.File, report func(int64)) (*partial, error) {
-	p := &partial{
-		s: s, name: path.Join(blobs, f.SHA256.Hex()), hash: sha256.New(), size: f.Size, want: f.SHA256,
-		spare: make(chan []byte, buffers),
-	}
-	for range buffers {
-		p.spare <- make([]byte, bufferSize)
-	}
+// openPartial opens the partial file of f, looks which of its chunks are there
+// already, and keeps other processes away from it.
+func (s *Store) openPartial(ctx context.Context, f *snapshot.File, list *chunk.List) (*partial, error) {
+	p := &partial{s: s, name: path.Join(blobs, f.SHA256.Hex()), list: list, want: f.SHA256, have: make([]bool, list.Len())}
+	p.arrived = sync.NewCond(&p.mu)
 	open := func() (*os.File, error) { return s.root.OpenFile(p.name+unverified, os.O_RDWR|os.O_CREATE, 0o600) }
 	file, err := open()
 	if errors.Is(err, fs.ErrPermission) {
@@ -105,7 +118,7 @@ func (s *Store) openPartial(ctx context.Context, f *snapshot.File, report func(i
 		_ = file.Close() // it is somebody else's, untouched
 		return nil, p.local(fmt.Errorf("another process is fetching %s: %w", p.name, err))
 	}
-	if err := p.load(ctx, report); err != nil {
+	if err := p.load(ctx); err != nil {
 		p.close()
 		return nil, err
 	}
@@ -147,156 +160,196 @@ func (p *partial) own() error {
 	return nil
 }
 
-// load hashes what an earlier process left.
-func (p *partial) load(ctx context.Context, report func(int64)) error {
+// load hashes the chunks that an earlier process left.
+func (p *partial) load(ctx context.Context) error {
 	st, err := p.f.Stat()
 	if err != nil {
 		return p.local(err)
 	}
-	if st.Size() > p.size {
-		return p.reset()
-	}
-	if raw, err := p.s.root.ReadFile(p.name + origin); err == nil {
-		if json.Unmarshal(raw, &p.origin) != nil {
-			p.origin = originRecord{} // torn by a crash
+	if st.Size() > p.list.Size() {
+		if err := p.f.Truncate(p.list.Size()); err != nil {
+			return p.local(err)
 		}
 	}
-	b := <-p.spare
-	defer func() { p.spare <- b }()
-	for p.off < st.Size() {
+	return p.scan(ctx, p.f, func(i int, _ []byte) error {
+		p.got(i)
+		return nil
+	})
+}
+
+// scan calls found for each chunk that p lacks and that from has, at its own place.
+// What cannot be read is as good as wrong.
+func (p *partial) scan(ctx context.Context, from *os.File, found func(i int, b []byte) error) error {
+	buf := make([]byte, chunk.Size)
+	for i := 0; i < p.list.Len(); i++ {
 		if err := ctx.Err(); err != nil {
 			return err
 		}
-		n, err := p.f.ReadAt(b[:min(int64(len(b)), st.Size()-p.off)], p.off)
-		if err != nil && err != io.EOF {
-			// Unreadable is as good as wrong, and must not stop us for ever.
-			p.s.log.WarnContext(ctx, "partial model file cannot be read, starting over", "error", err)
-			return p.reset()
+		off, n := p.list.Range(i)
+		// Nothing was ever written into holes.
+		data, err := unix.Seek(int(from.Fd()), off, unix.SEEK_DATA)
+		if errors.Is(err, unix.ENXIO) {
+			return nil
 		}
-		p.hash.Write(b[:n])
-		p.off += int64(n)
-		report(p.off)
+		if next := int(data / chunk.Size); err == nil && next > i {
+			i = next - 1
+			continue
+		}
+		if p.have[i] {
+			continue
+		}
+		if _, err := from.ReadAt(buf[:n], off); err != nil || p.list.Check(i, buf[:n]) != nil {
+			continue
+		}
+		if err := found(i, buf[:n]); err != nil {
+			return err
+		}
 	}
 	return nil
 }
 
-// begin notes that src's bytes follow.
-func (p *partial) begin(src *source, o originRecord) error {
-	switch {
-	case p.off == 0:
-		p.sole = src
-	case p.sole != src:
-		p.sole = nil
-	}
-	if p.origin == o {
+// salvage takes what is right out of a damaged file of this name, so that only what
+// is broken has to be fetched. That one is left as it is: an engine may have it in
+// memory.
+func (p *partial) salvage(ctx context.Context) error {
+	old, err := p.s.root.Open(p.name + quarantined)
+	if errors.Is(err, fs.ErrNotExist) {
 		return nil
 	}
-	p.origin = o
-	raw, err := json.Marshal(o)
 	if err != nil {
 		return p.local(err)
 	}
-	failpoint.Here("model.origin.begin")
-	return p.local(p.s.root.WriteFile(p.name+origin, raw, 0o600))
-}
-
-// pour appends r until the full length is there or r ends, and never reads
-// beyond. This goroutine reads and writes while another one hashes, so the
-// slower of the two sets the pace instead of their sum. At return the hash has
-// seen everything up to off.
-func (p *partial) pour(r io.Reader, report func(int64)) error {
-	filled := make(chan []byte, buffers)
-	var hashing sync.WaitGroup
-	hashing.Go(func() {
-		for b := range filled {
-			p.hash.Write(b)
-			p.spare <- b[:cap(b)]
+	defer old.Close() // read only: nothing can be lost
+	taken := 0
+	err = p.scan(ctx, old, func(i int, b []byte) error {
+		taken++
+		off, n := p.list.Range(i)
+		// Where the file system can, both files have the same blocks then.
+		from, to := off, off
+		if k, err := unix.CopyFileRange(int(old.Fd()), &from, int(p.f.Fd()), &to, n, 0); err == nil && k == n {
+			return p.arrive(i)
 		}
+		return p.put(i, b)
 	})
-	defer hashing.Wait()
-	defer close(filled)
-
-	for p.off < p.size {
-		b := <-p.spare
-		n, readErr := fill(r, b[:min(int64(len(b)), p.size-p.off)])
-		if n > 0 {
-			failpoint.Here("model.part.begin")
-			if _, err := p.f.WriteAt(b[:n], p.off); err != nil {
-				p.spare <- b
-				// A part of b may be there; the hash has not seen it.
-				return p.local(errors.Join(err, p.f.Truncate(p.off)))
-			}
-			filled <- b[:n]
-			p.off += int64(n)
-			if err := p.writeOut(int64(n)); err != nil {
-				return err
-			}
-			report(p.off)
-		} else {
-			p.spare <- b
-		}
-		if readErr == io.EOF {
-			return nil
-		}
-		if readErr != nil {
-			return readErr
-		}
+	if err == nil {
+		p.s.log.InfoContext(ctx, "a damaged model file is repaired", "sha256", p.want.Hex(), "chunks", p.list.Len(), "broken", p.list.Len()-taken)
 	}
-	return nil
+	return err
 }
 
-// fill reads until b is full or r fails, and keeps r's own error, which tells a
-// whole body from one that was cut.
-func fill(r io.Reader, b []byte) (n int, err error) {
-	for n < len(b) && err == nil {
-		var k int
-		k, err = r.Read(b[n:])
-		n += k
+// missing lists the chunks that are not here.
+func (p *partial) missing() (list []int) {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	for i, here := range p.have {
+		if !here {
+			list = append(list, i)
+		}
 	}
-	if n == len(b) {
-		err = nil
-	}
-	return n, err
+	return list
 }
 
-// writeOut is called after n bytes more. At each full window it has the kernel
-// begin to write that one to disk, waits for the one before, and sees to it
-// that the rest of the file system's space stays free.
-func (p *partial) writeOut(n int64) error {
-	window := p.s.window
-	end := p.off / window * window
-	if end <= p.off-n {
-		return nil
+// got notes that a chunk is here.
+func (p *partial) got(i int) {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	if !p.have[i] {
+		_, n := p.list.Range(i)
+		p.have[i] = true
+		p.bytes += int64(n)
+		p.arrived.Broadcast()
 	}
-	start := end - window
-	err := unix.SyncFileRange(int(p.f.Fd()), start, window, unix.SYNC_FILE_RANGE_WRITE)
-	if err == nil && start >= window {
-		err = unix.SyncFileRange(int(p.f.Fd()), start-window, window,
-			unix.SYNC_FILE_RANGE_WAIT_BEFORE|unix.SYNC_FILE_RANGE_WRITE|unix.SYNC_FILE_RANGE_WAIT_AFTER)
-	}
-	// Some file systems do not know this call, and need not. Any other error
-	// counts: the kernel reports it once, so the sync at the end may not.
-	if err != nil && !errors.Is(err, unix.ENOSYS) && !errors.Is(err, unix.EINVAL) && !errors.Is(err, unix.ESPIPE) && !errors.Is(err, unix.EOPNOTSUPP) {
+}
+
+// here returns how many bytes are here.
+func (p *partial) here() int64 {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	return p.bytes
+}
+
+// put writes a chunk, which has been verified. It may be called concurrently, also
+// for the same chunk.
+func (p *partial) put(i int, b []byte) error {
+	off, _ := p.list.Range(i)
+	failpoint.Here("model.part.begin")
+	if _, err := p.f.WriteAt(b, off); err != nil {
 		return p.local(err)
+	}
+	return p.arrive(i)
+}
+
+// arrive is called after chunk i has been written. It has the kernel begin to write
+// it to disk, waits for the one that was [unwritten] before it, and sees to it that the
+// rest of the file system's space stays free.
+func (p *partial) arrive(i int) error {
+	p.got(i)
+	p.mu.Lock()
+	p.writing = append(p.writing, i)
+	oldest := -1
+	if len(p.writing) > unwritten {
+		oldest, p.writing = p.writing[0], p.writing[1:]
+	}
+	p.mu.Unlock()
+	if err := p.writeOut(i, unix.SYNC_FILE_RANGE_WRITE); err != nil {
+		return err
+	}
+	if oldest >= 0 {
+		if err := p.writeOut(oldest, unix.SYNC_FILE_RANGE_WAIT_BEFORE|unix.SYNC_FILE_RANGE_WRITE|unix.SYNC_FILE_RANGE_WAIT_AFTER); err != nil {
+			return err
+		}
 	}
 	free, err := p.s.free()
 	if err != nil {
 		return p.local(err)
 	}
-	if free == 0 && p.off < p.size {
+	if free == 0 && len(p.missing()) > 0 {
 		return p.local(unix.ENOSPC)
 	}
 	return nil
 }
 
-// finish gives the file its final name if it is what its digest names, and
-// fails with [digest.ErrMismatch] otherwise.
+func (p *partial) writeOut(i, how int) error {
+	off, n := p.list.Range(i)
+	err := unix.SyncFileRange(int(p.f.Fd()), off, int64(n), how)
+	// Some file systems do not know this call, and need not. Any other error
+	// counts: the kernel reports it once, so the sync at the end may not.
+	if err != nil && !errors.Is(err, unix.ENOSYS) && !errors.Is(err, unix.EINVAL) && !errors.Is(err, unix.ESPIPE) && !errors.Is(err, unix.EOPNOTSUPP) {
+		return p.local(err)
+	}
+	return nil
+}
+
+// sum hashes the whole file as its chunks arrive, and fails with
+// [digest.ErrMismatch] if it is not what its digest names. If chunks are missing in
+// the end, it says nothing.
+func (p *partial) sum(ctx context.Context) error {
+	h, buf := sha256.New(), make([]byte, 1<<20)
+	for i := range p.list.Len() {
+		p.mu.Lock()
+		for !p.have[i] && !p.ended {
+			p.arrived.Wait()
+		}
+		here := p.have[i]
+		p.mu.Unlock()
+		if !here || ctx.Err() != nil {
+			return nil
+		}
+		off, n := p.list.Range(i)
+		if _, err := io.CopyBuffer(h, struct{ io.Reader }{io.NewSectionReader(p.f, off, int64(n))}, buf); err != nil {
+			return p.local(err)
+		}
+	}
+	if got := digest.FromSum([sha256.Size]byte(h.Sum(nil))); got != p.want {
+		return fmt.Errorf("%w: its chunks are those of the root, and its SHA-256 is %s instead of %s: either the publisher has mixed two files up, or this disk returns other bytes than were written", digest.ErrMismatch, got, p.want)
+	}
+	return nil
+}
+
+// finish gives the file its final name. It has been verified.
 //
 // System calls, in order: fsync, fchmod, rename, fsync of the directory.
 func (p *partial) finish() error {
-	if got := digest.FromSum([sha256.Size]byte(p.hash.Sum(nil))); got != p.want {
-		return fmt.Errorf("%w: want %s, got %s", digest.ErrMismatch, p.want, got)
-	}
 	// The container's user is another one than ours.
 	if err := errors.Join(p.f.Chmod(0o444), p.f.Sync()); err != nil {
 		return p.local(err)
@@ -306,42 +359,33 @@ func (p *partial) finish() error {
 		return p.local(err)
 	}
 	failpoint.Here("model.file.renamed")
-	if err := p.s.root.Remove(p.name + origin); err != nil && !errors.Is(err, fs.ErrNotExist) {
-		return p.local(err)
-	}
 	return p.local(p.s.sync(blobs))
 }
 
 // reset throws away what is there.
 func (p *partial) reset() error {
-	p.hash.Reset()
-	p.off, p.sole, p.origin = 0, nil, originRecord{}
-	if err := p.f.Truncate(0); err != nil {
-		return p.local(err)
-	}
-	if err := p.s.root.Remove(p.name + origin); err != nil && !errors.Is(err, fs.ErrNotExist) {
-		return p.local(err)
-	}
-	return nil
+	clear(p.have)
+	p.bytes = 0
+	return p.local(p.f.Truncate(0))
 }
 
 // close leaves what has arrived for the next time; an empty file is no use.
 func (p *partial) close() {
-	if p.off == 0 {
-		// At worst they are found again, and say nothing.
-		_ = p.s.root.Remove(p.name + unverified)
-		_ = p.s.root.Remove(p.name + origin)
+	if len(p.missing()) == p.list.Len() {
+		_ = p.s.root.Remove(p.name + unverified) // at worst it is found again, and says nothing
 	}
 	_ = p.f.Close() // what had to be on disk has been synced
 }
 
 // local marks an error as this machine's, and makes a full disk say so.
 func (p *partial) local(err error) error {
-	if err == nil {
-		return nil
-	}
+	return p.s.local(err, p.list.Size()-p.here())
+}
+
+// local makes a full disk say so, and how much of a file could not be written.
+func (s *Store) local(err error, need int64) error {
 	if errors.Is(err, unix.ENOSPC) || errors.Is(err, unix.EDQUOT) {
-		return localError{&NoSpaceError{Dir: p.s.dir, Need: p.size - p.off}}
+		return &NoSpaceError{Dir: s.dir, Need: need}
 	}
-	return localError{err}
+	return err
 }

@@ -60,7 +60,7 @@ func (s *Store) preflight(m *snapshot.Model) error {
 		}
 		need += f.Size
 		if st, err := s.root.Lstat(name + unverified); err == nil {
-			need -= min(st.Size(), f.Size)
+			need -= min(blocks(st), f.Size) // it has holes
 		}
 	}
 	if need == 0 {
@@ -86,6 +86,9 @@ func (s *Store) preflight(m *snapshot.Model) error {
 	}
 	return nil
 }
+
+// blocks returns how many bytes of the disk a file takes.
+func blocks(st fs.FileInfo) int64 { return st.Sys().(*syscall.Stat_t).Blocks * 512 }
 
 func (s *Store) dropQuarantined() error {
 	entries, err := fs.ReadDir(s.root.FS(), blobs)

@@ -3,20 +3,20 @@
 // The store is content-addressed:
 //
 //	blobs/<sha256>                  a verified file, mode 0444
-//	blobs/<sha256>.unverified       the part of it that has arrived
-//	blobs/<sha256>.unverified.json  where that part came from
-//	blobs/<sha256>.quarantined      what a scrub found damaged
+//	blobs/<sha256>.unverified       the chunks of it that have arrived, each at its place
+//	blobs/<sha256>.chunks           the hashes of its chunks, where the configuration has only their root
+//	blobs/<sha256>.quarantined      what a scrub found damaged; its good chunks are used again
 //	trees/<model digest>/<path>     hard links to blobs, to be mounted read-only
 //
 // The rule it keeps: a file under its final name has been verified, over all
-// of its bytes, and nothing else ever gets such a name. Bytes are hashed while
-// they arrive, so a file is verified when its last byte is there; the one second
-// pass is over a partial file that an earlier process left. That one is read
-// back rather than trusted to a saved hash state, because a saved state proves
-// what was received, not what the disk kept; reading costs a fraction of the
-// download that it saves. A partial file that turns out damaged is thrown away
-// and the sources are begun again from zero, one at a time, so that neither a
-// bad disk nor a bad source can keep a good one from being used.
+// of its bytes, and nothing else ever gets such a name. Chunks are verified before
+// they are written (package fetch), and the whole file is hashed as they arrive, so
+// it is verified when its last byte is there. What an earlier process left is read
+// back chunk by chunk rather than trusted to a note: a note proves what was received,
+// not what the disk kept; reading costs a fraction of the download that it saves.
+//
+// A verified file is never written to again: an engine may have it in memory. A
+// repair makes a new one, of the old one's good chunks and of fetched ones.
 package model
 
 import (
@@ -27,7 +27,6 @@ import (
 	"io/fs"
 	"log/slog"
 	"maps"
-	"net/http"
 	"os"
 	"path"
 	"path/filepath"
@@ -37,6 +36,7 @@ import (
 
 	"github.com/resultity/node/internal/digest"
 	"github.com/resultity/node/internal/failpoint"
+	"github.com/resultity/node/internal/model/fetch"
 	"github.com/resultity/node/internal/snapshot"
 )
 
@@ -44,7 +44,7 @@ const (
 	blobs       = "blobs"
 	trees       = "trees"
 	unverified  = ".unverified"
-	origin      = ".unverified.json"
+	hashes      = ".chunks"
 	quarantined = ".quarantined"
 	building    = ".building" // of a tree
 )
@@ -56,13 +56,11 @@ var ErrIncomplete = errors.New("model is not complete on disk")
 // Store keeps models below one directory. Its methods may be called
 // concurrently, also for the same model.
 type Store struct {
-	dir    string // absolute
-	root   *os.Root
-	client *http.Client
-	log    *slog.Logger
-	pace   pace
-	margin int64 // bytes of the file system that are never used
-	window int64 // bytes between two looks at what is written and what is free
+	dir     string // absolute
+	root    *os.Root
+	fetcher *fetch.Fetcher
+	log     *slog.Logger
+	margin  int64 // bytes of the file system that are never used
 
 	locks keyed // by blob or tree name: who works on it
 
@@ -72,11 +70,9 @@ type Store struct {
 	busy map[string]int // names of blobs and trees that running calls rely on
 }
 
-// Open returns the store in dir, which is made if it is missing. It takes
-// sources from https alone, through client's transport: the client's own
-// redirect rule, cookie jar and overall timeout are not used. A nil client
-// means Go's default transport.
-func Open(dir string, client *http.Client, log *slog.Logger) (*Store, error) {
+// Open returns the store in dir, which is made if it is missing. What is missing in
+// it comes through fetcher.
+func Open(dir string, fetcher *fetch.Fetcher, log *slog.Logger) (*Store, error) {
 	dir, err := filepath.Abs(dir)
 	if err != nil {
 		return nil, fmt.Errorf("model store: %w", err)
@@ -94,12 +90,7 @@ func Open(dir string, client *http.Client, log *slog.Logger) (*Store, error) {
 			return nil, fmt.Errorf("model store: %w", err)
 		}
 	}
-	s := &Store{dir: dir, root: root, log: log, pace: defaultPace, margin: defaultMargin, window: defaultWindow, busy: map[string]int{}}
-	s.client = &http.Client{CheckRedirect: checkRedirect}
-	if client != nil {
-		s.client.Transport = client.Transport
-	}
-	return s, nil
+	return &Store{dir: dir, root: root, fetcher: fetcher, log: log, margin: defaultMargin, busy: map[string]int{}}, nil
 }
 
 // Close releases the directory. No method may be running or called afterwards.
@@ -111,18 +102,19 @@ func (s *Store) Close() error { return s.root.Close() }
 // same file one fetches and the others wait.
 //
 // Progress, if not nil, is called in this goroutine with the bytes of m that
-// are on disk, at most once per MiB; done falls when a source turns out wrong.
+// are on disk, as chunks arrive.
 //
-// A source that fails in passing is tried again, in turn with the others, as
-// long as there is progress; only then does Ensure fail, and the caller may
-// call again later: what has arrived is kept. Errors wrap what happened at
-// every source, among others [digest.ErrMismatch], [ErrStalled], [ErrLength],
-// [ErrRange], [ErrInsecure], or are a [*NoSpaceError], which no source can mend.
+// It fails when no source of a file has brought it for long (package fetch), and
+// the caller may call again later: what has arrived is kept. Errors wrap what happened
+// at every source, or are a [*NoSpaceError], which no source can mend.
 func (s *Store) Ensure(ctx context.Context, m *snapshot.Model, progress func(done, total int64)) (string, error) {
 	for _, f := range m.Files {
 		if f.Path == "." || !filepath.IsLocal(f.Path) || path.Clean(f.Path) != f.Path || f.Size < 0 || f.SHA256.IsZero() {
 			return "", fmt.Errorf("model %s %s: file %.200q has no usable path, size or digest", m.Name, m.Version, f.Path)
 		}
+	}
+	if m.Signature != nil {
+		return "", fmt.Errorf("model %s %s: this agent cannot check signatures of models", m.Name, m.Version)
 	}
 	defer s.use(m)()
 
@@ -236,9 +228,11 @@ func (s *Store) Retain(keep []*snapshot.Model) error {
 				continue
 			case "."+suffix == building && s.busy[stem] > 0:
 				continue
-			case ("."+suffix == unverified || "."+suffix == origin) && wanted[stem]:
-				// The rest of a file that a restart interrupted; but once the
-				// whole is there nobody asks for its parts.
+			case "."+suffix == hashes && wanted[stem]:
+				continue
+			case ("."+suffix == unverified || "."+suffix == quarantined) && wanted[stem]:
+				// The rest of a file that a restart interrupted, or what a repair
+				// begins with; but once the whole is there nobody asks for parts.
 				if _, err := s.root.Lstat(stem); err != nil || s.busy[stem] > 0 {
 					continue
 				}
@@ -308,7 +302,7 @@ func (s *Store) ensureBlob(ctx context.Context, f *snapshot.File, report func(in
 	// A length that is not the configuration's: damage here, or a mistake there.
 	switch err := s.rehash(ctx, f.SHA256); {
 	case err == nil:
-		return fmt.Errorf("%w: the configuration says %d bytes, but the file of this digest has another length; the publisher must correct it", ErrLength, f.Size)
+		return fmt.Errorf("%w: the configuration says %d bytes, but the file of this digest has another length; the publisher must correct it", fetch.ErrLength, f.Size)
 	case !errors.Is(err, digest.ErrMismatch):
 		return err
 	}

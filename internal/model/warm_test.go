@@ -17,7 +17,7 @@ func TestWarm(t *testing.T) {
 			_, _ = w.Write(two)
 		}
 	})
-	s := open(t, t.TempDir(), clientFor(srv))
+	s := open(t, t.TempDir(), srv)
 	m := modelOf(fileOf("1", one, srv.URL+"/1"), fileOf("2", two, srv.URL+"/2"))
 	if _, err := s.Warm(t.Context(), m, 1<<40); !errors.Is(err, fs.ErrNotExist) {
 		t.Errorf("a model that is not here: %v", err)

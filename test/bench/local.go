@@ -3,11 +3,11 @@ package main
 import (
 	"context"
 	"crypto/rand"
-	"crypto/sha256"
 	"encoding/json"
 	"errors"
 	"flag"
 	"fmt"
+	"io"
 	"log/slog"
 	"net/http"
 	"net/http/httptest"
@@ -29,6 +29,7 @@ import (
 	"github.com/resultity/node/internal/digest"
 	"github.com/resultity/node/internal/evm"
 	"github.com/resultity/node/internal/model"
+	"github.com/resultity/node/internal/model/fetch"
 	"github.com/resultity/node/internal/receipt"
 	"github.com/resultity/node/internal/snapshot"
 	"github.com/resultity/node/internal/wire"
@@ -195,18 +196,15 @@ type source struct {
 func newSource() *source {
 	s := &source{block: make([]byte, 1<<20)}
 	_, _ = rand.Read(s.block) // crypto/rand never fails: it ends the program instead
+	copy(s.block, "GGUF\x03\x00\x00\x00")
+	clear(s.block[8:24]) // no tensors and no metadata
 	s.Server = httptest.NewTLSServer(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
 		size, err := strconv.Atoi(strings.TrimPrefix(r.URL.Path, "/"))
 		if err != nil {
 			http.NotFound(w, r)
 			return
 		}
-		w.Header().Set("Content-Length", strconv.Itoa(size))
-		for ; size > 0; size -= len(s.block) {
-			if _, err := w.Write(s.block[:min(size, len(s.block))]); err != nil {
-				return
-			}
-		}
+		http.ServeContent(w, r, "", time.Time{}, s.content(size))
 		_ = http.NewResponseController(w).Flush() // a client that is gone shows at its own end
 		s.last.Store(time.Now().UnixNano())
 	}))
@@ -215,14 +213,26 @@ func newSource() *source {
 
 // model is a model of one file of so many bytes.
 func (s *source) model(size int) *snapshot.Model {
-	h := sha256.New()
-	for left := size; left > 0; left -= len(s.block) {
-		h.Write(s.block[:min(left, len(s.block))])
+	f, err := snapshot.NewFile("model.gguf", s.content(size), fmt.Sprintf("%s/%d", s.URL, size))
+	if err != nil {
+		panic(err) // nothing is read but memory
 	}
-	return &snapshot.Model{Name: "bench", Version: "1", Format: "gguf", Files: []snapshot.File{{
-		Path: "model.gguf", Size: int64(size), SHA256: digest.FromSum([sha256.Size]byte(h.Sum(nil))),
-		Sources: []string{fmt.Sprintf("%s/%d", s.URL, size)},
-	}}}
+	return &snapshot.Model{Name: "bench", Version: "1", Format: snapshot.GGUF, Files: []snapshot.File{f}}
+}
+
+// content is the file of so many bytes.
+func (s *source) content(size int) io.ReadSeeker {
+	return io.NewSectionReader(repeated(s.block), 0, int64(size))
+}
+
+// repeated is one block without end.
+type repeated []byte
+
+func (r repeated) ReadAt(b []byte, off int64) (n int, err error) {
+	for n < len(b) {
+		n += copy(b[n:], r[(off+int64(n))%int64(len(r)):])
+	}
+	return n, nil
 }
 
 // store opens a model store that lives as long as f runs.
@@ -232,7 +242,8 @@ func (b *bench) store(s *source, f func(*model.Store) error) (err error) {
 		return err
 	}
 	defer func() { err = errors.Join(err, os.RemoveAll(dir)) }()
-	st, err := model.Open(dir, s.Client(), slog.New(slog.DiscardHandler))
+	log := slog.New(slog.DiscardHandler)
+	st, err := model.Open(dir, fetch.New(s.Client().Transport, nil, log), log)
 	if err != nil {
 		return err
 	}

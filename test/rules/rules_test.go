@@ -56,9 +56,11 @@ func list(t *testing.T) []pkg {
 var levels = [][]string{
 	{"failpoint"}, // everywhere
 	{"digest", "durable", "evm", "gate", "journal", "version"}, // leaves
+	{"chunk"},
 	{"receipt", "binding"},                   // pure: no I/O, no clock
 	{"wire", "snapshot", "bridge/contract"},  //
 	{"openai", "quadlet", "config", "chain"}, //
+	{"model/fetch"},
 	{"identity", "signer", "tuf", "session", "image", "model", "podman", "systemd", "runtime", "state", "generation", "order", "spool", "preflight", "support"}, // edges
 	{"control", "sandbox", "hardware"},
 	{"work", "deploy"}, // order
@@ -67,7 +69,7 @@ var levels = [][]string{
 
 // outside of the levels are programs of their own, what generates files, and
 // helpers of tests.
-var outside = []string{"network", "publish", "bridge", "journal/catalog", "deploy/deploytest"}
+var outside = []string{"network", "publish", "bridge", "journal/catalog", "deploy/deploytest", "model/modeltest"}
 
 func level(path string) int {
 	name, ok := strings.CutPrefix(path, module+"/internal/")
@@ -108,7 +110,7 @@ func TestImportDirection(t *testing.T) {
 }
 
 // Packages that decide without looking at the world.
-var pure = []string{"receipt", "binding", "wire", "snapshot", "openai", "bridge/contract", "quadlet", "chain"}
+var pure = []string{"chunk", "receipt", "binding", "wire", "snapshot", "openai", "bridge/contract", "quadlet", "chain"}
 
 func TestPurePackagesStayPure(t *testing.T) {
 	bad := map[string]string{"os": "files", "net": "network", "os/exec": "programs", "log": "logging", "log/slog": "logging"}

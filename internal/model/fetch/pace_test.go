@@ -1,4 +1,4 @@
-package model
+package fetch
 
 import (
 	"bytes"
@@ -9,6 +9,8 @@ import (
 	"testing"
 	"testing/synctest"
 	"time"
+
+	"github.com/resultity/node/internal/model/modeltest"
 )
 
 // roundTrip answers requests in memory, so that time can be the test's.
@@ -44,7 +46,7 @@ func (d *drip) Read(p []byte) (int, error) {
 func (d *drip) Close() error { return nil }
 
 func TestPace(t *testing.T) {
-	b := content(1 << 20)
+	b := modeltest.Content(1 << 20)
 	body := func(r *http.Request, n int, pause time.Duration) *http.Response {
 		return &http.Response{StatusCode: http.StatusOK, ContentLength: -1, Header: http.Header{}, Body: &drip{r, b, n, pause}}
 	}
@@ -56,19 +58,19 @@ func TestPace(t *testing.T) {
 		"no answer": {func(r *http.Request) (*http.Response, error) {
 			<-r.Context().Done()
 			return nil, r.Context().Err()
-		}, ErrStalled, defaultPace.window},
-		"no byte":           {func(r *http.Request) (*http.Response, error) { return body(r, 0, 0), nil }, ErrStalled, defaultPace.window},
-		"endless drip":      {func(r *http.Request) (*http.Response, error) { return body(r, 1, time.Second), nil }, ErrStalled, defaultPace.window},
-		"drip within reach": {func(r *http.Request) (*http.Response, error) { return body(r, 1, 29*time.Second), nil }, ErrStalled, 2 * defaultPace.window},
+		}, ErrStalled, DefaultPace.Window},
+		"no byte":           {func(r *http.Request) (*http.Response, error) { return body(r, 0, 0), nil }, ErrStalled, DefaultPace.Window},
+		"endless drip":      {func(r *http.Request) (*http.Response, error) { return body(r, 1, time.Second), nil }, ErrStalled, DefaultPace.Window},
+		"drip within reach": {func(r *http.Request) (*http.Response, error) { return body(r, 1, 29*time.Second), nil }, ErrStalled, 2 * DefaultPace.Window},
 		// No limit on the whole: this takes half an hour and is right.
 		"slow but honest": {func(r *http.Request) (*http.Response, error) { return body(r, 16<<10, 29*time.Second/2), nil }, nil, time.Hour},
 	} {
 		t.Run(name, func(t *testing.T) {
 			synctest.Test(t, func(t *testing.T) {
-				s := open(t, t.TempDir(), &http.Client{Transport: c.rt})
-				s.pace.delays = nil
+				x := open(c.rt)
+				x.Pace.Delays = nil
 				start := time.Now()
-				_, err := s.Ensure(t.Context(), modelOf(fileOf("f", b, "https://source.test/f")), nil)
+				_, err := fetch(t.Context(), x, b, nil, "https://source.test/f")
 				if !errors.Is(err, c.want) || (err == nil) != (c.want == nil) {
 					t.Errorf("error %v, want %v", err, c.want)
 				}
@@ -82,28 +84,24 @@ func TestPace(t *testing.T) {
 
 // TestBackOff counts a source's requests and the time between them.
 func TestBackOff(t *testing.T) {
-	b := content(1000)
+	b := modeltest.Content(1000)
 	unavailable := func(h http.Header) *http.Response {
 		return &http.Response{StatusCode: http.StatusServiceUnavailable, Header: h, Body: http.NoBody}
 	}
 	t.Run("grows and ends", func(t *testing.T) {
 		synctest.Test(t, func(t *testing.T) {
 			var at []time.Time
-			s, err := Open(t.TempDir(), &http.Client{Transport: roundTrip(func(*http.Request) (*http.Response, error) {
+			x := New(roundTrip(func(r *http.Request) (*http.Response, error) {
 				at = append(at, time.Now())
 				return unavailable(http.Header{}), nil
-			})}, slog.New(slog.DiscardHandler))
-			if err != nil {
-				t.Fatal(err)
-			}
-			defer s.Close()
-			if _, err := s.Ensure(t.Context(), modelOf(fileOf("f", b, "https://source.test/f")), nil); !errors.Is(err, ErrStatus) {
+			}), nil, slog.New(slog.DiscardHandler))
+			if _, err := fetch(t.Context(), x, b, nil, "https://source.test/f"); !errors.Is(err, ErrStatus) {
 				t.Errorf("error %v", err)
 			}
-			if len(at) != len(defaultPace.delays)+1 {
+			if len(at) != len(DefaultPace.Delays)+1 {
 				t.Fatalf("%d requests", len(at))
 			}
-			for i, d := range defaultPace.delays {
+			for i, d := range DefaultPace.Delays {
 				if got := at[i+1].Sub(at[i]); got < d/2 || got > d*3/2 {
 					t.Errorf("pause %d was %v, want about %v", i, got, d)
 				}
@@ -114,14 +112,14 @@ func TestBackOff(t *testing.T) {
 		synctest.Test(t, func(t *testing.T) {
 			for ask, want := range map[string]time.Duration{"100": 100 * time.Second, "60000": maxRetryAfter, "-5": 0, "soon": 0} {
 				n := 0
-				s := open(t, t.TempDir(), &http.Client{Transport: roundTrip(func(*http.Request) (*http.Response, error) {
+				x := open(roundTrip(func(*http.Request) (*http.Response, error) {
 					if n++; n == 1 {
 						return unavailable(http.Header{"Retry-After": {ask}}), nil
 					}
 					return &http.Response{StatusCode: http.StatusOK, ContentLength: -1, Header: http.Header{}, Body: io.NopCloser(bytes.NewReader(b))}, nil
-				})})
+				}))
 				start := time.Now()
-				if _, err := s.Ensure(t.Context(), modelOf(fileOf("f", b, "https://source.test/f")), nil); err != nil {
+				if _, err := fetch(t.Context(), x, b, nil, "https://source.test/f"); err != nil {
 					t.Fatal(err)
 				}
 				if took := time.Since(start); took < want || took > want+2*time.Millisecond {
@@ -129,5 +127,27 @@ func TestBackOff(t *testing.T) {
 				}
 			}
 		})
+	})
+}
+
+// TestSlowSourceIsHelped: a source that brings its one chunk in half an hour does
+// not hold up a fetch that another could end at once.
+func TestSlowSourceIsHelped(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		b := modeltest.Content(1 << 20)
+		x := open(roundTrip(func(r *http.Request) (*http.Response, error) {
+			resp := &http.Response{StatusCode: http.StatusOK, ContentLength: -1, Header: http.Header{}, Request: r, Body: io.NopCloser(bytes.NewReader(b))}
+			if r.URL.Host == "slow.test" {
+				resp.Body = &drip{r, b, 16 << 10, 10 * time.Second}
+			}
+			return resp, nil
+		}))
+		start := time.Now()
+		if _, err := fetch(t.Context(), x, b, nil, "https://slow.test/f", "https://fast.test/f"); err != nil {
+			t.Fatal(err)
+		}
+		if took := time.Since(start); took < slow || took > 3*slow {
+			t.Errorf("took %v", took)
+		}
 	})
 }
