@@ -141,6 +141,26 @@ func usable(root *metadata.RootType) error {
 	return nil
 }
 
+// Unsigned reads a root whose signatures do not count yet, if nodes could follow
+// it once it has them.
+func Unsigned(raw []byte) (root *metadata.RootType, err error) {
+	err = guard(func() error {
+		if err := form(raw, MaxRoot); err != nil {
+			return err
+		}
+		m, err := metadata.Root().FromBytes(raw)
+		if err != nil {
+			return err
+		}
+		root = &m.Signed
+		return usable(root)
+	})
+	if err != nil {
+		return nil, Refusal("root", err)
+	}
+	return root, nil
+}
+
 // Timestamp takes raw for the chain's timestamp. One that is no newer than the
 // chain's fails with [metadata.ErrEqualVersionNumber]. One that has expired fails,
 // and is there for comparison with what follows.

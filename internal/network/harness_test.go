@@ -118,7 +118,7 @@ func shortDir(t testing.TB) string {
 func setUp(t testing.TB, change func(*snapshot.Config)) *testNetwork {
 	t.Helper()
 	n := &testNetwork{t: t, dir: shortDir(t), logs: &logBuffer{t: t}}
-	key, err := network.Init(t.Context(), n.dir, network.InitOptions{
+	key, _, err := network.Init(t.Context(), n.dir, network.InitOptions{
 		Name: "testnet", ChainID: 31337, TokenUses: 100,
 		Publish: publish.Options{RootKeys: []string{filepath.Join(n.dir, "keys", "root.pem")}},
 	}, n.log())

@@ -33,28 +33,28 @@ type InitOptions struct {
 // as files of the owner alone, DIR/api-key, DIR/enrolment-token and a
 // DIR/config.json to fill in. The repository is made last: what a call that was
 // cut short left behind is used by the next one. It returns the address of the
-// message key.
-func Init(ctx context.Context, dir string, o InitOptions, log *slog.Logger) (evm.Address, error) {
+// message key, and the first root where its holders have still to sign it.
+func Init(ctx context.Context, dir string, o InitOptions, log *slog.Logger) (evm.Address, *publish.Proposal, error) {
 	var none evm.Address
 	if !filepath.IsAbs(dir) {
-		return none, fmt.Errorf("%w: dir: %q is not an absolute path", ErrConfig, dir)
+		return none, nil, fmt.Errorf("%w: dir: %q is not an absolute path", ErrConfig, dir)
 	}
 	if err := os.MkdirAll(filepath.Join(dir, "keys"), 0o700); err != nil {
-		return none, err
+		return none, nil, err
 	}
 	if _, err := os.Stat(filepath.Join(dir, "repository/metadata/1.root.json")); err == nil {
-		return none, fmt.Errorf("%w: dir: %s holds a network already", ErrConfig, dir)
+		return none, nil, fmt.Errorf("%w: dir: %s holds a network already", ErrConfig, dir)
 	}
 	key, err := makeMessageKey(dir)
 	if err != nil {
-		return none, err
+		return none, nil, err
 	}
 	if err := writeSkeleton(filepath.Join(dir, snapshot.Target), o, key.Address()); err != nil {
-		return none, err
+		return none, nil, err
 	}
 	s, err := store.Open(ctx, filepath.Join(dir, "store"), log)
 	if err != nil {
-		return none, err
+		return none, nil, err
 	}
 	defer s.Close()
 	now := time.Now()
@@ -68,13 +68,14 @@ func Init(ctx context.Context, dir string, o InitOptions, log *slog.Logger) (evm
 		}},
 	} {
 		if err := ifMissing(filepath.Join(dir, f.name), f.make); err != nil {
-			return none, err
+			return none, nil, err
 		}
 	}
-	if err := publish.Init(dir, o.Publish); err != nil {
-		return none, err
+	if o.Publish.Holders != nil {
+		p, err := publish.Prepare(dir, o.Publish)
+		return key.Address(), p, err
 	}
-	return key.Address(), nil
+	return key.Address(), nil, publish.Init(dir, o.Publish)
 }
 
 func ifMissing(name string, content func() (string, error)) error {
@@ -129,8 +130,8 @@ func readMessageKey(dir string) (*evm.Key, error) {
 // refuse it refuses what this service could not serve, and a change of the
 // network's name or chain, which would make every node a stranger. A running
 // service takes it over within seconds; [Reload] makes it do so at once.
-// keyFiles are TUF keys that do not lie in DIR/keys.
-func Publish(dir string, raw []byte, keyFiles ...string) error {
+// keys are TUF keys that do not lie in DIR/keys.
+func Publish(dir string, raw []byte, keys ...*publish.Key) error {
 	c, err := snapshot.Parse(raw)
 	if err != nil {
 		return fmt.Errorf("%w: %w", ErrConfig, err)
@@ -155,7 +156,7 @@ func Publish(dir string, raw []byte, keyFiles ...string) error {
 	} else if !errors.Is(err, publish.ErrNothing) {
 		return err
 	}
-	return publish.Publish(dir, raw, keyFiles...)
+	return publish.Publish(dir, raw, keys...)
 }
 
 // writeSkeleton writes a configuration in which only the operator's choices

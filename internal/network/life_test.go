@@ -12,6 +12,7 @@ import (
 	"encoding/pem"
 	"errors"
 	"log/slog"
+	"math"
 	"math/big"
 	mrand "math/rand/v2"
 	"net"
@@ -611,6 +612,41 @@ func TestInitWithKeysElsewhere(t *testing.T) {
 	}
 	if exposed, err := publish.Exposed(dir); err != nil || len(exposed) != 0 {
 		t.Fatalf("exposed are %v: %v", exposed, err)
+	}
+}
+
+// The operator is told well before something runs out that only people can renew.
+func TestExpiryIsAnnounced(t *testing.T) {
+	n := setUp(t, nil)
+	for _, life := range []struct {
+		root string // in seconds
+		due  bool
+	}{{"31536000", false}, {"315360000", true}} { // one of a year has a year left
+		settings := regexp.MustCompile(`"root_s": \d+`).ReplaceAllString(n.file("publish.json"), `"root_s": `+life.root)
+		if err := os.WriteFile(filepath.Join(n.dir, "publish.json"), []byte(settings), 0o644); err != nil {
+			t.Fatal(err)
+		}
+		n.serve()
+		for role, days := range map[string]float64{"root": 365, "targets": 90, "snapshot": 7, "timestamp": 1} {
+			left := n.metric(`resultity_metadata_expires_seconds{role="`+role+`"}`) - float64(time.Now().Unix())
+			if math.Abs(left/86400-days) > 0.01 {
+				t.Errorf("%s: %v days are left by the metric, want %v", role, left/86400, days)
+			}
+		}
+		n.stop()
+		if said := strings.Contains(n.logs.w.String(), "metadata runs out"); said != life.due {
+			t.Errorf("the log says that something runs out: %v, want %v", said, life.due)
+		}
+		code, out, stderr := command(t, "check", "--dir", n.dir)
+		if (code == 2) != life.due || (code == 0) == life.due || strings.Contains(out, "resultity-network root new") != life.due || strings.Count(out, "version 1") < 2 {
+			t.Errorf("check: %d %s %s", code, out, stderr)
+		}
+	}
+	if err := os.Truncate(filepath.Join(n.dir, "repository/metadata/1.targets.json"), 100); err != nil {
+		t.Fatal(err)
+	}
+	if code, _, stderr := command(t, "check", "--dir", n.dir); code != 1 {
+		t.Errorf("check of a damaged repository: %d %s", code, stderr)
 	}
 }
 

@@ -160,6 +160,11 @@ func (s *service) begin(ctx context.Context, snap *snapshot.Snapshot) error {
 	s.metrics = metrics.New(func() metrics.State {
 		m, st := s.dispatch.State(), s.store.State()
 		m.StoreFree, m.StoreAccepting, m.StoreReopened = st.Free, st.Err == nil, st.Reopened
+		m.MetadataExpires = map[string]time.Time{}
+		list, _ := publish.Check(s.cfg.Dir) // what cannot be verified is said by watch
+		for _, e := range list {
+			m.MetadataExpires[e.Role] = e.Expires
+		}
 		return m
 	})
 	s.dispatch = dispatch.New(s.store, terms, s.metrics, s.log, dispatch.Options{
@@ -388,15 +393,40 @@ func (s *service) formerTerms(ctx context.Context, d digest.Digest) (*dispatch.T
 // from another machine and copy the files.
 const watchEvery = 2 * time.Second
 
-// watch renews the timestamp on schedule, takes over what is published, and tells
-// the service manager how things are.
+// warnEvery is how often the log says that something runs out.
+const warnEvery = 24 * time.Hour
+
+// retryRenewal is how soon a renewal that failed is tried again.
+const retryRenewal = 30 * time.Second
+
+// warnOfExpiry says what only people can renew, well before it runs out, and what
+// nodes would refuse now.
+func (s *service) warnOfExpiry() {
+	list, err := publish.Check(s.cfg.Dir)
+	if err != nil {
+		s.log.Error("nodes refuse what is published", "error", err)
+	}
+	for _, e := range list {
+		if e.Due {
+			s.log.Warn("metadata runs out", "role", e.Role, "version", e.Version, "expires", e.Expires.UTC().Format(time.RFC3339), "remedy", e.Remedy())
+		}
+	}
+}
+
+// watch renews the timestamp on schedule, says what it cannot renew, takes over
+// what is published, and tells the service manager how things are.
 func (s *service) watch(ctx context.Context) error {
 	tick := time.NewTicker(watchEvery)
 	defer tick.Stop()
 	renew := time.Now().Add(s.renewIn())
 	const well = "serving"
 	told := well
+	var warn time.Time
 	for {
+		if now := time.Now(); !now.Before(warn) {
+			s.warnOfExpiry()
+			warn = now.Add(warnEvery)
+		}
 		select {
 		case <-ctx.Done():
 			return nil
@@ -414,8 +444,10 @@ func (s *service) watch(ctx context.Context) error {
 		if !time.Now().Before(renew) {
 			if _, err := publish.Refresh(s.cfg.Dir); err != nil {
 				s.log.Error("timestamp was not renewed; nodes refuse the configuration once it has expired", "error", err)
+				renew = time.Now().Add(max(s.renewIn(), retryRenewal))
+			} else {
+				renew = time.Now().Add(s.renewIn())
 			}
-			renew = time.Now().Add(s.renewIn())
 		}
 		if now := s.stamp(); now != s.seen {
 			s.seen = now

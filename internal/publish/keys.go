@@ -12,9 +12,12 @@ import (
 	"io/fs"
 	"os"
 	"path/filepath"
+	"regexp"
 	"slices"
 	"strings"
+	"syscall"
 
+	"github.com/secure-systems-lab/go-securesystemslib/encrypted"
 	"github.com/sigstore/sigstore/pkg/signature"
 	"github.com/theupdateframework/go-tuf/v2/metadata"
 
@@ -22,18 +25,37 @@ import (
 	"github.com/resultity/node/internal/failpoint"
 )
 
-// key is a role's private key. It is never printed.
-type key struct {
+// Key is a private key of the repository. It is never printed.
+type Key struct {
 	signer signature.Signer
 	public *metadata.Key
 	id     string
 }
 
-const pemType = "PRIVATE KEY" // PKCS 8
+// ID returns the key's TUF id, which is the hash of its public half.
+func (k *Key) ID() string { return k.id }
 
-// makeKey reads the key in name, or makes one there.
-func makeKey(name string) (*key, error) {
-	k, err := readKey(name)
+// Public returns the public half, for a holder of that name (see [Public]).
+func (k *Key) Public(name string) Public { return Public{name, k.public, k.id} }
+
+// Passphrase returns what opens the encrypted key in file, or, if the key is new,
+// what to encrypt it with: nothing leaves it unencrypted. A nil one opens no
+// encrypted key.
+type Passphrase func(file string, new bool) ([]byte, error)
+
+// Forms of key files.
+const (
+	pemType       = "PRIVATE KEY"                    // PKCS 8
+	encryptedType = "ENCRYPTED SIGSTORE PRIVATE KEY" // the same in scrypt and secretbox, as cosign has it
+	publicType    = "PUBLIC KEY"                     // PKIX
+)
+
+// ErrEncrypted says that a key cannot be used without its passphrase.
+var ErrEncrypted = errors.New("the key is encrypted")
+
+// MakeKey reads the key in the file, or makes one there.
+func MakeKey(file string, pass Passphrase) (*Key, error) {
+	k, err := OpenKey(file, pass)
 	if !errors.Is(err, fs.ErrNotExist) {
 		return k, err
 	}
@@ -45,16 +67,30 @@ func makeKey(name string) (*key, error) {
 	if err != nil {
 		return nil, err
 	}
+	block := &pem.Block{Type: pemType, Bytes: der}
+	var phrase []byte
+	if pass != nil {
+		if phrase, err = pass(file, true); err != nil {
+			return nil, err
+		}
+	}
+	if len(phrase) > 0 {
+		block.Type = encryptedType
+		if block.Bytes, err = encrypted.EncryptWithCustomKDFParameters(der, phrase, encrypted.Standard); err != nil {
+			return nil, err
+		}
+	}
 	failpoint.Here("publish.key.begin")
-	if err := durable.WriteFile(name, pem.EncodeToMemory(&pem.Block{Type: pemType, Bytes: der}), 0o600); err != nil {
+	if err := durable.WriteFile(file, pem.EncodeToMemory(block), 0o600); err != nil {
 		return nil, err
 	}
-	return readKey(name)
+	return parseKey(file, &pem.Block{Type: pemType, Bytes: der}, nil)
 }
 
-// readKey refuses a file that others may read or write. Errors never quote it.
-func readKey(name string) (*key, error) {
-	f, err := os.Open(name)
+// OpenKey reads a key. It refuses a file that others may read or write, and fails
+// with [ErrEncrypted] where pass is nil or wrong. Errors never quote the file.
+func OpenKey(file string, pass Passphrase) (*Key, error) {
+	f, err := os.OpenFile(file, os.O_RDONLY|syscall.O_NONBLOCK, 0)
 	if err != nil {
 		return nil, err
 	}
@@ -64,54 +100,139 @@ func readKey(name string) (*key, error) {
 		return nil, err
 	}
 	if !st.Mode().IsRegular() || st.Mode().Perm()&0o077 != 0 {
-		return nil, fmt.Errorf("key %s has mode %v: want a file for its owner alone; if nobody has copied it, chmod 600 it, else replace the key", name, st.Mode())
+		return nil, fmt.Errorf("key %s has mode %v: want a file for its owner alone; if nobody has copied it, chmod 600 it, else replace the key", file, st.Mode())
 	}
-	raw, err := io.ReadAll(io.LimitReader(f, 64<<10))
+	raw, err := io.ReadAll(io.LimitReader(f, maxKeyFile))
 	if err != nil {
-		return nil, fmt.Errorf("key %s: %w", name, err)
+		return nil, fmt.Errorf("key %s: %w", file, err)
 	}
 	b, rest := pem.Decode(raw)
-	if b == nil || b.Type != pemType || len(bytes.TrimSpace(rest)) != 0 {
-		return nil, fmt.Errorf("key %s: want one PEM block %s", name, pemType)
+	if b == nil || len(bytes.TrimSpace(rest)) != 0 {
+		return nil, fmt.Errorf("key %s: want one PEM block %s or %s", file, pemType, encryptedType)
 	}
-	priv, err := x509.ParsePKCS8PrivateKey(b.Bytes)
+	return parseKey(file, b, pass)
+}
+
+const maxKeyFile = 64 << 10
+
+func parseKey(file string, b *pem.Block, pass Passphrase) (*Key, error) {
+	der := b.Bytes
+	switch b.Type {
+	case pemType:
+	case encryptedType:
+		if pass == nil {
+			return nil, fmt.Errorf("key %s: %w", file, ErrEncrypted)
+		}
+		phrase, err := pass(file, false)
+		if err != nil {
+			return nil, err
+		}
+		if der, err = encrypted.Decrypt(b.Bytes, phrase); err != nil {
+			return nil, fmt.Errorf("key %s: %w, and this passphrase does not open it", file, ErrEncrypted)
+		}
+	default:
+		return nil, fmt.Errorf("key %s: PEM block %.40q, want %s or %s", file, b.Type, pemType, encryptedType)
+	}
+	priv, err := x509.ParsePKCS8PrivateKey(der)
 	if err != nil {
-		return nil, fmt.Errorf("key %s: not a PKCS 8 private key", name)
+		return nil, fmt.Errorf("key %s: not a PKCS 8 private key", file)
 	}
 	ed, ok := priv.(ed25519.PrivateKey)
 	if !ok {
-		return nil, fmt.Errorf("key %s: %T, want ed25519", name, priv)
+		return nil, fmt.Errorf("key %s: %T, want ed25519", file, priv)
 	}
 	signer, err := signature.LoadSigner(ed, crypto.Hash(0))
 	if err != nil {
-		return nil, fmt.Errorf("key %s: %w", name, err)
+		return nil, fmt.Errorf("key %s: %w", file, err)
 	}
 	public, err := metadata.KeyFromPublicKey(ed.Public())
 	if err != nil {
-		return nil, fmt.Errorf("key %s: %w", name, err)
+		return nil, fmt.Errorf("key %s: %w", file, err)
 	}
 	id, err := public.ID()
-	return &key{signer, public, id}, err
+	return &Key{signer, public, id}, err
 }
 
-// next is where the successor of a role's key waits until a root names it.
-const next = ".next"
+// Public is the public half of a key, and whose it is. The name is for people:
+// roots carry it, and nothing rests upon it.
+type Public struct {
+	Name string
+	key  *metadata.Key
+	id   string
+}
+
+// ID returns the key's TUF id.
+func (p Public) ID() string { return p.id }
+
+// holderName is what a holder may be called.
+var holderName = regexp.MustCompile(`^[A-Za-z0-9][A-Za-z0-9._@+-]{0,63}$`)
+
+// PEM returns the public key as a file that [ReadPublic] takes.
+func (p Public) PEM() ([]byte, error) {
+	public, err := p.key.ToPublicKey()
+	if err != nil {
+		return nil, err
+	}
+	der, err := x509.MarshalPKIXPublicKey(public)
+	return pem.EncodeToMemory(&pem.Block{Type: publicType, Bytes: der}), err
+}
+
+// ReadPublic reads a public key. Its holder's name is the file's, without .pub.
+func ReadPublic(file string) (Public, error) {
+	f, err := os.Open(file)
+	if err != nil {
+		return Public{}, err
+	}
+	defer f.Close()
+	raw, err := io.ReadAll(io.LimitReader(f, maxKeyFile))
+	if err != nil {
+		return Public{}, fmt.Errorf("public key %s: %w", file, err)
+	}
+	b, rest := pem.Decode(raw)
+	if b == nil || b.Type != publicType || len(bytes.TrimSpace(rest)) != 0 {
+		return Public{}, fmt.Errorf("public key %s: want one PEM block %s", file, publicType)
+	}
+	parsed, err := x509.ParsePKIXPublicKey(b.Bytes)
+	if err != nil {
+		return Public{}, fmt.Errorf("public key %s: %w", file, err)
+	}
+	ed, ok := parsed.(ed25519.PublicKey)
+	if !ok {
+		return Public{}, fmt.Errorf("public key %s: %T, want ed25519", file, parsed)
+	}
+	name := strings.TrimSuffix(filepath.Base(file), ".pub")
+	if !holderName.MatchString(name) {
+		return Public{}, fmt.Errorf("public key %s: call the file NAME.pub after its holder, NAME of letters, digits and . _ @ + -, at most 64", file)
+	}
+	k, err := metadata.KeyFromPublicKey(ed)
+	if err != nil {
+		return Public{}, fmt.Errorf("public key %s: %w", file, err)
+	}
+	id, err := k.ID()
+	return Public{name, k, id}, err
+}
+
+// successor is the end of the file in which a role's next key waits until a root
+// names it.
+const successor = ".next"
 
 // key returns the key of role that the root names. A rotation that was cut
 // short after its root had been published is completed here.
-func (r *repository) key(role string) (*key, error) {
+func (r *repository) key(role string) (*Key, error) {
 	want := r.root.Signed.Roles[role].KeyIDs
 	name := r.keyFile(role)
-	k, err := readKey(name)
+	k, err := OpenKey(name, nil)
 	if err == nil && slices.Contains(want, k.id) {
 		return k, nil
 	}
-	succ, succErr := readKey(name + next)
+	succ, succErr := OpenKey(name+successor, nil)
 	switch {
 	case succErr == nil && slices.Contains(want, succ.id):
-		if err := os.Rename(name+next, name); err != nil {
+		failpoint.Here("publish.succession.begin")
+		if err := os.Rename(name+successor, name); err != nil {
 			return nil, err
 		}
+		failpoint.Here("publish.succession.renamed")
 		return succ, durable.SyncDir(r.dir + "/keys")
 	case err != nil:
 		return nil, err
@@ -119,35 +240,32 @@ func (r *repository) key(role string) (*key, error) {
 	return nil, fmt.Errorf("key %s is not the one that root %d names for %s", name, r.root.Signed.Version, role)
 }
 
-// signers reads keys that lie elsewhere and tells by the root whose they are.
-func (r *repository) signers(files []string) (map[string]*key, error) {
-	list := map[string]*key{}
-	for _, name := range files {
-		k, err := readKey(name)
-		if err != nil {
-			return nil, err
+// elsewhere reports whether err says that a role's key is not within reach, which
+// is a choice and no fault.
+func elsewhere(err error) bool {
+	return errors.Is(err, fs.ErrNotExist) || errors.Is(err, fs.ErrPermission) || errors.Is(err, ErrEncrypted)
+}
+
+// rolesOf tells by roots whose keys these are.
+func rolesOf(keys []*Key, roots ...*metadata.RootType) (map[string][]*Key, error) {
+	list := map[string][]*Key{}
+	for _, k := range keys {
+		found := false
+		for _, role := range online {
+			if slices.ContainsFunc(roots, func(r *metadata.RootType) bool { return slices.Contains(r.Roles[role].KeyIDs, k.id) }) {
+				list[role], found = append(list[role], k), true
+			}
 		}
-		role := slices.IndexFunc(online, func(role string) bool { return slices.Contains(r.root.Signed.Roles[role].KeyIDs, k.id) })
-		if role < 0 {
-			return nil, fmt.Errorf("key %s is none that root %d names for %s", name, r.root.Signed.Version, strings.Join(online, ", "))
+		if !found {
+			return nil, fmt.Errorf("key %s is none that root %d names for %s", k.id, roots[len(roots)-1].Version, strings.Join(online, ", "))
 		}
-		list[online[role]] = k
 	}
 	return list, nil
 }
 
-// atHand reports whether this process can read a file.
-func atHand(name string) bool {
-	f, err := os.Open(name)
-	if err != nil {
-		return false
-	}
-	_ = f.Close() // nothing was written
-	return true
-}
-
 // Exposed lists the files in DIR/keys that decide about a network and that this
-// process can read: root and targets keys. To serve takes none of them.
+// process can use: root and targets keys that are not encrypted. To serve takes
+// none of them.
 func Exposed(dir string) ([]string, error) {
 	var list []string
 	for _, pattern := range []string{"root*.pem*", metadata.TARGETS + ".pem*"} {
@@ -155,64 +273,42 @@ func Exposed(dir string) ([]string, error) {
 		if err != nil {
 			return nil, err
 		}
-		list = append(list, slices.DeleteFunc(names, func(name string) bool { return !atHand(name) })...)
+		for _, name := range names {
+			if _, err := OpenKey(name, nil); !elsewhere(err) {
+				list = append(list, name)
+			}
+		}
 	}
 	return list, nil
 }
 
-// sign signs with the role's key and the one that extra has for it, and prints
-// the result. One of them is enough.
-func sign[T metadata.Roles](r *repository, role string, m *metadata.Metadata[T], extra map[string]*key) (file[T], error) {
+// sign signs with the role's key, if it is within reach, and those of extra, and
+// prints the result. One of them is enough.
+func sign[T metadata.Roles](r *repository, role string, m *metadata.Metadata[T], extra map[string][]*Key) (file[T], error) {
+	keys := extra[role]
 	k, err := r.key(role)
-	if err != nil && (extra[role] == nil || !errors.Is(err, fs.ErrNotExist) && !errors.Is(err, fs.ErrPermission)) {
+	switch {
+	case err == nil:
+		keys = append(slices.Clone(keys), k)
+	case len(keys) == 0 || !elsewhere(err):
 		return file[T]{}, err
 	}
-	if err := addSignatures(m, k, extra[role]); err != nil {
+	if err := addSignatures(m, keys...); err != nil {
 		return file[T]{}, err
 	}
 	raw, err := m.ToBytes(true)
 	return file[T]{m, raw}, err
 }
 
-// addSignatures signs with each of keys once; nil is passed over.
-func addSignatures[T metadata.Roles](m *metadata.Metadata[T], keys ...*key) error {
+// addSignatures signs with each of keys once.
+func addSignatures[T metadata.Roles](m *metadata.Metadata[T], keys ...*Key) error {
 	for _, k := range keys {
-		if k == nil || slices.ContainsFunc(m.Signatures, func(s metadata.Signature) bool { return s.KeyID == k.id }) {
+		if slices.ContainsFunc(m.Signatures, func(s metadata.Signature) bool { return s.KeyID == k.id }) {
 			continue
 		}
 		if _, err := m.Sign(k.signer); err != nil {
 			return err
 		}
 	}
-	return nil
-}
-
-// makeKeys reads the keys in names; those that are missing are made.
-func makeKeys(names []string) ([]*key, error) {
-	keys := make([]*key, len(names))
-	for i, name := range names {
-		var err error
-		if keys[i], err = makeKey(name); err != nil {
-			return nil, err
-		}
-	}
-	return keys, nil
-}
-
-// setRole lists keys for role. The same key twice would make a threshold that
-// looks higher than it is.
-func setRole(root *metadata.Metadata[metadata.RootType], role string, threshold int, keys ...*key) error {
-	var ids []string
-	for _, k := range keys {
-		if slices.Contains(ids, k.id) {
-			return fmt.Errorf("%s: the same key is given twice", role)
-		}
-		ids = append(ids, k.id)
-		root.Signed.Keys[k.id] = k.public
-	}
-	if threshold < 1 || threshold > len(ids) {
-		return fmt.Errorf("%s: threshold is %d, want 1 to the number of keys, %d", role, threshold, len(ids))
-	}
-	root.Signed.Roles[role] = &metadata.Role{KeyIDs: ids, Threshold: threshold}
 	return nil
 }

@@ -16,15 +16,23 @@
 //	DIR/repository/metadata/*.json            what [Handler] serves,
 //	DIR/repository/targets/SHA256.config.json with the private part out of reach
 //
-// Root keys are needed for [Init] and [RotateRoot] only, the targets key for
-// [Publish]: both belong on other media in between. [Refresh], which keeps a
+// Root keys are needed for [Init] and to sign a [Proposal] only, the targets key
+// for [Publish]: both belong on other media in between. [Refresh], which keeps a
 // repository fresh day by day, needs the snapshot's and the timestamp's. Whoever
 // has the three of a publication can publish for the network until the root is
 // rotated; whoever has those two alone can keep nodes from news, no more.
 //
 // Nodes refuse what is older than what they have seen, so a repository that was
-// restored from a backup is refused until it has caught up. [RotateRoot] with
-// new keys for all three makes nodes forget what they saw of the old ones.
+// restored from a backup is refused until it has caught up. A root with new keys
+// for all three makes nodes forget what they saw of the old ones.
+//
+// # The next root
+//
+// A change of root keys, thresholds or online keys, and each renewal, is a
+// ceremony in three steps, of which only the first and the last need DIR:
+// [Propose] writes down the next root, each holder looks at [Proposal.Review] on a
+// machine of their own and signs, and [Adopt] publishes what enough of them have
+// signed.
 //
 // The functions may be called from several processes at once.
 package publish
@@ -39,6 +47,7 @@ import (
 	"regexp"
 	"slices"
 	"strconv"
+	"strings"
 	"syscall"
 	"time"
 
@@ -69,13 +78,16 @@ var DefaultLifetimes = Lifetimes{
 	Timestamp: 24 * time.Hour,
 }
 
-// Options are for [Init]. The zero value is a root of 2 of 3 keys in DIR/keys
-// and the default lifetimes.
+// Options are for [Init] and [Prepare]. The zero value is a root of 2 of 3 keys in
+// DIR/keys and the default lifetimes.
 type Options struct {
-	RootKeys   []string  // files of the root keys, made when missing
-	Threshold  int       // how many of them must sign a root; 0 means more than half
-	TargetsKey string    // file of the targets key, made when missing; "" means DIR/keys/targets.pem
-	Lifetimes  Lifetimes // zero fields mean the default
+	RootKeys   []string   // files of the root keys, made when missing
+	Holders    []Public   // for Prepare, instead: the root keys, which their holders have made
+	Threshold  int        // how many of them must sign a root; 0 means more than half
+	TargetsKey string     // file of the targets key, made when missing; "" means DIR/keys/targets.pem
+	Targets    Public     // instead: the targets key, which lies elsewhere
+	Passphrase Passphrase // for root and targets keys; the others must be at hand at any time
+	Lifetimes  Lifetimes  // zero fields mean the default
 }
 
 // settings is publish.json.
@@ -96,82 +108,116 @@ var online = []string{metadata.TARGETS, metadata.SNAPSHOT, metadata.TIMESTAMP}
 // It fails with [fs.ErrExist] when there is a root already. Keys that exist are
 // used, so a call that was cut short can be repeated.
 func Init(dir string, o Options) error {
-	s, err := o.Lifetimes.settings()
-	if err != nil {
-		return err
-	}
 	if o.RootKeys == nil {
 		for n := range 3 {
 			o.RootKeys = append(o.RootKeys, filepath.Join(dir, "keys", fmt.Sprintf("root-%d.pem", n+1)))
 		}
 	}
-	if o.Threshold == 0 {
-		o.Threshold = len(o.RootKeys)/2 + 1
+	if err := makeDirs(dir); err != nil {
+		return err
 	}
+	var keys []*Key
+	o.Holders = nil
+	for _, name := range o.RootKeys {
+		k, err := MakeKey(name, o.Passphrase)
+		if err != nil {
+			return err
+		}
+		keys = append(keys, k)
+		o.Holders = append(o.Holders, k.Public(strings.TrimSuffix(filepath.Base(name), ".pem")))
+	}
+	p, err := Prepare(dir, o)
+	if err != nil {
+		return err
+	}
+	var sigs []*Signature
+	for _, k := range keys {
+		s, err := p.Sign(k)
+		if err != nil {
+			return err
+		}
+		sigs = append(sigs, s)
+	}
+	return Adopt(dir, p, sigs)
+}
+
+// Prepare does what [Init] does, but for the first root: it returns that one, for
+// its holders to sign and [Adopt] to publish.
+func Prepare(dir string, o Options) (*Proposal, error) {
+	s, err := o.Lifetimes.settings()
+	if err != nil {
+		return nil, err
+	}
+	if o.Threshold == 0 {
+		o.Threshold = len(o.Holders)/2 + 1
+	}
+	if err := makeDirs(dir); err != nil {
+		return nil, err
+	}
+	r, err := lock(dir)
+	if err != nil {
+		return nil, err
+	}
+	defer r.unlock()
+	n, err := r.newest(metadata.ROOT)
+	if err != nil {
+		return nil, err
+	}
+	if n != 0 {
+		return nil, fmt.Errorf("%s: root %d: %w", dir, n, fs.ErrExist)
+	}
+	root := metadata.Root(expiry(s.RootSeconds))
+	if err := setRole(&root.Signed, metadata.ROOT, o.Threshold, o.Holders...); err != nil {
+		return nil, err
+	}
+	for _, role := range online {
+		public := o.Targets
+		if role != metadata.TARGETS || public.key == nil {
+			name, pass := r.keyFile(role), Passphrase(nil)
+			if role == metadata.TARGETS {
+				pass = o.Passphrase
+				if o.TargetsKey != "" {
+					name = o.TargetsKey
+				}
+			}
+			k, err := MakeKey(name, pass)
+			if err != nil {
+				return nil, err
+			}
+			public = k.Public("")
+		}
+		if err := setRole(&root.Signed, role, 1, public); err != nil {
+			return nil, err
+		}
+	}
+	raw, err := unsigned(root)
+	if err != nil {
+		return nil, err
+	}
+	b, err := json.MarshalIndent(s, "", "  ")
+	if err != nil {
+		return nil, err
+	}
+	failpoint.Here("publish.settings.begin")
+	if err := durable.WriteFile(filepath.Join(dir, "publish.json"), append(b, '\n'), 0o644); err != nil {
+		return nil, err
+	}
+	return &Proposal{Next: raw}, nil
+}
+
+func makeDirs(dir string) error {
 	for name, mode := range map[string]fs.FileMode{"": 0o755, "keys": 0o700, "repository": 0o755, "repository/metadata": 0o755, "repository/targets": 0o755} {
 		if err := os.MkdirAll(filepath.Join(dir, name), mode); err != nil {
 			return err
 		}
 	}
-	r, err := lock(dir)
-	if err != nil {
-		return err
-	}
-	defer r.unlock()
-	n, err := r.newest(metadata.ROOT)
-	if err != nil {
-		return err
-	}
-	if n != 0 {
-		return fmt.Errorf("%s: root %d: %w", dir, n, fs.ErrExist)
-	}
-
-	root := metadata.Root(expiry(s.RootSeconds))
-	keys, err := makeKeys(o.RootKeys)
-	if err != nil {
-		return err
-	}
-	if err := setRole(root, metadata.ROOT, o.Threshold, keys...); err != nil {
-		return err
-	}
-	for _, role := range online {
-		name := r.keyFile(role)
-		if role == metadata.TARGETS && o.TargetsKey != "" {
-			name = o.TargetsKey
-		}
-		k, err := makeKey(name)
-		if err != nil {
-			return err
-		}
-		if err := setRole(root, role, 1, k); err != nil {
-			return err
-		}
-	}
-	if err := addSignatures(root, keys...); err != nil {
-		return err
-	}
-	raw, err := root.ToBytes(true)
-	if err != nil {
-		return err
-	}
-	if _, err := chain.Begin([][]byte{raw}, time.Now()); err != nil {
-		return err
-	}
-	b, err := json.MarshalIndent(s, "", "  ")
-	if err != nil {
-		return err
-	}
-	failpoint.Here("publish.settings.begin")
-	if err := durable.WriteFile(filepath.Join(dir, "publish.json"), append(b, '\n'), 0o644); err != nil {
-		return err
-	}
-	return r.write("metadata/1.root.json", raw)
+	return nil
 }
 
-// Publish makes config the network's configuration. keyFiles are keys that do
-// not lie in DIR/keys. It fails with [snapshot.ErrInvalid], and changes nothing,
-// when nodes would refuse it.
-func Publish(dir string, config []byte, keyFiles ...string) error {
+// Publish makes config the network's configuration. keys are those that do not
+// lie in DIR/keys. It fails with [snapshot.ErrInvalid], and changes nothing, when
+// nodes would refuse it.
+func Publish(dir string, config []byte, keys ...*Key) error {
 	if _, err := snapshot.Parse(config); err != nil {
 		return err
 	}
@@ -184,7 +230,7 @@ func Publish(dir string, config []byte, keyFiles ...string) error {
 	if err != nil && !errors.Is(err, ErrNothing) {
 		return err
 	}
-	extra, err := r.signers(keyFiles)
+	extra, err := rolesOf(keys, &r.root.Signed)
 	if err != nil {
 		return err
 	}
@@ -225,8 +271,10 @@ func Refresh(dir string) (Expiries, error) {
 	}
 	// To keep the targets key offline is a choice, and no reason to let the
 	// timestamp expire.
-	if !atHand(r.keyFile(metadata.TARGETS)) {
-		c.targets = false
+	if c.targets {
+		if _, err := r.key(metadata.TARGETS); elsewhere(err) {
+			c.targets = false
+		}
 	}
 	n, err := r.build(seen, c)
 	if err != nil {
@@ -270,7 +318,17 @@ func lock(dir string) (*repository, error) {
 
 func (r *repository) unlock() { _ = r.lock.Close() } // closing is what unlocks
 
-func open(dir string) (_ *repository, err error) {
+func open(dir string) (*repository, error) {
+	r, err := prepared(dir)
+	if err == nil && r.root == nil {
+		r.unlock()
+		return nil, fmt.Errorf("%s has no root yet: its holders have to sign the first one, and root publish to publish it: %w", dir, fs.ErrNotExist)
+	}
+	return r, err
+}
+
+// prepared is open for a repository that may have no root yet.
+func prepared(dir string) (_ *repository, err error) {
 	r, err := lock(dir)
 	if err != nil {
 		return nil, err
@@ -298,7 +356,7 @@ func open(dir string) (_ *repository, err error) {
 		return nil, err
 	}
 	if n == 0 {
-		return nil, fmt.Errorf("%s holds no repository: run init first: %w", dir, fs.ErrNotExist)
+		return r, nil
 	}
 	if r.rootRaw, err = r.read(fmt.Sprintf("metadata/%d.root.json", n)); err != nil {
 		return nil, err
@@ -364,7 +422,7 @@ func (n *newer) configName() string {
 type change struct {
 	config            []byte
 	targets, snapshot bool
-	extra             map[string]*key // further signers, by role
+	extra             map[string][]*Key // further signers, by role
 }
 
 func halfway(expires time.Time, lifetime int64) bool {
@@ -529,11 +587,13 @@ func (l Lifetimes) settings() (settings, error) {
 	return s, s.check()
 }
 
+// maxLifetime is in seconds.
+const maxLifetime = 10 * 365 * 24 * 60 * 60
+
 func (s settings) check() error {
-	const most = 10 * 365 * 24 * 60 * 60
 	for name, v := range map[string]int64{"root_s": s.RootSeconds, "targets_s": s.TargetsSeconds, "snapshot_s": s.SnapshotSeconds, "timestamp_s": s.TimestampSeconds} {
-		if v < 1 || v > most {
-			return fmt.Errorf("lifetime %s is %d seconds, want 1 to %d", name, v, most)
+		if v < 1 || v > maxLifetime {
+			return fmt.Errorf("lifetime %s is %d seconds, want 1 to %d", name, v, maxLifetime)
 		}
 	}
 	return nil

@@ -302,7 +302,7 @@ func TestExpiredRootStopsPublication(t *testing.T) {
 		}
 		unchanged(t, dir, before)
 		// A rotation is what helps.
-		if err := RotateRoot(dir, Rotation{SignWith: rootKeys(dir, 1, 2)}); err != nil {
+		if err := rotate(dir, Rotation{SignWith: rootKeys(dir, 1, 2)}); err != nil {
 			t.Fatal(err)
 		}
 		if err := Publish(dir, config(t, 2)); err != nil {
@@ -469,7 +469,7 @@ func TestCrashWhilePublishing(t *testing.T) {
 		{"publish", func(dir string) error { return Publish(dir, config(t, 2)) },
 			[]string{digest.Of(config(t, 2)).Hex() + ".config.json", "2.targets.json", "2.snapshot.json", "timestamp.json"}},
 		{"rotate", func(dir string) error {
-			return RotateRoot(dir, Rotation{SignWith: rootKeys(dir, 1, 2), RootKeys: rootKeys(dir, 1, 2, 4), Renew: online})
+			return rotate(dir, Rotation{SignWith: rootKeys(dir, 1, 2), RootKeys: rootKeys(dir, 1, 2, 4), Renew: online})
 		}, []string{"root-4.pem", "targets.pem.next", "snapshot.pem.next", "timestamp.pem.next", "2.targets.json", "2.snapshot.json", "timestamp.json", "2.root.json",
 			"targets.pem", "snapshot.pem", "timestamp.pem"}},
 	}
@@ -570,7 +570,7 @@ func TestNodesReadWhileOthersPublish(t *testing.T) {
 		func(n int) error { return Publish(dir, config(t, n)) },
 		func(int) error { _, err := Refresh(dir); return err },
 		func(n int) error {
-			return RotateRoot(dir, Rotation{SignWith: rootKeys(dir, 1, 3), Renew: online[n%3:]})
+			return rotate(dir, Rotation{SignWith: rootKeys(dir, 1, 3), Renew: online[n%3:]})
 		},
 	} {
 		publishers.Go(func() {

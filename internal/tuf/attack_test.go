@@ -248,9 +248,11 @@ var keyCompromise = []attack{
 		n.overlay = stolen
 	}},
 	{name: "key compromise/root key that a root has revoked", want: ErrUnsigned, do: func(t *testing.T, n *network, c *Client) {
-		if err := publish.RotateRoot(n.dir, publish.Rotation{SignWith: n.keyFiles("root-1", "root-2"), RootKeys: n.keyFiles("root-2", "root-3", "root-4")}); err != nil {
+		k, err := publish.MakeKey(n.keyFiles("root-4")[0], nil)
+		if err != nil {
 			t.Fatal(err)
 		}
+		n.follow(t, publish.Change{Add: []publish.Public{k.Public("dora")}, Remove: []string{"root-1"}}, "root-1", "root-2", "root-4")
 		sees(t, c, 2)
 		n.nextRoot(t, nil, "root-1", "root-3")
 	}},

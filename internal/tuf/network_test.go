@@ -91,9 +91,32 @@ func (n *network) publish(t testing.TB, version int) {
 	}
 }
 
+// rotate has new keys made for some online roles.
 func (n *network) rotate(t testing.TB, renew ...string) {
 	t.Helper()
-	if err := publish.RotateRoot(n.dir, publish.Rotation{SignWith: n.keyFiles("root-1", "root-2"), Renew: renew}); err != nil {
+	n.follow(t, publish.Change{Renew: renew}, "root-1", "root-2")
+}
+
+// follow publishes a next root, which keys sign.
+func (n *network) follow(t testing.TB, c publish.Change, keys ...string) {
+	t.Helper()
+	p, err := publish.Propose(n.dir, c)
+	if err != nil {
+		t.Fatal(err)
+	}
+	var sigs []*publish.Signature
+	for _, name := range n.keyFiles(keys...) {
+		k, err := publish.OpenKey(name, nil)
+		if err != nil {
+			t.Fatal(err)
+		}
+		s, err := p.Sign(k)
+		if err != nil {
+			t.Fatal(err)
+		}
+		sigs = append(sigs, s)
+	}
+	if err := publish.Adopt(n.dir, p, sigs); err != nil {
 		t.Fatal(err)
 	}
 }

@@ -279,3 +279,24 @@ func initialize(ctx context.Context, w *world) error {
 func publishByHand(ctx context.Context, w *world) error {
 	return w.byHand(ctx, "publish", "--config", networkDir+"/next.json", "--dir", networkDir)
 }
+
+// newRoot replaces the keys of the service, in as many tries as it takes.
+func newRoot(ctx context.Context, w *world) error {
+	const dir = "/var/lib/ceremony"
+	if out, err := w.Net.Output(ctx, "sh", "-c", "rm -rf "+dir+"; mkdir "+dir+"; cp $(ls -v "+networkDir+"/repository/metadata/*.root.json | tail -n 1) "+dir+"/root.json"); err != nil {
+		return fmt.Errorf("%w: %s", err, out)
+	}
+	if err := w.byHand(ctx, "root", "new", "--renew", "snapshot", "--renew", "timestamp", "--out", dir+"/next.proposal", "--dir", networkDir); err != nil {
+		return err
+	}
+	step := []string{"root", "publish", dir + "/next.proposal"}
+	for _, holder := range []string{"root-1", "root-2"} {
+		sig := dir + "/" + holder + ".sig"
+		line := fmt.Sprintf("echo yes | RESULTITY_FAILPOINT=%s %s root sign --trusted %s/root.json --key %s/keys/%s.pem --out %s %s/next.proposal", networkPoint, networkProgram, dir, networkDir, holder, sig, dir)
+		if out, err := w.Net.Output(ctx, "sh", "-c", line); err != nil {
+			return fmt.Errorf("sign: %w: %s", err, out)
+		}
+		step = append(step, sig)
+	}
+	return w.byHand(ctx, append(step, "--dir", networkDir)...)
+}

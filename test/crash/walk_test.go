@@ -54,6 +54,7 @@ var scenarios = []struct {
 	// The network's command line.
 	{`network\.secret|publish\.(settings|key)`, initialize},
 	{`publish\.file`, publishByHand},
+	{`publish\.succession|cli\.file`, newRoot},
 }
 
 func scenarioOf(p Point) scenario {

@@ -19,7 +19,6 @@ var bare = map[string]string{
 	"network/nodes.session.close":      "the close frame, likewise",
 	"session.link.ping":                "likewise",
 	"session.link.closeFrame":          "likewise",
-	"publish.repository.key":           "no command rotates keys yet; tests of publish cut it short",
 	"network/store.Store.voidJob":      "of a job whose writing failed; a test of store stops it half-way",
 	"network/store.tryWrite":           "what it writes means nothing",
 	"spool.Spool.run":                  "a record of the log may be lost, and is counted then",

@@ -25,11 +25,15 @@ import (
 // Exit statuses beside 0 and 1. The unit sets RestartPreventExitStatus=78, since
 // a start that fails so would fail again.
 const (
+	exitDue    = 2
 	exitUsage  = 64
 	exitConfig = 78
 )
 
-var errUsage = errors.New("usage")
+var (
+	errUsage = errors.New("usage")
+	errDue   = errors.New("something runs out soon")
+)
 
 // Main runs the program and returns its exit status.
 func Main(ctx context.Context, args []string, stdout, stderr io.Writer, version string) int {
@@ -47,6 +51,8 @@ func Main(ctx context.Context, args []string, stdout, stderr io.Writer, version 
 		return exitConfig
 	case errors.Is(err, errUsage):
 		return exitUsage
+	case errors.Is(err, errDue):
+		return exitDue
 	}
 	return 1
 }
@@ -61,7 +67,8 @@ Every command but version works on one network's directory, --dir. Those about
 tokens, keys, nodes, accounts, orders and logs ask the service while it runs, and
 open its store when it does not.
 
-Exit status: 0 done; 1 failed; 64 wrong command line; 78 wrong configuration.`,
+Exit status: 0 done; 1 failed; 2 something runs out soon (check); 64 wrong command
+line; 78 wrong configuration.`,
 		Version:       version,
 		SilenceUsage:  true,
 		SilenceErrors: true,
@@ -78,7 +85,7 @@ Exit status: 0 done; 1 failed; 64 wrong command line; 78 wrong configuration.`,
 	}
 	cmd.SetFlagErrorFunc(func(_ *cobra.Command, err error) error { return fmt.Errorf("%w: %w", errUsage, err) })
 	cmd.CompletionOptions.HiddenDefaultCmd = true
-	cmd.AddCommand(initCommand(), publishCommand(), serveCommand(), tokenCommand(), apikeyCommand(), nodesCommand(), accountsCommand(), orderCommand(), ordersCommand(), logsCommand(), versionCommand(version))
+	cmd.AddCommand(initCommand(), publishCommand(), rootCommand(), checkCommand(), serveCommand(), tokenCommand(), apikeyCommand(), nodesCommand(), accountsCommand(), orderCommand(), ordersCommand(), logsCommand(), versionCommand(version))
 	return cmd
 }
 
@@ -95,6 +102,8 @@ func quiet(cmd *cobra.Command) *slog.Logger {
 
 func initCommand() *cobra.Command {
 	var o network.InitOptions
+	var holders []string
+	var targets, first string
 	life := publish.DefaultLifetimes
 	cmd := &cobra.Command{
 		Use: "init --name NAME --chain-id ID", Short: "Make a network: keys, an empty repository, a first API key and enrolment token", Args: exactly(0),
@@ -104,6 +113,9 @@ func initCommand() *cobra.Command {
 	f.StringVar(&o.Name, "name", "", "name of the network (required)")
 	f.Uint64Var(&o.ChainID, "chain-id", 0, "EIP-155 chain id of its receipts (required)")
 	f.StringSliceVar(&o.Publish.RootKeys, "root-key", nil, "file of a root key, made when missing; repeat it for each (default: three in DIR/keys)")
+	f.StringArrayVar(&holders, "root-holder", nil, "instead: public key, NAME.pub, that a holder has made with root key; repeat it for each")
+	f.StringVar(&targets, "targets-public", "", "instead of --targets-key: public key of a targets key that lies elsewhere")
+	f.StringVar(&first, "out", "root-1.proposal", "with --root-holder: file for the first root, which the holders sign")
 	f.StringVar(&o.Publish.TargetsKey, "targets-key", "", "file of the targets key, made when missing (default: DIR/keys/targets.pem)")
 	f.IntVar(&o.Publish.Threshold, "root-threshold", 0, "how many root keys must sign (default: more than half)")
 	f.DurationVar(&life.Timestamp, "timestamp-lifetime", life.Timestamp, "how long nodes believe the newest word of the network; bounds how long somebody can hide news from them")
@@ -116,12 +128,30 @@ func initCommand() *cobra.Command {
 			return err
 		}
 		o.Publish.Lifetimes = life
-		key, err := network.Init(cmd.Context(), d, o, quiet(cmd))
+		if o.Publish.Holders, err = readPublics(holders); err != nil {
+			return err
+		}
+		if targets != "" {
+			if o.Publish.Targets, err = publish.ReadPublic(targets); err != nil {
+				return err
+			}
+		}
+		if len(holders) > 0 && o.Publish.RootKeys != nil || targets != "" && o.Publish.TargetsKey != "" {
+			return fmt.Errorf("%w: a key is given by its private and by its public half", errUsage)
+		}
+		o.Publish.Passphrase = newTerminal(cmd).optional
+		key, p, err := network.Init(cmd.Context(), d, o, quiet(cmd))
 		if err != nil {
 			return err
 		}
 		out := cmd.OutOrStdout()
 		fmt.Fprintf(out, "network %s\n", o.Name)
+		if p != nil {
+			if err := saveNew(first, p); err != nil {
+				return err
+			}
+			fmt.Fprintf(out, "The holders have to sign the first root, %s: resultity-network root sign. Then: resultity-network root publish.\n", first)
+		}
 		for _, l := range [][2]string{
 			{"message key", key.Hex()},
 			{"first root", filepath.Join(d, "repository", "metadata", "1.root.json")},
@@ -162,7 +192,11 @@ func publishCommand() *cobra.Command {
 		if err != nil {
 			return fmt.Errorf("%w: config: %w", network.ErrConfig, err)
 		}
-		if err := network.Publish(d, raw, *keys...); err != nil {
+		opened, err := openKeys(cmd, *keys)
+		if err != nil {
+			return err
+		}
+		if err := network.Publish(d, raw, opened...); err != nil {
 			return err
 		}
 		snap, err := publish.Current(d)

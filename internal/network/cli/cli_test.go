@@ -11,6 +11,7 @@ import (
 func TestUsage(t *testing.T) {
 	for _, args := range []string{
 		"", "serf", "init", "init --name x", "publish", "serve now", "token create 5", "apikey create", "nodes show", "nodes list all",
+		"root", "root turn", "root key", "root new 5", "root sign --key x", "root sign x", "root publish", "root show", "check all",
 		"order all", "order 0x12 drain", "orders --since 1h", "accounts show",
 	} {
 		var out, err bytes.Buffer

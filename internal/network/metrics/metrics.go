@@ -39,7 +39,8 @@ type State struct {
 	Connected, Routable, Queued, Running int
 	ConfigVersion                        int64
 	ConfigExpires                        time.Time
-	StoreFree                            int64 // bytes
+	MetadataExpires                      map[string]time.Time // by TUF role
+	StoreFree                            int64                // bytes
 	StoreAccepting                       bool
 	StoreReopened                        int
 }
@@ -86,17 +87,18 @@ func (m *Metrics) Handler() http.Handler {
 type gauges struct{ state func() State }
 
 var (
-	nodesDesc   = prometheus.NewDesc("resultity_nodes", "Nodes by state; routable ones are connected too.", []string{"state"}, nil)
-	jobsDesc    = prometheus.NewDesc("resultity_jobs", "Unfinished jobs by state.", []string{"state"}, nil)
-	versionDesc = prometheus.NewDesc("resultity_config_version", "Version of the active configuration.", nil, nil)
-	freeDesc    = prometheus.NewDesc("resultity_store_free_bytes", "Bytes free on the file system of the store.", nil, nil)
-	acceptDesc  = prometheus.NewDesc("resultity_store_accepting", "1, or 0 when no new requests are taken since the store's disk is full or takes no writes.", nil, nil)
-	reopenDesc  = prometheus.NewDesc("resultity_store_reopened_total", "How often the store was opened anew after a write error.", nil, nil)
-	expiresDesc = prometheus.NewDesc("resultity_config_expires_seconds", "Unix time at which the signature of the configuration must have been renewed.", nil, nil)
+	nodesDesc    = prometheus.NewDesc("resultity_nodes", "Nodes by state; routable ones are connected too.", []string{"state"}, nil)
+	jobsDesc     = prometheus.NewDesc("resultity_jobs", "Unfinished jobs by state.", []string{"state"}, nil)
+	versionDesc  = prometheus.NewDesc("resultity_config_version", "Version of the active configuration.", nil, nil)
+	freeDesc     = prometheus.NewDesc("resultity_store_free_bytes", "Bytes free on the file system of the store.", nil, nil)
+	acceptDesc   = prometheus.NewDesc("resultity_store_accepting", "1, or 0 when no new requests are taken since the store's disk is full or takes no writes.", nil, nil)
+	reopenDesc   = prometheus.NewDesc("resultity_store_reopened_total", "How often the store was opened anew after a write error.", nil, nil)
+	metadataDesc = prometheus.NewDesc("resultity_metadata_expires_seconds", "Unix time until which the newest TUF metadata of a role is valid; root and targets need people.", []string{"role"}, nil)
+	expiresDesc  = prometheus.NewDesc("resultity_config_expires_seconds", "Unix time at which the signature of the configuration must have been renewed.", nil, nil)
 )
 
 func (gauges) Describe(ch chan<- *prometheus.Desc) {
-	for _, d := range []*prometheus.Desc{nodesDesc, jobsDesc, versionDesc, expiresDesc, freeDesc, acceptDesc, reopenDesc} {
+	for _, d := range []*prometheus.Desc{nodesDesc, jobsDesc, versionDesc, expiresDesc, metadataDesc, freeDesc, acceptDesc, reopenDesc} {
 		ch <- d
 	}
 }
@@ -112,6 +114,9 @@ func (g gauges) Collect(ch chan<- prometheus.Metric) {
 	put(jobsDesc, float64(s.Running), "running")
 	put(versionDesc, float64(s.ConfigVersion))
 	put(expiresDesc, float64(s.ConfigExpires.Unix()))
+	for role, at := range s.MetadataExpires {
+		put(metadataDesc, float64(at.Unix()), role)
+	}
 	put(freeDesc, float64(s.StoreFree))
 	accepting := 0.0
 	if s.StoreAccepting {
