@@ -338,6 +338,9 @@ func prepared(dir string) (_ *repository, err error) {
 			r.unlock()
 		}
 	}()
+	if err := r.sweep(); err != nil {
+		return nil, err
+	}
 	b, err := os.ReadFile(filepath.Join(dir, "publish.json"))
 	if errors.Is(err, fs.ErrNotExist) {
 		return nil, fmt.Errorf("%s holds no repository: run init first: %w", dir, err)
@@ -363,6 +366,22 @@ func prepared(dir string) (_ *repository, err error) {
 	}
 	r.root, err = metadata.Root().FromBytes(r.rootRaw)
 	return r, err
+}
+
+// sweep removes what writers that were killed have left beside the files.
+func (r *repository) sweep() error {
+	for _, in := range []string{"repository/metadata", "repository/targets", "keys"} {
+		left, err := filepath.Glob(filepath.Join(r.dir, in, "*.tmp*"))
+		if err != nil {
+			return err
+		}
+		for _, name := range left {
+			if err := os.Remove(name); err != nil {
+				return err
+			}
+		}
+	}
+	return nil
 }
 
 func (r *repository) path(name string) string    { return filepath.Join(r.dir, "repository", name) }

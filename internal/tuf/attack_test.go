@@ -377,7 +377,7 @@ var forms = []attack{
 	rewrite("an unknown field beside what is signed", ErrMalformed, `"signed": {`, `"later": "x", "signed": {`),
 	rewrite("a name twice", ErrMalformed, `"_type"`, `"version": 9, "_type"`),
 	rewrite("signed twice", ErrMalformed, `"signed": {`, `"signed": {"_type": "timestamp"}, "signed": {`),
-	rewrite("a name twice that differs in case", ErrMalformed, `"signed": {`, `"SIGNED": {"_type": "timestamp"}, "signed": {`),
+	rewrite("a name twice that differs in case", ErrMalformed, `"_type"`, `"VERSION": 9, "_type"`),
 	rewrite("a name twice in another spelling", ErrMalformed, `"signed": {`, `"\u0073igned": {"_type": "timestamp"}, "signed": {`),
 	rewrite("a number that is no integer", ErrMalformed, `"version": 2`, `"version": 2.0`),
 	rewrite("a number with an exponent", ErrMalformed, `"version": 2`, `"version": 2e0`),
