@@ -57,7 +57,7 @@ var levels = [][]string{
 	{"failpoint"}, // everywhere
 	{"digest", "durable", "evm", "gate", "journal", "version"}, // leaves
 	{"chunk"},
-	{"receipt", "binding"},                   // pure: no I/O, no clock
+	{"receipt", "receiptlog", "binding"},     // pure: no I/O, no clock
 	{"wire", "snapshot", "bridge/contract"},  //
 	{"openai", "quadlet", "config", "chain"}, //
 	{"model/fetch"},
@@ -110,7 +110,7 @@ func TestImportDirection(t *testing.T) {
 }
 
 // Packages that decide without looking at the world.
-var pure = []string{"chunk", "receipt", "binding", "wire", "snapshot", "openai", "bridge/contract", "quadlet", "chain"}
+var pure = []string{"chunk", "receipt", "receiptlog", "binding", "wire", "snapshot", "openai", "bridge/contract", "quadlet", "chain"}
 
 func TestPurePackagesStayPure(t *testing.T) {
 	bad := map[string]string{"os": "files", "net": "network", "os/exec": "programs", "log": "logging", "log/slog": "logging"}

@@ -1,0 +1,102 @@
+package receiptlog
+
+import (
+	"encoding/json"
+	"errors"
+	"fmt"
+
+	"github.com/resultity/node/internal/evm"
+)
+
+// Head states what the log of a node is at one time.
+type Head struct {
+	Node evm.Address `json:"node"`
+	Size uint64      `json:"size"` // receipts
+	Root evm.Hash    `json:"root"`
+	Time uint64      `json:"time"` // Unix milliseconds, by the node's clock
+}
+
+const headType = "ReceiptLogHead"
+
+var headTypeHash = evm.TypeHash(headType, HeadFields())
+
+// HeadFields returns the members of a head's EIP-712 type, ReceiptLogHead.
+func HeadFields() []evm.Field {
+	return []evm.Field{{Name: "node", Type: "address"}, {Name: "size", Type: "uint64"}, {Name: "root", Type: "bytes32"}, {Name: "time", Type: "uint64"}}
+}
+
+// Hash returns the EIP-712 hash that the node signs for a chain.
+func (h *Head) Hash(chainID uint64) evm.Hash {
+	return evm.TypedHash(chainID, headTypeHash, evm.AddressWord(h.Node), evm.Word(h.Size), h.Root[:], evm.Word(h.Time))
+}
+
+// Sign makes the signed form. The key must be h.Node's.
+func (h *Head) Sign(chainID uint64, key *evm.Key) (*SignedHead, error) {
+	if key.Address() != h.Node {
+		return nil, fmt.Errorf("head of %s cannot be signed by %s", h.Node, key.Address())
+	}
+	sig, err := key.Sign(h.Hash(chainID))
+	if err != nil {
+		return nil, err
+	}
+	return &SignedHead{Head: *h, ChainID: chainID, Signature: sig}, nil
+}
+
+// SignedHead is a head with its node's signature. It is JSON as it is; who reads
+// one calls Verify.
+type SignedHead struct {
+	Head
+	ChainID   uint64        `json:"chain_id"` // EIP-155, in the domain of the signature
+	Signature evm.Signature `json:"signature"`
+}
+
+// Verify checks the signature.
+func (s *SignedHead) Verify() error {
+	if s.Size > MaxSize {
+		return fmt.Errorf("head of a log of %d receipts, at most %d", s.Size, uint64(MaxSize))
+	}
+	by, err := evm.Recover(s.Hash(s.ChainID), s.Signature)
+	if err != nil {
+		return fmt.Errorf("head of %s: %w", s.Node, err)
+	}
+	if by != s.Node {
+		return fmt.Errorf("head of %s: %w: it is by %s", s.Node, evm.ErrSignature, by)
+	}
+	return nil
+}
+
+// Inclusion is what shows to anybody that a receipt is in the log of its node:
+// a signed head, and the receipt's place under it.
+type Inclusion struct {
+	Head  SignedHead `json:"head"`
+	Index uint64     `json:"index"`
+	Path  []evm.Hash `json:"path"`
+}
+
+// maxInclusion bounds the JSON of an inclusion, in bytes.
+const maxInclusion = 16 << 10
+
+// ParseInclusion reads one and checks the head's signature.
+func ParseInclusion(b []byte) (*Inclusion, error) {
+	if len(b) > maxInclusion {
+		return nil, fmt.Errorf("%w: %d bytes, at most %d", ErrProof, len(b), maxInclusion)
+	}
+	i := new(Inclusion)
+	if err := json.Unmarshal(b, i); err != nil {
+		return nil, fmt.Errorf("%w: %w", ErrProof, err)
+	}
+	if err := i.Head.Verify(); err != nil {
+		return nil, errors.Join(ErrProof, err)
+	}
+	return i, nil
+}
+
+// Check fails with [ErrProof] unless the receipt, given by its node, chain and
+// EIP-712 hash, is in the log.
+func (i *Inclusion) Check(node evm.Address, chainID uint64, receipt evm.Hash) error {
+	if i.Head.Node != node || i.Head.ChainID != chainID {
+		return fmt.Errorf("%w: the head is of node %s on chain %d, the receipt of %s on %d", ErrProof, i.Head.Node, i.Head.ChainID, node, chainID)
+	}
+	p := Proof{Index: i.Index, Size: i.Head.Size, Path: i.Path}
+	return p.Check(Leaf(receipt), i.Head.Root)
+}
