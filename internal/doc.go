@@ -69,7 +69,7 @@
 //
 // Imports go downward only; test/rules holds the list and fails otherwise.
 //
-//	leaves  failpoint; digest, durable, evm, gate, journal, version; chunk
+//	leaves  failpoint; digest, durable, evm, gate, journal, plainhttp, version; chunk
 //	pure    receipt, binding; wire, snapshot, bridge/contract; openai, quadlet,
 //	        chain                                                no I/O, no clock
 //	        config                                                               reads its files, no more

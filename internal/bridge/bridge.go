@@ -7,8 +7,8 @@
 // inspected, no request reaches it by a path that is not on the list, and
 // systemd never hears WATCHDOG=1 from a bridge whose engine is hung.
 //
-// It uses the standard library alone, since everything in here is within reach
-// of the engine.
+// It uses the standard library alone, and plainhttp, which does so too, since
+// everything in here is within reach of the engine.
 package bridge
 
 import (

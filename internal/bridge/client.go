@@ -11,6 +11,7 @@ import (
 	"time"
 
 	"github.com/resultity/node/internal/bridge/contract"
+	"github.com/resultity/node/internal/plainhttp"
 )
 
 // client is the bridge's own way to ask the engine.
@@ -18,7 +19,7 @@ type client struct {
 	health string // URLs
 	canary string
 	body   []byte // of a canary
-	engine *http.Transport
+	engine *plainhttp.Transport
 }
 
 func newClient(o contract.Options) *client {
@@ -32,7 +33,7 @@ func newClient(o contract.Options) *client {
 		panic(err) // strings and numbers
 	}
 	base := "http://" + o.Engine.String()
-	return &client{health: base + o.Health, canary: base + "/v1/completions", body: body, engine: newTransport(1)}
+	return &client{health: base + o.Health, canary: base + "/v1/completions", body: body, engine: newTransport(o.Engine, 1)}
 }
 
 func (c *client) close() { c.engine.CloseIdleConnections() }
@@ -49,7 +50,7 @@ func (c *client) ask(ctx context.Context, method, url string, body []byte) ([]by
 	if body != nil {
 		req.Header.Set("Content-Type", "application/json")
 	}
-	plainHeaders(req)
+	req.Header["User-Agent"] = nil // none
 	resp, err := c.engine.RoundTrip(req)
 	if err != nil {
 		return nil, err

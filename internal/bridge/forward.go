@@ -10,6 +10,7 @@ import (
 	"log"
 	"net"
 	"net/http"
+	"net/netip"
 	"os"
 	"strconv"
 	"strings"
@@ -18,6 +19,7 @@ import (
 	"time"
 
 	"github.com/resultity/node/internal/bridge/contract"
+	"github.com/resultity/node/internal/plainhttp"
 )
 
 // Patience with slow peers. A model may be slow, so nothing here bounds how
@@ -68,7 +70,7 @@ type forwarder struct {
 	maxBody int64
 	slots   chan struct{} // one place for each inference
 	asides  chan struct{} // and for each GET
-	engine  *http.Transport
+	engine  *plainhttp.Transport
 	vigil   *vigil
 	record  []byte // the sandbox, as JSON
 	fill    func(*contract.Status)
@@ -88,7 +90,7 @@ func newForwarder(o contract.Options, v *vigil, record contract.Sandbox, fill fu
 		maxBody: o.MaxBody,
 		slots:   make(chan struct{}, o.MaxInFlight),
 		asides:  make(chan struct{}, maxAsides),
-		engine:  newTransport(o.MaxInFlight),
+		engine:  newTransport(o.Engine, o.MaxInFlight),
 		vigil:   v,
 		record:  text,
 		fill:    fill,
@@ -110,14 +112,13 @@ func newServer(f *forwarder, logger *log.Logger) *http.Server {
 
 // newTransport returns the way to the engine: loopback, no proxy, no redirects,
 // no compression.
-func newTransport(connections int) *http.Transport {
+func newTransport(engine netip.AddrPort, connections int) *plainhttp.Transport {
 	dialer := net.Dialer{Timeout: 5 * time.Second}
-	return &http.Transport{
-		DialContext:            dialer.DialContext,
-		DisableCompression:     true,
-		MaxIdleConnsPerHost:    connections,
-		IdleConnTimeout:        engineIdle,
-		MaxResponseHeaderBytes: maxHeader,
+	return &plainhttp.Transport{
+		Dial:      func(ctx context.Context) (net.Conn, error) { return dialer.DialContext(ctx, "tcp", engine.String()) },
+		MaxIdle:   connections,
+		Idle:      engineIdle,
+		MaxHeader: maxHeader,
 	}
 }
 
@@ -284,7 +285,7 @@ func (f *forwarder) carry(ctx context.Context, w http.ResponseWriter, r *http.Re
 			req.Header.Set(key, v)
 		}
 	}
-	plainHeaders(req)
+	req.Header["User-Agent"] = nil // none
 	resp, err := f.engine.RoundTrip(req)
 	if err == nil && (resp.StatusCode < 200 || resp.StatusCode >= 300 && resp.StatusCode < 400) {
 		resp.Body.Close()
@@ -361,13 +362,6 @@ func deliver(w http.ResponseWriter, piece []byte, flush bool) bool {
 func limitWrites(w http.ResponseWriter) {
 	// An error means that the connection is gone, which the write will find.
 	http.NewResponseController(w).SetWriteDeadline(time.Now().Add(readerPatience))
-}
-
-// plainHeaders keeps the transport from adding headers of its own, and lets it
-// repeat a request that met a connection which the engine was just closing.
-func plainHeaders(req *http.Request) {
-	req.Header["User-Agent"] = nil
-	req.Header["Idempotency-Key"] = nil // not sent: only the key's presence counts
 }
 
 func isEventStream(contentType string) bool {

@@ -18,13 +18,13 @@ import (
 	"mime"
 	"net"
 	"net/http"
-	"net/url"
 	"strings"
 	"time"
 
 	"github.com/resultity/node/internal/bridge/contract"
 	"github.com/resultity/node/internal/digest"
 	"github.com/resultity/node/internal/openai"
+	"github.com/resultity/node/internal/plainhttp"
 	"github.com/resultity/node/internal/receipt"
 	"github.com/resultity/node/internal/snapshot"
 	"github.com/resultity/node/internal/wire"
@@ -39,30 +39,21 @@ const (
 
 // Client talks to the engine. It is safe for concurrent use and keeps
 // connections; the socket may come and go with the container.
-type Client struct {
-	http      *http.Client
-	transport *http.Transport
-}
+type Client struct{ engine *plainhttp.Transport }
 
 // New makes a client of the socket at path. Nothing is opened before the first
 // request; each connection is shown to guard before it is used.
 func New(path string, guard Guard) *Client {
-	t := &http.Transport{
-		DialContext:            func(ctx context.Context, _, _ string) (net.Conn, error) { return dial(ctx, path, guard) },
-		DisableCompression:     true,
-		MaxIdleConnsPerHost:    64,
-		IdleConnTimeout:        time.Minute,
-		MaxResponseHeaderBytes: maxHeader,
-		ReadBufferSize:         32 << 10,
-	}
-	return &Client{transport: t, http: &http.Client{
-		Transport:     t,
-		CheckRedirect: func(*http.Request, []*http.Request) error { return http.ErrUseLastResponse },
+	return &Client{&plainhttp.Transport{
+		Dial:      func(ctx context.Context) (net.Conn, error) { return dial(ctx, path, guard) },
+		MaxIdle:   64,
+		Idle:      time.Minute,
+		MaxHeader: maxHeader,
 	}}
 }
 
 // Close ends the connections that no request uses.
-func (c *Client) Close() { c.transport.CloseIdleConnections() }
+func (c *Client) Close() { c.engine.CloseIdleConnections() }
 
 // EngineError says that the engine, or the way to it, failed: another node, or
 // the same one after a restart, may do better. It holds nothing of what the
@@ -93,9 +84,6 @@ func quiet(err error) error {
 	var op *net.OpError
 	switch {
 	case errors.Is(err, ErrForeign):
-		if u, ok := errors.AsType[*url.Error](err); ok {
-			return u.Err
-		}
 		return err
 	case errors.As(err, &op):
 		return op
@@ -230,11 +218,8 @@ func (c *Client) post(ctx context.Context, path string, body []byte) (*http.Resp
 		"Content-Type": {"application/json"},
 		"Accept":       {"text/event-stream"},
 		"User-Agent":   {"resultity-agent"},
-		// Not sent, but tells the transport that it may ask again when a kept
-		// connection turns out to be dead: inference changes nothing.
-		"Idempotency-Key": {},
 	}
-	return c.http.Do(req)
+	return c.engine.RoundTrip(req)
 }
 
 // refusal makes an error of an answer that is not 200. The engine's own words
@@ -337,7 +322,7 @@ func (c *Client) get(ctx context.Context, op, path string) ([]byte, error) {
 	if err != nil {
 		return nil, err
 	}
-	resp, err := c.http.Do(req)
+	resp, err := c.engine.RoundTrip(req)
 	if err != nil {
 		return nil, &EngineError{Op: op, Err: quiet(err)}
 	}

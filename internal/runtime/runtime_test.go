@@ -143,7 +143,7 @@ func TestRun(t *testing.T) {
 	var asked atomic.Value
 	c := serve(t, func(w http.ResponseWriter, r *http.Request) {
 		body, _ := io.ReadAll(r.Body)
-		asked.Store(fmt.Sprint(r.Method, " ", r.URL.Path, " ", r.Header.Get("Content-Type"), " ", r.Header.Get("Idempotency-Key"), string(body)))
+		asked.Store(fmt.Sprint(r.Method, " ", r.URL.Path, " ", r.Header.Get("Content-Type"), " ", string(body)))
 		eventStream(w)
 		_, _ = io.WriteString(w, answer)
 	})
