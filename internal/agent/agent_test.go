@@ -201,7 +201,12 @@ type talker struct {
 	fails  error // what it does in place of all this
 }
 
-func (e *talker) Run(ctx context.Context, _ runtime.Job, _ func([]byte) error) (runtime.Result, error) {
+func (e *talker) Run(ctx context.Context, j runtime.Job, _ func([]byte) error) (runtime.Result, error) {
+	if j.Sent != nil {
+		if err := j.Sent(); err != nil {
+			return runtime.Result{}, err
+		}
+	}
 	e.mu.Lock()
 	fails := e.fails
 	e.mu.Unlock()

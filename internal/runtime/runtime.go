@@ -106,6 +106,11 @@ type Job struct {
 	Seed          uint32 // where the request has none
 	Tokens        int    // completion tokens at most
 	ResponseBytes int64  // of the answer at most
+
+	// Sent is called once, when the engine works on the request or could not be
+	// given it, and before anything is made of an answer. Its error ends the run.
+	// It may be nil.
+	Sent func() error
 }
 
 // Result is a whole answer.
@@ -138,7 +143,19 @@ var paths = map[wire.Kind]string{
 }
 
 func (c *Client) run(ctx context.Context, j Job, emit func([]byte) error) (Result, error) {
-	resp, err := c.post(ctx, paths[j.Request.Kind], j.Request.ForEngine(j.Model, j.Seed, j.Tokens))
+	asked, err := c.ask(ctx, j)
+	if j.Sent != nil {
+		if err := j.Sent(); err != nil {
+			if asked != nil {
+				asked.Close()
+			}
+			return Result{}, err
+		}
+	}
+	if err != nil {
+		return Result{}, &EngineError{Op: "ask", Err: quiet(err)}
+	}
+	resp, err := asked.Response()
 	if err != nil {
 		return Result{}, &EngineError{Op: "ask", Err: quiet(err)}
 	}
@@ -209,8 +226,9 @@ func pump(r io.Reader, a *openai.Assembler, tokens int, emit func([]byte) error)
 	}
 }
 
-func (c *Client) post(ctx context.Context, path string, body []byte) (*http.Response, error) {
-	req, err := http.NewRequestWithContext(ctx, http.MethodPost, "http://engine"+path, bytes.NewReader(body))
+func (c *Client) ask(ctx context.Context, j Job) (*plainhttp.Exchange, error) {
+	body := j.Request.ForEngine(j.Model, j.Seed, j.Tokens)
+	req, err := http.NewRequestWithContext(ctx, http.MethodPost, "http://engine"+paths[j.Request.Kind], bytes.NewReader(body))
 	if err != nil {
 		return nil, err
 	}
@@ -219,7 +237,7 @@ func (c *Client) post(ctx context.Context, path string, body []byte) (*http.Resp
 		"Accept":       {"text/event-stream"},
 		"User-Agent":   {"resultity-agent"},
 	}
-	return c.engine.RoundTrip(req)
+	return c.engine.Send(req)
 }
 
 // refusal makes an error of an answer that is not 200. The engine's own words

@@ -16,6 +16,7 @@ import (
 	"strings"
 	"sync"
 	"sync/atomic"
+	"syscall"
 	"testing"
 	"time"
 
@@ -163,6 +164,72 @@ func TestRun(t *testing.T) {
 	const wantAsked = `POST /v1/chat/completions application/json {"model":"m","messages":[{"role":"user","content":"secret prompt"}],"seed":9,"max_tokens":10,"stream":true,"stream_options":{"include_usage":true}}`
 	if asked.Load() != wantAsked {
 		t.Errorf("asked\n%s\nwant\n%s", asked.Load(), wantAsked)
+	}
+}
+
+// Sent is called while the engine works, and nothing is made of its answer before
+// it has returned.
+func TestSent(t *testing.T) {
+	asked, gone := make(chan struct{}), make(chan struct{})
+	seen := make(chan struct{}) // a piece of the first answer
+	var second atomic.Bool
+	c := serve(t, func(w http.ResponseWriter, r *http.Request) {
+		_, _ = io.Copy(io.Discard, r.Body)
+		eventStream(w)
+		_, _ = io.WriteString(w, role+chunk("a"))
+		_ = http.NewResponseController(w).Flush()
+		asked <- struct{}{}
+		if second.Load() {
+			<-r.Context().Done()
+			close(gone)
+			return
+		}
+		<-seen
+		_, _ = io.WriteString(w, end)
+	})
+	j, calls, sent := job(t, true), 0, false
+	errDisk := errors.New("the disk is full")
+	for _, fails := range []error{nil, errDisk} {
+		calls, sent = 0, false
+		j.Sent = func() error {
+			calls++
+			<-asked // the engine has said something already
+			sent = fails == nil
+			return fails
+		}
+		_, err := c.Run(t.Context(), j, func([]byte) error {
+			if !sent {
+				t.Error("a piece is passed on before")
+			}
+			select {
+			case <-seen:
+			default:
+				close(seen)
+			}
+			return nil
+		})
+		if !errors.Is(err, fails) || calls != 1 {
+			t.Errorf("got %v after %d calls, want %v", err, calls, fails)
+		}
+		second.Store(true)
+	}
+	<-gone // else the engine would work for nobody
+
+	// Also where there is no engine, or no time left.
+	nobody := New(socketPath(t), anybody)
+	ended, cancel := context.WithCancelCause(t.Context())
+	errLate := errors.New("too late")
+	cancel(errLate)
+	for _, try := range []struct {
+		c    *Client
+		ctx  context.Context
+		want error
+	}{{nobody, t.Context(), syscall.ENOENT}, {c, ended, errLate}} {
+		calls = 0
+		j.Sent = func() error { calls++; return nil }
+		if _, err := try.c.Run(try.ctx, j, nil); !errors.Is(err, try.want) || calls != 1 {
+			t.Errorf("got %v after %d calls, want %v", err, calls, try.want)
+		}
 	}
 }
 

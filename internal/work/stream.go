@@ -21,15 +21,6 @@ type stream struct {
 	mu   sync.Mutex // guards what follows
 	body []byte     // only grows: chunks point into it
 	sent int
-	held bool // nothing goes out: the job is not accepted yet
-}
-
-// release lets chunks go out.
-func (s *stream) release() {
-	s.mu.Lock()
-	defer s.mu.Unlock()
-	s.held = false
-	s.flush()
 }
 
 // write takes the next bytes. It does not keep b.
@@ -50,7 +41,7 @@ func (s *stream) again() {
 }
 
 func (s *stream) flush() {
-	for !s.held && s.sent < len(s.body) {
+	for s.sent < len(s.body) {
 		n := min(maxChunk, len(s.body)-s.sent)
 		if s.send(&wire.Chunk{Job: s.job, Offset: int64(s.sent), Data: s.body[s.sent : s.sent+n : s.sent+n]}) != nil {
 			return

@@ -137,7 +137,6 @@ var (
 	errStopping  = errors.New("the agent stops")
 	errCancelled = errors.New("cancelled by the network")
 	errDeadline  = errors.New("the deadline has passed")
-	errRefused   = errors.New("not written down")
 )
 
 // housekeeping is how often results past their time are dropped.
@@ -352,7 +351,7 @@ func (w *Worker) Job(j *wire.Job) {
 	w.busy++
 	k := &job{Job: j}
 	if j.Stream {
-		k.stream = &stream{job: j.ID, send: w.cfg.Send, held: true}
+		k.stream = &stream{job: j.ID, send: w.cfg.Send}
 	}
 	w.goLocked(k, func(ctx context.Context) { w.take(ctx, k, a) })
 }
@@ -368,28 +367,21 @@ func (w *Worker) take(ctx context.Context, k *job, a *Active) {
 		w.answerKnown(ctx, k.Job, *r)
 		return
 	}
-	// The engine begins while the job is being written down, which takes as
-	// long as a fast engine's answer. Nobody hears of it before.
-	accepted := make(chan *refusal, 1)
-	w.tasks.Go(func() {
-		r := w.writeDown(k)
-		if r == nil {
-			failpoint.Here("work.accept.durable")
-			w.mu.Lock()
-			k.durable = true
-			w.mu.Unlock()
-			w.send(&wire.Accept{Job: k.ID})
-			if k.stream != nil {
-				k.stream.release()
-			}
-		} else {
-			k.cancel(errRefused)
-		}
-		accepted <- r
-	})
+	// The engine begins before the job is written down, which takes as long as a
+	// fast engine's answer. Nobody hears of it before.
 	started := w.cfg.Now()
-	res, err := w.ask(ctx, k, a, req)
-	if r := <-accepted; r != nil {
+	res, err := w.ask(ctx, k, a, req, func() error {
+		if r = w.writeDown(k); r != nil {
+			return errors.New("not written down")
+		}
+		failpoint.Here("work.accept.durable")
+		w.mu.Lock()
+		k.durable = true
+		w.mu.Unlock()
+		w.send(&wire.Accept{Job: k.ID})
+		return nil
+	})
+	if r != nil {
 		w.release(k)
 		w.answerKnown(ctx, k.Job, *r)
 		return
@@ -485,7 +477,7 @@ func (w *Worker) rerun(ctx context.Context, k *job, a *Active) {
 		w.mu.Unlock()
 	}
 	started := w.cfg.Now()
-	res, err := w.ask(ctx, k, a, req)
+	res, err := w.ask(ctx, k, a, req, nil)
 	w.conclude(ctx, k, a, started, res, err)
 }
 
@@ -547,11 +539,9 @@ func (w *Worker) judge(ctx context.Context, a *Active, code wire.Code, message s
 	}
 }
 
-// ask has the engine answer, and passes chunks on as they come.
-func (w *Worker) ask(ctx context.Context, k *job, a *Active, req *openai.Request) (runtime.Result, error) {
-	if ctx.Err() != nil {
-		return runtime.Result{}, context.Cause(ctx)
-	}
+// ask has the engine answer, and passes chunks on as they come. For sent see
+// [runtime.Job].
+func (w *Worker) ask(ctx context.Context, k *job, a *Active, req *openai.Request, sent func() error) (runtime.Result, error) {
 	var emit func([]byte) error
 	if k.stream != nil {
 		emit = func(b []byte) error {
@@ -562,7 +552,7 @@ func (w *Worker) ask(ctx context.Context, k *job, a *Active, req *openai.Request
 	limits := &a.Snapshot.Config().Limits
 	return a.Engine.Run(ctx, runtime.Job{
 		ID: k.ID, Request: req, Model: k.Model, Created: k.Created, Seed: k.Seed,
-		Tokens: limits.Tokens, ResponseBytes: limits.ResponseBytes,
+		Tokens: limits.Tokens, ResponseBytes: limits.ResponseBytes, Sent: sent,
 	}, emit)
 }
 
