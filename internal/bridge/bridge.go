@@ -120,8 +120,10 @@ func (b *bridge) settle() error {
 	if _, _, errno := syscall.RawSyscall(syscall.SYS_PRCTL, syscall.PR_SET_DUMPABLE, 0, 0); errno != 0 {
 		return fmt.Errorf("forbid tracing: %w", errno)
 	}
-	// More processors than this only cost memory here.
-	runtime.GOMAXPROCS(min(runtime.GOMAXPROCS(0), 4))
+	// The engine wants the processors. Some tens of thousands of tokens a second
+	// can be carried with one, and with more of them each hand-over between
+	// goroutines wakes a thread.
+	runtime.GOMAXPROCS(1)
 	const idle, perRequest = 12 << 20, 256 << 10
 	debug.SetMemoryLimit(idle + int64(b.o.MaxInFlight)*(b.o.MaxBody+perRequest))
 	return nil
