@@ -85,7 +85,7 @@ type Agent struct {
 	openDeployer func(context.Context) (deployer, error)
 	openEngine   func(socket string) engine
 	machine      func(context.Context) []gate.Gate                        // looks at the machine; nil for none
-	verify       func(ctx context.Context, s *snapshot.Snapshot) error    // hashes the models' files again
+	verify       func(ctx context.Context, s *snapshot.Snapshot) error    // reads the models' files and the image again
 	probes       probes                                                   //
 	images       atomic.Pointer[image.Images]                             // nil until Podman has answered
 	unitFiles    func(ctx context.Context, unit string) ([]string, error) // as the service manager has them

@@ -281,6 +281,7 @@ func build(t *testing.T, dir string, m *deploytest.Machine) *fixture {
 	f.openDeployer = func(context.Context) (deployer, error) {
 		d := m.Deployer()
 		d.Progress = f.progress
+		d.Newest = func() *snapshot.Snapshot { return f.member.board.snapshot() }
 		return d, nil
 	}
 	f.openEngine = func(string) engine {

@@ -12,6 +12,8 @@ import (
 	"github.com/resultity/node/internal/deploy"
 	"github.com/resultity/node/internal/digest"
 	"github.com/resultity/node/internal/gate"
+	"github.com/resultity/node/internal/image"
+	"github.com/resultity/node/internal/journal"
 	"github.com/resultity/node/internal/model"
 	"github.com/resultity/node/internal/podman"
 	"github.com/resultity/node/internal/preflight"
@@ -431,8 +433,10 @@ func remedyOfStep(e *deploy.Error) string {
 		return storm.remedy()
 	case errors.Is(e, podman.ErrUnavailable):
 		return "sudo systemctl --user -M " + preflight.Packaged + "@ status resultity-podman.socket (for a node of your own: without sudo and -M)"
-	case e.Step == deploy.StepImage && imageRefused(e):
-		return "the network's operator has to sign the image, or to publish its key"
+	case errors.Is(e, image.ErrAltered):
+		return "the agent fetches it again; if it stays so, look at this machine's disk"
+	case e.Step == deploy.StepImage && imageEvent(e) != journal.ImageFailed:
+		return "the network's operator has to sign the image, or to publish its key: journalctl -x says more"
 	case e.Step == deploy.StepImage:
 		return "check that this machine reaches the image's registry; the agent keeps trying"
 	case errors.As(e, &space):

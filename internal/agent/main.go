@@ -209,6 +209,9 @@ func New(ctx context.Context, cfg *config.Config, env func(string) string, log *
 				return err
 			}
 		}
+		if i := a.images.Load(); i != nil {
+			return i.Verify(ctx, s.Config().Runtime.Image)
+		}
 		return nil
 	}
 	units, err := systemd.Dial(ctx)

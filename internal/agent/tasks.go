@@ -7,6 +7,7 @@ import (
 
 	"github.com/resultity/node/internal/deploy"
 	"github.com/resultity/node/internal/digest"
+	"github.com/resultity/node/internal/image"
 	"github.com/resultity/node/internal/model"
 	"github.com/resultity/node/internal/quadlet"
 )
@@ -52,7 +53,7 @@ func (u *updater) restart(ctx context.Context) error {
 	return nil
 }
 
-// revalidate implements machine. It hashes the model's files while they are served, and then has the
+// revalidate implements machine. It reads the model's files and the image again while they are served, and then has the
 // golden requests repeated. A disk that does not answer is no damage: what was
 // verified when it was started goes on, and the network hears why.
 func (a *Agent) revalidate(ctx context.Context, dep *deploy.Deployment) error {
@@ -60,7 +61,7 @@ func (a *Agent) revalidate(ctx context.Context, dep *deploy.Deployment) error {
 	switch {
 	case ctx.Err() != nil:
 		return ctx.Err()
-	case damage != nil && !errors.Is(damage, digest.ErrMismatch) && !errors.Is(damage, model.ErrIncomplete):
+	case damage != nil && !errors.Is(damage, digest.ErrMismatch) && !errors.Is(damage, model.ErrIncomplete) && !errors.Is(damage, image.ErrAltered):
 		return fmt.Errorf("the files could not be read, and nothing is known to be wrong with them: the node goes on: %w", damage)
 	}
 	return a.inUpdates(ctx, func(u *updater, ctx context.Context) error { return u.judge(ctx, dep, damage) })
@@ -75,7 +76,11 @@ func (u *updater) judge(ctx context.Context, dep *deploy.Deployment, damage erro
 	}
 	err := damage
 	if err != nil {
-		err = &deploy.Error{Step: deploy.StepModel, Err: damage}
+		step := deploy.StepModel
+		if errors.Is(damage, image.ErrAltered) {
+			step = deploy.StepImage
+		}
+		err = &deploy.Error{Step: step, Err: damage}
 	} else {
 		if err := u.idle(ctx); err != nil {
 			return err

@@ -63,6 +63,7 @@ type updater struct {
 	engine   engine        // of active
 	good     digest.Digest // configuration that was active last
 	newest   digest.Digest // of the network, as of the last look
+	judged   digest.Digest // the one under which what runs was found to be trusted still
 	opened   map[int]*snapshot.Snapshot
 	plans    map[digest.Digest]*staged // of what is current and what should be, by configuration
 	staging  *staging                  // under way until its result is here, or nil; never two
@@ -162,6 +163,10 @@ func (u *updater) reconcile(ctx context.Context) {
 		u.setActive(nil, starting)
 	}
 	u.storming(unit, cur, want)
+	if u.withdraw(ctx, unit, cur) {
+		poke(u.look)
+		return
+	}
 	switch why := u.member.door.doubted(); {
 	case u.renew:
 		u.renew = false
@@ -758,10 +763,8 @@ func eventOf(err error) *journal.Event {
 	switch {
 	case !ok:
 		return journal.RuntimeFailed
-	case e.Step == deploy.StepImage && imageRefused(err):
-		return journal.ImageRefused
 	case e.Step == deploy.StepImage:
-		return journal.ImageFailed
+		return imageEvent(err)
 	case e.Step == deploy.StepModel && errors.Is(err, digest.ErrMismatch):
 		return journal.ModelRefused
 	case e.Step == deploy.StepModel:
@@ -776,14 +779,68 @@ func eventOf(err error) *journal.Event {
 	return journal.RuntimeFailed
 }
 
-// imageRefused tells an image that must not run from one that could not be had.
-func imageRefused(err error) bool {
-	for _, reason := range []error{image.ErrUnsigned, image.ErrWrongKey, image.ErrOtherDigest, image.ErrIdentity, image.ErrKeys, podman.ErrRefused, podman.ErrOtherImage} {
-		if errors.Is(err, reason) {
-			return true
+// imageRefusals are the reasons for which an image must not run, the most telling
+// first: an error may be several.
+var imageRefusals = []struct {
+	reason error
+	event  *journal.Event
+}{
+	{image.ErrAltered, journal.ImageAltered},
+	{image.ErrRevoked, journal.ImageRevoked},
+	{image.ErrOtherDigest, journal.ImageDigest},
+	{image.ErrIdentity, journal.ImageRepository},
+	{image.ErrExpired, journal.ImageExpired},
+	{image.ErrUnsigned, journal.ImageUnsigned},
+	{image.ErrWrongKey, journal.ImageSigner},
+	{image.ErrOtherBytes, journal.ImageBytes},
+	{image.ErrManifest, journal.ImageManifest},
+	{image.ErrPlatform, journal.ImageManifest},
+	{image.ErrTooLarge, journal.ImageManifest},
+	{image.ErrKeys, journal.ImageRefused},
+	{podman.ErrRefused, journal.ImageRefused},
+	{podman.ErrOtherImage, journal.ImageRefused},
+}
+
+// imageEvent tells an image that must not run, and why, from one that could not
+// be had.
+func imageEvent(err error) *journal.Event {
+	for _, r := range imageRefusals {
+		if errors.Is(err, r.reason) {
+			return r.event
 		}
 	}
-	return false
+	return journal.ImageFailed
+}
+
+// withdraw stops a runtime whose image the network trusts no more, whoever has
+// started it, and says whether it was one. One that is trusted is looked at again
+// only with the network's next configuration: what the agent starts later is looked
+// at then.
+func (u *updater) withdraw(ctx context.Context, unit systemd.State, cur *snapshot.Snapshot) bool {
+	runs := cur
+	if u.active != nil {
+		runs = u.active.Snapshot()
+	}
+	if u.deployer == nil || runs == nil || u.judged == u.newest || unit.Active == "inactive" || unit.Active == "failed" {
+		return false
+	}
+	err := u.deployer.Trusted(ctx, runs)
+	if !errors.Is(err, image.ErrRevoked) {
+		if err == nil {
+			u.judged = u.newest
+		}
+		return false
+	}
+	u.setActive(nil, failed)
+	u.report(runs, err)
+	delete(u.plans, runs.Digest())
+	if err := u.units.Stop(ctx, quadlet.ServiceName); err != nil {
+		u.report(runs, &deploy.Error{Step: deploy.StepUnit, Err: err})
+		u.build.failed()
+		return true
+	}
+	u.down = true
+	return true
 }
 
 // watchHealthy is how long a watch has lasted when its end is news again.

@@ -28,6 +28,7 @@ import (
 	"github.com/resultity/node/internal/systemd"
 	"github.com/resultity/node/internal/tuf"
 	"github.com/resultity/node/internal/wire"
+	"github.com/resultity/node/test/oci"
 )
 
 const untilSettled = time.Second / 2 // shorter than any retry
@@ -319,7 +320,7 @@ func TestFirstDeploymentFails(t *testing.T) {
 		event *journal.Event
 		gate  string
 	}{
-		{deploytest.EnsureImage, image.ErrUnsigned, journal.ImageRefused, "image"},
+		{deploytest.EnsureImage, image.ErrUnsigned, journal.ImageUnsigned, "image"},
 		{deploytest.EnsureImage, podman.ErrRefused, journal.ImageRefused, "image"},
 		{deploytest.EnsureImage, podman.ErrUnavailable, journal.ImageFailed, "image"},
 		{deploytest.EnsureImage, errBroken, journal.ImageFailed, "image"},
@@ -515,6 +516,79 @@ func TestUpdateCannotBeStaged(t *testing.T) {
 			})
 		})
 	}
+}
+
+// When the network takes back its trust in who signed what runs, that stops, is
+// started by nothing, and comes back with the trust.
+func TestTrustTakenBack(t *testing.T) {
+	k, err := oci.NewKey()
+	if err != nil {
+		t.Fatal(err)
+	}
+	pem, err := k.PublicPEM()
+	if err != nil {
+		t.Fatal(err)
+	}
+	bubble(t, func(t *testing.T, f *fixture, n *deploytest.Network) {
+		one := n.Publish(nil)
+		trusted := one.Config().ImageTrust.Keys
+		f.tuf.serve(one, nil)
+		stop := f.run()
+		pass(untilSettled)
+		f.serves(one)
+		f.machine.Calls()
+
+		// The new configuration's image cannot be had; the old one's is not good.
+		f.machine.Fail(deploytest.EnsureImage, &deploytest.Fault{Err: image.ErrRevoked})
+		next := n.Publish(map[string]any{"image_trust.keys": []string{string(pem)}, "image_trust.revoked": trusted})
+		f.publish(next)
+		pass(untilSettled)
+		f.serves(nil)
+		if f.book.count(journal.ImageRevoked) == 0 {
+			t.Errorf("not said:\n%s", f.book)
+		}
+		pass(time.Hour)
+		if calls := f.machine.Calls(); !slices.Contains(calls, deploytest.Stop) || slices.Contains(calls, deploytest.Start) {
+			t.Errorf("it was not stopped, or started: %q", calls)
+		}
+		if st := f.Status(); st.Closed() == nil || st.Closed().Name != "image" {
+			t.Errorf("closed: %+v", st.Closed())
+		}
+		// Nor does systemd's own start bring it back.
+		f.machine.Do(func(m *deploytest.Locked) { m.Come() })
+		pass(10 * time.Minute)
+		f.serves(nil)
+		if state, _ := f.machine.Now(); state.Active == "active" {
+			t.Error("what systemd has started runs on")
+		}
+
+		f.machine.Fail(deploytest.EnsureImage, nil)
+		back := n.Publish(map[string]any{"image_trust.keys": trusted, "image_trust.revoked": []string{}})
+		f.publish(back)
+		pass(untilSettled)
+		f.serves(back)
+		stop()
+	})
+}
+
+// What is found wrong with the stored image has it fetched anew, and the runtime
+// started from that.
+func TestImageAltered(t *testing.T) {
+	bubble(t, func(t *testing.T, f *fixture, n *deploytest.Network) {
+		s := n.Publish(nil)
+		f.tuf.serve(s, nil)
+		f.machine.Fail(deploytest.VerifyImage, &deploytest.Fault{Err: fmt.Errorf("x: %w", image.ErrAltered), Times: 1})
+		defer f.run()()
+		synctest.Wait()
+		if calls := f.machine.Calls(); slices.Contains(calls, deploytest.Start) {
+			t.Errorf("it was started: %q", calls)
+		}
+		pass(time.Minute)
+		f.serves(s)
+		if n := f.book.count(journal.ImageAltered); n != 1 {
+			t.Errorf("said %d times:\n%s", n, f.book)
+		}
+	})
 }
 
 // A configuration that does not come up is left for the last good one, and not
@@ -829,7 +903,7 @@ func TestEventsOfErrors(t *testing.T) {
 		{errBroken, journal.RuntimeFailed},
 		{&deploy.Error{Step: deploy.StepUnit, Err: quadlet.ErrUnsealed}, journal.SandboxRefused},
 		{&deploy.Error{Step: deploy.StepStart, Err: &systemd.JobError{}}, journal.RuntimeFailed},
-		{&deploy.Error{Step: deploy.StepImage, Err: fmt.Errorf("x: %w", image.ErrOtherDigest)}, journal.ImageRefused},
+		{&deploy.Error{Step: deploy.StepImage, Err: fmt.Errorf("x: %w", image.ErrOtherDigest)}, journal.ImageDigest},
 	} {
 		if got := eventOf(c.err); got != c.want {
 			t.Errorf("%v: %s, want %s", c.err, got.Name, c.want.Name)

@@ -16,11 +16,13 @@ import (
 	"github.com/resultity/node/internal/deploy"
 	. "github.com/resultity/node/internal/deploy/deploytest"
 	"github.com/resultity/node/internal/digest"
+	"github.com/resultity/node/internal/image"
 	"github.com/resultity/node/internal/podman"
 	"github.com/resultity/node/internal/quadlet"
 	"github.com/resultity/node/internal/sandbox"
 	"github.com/resultity/node/internal/snapshot"
 	"github.com/resultity/node/internal/systemd"
+	"github.com/resultity/node/test/oci"
 )
 
 func phase(string) {}
@@ -497,5 +499,46 @@ func TestMachineFaults(t *testing.T) {
 		if e := (&deploy.Error{Step: c.step, Err: c.err}); e.Machine() != c.machine {
 			t.Errorf("%v: machine %v", e, e.Machine())
 		}
+	}
+}
+
+// What runs is not read again; what would be started is. And the network's
+// newest word counts for both.
+func TestImageIsLookedAtBeforeItStarts(t *testing.T) {
+	m, n := New(t), NewNetwork(t)
+	d := m.Deployer()
+	s := n.Publish(nil)
+	up(t, d, s)
+	m.Calls()
+	p, err := d.Stage(t.Context(), s)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if calls := m.Calls(); slices.Contains(calls, VerifyImage) {
+		t.Errorf("read while it runs: %q", calls)
+	}
+	m.Do(func(m *Locked) { m.End("success", 0, "") })
+	if _, err := d.Stage(t.Context(), s); err != nil {
+		t.Fatal(err)
+	}
+	if calls := m.Calls(); !slices.Contains(calls, VerifyImage) {
+		t.Errorf("not read before a start: %q", calls)
+	}
+
+	k, err := oci.NewKey()
+	if err != nil {
+		t.Fatal(err)
+	}
+	pem, err := k.PublicPEM()
+	if err != nil {
+		t.Fatal(err)
+	}
+	newer := n.Publish(map[string]any{"image_trust.keys": []string{string(pem)}})
+	d.Newest = func() *snapshot.Snapshot { return newer }
+	if _, err := d.Apply(t.Context(), p, func(string) {}); step(err) != deploy.StepImage || !errors.Is(err, image.ErrRevoked) {
+		t.Errorf("what the newest configuration does not trust is started: %v", err)
+	}
+	if calls := m.Calls(); slices.Contains(calls, Install) || slices.Contains(calls, Start) {
+		t.Errorf("%q", calls)
 	}
 }

@@ -88,7 +88,7 @@ func (d *demo) unsignedImage(ctx context.Context) error {
 		return err
 	}
 	if err := d.step(n.Name(), "an unsigned image is refused by the agent", func() (string, error) {
-		return d.refused(ctx, n, journal.ImageRefused, func(c *snapshot.Config) { c.Runtime.Image = ref })
+		return d.refused(ctx, n, journal.ImageUnsigned, func(c *snapshot.Config) { c.Runtime.Image = ref })
 	}); err != nil {
 		return err
 	}
