@@ -156,7 +156,7 @@ func (s *Store) start(ctx context.Context) (_ *db, err error) {
 		JetStream:              true,
 		StoreDir:               s.dir,
 		SyncAlways:             true,
-		JetStreamMaxStore:      s.space,             // each stream has a bound of its own
+		JetStreamMaxStore:      1 << 50,             // each stream has a bound of its own, and the disk may have become smaller
 		MaxPayload:             maxMessage + 64<<10, // a value and its headers
 		NoSigs:                 true,
 		NoLog:                  true,

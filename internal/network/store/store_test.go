@@ -713,3 +713,24 @@ func TestDoubt(t *testing.T) {
 		t.Errorf("%v, in doubt are %v", err, s.pending.void)
 	}
 }
+
+// A store that was moved to a smaller disk has smaller bounds.
+func TestSmallerDisk(t *testing.T) {
+	dir := t.TempDir()
+	s := open(t, dir)
+	s.space = 8 << 20
+	if _, err := s.SetLimits(t.Context(), DefaultLimits); err != nil {
+		t.Fatal(err)
+	}
+	s.now.Load().close()
+	d, err := s.start(t.Context())
+	if err != nil {
+		t.Fatal(err)
+	}
+	s.now.Store(d)
+	s.space = 1 << 20
+	if got, err := s.SetLimits(t.Context(), DefaultLimits); err != nil || got.Results != 1<<19 {
+		t.Errorf("%+v %v", got, err)
+	}
+	put(t, s, []byte("x"))
+}
