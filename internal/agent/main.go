@@ -57,12 +57,13 @@ type finalError struct {
 func (e *finalError) Error() string { return e.err.Error() }
 func (e *finalError) Unwrap() error { return e.err }
 
-// inDir sorts what can go wrong with a directory of ours. Whether a full disk is
-// still full a moment later is worth a look; who may write there is not.
+// inDir sorts what can go wrong with a directory of ours. Whether a disk is still
+// full, or read-only after an error, a moment later is worth a look; who may write
+// there is not.
 func inDir(key string, err error) error {
 	switch {
 	case errors.Is(err, syscall.EROFS):
-		return &finalError{journal.ConfigInvalid, fmt.Errorf("%s: %w; if the unit's sandbox is the reason, name the directory in ReadWritePaths= of a drop-in", key, err)}
+		return fmt.Errorf("%s: %w; look at its disk (findmnt, dmesg); if the unit's sandbox is the reason, name the directory in ReadWritePaths= of a drop-in", key, err)
 	case errors.Is(err, fs.ErrPermission), errors.Is(err, syscall.ENOTDIR):
 		return &finalError{journal.ConfigInvalid, fmt.Errorf("%s: %w; it has to be a directory that the agent's user may write", key, err)}
 	case err != nil:
