@@ -28,6 +28,15 @@ install:
 	install -C -D -m 0644 -t $(DESTDIR)/usr/lib/systemd/catalog units/resultity.catalog
 	install -C -D -m 0644 -t $(DESTDIR)/usr/share/doc/resultity-agent internal/config/agent.toml README.md LICENSE
 
+# What a package of the network service contains, likewise.
+.PHONY: install-network
+install-network:
+	install -C -D -m 0755 -t $(DESTDIR)/usr/bin build/bin/resultity-network
+	install -C -D -m 0644 -t $(DESTDIR)/usr/lib/systemd/system units/resultity-network.service
+	install -C -D -m 0644 units/network-sysusers.conf $(DESTDIR)/usr/lib/sysusers.d/resultity-network.conf
+	install -C -D -m 0644 units/network-tmpfiles.conf $(DESTDIR)/usr/lib/tmpfiles.d/resultity-network.conf
+	install -C -D -m 0644 -t $(DESTDIR)/usr/share/doc/resultity-network internal/network/network.toml README.md LICENSE
+
 # The network service checks every node's signatures; with cgo and libsecp256k1
 # that is five times faster.
 build/bin/resultity-network: export CGO_ENABLED := 1

@@ -26,6 +26,9 @@ import (
 // changes nothing. The program then ends with status 78.
 var ErrConfig = errors.New("configuration")
 
+// ConfigFile is where serve looks for its configuration unless it is told.
+const ConfigFile = "/etc/resultity-network/network.toml"
+
 // Config is the service's own configuration, what stands in network.toml. What
 // the network decides for its nodes is in the published config.json instead.
 type Config struct {

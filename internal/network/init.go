@@ -10,6 +10,7 @@ import (
 	"os"
 	"path/filepath"
 	"strings"
+	"syscall"
 	"time"
 
 	"github.com/resultity/node/internal/durable"
@@ -52,9 +53,26 @@ func Init(ctx context.Context, dir string, o InitOptions, log *slog.Logger) (evm
 	if err := writeSkeleton(filepath.Join(dir, snapshot.Target), o, key.Address()); err != nil {
 		return none, nil, err
 	}
+	if err := firstSecrets(ctx, dir, o, log); err != nil {
+		return none, nil, err
+	}
+	if err := giveToOwner(dir); err != nil {
+		return none, nil, err
+	}
+	var p *publish.Proposal
+	if o.Publish.Holders != nil {
+		p, err = publish.Prepare(dir, o.Publish)
+	} else {
+		err = publish.Init(dir, o.Publish)
+	}
+	return key.Address(), p, errors.Join(err, giveToOwner(dir))
+}
+
+// firstSecrets makes the store, an API key and an enrolment token.
+func firstSecrets(ctx context.Context, dir string, o InitOptions, log *slog.Logger) error {
 	s, err := store.Open(ctx, filepath.Join(dir, "store"), log)
 	if err != nil {
-		return none, nil, err
+		return err
 	}
 	defer s.Close()
 	now := time.Now()
@@ -68,14 +86,34 @@ func Init(ctx context.Context, dir string, o InitOptions, log *slog.Logger) (evm
 		}},
 	} {
 		if err := ifMissing(filepath.Join(dir, f.name), f.make); err != nil {
-			return none, nil, err
+			return err
 		}
 	}
-	if o.Publish.Holders != nil {
-		p, err := publish.Prepare(dir, o.Publish)
-		return key.Address(), p, err
+	return nil
+}
+
+// giveToOwner gives what root has made in a directory to whose directory it is: the
+// account that the service runs as.
+func giveToOwner(dir string) error {
+	st, err := os.Stat(dir)
+	if err != nil {
+		return err
 	}
-	return key.Address(), nil, publish.Init(dir, o.Publish)
+	owner, ok := st.Sys().(*syscall.Stat_t)
+	if !ok || os.Geteuid() != 0 || owner.Uid == 0 {
+		return nil
+	}
+	root, err := os.OpenRoot(dir)
+	if err != nil {
+		return err
+	}
+	defer root.Close() // it was only looked into
+	return fs.WalkDir(root.FS(), ".", func(name string, _ fs.DirEntry, err error) error {
+		if err != nil {
+			return err
+		}
+		return root.Lchown(name, int(owner.Uid), int(owner.Gid))
+	})
 }
 
 func ifMissing(name string, content func() (string, error)) error {

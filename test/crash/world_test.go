@@ -142,10 +142,10 @@ func (w *world) startNetwork(t *testing.T, program string) {
 		"/etc/systemd/system/mail.service": "[Service]\nExecStart=/usr/sbin/smtpd -d -f /etc/smtpd.conf\n",
 		"/etc/resultity-network/network.toml": fmt.Sprintf("listen = \":8443\"\ntls_cert = \"/etc/resultity-network/tls.crt\"\ntls_key = \"/etc/resultity-network/tls.key\"\n"+
 			"smtp = %q\nsmtp_from = \"The demo <codes@net>\"\nsmtp_ca = \"/etc/resultity-network/ca.pem\"\n", net.JoinHostPort(w.Net.Addr().String(), "25")),
-		"/etc/systemd/system/" + networkUnit + ".d/crash.conf": "[Unit]\nStartLimitIntervalSec=0\n[Service]\nExecStart=\nExecStart=" + networkProgram +
-			" serve --config /etc/resultity-network/network.toml\nEnvironment=RESULTITY_FAILPOINT=" + networkPoint + "\nRestartSec=20ms\n",
+		"/etc/systemd/system/" + networkUnit + ".d/crash.conf": "[Service]\nExecStart=\nExecStart=" + networkProgram +
+			" serve\nEnvironment=RESULTITY_FAILPOINT=" + networkPoint + "\nRestartSec=20ms\nRestartSteps=0\n",
 	} {
-		must(t, w.Net.WriteFile(name, []byte(text), 0o600))
+		must(t, w.Net.WriteFile(name, []byte(text), 0o644))
 	}
 	for _, args := range [][]string{
 		{"useradd", "--create-home", "ann"}, {"systemctl", "daemon-reload"}, {"systemctl", "start", "mail.service"}, {"systemctl", "restart", networkUnit},

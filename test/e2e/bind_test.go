@@ -36,9 +36,8 @@ func startMail(t *testing.T) {
 		"/etc/systemd/system/mail.service": "[Service]\nExecStart=/usr/sbin/smtpd -d -f /etc/smtpd.conf\n",
 		"/etc/resultity-network/network.toml": fmt.Sprintf("listen = \":8443\"\ntls_cert = \"/etc/resultity-network/tls.crt\"\ntls_key = \"/etc/resultity-network/tls.key\"\n"+
 			"smtp = %q\nsmtp_from = \"The demo <codes@net>\"\nsmtp_ca = \"/etc/resultity-network/ca.pem\"\n", net.JoinHostPort(addr, "25")),
-		"/etc/systemd/system/resultity-network.service.d/mail.conf": "[Service]\nExecStart=\nExecStart=/usr/bin/resultity-network serve --config /etc/resultity-network/network.toml\n",
 	} {
-		if err := s.Net.WriteFile(name, []byte(text), 0o600); err != nil {
+		if err := s.Net.WriteFile(name, []byte(text), 0o644); err != nil {
 			t.Fatal(err)
 		}
 	}

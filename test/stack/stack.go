@@ -44,6 +44,9 @@ const (
 	// Account is the system account of a packaged node.
 	Account = "resultity"
 
+	// NetworkUnit is the network service's unit.
+	NetworkUnit = "resultity-network.service"
+
 	// Runtime is the unit of a node's engine.
 	Runtime = "resultity-runtime.service"
 )
@@ -96,6 +99,7 @@ func Repository() (string, error) {
 // Artifacts are the directories with what a stack is made of.
 type Artifacts struct {
 	Root  string // what a package installs
+	Net   string // what the package of the network service installs
 	Bin   string // the programs, those of the tests among them
 	Image string // OCI layout of the runtime image; empty if it is not built yet
 }
@@ -106,7 +110,7 @@ func Build(ctx context.Context) (Artifacts, error) {
 	if err != nil {
 		return Artifacts{}, err
 	}
-	a := Artifacts{Root: filepath.Join(top, "build/root"), Bin: filepath.Join(top, "build/bin")}
+	a := Artifacts{Root: filepath.Join(top, "build/root"), Net: filepath.Join(top, "build/network"), Bin: filepath.Join(top, "build/bin")}
 	// Test programs of several packages run at once and build into one place.
 	// What is the same already is left alone, so that whoever copies it meanwhile
 	// finds it.
@@ -122,6 +126,9 @@ func Build(ctx context.Context) (Artifacts, error) {
 		return Artifacts{}, fmt.Errorf("lock %s: %w", lock.Name(), err)
 	}
 	if err := run(ctx, top, "make", "--no-print-directory", "build", "install", "DESTDIR="+a.Root); err != nil {
+		return Artifacts{}, err
+	}
+	if err := run(ctx, top, "make", "--no-print-directory", "install-network", "DESTDIR="+a.Net); err != nil {
 		return Artifacts{}, err
 	}
 	for _, name := range []string{"fileserver", "registry", "probe"} {
@@ -145,12 +152,12 @@ func Prepare(ctx context.Context, dir string) error {
 	}
 	from.Image = img.Layout
 	to := prebuilt(dir)
-	return errors.Join(copyTree(ctx, from.Root, to.Root), copyTree(ctx, from.Bin, to.Bin), copyTree(ctx, from.Image, to.Image),
+	return errors.Join(copyTree(ctx, from.Root, to.Root), copyTree(ctx, from.Net, to.Net), copyTree(ctx, from.Bin, to.Bin), copyTree(ctx, from.Image, to.Image),
 		BuildProgram(ctx, filepath.Join(to.Bin, "demo"), "./test/demo"))
 }
 
 func prebuilt(dir string) Artifacts {
-	return Artifacts{filepath.Join(dir, "root"), filepath.Join(dir, "bin"), filepath.Join(dir, "image")}
+	return Artifacts{Root: filepath.Join(dir, "root"), Net: filepath.Join(dir, "network"), Bin: filepath.Join(dir, "bin"), Image: filepath.Join(dir, "image")}
 }
 
 // copyTree copies a file or directory over what is there, with its modes.
@@ -217,7 +224,7 @@ func Up(ctx context.Context, o Options) (_ *Stack, err error) {
 	if err := step("start registry and model source", func() error { return s.startSources(ctx, a) }); err != nil {
 		return nil, err
 	}
-	if err := step("start the network", func() error { return s.startNetwork(ctx, a.Bin) }); err != nil {
+	if err := step("start the network", func() error { return s.startNetwork(ctx, a) }); err != nil {
 		return nil, err
 	}
 	if o.Local {
@@ -433,10 +440,14 @@ func (s *Stack) Network(ctx context.Context, args ...string) ([]byte, error) {
 	return out, nil
 }
 
-func (s *Stack) startNetwork(ctx context.Context, bin string) error {
+func (s *Stack) startNetwork(ctx context.Context, a Artifacts) error {
 	n := &s.net
 	program, dir, etc := n.path("/usr/bin/resultity-network"), n.path(networkDir), n.path("/etc/resultity-network")
-	if err := n.CopyTo(filepath.Join(bin, "resultity-network"), program); err != nil {
+	if s.local != nil {
+		if err := n.CopyTo(filepath.Join(a.Bin, "resultity-network"), program); err != nil {
+			return err
+		}
+	} else if err := s.installNetwork(ctx, a.Net); err != nil {
 		return err
 	}
 	if _, err := s.Network(ctx, "init", "--name", "demo", "--chain-id", "31337"); err != nil {
@@ -461,9 +472,13 @@ func (s *Stack) startNetwork(ctx context.Context, bin string) error {
 	if err := s.Publish(ctx, func(*snapshot.Config) {}); err != nil {
 		return err
 	}
-	if err := n.service(ctx, "resultity-network", program, "serve", "--dir", dir, "--listen", n.listen(n.networkPort),
-		"--tls-cert", etc+"/tls.crt", "--tls-key", etc+"/tls.key"); err != nil {
-		return err
+	if s.local != nil {
+		if err := n.service(ctx, "resultity-network", program, "serve", "--config", "/dev/null", "--dir", dir, "--listen", n.listen(n.networkPort),
+			"--tls-cert", etc+"/tls.crt", "--tls-key", etc+"/tls.key"); err != nil {
+			return err
+		}
+	} else if err := n.systemctl(ctx, "enable", "--now", NetworkUnit); err != nil {
+		return fmt.Errorf("%w\n%s", err, s.NetworkJournal(ctx))
 	}
 	s.API = "https://" + net.JoinHostPort(n.Addr().String(), n.networkPort)
 	if err := s.waitFor(ctx, s.API+"/healthz"); err != nil {
@@ -472,6 +487,26 @@ func (s *Stack) startNetwork(ctx context.Context, bin string) error {
 	key, err := n.ReadFile(dir + "/api-key")
 	s.APIKey = strings.TrimSpace(string(key))
 	return err
+}
+
+// installNetwork does what an operator does with the package of the service.
+func (s *Stack) installNetwork(ctx context.Context, tree string) error {
+	n := &s.net
+	if err := n.CopyTo(tree+"/.", "/"); err != nil {
+		return err
+	}
+	if err := n.WriteFile("/etc/resultity-network/network.toml", fmt.Appendf(nil,
+		"listen = %q\ntls_cert = \"/etc/resultity-network/tls.crt\"\ntls_key = \"/etc/resultity-network/tls.key\"\n", n.listen(n.networkPort)), 0o644); err != nil {
+		return err
+	}
+	const script = `systemd-sysusers resultity-network.conf
+systemd-tmpfiles --create resultity-network.conf
+chgrp resultity-network /etc/resultity-network/tls.key && chmod 0640 /etc/resultity-network/tls.key
+systemctl daemon-reload`
+	if out, err := n.Output(ctx, "sh", "-euc", script); err != nil {
+		return fmt.Errorf("install the network service: %w: %s", err, out)
+	}
+	return nil
 }
 
 // firstConfig is the configuration of a stack: the tiny model on llama.cpp, and

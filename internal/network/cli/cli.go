@@ -5,14 +5,17 @@
 package cli
 
 import (
+	"cmp"
 	"context"
 	"errors"
 	"fmt"
 	"io"
+	"io/fs"
 	"log/slog"
 	"os"
 	"path/filepath"
 	"strings"
+	"syscall"
 	"time"
 
 	"github.com/spf13/cobra"
@@ -65,7 +68,7 @@ func root(version string) *cobra.Command {
 
 Every command but version works on one network's directory, --dir. Those about
 tokens, keys, nodes, accounts, orders and logs ask the service while it runs, and
-open its store when it does not.
+open its store when it does not; root then acts as the directory's owner.
 
 Exit status: 0 done; 1 failed; 2 something runs out soon (check); 64 wrong command
 line; 78 wrong configuration.`,
@@ -222,7 +225,27 @@ func readBounded(name string, limit int64) ([]byte, error) {
 	return b, err
 }
 
+// actAsOwner has root go on as the account that the network's directory belongs to,
+// so that the service, which runs as that, can use what is written there.
+func actAsOwner(dir string) error {
+	st, err := os.Stat(dir)
+	if err != nil || os.Geteuid() != 0 {
+		return nil // whoever uses the directory says what is wrong
+	}
+	owner, ok := st.Sys().(*syscall.Stat_t)
+	if !ok || owner.Uid == 0 {
+		return nil
+	}
+	if err := cmp.Or(syscall.Setgroups(nil), syscall.Setgid(int(owner.Gid)), syscall.Setuid(int(owner.Uid))); err != nil {
+		return fmt.Errorf("act as the owner of %s: %w", dir, err)
+	}
+	return nil
+}
+
 func withAdmin(cmd *cobra.Command, dir string, f func(network.Admin) error) error {
+	if err := actAsOwner(dir); err != nil {
+		return err
+	}
 	a, err := network.OpenAdmin(cmd.Context(), dir, quiet(cmd))
 	if err != nil {
 		return err
@@ -236,13 +259,16 @@ func serveCommand() *cobra.Command {
 	var file string
 	cmd := &cobra.Command{Use: "serve", Short: "Serve the network until told to stop", Args: exactly(0)}
 	f := cmd.Flags()
-	f.StringVar(&file, "config", "", "network.toml; flags win over it")
+	f.StringVar(&file, "config", "", "network.toml; flags win over it (default: "+network.ConfigFile+", if it is there)")
 	f.StringVar(&c.Dir, "dir", c.Dir, "directory of the network")
 	f.StringVar(&c.Listen, "listen", c.Listen, "host:port; an empty host means every address")
 	f.StringVar(&c.TLSCert, "tls-cert", c.TLSCert, "certificate chain, PEM")
 	f.StringVar(&c.TLSKey, "tls-key", c.TLSKey, "its key, PEM")
 	f.StringVar(&c.LogLevel, "log-level", c.LogLevel, "debug, info, warn or error")
 	cmd.RunE = func(cmd *cobra.Command, _ []string) error {
+		if _, err := os.Stat(network.ConfigFile); file == "" && !errors.Is(err, fs.ErrNotExist) {
+			file = network.ConfigFile
+		}
 		if file != "" {
 			given := c
 			if err := c.ReadFile(file); err != nil {
