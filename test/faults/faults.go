@@ -7,6 +7,7 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"net/http"
 	"slices"
 	"strconv"
 	"strings"
@@ -197,11 +198,19 @@ var Faults = []*Fault{
 	{Name: "registry ends early", Do: trouble(Short, anotherImage)},
 	{Name: "registry sends other bytes", Do: trouble(Wrong, anotherImage)},
 	{Name: "disk of the node's state full", Before: smallDisk, Do: fullDisk, After: wholeDisk},
-	{Name: "directories of the node's state not writable", Do: readOnly},
+	{Name: "a write to the node's job store fails", Agent: true, Do: noGrowth},
+	{Name: "node's models, snapshot and generations read-only", Before: ownDisks("models", "tuf", "generations"), Do: readOnly("models", "tuf", "generations"), After: sharedDisk("models", "tuf", "generations")},
+	{Name: "node's models read-only", Before: ownDisks("models"), Do: readOnly("models"), After: sharedDisk("models"), Slow: true},
+	{Name: "node's snapshot read-only", Before: ownDisks("tuf"), Do: readOnly("tuf"), After: sharedDisk("tuf"), Slow: true},
+	{Name: "node's generations read-only", Before: ownDisks("generations"), Do: readOnly("generations"), After: sharedDisk("generations"), Slow: true},
+	{Name: "node's job store read-only when its agent starts", Agent: true, Before: ownDisks("jobs"), Do: readOnlyAtStart("jobs"), After: sharedDisk("jobs")},
+	{Name: "node's log spool read-only when its agent starts", Agent: true, Before: ownDisks("spool"), Do: readOnlyAtStart("spool"), After: sharedDisk("spool"), Slow: true},
 	{Name: "network service killed", Network: true, Do: func(ctx context.Context, w *World) error {
 		_, err := w.Net.Output(ctx, "systemctl", "kill", "--signal=KILL", "resultity-network.service")
 		return err
 	}},
+	{Name: "disk of the network full, and the service killed", Network: true, Before: smallNetworkDisk, Do: fullNetworkDisk, After: wholeNetworkDisk},
+	{Name: "store of the network read-only when it starts", Network: true, Before: smallNetworkDisk, Do: readOnlyNetwork, After: wholeNetworkDisk},
 	{Name: "network service goes back to an older snapshot", Network: true, Do: olderSnapshot},
 }
 
@@ -356,19 +365,175 @@ func fullDisk(ctx context.Context, w *World) error {
 	)
 }
 
-// readOnly takes the right to write from every directory of the state: what is
-// open stays so, nothing new can be made. Meanwhile there is something to be
-// stored. (A read-only mount would be nearer to a broken disk, but its end takes
-// the mounts of the agent's own sandbox with it.)
-func readOnly(ctx context.Context, w *World) error {
-	change, err := anotherModel(ctx, w)
+// noGrowth has every write of A's agent to a file fail that makes the file longer.
+// What its job store has in memory may not be what is on disk after that, so the
+// agent ends, and reads it anew in its next life, which has no such bound.
+func noGrowth(ctx context.Context, w *World) error {
+	pid, err := w.A.Property(ctx, w.A.Agent, "MainPID")
 	if err != nil {
 		return err
 	}
-	if err := w.sh(ctx, `find "$1" -type d -perm -u+w -print0 >/var/tmp/writable && xargs -0 chmod u-w </var/tmp/writable`); err != nil {
+	// As the account: root of the host may not, as the agent has a user namespace.
+	if out, err := w.A.OutputAs(ctx, stack.Account, "prlimit", "--pid", pid, "--fsize=1:unlimited"); err != nil {
+		return fmt.Errorf("%w: %s", err, out)
+	}
+	return pause(ctx, time.Second) // it gets a job meanwhile
+}
+
+// ownDisks gives stores of A's agent a file system each, which can be made
+// read-only as a whole, for whoever sees it: one cannot be told so within the
+// mounts of the agent's sandbox from outside.
+func ownDisks(stores ...string) func(context.Context, *World) error {
+	return func(ctx context.Context, w *World) error {
+		return w.moveStores(ctx, stores, `mount -t tmpfs -o "size=1g,mode=0700,uid=$(id -u $2),gid=$(id -g $2)" tmpfs "$d"`)
+	}
+}
+
+// sharedDisk undoes ownDisks.
+func sharedDisk(stores ...string) func(context.Context, *World) error {
+	return func(ctx context.Context, w *World) error {
+		return w.moveStores(ctx, stores, `umount "$d" && find "$d" -mindepth 1 -delete`)
+	}
+}
+
+// storeDir sets d to the directory of a store, below the agent's state.
+const storeDir = `d=$(find "$1" -maxdepth 3 -type d -name %s | head -n 1); test -n "$d"; `
+
+func (w *World) moveStores(ctx context.Context, stores []string, become string) error {
+	var script strings.Builder
+	for _, store := range stores {
+		fmt.Fprintf(&script, storeDir+`cp -a "$d" /var/tmp/kept; `+become+`; cp -a /var/tmp/kept/. "$d"; rm -r /var/tmp/kept`+"\n", store)
+	}
+	return errors.Join(
+		w.A.UserCtl(ctx, "stop", w.A.Agent, stack.Runtime, "resultity-podman.service"),
+		w.sh(ctx, script.String()),
+		w.A.UserCtl(ctx, "start", w.A.Agent),
+	)
+}
+
+// remount makes stores with a file system of their own read-only (ro) or writable
+// (rw). The kernel refuses the first while a file is open to be written, which
+// these files are for an instant only.
+func (w *World) remount(ctx context.Context, how string, stores []string) error {
+	var script strings.Builder
+	for _, store := range stores {
+		fmt.Fprintf(&script, storeDir+`n=0; until mount -o remount,%s "$d"; do n=$((n+1)); test $n -lt 50; sleep 0.1; done`+"\n", store, how)
+	}
+	return w.sh(ctx, script.String())
+}
+
+// readOnly has stores take no writes while there is something to be stored.
+func readOnly(stores ...string) func(context.Context, *World) error {
+	return func(ctx context.Context, w *World) error {
+		change, err := anotherModel(ctx, w)
+		if err != nil {
+			return err
+		}
+		if err := w.remount(ctx, "ro", stores); err != nil {
+			return err
+		}
+		return errors.Join(w.Publish(ctx, change), pause(ctx, 6*time.Second), w.remount(ctx, "rw", stores))
+	}
+}
+
+// readOnlyAtStart is readOnly for a store that the agent always has open to be
+// written. It must say why it does not start.
+func readOnlyAtStart(store string) func(context.Context, *World) error {
+	return func(ctx context.Context, w *World) error {
+		if err := errors.Join(
+			w.A.UserCtl(ctx, "stop", w.A.Agent),
+			w.remount(ctx, "ro", []string{store}),
+			w.A.UserCtl(ctx, "start", "--no-block", w.A.Agent),
+			pause(ctx, 6*time.Second),
+		); err != nil {
+			return err
+		}
+		var err error
+		if journal := w.A.Journal(ctx, 50); !strings.Contains(journal, "read-only file system") {
+			err = fmt.Errorf("the agent does not say that a store is read-only:\n%s", journal)
+		}
+		return errors.Join(err, w.remount(ctx, "rw", []string{store}))
+	}
+}
+
+// smallNetworkDisk gives the network a disk of its own.
+func smallNetworkDisk(ctx context.Context, w *World) error {
+	return w.moveNetwork(ctx, `mount -t tmpfs -o size=256m,mode=0700,uid=$(stat -c %u $1),gid=$(stat -c %g $1) tmpfs $1`)
+}
+
+// wholeNetworkDisk undoes smallNetworkDisk.
+func wholeNetworkDisk(ctx context.Context, w *World) error {
+	return w.moveNetwork(ctx, `umount $1 && find $1 -mindepth 1 -delete`)
+}
+
+func (w *World) moveNetwork(ctx context.Context, become string) error {
+	return errors.Join(
+		w.onNet(ctx, `systemctl stop resultity-network; cp -a $1/. /var/tmp/kept; `+become+`; cp -a /var/tmp/kept/. $1; rm -r /var/tmp/kept; systemctl start resultity-network`),
+		w.waitHealth(ctx, http.StatusOK),
+	)
+}
+
+// waitHealth waits until the network says how it is.
+func (w *World) waitHealth(ctx context.Context, status int) error {
+	ctx, cancel := context.WithTimeout(ctx, patience)
+	defer cancel()
+	for {
+		res, raw, err := w.Do(ctx, http.MethodGet, "/healthz", nil)
+		if err == nil && res.StatusCode == status {
+			return nil
+		}
+		if ctx.Err() != nil {
+			return fmt.Errorf("the network's health is not %d: %w: %s", status, errors.Join(err, ctx.Err()), raw)
+		}
+		if err := pause(ctx, 100*time.Millisecond); err != nil { // a service sends no event
+			return err
+		}
+	}
+}
+
+// fullNetworkDisk leaves not a byte on the network's disk, and kills the service
+// meanwhile. It must start all the same, say what is wrong, and go on by itself.
+func fullNetworkDisk(ctx context.Context, w *World) error {
+	if err := w.onNet(ctx, fill); err != nil {
 		return err
 	}
-	return errors.Join(w.Publish(ctx, change), pause(ctx, 6*time.Second), w.sh(ctx, `xargs -0 chmod u+w </var/tmp/writable`))
+	err := w.saysFull(ctx)
+	if err == nil {
+		err = errors.Join(
+			w.onNet(ctx, `systemctl kill --signal=KILL resultity-network`),
+			w.saysFull(ctx),
+			pause(ctx, 2*time.Second),
+		)
+	}
+	return errors.Join(err, w.onNet(ctx, `rm $1/fill-*`))
+}
+
+// saysFull checks what clients and the operator are told.
+func (w *World) saysFull(ctx context.Context) error {
+	if err := w.waitHealth(ctx, http.StatusServiceUnavailable); err != nil {
+		return err
+	}
+	_, health, err := w.Do(ctx, http.MethodGet, "/healthz", nil)
+	if err != nil {
+		return err
+	}
+	res, raw, err := w.Do(ctx, http.MethodPost, "/v1/chat/completions", request(false))
+	if err != nil {
+		return err
+	}
+	if res.StatusCode != http.StatusServiceUnavailable || res.Header.Get("Retry-After") == "" || !strings.Contains(string(raw), `"code":"storage"`) || !strings.Contains(string(health), "enlarge it") {
+		return fmt.Errorf("with a full disk the network answers %s, Retry-After %q: %s; health: %s", res.Status, res.Header.Get("Retry-After"), raw, health)
+	}
+	return nil
+}
+
+// readOnlyNetwork has the network find its disk read-only when it starts.
+func readOnlyNetwork(ctx context.Context, w *World) error {
+	return errors.Join(
+		w.onNet(ctx, `systemctl stop resultity-network; mount -o remount,ro $1; systemctl start --no-block resultity-network`),
+		pause(ctx, 6*time.Second),
+		w.onNet(ctx, `journalctl -q -n 100 -u resultity-network | grep -q "read-only file system"; mount -o remount,rw $1`),
+	)
 }
 
 // olderSnapshot replaces the network's repository by a copy from before its

@@ -196,15 +196,20 @@ var (
 	errBroken = errors.New("broken off")
 )
 
+// request is what clients ask.
+func request(stream bool) map[string]any {
+	return map[string]any{
+		"model": model.Name, "stream": stream, "temperature": 0, "max_tokens": tokens,
+		"messages": []map[string]string{{"role": "user", "content": "x"}},
+	}
+}
+
 // ask asks once, and returns the receipt, the node that signed it, and the hash
 // of the body.
 func (l *Load) ask(ctx context.Context, stream bool) (id, node string, sum [sha256.Size]byte, err error) {
 	ctx, cancel := context.WithTimeout(ctx, limit)
 	defer cancel()
-	res, err := l.s.Open(ctx, http.MethodPost, "/v1/chat/completions", map[string]any{
-		"model": model.Name, "stream": stream, "temperature": 0, "max_tokens": tokens,
-		"messages": []map[string]string{{"role": "user", "content": "x"}},
-	})
+	res, err := l.s.Open(ctx, http.MethodPost, "/v1/chat/completions", request(stream))
 	if err != nil {
 		return "", "", sum, err
 	}
