@@ -257,26 +257,33 @@ func (s *Store) CreateAPIKey(ctx context.Context, name string, now time.Time) (s
 	return secret, nil
 }
 
-// RevokeAPIKeys removes every API key of the name and returns how many.
-func (s *Store) RevokeAPIKeys(ctx context.Context, name string) (int, error) {
+// RevokeAPIKeys removes every API key of the name and returns how many. Other keys
+// are looked up meanwhile.
+func (s *Store) RevokeAPIKeys(ctx context.Context, name string) (n int, err error) {
 	db, ctx, end, err := s.write(ctx, needed, 0)
 	if err != nil {
 		return 0, fmt.Errorf("revoke API key: %w", err)
 	}
 	defer end()
-	s.clients.mu.Lock()
-	defer s.clients.mu.Unlock()
-	n := 0
+	var list [][sha256.Size]byte
+	s.clients.mu.RLock()
 	for h, c := range s.clients.byHash {
-		if c.Name != name {
-			continue
+		if c.Name == name {
+			list = append(list, h)
 		}
+	}
+	s.clients.mu.RUnlock()
+	for _, h := range list {
 		failpoint.Here("store.revocation.begin")
 		if err := db.keys.Delete(ctx, hex.EncodeToString(h[:])); err != nil {
 			return n, fmt.Errorf("revoke API key: %w", db.failure(err))
 		}
-		delete(s.clients.byHash, h)
-		n++
+		s.clients.mu.Lock()
+		if _, ok := s.clients.byHash[h]; ok { // else somebody else was first
+			delete(s.clients.byHash, h)
+			n++
+		}
+		s.clients.mu.Unlock()
 	}
 	return n, nil
 }

@@ -473,6 +473,46 @@ func TestAPIKeys(t *testing.T) {
 	}
 }
 
+// A disk that takes its time with a revocation holds up no request.
+func TestRevocationHoldsNobodyUp(t *testing.T) {
+	s := open(t, t.TempDir())
+	var keys [2]string
+	for i, name := range []string{"alice", "bob"} {
+		var err error
+		if keys[i], err = s.CreateAPIKey(t.Context(), name, time.Now()); err != nil {
+			t.Fatal(err)
+		}
+	}
+	d := s.now.Load()
+	slow := &slowKeys{KeyValue: d.keys, asked: make(chan struct{}), answer: make(chan struct{})}
+	d.keys = slow
+	done := make(chan error)
+	go func() { _, err := s.RevokeAPIKeys(t.Context(), "alice"); done <- err }()
+	<-slow.asked
+	if _, ok := s.Client(keys[1]); !ok {
+		t.Error("another's key is not known meanwhile")
+	}
+	close(slow.answer)
+	if err := <-done; err != nil {
+		t.Error(err)
+	}
+	if _, ok := s.Client(keys[0]); ok {
+		t.Error("the key is still known")
+	}
+}
+
+// slowKeys deletes when it is told to.
+type slowKeys struct {
+	jetstream.KeyValue
+	asked, answer chan struct{}
+}
+
+func (k *slowKeys) Delete(ctx context.Context, key string, opts ...jetstream.KVDeleteOpt) error {
+	close(k.asked)
+	<-k.answer
+	return k.KeyValue.Delete(ctx, key, opts...)
+}
+
 // A record that is not a job does not stop the service from starting.
 func TestUnreadableJob(t *testing.T) {
 	s := open(t, t.TempDir())
