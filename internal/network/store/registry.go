@@ -8,6 +8,7 @@ import (
 	"encoding/json"
 	"errors"
 	"fmt"
+	"regexp"
 	"slices"
 	"strings"
 	"sync"
@@ -62,13 +63,25 @@ func hashed(secret string) string {
 	return hex.EncodeToString(sum[:])
 }
 
+// namePattern is what operators may call accounts and API keys: what stands in a
+// log, a URL or a command line as it is.
+var namePattern = regexp.MustCompile(`^[A-Za-z0-9][A-Za-z0-9._:@+-]*$`)
+
+func checkName(what, name string, longest int) error {
+	if len(name) > longest || !namePattern.MatchString(name) {
+		return fmt.Errorf("%s: %.140q: want 1 to %d letters, digits and ._:@+-, the first one a letter or a digit", what, name, longest)
+	}
+	return nil
+}
+
 // CreateToken makes an enrolment token and returns it; only its hash is kept.
 func (s *Store) CreateToken(ctx context.Context, t Token) (string, error) {
 	switch {
 	case t.Uses < 1 || t.Uses > MaxTokenUses:
 		return "", fmt.Errorf("uses is %d, want 1 to %d", t.Uses, MaxTokenUses)
-	case len(t.Account) > 128:
-		return "", fmt.Errorf("account has %d bytes, want at most 128", len(t.Account))
+	}
+	if err := checkName("account", t.Account, 128); err != nil {
+		return "", err
 	}
 	t.Nodes = []evm.Address{}
 	secret := "rt-" + strings.ToLower(rand.Text())
@@ -233,8 +246,8 @@ func (s *Store) loadClients(ctx context.Context) error {
 
 // CreateAPIKey makes an API key and returns it; only its hash is kept.
 func (s *Store) CreateAPIKey(ctx context.Context, name string, now time.Time) (string, error) {
-	if name == "" || len(name) > 64 {
-		return "", fmt.Errorf("name of an API key has %d bytes, want 1 to 64", len(name))
+	if err := checkName("name of an API key", name, 64); err != nil {
+		return "", err
 	}
 	c := Client{Name: name, Created: now.UnixMilli()}
 	secret := "rk-" + rand.Text()

@@ -12,6 +12,7 @@ import (
 	"reflect"
 	"runtime"
 	"slices"
+	"strings"
 	"sync"
 	"sync/atomic"
 	"testing"
@@ -470,6 +471,25 @@ func TestAPIKeys(t *testing.T) {
 	check("", "", "bob")
 	if _, ok := s.Client(""); ok {
 		t.Error("the empty key is somebody's")
+	}
+}
+
+func TestNames(t *testing.T) {
+	s := open(t, t.TempDir())
+	expires := time.Now().Add(time.Hour).UnixMilli()
+	for _, name := range []string{"a", "Acme-2.eu_x", "ann@example.org", "team:1", "0x12"} {
+		_, err := s.CreateAPIKey(t.Context(), name, time.Now())
+		_, other := s.CreateToken(t.Context(), Token{Uses: 1, Account: name, Expires: expires})
+		if err != nil || other != nil {
+			t.Errorf("%q: %v %v", name, err, other)
+		}
+	}
+	for _, name := range []string{"", ".", "..", "../x", "a/b", "a b", "-x", "é", "a\n", "a\x00", "a%2f", strings.Repeat("x", 129)} {
+		_, err := s.CreateAPIKey(t.Context(), name, time.Now())
+		_, other := s.CreateToken(t.Context(), Token{Uses: 1, Account: name, Expires: expires})
+		if err == nil || other == nil {
+			t.Errorf("%q is taken: %v %v", name, err, other)
+		}
 	}
 }
 
