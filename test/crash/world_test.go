@@ -189,13 +189,14 @@ func (w *world) publish(ctx context.Context, change func(*snapshot.Config)) erro
 		return err
 	}
 	w.image = ref.Digest()
-	return w.Publish(ctx, func(c *snapshot.Config) {
+	published := w.Publish(ctx, func(c *snapshot.Config) {
 		change(c)
 		c.Runtime.Image = ref
-		f := &c.Models[0].Files[0]
-		f.Size, f.SHA256 = int64(len(weights)), digest.Of(weights)
-		f.Sources = []string{strings.TrimSuffix(f.Sources[0], path.Base(f.Sources[0])) + name}
+		old := c.Models[0].Files[0]
+		file, bad := snapshot.NewFile(old.Path, bytes.NewReader(weights), strings.TrimSuffix(old.Sources[0], path.Base(old.Sources[0]))+name)
+		c.Models[0].Files[0], err = file, bad
 	})
+	return errors.Join(published, err)
 }
 
 // Files with the point at which to die.
