@@ -338,9 +338,7 @@ func prepared(dir string) (_ *repository, err error) {
 			r.unlock()
 		}
 	}()
-	if err := r.sweep(); err != nil {
-		return nil, err
-	}
+	r.sweep()
 	b, err := os.ReadFile(filepath.Join(dir, "publish.json"))
 	if errors.Is(err, fs.ErrNotExist) {
 		return nil, fmt.Errorf("%s holds no repository: run init first: %w", dir, err)
@@ -368,20 +366,15 @@ func prepared(dir string) (_ *repository, err error) {
 	return r, err
 }
 
-// sweep removes what writers that were killed have left beside the files.
-func (r *repository) sweep() error {
+// sweep removes what writers that were killed have left beside the files, as far
+// as this process may.
+func (r *repository) sweep() {
 	for _, in := range []string{"repository/metadata", "repository/targets", "keys"} {
-		left, err := filepath.Glob(filepath.Join(r.dir, in, "*.tmp*"))
-		if err != nil {
-			return err
-		}
+		left, _ := filepath.Glob(filepath.Join(r.dir, in, "*.tmp*")) // the pattern is right
 		for _, name := range left {
-			if err := os.Remove(name); err != nil {
-				return err
-			}
+			_ = os.Remove(name) // it is in nobody's way
 		}
 	}
-	return nil
 }
 
 func (r *repository) path(name string) string    { return filepath.Join(r.dir, "repository", name) }

@@ -55,10 +55,13 @@ func (n *network) RoundTrip(r *http.Request) (*http.Response, error) {
 	if raw, ok := n.overlay[name]; ok {
 		w.Write(raw)
 	} else {
-		http.StripPrefix("/tuf", publish.Handler(n.dir)).ServeHTTP(w, r)
+		n.handler().ServeHTTP(w, r)
 	}
 	return w.Result(), nil
 }
+
+// handler is the honest server.
+func (n *network) handler() http.Handler { return http.StripPrefix("/tuf", publish.Handler(n.dir)) }
 
 func config(t testing.TB, version int) []byte {
 	t.Helper()

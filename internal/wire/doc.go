@@ -36,6 +36,14 @@
 // takes nothing of the network's that a verified snapshot does not vouch for:
 // its reply to a registration included. An [Update] says that there is news.
 //
+// A node is stricter than the specification: key ids are the SHA-256 of their key;
+// no role has a key twice or a threshold above its keys; timestamp and snapshot
+// name their file with version, length and SHA-256; targets does not delegate; a
+// file has signed and signatures and nothing beside them, no JSON name twice, not
+// even in another case, and at most 64 KiB (timestamp 16), 16 levels deep. Fields
+// that it does not know are signed with the rest, and ignored. It follows at most
+// 256 roots after the one that it was given. Package chain is the reference.
+//
 // # Registration
 //
 // POST /node/v1/register with Content-Type application/octet-stream and the
