@@ -51,7 +51,7 @@ const (
 )
 
 // ErrEncrypted says that a key cannot be used without its passphrase.
-var ErrEncrypted = errors.New("the key is encrypted")
+var ErrEncrypted = errors.New("the key is encrypted: give it with --key, and its passphrase")
 
 // MakeKey reads the key in the file, or makes one there.
 func MakeKey(file string, pass Passphrase) (*Key, error) {
@@ -128,7 +128,7 @@ func parseKey(file string, b *pem.Block, pass Passphrase) (*Key, error) {
 			return nil, err
 		}
 		if der, err = encrypted.Decrypt(b.Bytes, phrase); err != nil {
-			return nil, fmt.Errorf("key %s: %w, and this passphrase does not open it", file, ErrEncrypted)
+			return nil, fmt.Errorf("key %s: the passphrase does not open it: %w", file, ErrEncrypted)
 		}
 	default:
 		return nil, fmt.Errorf("key %s: PEM block %.40q, want %s or %s", file, b.Type, pemType, encryptedType)
