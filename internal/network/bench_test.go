@@ -106,8 +106,11 @@ func (n *benched) report(b *testing.B, u usage) {
 
 // BenchmarkPlain is a whole plain request whose node answers at once: its time
 // is what the network and one hop to a node add, the rest what it costs the
-// network.
-func BenchmarkPlain(b *testing.B) {
+// network. BenchmarkStream is a stream that comes in one chunk.
+func BenchmarkPlain(b *testing.B)  { requests(b, chat) }
+func BenchmarkStream(b *testing.B) { requests(b, chatStream) }
+
+func requests(b *testing.B, request string) {
 	for _, clients := range []int{1, 4} {
 		b.Run(fmt.Sprintf("clients=%d", clients), func(b *testing.B) {
 			n := bench(b, nil)
@@ -118,15 +121,22 @@ func BenchmarkPlain(b *testing.B) {
 					if err != nil {
 						return
 					}
-					if j, ok := m.(*wire.Job); ok {
-						_ = s.TrySend(&wire.Accept{Job: j.ID})
-						_ = s.TrySend(s.Node.Result(b, j, nodetest.Body(j, strings.Repeat("word ", 100)), nil))
+					j, ok := m.(*wire.Job)
+					if !ok {
+						continue
 					}
+					_ = s.TrySend(&wire.Accept{Job: j.ID})
+					body := nodetest.Body(j, strings.Repeat("word ", 100))
+					if j.Stream {
+						body = nodetest.Body(j, "word")
+						_ = s.TrySend(&wire.Chunk{Job: j.ID, Data: body})
+					}
+					_ = s.TrySend(s.Node.Result(b, j, body, nil))
 				}
 			}()
 			ask := func() time.Duration {
 				start := time.Now()
-				if r := n.do(context.Background(), http.MethodPost, "/v1/chat/completions", chat); r.err != nil || r.status != http.StatusOK {
+				if r := n.do(context.Background(), http.MethodPost, "/v1/chat/completions", request); r.err != nil || r.status != http.StatusOK {
 					b.Errorf("%d %s %v", r.status, r.body, r.err)
 				}
 				return time.Since(start)

@@ -1281,8 +1281,8 @@ func TestStream(t *testing.T) {
 			t.Fatalf("%q %v", got, err)
 		}
 		a.deliver(j, "one two three")
-		if got, _ := f.read(ticket, mark); got != endMark {
-			t.Fatalf("%q", got)
+		if got, err := f.read(ticket, mark); got != endMark || !errors.Is(err, io.EOF) {
+			t.Fatalf("%q %v", got, err)
 		}
 		if _, err := f.read(ticket, len(body)); !errors.Is(err, io.EOF) {
 			t.Fatal(err)

@@ -251,20 +251,20 @@ func (t *Ticket) Wait(ctx context.Context) ([]byte, error) {
 }
 
 // Next returns the bytes of a stream from offset on as soon as there are any,
-// [io.EOF] behind the last one, or a [*Failure]. The bytes must not be changed.
-// One goroutine at a time.
+// with [io.EOF] when they are the last ones, or a [*Failure]. The bytes must not
+// be changed. One goroutine at a time.
 func (t *Ticket) Next(ctx context.Context, offset int) ([]byte, error) {
 	for {
 		t.d.mu.Lock()
 		data, finished, failure := t.j.body[offset:max(offset, t.j.visible())], t.j.finished, t.j.failure
 		t.d.mu.Unlock()
 		switch {
+		case finished && failure == nil:
+			return data, io.EOF
 		case len(data) > 0:
 			return data, nil
 		case failure != nil:
 			return nil, failure
-		case finished:
-			return nil, io.EOF
 		}
 		select {
 		case <-t.j.more:

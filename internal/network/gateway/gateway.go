@@ -283,12 +283,12 @@ func (g *Gateway) stream(w http.ResponseWriter, r *http.Request, t *dispatch.Tic
 	var last []byte
 	for {
 		data, err := t.Next(r.Context(), sent)
+		whole := errors.Is(err, io.EOF)
 		switch {
 		case r.Context().Err() != nil:
 			t.Cancel()
 			return
-		case errors.Is(err, io.EOF):
-			return
+		case whole:
 		case err != nil && sent == 0:
 			g.fail(w, err)
 			return
@@ -313,7 +313,11 @@ func (g *Gateway) stream(w http.ResponseWriter, r *http.Request, t *dispatch.Tic
 		}
 		_ = rc.SetWriteDeadline(allow(writeTimeout, int64(len(data)))) // as in infer
 		failpoint.Here("gateway.event.begin")
-		if _, err = w.Write(data); err == nil {
+		_, err = w.Write(data)
+		if whole {
+			return // what is left is flushed together with the end of the body
+		}
+		if err == nil {
 			err = rc.Flush()
 		}
 		if err != nil {
