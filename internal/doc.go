@@ -73,7 +73,8 @@
 //	pure    receipt, binding; wire, snapshot, bridge/contract; openai, quadlet,
 //	        chain                                                no I/O, no clock
 //	        config                                                               reads its files, no more
-//	edges   model/fetch; identity, signer, tuf, session, image, model, podman, systemd,       one thing outside each
+//	edges   model/fetch, model/format, model/signature;
+//	        identity, signer, tuf, session, image, model, podman, systemd,       one thing outside each
 //	        runtime, state, generation, order, spool, preflight, support;
 //	        sandbox, control, hardware
 //	order   deploy, work

@@ -441,6 +441,8 @@ func remedyOfStep(e *deploy.Error) string {
 		return "check that this machine reaches the image's registry; the agent keeps trying"
 	case errors.As(e, &space):
 		return "free some space on the file system of the state directory; the agent keeps trying"
+	case errors.Is(e, model.ErrRefused):
+		return "the model may not be used as it is; ask the network's operator for a configuration with another one"
 	case e.Step == deploy.StepModel && errors.Is(e, digest.ErrMismatch):
 		return "the model's sources serve wrong bytes; ask the network's operator"
 	case e.Step == deploy.StepModel:

@@ -765,6 +765,8 @@ func eventOf(err error) *journal.Event {
 		return journal.RuntimeFailed
 	case e.Step == deploy.StepImage:
 		return imageEvent(err)
+	case errors.Is(err, model.ErrRefused):
+		return journal.ModelUnfit
 	case e.Step == deploy.StepModel && errors.Is(err, digest.ErrMismatch):
 		return journal.ModelRefused
 	case e.Step == deploy.StepModel:

@@ -21,6 +21,7 @@ import (
 	"github.com/resultity/node/internal/bridge/contract"
 	"github.com/resultity/node/internal/digest"
 	"github.com/resultity/node/internal/journal"
+	"github.com/resultity/node/internal/model"
 	"github.com/resultity/node/internal/podman"
 	"github.com/resultity/node/internal/quadlet"
 	"github.com/resultity/node/internal/sandbox"
@@ -62,6 +63,8 @@ func (e *Error) Unwrap() error { return e.Err }
 func (e *Error) Machine() bool {
 	var job *systemd.JobError
 	switch {
+	case errors.Is(e, model.ErrRefused):
+		return false
 	case e.Step == StepImage, e.Step == StepModel,
 		errors.Is(e, syscall.ENOSPC), errors.Is(e, syscall.EDQUOT), errors.Is(e, syscall.EROFS), errors.Is(e, syscall.EIO),
 		errors.Is(e, podman.ErrUnavailable), errors.Is(e, systemd.ErrLost):

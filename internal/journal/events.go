@@ -83,6 +83,7 @@ var (
 // Sources and files of models.
 var (
 	ModelSourceFailed = event("3d0e8a51c2b94f6e9a7785f4d10c2b01", "model-source-failed", "A source of a model failed", "The message has the source and the cause. The others go on, and this one is asked again later, ever less often. A file that no source brings is another event (model-failed).")
+	ModelUnfit        = event("3d0e8a51c2b94f6e9a7785f4d10c2b03", "model-content-refused", "A model may not be used", "Its files are those of the configuration, byte for byte. But one of them is not of its format, or would have the engine run code, or a part is missing, or the model is not signed by a key that the configuration names; the message says which. It was not given to an engine, and the node goes on with the last good configuration. Only the network's operator can mend it, with another model.")
 	ModelSourceWrong  = event("3d0e8a51c2b94f6e9a7785f4d10c2b02", "model-source-wrong", "A source of a model sent wrong bytes", "A chunk from @RESULTITY_SOURCE@ has another hash than the configuration says. It was thrown away before it was written, and the source is not asked again for this file. If it is a neighbour (models.neighbours of agent.toml), that machine is broken or hostile; else tell the network's operator.")
 )
 

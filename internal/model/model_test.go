@@ -122,7 +122,7 @@ func TestEnsure(t *testing.T) {
 		body := map[string][]byte{"/a": a, "/b": b}[r.URL.Path]
 		http.ServeContent(w, r, "", time.Time{}, bytes.NewReader(body))
 	})
-	m := modelOf(fileOf("weights/a.gguf", a, srv.URL+"/a"), fileOf("b.json", b, srv.URL+"/b"), fileOf("same.json", b, srv.URL+"/b"))
+	m := modelOf(fileOf("weights/a", a, srv.URL+"/a"), fileOf("b.txt", b, srv.URL+"/b"), fileOf("same.txt", b, srv.URL+"/b"))
 	s := open(t, filepath.Join(t.TempDir(), "store"), srv)
 	if s.Have(m) {
 		t.Fatal("has it before it was fetched")
@@ -140,7 +140,7 @@ func TestEnsure(t *testing.T) {
 	if last != m.Size() {
 		t.Errorf("progress ended at %d of %d", last, m.Size())
 	}
-	for name, want := range map[string][]byte{"weights/a.gguf": a, "b.json": b, "same.json": b} {
+	for name, want := range map[string][]byte{"weights/a": a, "b.txt": b, "same.txt": b} {
 		got, err := os.ReadFile(filepath.Join(dir, name))
 		if err != nil || !bytes.Equal(got, want) {
 			t.Errorf("%s: %d bytes, %v", name, len(got), err)

@@ -98,7 +98,7 @@ func (s *Store) Close() error { return s.root.Close() }
 
 // Ensure fetches and verifies what is missing of m and returns the directory
 // that holds its files under their paths, readable by everybody, to be mounted
-// read-only. It does nothing that is done already, and of several calls for the
+// read-only. What it brings has been looked into ([ErrRefused]). It does nothing that is done already, and of several calls for the
 // same file one fetches and the others wait.
 //
 // Progress, if not nil, is called in this goroutine with the bytes of m that
@@ -112,9 +112,6 @@ func (s *Store) Ensure(ctx context.Context, m *snapshot.Model, progress func(don
 		if f.Path == "." || !filepath.IsLocal(f.Path) || path.Clean(f.Path) != f.Path || f.Size < 0 || f.SHA256.IsZero() {
 			return "", fmt.Errorf("model %s %s: file %.200q has no usable path, size or digest", m.Name, m.Version, f.Path)
 		}
-	}
-	if m.Signature != nil {
-		return "", fmt.Errorf("model %s %s: this agent cannot check signatures of models", m.Name, m.Version)
 	}
 	defer s.use(m)()
 
@@ -327,6 +324,9 @@ func (s *Store) ensureTree(ctx context.Context, m *snapshot.Model) (string, erro
 	dir := filepath.Join(s.dir, tree)
 	if s.Have(m) {
 		return dir, nil
+	}
+	if err := s.accept(m); err != nil {
+		return "", err
 	}
 	tmp := tree + building
 	if err := errors.Join(s.root.RemoveAll(tmp), s.root.RemoveAll(tree)); err != nil {

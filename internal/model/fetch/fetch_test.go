@@ -199,7 +199,7 @@ func TestHostileSources(t *testing.T) {
 // TestWrongChunkNamesItsSource: the culprit is named, is not asked again, and costs
 // no more than one chunk.
 func TestWrongChunkNamesItsSource(t *testing.T) {
-	b := modeltest.Content(24 * chunk.Size)
+	b := modeltest.Content(12 * chunk.Size)
 	var lies atomic.Int32
 	liar := modeltest.Serve(t, func(w http.ResponseWriter, r *http.Request) {
 		lies.Add(1)
@@ -222,7 +222,7 @@ func TestWrongChunkNamesItsSource(t *testing.T) {
 
 // TestParallelFromSeveral fetches from three sources of which each brings a part.
 func TestParallelFromSeveral(t *testing.T) {
-	b := modeltest.Content(40*chunk.Size + 17)
+	b := modeltest.Content(20*chunk.Size + 17)
 	var most, now atomic.Int32
 	goods := make([]*modeltest.Good, 3)
 	var servers []*httptest.Server
@@ -238,11 +238,11 @@ func TestParallelFromSeveral(t *testing.T) {
 		})
 		servers, urls = append(servers, srv), append(urls, srv.URL)
 	}
-	g, err := fetch(t.Context(), open(modeltest.Transport(servers...)), b, []int{0, 7, 40}, urls...)
+	g, err := fetch(t.Context(), open(modeltest.Transport(servers...)), b, []int{0, 7, 20}, urls...)
 	if err != nil {
 		t.Fatal(err)
 	}
-	if slices.Sort(g.puts); len(g.puts) != 38 || slices.Contains(g.puts, 7) {
+	if slices.Sort(g.puts); len(g.puts) != 18 || slices.Contains(g.puts, 7) {
 		t.Errorf("took %v", g.puts)
 	}
 	for i, good := range goods {
@@ -353,7 +353,7 @@ func TestCutLineGoesOn(t *testing.T) {
 
 // TestLocalErrorEndsIt: a full disk is no source's fault.
 func TestLocalErrorEndsIt(t *testing.T) {
-	b := modeltest.Content(20 * chunk.Size)
+	b := modeltest.Content(8 * chunk.Size)
 	srv := modeltest.Serve(t, (&modeltest.Good{B: b}).ServeHTTP)
 	full := errors.New("full")
 	list, sum, _ := chunk.Read(bytes.NewReader(b))
