@@ -35,6 +35,7 @@ var measurements = []struct {
 	f        func(context.Context, *bench, *table) error
 }{
 	{"crypto", "receipts and frames, in process", crypto},
+	{"gas", "what a transaction to packaging/contracts takes on an EVM chain (Cancun)", gas},
 	{"verify", "reading a model of 512 MiB again, page cache, against other programs on the same file", verify},
 	{"download", "from the last byte that the source has sent to the verified model", download},
 	{"boot", "test host from nothing to a reached default target", boot},

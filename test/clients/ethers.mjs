@@ -1,5 +1,5 @@
-// Verifies a receipt (JSON on stdin) with ethers alone, and that no changed one
-// passes. Prints the signer.
+// Verifies what a node has signed (JSON on stdin) with ethers alone, and that
+// nothing changed passes. Prints the signer.
 import { verifyTypedData, TypedDataEncoder } from "ethers";
 import assert from "node:assert/strict";
 import { readFileSync } from "node:fs";
