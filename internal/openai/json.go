@@ -39,7 +39,7 @@ func check(b []byte) error {
 	if !json.Valid(b) {
 		return errJSON
 	}
-	var room [64][]byte
+	var room [16][]byte
 	c := checker{b: b, names: room[:0]}
 	_, err := c.value(space(b, 0), 0)
 	return err

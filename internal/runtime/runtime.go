@@ -19,6 +19,7 @@ import (
 	"net"
 	"net/http"
 	"strings"
+	"sync"
 	"time"
 
 	"github.com/resultity/node/internal/bridge/contract"
@@ -186,14 +187,20 @@ func (c *Client) run(ctx context.Context, j Job, emit func([]byte) error) (Resul
 // slack is for engines that cut one token's text in two.
 const slack = 16
 
+// pieces are what is read of a stream at once.
+var pieces = sync.Pool{New: func() any { return new([pieceSize]byte) }}
+
+const pieceSize = 32 << 10 // bytes
+
 // pump moves the engine's stream, of at most so many tokens, through a until it
 // ends.
 func pump(r io.Reader, a *openai.Assembler, tokens int, emit func([]byte) error) error {
 	var (
 		p       parser
 		pending []byte // of our stream, not emitted yet
-		buf     = make([]byte, 32<<10)
+		buf     = pieces.Get().(*[pieceSize]byte)
 	)
+	defer pieces.Put(buf)
 	event := func(data []byte) error {
 		out, err := a.Event(data)
 		pending = append(pending, out...)
@@ -203,7 +210,7 @@ func pump(r io.Reader, a *openai.Assembler, tokens int, emit func([]byte) error)
 		return err
 	}
 	for {
-		n, readErr := r.Read(buf)
+		n, readErr := r.Read(buf[:])
 		err := p.feed(buf[:n], event)
 		if len(pending) > 0 && emit != nil {
 			if err := emit(pending); err != nil {

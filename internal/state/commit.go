@@ -74,7 +74,7 @@ type batch struct {
 
 func (s *Store) newBatch() *batch {
 	cur := s.current()
-	return &batch{s: s, frame: make([]byte, frameHead, 4<<10), at: cur.end, free: cur.size - cur.end, seg: cur.Number, registered: s.registered, finished: s.lastResult}
+	return &batch{s: s, frame: append(s.frame[:0], make([]byte, frameHead)...), at: cur.end, free: cur.size - cur.end, seg: cur.Number, registered: s.registered, finished: s.lastResult}
 }
 
 // lookup is what will be known of a job.
@@ -222,6 +222,9 @@ func (s *Store) flush(b *batch) error {
 	}
 	cur := s.current()
 	frame := sealFrame(b.frame, cur.Salt, s.nextFrame)
+	if cap(frame) <= keepFrame {
+		s.frame = frame
+	}
 	if _, err := cur.f.WriteAt(frame, b.at); err != nil {
 		if !full(err) {
 			return s.breakDown(err)
@@ -259,6 +262,9 @@ func (s *Store) apply(b *batch) {
 	s.acks = s.acks[:copy(s.acks, s.acks[b.acks:])]
 	s.closed = s.closed || b.closed
 }
+
+// keepFrame is the largest room for a frame that is kept for the next one, in bytes.
+const keepFrame = 64 << 10
 
 // breakDown makes err everybody's.
 func (s *Store) breakDown(err error) error {

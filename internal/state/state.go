@@ -150,7 +150,8 @@ type Store struct {
 	spares    []spare
 	lastSpare int
 	nextFrame uint64
-	lastFrame int64 // of the last segment as it was opened: where its last frame begins
+	frame     []byte // room for the next one
+	lastFrame int64  // of the last segment as it was opened: where its last frame begins
 	cleaning  bool
 
 	reading sync.RWMutex // held by readers of segments; before mu
