@@ -37,7 +37,7 @@ const (
 	frameAlign  = 8
 
 	magic     = "resjobs\n"
-	version   = 1
+	version   = 2
 	headFixed = len(magic) + 4 + 4 + 4 + 4 // version, CRC of both, CRC and length of the rest
 )
 

@@ -16,7 +16,7 @@ import (
 //	CRC-32C of what follows   4 bytes
 //	time it was made          8 bytes, Unix milliseconds
 //	length of the header      4 bytes
-//	header                    JSON, without the bytes of the body
+//	header                    JSON, without the bytes of the body; a result's as in a frame
 //	body                      request, response or a failure's message, as it is
 //
 // Numbers are big-endian. It has a checksum beside that of its frame, since it
@@ -25,37 +25,32 @@ const textPrefix = 4 + 8 + 4
 
 var castagnoli = crc32.MakeTable(crc32.Castagnoli)
 
-func encodeText(now time.Time, header any, body []byte) ([]byte, error) {
-	h, err := json.Marshal(header)
-	if err != nil {
-		return nil, err
-	}
-	b := make([]byte, 4, textPrefix+len(h)+len(body))
+func encodeText(now time.Time, header, body []byte) []byte {
+	b := make([]byte, 4, textPrefix+len(header)+len(body))
 	b = binary.BigEndian.AppendUint64(b, uint64(now.UnixMilli()))
-	b = binary.BigEndian.AppendUint32(b, uint32(len(h)))
-	b = append(append(b, h...), body...)
+	b = binary.BigEndian.AppendUint32(b, uint32(len(header)))
+	b = append(append(b, header...), body...)
 	binary.BigEndian.PutUint32(b, crc32.Checksum(b[4:], castagnoli))
-	return b, nil
+	return b
 }
 
-// decodeText checks b, fills header, and returns the body, which is part of b.
-func decodeText(b []byte, header any) (body []byte, err error) {
+// decodeText checks b, and returns header and body, which are parts of it.
+func decodeText(b []byte) (header, body []byte, err error) {
 	if !sound(b) {
-		return nil, fmt.Errorf("%w: wrong checksum of a record of %d bytes", ErrCorrupt, len(b))
+		return nil, nil, fmt.Errorf("%w: wrong checksum of a record of %d bytes", ErrCorrupt, len(b))
 	}
 	rest := b[textPrefix:]
 	n := binary.BigEndian.Uint32(b[12:])
 	if uint64(n) > uint64(len(rest)) {
-		return nil, fmt.Errorf("%w: a record's header is longer than the record", ErrCorrupt)
+		return nil, nil, fmt.Errorf("%w: a record's header is longer than the record", ErrCorrupt)
 	}
-	if err := json.Unmarshal(rest[:n], header); err != nil {
-		return nil, fmt.Errorf("%w: a record's header: %w", ErrCorrupt, err)
+	if header, body = rest[:n], rest[n:]; len(body) == 0 {
+		body = nil
 	}
-	if body = rest[n:]; len(body) == 0 {
-		return nil, nil
-	}
-	return body, nil
+	return header, body, nil
 }
+
+func headerError(err error) error { return fmt.Errorf("%w: a record's header: %w", ErrCorrupt, err) }
 
 // sound reports whether b is as it was made.
 func sound(b []byte) bool {
@@ -70,22 +65,24 @@ func content(b []byte) []byte { return b[12:] }
 func encodeJob(now time.Time, j *wire.Job) ([]byte, error) {
 	h := *j
 	h.Request = nil
-	return encodeText(now, h, j.Request)
+	header, err := json.Marshal(h)
+	if err != nil {
+		return nil, err
+	}
+	return encodeText(now, header, j.Request), nil
 }
 
 func decodeJob(b []byte) (*wire.Job, error) {
-	j := new(wire.Job)
-	var err error
-	if j.Request, err = decodeText(b, j); err != nil {
+	header, body, err := decodeText(b)
+	if err != nil {
 		return nil, err
 	}
+	j := new(wire.Job)
+	if err := json.Unmarshal(header, j); err != nil {
+		return nil, headerError(err)
+	}
+	j.Request = body
 	return j, nil
-}
-
-// resultHeader is the header of a result.
-type resultHeader struct {
-	*wire.Result
-	Said bool `json:"said,omitempty"` // the body is the message
 }
 
 // encodeResult puts a failure's message where an answer's bytes are, so that it
@@ -93,27 +90,31 @@ type resultHeader struct {
 func encodeResult(now time.Time, r *wire.Result) ([]byte, error) {
 	h, body := *r, r.Response
 	h.Response = nil
-	said := r.Code != "" && r.Response == nil
-	if said {
+	if r.Code != "" && len(r.Response) == 0 {
 		h.Message, body = "", []byte(r.Message)
 	}
-	return encodeText(now, resultHeader{&h, said}, body)
+	header, err := h.AppendJSON(nil)
+	if err != nil {
+		return nil, err
+	}
+	return encodeText(now, header, body), nil
 }
 
-// decodeResult also checks the receipt's signature: [receipt.Signed] has no
-// other way to be read.
 func decodeResult(b []byte) (*wire.Result, error) {
-	h := resultHeader{Result: new(wire.Result)}
-	body, err := decodeText(b, &h)
-	switch {
-	case err != nil:
+	header, body, err := decodeText(b)
+	if err != nil {
 		return nil, err
-	case h.Said:
-		h.Message = string(body)
-	default:
-		h.Response = body
 	}
-	return h.Result, nil
+	r := new(wire.Result)
+	if err := r.ParseJSON(header); err != nil {
+		return nil, headerError(err)
+	}
+	if r.Code != "" && r.Message == "" {
+		r.Message = string(body)
+	} else {
+		r.Response = body
+	}
+	return r, nil
 }
 
 // kind says what a record of the log means. Numbers in it are big-endian.

@@ -1,6 +1,7 @@
 package wire
 
 import (
+	"bytes"
 	"encoding/base64"
 	"encoding/hex"
 	"encoding/json"
@@ -47,7 +48,8 @@ func (c *Chunk) parse(b []byte) (err error) {
 	return err
 }
 
-func (r *Result) append(b []byte) ([]byte, error) {
+// AppendJSON appends the one spelling of a result.
+func (r *Result) AppendJSON(b []byte) ([]byte, error) {
 	b = append(b, `{"job":"`...)
 	b = hex.AppendEncode(b, r.Job[:])
 	b = append(b, '"')
@@ -77,8 +79,11 @@ func (r *Result) append(b []byte) ([]byte, error) {
 	return append(b, '}'), nil
 }
 
-func (r *Result) parse(b []byte) (err error) {
-	t := text{rest: b[:len(b)-1]} // the brace at the end has been seen
+// ParseJSON reads what [Result.AppendJSON] writes, into an empty result. It also
+// checks the receipt's signature: [receipt.Signed] has no other way to be read.
+func (r *Result) ParseJSON(b []byte) (err error) {
+	b, ok := bytes.CutSuffix(b, []byte("}"))
+	t := text{rest: b, bad: !ok}
 	t.want(`{"job":"`)
 	job := t.plain()
 	t.want(`"`)

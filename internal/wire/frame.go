@@ -144,7 +144,7 @@ func encode(buf []byte, m Message) ([]byte, error) {
 	case *Chunk:
 		return m.append(buf), nil
 	case *Result:
-		return m.append(buf)
+		return m.AppendJSON(buf)
 	}
 	w := appender{buf}
 	if err := json.NewEncoder(&w).Encode(m); err != nil {

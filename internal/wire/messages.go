@@ -292,7 +292,7 @@ func decode(typ []byte, d Direction, data []byte) (Message, error) {
 	case *Chunk:
 		err = malformed(m.parse(data))
 	case *Result:
-		err = malformed(m.parse(data))
+		err = malformed(m.ParseJSON(data))
 	default:
 		err = strict(data, m)
 	}
