@@ -23,7 +23,8 @@
 //	504  deadline
 //
 // GET /v1/receipts/{id} returns the receipt of a response, GET /v1/nodes the
-// registered nodes and what is known about each.
+// registered nodes and what is known about each, but not whose they are: that is
+// the operator's to see (resultity-network nodes).
 package gateway
 
 import (
@@ -444,7 +445,6 @@ func (g *Gateway) receipt(w http.ResponseWriter, r *http.Request, _ store.Client
 type node struct {
 	ID         string          `json:"id"`
 	Object     string          `json:"object"`
-	Account    string          `json:"account"`
 	Registered int64           `json:"registered"` // Unix seconds
 	Connected  bool            `json:"connected"`
 	Since      int64           `json:"connected_since,omitempty"` // Unix seconds
@@ -468,7 +468,7 @@ func (g *Gateway) nodes(w http.ResponseWriter, r *http.Request, _ store.Client) 
 	}
 	list := make([]node, 0, len(registered))
 	for _, n := range registered {
-		v := node{ID: n.Address.Hex(), Object: "node", Account: n.Account, Registered: n.Registered / 1000, Reason: "not connected"}
+		v := node{ID: n.Address.Hex(), Object: "node", Registered: n.Registered / 1000, Reason: "not connected"}
 		if s, ok := known[v.ID]; ok {
 			v.Connected, v.Routable, v.Reason, v.Running, v.Heartbeat = s.Connected, s.Routable, s.Reason, s.Running, s.Heartbeat
 			if s.Connected {
