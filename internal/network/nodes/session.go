@@ -38,7 +38,7 @@ const (
 	// both sides the same for one and for many, and a node that forgets a result a
 	// little later misses nothing.
 	ackDelay = 20 * time.Millisecond
-	// lastWords is how long the last frames of a session may take.
+	// lastWords is how long the last frames of a session may take, in all.
 	lastWords = time.Second
 )
 
@@ -71,6 +71,8 @@ type session struct {
 	acks   []receipt.JobID // that wait for others
 	bytes  int             // of the requests that are not yet written
 	ended  bool
+	last   time.Time // when the last write must have ended, once ended
+	wire   net.Conn  // that of conn; nil before run
 	code   int    // of the close frame
 	why    string // metric's label
 	reason string // for people
@@ -165,12 +167,31 @@ func (s *session) end(code int, why, reason string) {
 		return
 	}
 	s.ended, s.code, s.why, s.reason = true, code, why, reason
+	s.last = time.Now().Add(lastWords)
 	close(s.stop)
+	if s.wire != nil { // a write may be under way
+		_ = s.wire.SetWriteDeadline(s.last) // fails on a closed connection only
+	}
+}
+
+// until is when a write must have ended that may take within: once the session is
+// to end nothing takes longer than lastWords, however slow the node reads.
+func (s *session) until(within time.Duration) time.Time {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	at := time.Now().Add(within)
+	if s.ended && s.last.Before(at) {
+		return s.last
+	}
+	return at
 }
 
 // run holds the session until it ends, and leaves nothing running.
 func (s *session) run() {
 	defer s.m.remove(s)
+	s.mu.Lock()
+	s.wire = s.conn.NetConn()
+	s.mu.Unlock()
 	done := make(chan struct{})
 	go func() {
 		defer close(done)
@@ -473,7 +494,7 @@ func (s *session) write() {
 			s.close(sealer)
 			return
 		case <-ping.C:
-			if err := s.conn.WriteControl(websocket.PingMessage, nil, time.Now().Add(writeTimeout)); err != nil {
+			if err := s.conn.WriteControl(websocket.PingMessage, nil, s.until(writeTimeout)); err != nil {
 				s.end(websocket.CloseGoingAway, "lost", fmt.Sprint(err))
 			}
 		case <-s.work:
@@ -491,7 +512,7 @@ func (s *session) close(sealer *wire.Sealer) {
 		_, _ = s.say(sealer, nil, a, lastWords)
 	}
 	text := strings.ToValidUTF8(s.reason[:min(len(s.reason), 120)], "") // what fits into a close frame
-	_ = s.conn.WriteControl(websocket.CloseMessage, websocket.FormatCloseMessage(s.code, text), time.Now().Add(lastWords))
+	_ = s.conn.WriteControl(websocket.CloseMessage, websocket.FormatCloseMessage(s.code, text), s.until(lastWords))
 }
 
 // say seals one message in buf and writes it. It returns buf, which may be another.
@@ -512,7 +533,7 @@ func (s *session) say(sealer *wire.Sealer, buf []byte, msg wire.Message, within 
 // and lets pings pass, so that a slow link is not taken for a dead one.
 func (s *session) writeFrame(frame []byte, within time.Duration) error {
 	if len(frame) <= fragment {
-		if err := s.conn.SetWriteDeadline(time.Now().Add(within)); err != nil {
+		if err := s.conn.SetWriteDeadline(s.until(within)); err != nil {
 			return err
 		}
 		return s.conn.WriteMessage(websocket.BinaryMessage, frame)
@@ -523,7 +544,7 @@ func (s *session) writeFrame(frame []byte, within time.Duration) error {
 	}
 	for len(frame) > 0 {
 		n := min(len(frame), fragment)
-		if err := s.conn.SetWriteDeadline(time.Now().Add(within)); err != nil {
+		if err := s.conn.SetWriteDeadline(s.until(within)); err != nil {
 			return err
 		}
 		if _, err := w.Write(frame[:n]); err != nil {

@@ -172,6 +172,35 @@ func TestAcksBeforeTheEnd(t *testing.T) {
 	<-done
 }
 
+// A node that reads slowly does not hold up the end of its session, nor that of the
+// service.
+func TestSlowNodeAtTheEnd(t *testing.T) {
+	s, client := rig(t, Options{})
+	done := make(chan struct{})
+	go func() { s.run(); close(done) }()
+	read := make(chan struct{})
+	go func() { // a few bytes now and then, so that no write times out
+		defer close(read)
+		buf := make([]byte, 64<<10)
+		for {
+			if _, err := client.NetConn().Read(buf); err != nil {
+				return
+			}
+			time.Sleep(50 * time.Millisecond)
+		}
+	}()
+	for range 3 {
+		s.Send(&wire.Job{Request: make([]byte, 15<<20)})
+	}
+	begin := time.Now()
+	s.end(websocket.CloseGoingAway, "going_away", "test")
+	<-done
+	if took := time.Since(begin); took > 3*lastWords {
+		t.Errorf("it took %v", took)
+	}
+	<-read
+}
+
 // A peer that says nothing is not waited for.
 func TestSilentPeer(t *testing.T) {
 	s, _ := rig(t, Options{Ping: 20 * time.Millisecond})
