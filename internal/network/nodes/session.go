@@ -72,7 +72,7 @@ type session struct {
 	bytes  int             // of the requests that are not yet written
 	ended  bool
 	last   time.Time // when the last write must have ended, once ended
-	wire   net.Conn  // that of conn; nil before run
+	runs   bool
 	code   int    // of the close frame
 	why    string // metric's label
 	reason string // for people
@@ -169,8 +169,8 @@ func (s *session) end(code int, why, reason string) {
 	s.ended, s.code, s.why, s.reason = true, code, why, reason
 	s.last = time.Now().Add(lastWords)
 	close(s.stop)
-	if s.wire != nil { // a write may be under way
-		_ = s.wire.SetWriteDeadline(s.last) // fails on a closed connection only
+	if s.runs { // a write may be under way that may take longer
+		time.AfterFunc(lastWords, s.cut)
 	}
 }
 
@@ -190,7 +190,7 @@ func (s *session) until(within time.Duration) time.Time {
 func (s *session) run() {
 	defer s.m.remove(s)
 	s.mu.Lock()
-	s.wire = s.conn.NetConn()
+	s.runs = true
 	s.mu.Unlock()
 	done := make(chan struct{})
 	go func() {
@@ -249,6 +249,7 @@ var (
 	errNotBinary = errors.New("not a binary message")
 	errOrder     = errors.New("not the time for this message")
 	errBye       = errors.New("bye")
+	errOver      = errors.New("the session is over")
 	errCloned    = errors.New("cloned key")
 )
 
@@ -517,6 +518,9 @@ func (s *session) close(sealer *wire.Sealer) {
 
 // say seals one message in buf and writes it. It returns buf, which may be another.
 func (s *session) say(sealer *wire.Sealer, buf []byte, msg wire.Message, within time.Duration) ([]byte, error) {
+	if !time.Now().Before(s.until(within)) { // nobody reads it any more, and a large one takes time
+		return buf, errOver
+	}
 	frame, err := sealer.Seal(buf[:0], msg)
 	if err != nil {
 		return buf, err
