@@ -694,6 +694,25 @@ func TestOneServiceOnly(t *testing.T) {
 	}
 }
 
+// A port that somebody else has is no wrong configuration: it may be free at the
+// next start.
+func TestPortInUse(t *testing.T) {
+	n := setUp(t, nil)
+	l, err := net.Listen("tcp", "127.0.0.1:0")
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer l.Close()
+	_, port, _ := net.SplitHostPort(l.Addr().String())
+	code, _, stderr := command(t, "serve", "--dir", n.dir, "--listen", l.Addr().String())
+	if code != 1 || !strings.Contains(stderr, "ss -ltnp 'sport = :"+port+"'") {
+		t.Errorf("%d %s", code, stderr)
+	}
+	if code, _, stderr := command(t, "serve", "--dir", n.dir, "--listen", "localhost:nothing"); code != 78 {
+		t.Errorf("%d %s", code, stderr)
+	}
+}
+
 // certificate writes a self-signed pair and returns it.
 func certificate(t testing.TB, certFile, keyFile string) *x509.Certificate {
 	t.Helper()

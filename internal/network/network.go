@@ -127,7 +127,7 @@ func Run(ctx context.Context, cfg Config, log *slog.Logger) (err error) {
 
 	listener, err := net.Listen("tcp", cfg.Listen)
 	if err != nil {
-		return fmt.Errorf("%w: listen: %w", ErrConfig, err)
+		return listenError(cfg.Listen, err)
 	}
 	if tlsConfig != nil {
 		listener = tls.NewListener(listener, tlsConfig)
@@ -139,6 +139,15 @@ func Run(ctx context.Context, cfg Config, log *slog.Logger) (err error) {
 	}
 	defer admin.Close() // likewise
 	return s.serve(ctx, listener, admin)
+}
+
+// listenError sorts what can go wrong with an address: one that is in use may be
+// free a moment later.
+func listenError(address string, err error) error {
+	if errors.Is(err, syscall.EADDRINUSE) {
+		return fmt.Errorf("listen: %w: another program has the port (ss -ltnp 'sport = %s' names it as root), maybe another resultity-network: stop that, or set listen", err, address[strings.LastIndexByte(address, ':'):])
+	}
+	return fmt.Errorf("%w: listen: %w", ErrConfig, err)
 }
 
 // begin makes the parts, and takes over the jobs of the run before.
