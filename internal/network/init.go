@@ -43,6 +43,15 @@ func Init(ctx context.Context, dir string, o InitOptions, log *slog.Logger) (evm
 	if err := os.MkdirAll(filepath.Join(dir, "keys"), 0o700); err != nil {
 		return none, nil, err
 	}
+	// Before anything else is made: keys may go to media that are not there.
+	for _, name := range append(o.Publish.RootKeys[:len(o.Publish.RootKeys):len(o.Publish.RootKeys)], o.Publish.TargetsKey) {
+		if name == "" {
+			continue
+		}
+		if st, err := os.Stat(filepath.Dir(name)); err != nil || !st.IsDir() {
+			return none, nil, fmt.Errorf("%w: key %s: %s is not a directory; make it, or mount what it is on, first", ErrConfig, name, filepath.Dir(name))
+		}
+	}
 	if _, err := os.Stat(filepath.Join(dir, "repository/metadata/1.root.json")); err == nil {
 		return none, nil, fmt.Errorf("%w: dir: %s holds a network already", ErrConfig, dir)
 	}

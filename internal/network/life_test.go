@@ -602,6 +602,21 @@ func TestKeysElsewhere(t *testing.T) {
 	}
 }
 
+// Media for keys that are not there are told of before anything is made.
+func TestInitWithoutMedia(t *testing.T) {
+	for _, flag := range []string{"--root-key", "--targets-key"} {
+		dir := shortDir(t)
+		missing := filepath.Join(dir, "media", "key.pem")
+		code, _, stderr := command(t, "init", "--dir", filepath.Join(dir, "net"), "--name", "x", "--chain-id", "1", flag, missing)
+		if code != 78 || !strings.Contains(stderr, filepath.Dir(missing)+" is not a directory") {
+			t.Errorf("%s: %d %s", flag, code, stderr)
+		}
+		if left, err := os.ReadDir(filepath.Join(dir, "net")); err != nil || len(left) != 1 || left[0].Name() != "keys" {
+			t.Errorf("%s: left are %v %v", flag, left, err)
+		}
+	}
+}
+
 // A network can be made with the keys elsewhere from the beginning.
 func TestInitWithKeysElsewhere(t *testing.T) {
 	dir, away := shortDir(t), t.TempDir()
