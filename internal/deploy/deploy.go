@@ -90,6 +90,7 @@ type (
 		Ensure(ctx context.Context, ref snapshot.ImageRef, own, now *snapshot.ImageTrust) error
 		Trusted(ctx context.Context, ref snapshot.ImageRef, own, now *snapshot.ImageTrust) error
 		Verify(ctx context.Context, ref snapshot.ImageRef) error
+		Manifest(ref snapshot.ImageRef) digest.Digest
 		Retain(ctx context.Context, keep ...snapshot.ImageRef) error
 	}
 	models interface {

@@ -502,6 +502,20 @@ func TestMachineFaults(t *testing.T) {
 	}
 }
 
+// Of an index, the container has the image of this platform, and no other.
+func TestIndex(t *testing.T) {
+	m, n := New(t), NewNetwork(t)
+	m.Do(func(m *Locked) { m.Index() })
+	d := m.Deployer()
+	up(t, d, n.Publish(nil))
+	m.Do(func(m *Locked) {
+		m.Drift(func(c *podman.ContainerState) { c.ImageDigest = Part(Part(c.ImageDigest)) })
+	})
+	if _, err := bring(t, d, n.Publish(map[string]any{"runtime.tmp_bytes": 1 << 21})); !errors.Is(err, sandbox.ErrNotSealed) {
+		t.Errorf("another image of the repository runs: %v", err)
+	}
+}
+
 // What runs is not read again; what would be started is. And the network's
 // newest word counts for both.
 func TestImageIsLookedAtBeforeItStarts(t *testing.T) {

@@ -50,6 +50,10 @@ func (d *Deployer) checkSealed(ctx context.Context, p *Plan, engine Engine) erro
 	if err != nil {
 		return err
 	}
+	// Of an index, Podman names what it took from it, or the index.
+	if order.Image.Digest() != c.ImageDigest {
+		order.Image = order.Image.At(d.Images.Manifest(order.Image))
+	}
 	if bad = append(differences(order, image, c), bad...); len(bad) > 0 {
 		return fmt.Errorf("%w: %s", sandbox.ErrNotSealed, strings.Join(bad, "; "))
 	}

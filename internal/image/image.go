@@ -195,6 +195,17 @@ func (i *Images) stored(ctx context.Context, ref snapshot.ImageRef, manifest dig
 	return err
 }
 
+// Manifest returns what ref came to on this machine: its own digest, or that of
+// the image for this platform if ref is an index.
+func (i *Images) Manifest(ref snapshot.ImageRef) digest.Digest {
+	i.mu.Lock()
+	defer i.mu.Unlock()
+	if rec, known := i.record(ref); known {
+		return rec.Manifest
+	}
+	return ref.Digest()
+}
+
 // Trusted fails with [ErrRevoked] if somebody has signed ref who counted for the
 // configuration that brought it, and does not count now. It asks nobody, and is
 // nil where nothing is known of the image.

@@ -79,6 +79,7 @@ type Machine struct {
 	faults      map[string]*Fault
 	calls       []string
 	images      map[snapshot.ImageRef]bool
+	index       bool // images are indexes
 	models      map[digest.Digest]bool
 	text        []byte // of the unit's file, as it was read last
 	state       systemd.State
@@ -283,6 +284,15 @@ func (l *Locked) Memory(ceiling int64) {
 // Drift lets the container differ from what the unit orders.
 func (l *Locked) Drift(f func(*podman.ContainerState)) { l.drift = f }
 
+// Index makes every image an index, of which the container has what [Part] says.
+func (l *Locked) Index() {
+	l.index = true
+	l.drift = func(c *podman.ContainerState) { c.ImageDigest = Part(c.ImageDigest) }
+}
+
+// Part names the image that an index comes to.
+func Part(index digest.Digest) digest.Digest { return digest.Of([]byte(index.String())) }
+
 // Set gives the service another directive.
 func (l *Locked) Set(name string, values ...string) { l.settings[name] = values }
 
@@ -367,6 +377,13 @@ func (i *images) Trusted(ctx context.Context, _ snapshot.ImageRef, own, now *sna
 		}
 		return nil
 	})
+}
+
+func (i *images) Manifest(ref snapshot.ImageRef) digest.Digest {
+	if m := (*Machine)(i); m.index {
+		return Part(ref.Digest())
+	}
+	return ref.Digest()
 }
 
 func (i *images) Verify(ctx context.Context, ref snapshot.ImageRef) error {
