@@ -52,7 +52,7 @@ func TestEncryptedKey(t *testing.T) {
 		t.Errorf("the file has changed: %v", err)
 	}
 	// A damaged file never opens as another key.
-	for i := bytes.IndexByte(raw, '\n') + 1; i < len(raw); i += 97 {
+	for i := bytes.IndexByte(raw, '\n') + 1; i < len(raw); i += 211 {
 		damaged := bytes.Clone(raw)
 		damaged[i] ^= 1
 		if err := os.WriteFile(file, damaged, 0o600); err != nil {

@@ -46,7 +46,7 @@ func publishWithoutEnd(dir string) {
 func TestKill(t *testing.T) {
 	dir := published(t, Options{})
 	c := node(t, dir)
-	for round := range 8 {
+	for round := range 5 {
 		var publishers [2]*exec.Cmd
 		for i := range publishers {
 			cmd := exec.CommandContext(t.Context(), os.Args[0])

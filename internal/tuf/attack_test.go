@@ -408,7 +408,7 @@ var forms = []attack{
 		raw := n.overlay["metadata/100.targets.json"]
 		n.overlay["metadata/100.targets.json"] = fmt.Appendf(nil, "%-*s", len(raw), `{"signed":{"_type":"targets","targets":{"x":null}},"signatures":[]}`)
 	}},
-	{name: "forms/redirect to http", want: ErrRedirect, do: redirectTo("http://network.example/tuf/metadata/timestamp.json")},
+	{name: "forms/redirect to http", want: ErrRedirect, do: redirectTo("http://network.example/tuf/metadata/timestamp.json?moved")},
 	{name: "forms/redirect to a file", want: ErrRedirect, do: redirectTo("file:///etc/passwd")},
 	{name: "forms/redirect in a circle", want: ErrRedirect, do: redirectTo(base + "/metadata/timestamp.json")},
 }
@@ -435,8 +435,8 @@ func served(name string, instead func([]byte) []byte) attack {
 
 func redirectTo(to string) func(*testing.T, *network, *Client) {
 	return func(_ *testing.T, n *network, _ *Client) {
-		n.intercept = func(_ *http.Request, name string) *http.Response {
-			if name != "metadata/timestamp.json" {
+		n.intercept = func(r *http.Request, name string) *http.Response {
+			if name != "metadata/timestamp.json" || r.URL.RawQuery != "" {
 				return nil
 			}
 			return &http.Response{StatusCode: http.StatusFound, Header: http.Header{"Location": {to}}, Body: http.NoBody}

@@ -357,3 +357,28 @@ cp mynet/repository/metadata/1.root.json root.json
 		t.Errorf("%s", out)
 	}
 }
+
+// What root makes in a directory of the service's account is the account's.
+func TestCeremonyAsRoot(t *testing.T) {
+	if os.Geteuid() != 0 {
+		t.Skip("only root can give files away")
+	}
+	o := newOffice(t)
+	o.must(`
+for k in anna targets; do resultity-network root key --no-passphrase $k.pem; done
+mkdir mynet
+chown 4242:4242 mynet
+resultity-network init --dir mynet --name mynet --chain-id 1 --root-holder anna.pub --targets-public targets.pub --out first.proposal
+resultity-network root sign --key anna.pem first.proposal
+resultity-network root publish --dir mynet first.proposal first.*.sig
+resultity-network root new --dir mynet --renew timestamp --out next.proposal
+resultity-network root sign --trusted mynet/repository/metadata/1.root.json --key anna.pem next.proposal
+`)
+	if out := o.must("find mynet ! -uid 4242"); out != "" {
+		t.Errorf("not the account's: %s", out)
+	}
+	o.must("resultity-network root publish --dir mynet next.proposal next.*.sig")
+	if out := o.must("find mynet ! -uid 4242"); out != "" {
+		t.Errorf("not the account's, after publication: %s", out)
+	}
+}

@@ -66,7 +66,8 @@ func root(version string) *cobra.Command {
 		Short: "Run a Resultity network: its nodes, its API, its configuration",
 		Long: `Run a Resultity network: its nodes, its API, its configuration.
 
-Every command but version works on one network's directory, --dir. Those about
+Every command but version, root key, root show and root sign works on one
+network's directory, --dir. Those about
 tokens, keys, nodes, accounts, orders and logs ask the service while it runs, and
 open its store when it does not; root then acts as the directory's owner.
 

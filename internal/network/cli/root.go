@@ -17,6 +17,7 @@ import (
 
 	"github.com/resultity/node/internal/durable"
 	"github.com/resultity/node/internal/failpoint"
+	"github.com/resultity/node/internal/network"
 	"github.com/resultity/node/internal/publish"
 )
 
@@ -101,7 +102,7 @@ func rootNewCommand() *cobra.Command {
 			}
 		}
 		p, err := publish.Propose(d, c)
-		if err != nil {
+		if err := errors.Join(err, network.GiveToOwner(d)); err != nil {
 			return err
 		}
 		if *out == "" {
@@ -249,7 +250,7 @@ func rootPublishCommand() *cobra.Command {
 		if err != nil {
 			return err
 		}
-		if err := publish.Adopt(d, p, sigs, opened...); err != nil {
+		if err := errors.Join(publish.Adopt(d, p, sigs, opened...), network.GiveToOwner(d)); err != nil {
 			return err
 		}
 		n := len(p.Roots) + 1
