@@ -136,7 +136,7 @@ func checkClassic(ctx context.Context, a *attached, ref snapshot.ImageRef, by *s
 // certificate was not good when the log saw it.
 func (a *attached) expired() bool {
 	der, ok := certificate(a.Certificate)
-	if !ok || a.Seen == nil {
+	if !ok || a.Seen == nil || a.Seen.Payload.IntegratedTime == 0 {
 		return false
 	}
 	c, err := x509.ParseCertificate(der)
