@@ -123,6 +123,14 @@ var (
 // LogsDropped is about the logs themselves.
 var LogsDropped = event("7c1f2a2f6f8e4d6a9a4a5d1e0b7c3f4a", "logs-dropped", "Log records never reached the network", "The spool is bounded, and @RESULTITY_COUNT@ of its records were overwritten before the network had them, since it was away for long or the disk was full. The journal still has them. The network knows the number.")
 
+// The key, where another process holds it.
+var (
+	SignerReady      = event("7c1f2a2f6f8e4d6a9a4a5d1e0b7c3f80", "signer-ready", "The node's key is ready to sign", "resultity-signer holds the key of node @RESULTITY_NODE@ and signs what the agent states. This is its start number @RESULTITY_STARTS@.")
+	SignerFailed     = event("7c1f2a2f6f8e4d6a9a4a5d1e0b7c3f81", "signer-failed", "The node's key cannot be used", "resultity-signer could not open the key or its counters; the message says why. `sudo resultity-signer show` tells what is there.")
+	SignatureRefused = event("7c1f2a2f6f8e4d6a9a4a5d1e0b7c3f82", "signature-refused", "A signature was refused", "Uid @RESULTITY_UID@ asked resultity-signer for something that it does not sign: kind @RESULTITY_KIND@. An agent that works does not do that. Look at who runs as that uid.")
+	KeyCloned        = event("7c1f2a2f6f8e4d6a9a4a5d1e0b7c3f83", "key-cloned", "The node's key is held twice", "The network has seen a later hello of this key than this node's. Either another machine uses the key, or this one was set back to an older state. Stop all but one; there, if it was restored or moved on purpose, `resultityctl identity takeover`. If nobody of yours did this, the key is stolen: `sudo resultity-signer rotate`.")
+)
+
 // Generations.
 var (
 	GenerationStaged = event("7c1f2a2f6f8e4d6a9a4a5d1e0b7c3f60", "generation-staged", "A new generation is ready", "Generation @RESULTITY_GENERATION@ is complete on disk: configuration, image, model and unit, all verified. The one before serves until the switch, which comes next.")

@@ -54,7 +54,13 @@ type Counters struct {
 	turn     uint64     // of the last write
 	now      counts
 	receipts map[uint64]uint32 // of this start, by chain
+	allowed  map[string]uint64 // networks and their chains; nil for what was first asked for
 }
+
+// Allow has the key sign for these networks, and for their chains, and for no
+// others. Without it, the first few that are asked for are those. To be called
+// before anything is signed.
+func (c *Counters) Allow(networks map[string]uint64) { c.allowed = networks }
 
 // counts is what the file holds.
 type counts struct {
@@ -185,16 +191,44 @@ var networkPattern = regexp.MustCompile(`^[a-z0-9][a-z0-9._-]{0,63}$`)
 func (c *Counters) hello(network string) (uint64, error) {
 	c.mu.Lock()
 	defer c.mu.Unlock()
-	n, known := c.now.Networks[network]
-	switch {
-	case !known && !networkPattern.MatchString(network):
-		return 0, fmt.Errorf("%w: network %.80q", ErrTerms, network)
-	case !known && len(c.now.Networks) >= maxNetworks:
-		return 0, fmt.Errorf("%w: network %s would be one more than %d", ErrTerms, network, maxNetworks)
+	if err := c.may(network); err != nil {
+		return 0, err
 	}
 	next := c.now.clone()
-	next.Networks[network] = n + 1
-	return n + 1, c.write(next)
+	next.Networks[network]++
+	return next.Networks[network], c.write(next)
+}
+
+// network writes a network down at its first use.
+func (c *Counters) network(name string) error {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	if _, known := c.now.Networks[name]; known {
+		return nil
+	}
+	if err := c.may(name); err != nil {
+		return err
+	}
+	next := c.now.clone()
+	next.Networks[name] = 0
+	return c.write(next)
+}
+
+// may says whether the key signs for a network.
+func (c *Counters) may(network string) error {
+	_, known := c.now.Networks[network]
+	switch {
+	case c.allowed != nil:
+		if _, ok := c.allowed[network]; !ok {
+			return fmt.Errorf("%w: network %.80q", ErrTerms, network)
+		}
+	case known:
+	case !networkPattern.MatchString(network):
+		return fmt.Errorf("%w: network %.80q", ErrTerms, network)
+	case len(c.now.Networks) >= maxNetworks:
+		return fmt.Errorf("%w: network %s would be one more than %d", ErrTerms, network, maxNetworks)
+	}
+	return nil
 }
 
 // receipt counts one receipt for a chain.
@@ -216,6 +250,9 @@ func (c *Counters) receipt(chain uint64) (uint64, error) {
 
 // admit writes a chain down at its first use.
 func (c *Counters) admit(chain uint64) error {
+	if c.allowed != nil && !slices.Contains(slices.Collect(maps.Values(c.allowed)), chain) {
+		return fmt.Errorf("%w: chain %d", ErrTerms, chain)
+	}
 	if slices.Contains(c.now.Chains, chain) {
 		return nil
 	}

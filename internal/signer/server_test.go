@@ -1,0 +1,432 @@
+package signer
+
+import (
+	"bytes"
+	"context"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"log/slog"
+	"net"
+	"os"
+	"path/filepath"
+	"strings"
+	"sync"
+	"testing"
+	"time"
+
+	"github.com/resultity/node/internal/digest"
+	"github.com/resultity/node/internal/evm"
+	"github.com/resultity/node/internal/journal"
+	"github.com/resultity/node/internal/receipt"
+	"github.com/resultity/node/internal/wire"
+)
+
+// service is a signer on a socket of its own.
+type service struct {
+	t    testing.TB
+	dir  string
+	key  *evm.Key
+	log  bytes.Buffer
+	uids func(uint32) bool
+	stop func()
+}
+
+func newService(t testing.TB) *service {
+	t.Helper()
+	key, err := evm.NewKey()
+	if err != nil {
+		t.Fatal(err)
+	}
+	dir, err := os.MkdirTemp("", "s") // a socket's name is short
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { _ = os.RemoveAll(dir) })
+	s := &service{t: t, dir: dir, key: key, uids: func(uid uint32) bool { return uid == uint32(os.Getuid()) }, stop: func() {}}
+	t.Cleanup(func() { s.stop() })
+	return s
+}
+
+func (s *service) socket() string { return filepath.Join(s.dir, "socket") }
+
+func (s *service) start() {
+	s.t.Helper()
+	c, err := OpenCounters(filepath.Join(s.dir, "counters"), s.key.Address())
+	if err != nil {
+		s.t.Fatal(err)
+	}
+	_ = os.Remove(s.socket())
+	ln, err := net.ListenUnix("unixpacket", &net.UnixAddr{Name: s.socket(), Net: "unixpacket"})
+	if err != nil {
+		s.t.Fatal(err)
+	}
+	ctx, cancel := context.WithCancel(context.Background())
+	var wg sync.WaitGroup
+	wg.Go(func() {
+		srv := &Server{Local: NewLocal(s.key, c), Serves: s.uids, Log: slog.New(journal.Text(&s.log, slog.LevelInfo))}
+		if err := srv.Serve(ctx, ln); err != nil {
+			s.t.Error(err)
+		}
+	})
+	s.stop = func() {
+		cancel()
+		wg.Wait()
+		_ = c.Close()
+		s.stop = func() {}
+	}
+}
+
+func (s *service) client() *Client {
+	s.t.Helper()
+	c, err := dial(s.socket(), 5*time.Second)
+	if err != nil {
+		s.t.Fatal(err)
+	}
+	s.t.Cleanup(func() { _ = c.Close() })
+	return c
+}
+
+func (s *service) receipt() receipt.Receipt {
+	d := digest.Of([]byte("x"))
+	return receipt.Receipt{
+		Job: receipt.NewJobID(), Node: s.key.Address(), ConfigDigest: d, ImageDigest: digest.Of([]byte("i")), ModelDigest: digest.Of([]byte("m")),
+		RequestHash: digest.Of([]byte("q")), ResponseHash: digest.Of([]byte("r")), PromptTokens: 1, CompletionTokens: 2, StartedAt: 3, FinishedAt: 4,
+	}
+}
+
+// What the client makes is what the key itself would have made.
+func TestEveryStatement(t *testing.T) {
+	s := newService(t)
+	s.start()
+	c := s.client()
+	if c.Address() != s.key.Address() {
+		t.Fatalf("address %s, want %s", c.Address(), s.key.Address())
+	}
+
+	r := s.receipt()
+	signed, err := c.Receipt(31337, r)
+	if err != nil {
+		t.Fatal(err)
+	}
+	raw, err := json.Marshal(signed)
+	if err != nil {
+		t.Fatal(err)
+	}
+	back, err := receipt.Verify(raw)
+	if err != nil {
+		t.Fatal(err)
+	}
+	got := back.Receipt()
+	if got.Sequence == 0 || back.ChainID() != 31337 {
+		t.Errorf("sequence %d, chain %d", got.Sequence, back.ChainID())
+	}
+	got.Sequence = 0
+	if got != r {
+		t.Errorf("signed %+v, want %+v", got, r)
+	}
+
+	own, theirs := wire.NewSecret(), wire.NewSecret()
+	agreed, err := theirs.Agree("testnet", s.key.Address(), own.Public(), theirs.Public())
+	if err != nil {
+		t.Fatal(err)
+	}
+	for count := range uint64(3) {
+		frame, err := c.Hello(agreed.Terms(), wire.Hello{Agent: "v1", Config: r.ConfigDigest, Count: 77}, time.Now())
+		if err != nil {
+			t.Fatal(err)
+		}
+		m, err := wire.NewOpener(func(a evm.Address) bool { return a == s.key.Address() }, agreed, wire.ToNetwork, time.Minute).Open(frame, time.Now())
+		if h, ok := m.(*wire.Hello); err != nil || !ok || *h != (wire.Hello{Agent: "v1", Config: r.ConfigDigest, Count: count + 1}) {
+			t.Fatalf("hello %+v, %v", m, err)
+		}
+	}
+
+	reg := wire.Registration{Network: "testnet", Node: s.key.Address(), Token: "t", Time: 5, Agent: "v1"}
+	var opened wire.Registration
+	body, err := c.Registration(&reg)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if who, err := wire.OpenRegistration(body, &opened); err != nil || who != s.key.Address() || opened != reg {
+		t.Errorf("registration %+v by %s, %v", opened, who, err)
+	}
+	bind := wire.BindRequest{Network: "testnet", Node: s.key.Address(), Step: wire.BindCode, Code: "1"}
+	var bound wire.BindRequest
+	if body, err = c.Binding(&bind); err != nil {
+		t.Fatal(err)
+	}
+	if who, err := wire.OpenBinding(body, &bound); err != nil || who != s.key.Address() || bound != bind {
+		t.Errorf("binding %+v by %s, %v", bound, who, err)
+	}
+	batch := wire.LogBatch{Network: "testnet", Node: s.key.Address(), Spool: strings.Repeat("0", 32), Last: 1, Count: 1}
+	logs, err := c.Logs(batch, []byte("data"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	if b, who, err := logs.Open(); err != nil || who != s.key.Address() || b.Last != 1 {
+		t.Errorf("logs %+v by %s, %v", b, who, err)
+	}
+	if err := c.Takeover(); err != nil {
+		t.Error(err)
+	}
+}
+
+// raw is a caller that says what it likes.
+func (s *service) raw(packets ...[]byte) (replies [][]byte, err error) {
+	s.t.Helper()
+	c, err := net.DialUnix("unixpacket", nil, &net.UnixAddr{Name: s.socket(), Net: "unixpacket"})
+	if err != nil {
+		return nil, err
+	}
+	defer c.Close()
+	if _, err := c.Read(make([]byte, maxReply)); err != nil { // the address
+		return nil, err
+	}
+	for _, p := range packets {
+		_ = c.SetDeadline(time.Now().Add(5 * time.Second))
+		if _, err := c.Write(p); err != nil {
+			return replies, err
+		}
+		b := make([]byte, maxReply)
+		n, err := c.Read(b)
+		if err != nil {
+			return replies, err
+		}
+		replies = append(replies, b[:n])
+	}
+	return replies, nil
+}
+
+func TestRefusals(t *testing.T) {
+	s := newService(t)
+	s.start()
+	other := evm.Address{9}
+	enc := func(k kind, v any) []byte {
+		b, err := json.Marshal(v)
+		if err != nil {
+			t.Fatal(err)
+		}
+		return append([]byte{byte(k)}, b...)
+	}
+	rc := func(change func(*receipt.Receipt)) []byte {
+		r := s.receipt()
+		change(&r)
+		return encodeReceipt([]byte{byte(kindReceipt)}, 1, &r)
+	}
+	good := rc(func(*receipt.Receipt) {})
+	key := wire.NewSecret().Public().String()
+	hello := helloRequest{Network: "testnet", OfNode: key, OfNetwork: wire.NewSecret().Public().String()}
+	with := func(change func(*helloRequest)) []byte {
+		h := hello
+		change(&h)
+		return enc(kindHello, h)
+	}
+	if _, err := s.raw(good); err != nil { // after which its chain is written down
+		t.Fatal(err)
+	}
+	before, err := os.ReadFile(filepath.Join(s.dir, "counters"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	for what, c := range map[string]struct {
+		packet []byte
+		want   error
+	}{
+		"unknown kind":               {[]byte{'x'}, ErrMalformed},
+		"a hash":                     {append([]byte{'s'}, make([]byte, 32)...), ErrMalformed},
+		"garbage":                    {bytes.Repeat([]byte{0xff}, 300), ErrMalformed},
+		"too large":                  {append([]byte{byte(kindRegistration)}, make([]byte, maxRequest)...), ErrMalformed},
+		"half a receipt":             {good[:len(good)/2], ErrMalformed},
+		"a receipt and more":         {append(bytes.Clone(good), 0), ErrMalformed},
+		"a receipt of another node":  {rc(func(r *receipt.Receipt) { r.Node = other }), ErrNode},
+		"a receipt about no job":     {rc(func(r *receipt.Receipt) { r.Job = receipt.JobID{} }), ErrMalformed},
+		"a receipt that runs back":   {rc(func(r *receipt.Receipt) { r.FinishedAt = 0 }), ErrMalformed},
+		"half a hello":               {enc(kindHello, hello)[:40], ErrMalformed},
+		"two hellos":                 {append(enc(kindHello, hello), '{', '}'), ErrMalformed},
+		"a hello with a field more":  {enc(kindHello, map[string]any{"network": "testnet", "count": 7}), ErrMalformed},
+		"a hello without keys":       {with(func(h *helloRequest) { h.OfNode = "" }), ErrMalformed},
+		"a hello of a long agent":    {with(func(h *helloRequest) { h.Agent = strings.Repeat("x", 129) }), ErrMalformed},
+		"a hello to nowhere":         {with(func(h *helloRequest) { h.Network = "../" }), ErrTerms},
+		"another's registration":     {enc(kindRegistration, wire.Registration{Network: "testnet", Node: other}), ErrNode},
+		"a registration to nowhere":  {enc(kindRegistration, wire.Registration{Node: s.key.Address()}), ErrTerms},
+		"a long token":               {enc(kindRegistration, wire.Registration{Network: "testnet", Node: s.key.Address(), Token: strings.Repeat("x", 257)}), ErrMalformed},
+		"another's binding":          {enc(kindBinding, wire.BindRequest{Network: "testnet", Node: other}), ErrNode},
+		"a binding with fields more": {enc(kindBinding, map[string]any{"order": 1}), ErrMalformed},
+		"another's logs":             {enc(kindLogs, wire.LogBatch{Network: "testnet", Node: other}), ErrNode},
+		"a takeover and more":        {[]byte{byte(kindTakeover), 0}, ErrMalformed},
+	} {
+		replies, err := s.raw(c.packet, good)
+		if err != nil || len(replies) != 2 {
+			t.Errorf("%s: %v", what, err)
+			continue
+		}
+		if got := replies[0]; len(got) == 0 || got[0] == 0 || !errors.Is(decodeError(got), c.want) {
+			t.Errorf("%s: %.200q, want %v", what, got, c.want)
+		}
+		if replies[1][0] != 0 {
+			t.Errorf("%s: the next request of the connection: %.200q", what, replies[1])
+		}
+	}
+	if after, err := os.ReadFile(filepath.Join(s.dir, "counters")); err != nil || !bytes.Equal(before, after) {
+		t.Errorf("what was refused has changed the counters (%v)", err)
+	}
+	s.stop()
+	if log := s.log.String(); !strings.Contains(log, "signature-refused") || strings.Contains(log, s.key.Hex()) {
+		t.Errorf("log: %s", log)
+	}
+}
+
+// What the operator has fixed is all that is signed for.
+func TestAllowed(t *testing.T) {
+	l := NewLocal(newService(t).key, nil)
+	l.Allow(map[string]uint64{"testnet": 31337})
+	r := receipt.Receipt{Node: l.Address(), Job: receipt.NewJobID()}
+	if _, err := l.Receipt(31337, r); err != nil {
+		t.Error(err)
+	}
+	if _, err := l.Receipt(1, r); !errors.Is(err, ErrTerms) {
+		t.Errorf("receipt for another chain: %v", err)
+	}
+	if _, err := l.Hello(wire.Terms{Network: "testnet"}, wire.Hello{}, time.Now()); err != nil {
+		t.Error(err)
+	}
+	if _, err := l.Hello(wire.Terms{Network: "mainnet"}, wire.Hello{}, time.Now()); !errors.Is(err, ErrTerms) {
+		t.Errorf("hello to another network: %v", err)
+	}
+}
+
+func TestOtherUID(t *testing.T) {
+	s := newService(t)
+	s.uids = func(uid uint32) bool { return uid == uint32(os.Getuid())+1 }
+	s.start()
+	if _, err := dial(s.socket(), time.Second); !errors.Is(err, ErrCaller) {
+		t.Errorf("%v, want a refusal", err)
+	}
+}
+
+// Those who hold connections do not bring the signer down, and make room.
+func TestManyConnections(t *testing.T) {
+	s := newService(t)
+	s.start()
+	var held []net.Conn
+	for range maxConns {
+		c, err := net.Dial("unixpacket", s.socket())
+		if err != nil {
+			t.Fatal(err)
+		}
+		if _, err := c.Read(make([]byte, 100)); err != nil {
+			t.Fatal(err)
+		}
+		held = append(held, c)
+	}
+	if _, err := dial(s.socket(), 100*time.Millisecond); !errors.Is(err, ErrCrowded) {
+		t.Errorf("one more: %v", err)
+	}
+	for _, c := range held {
+		_ = c.Close()
+	}
+	s.client() // gets a place once one is free
+}
+
+// A signer that is restarted loses nothing that somebody waits for, and never
+// gives a sequence twice.
+func TestRestartUnderLoad(t *testing.T) {
+	s := newService(t)
+	s.start()
+	c := s.client()
+	var mu sync.Mutex
+	seen := map[uint64]bool{}
+	var wg sync.WaitGroup
+	for range 4 {
+		wg.Go(func() {
+			for range 100 {
+				signed, err := c.Receipt(1, s.receipt())
+				if err != nil {
+					t.Error(err)
+					return
+				}
+				n := signed.Receipt().Sequence
+				mu.Lock()
+				if seen[n] {
+					t.Errorf("sequence %x twice", n)
+				}
+				seen[n] = true
+				mu.Unlock()
+			}
+		})
+	}
+	for range 5 {
+		time.Sleep(2 * time.Millisecond) // in the midst of it
+		s.stop()
+		s.start()
+	}
+	wg.Wait()
+	if len(seen) != 400 {
+		t.Errorf("%d receipts, want 400", len(seen))
+	}
+}
+
+func TestAway(t *testing.T) {
+	s := newService(t)
+	if _, err := dial(s.socket(), 50*time.Millisecond); !errors.Is(err, ErrAway) {
+		t.Errorf("no socket: %v", err)
+	}
+	s.start()
+	c := s.client()
+	s.stop()
+	c.patience = 50 * time.Millisecond
+	if _, err := c.Receipt(1, s.receipt()); !errors.Is(err, ErrAway) {
+		t.Errorf("stopped: %v", err)
+	}
+	// Another key in its place is not taken for this one.
+	if err := os.Remove(filepath.Join(s.dir, "counters")); err != nil {
+		t.Fatal(err)
+	}
+	var err error
+	if s.key, err = evm.NewKey(); err != nil {
+		t.Fatal(err)
+	}
+	s.start()
+	if _, err := c.Receipt(1, s.receipt()); !errors.Is(err, ErrOtherKey) {
+		t.Errorf("another key: %v", err)
+	}
+}
+
+func FuzzAnswer(f *testing.F) {
+	key, err := evm.NewKey()
+	if err != nil {
+		f.Fatal(err)
+	}
+	l := NewLocal(key, nil)
+	for k := range kindNames {
+		f.Add([]byte{byte(k)})
+		f.Add(fmt.Appendf(nil, "%c{\"network\":\"testnet\",\"node\":%q}", k, key))
+	}
+	f.Add(encodeReceipt([]byte{byte(kindReceipt)}, 1, &receipt.Receipt{Job: receipt.NewJobID(), Node: key.Address()}))
+	f.Fuzz(func(t *testing.T, req []byte) {
+		out, err := l.answer(req)
+		if err != nil && (out != nil && len(out) > 65 || decodeError(encodeError(err)) == nil) {
+			t.Errorf("%q: %q and %v", req, out, err)
+		}
+		if len(out) >= maxReply {
+			t.Errorf("a reply of %d bytes", len(out))
+		}
+	})
+}
+
+// What a receipt costs more than in this process.
+func BenchmarkReceipt(b *testing.B) {
+	s := newService(b)
+	s.start()
+	for name, signer := range map[string]Signer{"local": NewLocal(s.key, nil), "socket": s.client()} {
+		b.Run(name, func(b *testing.B) {
+			r := s.receipt()
+			for b.Loop() {
+				if _, err := signer.Receipt(1, r); err != nil {
+					b.Fatal(err)
+				}
+			}
+		})
+	}
+}
