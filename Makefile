@@ -3,7 +3,7 @@
 export GOFLAGS := -tags=remote,containers_image_openpgp,exclude_graphdriver_btrfs -trimpath
 export CGO_ENABLED := 0
 
-PROGRAMS := resultity-agent resultity-bridge resultityctl resultity-network
+PROGRAMS := resultity-agent resultity-bridge resultity-signer resultityctl resultity-network
 BUILD    := go build -ldflags '-s -w'
 
 .PHONY: all build test lint bench soak demo demo-down clean
@@ -20,11 +20,14 @@ $(PROGRAMS:%=build/bin/%): build/bin/%:
 .PHONY: install
 install:
 	install -C -D -m 0755 -t $(DESTDIR)/usr/bin build/bin/resultity-agent build/bin/resultityctl
-	install -C -D -m 0755 -t $(DESTDIR)/usr/libexec/resultity build/bin/resultity-bridge packaging/scripts/postinstall.sh
+	install -C -D -m 0755 -t $(DESTDIR)/usr/libexec/resultity build/bin/resultity-bridge build/bin/resultity-signer packaging/scripts/postinstall.sh
+	install -d -m 0755 $(DESTDIR)/usr/libexec/resultity/empty
 	install -C -D -m 0644 -t $(DESTDIR)/usr/lib/systemd/user units/resultity-agent.service units/resultity-podman.socket units/resultity-podman.service
+	install -C -D -m 0644 -t $(DESTDIR)/usr/lib/systemd/system units/resultity-signer.socket units/resultity-signer.service
 	install -C -D -m 0644 units/sysusers.conf $(DESTDIR)/usr/lib/sysusers.d/resultity.conf
 	install -C -D -m 0644 units/tmpfiles.conf $(DESTDIR)/usr/lib/tmpfiles.d/resultity.conf
 	install -C -D -m 0644 units/user.preset $(DESTDIR)/usr/lib/systemd/user-preset/90-resultity.preset
+	install -C -D -m 0644 units/system.preset $(DESTDIR)/usr/lib/systemd/system-preset/90-resultity.preset
 	install -C -D -m 0644 -t $(DESTDIR)/usr/lib/systemd/catalog units/resultity.catalog
 	install -C -D -m 0644 -t $(DESTDIR)/usr/share/doc/resultity-agent internal/config/agent.toml README.md LICENSE
 

@@ -5,6 +5,7 @@
 //
 //	resultity-agent    the control layer: a rootless systemd user service
 //	resultity-bridge   PID 1 inside the sealed runtime container
+//	resultity-signer   holds the node's key where there is root to install it
 //	resultityctl       the operator's command
 //	resultity-network  the reference network, on embedded NATS JetStream
 //
@@ -78,7 +79,7 @@
 //	        runtime, state, generation, order, spool, preflight, support;
 //	        sandbox, control, hardware
 //	order   deploy, work
-//	top     agent, ctl
+//	top     agent, ctl, signer/cli
 //
 // An edge talks to one thing outside of the process and never imports another
 // edge. The network service (internal/network, internal/publish) shares leaves

@@ -14,6 +14,7 @@ import (
 	"io/fs"
 	"os"
 	"path/filepath"
+	"slices"
 	"strings"
 	"syscall"
 
@@ -43,6 +44,22 @@ type Options struct {
 	Dir         string // made with mode 0700 where it does not exist
 	Passphrase  string // file with the passphrase; "" for the credential or our own
 	Credentials string // $CREDENTIALS_DIRECTORY, or ""
+	Owner       int    // uid whose files these may be beside root's and this process's, 0 for none
+}
+
+// Exists reports whether there is a key in a directory.
+func Exists(dir string) bool {
+	_, err := os.Lstat(filepath.Join(dir, keyFile))
+	return err == nil
+}
+
+// Load returns the key that is there. It makes none.
+func Load(o Options) (*evm.Key, error) {
+	if !Exists(o.Dir) {
+		return nil, fmt.Errorf("%w: there is no key in %s", ErrRefused, o.Dir)
+	}
+	key, _, err := Open(o)
+	return key, err
 }
 
 // Open returns the node's key and whether it was made just now. Everything is
@@ -51,11 +68,11 @@ func Open(o Options) (key *evm.Key, created bool, err error) {
 	if err := os.MkdirAll(o.Dir, 0o700); err != nil {
 		return nil, false, err
 	}
-	if err := private(o.Dir); err != nil {
+	if err := private(o.Dir, o.Owner); err != nil {
 		return nil, false, err
 	}
 	name := filepath.Join(o.Dir, keyFile)
-	raw, err := readPrivate(name)
+	raw, err := readPrivate(name, o.Owner)
 	exists := !errors.Is(err, fs.ErrNotExist)
 	if exists && err != nil {
 		return nil, false, err
@@ -112,7 +129,7 @@ func (o Options) passphrase(fresh bool) (string, error) {
 	case o.Credentials != "" && err == nil:
 		name = credential
 	}
-	raw, err := readPrivate(name)
+	raw, err := readPrivate(name, o.Owner)
 	if errors.Is(err, fs.ErrNotExist) && name == own && fresh {
 		b := make([]byte, 32)
 		_, _ = rand.Read(b) // crypto/rand never fails: it ends the program instead
@@ -136,7 +153,7 @@ func (o Options) passphrase(fresh bool) (string, error) {
 
 // readPrivate reads a file of ours that nobody else may read or write. The
 // checks are on the opened file, so that it cannot be exchanged in between.
-func readPrivate(name string) ([]byte, error) {
+func readPrivate(name string, owner int) ([]byte, error) {
 	f, err := os.OpenFile(name, os.O_RDONLY|syscall.O_NOFOLLOW|syscall.O_NONBLOCK, 0)
 	if errors.Is(err, syscall.ELOOP) {
 		return nil, fmt.Errorf("%w: %s is a symbolic link; put the file itself there", ErrRefused, name)
@@ -149,7 +166,7 @@ func readPrivate(name string) ([]byte, error) {
 	if err != nil {
 		return nil, err
 	}
-	if err := checkPrivate(name, st); err != nil {
+	if err := checkPrivate(name, st, owner); err != nil {
 		return nil, err
 	}
 	if !st.Mode().IsRegular() {
@@ -165,20 +182,20 @@ func readPrivate(name string) ([]byte, error) {
 	return raw, nil
 }
 
-func private(name string) error {
+func private(name string, owner int) error {
 	st, err := os.Lstat(name)
 	if err != nil {
 		return err
 	}
-	return checkPrivate(name, st)
+	return checkPrivate(name, st, owner)
 }
 
-func checkPrivate(name string, st fs.FileInfo) error {
+func checkPrivate(name string, st fs.FileInfo, owner int) error {
 	if st.Mode().Perm()&0o077 != 0 {
 		return fmt.Errorf("%w: %s has mode %04o, so that others may use it; if nobody did: chmod go= %s", ErrRefused, name, st.Mode().Perm(), name)
 	}
 	// systemd owns credentials as root and grants them by ACL.
-	if s, ok := st.Sys().(*syscall.Stat_t); ok && int(s.Uid) != os.Getuid() && s.Uid != 0 {
+	if s, ok := st.Sys().(*syscall.Stat_t); ok && !slices.Contains([]int{os.Getuid(), 0, owner}, int(s.Uid)) {
 		return fmt.Errorf("%w: %s belongs to uid %d, not to uid %d that the agent runs as", ErrRefused, name, s.Uid, os.Getuid())
 	}
 	return nil

@@ -52,7 +52,7 @@ type Counters struct {
 	mu       sync.Mutex // guards what follows, and the writes to file
 	file     *os.File   // nil for counters that end with the process
 	turn     uint64     // of the last write
-	now      counts
+	now      Counts
 	receipts map[uint64]uint32 // of this start, by chain
 	allowed  map[string]uint64 // networks and their chains; nil for what was first asked for
 }
@@ -62,8 +62,8 @@ type Counters struct {
 // before anything is signed.
 func (c *Counters) Allow(networks map[string]uint64) { c.allowed = networks }
 
-// counts is what the file holds.
-type counts struct {
+// Counts are what the file holds.
+type Counts struct {
 	Node     evm.Address       `json:"node"`
 	Starts   uint64            `json:"starts"`
 	Networks map[string]uint64 `json:"networks"` // hellos
@@ -76,7 +76,7 @@ const slotSize = 2048
 // and counts a start. Starts begin with the time in seconds: where the file was
 // lost, no receipt gets a sequence for the second time.
 func OpenCounters(name string, node evm.Address) (*Counters, error) {
-	c := &Counters{receipts: map[uint64]uint32{}, now: counts{Node: node, Networks: map[string]uint64{}}}
+	c := &Counters{receipts: map[uint64]uint32{}, now: Counts{Node: node, Networks: map[string]uint64{}}}
 	f, err := os.OpenFile(name, os.O_RDWR, 0)
 	if errors.Is(err, fs.ErrNotExist) {
 		failpoint.Here("signer.counters.begin")
@@ -103,15 +103,29 @@ func OpenCounters(name string, node evm.Address) (*Counters, error) {
 	return c, nil
 }
 
-// load reads the newer of the slots that are whole.
+// load reads the counts of a key, or begins them.
 func (c *Counters) load(node evm.Address) error {
+	if err := c.read(); err != nil {
+		return err
+	}
+	if c.turn == 0 {
+		c.now.Node, c.now.Starts = node, uint64(time.Now().Unix())
+	}
+	if c.now.Node != node {
+		return fmt.Errorf("%w: they belong to node %s, and the key to %s", ErrCounters, c.now.Node, node)
+	}
+	return nil
+}
+
+// read reads the newer of the slots that are whole. One that was made and not
+// written yet leaves turn at 0.
+func (c *Counters) read() error {
 	raw := make([]byte, 2*slotSize+1)
 	n, _ := c.file.ReadAt(raw, 0) // a short read shows in its length
 	if n != 2*slotSize {
-		return fmt.Errorf("%w: %d bytes, want %d; restore the file, or see identity takeover", ErrCounters, n, 2*slotSize)
+		return fmt.Errorf("%w: %d bytes, want %d; restore the file, or see resultityctl identity takeover", ErrCounters, n, 2*slotSize)
 	}
-	if bytes.Equal(raw[:n], make([]byte, n)) { // made, and not written yet
-		c.now.Starts = uint64(time.Now().Unix())
+	if bytes.Equal(raw[:n], make([]byte, n)) {
 		return nil
 	}
 	for i := range 2 {
@@ -120,11 +134,8 @@ func (c *Counters) load(node evm.Address) error {
 			c.turn, c.now = turn, v
 		}
 	}
-	switch {
-	case c.turn == 0:
-		return fmt.Errorf("%w: it is damaged; restore it, or remove it and take the key over (resultityctl identity takeover)", ErrCounters)
-	case c.now.Node != node:
-		return fmt.Errorf("%w: it belongs to node %s, and the key to %s", ErrCounters, c.now.Node, node)
+	if c.turn == 0 {
+		return fmt.Errorf("%w: they are damaged; restore the file, or remove it and take the key over (resultityctl identity takeover)", ErrCounters)
 	}
 	return nil
 }
@@ -132,7 +143,7 @@ func (c *Counters) load(node evm.Address) error {
 // A slot is turn, length and checksum of what follows, and that.
 const slotHeader = 8 + 4 + 4
 
-func parseSlot(b []byte) (turn uint64, v counts, ok bool) {
+func parseSlot(b []byte) (turn uint64, v Counts, ok bool) {
 	turn = binary.BigEndian.Uint64(b)
 	size := binary.BigEndian.Uint32(b[8:])
 	if turn == 0 || size > slotSize-slotHeader {
@@ -149,23 +160,31 @@ func parseSlot(b []byte) (turn uint64, v counts, ok bool) {
 	return turn, v, err == nil
 }
 
+func formatSlot(turn uint64, v Counts) ([]byte, error) {
+	body, err := json.Marshal(&v)
+	if err != nil {
+		return nil, err
+	}
+	if len(body) > slotSize-slotHeader {
+		return nil, fmt.Errorf("%w: %d bytes", ErrCounters, len(body))
+	}
+	b := make([]byte, slotSize)
+	binary.BigEndian.PutUint64(b, turn)
+	binary.BigEndian.PutUint32(b[8:], uint32(len(body)))
+	copy(b[slotHeader:], body)
+	binary.BigEndian.PutUint32(b[12:], crc32.ChecksumIEEE(append(b[:12:12], body...)))
+	return b, nil
+}
+
 // write makes next the counts, on disk first. Called with mu held, or before
 // anybody else has c.
-func (c *Counters) write(next counts) error {
+func (c *Counters) write(next Counts) error {
 	if c.file != nil {
-		body, err := json.Marshal(&next)
+		turn := c.turn + 1
+		b, err := formatSlot(turn, next)
 		if err != nil {
 			return err
 		}
-		if len(body) > slotSize-slotHeader {
-			return fmt.Errorf("%w: %d bytes", ErrCounters, len(body))
-		}
-		turn := c.turn + 1
-		b := make([]byte, slotSize)
-		binary.BigEndian.PutUint64(b, turn)
-		binary.BigEndian.PutUint32(b[8:], uint32(len(body)))
-		copy(b[slotHeader:], body)
-		binary.BigEndian.PutUint32(b[12:], crc32.ChecksumIEEE(append(b[:12:12], body...)))
 		failpoint.Here("signer.count.begin")
 		if _, err := c.file.WriteAt(b, int64(turn%2)*slotSize); err != nil {
 			return fmt.Errorf("write down the key's counters: %w", err)
@@ -180,7 +199,7 @@ func (c *Counters) write(next counts) error {
 	return nil
 }
 
-func (v counts) clone() counts {
+func (v Counts) clone() Counts {
 	v.Networks, v.Chains = maps.Clone(v.Networks), slices.Clone(v.Chains)
 	return v
 }
@@ -270,16 +289,65 @@ func (c *Counters) admit(chain uint64) error {
 func (c *Counters) Takeover() error {
 	c.mu.Lock()
 	defer c.mu.Unlock()
-	next := c.now.clone()
-	for name, n := range next.Networks {
-		next.Networks[name] = (n/epoch + 1) * epoch
-	}
-	next.Starts = max(next.Starts+1, uint64(time.Now().Unix()))
+	next := c.now.Takeover()
 	if err := c.write(next); err != nil {
 		return err
 	}
 	c.receipts = map[uint64]uint32{}
 	return nil
+}
+
+// Takeover returns the counts that [Counters.Takeover] goes on with.
+func (v Counts) Takeover() Counts {
+	v = v.clone()
+	for name, n := range v.Networks {
+		v.Networks[name] = (n/epoch + 1) * epoch
+	}
+	v.Starts = max(v.Starts+1, uint64(time.Now().Unix()))
+	return v
+}
+
+// Above returns counts that are below neither of two.
+func (v Counts) Above(other Counts) Counts {
+	v = v.clone()
+	v.Starts = max(v.Starts, other.Starts)
+	for name, n := range other.Networks {
+		v.Networks[name] = max(v.Networks[name], n)
+	}
+	for _, id := range other.Chains {
+		if !slices.Contains(v.Chains, id) {
+			v.Chains = append(v.Chains, id)
+		}
+	}
+	return v
+}
+
+// ReadCounts reads a file of counters that nobody uses. Counts that were not
+// written yet have no node.
+func ReadCounts(name string) (Counts, error) {
+	f, err := os.Open(name)
+	if err != nil {
+		return Counts{}, err
+	}
+	defer f.Close() // read only: nothing to lose
+	c := &Counters{file: f, now: Counts{Networks: map[string]uint64{}}}
+	if err := c.read(); err != nil {
+		return Counts{}, fmt.Errorf("%s: %w", name, err)
+	}
+	return c.now, nil
+}
+
+// FormatCounts makes the content of a file of counters that nobody uses.
+func FormatCounts(v Counts) ([]byte, error) {
+	slot, err := formatSlot(1, v)
+	return append(make([]byte, slotSize), slot...), err
+}
+
+// Starts is how many times the signer has been started, this one included.
+func (c *Counters) Starts() uint64 {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	return c.now.Starts
 }
 
 // Close gives the file back.

@@ -106,7 +106,7 @@ func TestCountersRefused(t *testing.T) {
 	}
 	name := filepath.Join(t.TempDir(), "counters")
 	openCounters(t, name)
-	if _, err := OpenCounters(name, evm.Address{2}); !errors.Is(err, ErrCounters) || !strings.Contains(err.Error(), "belongs to node") {
+	if _, err := OpenCounters(name, evm.Address{2}); !errors.Is(err, ErrCounters) || !strings.Contains(err.Error(), "belong to node") {
 		t.Errorf("of another key: %v", err)
 	}
 }

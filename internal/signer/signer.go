@@ -44,7 +44,7 @@ type Local struct {
 // such that end with the process.
 func NewLocal(key *evm.Key, c *Counters) *Local {
 	if c == nil {
-		c = &Counters{now: counts{Node: key.Address(), Networks: map[string]uint64{}}, receipts: map[uint64]uint32{}}
+		c = &Counters{now: Counts{Node: key.Address(), Networks: map[string]uint64{}}, receipts: map[uint64]uint32{}}
 	}
 	return &Local{key, c}
 }

@@ -70,7 +70,7 @@ func turns(rounds int, span time.Duration, ops []op) (map[string][]float64, erro
 	return us, nil
 }
 
-func crypto(_ context.Context, b *bench, t *table) error {
+func crypto(_ context.Context, b *bench, t *table) (err error) {
 	if info, ok := debug.ReadBuildInfo(); ok {
 		for _, s := range info.Settings {
 			if s.Key == "CGO_ENABLED" { // with cgo it is libsecp256k1 that signs and checks
@@ -108,12 +108,18 @@ func crypto(_ context.Context, b *bench, t *table) error {
 	bare := sig
 	bare[64] -= 27
 
+	apart, stop, err := startSigner(key)
+	if err != nil {
+		return err
+	}
+	defer func() { err = errors.Join(err, stop()) }()
 	ops := []op{
 		{"bare sign", func() error { _, err := gethcrypto.Sign(hash[:], key.ECDSA()); return err }},
 		{"bare recover", func() error { _, err := gethcrypto.SigToPub(hash[:], bare[:]); return err }},
 		{"receipt hash", func() error { r.Hash(chainID); return nil }},
 		{"receipt hash by apitypes", func() error { _, _, err := apitypes.TypedDataAndHash(outer.TypedData); return err }},
 		{"receipt hash and sign", func() error { _, err := r.Sign(chainID, key); return err }},
+		{"receipt by resultity-signer", func() error { _, err := apart.Receipt(chainID, r); return err }},
 		{"receipt verify from JSON", func() error { _, err := receipt.Verify(raw); return err }},
 	}
 	// Frames as a node sends them: the first, which is signed, and then a token of
@@ -136,6 +142,7 @@ func crypto(_ context.Context, b *bench, t *table) error {
 		t.add(o.name, "µs", us[o.name])
 	}
 	t.add("receipt hash and sign / bare sign", "ratio", paired(us["receipt hash and sign"], us["bare sign"], over), atMost(1.25))
+	t.add("receipt by resultity-signer / hash and sign", "ratio", paired(us["receipt by resultity-signer"], us["receipt hash and sign"], over))
 	t.add("apitypes / receipt hash", "ratio", paired(us["receipt hash by apitypes"], us["receipt hash"], over), atLeast(5))
 	t.add("seal hello / bare sign", "ratio", paired(us["seal hello"], us["bare sign"], over))
 	t.add("open hello / bare recover", "ratio", paired(us["open hello"], us["bare recover"], over))

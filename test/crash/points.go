@@ -58,7 +58,7 @@ type function struct {
 // ours reports whether the code of a directory ends up in one of the programs
 // that are walked.
 func ours(dir string) bool {
-	for _, other := range []string{"internal/bridge", "internal/failpoint", "internal/deploy/deploytest", "internal/network/nodetest", "internal/journal/catalog", "internal/ctl"} {
+	for _, other := range []string{"internal/bridge", "internal/failpoint", "internal/deploy/deploytest", "internal/network/nodetest", "internal/journal/catalog", "internal/ctl", "internal/signer/cli"} {
 		if dir == other || strings.HasPrefix(dir, other+"/") {
 			return false
 		}

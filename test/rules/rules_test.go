@@ -64,7 +64,7 @@ var levels = [][]string{
 	{"identity", "signer", "tuf", "session", "image", "model", "podman", "systemd", "runtime", "state", "generation", "order", "spool", "preflight", "support"}, // edges
 	{"control", "sandbox", "hardware"},
 	{"work", "deploy"}, // order
-	{"agent", "ctl"},
+	{"agent", "ctl", "signer/cli"},
 }
 
 // outside of the levels are programs of their own, what generates files, and
