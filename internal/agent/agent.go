@@ -211,6 +211,9 @@ func (a *Agent) Identity() control.Identity {
 	return id
 }
 
+// Takeover implements [control.Backend].
+func (a *Agent) Takeover() error { return a.key.Takeover() }
+
 // Models implements [control.Backend].
 func (a *Agent) Models() []control.Model { return a.member.board.modelStates() }
 

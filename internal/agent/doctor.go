@@ -7,6 +7,7 @@ import (
 	"fmt"
 	"net"
 	"net/url"
+	"os"
 	"path/filepath"
 	"strings"
 	"sync/atomic"
@@ -81,7 +82,7 @@ func (a *Agent) Doctor(ctx context.Context) (*control.Report, error) {
 	defer a.doctoring.Unlock()
 	r := &control.Report{Version: a.version, At: time.Now().UTC().Truncate(time.Second), Checks: control.ChecksOf(a.Status().Gates)}
 	r.Checks = append(r.Checks, a.probeUnsigned(ctx)...)
-	r.Checks = append(r.Checks, a.probeSocketOut(ctx), a.probeOneToken(ctx))
+	r.Checks = append(r.Checks, a.probeSocketOut(ctx), a.probeOneToken(ctx), a.probeKey())
 	if ctx.Err() != nil {
 		return nil, ctx.Err() // nobody reads it
 	}
@@ -99,6 +100,28 @@ func passed(name, format string, v ...any) control.Check {
 
 func refuted(name, remedy, format string, v ...any) control.Check {
 	return control.Check{Name: name, Result: control.Fail, Detail: fmt.Sprintf(format, v...), Remedy: remedy}
+}
+
+// keyFiles are where the node's key and its counters are when resultity-signer
+// holds them.
+var keyFiles = []string{
+	"/etc/credstore.encrypted/resultity-key", "/run/credentials/resultity-signer.service/resultity-key", "/var/lib/resultity-signer/counters",
+}
+
+// probeKey tries to read what only the signer may.
+func (a *Agent) probeKey() control.Check {
+	const name = control.ProbeKey
+	if a.held != nil {
+		return notMeasured(name, "the agent holds the key itself; resultity-signer needs root to be installed")
+	}
+	for _, file := range keyFiles {
+		f, err := os.Open(file)
+		if err == nil {
+			_ = f.Close() // that it could be opened is all that counts
+			return refuted(name, "sudo chmod go= "+file+" and its directory", "the agent can read %s", file)
+		}
+	}
+	return passed(name, "the agent can read neither the key nor its counters")
 }
 
 // probeUnsigned offers an image that nobody has signed to both locks.

@@ -7,11 +7,13 @@ import (
 	"path/filepath"
 	"strconv"
 	"sync"
+	"syscall"
 	"time"
 
 	"github.com/resultity/node/internal/deploy"
 	"github.com/resultity/node/internal/gate"
 	"github.com/resultity/node/internal/preflight"
+	"github.com/resultity/node/internal/signer"
 )
 
 // Of the look at the machine.
@@ -100,13 +102,24 @@ func (a *Agent) lookAtGates(fresh time.Duration) []gate.Gate {
 	}
 	id := preflight.Identity(filepath.Join(a.cfg.Paths.State, "identity"))
 	if id.State != gate.Closed { // else it was loosened since the start, which would have refused it
-		id = gate.Gate{Name: gate.Identity, State: gate.Open, Detail: "node " + a.key.Address().Hex()}
+		id = gate.Gate{Name: gate.Identity, State: gate.Open, Detail: "node " + a.key.Address().Hex() + ", " + a.holder()}
 	}
 	gs = append(gs, id)
 	m := a.member
 	gs = append(gs, m.board.gates(m.drains(m.worker.Status()), now)...)
 	a.seen.note(gs, now)
 	return gs
+}
+
+// holder says who has the key.
+func (a *Agent) holder() string {
+	switch {
+	case a.held == nil:
+		return "key held by resultity-signer"
+	case a.cfg.Identity.Signer == "" && syscall.Access(signer.SocketPath, accessWrite) == nil:
+		return "key in the agent, although resultity-signer is here: sudo resultity-signer migrate"
+	}
+	return "key in the agent"
 }
 
 // lookAround asks preflight about this machine.

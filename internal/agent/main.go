@@ -242,9 +242,56 @@ func empty(cfg *config.Config, log *slog.Logger, version string) *Agent {
 	}
 }
 
+// openIdentity finds who holds the node's key.
 func (a *Agent) openIdentity(env func(string) string) error {
+	dir := filepath.Join(a.cfg.Paths.State, "identity")
+	path := a.cfg.Identity.Signer
+	if path == "" {
+		var err error
+		if path, err = a.findSigner(dir); err != nil {
+			return err
+		}
+	}
+	if path == config.NoSigner {
+		return a.openKey(dir, env)
+	}
+	c, err := signer.Dial(path)
+	if err != nil {
+		return fmt.Errorf("%s has no key, and %s: %w; restore the one or look at the other", dir, path, err)
+	}
+	a.key = c
+	a.closers = append(a.closers, c.Close)
+	a.log.Info("the key is held by resultity-signer", "node", c.Address())
+	return nil
+}
+
+// findSigner prefers a key that is here: it has to be moved, not forgotten. A
+// node that is known to its network and has no key here has one in the signer,
+// also while that is away; a second key would make it another node.
+func (a *Agent) findSigner(dir string) (string, error) {
+	if identity.Exists(dir) {
+		return config.NoSigner, nil
+	}
+	reg, err := a.member.store.Registration()
+	if err != nil {
+		return "", err
+	}
+	_, installed := os.Stat(signerUnit)
+	if reg != nil && installed == nil || syscall.Access(signer.SocketPath, accessWrite) == nil {
+		return signer.SocketPath, nil
+	}
+	return config.NoSigner, nil
+}
+
+// signerUnit is there where resultity-signer is installed, whether it runs or not.
+const signerUnit = "/usr/lib/systemd/system/resultity-signer.socket"
+
+const accessWrite = 2 // W_OK of unistd.h
+
+// openKey opens the key that this process holds, or makes it.
+func (a *Agent) openKey(dir string, env func(string) string) error {
 	key, created, err := identity.Open(identity.Options{
-		Dir: filepath.Join(a.cfg.Paths.State, "identity"), Passphrase: a.cfg.Identity.Passphrase, Credentials: env("CREDENTIALS_DIRECTORY"),
+		Dir: dir, Passphrase: a.cfg.Identity.Passphrase, Credentials: env("CREDENTIALS_DIRECTORY"),
 	})
 	if errors.Is(err, identity.ErrRefused) {
 		return &finalError{journal.IdentityRefused, err}
@@ -252,7 +299,7 @@ func (a *Agent) openIdentity(env func(string) string) error {
 	if err != nil {
 		return inDir("paths.state", err)
 	}
-	c, err := signer.OpenCounters(filepath.Join(a.cfg.Paths.State, "identity/counters"), key.Address())
+	c, err := signer.OpenCounters(filepath.Join(dir, "counters"), key.Address())
 	if errors.Is(err, signer.ErrCounters) {
 		return &finalError{journal.IdentityRefused, err}
 	}

@@ -248,6 +248,9 @@ func (m *membership) Closed(err error) {
 	if errors.Is(err, wire.ErrClock) {
 		event = journal.ClockWrong
 	}
+	if errors.Is(err, session.ErrCloned) {
+		event = journal.KeyCloned
+	}
 	if opened || !sameError(before, err) { // say it once, not at every try
 		m.log.Warn("session closed", event.Attr(), "error", err)
 	}

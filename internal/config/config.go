@@ -110,8 +110,12 @@ const maxPriority = 1000
 
 // Identity says how the node's key is protected.
 type Identity struct {
+	Signer     string `koanf:"signer"`     // socket of resultity-signer; none for a key in the agent; "" for whichever there is
 	Passphrase string `koanf:"passphrase"` // file; "" for the credential "resultity-passphrase", or one made at first start
 }
+
+// NoSigner is the value of [Identity].Signer for a key that the agent holds.
+const NoSigner = "none"
 
 // Paths are where things are; all absolute. Empty ones are filled in from the
 // service manager's environment.
@@ -370,6 +374,9 @@ func (c *Config) check() (key string, err error) {
 				return "network." + n.Name + ".url", fmt.Errorf("%.200q is that of %s, too", n.URL, other.Name)
 			}
 		}
+	}
+	if s := c.Identity.Signer; s != "" && s != NoSigner && !filepath.IsAbs(s) {
+		return "identity.signer", fmt.Errorf("%.200q: want the absolute path of resultity-signer's socket, or none", s)
 	}
 	if key, err := checkFiles([]file{
 		{"identity.passphrase", c.Identity.Passphrase, false, "the absolute path of a file with the passphrase"},

@@ -241,6 +241,9 @@ type Backend interface {
 	// Bundle returns a support archive, tar.gz, without secrets.
 	Bundle(ctx context.Context) ([]byte, error)
 	Bind(context.Context, BindRequest) (Binding, error)
+	// Takeover has the key's counts go on where no other holder of the key is; see
+	// package signer.
+	Takeover() error
 }
 
 // maxJobs bounds an answer.
@@ -318,6 +321,7 @@ func Serve(ctx context.Context, l net.Listener, b Backend) error {
 	post("/v1/drain", func(context.Context) error { return b.Drain() })
 	post("/v1/resume", func(context.Context) error { return b.Resume() })
 	post("/v1/restart", b.Restart)
+	post("/v1/identity/takeover", func(context.Context) error { return b.Takeover() })
 	serveDoctor(mux, b)
 	mux.HandleFunc("POST "+bindPath, func(w http.ResponseWriter, r *http.Request) {
 		// It asks the network. This fails on a closed connection only.
@@ -427,7 +431,7 @@ func (c *Client) Get(ctx context.Context, what string, answer any) error {
 	return c.do(ctx, http.MethodGet, what, answer)
 }
 
-// Post orders drain or resume, which a [Status] answers, or generations/forward
+// Post orders drain, resume or identity/takeover, which a [Status] answers, or generations/forward
 // or generations/N/rollback, which [Generations] answer.
 func (c *Client) Post(ctx context.Context, what string, answer any) error {
 	return c.do(ctx, http.MethodPost, what, answer)

@@ -89,6 +89,7 @@ func (n *node) Bundle(context.Context) ([]byte, error) { return []byte("archive"
 func (n *node) Drain() error                           { n.set(true); return nil }
 func (n *node) Resume() error                          { n.set(false); return nil }
 func (n *node) Restart(context.Context) error          { n.orders = append(n.orders, "restart"); return nil }
+func (n *node) Takeover() error                        { n.orders = append(n.orders, "takeover"); return nil }
 func (n *node) Bind(_ context.Context, q BindRequest) (Binding, error) {
 	return Binding{Network: "testnet", Bound: wire.Bound{Account: q.Email}, Nonce: q.Nonce}, n.err
 }

@@ -28,10 +28,11 @@ const (
 	ProbeUnsignedPodman = "unsigned-podman" // and so does Podman's policy
 	ProbeSocketOut      = "socket-out"      // no socket leads out of the container
 	ProbeOneToken       = "one-token"       // the engine produces a token
+	ProbeKey            = "key-isolated"    // the agent cannot read the node's key
 )
 
 // Probes lists the live probes in order.
-var Probes = []string{ProbeUnsignedAgent, ProbeUnsignedPodman, ProbeSocketOut, ProbeOneToken}
+var Probes = []string{ProbeUnsignedAgent, ProbeUnsignedPodman, ProbeSocketOut, ProbeOneToken, ProbeKey}
 
 // Check is one thing that doctor looked at. The JSON is part of `resultityctl
 // doctor --json`: fields are added, never changed.

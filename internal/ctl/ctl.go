@@ -155,7 +155,9 @@ Exit status: 0 done; 1 failed; 2 a gate is closed (status) or a check has failed
 	add("status", "Show the gates between this node and its jobs", cobra.NoArgs, c.status)
 	add("models", "Show the models and their states", cobra.NoArgs, c.models)
 	add("jobs", "Show running jobs and unacknowledged results", cobra.NoArgs, c.jobs)
-	add("identity", "Show who this node is", cobra.NoArgs, c.identity)
+	id := command("identity", "Show who this node is", cobra.NoArgs, c.identity)
+	id.AddCommand(command("takeover", "After the key was moved or restored on purpose: be the one whom the network believes", cobra.NoArgs, c.takeover))
+	root.AddCommand(id)
 	root.AddCommand(c.generations(command))
 	add("metrics", "Print the agent's metrics in the text format of Prometheus", cobra.NoArgs, c.metrics)
 	add("drain", "Take no new jobs; running ones are finished", cobra.NoArgs, func(ctx context.Context, _ []string) error { return c.order(ctx, "drain") })
@@ -310,6 +312,16 @@ func (c *command) identity(ctx context.Context, _ []string) error {
 			fmt.Fprintf(w, "bound\tby %s, since %s\n", id.Method, time.UnixMilli(id.Since).UTC().Format(time.RFC3339))
 		}
 	})
+}
+
+// takeover is for a node that the network has called cloned.
+func (c *command) takeover(ctx context.Context, _ []string) error {
+	var s control.Status
+	if err := c.client().Post(ctx, "identity/takeover", &s); err != nil {
+		return err
+	}
+	_, err := fmt.Fprintln(c.Out, "The network believes this machine from its next session on, within two minutes; any other one with this key is refused. If it still says cloned key, once more.")
+	return err
 }
 
 func (c *command) verify(_ context.Context, args []string) error {

@@ -129,6 +129,7 @@ type node struct {
 	broken bool
 	bound  wire.Bound
 	order  int
+	taken  int // over
 }
 
 // Bind grants everything that a network would, with one nonce for all.
@@ -264,6 +265,12 @@ func (n *node) Drain() error {
 }
 func (n *node) Resume() error                 { n.set(false); return nil }
 func (n *node) Restart(context.Context) error { return nil }
+func (n *node) Takeover() error {
+	n.mu.Lock()
+	defer n.mu.Unlock()
+	n.taken++
+	return nil
+}
 func (n *node) set(draining bool) {
 	n.mu.Lock()
 	defer n.mu.Unlock()

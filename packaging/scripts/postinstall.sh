@@ -28,8 +28,22 @@ fi
 systemd-tmpfiles --create resultity.conf
 journalctl --update-catalog || :
 systemctl --global preset resultity-agent.service || :
+systemctl preset resultity-signer.socket || :
+
+# The node's key, held by nobody but its signer. An agent that has one of its own
+# keeps it until the operator moves it (resultity-signer migrate), and a machine on
+# which nothing can be encrypted has the agent hold it.
+signer=/usr/libexec/resultity/resultity-signer
+if [ ! -e /var/lib/resultity/.local/state/resultity/agent/identity/key.json ]; then
+	"$signer" init || rm -f /run/resultity-signer/socket
+fi
 
 if [ -d /run/systemd/system ]; then
+	systemctl daemon-reload
+	if [ -e /etc/credstore.encrypted/resultity-key ]; then
+		systemctl restart resultity-signer.socket || :
+		systemctl try-restart resultity-signer.service || :
+	fi
 	loginctl enable-linger "$account"
 	# Lingering starts the account's service manager, and waits for nothing.
 	systemctl start "user@$(id -u "$account").service"

@@ -73,7 +73,7 @@ func up(t *testing.T) *world {
 	var err error
 	w.engine, err = os.ReadFile(engine)
 	must(t, err)
-	w.Stack, err = stack.Up(ctx, stack.Options{Host: host.Options{Progress: os.Stderr}})
+	w.Stack, err = stack.Up(ctx, stack.Options{Host: host.Options{Progress: os.Stderr}, KeyInAgent: true})
 	must(t, err)
 	t.Cleanup(func() { must(t, w.Close()) })
 	top, err := stack.Repository()

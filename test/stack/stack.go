@@ -60,6 +60,8 @@ type Options struct {
 	// Local asks for one node in the account of whoever runs this, without
 	// test hosts. Host and Nodes are not used then.
 	Local bool
+	// KeyInAgent has the agents hold their keys themselves, as without root.
+	KeyInAgent bool
 	// Prebuilt is a directory that [Prepare] has made; empty builds.
 	Prebuilt string
 }
@@ -81,7 +83,9 @@ type Stack struct {
 	local *local // nil on test hosts
 	net   site   // where the network is
 	root  string // installed tree
-	probe string // program
+
+	keyInAgent bool
+	probe      string // program
 
 	mu     sync.Mutex // guards config, held while it is published
 	config *snapshot.Config
@@ -188,7 +192,7 @@ func Up(ctx context.Context, o Options) (_ *Stack, err error) {
 	if step == nil {
 		step = func(_ string, f func() error) error { return f() }
 	}
-	s := &Stack{}
+	s := &Stack{keyInAgent: o.KeyInAgent}
 	defer func() {
 		if err != nil {
 			err = errors.Join(err, s.Close())
