@@ -41,6 +41,10 @@ type Config struct {
 	TLSCert string `koanf:"tls_cert"`
 	TLSKey  string `koanf:"tls_key"`
 
+	// TrustedProxies are networks, as CIDR, of front proxies whose X-Forwarded-For
+	// is believed: bounds for each source then count the sources behind them.
+	TrustedProxies []string `koanf:"trusted_proxies"`
+
 	// MaxQueued and MaxQueuedBytes bound the requests that wait for a node.
 	MaxQueued      int   `koanf:"max_queued"`
 	MaxQueuedBytes int64 `koanf:"max_queued_bytes"`
@@ -81,7 +85,7 @@ type Config struct {
 // Defaults is the configuration that files and flags change.
 func Defaults() Config {
 	return Config{
-		Dir: "/var/lib/resultity-network", Listen: "127.0.0.1:8443",
+		Dir: "/var/lib/resultity-network", Listen: "127.0.0.1:8443", TrustedProxies: []string{},
 		MaxQueued: 1024, MaxQueuedBytes: 256 << 20, MaxUploadBytes: 256 << 20, KeyShare: 50,
 		MaxResultsBytes: store.DefaultLimits.Results, MinFreeBytes: store.DefaultLimits.Free, MaxSessions: 16384, Drain: 10 * time.Second,
 		Registration: "token", SMTPSecurity: string(mail.StartTLS), LogLevel: "info",
@@ -148,6 +152,8 @@ func wanted(t reflect.Type) string {
 	switch {
 	case t == reflect.TypeFor[time.Duration]():
 		return `a duration in quotes, such as "10s"`
+	case t.Kind() == reflect.Slice:
+		return `a list of texts in quotes, such as ["10.0.0.0/8"]`
 	case t.Kind() == reflect.String:
 		return "a text in quotes"
 	}
@@ -185,6 +191,9 @@ func (c *Config) check() error {
 		if v < 1 {
 			return bad(key, "is %d, want at least 1", v)
 		}
+	}
+	if _, err := parseProxies(c.TrustedProxies); err != nil {
+		return bad("trusted_proxies", "%v", err)
 	}
 	if c.KeyShare < 1 || c.KeyShare > 100 {
 		return bad("key_share", "is %d, want 1 to 100 percent", c.KeyShare)

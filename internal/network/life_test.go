@@ -512,6 +512,8 @@ func TestConfigErrors(t *testing.T) {
 		{"no such file", []string{"serve", "--config", "/nowhere.toml"}},
 		{"lisen: unknown key; known are dir, listen", []string{"serve", "--config", file(`lisen = ":1"`)}},
 		{"max_queued: want a whole number, got many", []string{"serve", "--config", file(`max_queued = "many"`)}},
+		{"trusted_proxies: want a list of texts", []string{"serve", "--config", file(`trusted_proxies = "10.0.0.0/8"`)}},
+		{"trusted_proxies: \"10.0.0.1\": want a network", []string{"serve", "--dir", n.dir, "--config", file(`trusted_proxies = ["10.0.0.1"]`)}},
 		{"max_queued: is 0", []string{"serve", "--dir", n.dir, "--config", file(`max_queued = 0`)}},
 		{"key_share: is 101", []string{"serve", "--dir", n.dir, "--config", file(`key_share = 101`)}},
 		{"drain: want a duration in quotes", []string{"serve", "--config", file(`drain = 10`)}},

@@ -279,7 +279,9 @@ func (s *service) handler() http.Handler {
 	}))
 	mux.Handle("GET /metrics", s.metrics.Handler())
 	mux.HandleFunc("GET /healthz", s.healthz)
+	front, _ := parseProxies(s.cfg.TrustedProxies) // has been checked
 	return http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		r.RemoteAddr = front.client(r)
 		// Set for each request, since a deadline stays with a connection that is
 		// used again. What takes longer sets its own, and a WebSocket clears it.
 		// They fail on a closed connection only, and then so does all else.

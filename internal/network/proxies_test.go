@@ -1,0 +1,58 @@
+package network
+
+import (
+	"net/http"
+	"testing"
+)
+
+func TestProxies(t *testing.T) {
+	p, err := parseProxies([]string{"10.0.0.0/8", "2001:db8::/32"})
+	if err != nil {
+		t.Fatal(err)
+	}
+	for _, tc := range []struct {
+		remote string
+		header []string
+		want   string
+	}{
+		{"192.0.2.1:5", nil, "192.0.2.1:5"},
+		{"192.0.2.1:5", []string{"203.0.113.9"}, "192.0.2.1:5"}, // no proxy of ours: not believed
+		{"10.0.0.1:5", nil, "10.0.0.1:5"},
+		{"10.0.0.1:5", []string{"203.0.113.9"}, "203.0.113.9:0"},
+		{"[::ffff:10.0.0.1]:5", []string{"203.0.113.9"}, "203.0.113.9:0"},
+		{"10.0.0.1:5", []string{"1.1.1.1, 203.0.113.9"}, "203.0.113.9:0"}, // the client made the first one up
+		{"10.0.0.1:5", []string{"10.1.1.1, 203.0.113.9"}, "203.0.113.9:0"},
+		{"10.0.0.1:5", []string{"1.1.1.1", "203.0.113.9 ,\t10.9.9.9"}, "203.0.113.9:0"}, // two headers, two proxies
+		{"10.0.0.1:5", []string{"203.0.113.9, 10.9.9.9", "junk"}, "10.0.0.1:5"},         // not even the proxy's own word
+		{"10.0.0.1:5", []string{"junk, 10.9.9.9"}, "10.9.9.9:0"},                        // the last that is known
+		{"10.0.0.1:5", []string{"203.0.113.9,"}, "10.0.0.1:5"},                          // an empty word
+		{"10.0.0.1:5", []string{"203.0.113.9:80"}, "10.0.0.1:5"},                        // not in this form
+		{"10.0.0.1:5", []string{"fe80::1%eth0"}, "10.0.0.1:5"},                          // nor a zone
+		{"10.0.0.1:5", []string{"unknown"}, "10.0.0.1:5"},
+		{"10.0.0.1:5", []string{"::ffff:203.0.113.9"}, "203.0.113.9:0"},
+		{"[2001:db8::1]:5", []string{"2001:dead::7, 2001:db8::2"}, "[2001:dead::7]:0"},
+		{"10.0.0.1:5", []string{"10.0.0.2, 10.0.0.3"}, "10.0.0.2:0"}, // nobody but proxies
+		{"pipe", []string{"203.0.113.9"}, "pipe"},
+	} {
+		r := &http.Request{RemoteAddr: tc.remote, Header: http.Header{"X-Forwarded-For": tc.header}}
+		if got := p.client(r); got != tc.want {
+			t.Errorf("%s %q: %s, want %s", tc.remote, tc.header, got, tc.want)
+		}
+	}
+	var many []string
+	for range maxHops + 5 {
+		many = append(many, "10.0.0.2")
+	}
+	many[0] = "203.0.113.9"
+	if got := p.client(&http.Request{RemoteAddr: "10.0.0.1:5", Header: http.Header{"X-Forwarded-For": many}}); got != "10.0.0.2:0" {
+		t.Errorf("behind too many hops: %s", got)
+	}
+	if got := (proxies)(nil).client(&http.Request{RemoteAddr: "10.0.0.1:5", Header: http.Header{"X-Forwarded-For": {"1.1.1.1"}}}); got != "10.0.0.1:5" {
+		t.Errorf("without proxies: %s", got)
+	}
+	for _, bad := range []string{"", "10.0.0.1", "10.0.0.1/8", "10.0.0.0/33", "::ffff:10.0.0.0/104", "all", "10.0.0.0/8 "} {
+		if _, err := parseProxies([]string{bad}); err == nil {
+			t.Errorf("%q is taken", bad)
+		}
+	}
+}
