@@ -38,6 +38,10 @@ const (
 	// both sides the same for one and for many, and a node that forgets a result a
 	// little later misses nothing.
 	ackDelay = 20 * time.Millisecond
+	// smallFrame is what a frame may have, in bytes, without a place among the large
+	// ones, and largeTime how long one may take that has a place.
+	smallFrame = 256 << 10
+	largeTime  = 3 * time.Minute
 	// lastWords is how long the last frames of a session may take, in all.
 	lastWords = time.Second
 )
@@ -59,6 +63,7 @@ type session struct {
 	// and then so does the node.
 	stray *rate.Limiter // the reader's
 	met   bool          // hello has been taken; the reader's
+	large time.Time     // when the large frame that has a place must be here, or zero; the reader's
 
 	writing chan struct{} // has an element while a batch of logs is being written
 
@@ -336,11 +341,36 @@ func (s *session) join() (*dispatch.Member, error) {
 }
 
 func (s *session) alive() error {
-	return s.conn.SetReadDeadline(time.Now().Add(3 * s.m.opt.Ping))
+	at := time.Now().Add(3 * s.m.opt.Ping)
+	if !s.large.IsZero() && s.large.Before(at) {
+		at = s.large
+	}
+	return s.conn.SetReadDeadline(at)
+}
+
+// takePlace waits until there is a place for a large frame. The node waits, too:
+// nothing is read meanwhile.
+func (s *session) takePlace() error {
+	select {
+	case s.m.large <- struct{}{}:
+	case <-s.stop:
+		return errOver
+	}
+	s.large = time.Now().Add(largeTime)
+	return s.alive()
+}
+
+// leavePlace gives back what takePlace took, if it did.
+func (s *session) leavePlace() {
+	if !s.large.IsZero() {
+		s.large = time.Time{}
+		<-s.m.large
+	}
 }
 
 func (s *session) frames(member *dispatch.Member) error {
 	buf := new(bytes.Buffer)
+	defer s.leavePlace()
 	for {
 		msg, err := s.next(buf)
 		if err != nil {
@@ -352,6 +382,7 @@ func (s *session) frames(member *dispatch.Member) error {
 		if err := s.handle(member, msg); err != nil {
 			return err
 		}
+		s.leavePlace()
 		if buf.Cap() > keepBuffer {
 			buf = new(bytes.Buffer)
 		}
@@ -369,7 +400,16 @@ func (s *session) next(buf *bytes.Buffer) (wire.Message, error) {
 		return nil, errNotBinary
 	}
 	buf.Reset()
-	if _, err := buf.ReadFrom(arriving{s, r}); err != nil {
+	from := arriving{s, r}
+	switch _, err := io.CopyN(buf, from, smallFrame); {
+	case err == nil: // there may be more
+		if err := s.takePlace(); err != nil {
+			return nil, err
+		}
+		if _, err := buf.ReadFrom(from); err != nil {
+			return nil, err
+		}
+	case !errors.Is(err, io.EOF):
 		return nil, err
 	}
 	return s.opener.Open(buf.Bytes(), begun)

@@ -282,6 +282,59 @@ func TestSlowLink(t *testing.T) {
 	}
 }
 
+// Large frames from many nodes at once wait for one another, within a bound of
+// bytes, and small ones pass.
+func TestLargeFramesWait(t *testing.T) {
+	s, client := rig(t, Options{MaxArriving: 1})
+	defer s.m.remove(s)
+	if err := s.takePlace(); err != nil { // another session's frame
+		t.Fatal(err)
+	}
+	s.large = time.Time{}
+	type read struct {
+		size int
+		err  error
+	}
+	got := make(chan read)
+	buf := new(bytes.Buffer)
+	go func() {
+		for range 2 {
+			_, err := s.next(buf)
+			got <- read{buf.Len(), err}
+		}
+	}()
+	send := func(size int) {
+		t.Helper()
+		if err := client.WriteMessage(websocket.BinaryMessage, make([]byte, size)); err != nil {
+			t.Error(err)
+		}
+	}
+	send(smallFrame - 1)
+	if r := <-got; r.size != smallFrame-1 {
+		t.Fatalf("%d bytes, %v", r.size, r.err)
+	}
+	go send(2 * smallFrame)
+	select {
+	case r := <-got:
+		t.Fatalf("a large frame did not wait: %d bytes, %v", r.size, r.err)
+	case <-time.After(100 * time.Millisecond): // nothing is to happen
+	}
+	<-s.m.large
+	if r := <-got; r.size != 2*smallFrame || s.large.IsZero() || len(s.m.large) != 1 {
+		t.Fatalf("%d bytes, %v", r.size, r.err)
+	}
+	s.leavePlace()
+	s.leavePlace()
+	if len(s.m.large) != 0 {
+		t.Error("its place is not given back")
+	}
+	s.m.large <- struct{}{}
+	s.end(websocket.CloseGoingAway, "test", "test")
+	if err := s.takePlace(); err != errOver {
+		t.Errorf("at the end of the session: %v", err)
+	}
+}
+
 // A large message arrives whole.
 func TestFragments(t *testing.T) {
 	s, client := rig(t, Options{})
