@@ -75,6 +75,9 @@ const (
 	busyPause    = 50 * time.Millisecond
 	// adoptions bounds how often a node that was away may go on with a job.
 	adoptions = 3
+	// atOnce nodes are told of a new configuration at once, then one each turnTime.
+	atOnce   = 50
+	turnTime = 10 * time.Millisecond
 	// remembered is how many finished jobs are known, to tell a duplicate
 	// result from one that nobody waits for.
 	remembered = 1 << 16
@@ -162,9 +165,11 @@ func (d *Dispatcher) Configure(t *Terms) {
 	for _, j := range withdrawn { // before a node of the new configuration could get one
 		d.queue.remove(j)
 	}
+	told := 0
 	for _, n := range d.nodes {
 		if n.member != nil && newer {
-			n.member.peer.Send(&wire.Update{Version: t.Version})
+			d.tell(n.member, t, told)
+			told++
 		}
 		d.refresh(n)
 	}
@@ -172,6 +177,23 @@ func (d *Dispatcher) Configure(t *Terms) {
 		d.fail(j, &Failure{Outcome: Withdrawn, Message: "the model is no longer served"})
 	}
 	d.pump()
+}
+
+// tell has the node of a member look for a new configuration, when it is its turn:
+// all fetch it then, and a thousand should not at once.
+func (d *Dispatcher) tell(m *Member, t *Terms, turn int) {
+	news := &wire.Update{Version: t.Version}
+	if turn < atOnce {
+		m.peer.Send(news)
+		return
+	}
+	time.AfterFunc(time.Duration(turn-atOnce+1)*turnTime, func() {
+		d.mu.Lock()
+		defer d.mu.Unlock()
+		if !d.closed && !m.gone && d.terms.Version == t.Version { // else there are newer news
+			m.peer.Send(news)
+		}
+	})
 }
 
 // Work is what a client asks for. Body has been checked against the active

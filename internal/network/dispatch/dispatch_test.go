@@ -1818,6 +1818,42 @@ func TestConfigure(t *testing.T) {
 	})
 }
 
+// Many nodes are told of a new configuration one after the other.
+func TestConfigureManyNodes(t *testing.T) {
+	run(t, Options{}, nil, func(t *testing.T, f *fixture) {
+		var peers []*peer
+		for range 3 * atOnce {
+			peers = append(peers, f.join(nil))
+		}
+		told := func() (n int) {
+			for _, p := range peers {
+				if _, ok := next[*wire.Update](p); ok {
+					n++
+				}
+			}
+			return n
+		}
+		again := func(version int64) {
+			terms := *f.d.Terms()
+			terms.Version = version
+			f.d.Configure(&terms)
+		}
+		again(2)
+		if n := told(); n != atOnce {
+			t.Errorf("%d at once", n)
+		}
+		time.Sleep(atOnce * turnTime)
+		if n := told(); n != atOnce {
+			t.Errorf("%d in the time for %d", n, atOnce)
+		}
+		again(3) // who waits for the one before is told of this
+		time.Sleep(3 * atOnce * turnTime)
+		if n := told(); n != 3*atOnce {
+			t.Errorf("%d of the next", n)
+		}
+	})
+}
+
 func TestModelWithdrawn(t *testing.T) {
 	run(t, Options{}, nil, func(t *testing.T, f *fixture) {
 		waiting, other := f.submit(false), f.submit(false)
