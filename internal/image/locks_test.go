@@ -1,6 +1,7 @@
 package image_test
 
 import (
+	"bytes"
 	"crypto/tls"
 	"crypto/x509"
 	"errors"
@@ -320,6 +321,13 @@ var lockCases = []lockCase{
 	}, "key", "", manifests, broken},
 	{"image-and-index-at-once", "refused: it can be read in two ways", func(m *maker) name.Digest {
 		return m.sign(m.put([]byte(strings.Replace(m.manifest(), "{", `{"manifests":[],`, 1)), types.OCIManifestSchema1), m.ours)
+	}, "key", "", manifests, broken},
+	{"index-and-image-at-once", "refused: it can be read in two ways", func(m *maker) name.Digest {
+		top, parts := m.index(elsewhere, here)
+		m.sign(parts[1], m.ours)
+		raw, err := remote.Get(top, m.reg.Options(m.t.Context())...)
+		m.must(err)
+		return m.sign(m.put(bytes.Replace(raw.Manifest, []byte("{"), []byte(`{"layers":[],`), 1), types.OCIImageIndex), m.ours)
 	}, "key", "", manifests, broken},
 	{"called-an-index", "refused: the registry calls it something else than it does", func(m *maker) name.Digest {
 		raw := []byte(m.manifest())
