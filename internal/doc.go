@@ -117,6 +117,13 @@
 // token of a stream, and would have whoever holds the node's key asked for each.
 // A frame therefore proves nothing to third parties. Receipts do.
 //
+// The node's key is a system service's (resultity-signer), where root has installed
+// it: a rootless agent cannot hide anything from its own account. It is asked for a
+// statement, never for the signature of a hash, and numbers what it signs: hellos
+// by a count that is on disk first, so that the network sees a copy of the key, or a
+// disk that was set back; receipts within one start of it, so that none of them
+// waits for a disk. The connection stays open and an exchange is one write and one read.
+//
 // Accepted jobs and results are in an append-only log of the agent's own (state): one
 // sync for all who commit at once, room for the failure of every accepted job set
 // aside ahead of time. A database syncs more often for each commit, and meets a full

@@ -184,7 +184,10 @@ func TestEndpoints(t *testing.T) {
 	if err := c.Post(t.Context(), "restart", &Status{}); err != nil || c.Get(t.Context(), "restart", &Status{}) == nil {
 		t.Errorf("restart: %v, or looking at it is an order", err)
 	}
-	if want := []string{"rollback 1", "rollback 0", "forward", "restart"}; !slices.Equal(n.orders, want) {
+	if err := c.Post(t.Context(), "identity/takeover", &Status{}); err != nil || c.Get(t.Context(), "identity/takeover", &Status{}) == nil {
+		t.Errorf("takeover: %v, or looking at it is an order", err)
+	}
+	if want := []string{"rollback 1", "rollback 0", "forward", "restart", "takeover"}; !slices.Equal(n.orders, want) {
 		t.Errorf("orders %q", n.orders)
 	}
 	for what, call := range map[string]func(context.Context, string, any) error{

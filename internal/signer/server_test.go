@@ -393,6 +393,23 @@ func TestAway(t *testing.T) {
 	}
 }
 
+// A signer that hangs is waited for, and not for ever.
+func TestHangs(t *testing.T) {
+	s := newService(t)
+	ln, err := net.ListenUnix("unixpacket", &net.UnixAddr{Name: s.socket(), Net: "unixpacket"})
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer ln.Close()
+	before := once
+	once = 20 * time.Millisecond
+	defer func() { once = before }()
+	begin := time.Now()
+	if _, err := dial(s.socket(), 100*time.Millisecond); !errors.Is(err, ErrAway) || time.Since(begin) > 5*time.Second {
+		t.Errorf("%v after %v", err, time.Since(begin))
+	}
+}
+
 func FuzzAnswer(f *testing.F) {
 	key, err := evm.NewKey()
 	if err != nil {
