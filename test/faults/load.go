@@ -21,6 +21,8 @@ const (
 	clients = 3
 	pace    = 40 * time.Millisecond // between one client's requests
 	limit   = 90 * time.Second      // for one answer
+
+	nextSession = 20 * time.Second // of a node, at most
 )
 
 // Load is clients that ask without pause, plain and streamed by turns, and
@@ -109,6 +111,12 @@ func (l *Load) Answers(ctx context.Context) (int, error) {
 	l.mu.Unlock()
 	for id, sum := range all {
 		res, raw, err := l.s.Do(ctx, http.MethodGet, "/v1/receipts/"+id, nil)
+		// After the death of the service a node sends it in its next session.
+		for end := time.Now().Add(nextSession); err == nil && res.StatusCode == http.StatusNotFound && time.Now().Before(end); {
+			if err = pause(ctx, 100*time.Millisecond); err == nil {
+				res, raw, err = l.s.Do(ctx, http.MethodGet, "/v1/receipts/"+id, nil)
+			}
+		}
 		if err != nil {
 			return 0, err
 		}
@@ -179,6 +187,10 @@ func (l *Load) count(id, node string, sum [sha256.Size]byte, begin time.Time, er
 		l.last[node] = begin
 		close(l.changed)
 		l.changed = make(chan struct{})
+	case errors.Is(err, errUnproved): // the service may have died behind its answer, but must have it after that
+		l.all[id] = struct{}{}
+		l.answers[id] = sum
+		l.tally.Refused++
 	case errors.Is(err, errWrong):
 		l.tally.Wrong++
 	case errors.Is(err, errBroken):
@@ -194,6 +206,8 @@ func (l *Load) count(id, node string, sum [sha256.Size]byte, begin time.Time, er
 var (
 	errWrong  = errors.New("wrong answer")
 	errBroken = errors.New("broken off")
+
+	errUnproved = errors.New("no receipt yet")
 )
 
 // request is what clients ask.
@@ -229,18 +243,19 @@ func (l *Load) ask(ctx context.Context, stream bool) (id, node string, sum [sha2
 		return "", "", sum, fmt.Errorf("%w: %q", errWrong, text)
 	}
 	id = res.Header.Get("Resultity-Receipt")
+	sum = sha256.Sum256(raw)
 	got, raw2, err := l.s.Do(ctx, http.MethodGet, "/v1/receipts/"+id, nil)
 	if err != nil {
-		return "", "", sum, fmt.Errorf("receipt: %w", err)
+		return id, "", sum, fmt.Errorf("%w: %w", errUnproved, err)
 	}
 	if got.StatusCode != http.StatusOK {
-		return "", "", sum, fmt.Errorf("receipt: %s: %.300s", got.Status, raw2)
+		return id, "", sum, fmt.Errorf("%w: %s: %.300s", errUnproved, got.Status, raw2)
 	}
 	signed, err := receipt.Verify(raw2)
 	if err != nil {
 		return "", "", sum, fmt.Errorf("%w: receipt: %w", errWrong, err)
 	}
-	return id, signed.Receipt().Node.Hex(), sha256.Sum256(raw), nil
+	return id, signed.Receipt().Node.Hex(), sum, nil
 }
 
 func tail(b []byte) []byte { return b[max(0, len(b)-300):] }
