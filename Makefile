@@ -22,7 +22,7 @@ install:
 	install -C -D -m 0755 -t $(DESTDIR)/usr/bin build/bin/resultity-agent build/bin/resultityctl
 	install -C -D -m 0755 -t $(DESTDIR)/usr/libexec/resultity build/bin/resultity-bridge build/bin/resultity-signer packaging/scripts/postinstall.sh
 	install -d -m 0755 $(DESTDIR)/usr/libexec/resultity/empty
-	install -C -D -m 0644 -t $(DESTDIR)/usr/lib/systemd/user units/resultity-agent.service units/resultity-podman.socket units/resultity-podman.service
+	install -C -D -m 0644 -t $(DESTDIR)/usr/lib/systemd/user units/resultity-agent.service units/resultity-podman.socket units/resultity-podman.service units/resultity-scrub.timer units/resultity-scrub.service
 	install -C -D -m 0644 -t $(DESTDIR)/usr/lib/systemd/system units/resultity-signer.socket units/resultity-signer.service
 	install -C -D -m 0644 units/sysusers.conf $(DESTDIR)/usr/lib/sysusers.d/resultity.conf
 	install -C -D -m 0644 units/tmpfiles.conf $(DESTDIR)/usr/lib/tmpfiles.d/resultity.conf

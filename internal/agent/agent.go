@@ -28,6 +28,7 @@ import (
 	"github.com/resultity/node/internal/config"
 	"github.com/resultity/node/internal/control"
 	"github.com/resultity/node/internal/deploy"
+	"github.com/resultity/node/internal/digest"
 	"github.com/resultity/node/internal/evm"
 	"github.com/resultity/node/internal/gate"
 	"github.com/resultity/node/internal/generation"
@@ -85,6 +86,8 @@ type Agent struct {
 	openDeployer func(context.Context) (deployer, error)
 	openEngine   func(socket string) engine
 	machine      func(context.Context) []gate.Gate                        // looks at the machine; nil for none
+	distrust     func(ctx context.Context, file digest.Digest) error      // reads a file of a model again, and sets it aside if it is damaged
+	scrubbed     chan digest.Digest                                       // files that a scrub has found damaged
 	verify       func(ctx context.Context, s *snapshot.Snapshot) error    // reads the models' files and the image again
 	probes       probes                                                   //
 	images       atomic.Pointer[image.Images]                             // nil until Podman has answered
@@ -118,7 +121,7 @@ func (a *Agent) Run(ctx context.Context) error {
 	work, stop := context.WithCancel(context.WithoutCancel(ctx))
 	defer stop()
 	g, work := errgroup.WithContext(work)
-	for _, loop := range []func(context.Context) error{a.updates, a.watchRuntime, a.watchGates} {
+	for _, loop := range []func(context.Context) error{a.updates, a.watchRuntime, a.watchGates, a.mendDamage} {
 		g.Go(func() error { return loop(work) })
 	}
 	g.Go(func() error { return control.Serve(work, listener, a) })

@@ -23,6 +23,7 @@ import (
 	"github.com/resultity/node/internal/config"
 	"github.com/resultity/node/internal/control"
 	"github.com/resultity/node/internal/deploy/deploytest"
+	"github.com/resultity/node/internal/digest"
 	"github.com/resultity/node/internal/evm"
 	"github.com/resultity/node/internal/gate"
 	"github.com/resultity/node/internal/generation"
@@ -271,6 +272,7 @@ func build(t *testing.T, dir string, m *deploytest.Machine) *fixture {
 	if err := f.openBook(filepath.Join(dir, "orders.json")); err != nil {
 		t.Fatal(err)
 	}
+	f.distrust = func(context.Context, digest.Digest) error { return f.damaged }
 	f.verify = func(ctx context.Context, s *snapshot.Snapshot) error { return f.damaged }
 	if f.gens, err = generation.Open(filepath.Join(dir, "generations"), time.Now); err != nil {
 		t.Fatal(err)
@@ -315,7 +317,7 @@ func (f *fixture) run() (stop func()) {
 	ctx, cancel := context.WithCancel(f.t.Context())
 	f.recall()
 	var wg sync.WaitGroup
-	for _, loop := range []func(context.Context) error{f.worker.Run, f.follow, f.updates, f.watchRuntime, f.heartbeats, f.orders, f.watchGates} {
+	for _, loop := range []func(context.Context) error{f.worker.Run, f.follow, f.updates, f.watchRuntime, f.heartbeats, f.orders, f.watchGates, f.mendDamage} {
 		wg.Go(func() {
 			if err := loop(ctx); err != nil {
 				f.t.Error(err)

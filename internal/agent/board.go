@@ -88,6 +88,15 @@ func (b *board) learn(s *snapshot.Snapshot) {
 	b.snap = s
 }
 
+// damage says that a model is no longer what was verified.
+func (b *board) damage(model digest.Digest) {
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	if _, listed := b.models[model]; listed {
+		b.models[model] = 0
+	}
+}
+
 // advance says that a snapshot has come to a step. Until a repeated try is past
 // the step that failed before, the failure is what the operator has to see.
 func (b *board) advance(s *snapshot.Snapshot, step deploy.Step) {
@@ -182,19 +191,16 @@ func (b *board) modelStates() []control.Model {
 	}
 	for i := range b.snap.Config().Models {
 		m := &b.snap.Config().Models[i]
-		done, state := b.models[m.Digest()], "pending"
-		switch {
-		case m.Archived:
-			state = "archived"
-		case b.active != nil && b.active.Model() == m.Digest():
-			done, state = m.Size(), "active"
-		case done == m.Size():
-			state = "inactive"
-		case b.failed != nil && b.failed.Model == m.Digest():
-			state = "failed"
+		done := b.models[m.Digest()]
+		f := model.Facts{
+			Archived: m.Archived, Complete: done == m.Size(), Served: b.active != nil && b.active.Model() == m.Digest(),
+			Failed: b.failed != nil && b.failed.Model == m.Digest(),
+		}
+		if f.Served {
+			done = m.Size()
 		}
 		ms = append(ms, control.Model{
-			ModelState: wire.ModelState{Name: m.Name, Version: m.Version, Digest: m.Digest(), State: state},
+			ModelState: wire.ModelState{Name: m.Name, Version: m.Version, Digest: m.Digest(), State: string(f.State())},
 			Bytes:      m.Size(), Done: done,
 		})
 	}

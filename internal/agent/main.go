@@ -20,6 +20,7 @@ import (
 
 	"github.com/resultity/node/internal/config"
 	"github.com/resultity/node/internal/deploy"
+	"github.com/resultity/node/internal/digest"
 	"github.com/resultity/node/internal/generation"
 	"github.com/resultity/node/internal/hardware"
 	"github.com/resultity/node/internal/identity"
@@ -78,9 +79,11 @@ func Main(ctx context.Context, args []string, stdout io.Writer, stderr *os.File,
 	flags := flag.NewFlagSet("resultity-agent", flag.ContinueOnError)
 	flags.SetOutput(stderr)
 	flags.Usage = func() {
-		fmt.Fprint(stderr, "usage: resultity-agent [--config FILE] run|check|version\n\n"+
+		fmt.Fprint(stderr, "usage: resultity-agent [--config FILE] run|check|scrub|version\n\n"+
 			"  run      run the node; systemd does this (resultity-agent.service)\n"+
 			"  check    read the configuration, say what is wrong with it, and end\n"+
+			"  scrub    read the models on disk again and tell the agent what is damaged;\n"+
+			"           systemd does this (resultity-scrub.timer)\n"+
 			"  version  print the version\n\n"+
 			"exit status: 0 done; 1 failed, systemd tries again; 64 wrong command line;\n"+
 			"78 wrong configuration or key, which no restart mends\n\n")
@@ -95,7 +98,7 @@ func Main(ctx context.Context, args []string, stdout io.Writer, stderr *os.File,
 	}
 	log := journal.New(stderr, slog.LevelInfo)
 	verb := flags.Arg(0)
-	if flags.NArg() != 1 || !slices.Contains([]string{"run", "check", "version"}, verb) {
+	if flags.NArg() != 1 || !slices.Contains([]string{"run", "check", "scrub", "version"}, verb) {
 		flags.Usage() // flags come first: one that follows the verb would be ignored
 		return ExitUsage
 	}
@@ -116,6 +119,9 @@ func Main(ctx context.Context, args []string, stdout io.Writer, stderr *os.File,
 		return ExitOK
 	}
 	log = journal.New(stderr, cfg.Log.SlogLevel()).With("network", cfg.Networks[0].Name)
+	if verb == "scrub" {
+		return scrub(ctx, cfg, log)
+	}
 	a, err := New(ctx, cfg, env, log, version)
 	if err == nil {
 		a.configFile = *file
@@ -206,7 +212,11 @@ func New(ctx context.Context, cfg *config.Config, env func(string) string, log *
 	a.closers = append(a.closers, models.Close)
 	a.verify = func(ctx context.Context, s *snapshot.Snapshot) error {
 		for i := range s.Config().Models {
-			if err := models.Verify(ctx, &s.Config().Models[i]); err != nil {
+			m := &s.Config().Models[i]
+			if m.Archived && !models.Have(m) {
+				continue // nobody has promised that it is here
+			}
+			if err := models.Verify(ctx, m); err != nil {
 				return err
 			}
 		}
@@ -215,6 +225,7 @@ func New(ctx context.Context, cfg *config.Config, env func(string) string, log *
 		}
 		return nil
 	}
+	a.distrust = models.Distrust
 	units, err := systemd.Dial(ctx)
 	if err != nil {
 		return a, err
@@ -238,7 +249,7 @@ func New(ctx context.Context, cfg *config.Config, env func(string) string, log *
 func empty(cfg *config.Config, log *slog.Logger, version string) *Agent {
 	return &Agent{
 		cfg: cfg, version: version, log: log, memory: hardware.Available,
-		look: make(chan struct{}, 1), tasks: make(chan task),
+		look: make(chan struct{}, 1), tasks: make(chan task), scrubbed: make(chan digest.Digest, maxScrubbed),
 	}
 }
 

@@ -76,11 +76,12 @@ func (u *updater) judge(ctx context.Context, dep *deploy.Deployment, damage erro
 	}
 	err := damage
 	if err != nil {
-		step := deploy.StepModel
+		e := &deploy.Error{Step: deploy.StepModel, Model: dep.Model(), Err: damage}
 		if errors.Is(damage, image.ErrAltered) {
-			step = deploy.StepImage
+			e.Step, e.Model = deploy.StepImage, digest.Digest{}
 		}
-		err = &deploy.Error{Step: step, Err: damage}
+		u.member.board.damage(e.Model)
+		err = e
 	} else {
 		if err := u.idle(ctx); err != nil {
 			return err

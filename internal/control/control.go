@@ -24,6 +24,7 @@ import (
 	"time"
 
 	"github.com/resultity/node/internal/binding"
+	"github.com/resultity/node/internal/digest"
 	"github.com/resultity/node/internal/evm"
 	"github.com/resultity/node/internal/gate"
 	"github.com/resultity/node/internal/wire"
@@ -235,6 +236,10 @@ type Backend interface {
 	// Restart has the runtime stopped and brought up anew, also one that was given
 	// up for a while. It returns when that is ordered.
 	Restart(ctx context.Context) error
+	// Damaged says that a file of a model, by its SHA-256, is damaged on disk. It
+	// returns when that is noted, or fails with [ErrBusy]; the agent looks for
+	// itself.
+	Damaged(ctx context.Context, file digest.Digest) error
 	// Doctor looks at everything once more and probes what only a try shows; it
 	// ends within a minute and a half, and is [ErrBusy] while another runs.
 	Doctor(ctx context.Context) (*Report, error)
@@ -322,6 +327,15 @@ func Serve(ctx context.Context, l net.Listener, b Backend) error {
 	post("/v1/resume", func(context.Context) error { return b.Resume() })
 	post("/v1/restart", b.Restart)
 	post("/v1/identity/takeover", func(context.Context) error { return b.Takeover() })
+	mux.HandleFunc("POST /v1/damaged/{sha256}", func(w http.ResponseWriter, r *http.Request) {
+		file, err := digest.ParseHex(r.PathValue("sha256"))
+		if err != nil {
+			err = fmt.Errorf("%w: %w", ErrRefused, err)
+		} else {
+			err = b.Damaged(r.Context(), file)
+		}
+		reply(w, b.Status(), err)
+	})
 	serveDoctor(mux, b)
 	mux.HandleFunc("POST "+bindPath, func(w http.ResponseWriter, r *http.Request) {
 		// It asks the network. This fails on a closed connection only.

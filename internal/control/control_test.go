@@ -90,6 +90,10 @@ func (n *node) Drain() error                           { n.set(true); return nil
 func (n *node) Resume() error                          { n.set(false); return nil }
 func (n *node) Restart(context.Context) error          { n.orders = append(n.orders, "restart"); return nil }
 func (n *node) Takeover() error                        { n.orders = append(n.orders, "takeover"); return nil }
+func (n *node) Damaged(_ context.Context, d digest.Digest) error {
+	n.orders = append(n.orders, "damaged "+d.Hex())
+	return nil
+}
 func (n *node) Bind(_ context.Context, q BindRequest) (Binding, error) {
 	return Binding{Network: "testnet", Bound: wire.Bound{Account: q.Email}, Nonce: q.Nonce}, n.err
 }
@@ -181,13 +185,17 @@ func TestEndpoints(t *testing.T) {
 			t.Errorf("%s: %+v, %v", what, gs, err)
 		}
 	}
+	file := digest.Of([]byte("file"))
+	if err := c.Post(t.Context(), "damaged/"+file.Hex(), &Status{}); err != nil || c.Post(t.Context(), "damaged/..%2f", &Status{}) == nil {
+		t.Errorf("damaged: %v", err)
+	}
 	if err := c.Post(t.Context(), "restart", &Status{}); err != nil || c.Get(t.Context(), "restart", &Status{}) == nil {
 		t.Errorf("restart: %v, or looking at it is an order", err)
 	}
 	if err := c.Post(t.Context(), "identity/takeover", &Status{}); err != nil || c.Get(t.Context(), "identity/takeover", &Status{}) == nil {
 		t.Errorf("takeover: %v, or looking at it is an order", err)
 	}
-	if want := []string{"rollback 1", "rollback 0", "forward", "restart", "takeover"}; !slices.Equal(n.orders, want) {
+	if want := []string{"rollback 1", "rollback 0", "forward", "damaged " + file.Hex(), "restart", "takeover"}; !slices.Equal(n.orders, want) {
 		t.Errorf("orders %q", n.orders)
 	}
 	for what, call := range map[string]func(context.Context, string, any) error{

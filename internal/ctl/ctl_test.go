@@ -263,8 +263,10 @@ func (n *node) Drain() error {
 	}
 	return nil
 }
-func (n *node) Resume() error                 { n.set(false); return nil }
-func (n *node) Restart(context.Context) error { return nil }
+func (n *node) Resume() error                                { n.set(false); return nil }
+func (n *node) Restart(context.Context) error                { return nil }
+func (n *node) Damaged(context.Context, digest.Digest) error { return nil }
+
 func (n *node) Takeover() error {
 	n.mu.Lock()
 	defer n.mu.Unlock()

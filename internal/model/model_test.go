@@ -362,6 +362,29 @@ func TestVerifyQuarantines(t *testing.T) {
 	}
 }
 
+func TestDistrust(t *testing.T) {
+	b := content(1 << 20)
+	srv := serve(t, (&modeltest.Good{B: b}).ServeHTTP)
+	m := modelOf(fileOf("a", b, srv.URL))
+	s := open(t, t.TempDir(), srv)
+	if err := s.Distrust(t.Context(), digest.Of(b)); err != nil {
+		t.Errorf("a file that is not here: %v", err)
+	}
+	if _, err := s.Ensure(t.Context(), m, nil); err != nil {
+		t.Fatal(err)
+	}
+	if err := s.Distrust(t.Context(), digest.Of(b)); err != nil || !s.Have(m) {
+		t.Errorf("a file that is right: %v", err)
+	}
+	flip(t, filepath.Join(s.dir, blobs, digest.Of(b).Hex()))
+	if err := s.Distrust(t.Context(), digest.Of(b)); !errors.Is(err, digest.ErrMismatch) || s.Have(m) {
+		t.Errorf("a damaged file: %v", err)
+	}
+	if _, err := s.Ensure(t.Context(), m, nil); err != nil || !s.Have(m) {
+		t.Errorf("not mended: %v", err)
+	}
+}
+
 // flip changes one byte of a read-only file, as a bad disk would.
 func flip(t *testing.T, name string) {
 	t.Helper()

@@ -195,6 +195,24 @@ func (s *Store) Verify(ctx context.Context, m *snapshot.Model) error {
 	return nil
 }
 
+// Distrust reads a file again that somebody says is damaged. If it is, or cannot be
+// read, it loses its name, so that every model that has it is no longer complete; the
+// error says so. A file that is not here is no error.
+func (s *Store) Distrust(ctx context.Context, file digest.Digest) error {
+	err := s.rehash(ctx, file)
+	if err == nil || ctx.Err() != nil || errors.Is(err, fs.ErrNotExist) {
+		return ctx.Err()
+	}
+	name := path.Join(blobs, file.Hex())
+	unlock, lockErr := s.locks.lock(ctx, name)
+	if lockErr != nil {
+		return lockErr
+	}
+	defer unlock()
+	failpoint.Here("model.distrust.begin")
+	return errors.Join(err, s.root.Rename(name, name+quarantined), s.sync(blobs))
+}
+
 // Retain removes everything that the models in keep do not need: files, trees,
 // partial files, quarantined ones. What a running Ensure or Verify relies on
 // stays until the next call.

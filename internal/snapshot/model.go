@@ -118,6 +118,9 @@ var takes = map[Format]*regexp.Regexp{
 	Safetensors: regexp.MustCompile(`(\.(safetensors|json|txt|md|jinja)|(^|/)(tokenizer\.model|[a-z]+\.tiktoken|LICENSE|NOTICE))$`),
 }
 
+// Check checks a model by itself, as [Parse] does.
+func (m *Model) Check() error { return m.check() }
+
 func (m *Model) check() error {
 	if err := first(
 		named(m.Name, "name", namePattern), named(m.Version, "version", versionPattern),

@@ -89,7 +89,7 @@ line; 78 wrong configuration.`,
 	}
 	cmd.SetFlagErrorFunc(func(_ *cobra.Command, err error) error { return fmt.Errorf("%w: %w", errUsage, err) })
 	cmd.CompletionOptions.HiddenDefaultCmd = true
-	cmd.AddCommand(initCommand(), publishCommand(), rootCommand(), checkCommand(), serveCommand(), tokenCommand(), apikeyCommand(), nodesCommand(), accountsCommand(), orderCommand(), ordersCommand(), logsCommand(), versionCommand(version))
+	cmd.AddCommand(initCommand(), modelCommand(), publishCommand(), rootCommand(), checkCommand(), serveCommand(), tokenCommand(), apikeyCommand(), nodesCommand(), accountsCommand(), orderCommand(), ordersCommand(), logsCommand(), versionCommand(version))
 	return cmd
 }
 

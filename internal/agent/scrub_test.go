@@ -1,0 +1,62 @@
+package agent
+
+import (
+	"errors"
+	"testing"
+	"time"
+
+	"github.com/resultity/node/internal/control"
+	"github.com/resultity/node/internal/deploy/deploytest"
+	"github.com/resultity/node/internal/digest"
+	"github.com/resultity/node/internal/journal"
+	"github.com/resultity/node/internal/wire"
+)
+
+// TestDamageIsMended: what a scrub finds is looked at by the agent itself. A damaged
+// file fails its model, ends the runtime, and is told to the network; then it is
+// fetched and validated anew.
+func TestDamageIsMended(t *testing.T) {
+	bubble(t, func(t *testing.T, f *fixture, n *deploytest.Network) {
+		s := n.Publish(nil)
+		f.tuf.serve(s, nil)
+		close(f.link.up)
+		defer f.run()()
+		pass(time.Second)
+		first := f.board.active
+		if first == nil {
+			t.Fatal("nothing runs")
+		}
+		file := s.Model().Files[0].SHA256
+		damaged := func(d digest.Digest) {
+			t.Helper()
+			if err := f.Damaged(t.Context(), d); err != nil {
+				t.Fatal(err)
+			}
+			pass(10 * time.Millisecond)
+		}
+		damaged(file) // it is not, when the agent looks
+		f.damaged = digest.ErrMismatch
+		damaged(digest.Of([]byte("of another model")))
+		if f.board.active != first {
+			t.Fatal("the runtime was ended for a file that it does not use")
+		}
+		last[*wire.Heartbeat](f)
+		damaged(file)
+		h := last[*wire.Heartbeat](f)
+		if f.board.active == first || h == nil || h.Models[0].State != "failed" || h.Runtime.State == active {
+			t.Errorf("the network heard %+v", h)
+		}
+		if c := f.book.count(journal.ModelDamaged); c != 2 {
+			t.Errorf("%d times in the journal", c)
+		}
+		f.damaged = nil
+		pass(time.Minute)
+		if f.board.active == nil || f.board.active == first || f.Models()[0].State != "active" {
+			t.Errorf("not mended: %+v", f.Models())
+		}
+		f.scrubbed = make(chan digest.Digest) // nobody looks
+		if err := f.Damaged(t.Context(), file); !errors.Is(err, control.ErrBusy) {
+			t.Errorf("error %v", err)
+		}
+	})
+}
