@@ -205,7 +205,7 @@ func New(ctx context.Context, cfg *config.Config, env func(string) string, log *
 	if a.gens, err = generation.Open(filepath.Join(m.dir(cfg), "generations"), time.Now); err != nil {
 		return a, inDir("paths.state", err)
 	}
-	models, err := model.Open(filepath.Join(cfg.Paths.State, "models"), fetch.New(a.sources.Transport, nil, a.log), a.log)
+	models, err := model.Open(filepath.Join(cfg.Paths.State, "models"), fetch.New(a.sources.Transport, cfg.Models.Neighbours, a.log), a.log)
 	if err != nil {
 		return a, err
 	}

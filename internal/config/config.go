@@ -35,7 +35,31 @@ type Config struct {
 	Identity Identity `koanf:"identity"`
 	Paths    Paths    `koanf:"paths"`
 	Runtime  Runtime  `koanf:"runtime"`
+	Models   Models   `koanf:"models"`
 	Log      Log      `koanf:"log"`
+}
+
+// Models says where models may come from, beside the sources that the network names.
+type Models struct {
+	// Neighbours are base URLs, http or https, of web servers nearby that may have
+	// files of models below them, each under its SHA-256 in hexadecimal digits. They
+	// are asked first and trusted with nothing: every chunk is checked.
+	Neighbours []string `koanf:"neighbours"`
+}
+
+const maxNeighbours = 8
+
+func checkNeighbours(list []string) error {
+	if len(list) > maxNeighbours {
+		return fmt.Errorf("%d of them, at most %d", len(list), maxNeighbours)
+	}
+	for _, s := range list {
+		u, err := url.Parse(s)
+		if err != nil || u.Scheme != "http" && u.Scheme != "https" || u.Hostname() == "" || u.User != nil || u.RawQuery != "" || u.Fragment != "" {
+			return fmt.Errorf("%.200q: want URLs like \"http://10.0.0.2:8080/models\", without user, query and fragment", s)
+		}
+	}
+	return nil
 }
 
 // Runtime bounds what the network's configuration may have of this machine.
@@ -395,6 +419,9 @@ func (c *Config) check() (key string, err error) {
 	}
 	if err := checkMemory(c.Runtime.MemoryMax); err != nil {
 		return "runtime.memory_max", err
+	}
+	if err := checkNeighbours(c.Models.Neighbours); err != nil {
+		return "models.neighbours", err
 	}
 	if c.Log.Upload != "on" && c.Log.Upload != "off" {
 		return "log.upload", fmt.Errorf("%.40q: want on or off", c.Log.Upload)

@@ -67,7 +67,7 @@ type Fetcher struct {
 }
 
 // New returns a fetcher that reaches sources through rt; nil means Go's default.
-// Neighbours are base URLs of nodes that may have files, by their SHA-256. They are
+// Neighbours are base URLs of web servers nearby that may have files, by their SHA-256. They are
 // trusted no more than any other source.
 func New(rt http.RoundTripper, neighbours []string, log *slog.Logger) *Fetcher {
 	if rt == nil {
