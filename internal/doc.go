@@ -40,6 +40,21 @@
 // They meet in one place only, the active deployment, owned by one goroutine
 // (agent's update loop). A job keeps the terms it was accepted under.
 //
+// A node may be in several networks. Each has both flows to itself, up to that one
+// place:
+//
+//	mainnet ── snapshot ──▶ plan ──▶ generation ──▶ deployment ◀── door ◀── work, state, session ── jobs of mainnet
+//	                                                 │ same unit
+//	testnet ── snapshot ──▶ plan ──▶ (shared, or    ─┘          ◀── door ◀── work, state, session ── jobs of testnet
+//	                                  on standby)
+//
+// The first network in the operator's order that can use the machine decides what
+// it is (agent, lead.go). Another one's plan, staged by itself, becomes a
+// deployment of its own on the same start of the unit if it renders the very same
+// text and its own golden requests pass. What both use is the engine's slots
+// ([work.Slots]). Everything that a node signs is bound to one network's name,
+// by itself or by the digest of a configuration that holds it.
+//
 // Three small things pass beside them, each signed on its own so that it can be
 // shown to others later: orders of the network's operator (order, and the memory of
 // which were carried out), the binding to an account (binding), and the node's log
@@ -57,7 +72,7 @@
 // # Generations
 //
 // Each configuration that the node is brought to is a numbered generation on
-// disk (package generation). It is staged, completely, beside the one that
+// disk (package generation), which says whose it is. It is staged, completely, beside the one that
 // serves; one rename makes it current; then jobs are drained, the runtime is
 // switched and validated. One that does not become healthy in its time is left
 // for the healthy one before. If that one comes up, the configuration is to

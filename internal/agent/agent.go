@@ -16,9 +16,11 @@ package agent
 import (
 	"context"
 	"errors"
+	"fmt"
 	"log/slog"
 	"net/http"
 	"slices"
+	"strings"
 	"sync"
 	"sync/atomic"
 	"time"
@@ -41,6 +43,7 @@ import (
 	"github.com/resultity/node/internal/snapshot"
 	"github.com/resultity/node/internal/systemd"
 	"github.com/resultity/node/internal/wire"
+	"github.com/resultity/node/internal/work"
 )
 
 // The outside world of the machine, as far as its loops need it.
@@ -52,6 +55,7 @@ type (
 		Clean(ctx context.Context, keep ...*snapshot.Snapshot) error
 		Validate(ctx context.Context, d *deploy.Deployment) error
 		Trusted(ctx context.Context, s *snapshot.Snapshot) error
+		Share(ctx context.Context, d *deploy.Deployment, p *deploy.Plan) (*deploy.Deployment, error)
 	}
 	units interface {
 		State(ctx context.Context, unit string) (systemd.State, error)
@@ -71,8 +75,11 @@ type Agent struct {
 	log     *slog.Logger
 
 	key     signer.Signer
-	held    *evm.Key // the key where it is in this process, else nil
-	member  *membership
+	held    *evm.Key      // the key where it is in this process, else nil
+	members []*membership // by priority, the highest first
+	refused []refused     // networks that could not be joined
+	shared  shared
+	slots   *work.Slots       // of the engine
 	gens    *generation.Store // changed by the update loop alone
 	units   units
 	drained atomic.Pointer[time.Time] // by the operator, since when; nil for not
@@ -125,10 +132,10 @@ func (a *Agent) Run(ctx context.Context) error {
 		g.Go(func() error { return loop(work) })
 	}
 	g.Go(func() error { return control.Serve(work, listener, a) })
-	g.Go(func() error { return systemd.Watchdog(work, a.member.responsive) })
+	g.Go(func() error { return systemd.Watchdog(work, a.responsive) })
 	g.Go(func() error {
 		defer stop()
-		return a.member.run(work, ctx.Done())
+		return a.takePart(ctx, work)
 	})
 	if err := systemd.Ready("running"); err != nil {
 		a.log.Warn("service manager not told", "error", err)
@@ -136,6 +143,42 @@ func (a *Agent) Run(ctx context.Context) error {
 	a.log.Info("agent ready", journal.AgentReady.Attr(), "version", a.version, "node", a.key.Address())
 	defer context.AfterFunc(ctx, a.sayStopping)()
 	return g.Wait()
+}
+
+// takePart runs the memberships until all have ended: with ctx, or because their
+// networks want it. One that fails ends the others, too, since only a new start
+// from what the disk holds keeps what it has promised; but those finish their
+// jobs before.
+func (a *Agent) takePart(ctx, work context.Context) error {
+	ending, end := context.WithCancel(ctx)
+	defer end()
+	errs := make([]error, len(a.members))
+	var wg sync.WaitGroup
+	for i, m := range a.members {
+		wg.Go(func() {
+			if errs[i] = m.run(work, ending.Done()); errs[i] != nil {
+				m.log.Error("the node's part in this network has failed", journal.AgentFailed.Attr(), "error", errs[i])
+				end()
+			}
+		})
+	}
+	wg.Wait()
+	return errors.Join(errs...)
+}
+
+// responsive is what the watchdog's messages depend on.
+func (a *Agent) responsive() bool {
+	for _, m := range a.members {
+		m.responsive()
+	}
+	return true
+}
+
+// tellAll has all networks told how things are.
+func (a *Agent) tellAll() {
+	for _, m := range a.members {
+		poke(m.beat)
+	}
 }
 
 // sayStopping says that the agent ends once its jobs have.
@@ -147,13 +190,19 @@ func (a *Agent) sayStopping() {
 }
 
 // ending implements machine.
-func (a *Agent) ending(*membership) { a.sayStopping() }
+func (a *Agent) ending(m *membership) {
+	if a.alone(m) {
+		a.sayStopping()
+		return
+	}
+	m.log.Warn("the node's part in this network ends, as it has ordered; the next start of the agent joins it again", journal.MembershipEnded.Attr())
+}
 
 // Close gives back what [New] opened.
 func (a *Agent) Close() error {
 	var errs []error
-	if a.member != nil {
-		errs = append(errs, a.member.close())
+	for _, m := range slices.Backward(a.members) {
+		errs = append(errs, m.close())
 	}
 	for _, f := range slices.Backward(a.closers) {
 		errs = append(errs, f())
@@ -163,6 +212,9 @@ func (a *Agent) Close() error {
 
 // changed implements machine.
 func (a *Agent) changed() { poke(a.look) }
+
+// signer implements machine.
+func (a *Agent) signer() signer.Signer { return a.key }
 
 // drainedSince implements machine.
 func (a *Agent) drainedSince() *time.Time { return a.drained.Load() }
@@ -179,51 +231,80 @@ func (a *Agent) hardware() wire.Hardware {
 
 // Status implements [control.Backend].
 func (a *Agent) Status() control.Status {
-	m := a.member
-	w := m.worker.Status()
-	s := control.Status{
-		Version: a.version, Node: a.key.Address().Hex(), Network: m.net.Name,
-		Gates:   a.gates(),
-		Runtime: m.board.runtimeState(), Slots: w.Slots, Busy: w.Busy, Outbox: w.Outbox, Draining: w.Draining, Drains: m.drains(w), Orders: m.lastOrders(), Logs: m.logs(),
-	}
-	if p := m.orderBook.Penalty(); p != nil {
-		s.Penalty = &control.Penalty{Reason: p.Reason, Until: time.UnixMilli(p.Until).UTC()}
-	}
-	ended := m.worker.Ended()
-	s.Done, s.Failed = ended.Done, ended.Failed
-	if !ended.Last.IsZero() {
-		s.LastJob = &ended.Last
+	s := control.Status{Version: a.version, Node: a.key.Address().Hex(), Gates: a.gates(), Networks: []control.Network{}, Draining: true}
+	for i, m := range a.members {
+		n := m.status()
+		s.Networks = append(s.Networks, n)
+		s.Busy += n.Busy
+		s.Outbox += n.Outbox
+		s.Done += n.Done
+		s.Failed += n.Failed
+		s.Slots = max(s.Slots, n.Slots)
+		s.Draining = s.Draining && n.Draining
+		if n.LastJob != nil && (s.LastJob == nil || s.LastJob.Before(*n.LastJob)) {
+			s.LastJob = n.LastJob
+		}
+		if i == 0 || s.Runtime.State != active && n.Runtime.State != standby && s.Runtime.State == standby || s.Runtime.State != active && n.Runtime.State == active {
+			s.Runtime = n.Runtime // of whoever has it
+		}
 	}
 	if v := a.gens.View(); v.Get(v.Current) != nil {
 		g := describe(v.Get(v.Current))
 		s.Current = &g
 	}
-	if c := m.board.snapshot(); c != nil {
-		s.Snapshot = &control.Snapshot{Version: c.Version(), Digest: c.Digest().String(), Expires: c.Expires()}
-	}
 	return s
 }
 
 // Identity implements [control.Backend].
-func (a *Agent) Identity() control.Identity {
-	m := a.member
-	id := control.Identity{Node: a.key.Address().Hex(), Network: m.net.Name}
-	m.board.set(func(b *board) {
-		id.Registered, id.Account, id.Method, id.Since = b.registered, b.bound.Account, b.bound.Method, b.bound.Since
-	})
-	return id
+func (a *Agent) Identity() []control.Identity {
+	ids := []control.Identity{}
+	for _, m := range a.members {
+		id := control.Identity{Node: a.key.Address().Hex(), Network: m.net.Name}
+		m.board.set(func(b *board) {
+			id.Registered, id.Account, id.Method, id.Since = b.registered, b.bound.Account, b.bound.Method, b.bound.Since
+		})
+		ids = append(ids, id)
+	}
+	return ids
 }
 
 // Takeover implements [control.Backend].
 func (a *Agent) Takeover() error { return a.key.Takeover() }
 
 // Models implements [control.Backend].
-func (a *Agent) Models() []control.Model { return a.member.board.modelStates() }
+func (a *Agent) Models() []control.Model {
+	all := []control.Model{}
+	for _, m := range a.members {
+		all = append(all, m.board.modelStates()...)
+	}
+	return all
+}
 
 // Jobs implements [control.Backend].
-func (a *Agent) Jobs(limit int) ([]control.Job, error) { return a.member.jobs(limit) }
+func (a *Agent) Jobs(limit int) ([]control.Job, error) {
+	all := []control.Job{}
+	for _, m := range a.members {
+		jobs, err := m.jobs(limit - len(all))
+		if err != nil {
+			return nil, fmt.Errorf("network %s: %w", m.net.Name, err)
+		}
+		all = append(all, jobs...)
+	}
+	return all, nil
+}
 
 // Bind implements [control.Backend].
 func (a *Agent) Bind(ctx context.Context, q control.BindRequest) (control.Binding, error) {
-	return a.member.askBinding(ctx, q)
+	m := a.named(q.Network)
+	if q.Network == "" && len(a.members) == 1 {
+		m = a.members[0]
+	}
+	if m == nil {
+		var names []string
+		for _, m := range a.members {
+			names = append(names, m.net.Name)
+		}
+		return control.Binding{}, fmt.Errorf("%w: say which network, with --network: this node is in %s", control.ErrRefused, strings.Join(names, ", "))
+	}
+	return m.askBinding(ctx, q)
 }

@@ -229,61 +229,62 @@ func (e *talker) Close() {
 	e.open--
 }
 
-// fixture is an agent in a world that does as it is told.
-type fixture struct {
-	*Agent
+// party is a network and the node's part in it.
+type party struct {
 	*membership
-	t       *testing.T
-	machine *deploytest.Machine
-	tuf     *tufs
-	link    *wirelink
-	engine  *talker
-	book    *logbook
+	tuf  *tufs
+	link *wirelink
 
 	mu      sync.Mutex
 	enrols  []session.Registration
-	refused error // of registrations
+	refusal error // of registrations
+}
+
+// fixture is an agent in a world that does as it is told.
+type fixture struct {
+	*Agent
+	*party  // the first network
+	parties []*party
+	t       *testing.T
+	machine *deploytest.Machine
+	engine  *talker
+	book    *logbook
 	damaged error // what is found when the models are hashed
 }
 
 var errBroken = errors.New("broken")
 
-// build makes an agent. Call it again with the same directory for a restart.
+// build makes an agent in testnet alone. Call it again with the same directory
+// for a restart.
 func build(t *testing.T, dir string, m *deploytest.Machine) *fixture {
+	return buildIn(t, dir, m, config.Network{Name: "testnet", URL: "https://network.example.net"})
+}
+
+// buildIn makes an agent in networks, the one of the highest priority first.
+func buildIn(t *testing.T, dir string, m *deploytest.Machine, networks ...config.Network) *fixture {
 	t.Helper()
-	cfg := &config.Config{
-		Networks: []config.Network{{Name: "testnet", URL: "https://network.example.net"}},
-		Paths:    config.Paths{State: dir, Runtime: filepath.Join(dir, "run")},
-	}
-	f := &fixture{t: t, machine: m, tuf: &tufs{}, book: &logbook{}, engine: &talker{asked: make(chan struct{}, 16), answer: make(chan struct{}, 16)}}
-	log := slog.New(journal.Text(f.book, slog.LevelInfo))
-	f.Agent = empty(cfg, log, "1.2.3")
-	f.membership = newMembership(cfg, cfg.Networks[0], f.Agent, log, "1.2.3")
-	f.member = f.membership
-	f.link = &wirelink{h: f.membership, sent: make(chan wire.Message, 1000), up: make(chan struct{})}
+	cfg := &config.Config{Networks: networks, Paths: config.Paths{State: dir, Runtime: filepath.Join(dir, "run")}}
+	f := &fixture{t: t, machine: m, book: &logbook{}, engine: &talker{asked: make(chan struct{}, 16), answer: make(chan struct{}, 16)}}
+	f.Agent = empty(cfg, slog.New(journal.Text(f.book, slog.LevelInfo)), "1.2.3")
 	f.held, f.Agent.key = nodeKey, signer.NewLocal(nodeKey, nil)
-	f.membership.key = f.Agent.key
-	f.snaps, f.units, f.session = f.tuf, m.Units(), f.link
-	var err error
-	if f.store, err = state.Open(filepath.Join(dir, "jobs"), state.DefaultBounds, time.Now); err != nil {
-		t.Fatal(err)
+	f.units = m.Units()
+	for _, n := range networks {
+		p := f.joined(n)
+		f.parties, f.members = append(f.parties, p), append(f.members, p.membership)
 	}
-	f.membership.closers = append(f.membership.closers, f.store.Close)
-	if err := f.openBook(filepath.Join(dir, "orders.json")); err != nil {
-		t.Fatal(err)
-	}
+	f.party = f.parties[0]
 	f.distrust = func(context.Context, digest.Digest) error { return f.damaged }
 	f.verify = func(ctx context.Context, s *snapshot.Snapshot) error { return f.damaged }
+	var err error
 	if f.gens, err = generation.Open(filepath.Join(dir, "generations"), time.Now); err != nil {
 		t.Fatal(err)
 	}
 	f.memory = func() int64 { return 1 << 30 }
-	f.openWorker(time.Now)
 	f.recallDrain()
 	f.openDeployer = func(context.Context) (deployer, error) {
 		d := m.Deployer()
 		d.Progress = f.progress
-		d.Newest = func() *snapshot.Snapshot { return f.member.board.snapshot() }
+		d.Newest = func(network string) *snapshot.Snapshot { return f.named(network).board.snapshot() }
 		return d, nil
 	}
 	f.openEngine = func(string) engine {
@@ -292,32 +293,58 @@ func build(t *testing.T, dir string, m *deploytest.Machine) *fixture {
 		f.engine.open++
 		return f.engine
 	}
-	f.enrol = func(_ context.Context, r session.Registration) (*wire.Registered, error) {
-		f.mu.Lock()
-		defer f.mu.Unlock()
-		f.enrols = append(f.enrols, r)
-		if f.refused != nil {
-			return nil, f.refused
-		}
-		return &wire.Registered{Network: r.Body.Network, Node: r.Body.Node, Account: "acme", Time: 1}, nil
-	}
 	return f
 }
 
+// joined opens the part in one network, without a real one.
+func (f *fixture) joined(n config.Network) *party {
+	f.t.Helper()
+	p := &party{membership: newMembership(n, f.Agent, f.shared), tuf: &tufs{}}
+	p.link = &wirelink{h: p.membership, sent: make(chan wire.Message, 1000), up: make(chan struct{})}
+	p.key, p.snaps, p.session = f.Agent.key, p.tuf, p.link
+	dir := p.dir
+	if err := os.MkdirAll(dir, 0o700); err != nil {
+		f.t.Fatal(err)
+	}
+	var err error
+	if p.store, err = state.Open(filepath.Join(dir, "jobs"), state.DefaultBounds, time.Now); err != nil {
+		f.t.Fatal(err)
+	}
+	p.closers = append(p.closers, p.store.Close)
+	if err := p.openBook(filepath.Join(dir, "orders.json")); err != nil {
+		f.t.Fatal(err)
+	}
+	p.openWorker(time.Now)
+	p.enrol = func(_ context.Context, r session.Registration) (*wire.Registered, error) {
+		p.mu.Lock()
+		defer p.mu.Unlock()
+		p.enrols = append(p.enrols, r)
+		if p.refusal != nil {
+			return nil, p.refusal
+		}
+		return &wire.Registered{Network: r.Body.Network, Node: r.Body.Node, Account: "acme", Time: 1}, nil
+	}
+	return p
+}
+
 // refuse is the network's answer to registrations from now on.
-func (f *fixture) refuse(err error) {
-	f.mu.Lock()
-	defer f.mu.Unlock()
-	f.refused = err
+func (p *party) refuse(err error) {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	p.refusal = err
 }
 
 // run runs the loops until the returned function is called. Only what a bubble
-// of synctest can follow: no control socket.
+// of synctest can follow: no control socket, and no session.
 func (f *fixture) run() (stop func()) {
 	ctx, cancel := context.WithCancel(f.t.Context())
-	f.recall()
+	loops := []func(context.Context) error{f.updates, f.watchRuntime, f.watchGates, f.mendDamage}
+	for _, m := range f.members {
+		m.recall()
+		loops = append(loops, m.worker.Run, m.follow, m.heartbeats, m.orders)
+	}
 	var wg sync.WaitGroup
-	for _, loop := range []func(context.Context) error{f.worker.Run, f.follow, f.updates, f.watchRuntime, f.heartbeats, f.orders, f.watchGates, f.mendDamage} {
+	for _, loop := range loops {
 		wg.Go(func() {
 			if err := loop(ctx); err != nil {
 				f.t.Error(err)
@@ -368,20 +395,6 @@ func (f *fixture) serves(s *snapshot.Snapshot) {
 		f.t.Errorf("%d slots, %s; want nothing active", slots, phase)
 	case s != nil && (slots != s.Config().Runtime.Settings.Slots || phase != active || f.board.config() != s.Digest()):
 		f.t.Errorf("%d slots, %s, configuration %s; want version %d active\n%s", slots, phase, f.board.config().Short(), s.Version(), f.book)
-	}
-}
-
-// last returns the newest message of a type.
-func last[M wire.Message](f *fixture) (m M) {
-	for {
-		select {
-		case x := <-f.link.sent:
-			if y, ok := x.(M); ok {
-				m = y
-			}
-		default:
-			return m
-		}
 	}
 }
 
@@ -455,7 +468,7 @@ func TestRun(t *testing.T) {
 	await(t, f, func(h *wire.Heartbeat) bool { return h.Runtime.State == active && h.Slots > 0 })
 	f.Message(&wire.Status{Routable: true})
 	var st control.Status
-	if err := client.Get(ctx, "status", &st); err != nil || !st.GetsJobs() || st.Node != nodeKey.Address().Hex() || st.Snapshot.Digest != s.Digest().String() || st.Version != "1.2.3" {
+	if err := client.Get(ctx, "status", &st); err != nil || !st.GetsJobs() || st.Node != nodeKey.Address().Hex() || st.Networks[0].Snapshot.Digest != s.Digest().String() || st.Version != "1.2.3" {
 		t.Errorf("%+v, %v", st, err)
 	}
 	f.Message(job(s))
@@ -562,16 +575,16 @@ func TestHeartbeats(t *testing.T) {
 		close(f.link.up)
 		defer f.run()()
 		pass(time.Second)
-		h := last[*wire.Heartbeat](f)
+		h := last[*wire.Heartbeat](f.party)
 		if h == nil || h.Config != s.Digest() || h.Runtime.State != active || h.Slots != 4 || len(h.Models) != 2 || h.Models[0].State != "active" || h.Models[1].State != "archived" || h.Draining {
 			t.Fatalf("%+v", h)
 		}
 		pass(6*time.Second - time.Millisecond)
-		if h := last[*wire.Heartbeat](f); h != nil {
+		if h := last[*wire.Heartbeat](f.party); h != nil {
 			t.Errorf("one before its time: %+v", h)
 		}
 		pass(time.Millisecond)
-		if h := last[*wire.Heartbeat](f); h == nil {
+		if h := last[*wire.Heartbeat](f.party); h == nil {
 			t.Error("none at the interval")
 		}
 		f.podman.Store(&podman.Version{Major: 5, Minor: 8, Patch: 2})
@@ -579,17 +592,17 @@ func TestHeartbeats(t *testing.T) {
 			t.Fatal(err)
 		}
 		synctest.Wait()
-		if h := last[*wire.Heartbeat](f); h == nil || !h.Draining || h.Hardware.Podman != "5.8.2" {
+		if h := last[*wire.Heartbeat](f.party); h == nil || !h.Draining || h.Hardware.Podman != "5.8.2" {
 			t.Errorf("after drain: %+v", h)
 		}
 		poke(f.beat)
 		synctest.Wait()
-		if h := last[*wire.Heartbeat](f); h == nil || !h.Draining {
+		if h := last[*wire.Heartbeat](f.party); h == nil || !h.Draining {
 			t.Errorf("after drain: %+v", h)
 		}
 		f.Resume()
 		synctest.Wait()
-		if h := last[*wire.Heartbeat](f); h == nil || h.Draining {
+		if h := last[*wire.Heartbeat](f.party); h == nil || h.Draining {
 			t.Errorf("after resume: %+v", h)
 		}
 	})
@@ -605,8 +618,8 @@ func TestTwoOperators(t *testing.T) {
 		wg.Go(func() { _ = f.Resume() })
 		wg.Wait()
 		_, err := os.Stat(f.drainFile())
-		if s, kept := f.Status(), err == nil; s.Draining != kept || s.Draining != (len(s.Drains) == 1) {
-			t.Fatalf("draining %v by %+v, remembered: %v", s.Draining, s.Drains, kept)
+		if s, kept := f.Status(), err == nil; s.Draining != kept || s.Draining != (len(s.Networks[0].Drains) == 1) {
+			t.Fatalf("draining %v by %+v, remembered: %v", s.Draining, s.Networks[0].Drains, kept)
 		}
 	}
 	if err := f.Close(); err != nil {
@@ -621,8 +634,8 @@ func TestDrainIsRemembered(t *testing.T) {
 		t.Helper()
 		f := build(t, dir, n)
 		s := f.Status()
-		if s.Draining != want || want != (len(s.Drains) == 1 && s.Drains[0].By == byOperator) {
-			t.Fatalf("draining %v by %+v, want %v", s.Draining, s.Drains, want)
+		if s.Draining != want || want != (len(s.Networks[0].Drains) == 1 && s.Networks[0].Drains[0].By == byOperator) {
+			t.Fatalf("draining %v by %+v, want %v", s.Draining, s.Networks[0].Drains, want)
 		}
 		return f
 	}
@@ -639,13 +652,13 @@ func TestDrainIsRemembered(t *testing.T) {
 			t.Fatal(err)
 		}
 	}
-	since := f.Status().Drains[0].Since
+	since := f.Status().Networks[0].Drains[0].Since
 	if since.Before(before.Truncate(time.Second)) || since.After(time.Now()) {
 		t.Errorf("since %v", since)
 	}
 	stop(f)
 	f = start(true)
-	if got := f.Status().Drains[0].Since; !got.Equal(since) {
+	if got := f.Status().Networks[0].Drains[0].Since; !got.Equal(since) {
 		t.Errorf("since %v after a restart, want %v", got, since)
 	}
 	var accepting gate.Gate
@@ -713,7 +726,7 @@ func TestIdentity(t *testing.T) {
 	f := build(t, t.TempDir(), deploytest.New(t))
 	defer f.Close()
 	f.board.registered, f.board.bound = true, wire.Bound{Account: "acme", Method: wire.MethodToken, Since: 5}
-	if got, want := f.Identity(), (control.Identity{Node: nodeKey.Address().Hex(), Network: "testnet", Account: "acme", Registered: true, Method: wire.MethodToken, Since: 5}); got != want {
+	if got, want := f.Identity()[0], (control.Identity{Node: nodeKey.Address().Hex(), Network: "testnet", Account: "acme", Registered: true, Method: wire.MethodToken, Since: 5}); got != want {
 		t.Errorf("%+v", got)
 	}
 	if raw, err := json.Marshal(f.Models()); err != nil || string(raw) != "[]" {

@@ -91,7 +91,10 @@ func (u *updater) replace(ctx context.Context, reason string) error {
 	if err := u.units.Stop(ctx, quadlet.ServiceName); err != nil {
 		return err
 	}
-	u.build, u.fetch, u.again = backoff{}, backoff{}, backoff{}
+	u.build = backoff{}
+	for _, st := range u.standing {
+		st.fetch, st.again = backoff{}, backoff{}
+	}
 	u.doubts, u.storms = 0, 0
 	return nil
 }

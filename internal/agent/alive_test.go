@@ -25,7 +25,7 @@ func (f *fixture) garble() {
 		f.Message(job(s))
 		synctest.Wait()
 	}
-	last[*wire.Heartbeat](f) // nobody else reads what is sent
+	last[*wire.Heartbeat](f.party) // nobody else reads what is sent
 }
 
 func (f *fixture) fails(err error) {
@@ -68,14 +68,14 @@ func TestEngineThatAnswersGarbage(t *testing.T) {
 		for _, wait := range []time.Duration{time.Minute, 5 * time.Minute, 15 * time.Minute, time.Hour, time.Hour} {
 			f.garble()
 			pass(wait/2 - time.Second)
-			last[*wire.Heartbeat](f)
+			last[*wire.Heartbeat](f.party)
 			f.serves(nil)
 			if g := f.gate("validation"); g.State == gate.Open || !strings.Contains(g.Detail, "job after job") || !strings.Contains(g.Detail, "engine_output") {
 				t.Errorf("%+v", g)
 			}
 			for end := time.Now().Add(wait + 2*time.Second); f.worker.Status().Slots == 0 && time.Now().Before(end); {
 				pass(10 * time.Second)
-				last[*wire.Heartbeat](f)
+				last[*wire.Heartbeat](f.party)
 			}
 			f.serves(s)
 		}
@@ -155,7 +155,7 @@ func TestRestartStorm(t *testing.T) {
 				pass(time.Second)
 				quiet(t, f, wait/2-2*time.Second)
 				pass(wait + 2*time.Second)
-				last[*wire.Heartbeat](f)
+				last[*wire.Heartbeat](f.party)
 				f.serves(s)
 				if k := f.book.count(journal.RuntimeStorm); k != i+1 {
 					t.Errorf("said %d times, want %d", k, i+1)

@@ -62,6 +62,7 @@ func (m *membership) setBound(now wire.Bound) {
 	} else {
 		m.log.Warn("bound to no account", journal.Unbound.Attr(), "account", before.Account)
 	}
+	m.on.changed()
 	poke(m.keep)
 }
 

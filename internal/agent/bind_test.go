@@ -78,8 +78,8 @@ func TestBindAsksForANonce(t *testing.T) {
 	s := deploytest.NewNetwork(t).Publish(nil)
 	f.board.learn(s)
 	got, err := f.Bind(t.Context(), control.BindRequest{Step: wire.BindToken, Token: "x"})
-	if err != nil || got.Bound.Account != "mine" || got.ChainID != s.Config().Network.ChainID || f.Identity().Account != "mine" {
-		t.Errorf("%+v, %v, %+v", got, err, f.Identity())
+	if err != nil || got.Bound.Account != "mine" || got.ChainID != s.Config().Network.ChainID || f.Identity()[0].Account != "mine" {
+		t.Errorf("%+v, %v, %+v", got, err, f.Identity()[0])
 	}
 	if _, err := f.Bind(t.Context(), control.BindRequest{Step: wire.BindCode, Code: "1"}); err != nil {
 		t.Error(err)

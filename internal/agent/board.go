@@ -29,6 +29,7 @@ const (
 	starting = "starting"
 	active   = "active"
 	failed   = "failed"
+	standby  = wire.RuntimeStandby
 )
 
 // board is what the loops tell each other and the operator. Each value is
@@ -41,6 +42,7 @@ type board struct {
 	// Written by the loop that follows the network, and at the start.
 	snap       *snapshot.Snapshot // newest verified
 	snapErr    error              // why it could not be refreshed
+	asked      bool               // the network has been asked, and has answered or not
 	refreshed  time.Time          // when the network last confirmed it
 	expired    digest.Digest      // configuration of which it was said that it has expired
 	bound      wire.Bound         // whose node it is; also the session's to write
@@ -52,12 +54,15 @@ type board struct {
 	failed   *deploy.Error // why it stands there, or nil
 	active   *deploy.Deployment
 	phase    string // of the runtime
+	holder   string // on standby: the network that the runtime serves
+	waits    string // and why not this one
 	restarts int
 	pinned   int                     // generation that the operator has gone back to; 0 for none
 	models   map[digest.Digest]int64 // verified bytes, by model of snap
 
 	// Written by the session.
 	connected bool
+	away      time.Time // while it is not connected: since
 	sessErr   error
 	word      *wire.Status // the network's own word
 }
@@ -146,12 +151,46 @@ func (b *board) setActive(d *deploy.Deployment, phase string) {
 	defer b.mu.Unlock()
 	lost := b.active != nil && d == nil && b.served(b.snap)
 	b.active, b.phase = d, phase
+	if phase != standby {
+		b.holder, b.waits = "", ""
+	}
 	switch {
 	case d != nil && b.served(b.snap):
 		b.step, b.failed = "", nil
 	case lost:
 		b.step = deploy.StepStart
 	}
+}
+
+// standBy says who has the runtime, and why not this network. It reports whether
+// that is news.
+func (b *board) standBy(holder, why string) (news bool) {
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	news = b.holder != holder || b.waits != why
+	b.holder, b.waits = holder, why
+	return news
+}
+
+// phaseNow returns the phase of the runtime.
+func (b *board) phaseNow() string {
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	return b.phase
+}
+
+// hasAsked reports whether the network has been asked since the start.
+func (b *board) hasAsked() bool {
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	return b.asked
+}
+
+// serves reports whether the active deployment is that of s.
+func (b *board) serves(s *snapshot.Snapshot) bool {
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	return b.served(s)
 }
 
 // served reports whether the active deployment is that of s. The caller holds
@@ -200,6 +239,7 @@ func (b *board) modelStates() []control.Model {
 			done = m.Size()
 		}
 		ms = append(ms, control.Model{
+			Network:    b.network,
 			ModelState: wire.ModelState{Name: m.Name, Version: m.Version, Digest: m.Digest(), State: string(f.State())},
 			Bytes:      m.Size(), Done: done,
 		})
@@ -230,6 +270,7 @@ func (b *board) gates(drains []control.Drain, now time.Time) []gate.Gate {
 	gs = append(gs, b.sessionGate())
 	gs = append(gs, acceptingGate(drains), b.routableGate())
 	for i := range gs { // the texts know no network
+		gs[i].Network = b.network
 		gs[i].Detail, gs[i].Remedy = b.named(gs[i].Detail), b.named(gs[i].Remedy)
 	}
 	return gs
@@ -297,6 +338,7 @@ const (
 	remedyBind     = "bind it to yours: resultityctl bind --wallet 0x…, --email name@domain or --token FILE"
 	remedyOperator = "ask the network's operator"
 	remedyCloned   = "find out which machine uses this node's key; stop all but one, and there, if this one was restored from a backup or moved on purpose: resultityctl identity takeover. If nobody of yours did this, the key is stolen: become a new node"
+	remedyStandby  = "nothing, if that is what you want: it gets jobs when the other network does not need the machine, or asks for the same runtime; else give network.NAME.priority the higher number in agent.toml, or remove the other network's table, and restart the agent"
 	remedyWait     = "wait; the gates above come first"
 )
 
@@ -403,6 +445,9 @@ var stations = []station{
 // jobs to nobody who is on another one: what it has passed is open, where it
 // stands and what follows is closed.
 func (b *board) runtimeGates() []gate.Gate {
+	if b.phase == standby && b.failed == nil {
+		return b.standbyGates()
+	}
 	var gs []gate.Gate
 	at := len(stations)
 	switch {
@@ -423,6 +468,23 @@ func (b *board) runtimeGates() []gate.Gate {
 			g.Detail, g.Remedy = fmt.Sprintf("version %d: %v", b.snap.Version(), b.failed.Err), remedyOfStep(b.failed)
 			if b.active != nil {
 				g.Detail += fmt.Sprintf("; version %d goes on running", b.active.Snapshot().Version())
+			} else if b.holder != "" {
+				g.Detail += fmt.Sprintf("; the machine's runtime serves %s meanwhile", b.holder)
+			}
+		}
+		gs = append(gs, g)
+	}
+	return gs
+}
+
+// standbyGates are those of a network whose runtime this is not.
+func (b *board) standbyGates() (gs []gate.Gate) {
+	for _, s := range stations {
+		g := gate.Gate{Name: s.name, State: gate.Unknown, Detail: "not looked at on standby", Remedy: remedyWait}
+		if s.name == gate.Runtime {
+			g = gate.Gate{Name: s.name, Detail: "on standby", Remedy: remedyStandby}
+			if b.holder != "" {
+				g.Detail += fmt.Sprintf(": the machine's runtime serves %s; of this network: %s", b.holder, b.waits)
 			}
 		}
 		gs = append(gs, g)

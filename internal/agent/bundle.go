@@ -35,19 +35,8 @@ func (a *Agent) Bundle(ctx context.Context) ([]byte, error) {
 		At    time.Time `json:"at"`
 		wire.Hardware
 	}{a.version, runtime.Version(), now.UTC(), a.profile})
-	archive.AddJSON("configuration.json", a.member.board.history())
-	if trust, err := a.member.snaps.Trust(); err == nil {
-		archive.AddJSON("tuf.json", trust)
-	} else {
-		archive.Add("tuf.error", []byte(err.Error()+"\n"))
-	}
-	if a.member.spool != nil {
-		// What may leave the node for the network may leave it here.
-		if records, err := a.member.spool.Recent(support.MaxFile); err == nil {
-			archive.Add("log.jsonl", records)
-		} else {
-			archive.Add("log.error", []byte(err.Error()+"\n"))
-		}
+	for _, m := range a.members {
+		m.addTo(archive, "networks/"+m.net.Name+"/")
 	}
 	secretFiles := archive.Configs(a.configFile)
 	if a.unitFiles != nil {
@@ -74,10 +63,32 @@ func (a *Agent) Bundle(ctx context.Context) ([]byte, error) {
 	return b.Bytes(), nil
 }
 
+// addTo adds what an archive has of a network.
+func (m *membership) addTo(archive *support.Archive, dir string) {
+	archive.AddJSON(dir+"configuration.json", m.board.history())
+	if trust, err := m.snaps.Trust(); err == nil {
+		archive.AddJSON(dir+"tuf.json", trust)
+	} else {
+		archive.Add(dir+"tuf.error", []byte(err.Error()+"\n"))
+	}
+	if m.spool == nil {
+		return
+	}
+	// What may leave the node for the network may leave it here.
+	if records, err := m.spool.Recent(support.MaxFile); err == nil {
+		archive.Add(dir+"log.jsonl", records)
+	} else {
+		archive.Add(dir+"log.error", []byte(err.Error()+"\n"))
+	}
+}
+
 // secrets are what must never be in an archive: the key as it is in memory, and
 // all that files hold which protect it or prove who the node is.
 func (a *Agent) secrets(files []string) ([][]byte, error) {
-	files = append(files, a.cfg.Identity.Passphrase, a.member.net.EnrolmentToken)
+	files = append(files, a.cfg.Identity.Passphrase)
+	for _, n := range a.cfg.Networks {
+		files = append(files, n.EnrolmentToken)
+	}
 	own, err := filepath.Glob(filepath.Join(a.cfg.Paths.State, "identity/*"))
 	if err != nil {
 		return nil, err

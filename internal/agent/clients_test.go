@@ -8,6 +8,8 @@ import (
 	"os"
 	"path/filepath"
 	"testing"
+
+	"github.com/resultity/node/internal/config"
 )
 
 // The network is reached by its own authority and TLS 1.3 alone; sources of
@@ -25,11 +27,16 @@ func TestClients(t *testing.T) {
 	if err := os.WriteFile(ca, pem.EncodeToMemory(&pem.Block{Type: "CERTIFICATE", Bytes: now.Certificate().Raw}), 0o600); err != nil {
 		t.Fatal(err)
 	}
-	network, sources, _, err := clients(ca)
+	own := config.Network{Name: "n", CA: ca}
+	network, err := networkClient(&own)
 	if err != nil {
 		t.Fatal(err)
 	}
-	strange, _, _, err := clients("")
+	sources, _, err := sourcesClient([]config.Network{{Name: "public"}, own})
+	if err != nil {
+		t.Fatal(err)
+	}
+	strange, err := networkClient(&config.Network{})
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -58,7 +65,11 @@ func TestClients(t *testing.T) {
 		t.Error("sources are trusted by the network's authority alone; public hosts are out of reach")
 	}
 	for _, bad := range []string{ca + ".none", "/dev/null"} {
-		if _, _, _, err := clients(bad); err == nil {
+		n := config.Network{Name: "n", CA: bad}
+		if _, err := networkClient(&n); err == nil {
+			t.Errorf("%s: accepted", bad)
+		}
+		if _, _, err := sourcesClient([]config.Network{n}); err == nil {
 			t.Errorf("%s: accepted", bad)
 		}
 	}

@@ -15,6 +15,7 @@ import (
 
 	"github.com/resultity/node/internal/bridge/contract"
 	"github.com/resultity/node/internal/control"
+	"github.com/resultity/node/internal/deploy"
 	"github.com/resultity/node/internal/image"
 	"github.com/resultity/node/internal/openai"
 	"github.com/resultity/node/internal/podman"
@@ -128,13 +129,18 @@ func (a *Agent) probeKey() control.Check {
 func (a *Agent) probeUnsigned(ctx context.Context) []control.Check {
 	file := filepath.Join(a.policyDir(), "policy.json")
 	const own, theirs = control.ProbeUnsignedAgent, control.ProbeUnsignedPodman
-	s := a.member.board.snapshot()
-	if s == nil {
+	var trust *snapshot.ImageTrust
+	for _, m := range a.members {
+		if s := m.board.snapshot(); s != nil && (trust == nil || m.board.runs()) {
+			trust = &s.Config().ImageTrust
+		}
+	}
+	if trust == nil {
 		return []control.Check{notMeasured(own, "no configuration says whose signatures count"), notMeasured(theirs, "no configuration says whose signatures count")}
 	}
 	ctx, cancel := context.WithTimeout(ctx, probeTime)
 	defer cancel()
-	r, err := a.probes.unsigned(ctx, &s.Config().ImageTrust)
+	r, err := a.probes.unsigned(ctx, trust)
 	if err != nil && r.Agent == nil {
 		return []control.Check{notMeasured(own, "%v", err), notMeasured(theirs, "%v", err)}
 	}
@@ -173,7 +179,7 @@ func (a *Agent) probeUnsigned(ctx context.Context) []control.Check {
 // agent's own, which the host reaches, and to addresses beyond it.
 func (a *Agent) probeSocketOut(ctx context.Context) control.Check {
 	const name = control.ProbeSocketOut
-	if !a.member.board.runs() {
+	if a.runs() == nil {
 		return notMeasured(name, "no runtime is active")
 	}
 	ctx, cancel := context.WithTimeout(ctx, probeTime)
@@ -282,7 +288,7 @@ func (a *Agent) listen(ctx context.Context) (_ *ears, err error) {
 // outgoing is the address by which this machine reaches the network, "" when it
 // has none. Connecting a datagram socket asks for the way and sends nothing.
 func (a *Agent) outgoing() string {
-	u, err := url.Parse(a.member.net.URL)
+	u, err := url.Parse(a.cfg.Networks[0].URL)
 	if err != nil {
 		return ""
 	}
@@ -310,11 +316,9 @@ const oneToken = `{"model":%q,"messages":[{"role":"user","content":"Hello"}],"te
 func (a *Agent) probeOneToken(ctx context.Context) control.Check {
 	const name = control.ProbeOneToken
 	var socket, model string
-	a.member.board.set(func(b *board) {
-		if b.active != nil {
-			socket, model = b.active.Socket(), b.active.Snapshot().Config().Runtime.Model
-		}
-	})
+	if dep := a.runs(); dep != nil {
+		socket, model = dep.Socket(), dep.Snapshot().Config().Runtime.Model
+	}
 	if socket == "" {
 		return notMeasured(name, "no runtime is active")
 	}
@@ -355,4 +359,21 @@ func (b *board) runs() bool {
 	b.mu.Lock()
 	defer b.mu.Unlock()
 	return b.active != nil
+}
+
+// deployment returns what is active, or nil.
+func (b *board) deployment() *deploy.Deployment {
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	return b.active
+}
+
+// runs returns a deployment that is active, or nil.
+func (a *Agent) runs() *deploy.Deployment {
+	for _, m := range a.members {
+		if dep := m.board.deployment(); dep != nil {
+			return dep
+		}
+	}
+	return nil
 }

@@ -195,7 +195,6 @@ func TestOneDoctor(t *testing.T) {
 func TestBundleHoldsNoSecret(t *testing.T) {
 	bubble(t, func(t *testing.T, f *fixture, n *deploytest.Network) {
 		f.openSpool(f.cfg.Paths.State)
-		f.Agent.log = f.membership.log
 		f.tuf.serve(n.Publish(nil), nil)
 		defer f.run()()
 		pass(untilSettled)
@@ -252,8 +251,8 @@ func TestBundleHoldsNoSecret(t *testing.T) {
 			}
 		}
 		for name, want := range map[string]string{
-			"status.json": `"testnet"`, "versions.json": "1.2.3", "configuration.json": `"active": 1`, "models.json": "active",
-			"tuf.json": `"version": 7`, "log.jsonl": `"event":"runtime-active"`,
+			"status.json": `"testnet"`, "versions.json": "1.2.3", "networks/testnet/configuration.json": `"active": 1`, "models.json": "active",
+			"networks/testnet/tuf.json": `"version": 7`, "networks/testnet/log.jsonl": `"event":"runtime-active"`,
 			"config/agent.toml": `network.testnet.enrolment_token = "`, "config/10.toml": "network.testnet.api_key: an unknown key", "config/20.toml": "not TOML",
 			"units/resultity-agent.service/0-x.service": "Type=notify\n# Environment: its value was left out\n# ExecStart: its value was left out",
 			"units/resultity-agent.service/1.error":     "no such file",

@@ -14,7 +14,7 @@ import (
 	"github.com/resultity/node/internal/journal"
 )
 
-// The operator's drain is a file in the state directory that holds its time, so
+// The operator's drain is of the machine, for all networks. It is a file in the state directory that holds its time, so
 // that a restart, an upgrade or a reboot does not take it back.
 func (a *Agent) drainFile() string { return filepath.Join(a.cfg.Paths.State, "drained") }
 
@@ -33,8 +33,15 @@ func (a *Agent) recallDrain() {
 		a.log.Warn("time of the drain not known", "error", err)
 	}
 	a.drained.Store(&since)
-	a.member.worker.Pause()
+	a.pause()
 	a.log.Info("draining", journal.Draining.Attr(), "since", since)
+}
+
+func (a *Agent) pause() {
+	for _, m := range a.members {
+		m.worker.Pause()
+		poke(m.beat)
+	}
 }
 
 // Drain implements [control.Backend].
@@ -48,8 +55,7 @@ func (a *Agent) Drain() error {
 		a.drained.Store(since)
 	}
 	a.log.Info("draining", journal.Draining.Attr(), "since", *since)
-	a.member.worker.Pause()
-	poke(a.member.beat)
+	a.pause()
 	failpoint.Here("agent.drain.begin")
 	if err := durable.WriteFile(a.drainFile(), []byte(since.Format(time.RFC3339)+"\n"), 0o600); err != nil {
 		return fmt.Errorf("the node takes no new jobs, but a restart forgets that: %w", err)
@@ -63,8 +69,10 @@ func (a *Agent) Resume() error {
 	defer a.drain.Unlock()
 	a.drained.Store(nil)
 	a.log.Info("resumed", journal.Resumed.Attr())
-	a.member.worker.Resume()
-	poke(a.member.beat)
+	for _, m := range a.members {
+		m.worker.Resume()
+		poke(m.beat)
+	}
 	err := os.Remove(a.drainFile())
 	if err == nil {
 		failpoint.Here("agent.resume.removed")

@@ -29,6 +29,7 @@ func (m *membership) follow(ctx context.Context) error {
 		} else {
 			next = backoff{at: time.Now().Add(jittered(refreshEvery))}
 		}
+		m.board.set(func(b *board) { b.asked = true })
 		m.on.changed()
 		poke(m.beat)
 		timer := time.NewTimer(time.Until(next.at))

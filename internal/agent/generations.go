@@ -38,32 +38,37 @@ func (a *Agent) Rollback(ctx context.Context, n int) error {
 // Forward implements [control.Backend].
 func (a *Agent) Forward(ctx context.Context) error { return a.steer(ctx, (*updater).forward) }
 
-// forward writes down that the operator follows the network again. What that
-// asks for comes with the next look.
+// forward writes down that the operator follows the networks again. What they ask
+// for comes with the next look.
 func (u *updater) forward() error {
-	newest := u.member.board.snapshot()
-	var d digest.Digest
-	if newest != nil {
-		d = newest.Digest()
-	}
-	if err := u.gens.Forward(d); err != nil {
+	if err := u.gens.Forward(digest.Digest{}); err != nil {
 		return err
 	}
-	u.log.Info("following the network's configuration again", journal.GenerationUnpin.Attr())
-	u.newest = digest.Digest{} // as if it were new
-	if newest != nil {
-		u.member.board.retry(newest)
+	for _, m := range u.members {
+		newest := m.board.snapshot()
+		if newest == nil {
+			continue
+		}
+		if err := u.gens.Forward(newest.Digest()); err != nil {
+			return err
+		}
+		u.standing[m].newest = digest.Digest{} // as if it were new
+		m.board.retry(newest)
 	}
+	u.log.Info("following the network's configuration again", journal.GenerationUnpin.Attr())
 	return nil
 }
 
 // rollback writes down that the operator goes back to generation n; 0 is the one
 // before.
 func (u *updater) rollback(n int) error {
-	newest := u.member.board.snapshot()
 	v := u.gens.View()
 	if n == 0 {
 		n = v.Previous
+	}
+	lead := u.led
+	if m := u.named(v.AsideOf); m != nil {
+		lead = m
 	}
 	g, cur := v.Get(n), v.Get(v.Current)
 	switch {
@@ -77,13 +82,15 @@ func (u *updater) rollback(n int) error {
 		return fmt.Errorf("%w: generation %d is %s: only one that was healthy can be gone back to", control.ErrRefused, n, g.State)
 	case cur != nil && n != v.Current && g.Config == cur.Config:
 		return fmt.Errorf("%w: generation %d has the configuration of the current one, whose unit is rendered for this machine as it is now", control.ErrRefused, n)
-	case newest == nil:
+	case lead == nil || lead.board.snapshot() == nil:
 		return fmt.Errorf("%w: no configuration is known yet", control.ErrRefused)
 	}
-	if err := u.gens.Rollback(n, newest.Digest()); err != nil {
+	if err := u.gens.Rollback(n, lead.net.Name, lead.board.snapshot().Digest()); err != nil {
 		return err
 	}
-	u.again, u.fetch = backoff{}, backoff{}
+	for _, st := range u.standing {
+		st.again, st.fetch = backoff{}, backoff{}
+	}
 	u.log.Warn("going back as the operator asked", journal.GenerationPinned.Attr(), "generation", n, "version", g.Version)
 	return nil
 }
@@ -104,7 +111,7 @@ func (a *Agent) failed(config digest.Digest) *wire.Failed {
 // Generations implements [control.Backend].
 func (a *Agent) Generations() control.Generations {
 	v := a.gens.View()
-	out := control.Generations{Current: v.Current, Previous: v.Previous, Order: v.Order, PutAside: v.Aside.String(), Generations: []control.Generation{}}
+	out := control.Generations{Current: v.Current, Previous: v.Previous, Order: v.Order, PutAside: v.Aside.String(), PutAsideOf: v.AsideOf, Generations: []control.Generation{}}
 	for i := range v.Generations {
 		out.Generations = append(out.Generations, describe(&v.Generations[i]))
 	}
@@ -113,7 +120,7 @@ func (a *Agent) Generations() control.Generations {
 
 func describe(g *generation.Generation) control.Generation {
 	c := control.Generation{
-		Number: g.Number, State: string(g.State), Since: g.Since, Created: g.Created, Version: g.Version, Config: g.Config.String(),
+		Number: g.Number, Network: g.Network, State: string(g.State), Since: g.Since, Created: g.Created, Version: g.Version, Config: g.Config.String(),
 		Engine: g.Engine, Image: g.Image, Unit: g.Unit.String(), Step: g.Step, Reason: g.Reason, Machine: g.Machine,
 		Models: []control.GenerationModel{},
 	}
@@ -141,7 +148,7 @@ func (a *Agent) Generation(n int) (control.Generation, error) {
 	if err != nil {
 		return c, err
 	}
-	s, err := a.member.snaps.Open(proof)
+	s, err := a.openProof(g.Network, proof)
 	if err != nil {
 		return c, err
 	}

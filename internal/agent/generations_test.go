@@ -650,7 +650,7 @@ func TestDrainDeadline(t *testing.T) {
 		}
 		rec := httptest.NewRecorder()
 		f.Metrics().ServeHTTP(rec, httptest.NewRequestWithContext(t.Context(), "GET", "/metrics", nil))
-		for _, line := range []string{`resultity_generation_current 2`, `resultity_generation_phase_seconds{generation="2",phase="drain"} `, `resultity_gate_open{gate="identity"} 1`, `resultity_generation_state{generation="1",state="healthy"} 1`} {
+		for _, line := range []string{`resultity_generation_current 2`, `resultity_generation_phase_seconds{generation="2",phase="drain"} `, `resultity_gate_open{gate="identity",network=""} 1`, `resultity_runtime_state{network="testnet",state="active"} 1`, `resultity_generation_state{generation="1",state="healthy"} 1`} {
 			if !strings.Contains(rec.Body.String(), line) {
 				t.Errorf("no %s in\n%s", line, rec.Body)
 			}

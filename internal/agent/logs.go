@@ -4,7 +4,6 @@ import (
 	"context"
 	"errors"
 	"fmt"
-	"log/slog"
 	"path/filepath"
 	"time"
 
@@ -35,7 +34,7 @@ func (m *membership) openSpool(networkDir string) {
 	}
 	m.spool = s
 	m.closers = append(m.closers, s.Close)
-	m.log = slog.New(slog.NewMultiHandler(m.log.Handler(), s.Handler(m.keeps.SlogLevel())))
+	m.spools.add(m.net.Name, s.Handler(m.keeps.SlogLevel()))
 }
 
 // uploads sends the network what the spool has gained: at the interval of the

@@ -22,7 +22,6 @@ func uploading(t *testing.T, s *snapshot.Snapshot) *fixture {
 	t.Helper()
 	f := build(t, t.TempDir(), deploytest.New(t))
 	f.openSpool(f.cfg.Paths.State)
-	f.Agent.log = f.membership.log
 	if f.spool == nil {
 		t.Fatal(f.book)
 	}
@@ -121,9 +120,8 @@ func TestUploads(t *testing.T) {
 func TestUploadOff(t *testing.T) {
 	f := build(t, t.TempDir(), deploytest.New(t))
 	defer f.Close()
-	f.keeps.Upload = "off"
+	f.membership.keeps.Upload = "off"
 	f.openSpool(f.cfg.Paths.State)
-	f.Agent.log = f.membership.log
 	f.Agent.log.Error("x", slog.String("code", "y"))
 	if _, err := os.Stat(filepath.Join(f.cfg.Paths.State, "spool")); !errors.Is(err, os.ErrNotExist) || f.logs().Upload != "off" {
 		t.Errorf("%v, %+v", err, f.logs())

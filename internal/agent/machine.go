@@ -30,7 +30,7 @@ type sightings struct {
 	mu      sync.Mutex // guards what follows; held only to copy values
 	machine []gate.Gate
 	at      time.Time
-	closed  map[string]time.Time
+	closed  map[[2]string]time.Time // by network and name
 }
 
 // note remembers since when gates are closed and writes it into them.
@@ -38,18 +38,18 @@ func (s *sightings) note(gs []gate.Gate, now time.Time) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	if s.closed == nil {
-		s.closed = map[string]time.Time{}
+		s.closed = map[[2]string]time.Time{}
 	}
 	for i := range gs {
 		g := &gs[i]
 		if g.State != gate.Closed {
-			delete(s.closed, g.Name)
+			delete(s.closed, [2]string{g.Network, g.Name})
 			continue
 		}
-		if _, known := s.closed[g.Name]; !known {
-			s.closed[g.Name] = now.Truncate(time.Second)
+		if _, known := s.closed[[2]string{g.Network, g.Name}]; !known {
+			s.closed[[2]string{g.Network, g.Name}] = now.Truncate(time.Second)
 		}
-		g.Since = new(s.closed[g.Name])
+		g.Since = new(s.closed[[2]string{g.Network, g.Name}])
 	}
 }
 
@@ -105,8 +105,12 @@ func (a *Agent) lookAtGates(fresh time.Duration) []gate.Gate {
 		id = gate.Gate{Name: gate.Identity, State: gate.Open, Detail: "node " + a.key.Address().Hex() + ", " + a.holder()}
 	}
 	gs = append(gs, id)
-	m := a.member
-	gs = append(gs, m.board.gates(m.drains(m.worker.Status()), now)...)
+	for _, m := range a.members {
+		gs = append(gs, m.board.gates(m.drains(m.worker.Status()), now)...)
+	}
+	for _, r := range a.refused {
+		gs = append(gs, gate.Gate{Name: gate.Registration, Network: r.network, Detail: "this network could not be joined: " + r.err.Error(), Remedy: "mend what the detail names, and restart the agent"})
+	}
 	a.seen.note(gs, now)
 	return gs
 }
@@ -129,18 +133,26 @@ func (a *Agent) lookAround(ctx context.Context) []gate.Gate { return a.surroundi
 func (a *Agent) surroundings() *preflight.Machine {
 	m := &preflight.Machine{
 		Root: "/", Account: os.Getenv("USER"), UID: os.Getuid(), Socket: a.cfg.Paths.Podman, State: a.cfg.Paths.State,
-		Need: a.member.board.missing(), Running: true, Window: 30 * time.Second,
+		Running: true, Window: 30 * time.Second,
 	}
 	// An account that is in no file, such as a directory service's, is named by
 	// the service manager alone.
 	if u, err := user.LookupId(strconv.Itoa(m.UID)); err == nil {
 		m.Account = u.Username
 	}
-	if s := a.member.board.snapshot(); s != nil && s.Config().Network.ClockWindow > 0 {
-		m.Window = s.Config().Network.ClockWindow.Duration()
-	}
-	if ahead := a.member.ahead; ahead != nil {
-		m.Offset = ahead()
+	for i, n := range a.members {
+		m.Need = max(m.Need, n.board.missing())
+		window := 30 * time.Second
+		if s := n.board.snapshot(); s != nil && s.Config().Network.ClockWindow > 0 {
+			window = s.Config().Network.ClockWindow.Duration()
+		}
+		var off *time.Duration
+		if n.ahead != nil {
+			off = n.ahead()
+		}
+		if i == 0 || off != nil && off.Abs() > window { // the first, or one that is too far from it
+			m.Window, m.Offset = window, off
+		}
 	}
 	return m
 }

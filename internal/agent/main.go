@@ -18,6 +18,8 @@ import (
 	"syscall"
 	"time"
 
+	"golang.org/x/sys/unix"
+
 	"github.com/resultity/node/internal/config"
 	"github.com/resultity/node/internal/deploy"
 	"github.com/resultity/node/internal/digest"
@@ -35,6 +37,7 @@ import (
 	"github.com/resultity/node/internal/signer"
 	"github.com/resultity/node/internal/snapshot"
 	"github.com/resultity/node/internal/systemd"
+	"github.com/resultity/node/internal/work"
 )
 
 // Exit codes. The unit does not restart after ExitConfig, since no restart
@@ -118,7 +121,7 @@ func Main(ctx context.Context, args []string, stdout io.Writer, stderr *os.File,
 		fmt.Fprintf(stdout, "%s: ok\n", *file)
 		return ExitOK
 	}
-	log = journal.New(stderr, cfg.Log.SlogLevel()).With("network", cfg.Networks[0].Name)
+	log = journal.New(stderr, cfg.Log.SlogLevel())
 	if verb == "scrub" {
 		return scrub(ctx, cfg, log)
 	}
@@ -181,28 +184,24 @@ func New(ctx context.Context, cfg *config.Config, env func(string) string, log *
 			return a, inDir(key, err)
 		}
 	}
-	if len(cfg.Networks) > 1 {
-		return a, &finalError{journal.ConfigInvalid, fmt.Errorf("network.%s: this agent takes part in one network at a time", cfg.Networks[1].Name)}
-	}
-	var err error
-	var ca []byte
-	m := newMembership(cfg, cfg.Networks[0], a, log, version)
-	a.member = m
-	// The store of jobs first: its lock says whether another agent runs here.
-	if err := m.openStore(cfg); err != nil {
+	if err := a.lock(); err != nil {
 		return a, err
 	}
-	a.log = m.log
+	if err := a.each((*membership).openStore); err != nil {
+		return a, err
+	}
 	if err := a.openIdentity(env); err != nil {
 		return a, err
 	}
-	if m.http, a.sources, ca, err = clients(m.net.CA); err != nil {
-		return a, &finalError{journal.ConfigInvalid, fmt.Errorf("network.%s.%w", m.net.Name, err)}
+	sources, ca, err := sourcesClient(cfg.Networks)
+	if err != nil {
+		return a, &finalError{journal.ConfigInvalid, err}
 	}
-	if err := m.open(cfg, a.key); err != nil {
+	a.sources = sources
+	if err := a.each((*membership).open); err != nil {
 		return a, err
 	}
-	if a.gens, err = generation.Open(filepath.Join(m.dir(cfg), "generations"), time.Now); err != nil {
+	if a.gens, err = generation.Open(filepath.Join(cfg.Paths.State, "generations"), time.Now); err != nil {
 		return a, inDir("paths.state", err)
 	}
 	models, err := model.Open(filepath.Join(cfg.Paths.State, "models"), fetch.New(a.sources.Transport, cfg.Models.Neighbours, a.log), a.log)
@@ -247,10 +246,63 @@ func New(ctx context.Context, cfg *config.Config, env func(string) string, log *
 
 // empty returns an agent without a world around it.
 func empty(cfg *config.Config, log *slog.Logger, version string) *Agent {
-	return &Agent{
-		cfg: cfg, version: version, log: log, memory: hardware.Available,
+	r := newRecords(log.Handler())
+	a := &Agent{
+		cfg: cfg, version: version, log: slog.New(r), memory: hardware.Available, slots: work.NewSlots(),
 		look: make(chan struct{}, 1), tasks: make(chan task), scrubbed: make(chan digest.Digest, maxScrubbed),
 	}
+	a.shared = shared{state: cfg.Paths.State, version: version, log: a.log, keeps: cfg.Log, spools: r.to, slots: a.slots}
+	return a
+}
+
+// lock says that this agent runs here, until it is closed.
+func (a *Agent) lock() error {
+	name := filepath.Join(a.cfg.Paths.State, "lock")
+	f, err := os.OpenFile(name, os.O_CREATE|os.O_RDWR, 0o600)
+	if err != nil {
+		return inDir("paths.state", err)
+	}
+	a.closers = append(a.closers, f.Close)
+	if err := unix.Flock(int(f.Fd()), unix.LOCK_EX|unix.LOCK_NB); err != nil {
+		return fmt.Errorf("another agent runs here: lock %s: %w", name, err)
+	}
+	return nil
+}
+
+// refused is a network that could not be joined.
+type refused struct {
+	network string
+	err     error
+}
+
+// each does one step towards a membership in each network. One whose file or store
+// only the operator can mend is left out, and said to be, while the others go on.
+func (a *Agent) each(step func(*membership) error) error {
+	if a.members == nil {
+		for _, net := range a.cfg.Networks {
+			a.members = append(a.members, newMembership(net, a, a.shared))
+		}
+	}
+	var left []*membership
+	for _, m := range a.members {
+		err := step(m)
+		if err == nil {
+			left = append(left, m)
+			continue
+		}
+		final, isFinal := errors.AsType[*finalError](err)
+		if !isFinal || len(a.members) == 1 {
+			return err
+		}
+		m.log.Error("this network cannot be joined; the others go on", final.event.Attr(), "error", err)
+		a.refused = append(a.refused, refused{m.net.Name, err})
+		a.closers = append(a.closers, m.close) // its log is kept until the end
+	}
+	if len(left) == 0 {
+		return a.refused[0].err
+	}
+	a.members = left
+	return nil
 }
 
 // openIdentity finds who holds the node's key.
@@ -283,12 +335,16 @@ func (a *Agent) findSigner(dir string) (string, error) {
 	if identity.Exists(dir) {
 		return config.NoSigner, nil
 	}
-	reg, err := a.member.store.Registration()
-	if err != nil {
-		return "", err
+	known := false
+	for _, m := range a.members {
+		reg, err := m.store.Registration()
+		if err != nil {
+			return "", err
+		}
+		known = known || reg != nil
 	}
 	_, installed := os.Stat(signerUnit)
-	if reg != nil && installed == nil || syscall.Access(signer.SocketPath, accessWrite) == nil {
+	if known && installed == nil || syscall.Access(signer.SocketPath, accessWrite) == nil {
 		return signer.SocketPath, nil
 	}
 	return config.NoSigner, nil
@@ -325,28 +381,51 @@ func (a *Agent) openKey(dir string, env func(string) string) error {
 	return nil
 }
 
-// clients makes the HTTP clients for the network and for sources of models and
-// images. Its ca stands in place of the system's authorities for the network
-// itself, which it names, and beside them for the sources: a private network may
-// well take its models from a public host. The protocol is TLS 1.3; what hosts of
-// models speak is theirs.
-func clients(caFile string) (network, sources *http.Client, ca []byte, err error) {
-	if caFile == "" {
-		return client(tls.VersionTLS13, nil), client(tls.VersionTLS12, nil), nil, nil
-	}
-	if ca, err = os.ReadFile(caFile); err != nil {
-		return nil, nil, nil, fmt.Errorf("ca: %w", err)
+// networkClient makes the HTTP client for a network. Its ca stands in place of the
+// system's authorities. The protocol is TLS 1.3.
+func networkClient(n *config.Network) (*http.Client, error) {
+	if n.CA == "" {
+		return client(tls.VersionTLS13, nil), nil
 	}
 	own := x509.NewCertPool()
-	if !own.AppendCertsFromPEM(ca) {
-		return nil, nil, nil, fmt.Errorf("ca: %s has no PEM certificate", caFile)
+	if _, err := addCA(own, n); err != nil {
+		return nil, err
 	}
-	all, err := x509.SystemCertPool()
-	if err != nil {
-		return nil, nil, nil, fmt.Errorf("the system's certificates: %w", err)
+	return client(tls.VersionTLS13, own), nil
+}
+
+// sourcesClient makes the HTTP client for sources of models and images. What they
+// serve is checked by hash or signature, so that the authorities of all networks
+// stand beside the system's: a private network may well take its models from a
+// public host. What hosts of models speak is theirs.
+func sourcesClient(networks []config.Network) (_ *http.Client, ca []byte, err error) {
+	var all *x509.CertPool
+	for i := range networks {
+		if networks[i].CA == "" {
+			continue
+		}
+		if all == nil {
+			if all, err = x509.SystemCertPool(); err != nil {
+				return nil, nil, fmt.Errorf("the system's certificates: %w", err)
+			}
+		}
+		raw, err := addCA(all, &networks[i])
+		if err != nil && len(networks) == 1 {
+			return nil, nil, err
+		}
+		ca = append(append(ca, raw...), '\n') // a network whose file is wrong is not joined, and says so
 	}
-	all.AppendCertsFromPEM(ca)
-	return client(tls.VersionTLS13, own), client(tls.VersionTLS12, all), ca, nil
+	return client(tls.VersionTLS12, all), ca, nil
+}
+
+func addCA(pool *x509.CertPool, n *config.Network) (raw []byte, err error) {
+	if raw, err = os.ReadFile(n.CA); err != nil {
+		return nil, fmt.Errorf("network.%s.ca: %w", n.Name, err)
+	}
+	if !pool.AppendCertsFromPEM(raw) {
+		return nil, fmt.Errorf("network.%s.ca: %s has no PEM certificate", n.Name, n.CA)
+	}
+	return raw, nil
 }
 
 func client(oldest uint16, roots *x509.CertPool) *http.Client {
@@ -393,7 +472,7 @@ func (a *Agent) newDeployer(ctx context.Context, models *model.Store, units *sys
 		Env:       func(names []string) ([]string, error) { return hardware.DeviceEnv(hardware.SpecDirs, names) },
 		Look:      func(pid int) (*sandbox.Outside, error) { return sandbox.Look("/proc", pid) },
 		Engine:    func(socket string) deploy.Engine { return openEngine(socket) },
-		Newest:    func() *snapshot.Snapshot { return a.member.board.snapshot() },
+		Newest:    func(network string) *snapshot.Snapshot { return a.named(network).board.snapshot() },
 		Allowed:   a.cfg.Runtime.Devices,
 		Memory:    a.cfg.Runtime.Memory(hardware.Memory()),
 		Ceiling:   func(pid int) (int64, error) { return sandbox.Ceiling("/proc", "/sys/fs/cgroup", pid) },

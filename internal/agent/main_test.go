@@ -116,7 +116,7 @@ func TestCheckAsRoot(t *testing.T) {
 // and one line says what is wrong.
 func TestCannotStart(t *testing.T) {
 	db := "state/networks/testnet/jobs"
-	newer := binary.BigEndian.AppendUint32([]byte("resjobs\n"), 2)
+	newer := binary.BigEndian.AppendUint32([]byte("resjobs\n"), 99)
 	newer = binary.BigEndian.AppendUint32(newer, crc32.Checksum(newer, crc32.MakeTable(crc32.Castagnoli)))
 	for name, c := range map[string]struct {
 		prepare func(t *testing.T, i *installation)

@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"log/slog"
 	"net/http"
+	"path/filepath"
 	"sync"
 	"sync/atomic"
 	"time"
@@ -58,10 +59,12 @@ type machine interface {
 	// drainedSince returns since when the operator has drained the machine, or
 	// nil.
 	drainedSince() *time.Time
+	// signer signs for the node.
+	signer() signer.Signer
 
 	// What the network orders; each returns when it is done.
-	restart(ctx context.Context) error
-	revalidate(ctx context.Context, dep *deploy.Deployment) error
+	restart(ctx context.Context, m *membership) error
+	revalidate(ctx context.Context, m *membership, dep *deploy.Deployment) error
 	release(ctx context.Context, m *membership) error
 	// ending is told of a membership that ends because its network wants it to.
 	ending(m *membership)
@@ -72,6 +75,7 @@ type machine interface {
 // else.
 type membership struct {
 	net     config.Network
+	dir     string // of the membership; nothing in it is shared with another one
 	on      machine
 	version string // of the agent
 	log     *slog.Logger
@@ -82,6 +86,8 @@ type membership struct {
 	snaps   snapshots
 	session link
 	worker  *work.Worker
+	slots   *work.Slots  // of the machine's engine
+	crowded atomic.Bool  // a heartbeat is due, since others have taken slots or given some back
 	http    *http.Client // for the network
 	closers []func() error
 
@@ -89,6 +95,7 @@ type membership struct {
 	bind  func(context.Context, session.Binding) (*wire.BindReply, error)
 	ahead func() *time.Duration // this clock before the network's
 
+	spools    *spools           // where its handler goes
 	spool     *spool.Spool      // of the log, for the network; nil when it is not uploaded
 	upload    chan struct{}     // capacity 1: look whether there is something to upload
 	uploadNow chan chan<- error // upload, and say when it is done
@@ -110,14 +117,24 @@ type membership struct {
 	registered chan struct{} // closed once the network knows the node
 }
 
+// shared is what all memberships of a machine are given.
+type shared struct {
+	state   string // directory
+	version string
+	log     *slog.Logger
+	keeps   config.Log
+	spools  *spools
+	slots   *work.Slots
+}
+
 // newMembership returns a membership without a world around it.
-func newMembership(cfg *config.Config, net config.Network, on machine, log *slog.Logger, version string) *membership {
+func newMembership(net config.Network, on machine, shared shared) *membership {
 	return &membership{
-		net: net, on: on, log: log, keeps: cfg.Log, version: version,
+		net: net, dir: filepath.Join(shared.state, "networks", net.Name), on: on, slots: shared.slots, spools: shared.spools, log: shared.log.With("network", net.Name), keeps: shared.keeps, version: shared.version,
 		update: make(chan struct{}, 1), beat: make(chan struct{}, 1), registered: make(chan struct{}), keep: make(chan struct{}, 1),
 		upload: make(chan struct{}, 1), uploadNow: make(chan chan<- error), logAcks: make(chan *wire.LogsAck, 4),
 		inbox: make(chan wire.Message, maxInbox), retell: make(chan struct{}, 1), halt: make(chan struct{}, maxLong),
-		board: board{network: net.Name, phase: stopped, models: map[digest.Digest]int64{}},
+		board: board{network: net.Name, away: time.Now(), phase: stopped, models: map[digest.Digest]int64{}},
 	}
 }
 
@@ -215,7 +232,7 @@ func (m *membership) heartbeat() *wire.Heartbeat {
 	w := m.worker.Status()
 	h := &wire.Heartbeat{
 		Config: m.board.config(), Runtime: m.board.runtimeState(), Hardware: m.on.hardware(),
-		Slots: w.Slots, Busy: w.Busy, Outbox: w.Outbox, Draining: w.Draining, Models: []wire.ModelState{},
+		Slots: w.Slots, Busy: w.Busy + w.Taken, Outbox: w.Outbox, Draining: w.Draining, Models: []wire.ModelState{},
 	}
 	for _, s := range m.board.modelStates() {
 		h.Models = append(h.Models, s.ModelState)
@@ -229,6 +246,7 @@ func (m *membership) heartbeat() *wire.Heartbeat {
 // Opened implements [session.Handler]: a session has been authenticated.
 func (m *membership) Opened() {
 	m.board.set(func(b *board) { b.connected, b.sessErr, b.word = true, nil, nil })
+	m.on.changed()
 	m.log.Info("session opened", journal.SessionOpened.Attr())
 	m.worker.Connected()
 	poke(m.retell)
@@ -243,7 +261,13 @@ func (m *membership) Closed(err error) {
 	m.board.set(func(b *board) {
 		opened, before = b.connected, b.sessErr
 		b.connected, b.sessErr, b.word = false, err, nil
+		if opened {
+			b.away = time.Now()
+		}
 	})
+	if opened {
+		m.on.changed()
+	}
 	event := journal.SessionClosed
 	if errors.Is(err, wire.ErrClock) {
 		event = journal.ClockWrong
@@ -287,6 +311,41 @@ func (m *membership) Message(msg wire.Message) {
 	}
 }
 
+// status is what the operator sees of the membership, but for its gates.
+func (m *membership) status() control.Network {
+	w := m.worker.Status()
+	n := control.Network{
+		Name: m.net.Name, Priority: m.net.Priority, Runtime: m.board.runtimeState(),
+		Slots: w.Slots, Busy: w.Busy, Taken: w.Taken, Outbox: w.Outbox, Draining: w.Draining, Drains: m.drains(w), Orders: m.lastOrders(), Logs: m.logs(),
+	}
+	if p := m.orderBook.Penalty(); p != nil {
+		n.Penalty = &control.Penalty{Reason: p.Reason, Until: time.UnixMilli(p.Until).UTC()}
+	}
+	ended := m.worker.Ended()
+	n.Done, n.Failed = ended.Done, ended.Failed
+	if !ended.Last.IsZero() {
+		n.LastJob = &ended.Last
+	}
+	if c := m.board.snapshot(); c != nil {
+		n.Snapshot = &control.Snapshot{Version: c.Version(), Digest: c.Digest().String(), Expires: c.Expires()}
+	}
+	return n
+}
+
+// crowdedEvery is how soon after one another heartbeats say that other networks
+// have taken slots, or given some back.
+const crowdedEvery = 100 * time.Millisecond
+
+// others is told that they have. Jobs may come and go quickly.
+func (m *membership) others() {
+	if m.crowded.CompareAndSwap(false, true) {
+		time.AfterFunc(crowdedEvery, func() {
+			m.crowded.Store(false)
+			poke(m.beat)
+		})
+	}
+}
+
 // jobs lists the jobs that the membership has not forgotten, at most limit.
 func (m *membership) jobs(limit int) ([]control.Job, error) {
 	jobs := []control.Job{}
@@ -295,14 +354,14 @@ func (m *membership) jobs(limit int) ([]control.Job, error) {
 		return nil, err
 	}
 	for _, j := range running[:min(len(running), limit)] {
-		jobs = append(jobs, control.Job{ID: j.ID.String(), State: "running", Model: j.Model})
+		jobs = append(jobs, control.Job{ID: j.ID.String(), Network: m.net.Name, State: "running", Model: j.Model})
 	}
 	errFull := errors.New("enough")
 	err = m.store.Outbox(0, func(_ uint64, r *wire.Result) error {
 		if len(jobs) >= limit {
 			return errFull
 		}
-		jobs = append(jobs, control.Job{ID: r.Job.String(), State: "unacknowledged", Code: r.Code})
+		jobs = append(jobs, control.Job{ID: r.Job.String(), Network: m.net.Name, State: "unacknowledged", Code: r.Code})
 		return nil
 	})
 	if err != nil && !errors.Is(err, errFull) {

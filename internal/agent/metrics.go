@@ -12,11 +12,12 @@ import (
 
 // What is measured. Each collection asks the agent as it is then.
 var (
-	metricInfo       = prometheus.NewDesc("resultity_agent_info", "Always 1; the labels say who this is.", []string{"version", "node", "network"}, nil)
-	metricGate       = prometheus.NewDesc("resultity_gate_open", "1 where a gate between the node and its jobs is open.", []string{"gate"}, nil)
-	metricSlots      = prometheus.NewDesc("resultity_slots", "Jobs that the node can run at once.", nil, nil)
-	metricBusy       = prometheus.NewDesc("resultity_jobs_running", "Jobs that run.", nil, nil)
-	metricOutbox     = prometheus.NewDesc("resultity_results_unacknowledged", "Results that the network has not acknowledged.", nil, nil)
+	metricInfo       = prometheus.NewDesc("resultity_agent_info", "Always 1; the labels say who this is.", []string{"version", "node"}, nil)
+	metricGate       = prometheus.NewDesc("resultity_gate_open", "1 where a gate between the node and its jobs is open; without a network it is the machine's.", []string{"gate", "network"}, nil)
+	metricSlots      = prometheus.NewDesc("resultity_slots", "Jobs that the node can run at once for a network.", []string{"network"}, nil)
+	metricBusy       = prometheus.NewDesc("resultity_jobs_running", "Jobs of a network that run.", []string{"network"}, nil)
+	metricOutbox     = prometheus.NewDesc("resultity_results_unacknowledged", "Results that a network has not acknowledged.", []string{"network"}, nil)
+	metricRuntime    = prometheus.NewDesc("resultity_runtime_state", "1 for the state that the runtime is in as a network is told.", []string{"network", "state"}, nil)
 	metricRestarts   = prometheus.NewDesc("resultity_runtime_restarts", "Restarts of the runtime by systemd since it was started.", nil, nil)
 	metricCurrent    = prometheus.NewDesc("resultity_generation_current", "Number of the current generation, 0 for none.", nil, nil)
 	metricGeneration = prometheus.NewDesc("resultity_generation_state", "1 for the state that a generation is in.", []string{"generation", "state"}, nil)
@@ -28,7 +29,7 @@ type collector struct{ *Agent }
 
 // Describe implements [prometheus.Collector].
 func (c collector) Describe(out chan<- *prometheus.Desc) {
-	for _, d := range []*prometheus.Desc{metricInfo, metricGate, metricSlots, metricBusy, metricOutbox, metricRestarts, metricCurrent, metricGeneration, metricPhase} {
+	for _, d := range []*prometheus.Desc{metricInfo, metricGate, metricSlots, metricBusy, metricOutbox, metricRuntime, metricRestarts, metricCurrent, metricGeneration, metricPhase} {
 		out <- d
 	}
 }
@@ -39,17 +40,21 @@ func (c collector) Collect(out chan<- prometheus.Metric) {
 		out <- prometheus.MustNewConstMetric(d, prometheus.GaugeValue, v, labels...)
 	}
 	s := c.Status()
-	gauge(metricInfo, 1, s.Version, s.Node, s.Network)
+	gauge(metricInfo, 1, s.Version, s.Node)
 	for _, g := range s.Gates {
 		open := 0.0
 		if g.State == gate.Open {
 			open = 1
 		}
-		gauge(metricGate, open, g.Name)
+		gauge(metricGate, open, g.Name, g.Network)
 	}
-	gauge(metricSlots, float64(s.Slots))
-	gauge(metricBusy, float64(s.Busy))
-	gauge(metricOutbox, float64(s.Outbox))
+	for i := range s.Networks {
+		n := &s.Networks[i]
+		gauge(metricSlots, float64(n.Slots-n.Taken), n.Name)
+		gauge(metricBusy, float64(n.Busy), n.Name)
+		gauge(metricOutbox, float64(n.Outbox), n.Name)
+		gauge(metricRuntime, 1, n.Name, n.Runtime.State)
+	}
 	gauge(metricRestarts, float64(s.Runtime.Restarts))
 	v := c.gens.View()
 	gauge(metricCurrent, float64(v.Current))

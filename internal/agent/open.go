@@ -10,12 +10,10 @@ import (
 	"strings"
 	"time"
 
-	"github.com/resultity/node/internal/config"
 	"github.com/resultity/node/internal/evm"
 	"github.com/resultity/node/internal/failpoint"
 	"github.com/resultity/node/internal/journal"
 	"github.com/resultity/node/internal/session"
-	"github.com/resultity/node/internal/signer"
 	"github.com/resultity/node/internal/snapshot"
 	"github.com/resultity/node/internal/state"
 	"github.com/resultity/node/internal/tuf"
@@ -24,19 +22,12 @@ import (
 
 // This file opens a membership: what it has on disk, and its way to the network.
 
-// dir is the membership's directory. Nothing in it is shared with another one.
-func (m *membership) dir(cfg *config.Config) string {
-	return filepath.Join(cfg.Paths.State, "networks", m.net.Name)
-}
-
-// openStore opens the store of jobs, whose lock says whether another agent runs
-// here, and the spool of the log.
-func (m *membership) openStore(cfg *config.Config) (err error) {
-	dir := m.dir(cfg)
-	if err := os.MkdirAll(dir, 0o700); err != nil {
+// openStore opens what has been written down of the membership.
+func (m *membership) openStore() (err error) {
+	if err := os.MkdirAll(m.dir, 0o700); err != nil {
 		return inDir("paths.state", err)
 	}
-	m.store, err = state.Open(filepath.Join(dir, "jobs"), state.DefaultBounds, failpoint.Now)
+	m.store, err = state.Open(filepath.Join(m.dir, "jobs"), state.DefaultBounds, failpoint.Now)
 	switch {
 	case errors.Is(err, state.ErrCorrupt), errors.Is(err, state.ErrFormat):
 		return &finalError{journal.StoreRefused, err}
@@ -46,32 +37,33 @@ func (m *membership) openStore(cfg *config.Config) (err error) {
 		return err
 	}
 	m.closers = append(m.closers, m.store.Close)
-	m.openSpool(dir)
+	m.openSpool(m.dir)
 	return nil
 }
 
-// open opens the rest, for the node with that key. The HTTP client has to be
-// there.
-func (m *membership) open(cfg *config.Config, key signer.Signer) error {
-	m.key = key
-	dir := m.dir(cfg)
-	if err := m.sameNode(dir); err != nil {
+// open opens the rest: the memory of orders, and the way to the network.
+func (m *membership) open() (err error) {
+	m.key = m.on.signer()
+	if m.http, err = networkClient(&m.net); err != nil {
+		return &finalError{journal.ConfigInvalid, err}
+	}
+	if err := m.sameNode(m.dir); err != nil {
 		return err
 	}
-	if err := m.openBook(filepath.Join(dir, "orders.json")); err != nil {
+	if err := m.openBook(filepath.Join(m.dir, "orders.json")); err != nil {
 		return err
 	}
 	root, err := os.ReadFile(m.net.Root)
 	if err != nil {
 		return &finalError{journal.ConfigInvalid, fmt.Errorf("network.%s.root: %w; get the network's first root.json from its operator", m.net.Name, err)}
 	}
-	if m.snaps, err = tuf.New(tuf.Config{Dir: filepath.Join(dir, "tuf"), URL: m.net.URL + "/tuf", Root: root, Client: m.http, Now: failpoint.Now}); err != nil {
+	if m.snaps, err = tuf.New(tuf.Config{Dir: filepath.Join(m.dir, "tuf"), URL: m.net.URL + "/tuf", Root: root, Client: m.http, Now: failpoint.Now}); err != nil {
 		return &finalError{journal.ConfigInvalid, fmt.Errorf("network.%s.root: %w", m.net.Name, err)}
 	}
 	m.enrol, m.bind = session.Register, session.Bind
 	s := session.New(session.Config{
 		URL: "wss" + strings.TrimPrefix(m.net.URL, "https"), Network: m.net.Name,
-		Node: key.Address(), Key: key, Agent: m.version, Log: m.log, Now: failpoint.Now,
+		Node: m.key.Address(), Key: m.key, Agent: m.version, Log: m.log, Now: failpoint.Now,
 		TLS: m.http.Transport.(*http.Transport).TLSClientConfig,
 		Trusted: func(k evm.Address) bool {
 			s := m.board.snapshot()
@@ -95,6 +87,7 @@ func (m *membership) open(cfg *config.Config, key signer.Signer) error {
 func (m *membership) openWorker(now func() time.Time) {
 	m.worker = work.New(work.Config{
 		Store: m.store, Key: m.key, Send: m.session.Send, Log: m.log, Now: now,
+		Slots: m.slots, Crowded: m.others,
 		Suspect: func(active *work.Active, why string) { m.on.suspect(m, active, why) },
 	})
 	m.hold()

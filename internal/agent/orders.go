@@ -138,7 +138,7 @@ func (m *membership) kinds() map[wire.OrderKind]kind {
 		wire.OrderDrain:      {journal.OrderDrain, nothing},
 		wire.OrderResume:     {journal.OrderResume, nothing},
 		wire.OrderPenalty:    {journal.OrderPenalty, nothing},
-		wire.OrderRestart:    {journal.OrderRestart, func(ctx context.Context, _ order.Entry) error { return m.on.restart(ctx) }},
+		wire.OrderRestart:    {journal.OrderRestart, func(ctx context.Context, _ order.Entry) error { return m.on.restart(ctx, m) }},
 		wire.OrderRevalidate: {journal.OrderRevalidate, func(ctx context.Context, _ order.Entry) error { return m.revalidate(ctx) }},
 		wire.OrderShutdown:   {journal.OrderShutdown, m.shutDown},
 		wire.OrderLogs:       {journal.OrderLogs, func(ctx context.Context, _ order.Entry) error { return m.uploadLogs(ctx) }},
@@ -160,6 +160,7 @@ func (m *membership) conclude(e order.Entry, err error) {
 		m.log.Info("order done", journal.OrderDone.Attr(), "order", e.ID, "kind", e.Kind)
 	}
 	m.hold()
+	m.on.changed()
 	poke(m.beat)
 	m.answer(e.Done())
 }
@@ -199,7 +200,7 @@ func (m *membership) revalidate(ctx context.Context) error {
 	if dep == nil {
 		return errNothing
 	}
-	return m.on.revalidate(ctx, dep)
+	return m.on.revalidate(ctx, m, dep)
 }
 
 // drains says who has drained the node.

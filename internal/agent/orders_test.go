@@ -105,7 +105,7 @@ func TestOrdersDrain(t *testing.T) {
 		if f.book.count(journal.OrderDrain) != 1 || f.book.count(journal.OrderResume) != 1 || f.book.count(journal.OrderDone) != 2 {
 			t.Errorf("not journalled:\n%s", f.book)
 		}
-		if o := f.Status().Orders; len(o) != 2 || o[0].Kind != "drain" || o[0].Outcome != wire.OutcomeOK || o[0].Told {
+		if o := f.Status().Networks[0].Orders; len(o) != 2 || o[0].Kind != "drain" || o[0].Outcome != wire.OutcomeOK || o[0].Told {
 			t.Errorf("status %+v", o)
 		}
 	})
@@ -137,7 +137,7 @@ func TestOrdersSurviveARestart(t *testing.T) {
 		}
 		f.Opened()
 		synctest.Wait()
-		if d := last[*wire.OrderDone](f); d == nil || d.ID != o.ID {
+		if d := last[*wire.OrderDone](f.party); d == nil || d.ID != o.ID {
 			t.Errorf("the outcome was not told again: %+v", d)
 		}
 		if d := f.obey(o); d == nil || d.Outcome != wire.OutcomeOK || f.book.count(journal.OrderDrain) != 0 {
@@ -147,7 +147,7 @@ func TestOrdersSurviveARestart(t *testing.T) {
 		synctest.Wait()
 		f.Opened()
 		synctest.Wait()
-		if d := last[*wire.OrderDone](f); d != nil {
+		if d := last[*wire.OrderDone](f.party); d != nil {
 			t.Errorf("told after the acknowledgement: %+v", d)
 		}
 	})
@@ -160,7 +160,7 @@ func TestOrdersRefused(t *testing.T) {
 				t.Errorf("%+v", d)
 			}
 		}
-		if f.worker.Status().Draining || f.book.count(journal.OrderRefused) != 3 || len(f.Status().Orders) != 0 {
+		if f.worker.Status().Draining || f.book.count(journal.OrderRefused) != 3 || len(f.Status().Networks[0].Orders) != 0 {
 			t.Errorf("a refused order had an effect\n%s", f.book)
 		}
 		for range 500 { // nobody reads them while the loop is at the disk
@@ -190,7 +190,7 @@ func TestOrderRestart(t *testing.T) {
 		}
 		f.engine.answer <- struct{}{}
 		synctest.Wait()
-		d := last[*wire.OrderDone](f)
+		d := last[*wire.OrderDone](f.party)
 		if _, now := f.machine.Now(); d == nil || d.Outcome != wire.OutcomeOK || now != before+1 {
 			t.Fatalf("%+v, %d starts after %d\n%s", d, now, before, f.book)
 		}
@@ -219,7 +219,7 @@ func TestOrderRevalidate(t *testing.T) {
 			t.Errorf("%+v", d)
 		}
 		f.serves(nil)
-		if h := last[*wire.Heartbeat](f); f.board.runtimeState().State != failed || h != nil && h.Runtime.State == active {
+		if h := last[*wire.Heartbeat](f.party); f.board.runtimeState().State != failed || h != nil && h.Runtime.State == active {
 			t.Errorf("state %s", f.board.runtimeState().State)
 		}
 		if g := f.gate("validation"); g.State == gate.Open || !strings.Contains(g.Detail, "broken") {
@@ -259,12 +259,12 @@ func TestOrderRevalidate(t *testing.T) {
 func TestOrderPenalty(t *testing.T) {
 	serving(t, func(t *testing.T, f *fixture) {
 		f.mustObey(wire.OrderPenalty)
-		p := f.Status().Penalty
+		p := f.Status().Networks[0].Penalty
 		if p == nil || p.Reason != "for the test" || f.book.count(journal.OrderPenalty) != 1 || f.worker.Status().Draining {
 			t.Fatalf("%+v", p)
 		}
 		pass(time.Hour)
-		if f.Status().Penalty != nil {
+		if f.Status().Networks[0].Penalty != nil {
 			t.Error("the penalty does not end")
 		}
 	})
@@ -283,7 +283,7 @@ func TestOrderShutdown(t *testing.T) {
 		f.mustObey(wire.OrderResume) // takes nothing back
 		f.engine.answer <- struct{}{}
 		synctest.Wait()
-		if d := last[*wire.OrderDone](f); d == nil || d.Outcome != wire.OutcomeOK || len(f.halt) != 1 || !f.worker.Status().Draining {
+		if d := last[*wire.OrderDone](f.party); d == nil || d.Outcome != wire.OutcomeOK || len(f.halt) != 1 || !f.worker.Status().Draining {
 			t.Fatalf("%+v, %d", d, len(f.halt))
 		}
 		pass(time.Hour)

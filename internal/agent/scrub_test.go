@@ -40,9 +40,9 @@ func TestDamageIsMended(t *testing.T) {
 		if f.board.active != first {
 			t.Fatal("the runtime was ended for a file that it does not use")
 		}
-		last[*wire.Heartbeat](f)
+		last[*wire.Heartbeat](f.party)
 		damaged(file)
-		h := last[*wire.Heartbeat](f)
+		h := last[*wire.Heartbeat](f.party)
 		if f.board.active == first || h == nil || h.Models[0].State != "failed" || h.Runtime.State == active {
 			t.Errorf("the network heard %+v", h)
 		}

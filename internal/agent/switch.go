@@ -6,6 +6,7 @@ import (
 
 	"github.com/resultity/node/internal/deploy"
 	"github.com/resultity/node/internal/generation"
+	"github.com/resultity/node/internal/snapshot"
 	"github.com/resultity/node/internal/systemd"
 	"github.com/resultity/node/internal/work"
 )
@@ -110,6 +111,16 @@ func (d *door) suspect(w *work.Worker, active *work.Active, why string) {
 		d.isShut, d.doubt = true, why
 		w.SetActive(nil)
 	}
+}
+
+// serves returns the configuration that jobs are let to, or nil.
+func (d *door) serves() *snapshot.Snapshot {
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	if d.dep == nil {
+		return nil
+	}
+	return d.dep.Snapshot()
 }
 
 // doubted returns why the engine is suspect, "" when it is not.

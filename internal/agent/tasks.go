@@ -48,15 +48,16 @@ func (u *updater) restart(ctx context.Context) error {
 	}
 	u.reconcile(ctx)
 	if u.active == nil {
-		return u.member.board.why()
+		return u.led.board.why()
 	}
 	return nil
 }
 
-// revalidate implements machine. It reads the model's files and the image again while they are served, and then has the
-// golden requests repeated. A disk that does not answer is no damage: what was
-// verified when it was started goes on, and the network hears why.
-func (a *Agent) revalidate(ctx context.Context, dep *deploy.Deployment) error {
+// revalidate implements machine. It reads the model's files and the image again
+// while they are served, and then has the golden requests repeated. A disk that
+// does not answer is no damage: what was verified when it was started goes on, and
+// the network hears why.
+func (a *Agent) revalidate(ctx context.Context, m *membership, dep *deploy.Deployment) error {
 	damage := a.verify(ctx, dep.Snapshot())
 	switch {
 	case ctx.Err() != nil:
@@ -64,15 +65,27 @@ func (a *Agent) revalidate(ctx context.Context, dep *deploy.Deployment) error {
 	case damage != nil && !errors.Is(damage, digest.ErrMismatch) && !errors.Is(damage, model.ErrIncomplete) && !errors.Is(damage, image.ErrAltered):
 		return fmt.Errorf("the files could not be read, and nothing is known to be wrong with them: the node goes on: %w", damage)
 	}
-	return a.inUpdates(ctx, func(u *updater, ctx context.Context) error { return u.judge(ctx, dep, damage) })
+	return a.inUpdates(ctx, func(u *updater, ctx context.Context) error {
+		switch owner := u.owner(); {
+		case owner == nil || m == owner:
+			return u.judge(ctx, dep, damage)
+		case !m.board.serves(dep.Snapshot()):
+			return errReplaced
+		case damage != nil: // it is the machine's own finding, and the files are everybody's
+			return u.judge(ctx, u.active, damage)
+		}
+		return u.rejoin(ctx, m, dep)
+	})
 }
+
+var errReplaced = errors.New("the runtime was replaced meanwhile, and validated with that")
 
 // judge takes dep out of service if its files are damaged or its answers wrong.
 // The runtime is stopped then, since it may hold what is no longer in the store,
 // and brought up again by the ordinary steps, which fetch and validate all anew.
 func (u *updater) judge(ctx context.Context, dep *deploy.Deployment, damage error) error {
 	if u.active != dep {
-		return errors.New("the runtime was replaced meanwhile, and validated with that")
+		return errReplaced
 	}
 	err := damage
 	if err != nil {
@@ -80,7 +93,9 @@ func (u *updater) judge(ctx context.Context, dep *deploy.Deployment, damage erro
 		if errors.Is(damage, image.ErrAltered) {
 			e.Step, e.Model = deploy.StepImage, digest.Digest{}
 		}
-		u.member.board.damage(e.Model)
+		for _, m := range u.members {
+			m.board.damage(e.Model)
+		}
 		err = e
 	} else {
 		if err := u.idle(ctx); err != nil {
@@ -108,14 +123,30 @@ func (b *board) why() error {
 	return errNothing
 }
 
-// restart implements machine.
-func (a *Agent) restart(ctx context.Context) error { return a.inUpdates(ctx, (*updater).restart) }
+// errOthers says that an order is about what is not its network's.
+var errOthers = errors.New("the runtime is run for another network of this node's operator; it is not this one's to restart")
 
-// release implements machine: it stops the runtime. The update loop does nothing
-// more, or it would bring the runtime up again.
-func (a *Agent) release(ctx context.Context, _ *membership) error {
+// restart implements machine. A network can have its own runtime restarted, not
+// the one that it has a part in.
+func (a *Agent) restart(ctx context.Context, m *membership) error {
+	return a.inUpdates(ctx, func(u *updater, ctx context.Context) error {
+		if owner := u.owner(); owner != nil && owner != m {
+			return errOthers
+		}
+		return u.restart(ctx)
+	})
+}
+
+// release implements machine. Where the node is in no other network, it stops the
+// runtime, and the update loop does nothing more, or it would bring the runtime up
+// again. Else the network's own jobs end, and the loop goes on without it.
+func (a *Agent) release(ctx context.Context, m *membership) error {
 	down := make(chan error, 1)
 	t := task{func(ctx context.Context, u *updater) error {
+		if !a.alone(m) {
+			down <- u.forsake(ctx, m)
+			return nil
+		}
 		err := u.idle(ctx)
 		if err == nil {
 			u.setActive(nil, stopped)
@@ -136,4 +167,55 @@ func (a *Agent) release(ctx context.Context, _ *membership) error {
 	case <-ctx.Done():
 		return ctx.Err()
 	}
+}
+
+// alone reports whether no other network has a part in this machine any more.
+func (a *Agent) alone(m *membership) bool {
+	for _, o := range a.members {
+		if o != m && !o.leaving.Load() {
+			return false
+		}
+	}
+	return true
+}
+
+// quiet lets no more jobs of one network to the runtime, and waits until those
+// that run have ended or are past their deadlines. It fails only with ctx.
+func (u *updater) quiet(ctx context.Context, m *membership) error {
+	m.door.shut(m.worker)
+	poke(m.beat)
+	ictx, cancel := context.WithDeadline(ctx, m.worker.Deadline())
+	defer cancel()
+	if err := m.worker.Idle(ictx); err != nil && ctx.Err() == nil {
+		m.log.Warn("jobs are past their deadlines", "error", err)
+	}
+	return ctx.Err()
+}
+
+// forsake ends a network's part in what runs. That goes on as it is until what
+// another network wants is ready.
+func (u *updater) forsake(ctx context.Context, m *membership) error {
+	if err := u.quiet(ctx, m); err != nil {
+		return err
+	}
+	if m != u.owner() {
+		u.admit(m, nil, stopped)
+	}
+	poke(u.look)
+	return nil
+}
+
+// rejoin validates a network's part in what another one runs.
+func (u *updater) rejoin(ctx context.Context, m *membership, dep *deploy.Deployment) error {
+	if err := u.quiet(ctx, m); err != nil {
+		return err
+	}
+	u.admit(m, nil, validating)
+	u.standing[m].again = backoff{}
+	v := u.gens.View()
+	u.join(ctx, &v, m, dep.Snapshot())
+	if !m.board.runs() {
+		return m.board.why()
+	}
+	return nil
 }

@@ -62,11 +62,14 @@ type updater struct {
 	active   *deploy.Deployment
 	engine   engine        // of active
 	good     digest.Digest // configuration that was active last
-	newest   digest.Digest // of the network, as of the last look
 	judged   digest.Digest // the one under which what runs was found to be trusted still
+	standing map[*membership]*standing
 	opened   map[int]*snapshot.Snapshot
 	plans    map[digest.Digest]*staged // of what is current and what should be, by configuration
-	staging  *staging                  // under way until its result is here, or nil; never two
+	led      *membership               // by whose configuration the loop went last
+	began    time.Time
+	review   time.Time // when another network may have the say; zero for never
+	staging  *staging  // under way until its result is here, or nil; never two
 	results  chan *result
 	wg       sync.WaitGroup // staging
 	tried    string         // start of the unit at the last attempt to use it
@@ -80,19 +83,19 @@ type updater struct {
 	renew    bool      // the operator wants a restart
 
 	build backoff // bringing a runtime up while none is
-	fetch backoff // staging
-	again backoff // a generation that this machine has failed, while another one serves
 
 	untidy bool    // there may be images and models that nothing needs
 	tidy   backoff // removing them
+	tight  bool    // there was no room: only what runs and what should run is kept
 }
 
 // staged is a plan whose generation is on disk.
 type staged struct {
-	number int
-	plan   *deploy.Plan
-	phases []generation.Phase
-	stale  bool // it failed: whether all it needs is still here is looked at again
+	number  int // 0 while it is to share a runtime, and has none of its own
+	content generation.Content
+	plan    *deploy.Plan
+	phases  []generation.Phase
+	stale   bool // it failed: whether all it needs is still here is looked at again
 }
 
 // updates compares what should be with what is, and moves one step at a time.
@@ -102,15 +105,19 @@ type staged struct {
 // A failed deployment itself changes the unit, so that such a change alone is no
 // reason to try again before the time.
 func (a *Agent) updates(ctx context.Context) error {
-	u := &updater{Agent: a, opened: map[int]*snapshot.Snapshot{}, plans: map[digest.Digest]*staged{}, results: make(chan *result)}
+	u := &updater{
+		Agent: a, standing: map[*membership]*standing{}, opened: map[int]*snapshot.Snapshot{},
+		plans: map[digest.Digest]*staged{}, results: make(chan *result),
+	}
 	defer u.setActive(nil, stopped)
 	defer u.wg.Wait()
 	for _, w := range a.gens.Warnings() {
 		a.log.Error("generations", journal.GenerationBroken.Attr(), "error", w)
 	}
+	u.begin()
 	for {
 		u.reconcile(ctx)
-		poke(a.member.beat)
+		a.tellAll()
 		if ctx.Err() != nil {
 			return nil
 		}
@@ -131,7 +138,11 @@ func (a *Agent) updates(ctx context.Context) error {
 // sleep is how long nothing is to be done if nothing happens.
 func (u *updater) sleep() time.Duration {
 	d := time.Hour
-	for _, b := range []*backoff{&u.build, &u.fetch, &u.again, &u.tidy} {
+	waits := []*backoff{&u.build, &u.tidy, {at: u.review}}
+	for _, st := range u.standing {
+		waits = append(waits, &st.fetch, &st.again)
+	}
+	for _, b := range waits {
 		if !b.due() {
 			d = min(d, time.Until(b.at))
 		}
@@ -147,7 +158,7 @@ func (u *updater) reconcile(ctx context.Context) {
 	if want == nil {
 		return // nothing is known yet
 	}
-	since := u.member.door.alarm()
+	since := u.alarms()
 	unit, err := u.units.State(ctx, quadlet.ServiceName)
 	if err != nil {
 		if ctx.Err() == nil {
@@ -156,7 +167,9 @@ func (u *updater) reconcile(ctx context.Context) {
 		}
 		return
 	}
-	u.member.board.set(func(b *board) { b.restarts = unit.NRestarts })
+	for _, m := range u.members {
+		m.board.set(func(b *board) { b.restarts = unit.NRestarts })
+	}
 	lost := u.active != nil && !u.active.Current(unit)
 	if lost {
 		u.log.Warn("runtime lost", lossOf(unit).Attr(), "unit", unit.Active, "result", unit.Result, "status", unit.StatusText)
@@ -167,20 +180,20 @@ func (u *updater) reconcile(ctx context.Context) {
 		poke(u.look)
 		return
 	}
-	switch why := u.member.door.doubted(); {
+	switch owner := u.owner(); {
 	case u.renew:
 		u.renew = false
 		if u.replace(ctx, "the operator asks for it") == nil {
 			poke(u.look)
 		}
 		return
-	case u.active == nil:
-	case why != "":
-		u.suspected(ctx, why)
+	case owner == nil:
+	case owner.door.doubted() != "":
+		u.suspected(ctx, owner.door.doubted())
 		poke(u.look)
 		return
 	default:
-		u.member.door.reopen(u.member.worker, since)
+		u.reopen(since)
 		u.clean(ctx)
 	}
 
@@ -192,6 +205,7 @@ func (u *updater) reconcile(ctx context.Context) {
 	}
 	if u.active != nil && u.active.Snapshot().Digest() == serve.Digest() {
 		u.settled(&v)
+		u.share(ctx, &v)
 		return
 	}
 	missing := want
@@ -206,7 +220,7 @@ func (u *updater) reconcile(ctx context.Context) {
 	case p == nil: // what is missing comes on u.results
 	case u.active == nil && settling(unit) && u.good == serve.Digest() && deploy.Loaded(unit) == nil:
 		// systemd is at it; the watcher tells when it is done
-	case u.active != nil && !u.again.due(): // it has failed here before
+	case u.active != nil && !u.of(serve).again.due(): // it has failed here before
 	case u.active != nil || u.build.due() || unit.Active == "active" && unit.InvocationID != u.tried:
 		u.tried = unit.InvocationID
 		u.bringUp(ctx, p)
@@ -234,14 +248,11 @@ func (u *updater) open(n int) *snapshot.Snapshot {
 	damaged := errors.Is(err, generation.ErrDamaged)
 	var s *snapshot.Snapshot
 	if err == nil {
-		s, err = u.member.snaps.Open(proof)
+		s, err = u.openProof(g.Network, proof)
 		damaged = errors.Is(err, snapshot.ErrUntrusted)
 	}
 	if err == nil && s.Digest() != g.Config {
 		err, damaged = fmt.Errorf("%w: its configuration is %s, not %s", generation.ErrDamaged, s.Digest(), g.Config), true
-	}
-	if err == nil {
-		err = u.member.ours(s)
 	}
 	if err != nil {
 		u.log.Error("a generation cannot be used", journal.GenerationBroken.Attr(), "generation", n, "error", err)
@@ -279,64 +290,93 @@ func (u *updater) current(v *generation.View) *snapshot.Snapshot {
 
 // wanted returns the configuration that should be.
 func (u *updater) wanted(v *generation.View, cur *snapshot.Snapshot) *snapshot.Snapshot {
-	newest := u.member.board.snapshot()
-	if newest == nil {
-		if cur != nil {
-			u.member.board.learn(cur)
-		}
-		return cur
-	}
-	fresh := newest.Digest() != u.newest
-	if fresh { // another configuration, another chance
-		u.newest = newest.Digest()
-		u.fetch, u.again = backoff{}, backoff{}
-		for d := range u.plans {
-			if d != u.newest && (cur == nil || d != cur.Digest()) {
-				delete(u.plans, d)
-			}
+	if cur != nil {
+		if m := u.memberOf(cur); m.board.snapshot() == nil {
+			m.board.learn(cur) // it stands in for what the network has
 		}
 	}
-	// Where the cache is lost, what is current stands in for what the network has.
-	if !v.Aside.IsZero() && v.Aside != u.newest && (cur == nil || cur.Digest() != u.newest) {
-		u.log.Info("the network has another configuration than the one put aside", journal.GenerationUnpin.Attr(), "version", newest.Version())
-		u.logged(u.gens.Forward(digest.Digest{}))
-		*v = u.gens.View()
+	for _, m := range u.members {
+		u.refreshed(m, cur)
 	}
+	u.unpin(v, cur)
 	pinned := 0
-	if v.Aside == u.newest {
+	if !v.Aside.IsZero() {
 		if pinned = v.Order; pinned == 0 {
 			pinned = v.Current
 		}
 	}
-	u.member.board.set(func(b *board) { b.pinned = pinned })
+	for _, m := range u.members {
+		m.board.set(func(b *board) {
+			if b.pinned = 0; m.net.Name == v.AsideOf {
+				b.pinned = pinned
+			}
+		})
+	}
 	if v.Order != 0 {
 		if s := u.open(v.Order); s != nil {
 			return s
 		}
 		*v = u.gens.View()
 	}
-	g := v.Find(u.newest)
-	switch {
-	case cur == nil || cur.Digest() == u.newest:
-		return newest
-	case v.Aside == u.newest:
+	if !v.Aside.IsZero() && cur != nil {
 		return cur
-	case g == nil:
+	}
+	lead := u.lead(v, cur)
+	if lead == nil {
+		return cur
+	}
+	newest, st := lead.board.snapshot(), u.standing[lead]
+	g := v.Find(newest.Digest())
+	switch {
+	case cur == nil || cur.Digest() == newest.Digest(), g == nil:
 		return newest
 	case g.State == generation.Dead:
-		if fresh {
-			u.member.board.fail(newest, failure(g))
-		}
 		return cur
 	case g.State != generation.Failed:
 		return newest
 	}
 	// Whose fault it is, the current one shows. Where it is this machine's, the
 	// failed one is tried again, sooner if nothing else serves.
-	if u.active == nil && u.down || u.active != nil && g.Machine && u.again.due() {
+	if u.active == nil && u.down || u.active != nil && g.Machine && st.again.due() {
 		return newest
 	}
 	return cur
+}
+
+// refreshed takes note of a network's newest configuration: another one, another
+// chance.
+func (u *updater) refreshed(m *membership, cur *snapshot.Snapshot) {
+	newest, st := m.board.snapshot(), u.standing[m]
+	if newest == nil || newest.Digest() == st.newest {
+		return
+	}
+	was := st.newest
+	st.newest, st.fetch, st.again = newest.Digest(), backoff{}, backoff{}
+	if cur == nil || was != cur.Digest() {
+		delete(u.plans, was)
+	}
+	v := u.gens.View()
+	if g := v.Find(st.newest); g != nil && g.State == generation.Dead {
+		m.board.fail(newest, failure(g))
+	}
+}
+
+// unpin ends what the operator's going back began, once the network has another
+// configuration than the one that was put aside.
+func (u *updater) unpin(v *generation.View, cur *snapshot.Snapshot) {
+	if v.Aside.IsZero() {
+		return
+	}
+	if m := u.named(v.AsideOf); m != nil {
+		// Where the cache is lost, what is current stands in for what the network has.
+		newest := m.board.snapshot()
+		if newest == nil || newest.Digest() == v.Aside || cur != nil && cur.Digest() == newest.Digest() {
+			return
+		}
+		m.log.Info("the network has another configuration than the one put aside", journal.GenerationUnpin.Attr(), "version", newest.Version())
+	}
+	u.logged(u.gens.Forward(digest.Digest{}))
+	*v = u.gens.View()
 }
 
 // failure is why a generation is not in use, as it was when that was written.
@@ -346,7 +386,9 @@ func failure(g *generation.Generation) *deploy.Error {
 
 // settled does what is left to do when what should be is.
 func (u *updater) settled(v *generation.View) {
-	u.staging.end() // nobody wants it any more
+	if u.staging != nil && !u.mayShare(u.staging.snap) {
+		u.staging.end() // nobody wants it any more
+	}
 	// The disk was full when it came up.
 	if g := v.Get(v.Current); g != nil && g.State == generation.Trial && g.Config == u.active.Snapshot().Digest() {
 		u.passed(v.Current, g.Phases)
@@ -387,13 +429,13 @@ func (u *updater) stage(ctx context.Context, v *generation.View, snap *snapshot.
 		}
 		return
 	}
-	if !u.fetch.due() {
+	if !u.of(snap).fetch.due() {
 		return
 	}
 	sctx, cancel := context.WithCancel(ctx)
 	st := &staging{snap: snap, cancel: cancel}
 	u.staging = st
-	u.member.board.advance(snap, deploy.StepImage)
+	u.memberOf(snap).board.advance(snap, deploy.StepImage)
 	r := &result{staging: st, deployer: u.deployer}
 	if g := v.Find(snap.Digest()); g != nil {
 		if proof, _, err := u.gens.Load(g.Number); err == nil {
@@ -420,7 +462,7 @@ func (u *updater) prepare(ctx context.Context, r *result, serving *snapshot.Mode
 	defer func() { r.phases = clock.end() }()
 	clock.begin(phaseStage)
 	if r.proof == nil {
-		if r.proof, err = u.member.snaps.Proof(r.snap); err != nil {
+		if r.proof, err = u.memberOf(r.snap).snaps.Proof(r.snap); err != nil {
 			return &deploy.Error{Step: deploy.StepUnit, Err: err}
 		}
 	}
@@ -450,14 +492,16 @@ func (u *updater) prepare(ctx context.Context, r *result, serving *snapshot.Mode
 }
 
 // progress is told by the deployer how much of a model is here.
-func (a *Agent) progress(m *snapshot.Model, done, _ int64) {
-	a.member.board.set(func(b *board) {
-		if _, listed := b.models[m.Digest()]; listed {
-			b.models[m.Digest()] = done
+func (a *Agent) progress(model *snapshot.Model, done, _ int64) {
+	for _, m := range a.members {
+		m.board.set(func(b *board) {
+			if _, listed := b.models[model.Digest()]; listed {
+				b.models[model.Digest()] = done
+			}
+		})
+		if s := m.board.snapshot(); s != nil && lists(s, model) {
+			m.board.advance(s, deploy.StepModel)
 		}
-	})
-	if s := a.member.board.snapshot(); s != nil && lists(s, m) {
-		a.member.board.advance(s, deploy.StepModel)
 	}
 }
 
@@ -476,29 +520,27 @@ func (u *updater) collect(ctx context.Context, r *result) {
 		return
 	}
 	u.staging, u.deployer = nil, r.deployer
+	st := u.of(r.snap)
 	if r.over {
-		u.fetch = backoff{}
+		st.fetch = backoff{}
 		return
 	}
 	u.logged(u.gens.Prune()) // also where none comes up, which would clean
 	err := r.err
-	n := 0
-	if err == nil {
-		if n, err = u.gens.Add(contentOf(r)); err != nil {
-			err = &deploy.Error{Step: deploy.StepUnit, Err: err}
-		}
+	p := &staged{plan: r.plan, phases: r.phases, content: contentOf(r)}
+	if err == nil && !u.mayShare(r.snap) {
+		err = u.number(p)
 	}
 	if err == nil {
-		u.fetch = backoff{}
-		u.plans[r.snap.Digest()] = &staged{number: n, plan: r.plan, phases: r.phases}
-		if v := u.gens.View(); v.Get(n).State == generation.Staged {
-			u.build = backoff{} // it does not wait for the schedule of one that fails
-			u.log.Info("generation staged", journal.GenerationStaged.Attr(), "generation", n, "version", r.snap.Version())
-		}
+		st.fetch, u.tight = backoff{}, false
+		u.plans[r.snap.Digest()] = p
 		return
 	}
 	u.report(r.snap, err)
-	u.fetch.failed()
+	st.fetch.failed()
+	if m := u.memberOf(r.snap); u.active != nil && m != u.owner() && m.board.runs() {
+		u.admit(m, nil, standby) // what it had a part in under another configuration of its own
+	}
 	v := u.gens.View()
 	isCurrent := v.Get(v.Current) != nil && v.Get(v.Current).Config == r.snap.Digest()
 	u.down = isCurrent && u.active == nil
@@ -506,9 +548,9 @@ func (u *updater) collect(ctx context.Context, r *result) {
 	var space *model.NoSpaceError
 	switch {
 	case errors.As(err, &space):
-		u.makeRoom(&v)
+		u.makeRoom(&v, st)
 	case e != nil && !e.Machine() && !isCurrent && v.Current != 0 && r.proof != nil: // nothing here will mend it
-		n, err := u.gens.Add(contentOf(r))
+		n, err := u.gens.Add(p.content)
 		if err == nil {
 			err = u.gens.Condemn(n, string(e.Step), e.Err.Error())
 		}
@@ -518,9 +560,23 @@ func (u *updater) collect(ctx context.Context, r *result) {
 	}
 }
 
+// number makes a staged plan a generation.
+func (u *updater) number(p *staged) error {
+	n, err := u.gens.Add(p.content)
+	if err != nil {
+		return &deploy.Error{Step: deploy.StepUnit, Err: err}
+	}
+	p.number = n
+	if v := u.gens.View(); v.Get(n).State == generation.Staged {
+		u.build = backoff{} // it does not wait for the schedule of one that fails
+		u.log.Info("generation staged", journal.GenerationStaged.Attr(), "generation", n, "version", p.content.Version, "network", p.content.Network)
+	}
+	return nil
+}
+
 func contentOf(r *result) generation.Content {
 	c := r.snap.Config()
-	g := generation.Content{Config: r.snap.Digest(), Version: r.snap.Version(), Engine: string(c.Runtime.Engine), Image: c.Runtime.Image.String(), Proof: r.proof}
+	g := generation.Content{Network: c.Network.Name, Config: r.snap.Digest(), Version: r.snap.Version(), Engine: string(c.Runtime.Engine), Image: c.Runtime.Image.String(), Proof: r.proof}
 	for i := range c.Models {
 		g.Models = append(g.Models, generation.Model{Name: c.Models[i].Name, Version: c.Models[i].Version, Digest: c.Models[i].Digest()})
 	}
@@ -532,25 +588,37 @@ func contentOf(r *result) generation.Content {
 
 // makeRoom gives up the generation before, whose model may be as large as the
 // one that there is no room for.
-func (u *updater) makeRoom(v *generation.View) {
+func (u *updater) makeRoom(v *generation.View, st *standing) {
+	if u.active != nil && !u.tight && len(u.members) > 1 { // first what networks on standby have here
+		u.tight, u.untidy, u.tidy, st.fetch = true, true, backoff{}, backoff{}
+		return
+	}
 	if v.Previous == 0 || v.Previous == v.Order || u.active == nil {
 		return
 	}
 	u.log.Warn("no room for the next model: the generation before is given up", "generation", v.Previous)
 	u.logged(u.gens.Forget(v.Previous))
 	delete(u.opened, v.Previous)
-	u.untidy, u.tidy, u.fetch = true, backoff{}, backoff{} // in this order, at the next look
+	u.untidy, u.tidy, st.fetch = true, backoff{}, backoff{} // in this order, at the next look
 }
 
 // bringUp makes a staged plan what runs, or goes back to what was healthy.
 func (u *updater) bringUp(ctx context.Context, p *staged) {
 	snap := p.plan.Snapshot()
+	if p.number == 0 {
+		if err := u.number(p); err != nil {
+			u.report(snap, err)
+			u.build.failed()
+			return
+		}
+	}
 	v := u.gens.View()
 	g := v.Get(p.number)
 	if g == nil { // pruned or damaged meanwhile
 		delete(u.plans, snap.Digest())
 		return
 	}
+	st := u.of(snap)
 	trial := v.Current != p.number || g.State != generation.Healthy
 	clock := newPhases()
 	clock.done = append(clock.done, p.phases...)
@@ -570,13 +638,14 @@ func (u *updater) bringUp(ctx context.Context, p *staged) {
 	} else if trial {
 		if err := u.gens.Begin(p.number); err != nil {
 			u.report(snap, &deploy.Error{Step: deploy.StepUnit, Err: err})
-			u.again.failedOn(rarely)
+			st.again.failedOn(rarely)
 			u.build.failed()
 			return // the next look lets jobs in again
 		}
 	}
 	u.setActive(nil, starting)
-	u.member.board.advance(snap, deploy.StepUnit)
+	u.memberOf(snap).board.setActive(nil, starting) // also where it was on standby
+	u.memberOf(snap).board.advance(snap, deploy.StepUnit)
 	var dep *deploy.Deployment
 	if err == nil {
 		actx, cancel := context.WithTimeoutCause(ctx, p.plan.Patience(), fmt.Errorf("not healthy within %v", p.plan.Patience()))
@@ -593,10 +662,10 @@ func (u *updater) bringUp(ctx context.Context, p *staged) {
 	u.admitted = time.Now()
 	u.setActive(dep, active)
 	c := snap.Config()
-	u.log.Info("runtime active", journal.RuntimeActive.Attr(), "model", c.Runtime.Model, "image", c.Runtime.Image, "version", snap.Version(), "generation", p.number)
+	u.log.Info("runtime active", journal.RuntimeActive.Attr(), "model", c.Runtime.Model, "image", c.Runtime.Image, "version", snap.Version(), "generation", p.number, "network", c.Network.Name)
 	phases := clock.end()
 	if trial {
-		u.again = backoff{}
+		st.again = backoff{}
 	} else {
 		phases = g.Phases // of its own switch
 	}
@@ -612,16 +681,28 @@ func (u *updater) idle(ctx context.Context) error {
 	if u.active == nil {
 		return nil
 	}
-	u.member.door.shut(u.member.worker)
-	poke(u.member.beat)
-	limit := u.active.Snapshot().Config().Limits.Deadline.Duration()
-	if last := u.member.worker.Deadline(); !last.IsZero() {
-		limit = min(limit, max(0, time.Until(last)))
+	until := time.Now()
+	for _, m := range u.members {
+		m.door.shut(m.worker)
+		poke(m.beat)
+		s := m.door.serves()
+		if s == nil {
+			s = u.active.Snapshot()
+		}
+		limit := time.Now().Add(s.Config().Limits.Deadline.Duration())
+		if last := m.worker.Deadline(); !last.IsZero() && last.Before(limit) {
+			limit = last
+		}
+		if limit.After(until) {
+			until = limit
+		}
 	}
-	ictx, cancel := context.WithTimeout(ctx, limit)
+	ictx, cancel := context.WithDeadline(ctx, until)
 	defer cancel()
-	if err := u.member.worker.Idle(ictx); err != nil && ctx.Err() == nil {
-		u.log.Warn("jobs are cut short by the switch", "error", err)
+	for _, m := range u.members {
+		if err := m.worker.Idle(ictx); err != nil && ctx.Err() == nil {
+			m.log.Warn("jobs are cut short by the switch", "error", err)
+		}
 	}
 	return ctx.Err()
 }
@@ -670,7 +751,7 @@ func (u *updater) failed(ctx context.Context, p *staged, trial bool, err error, 
 	}
 	u.log.Error("generation did not become healthy", journal.GenerationFailed.Attr(), "generation", p.number, "step", e.Step, "machine", machine, "back_to", back, "error", e.Err)
 	if machine {
-		u.again.failedOn(rarely)
+		u.of(snap).again.failedOn(rarely)
 	}
 	old := u.open(back)
 	switch {
@@ -701,8 +782,10 @@ func (u *updater) clean(ctx context.Context) {
 	u.logged(u.gens.Prune())
 	v := u.gens.View()
 	keep := []*snapshot.Snapshot{u.active.Snapshot()}
-	if s := u.member.board.snapshot(); s != nil {
-		keep = append(keep, s)
+	for _, m := range u.members {
+		if s := m.board.snapshot(); s != nil && (!u.tight || u.standing[m].ahead) {
+			keep = append(keep, s)
+		}
 	}
 	for n := range u.opened {
 		if v.Get(n) == nil {
@@ -728,21 +811,39 @@ func (u *updater) clean(ctx context.Context) {
 	u.untidy, u.tidy = false, backoff{}
 }
 
-// setActive publishes what runs; nil for nothing that may be given jobs.
+// setActive publishes what runs; nil for nothing that may be given jobs. No other
+// network has a part in it then.
 func (u *updater) setActive(d *deploy.Deployment, phase string) {
 	old := u.engine
 	u.active, u.engine = d, nil
-	u.member.board.setActive(d, phase)
-	if d == nil {
-		u.member.door.open(u.member.worker, nil, nil)
-	} else {
+	if d != nil {
 		u.engine = u.openEngine(d.Socket())
-		u.member.door.open(u.member.worker, d, &work.Active{Snapshot: d.Snapshot(), Image: d.Image(), Model: d.Model(), Engine: u.engine})
+	}
+	owner := u.owner()
+	for _, m := range u.members {
+		switch {
+		case m == owner:
+			u.admit(m, d, phase)
+		case d != nil || m.board.phaseNow() == standby:
+			u.admit(m, nil, standby)
+		default:
+			u.admit(m, nil, phase)
+		}
 	}
 	if old != nil {
 		old.Close() // connections that no job uses
 	}
-	poke(u.member.beat)
+}
+
+// admit lets a network's jobs to a deployment; nil for none.
+func (u *updater) admit(m *membership, d *deploy.Deployment, phase string) {
+	m.board.setActive(d, phase)
+	if d == nil {
+		m.door.open(m.worker, nil, nil)
+	} else {
+		m.door.open(m.worker, d, &work.Active{Snapshot: d.Snapshot(), Image: d.Image(), Model: d.Model(), Engine: u.engine})
+	}
+	poke(m.beat)
 }
 
 // report makes a failure known: to the operator at once, to status until it is
@@ -752,8 +853,9 @@ func (u *updater) report(snap *snapshot.Snapshot, err error) {
 	if !ok { // the deployer promises the other
 		e = &deploy.Error{Step: deploy.StepUnit, Err: err}
 	}
-	if u.member.board.fail(snap, e) { // say it once, not at every try
-		u.log.Error("deployment failed", eventOf(err).Attr(), "version", snap.Version(), "step", e.Step, "error", err)
+	m := u.memberOf(snap)
+	if m.board.fail(snap, e) { // say it once, not at every try
+		m.log.Error("deployment failed", eventOf(err).Attr(), "version", snap.Version(), "step", e.Step, "error", err)
 	}
 }
 
@@ -823,13 +925,13 @@ func (u *updater) withdraw(ctx context.Context, unit systemd.State, cur *snapsho
 	if u.active != nil {
 		runs = u.active.Snapshot()
 	}
-	if u.deployer == nil || runs == nil || u.judged == u.newest || unit.Active == "inactive" || unit.Active == "failed" {
+	if u.deployer == nil || runs == nil || u.judged == u.of(runs).newest || unit.Active == "inactive" || unit.Active == "failed" {
 		return false
 	}
 	err := u.deployer.Trusted(ctx, runs)
 	if !errors.Is(err, image.ErrRevoked) {
 		if err == nil {
-			u.judged = u.newest
+			u.judged = u.of(runs).newest
 		}
 		return false
 	}
@@ -856,7 +958,9 @@ func (a *Agent) watchRuntime(ctx context.Context) error {
 		begin := time.Now()
 		err := a.units.Watch(ctx, quadlet.ServiceName, func() {
 			if unit, err := a.units.State(ctx, quadlet.ServiceName); err == nil {
-				a.member.door.check(a.member.worker, unit)
+				for _, m := range a.members {
+					m.door.check(m.worker, unit)
+				}
 			}
 			poke(a.look)
 		})

@@ -144,7 +144,7 @@ func TestExpiredWhileTheNetworkIsAway(t *testing.T) {
 		if g := f.gate("configuration"); strings.Contains(g.Detail, "expired") || f.book.count(journal.SnapshotExpired) != 0 {
 			t.Errorf("before its time: %+v", g)
 		}
-		last[*wire.Heartbeat](f)
+		last[*wire.Heartbeat](f.party)
 		pass(90 * time.Minute)
 		f.serves(s)
 		if g := f.gate("configuration"); g.State != gate.Open || !strings.Contains(g.Detail, "it expired on") || f.book.count(journal.SnapshotExpired) != 1 {
@@ -155,7 +155,7 @@ func TestExpiredWhileTheNetworkIsAway(t *testing.T) {
 		<-f.engine.asked
 		f.engine.answer <- struct{}{}
 		synctest.Wait()
-		if r := last[*wire.Result](f); r == nil || r.Code != "" {
+		if r := last[*wire.Result](f.party); r == nil || r.Code != "" {
 			t.Errorf("%+v", r)
 		}
 	})
@@ -445,7 +445,7 @@ func TestUpdate(t *testing.T) {
 		f.engine.answer <- struct{}{}
 		pass(untilSettled)
 		f.serves(next)
-		if r := last[*wire.Result](f); r == nil || r.Code != "" || r.Receipt.Receipt().ConfigDigest != one.Digest() {
+		if r := last[*wire.Result](f.party); r == nil || r.Code != "" || r.Receipt.Receipt().ConfigDigest != one.Digest() {
 			t.Errorf("result %+v", r)
 		}
 		// What a rollback needs is kept, and no more.
@@ -726,7 +726,7 @@ func TestRegistration(t *testing.T) {
 	n := deploytest.NewNetwork(t)
 	s := n.Publish(nil)
 	start := func(t *testing.T, f *fixture) func() {
-		f.net.EnrolmentToken = token
+		f.membership.net.EnrolmentToken = token
 		f.tuf.serve(s, nil)
 		return f.run()
 	}
@@ -792,8 +792,8 @@ func TestRegistration(t *testing.T) {
 		f := build(t, dir, m)
 		defer start(t, f)()
 		pass(time.Minute)
-		if len(f.enrols) != 0 || f.Identity().Account != "acme" {
-			t.Errorf("%d registrations, account %q", len(f.enrols), f.Identity().Account)
+		if len(f.enrols) != 0 || f.Identity()[0].Account != "acme" {
+			t.Errorf("%d registrations, account %q", len(f.enrols), f.Identity()[0].Account)
 		}
 	})
 }

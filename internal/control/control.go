@@ -34,28 +34,61 @@ import (
 const SocketName = "control.sock"
 
 // Status is the answer to "why no jobs". Where no agent runs, resultityctl fills
-// in what it can see by itself: version, node and network are empty then.
+// in what it can see by itself: version, node and networks are empty then.
+//
+// What stands here is the machine's: its sums of all networks, and the one runtime.
 type Status struct {
-	Version  string            `json:"version"` // of the agent that runs
-	Node     string            `json:"node"`    // address
-	Network  string            `json:"network"`
-	Gates    []gate.Gate       `json:"gates"` // in the order of [gate.List]
-	Snapshot *Snapshot         `json:"snapshot,omitempty"`
+	Version  string            `json:"version"`  // of the agent that runs
+	Node     string            `json:"node"`     // address
+	Gates    []gate.Gate       `json:"gates"`    // of the machine, then of each network, both in the order of [gate.List]
+	Networks []Network         `json:"networks"` // by priority, the highest first
 	Runtime  wire.RuntimeState `json:"runtime"`
 	Current  *Generation       `json:"generation,omitempty"` // the current one
 	Slots    int               `json:"slots"`
 	Busy     int               `json:"busy"`
-	Outbox   int               `json:"outbox"` // results that the network has not acknowledged
-	Draining bool              `json:"draining"`
-	Drains   []Drain           `json:"drains,omitempty"` // who has drained the node; all have to take it back
-	Logs     Logs              `json:"logs,omitzero"`
-	Penalty  *Penalty          `json:"penalty,omitempty"` // the network's, in force
-	Orders   []Order           `json:"orders,omitempty"`  // the network's last ones, oldest first
+	Outbox   int               `json:"outbox"`   // results that no network has acknowledged
+	Draining bool              `json:"draining"` // takes no new jobs of any network
 
 	// Since the agent's start, and no longer ago than a day.
 	Done    int        `json:"done"`              // jobs with an answer
 	Failed  int        `json:"failed"`            // jobs that ended without one
 	LastJob *time.Time `json:"lastJob,omitempty"` // end of the last job since the agent's start
+}
+
+// Network is the node's part in one network.
+type Network struct {
+	Name     string            `json:"name"`
+	Priority int               `json:"priority"`
+	Snapshot *Snapshot         `json:"snapshot,omitempty"`
+	Runtime  wire.RuntimeState `json:"runtime"` // as the network is told: standby where it is another network's
+	Slots    int               `json:"slots"`
+	Busy     int               `json:"busy"`  // with jobs of this network
+	Taken    int               `json:"taken"` // slots that others use, or that are kept for them
+	Outbox   int               `json:"outbox"`
+	Draining bool              `json:"draining"`
+	Drains   []Drain           `json:"drains,omitempty"` // who has drained the node; all have to take it back
+	Logs     Logs              `json:"logs,omitzero"`
+	Penalty  *Penalty          `json:"penalty,omitempty"` // the network's, in force
+	Orders   []Order           `json:"orders,omitempty"`  // the network's last ones, oldest first
+	Done     int               `json:"done"`
+	Failed   int               `json:"failed"`
+	LastJob  *time.Time        `json:"lastJob,omitempty"`
+}
+
+// Of returns the node's part in a network, or nil.
+func (s *Status) Of(network string) *Network {
+	for i := range s.Networks {
+		if s.Networks[i].Name == network {
+			return &s.Networks[i]
+		}
+	}
+	return nil
+}
+
+// Keep leaves of the networks only one, for whoever asks about that.
+func (s *Status) Keep(network string) {
+	s.Gates = slices.DeleteFunc(s.Gates, func(g gate.Gate) bool { return g.Network != "" && g.Network != network })
+	s.Networks = slices.DeleteFunc(s.Networks, func(n Network) bool { return n.Name != network })
 }
 
 // Logs says how far the upload of the node's log is. The numbers count records.
@@ -101,13 +134,22 @@ type Snapshot struct {
 // Closed returns the first gate that is closed, or nil.
 func (s *Status) Closed() *gate.Gate { return gate.FirstClosed(s.Gates) }
 
-// GetsJobs reports whether the network sends jobs to the node now: it says so,
+// GetsJobs reports whether a network sends jobs to the node now: it says so,
 // and nothing of what the agent does is in the way. A gate of the machine may be
 // closed all the same, and end that at the next logout or reboot.
 func (s *Status) GetsJobs() bool {
 	own := slices.IndexFunc(s.Gates, func(g gate.Gate) bool { return g.Name == gate.Identity })
-	last := len(s.Gates) - 1
-	return own >= 0 && gate.FirstClosed(s.Gates[own:]) == nil && s.Gates[last].Name == gate.Routable && s.Gates[last].State == gate.Open
+	if own < 0 {
+		return false
+	}
+	closed := map[string]bool{} // by network; "" is the machine
+	for _, g := range s.Gates[own:] {
+		closed[g.Network] = closed[g.Network] || g.State == gate.Closed
+		if g.Name == gate.Routable && g.State == gate.Open && !closed[g.Network] && !closed[""] {
+			return true
+		}
+	}
+	return false
 }
 
 // Identity is who the node is.
@@ -124,6 +166,7 @@ type Identity struct {
 // BindRequest is a step towards a binding, or its end. A nonce that a step needs
 // and that is not given is asked for.
 type BindRequest struct {
+	Network   string          `json:"network,omitempty"` // may be empty where the node is in one only
 	Step      wire.BindStep   `json:"step"`
 	Nonce     evm.Hash        `json:"nonce"`
 	Statement *binding.Signed `json:"statement,omitempty"`
@@ -146,31 +189,35 @@ type Binding struct {
 // Model is a model and what has become of it.
 type Model struct {
 	wire.ModelState
-	Bytes int64 `json:"bytes"`
-	Done  int64 `json:"done"` // of Bytes, while pending
+	Network string `json:"network"`
+	Bytes   int64  `json:"bytes"`
+	Done    int64  `json:"done"` // of Bytes, while pending
 }
 
 // Job is one job the node has not forgotten yet.
 type Job struct {
-	ID    string    `json:"id"`
-	State string    `json:"state"` // running, or unacknowledged
-	Model string    `json:"model,omitempty"`
-	Code  wire.Code `json:"code,omitempty"` // why it failed
+	ID      string    `json:"id"`
+	Network string    `json:"network"`
+	State   string    `json:"state"` // running, or unacknowledged
+	Model   string    `json:"model,omitempty"`
+	Code    wire.Code `json:"code,omitempty"` // why it failed
 }
 
 // Generations is what the node has been, and what it is.
 type Generations struct {
-	Current     int          `json:"current"`             // 0 for none
-	Previous    int          `json:"previous,omitempty"`  // healthy: what a rollback goes to
-	Order       int          `json:"order,omitempty"`     // the operator's, under way
-	PutAside    string       `json:"put_aside,omitempty"` // digest of the configuration that the operator has gone back from
-	Generations []Generation `json:"generations"`         // by number
+	Current     int          `json:"current"`                // 0 for none
+	Previous    int          `json:"previous,omitempty"`     // healthy: what a rollback goes to
+	Order       int          `json:"order,omitempty"`        // the operator's, under way
+	PutAsideOf  string       `json:"put_aside_of,omitempty"` // network whose configuration that is
+	PutAside    string       `json:"put_aside,omitempty"`    // digest of the configuration that the operator has gone back from
+	Generations []Generation `json:"generations"`            // by number
 }
 
 // Generation is a configuration that the node was brought to, and how that went.
 type Generation struct {
 	Number   int               `json:"number"`
-	State    string            `json:"state"` // staged, trial, healthy, failed, dead
+	Network  string            `json:"network"` // whose configuration it is
+	State    string            `json:"state"`   // staged, trial, healthy, failed, dead
 	Since    time.Time         `json:"since"`
 	Created  time.Time         `json:"created"`
 	Version  int64             `json:"version"`
@@ -216,7 +263,7 @@ var ErrRefused = errors.New("refused")
 // Backend is the agent as its operator sees it. Safe for concurrent use.
 type Backend interface {
 	Status() Status
-	Identity() Identity
+	Identity() []Identity // by network, in the order of [Status].Networks
 	Models() []Model
 	Jobs(limit int) ([]Job, error)
 	Generations() Generations

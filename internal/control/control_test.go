@@ -58,12 +58,12 @@ func (n *node) Status() Status {
 	n.mu.Lock()
 	defer n.mu.Unlock()
 	return Status{
-		Version: "1.2.3", Node: "0xaa", Network: "testnet", Gates: []gate.Gate{{Name: "identity", State: gate.Open, Detail: "d"}, {Name: "image", Detail: "e", Remedy: "r"}},
-		Snapshot: &Snapshot{Version: 7, Digest: "sha256:aa", Expires: time.Unix(1_000_000, 0).UTC()}, Slots: 4, Busy: 1, Outbox: 2, Draining: n.draining,
+		Version: "1.2.3", Node: "0xaa", Gates: []gate.Gate{{Name: "identity", State: gate.Open, Detail: "d"}, {Name: "image", Detail: "e", Remedy: "r"}},
+		Networks: []Network{{Name: "testnet", Snapshot: &Snapshot{Version: 7, Digest: "sha256:aa", Expires: time.Unix(1_000_000, 0).UTC()}}}, Slots: 4, Busy: 1, Outbox: 2, Draining: n.draining,
 	}
 }
-func (n *node) Identity() Identity {
-	return Identity{Node: "0xaa", Network: "testnet", Account: "acme"}
+func (n *node) Identity() []Identity {
+	return []Identity{Identity{Node: "0xaa", Network: "testnet", Account: "acme"}}
 }
 func (n *node) Models() []Model {
 	return []Model{{ModelState: wire.ModelState{Name: "tiny", Version: "1", Digest: digest.Of(nil), State: "pending"}, Bytes: 10, Done: 5}}

@@ -37,11 +37,12 @@ var Probes = []string{ProbeUnsignedAgent, ProbeUnsignedPodman, ProbeSocketOut, P
 // Check is one thing that doctor looked at. The JSON is part of `resultityctl
 // doctor --json`: fields are added, never changed.
 type Check struct {
-	Name   string `json:"name"`
-	Result Result `json:"result"`
-	Detail string `json:"detail"`
-	Remedy string `json:"remedy,omitempty"`
-	MS     int64  `json:"ms,omitempty"` // one-token: until the first token came
+	Name    string `json:"name"`
+	Network string `json:"network,omitempty"` // that a gate is of; empty for the machine
+	Result  Result `json:"result"`
+	Detail  string `json:"detail"`
+	Remedy  string `json:"remedy,omitempty"`
+	MS      int64  `json:"ms,omitempty"` // one-token: until the first token came
 }
 
 // Report is doctor's answer: the gates in their order, then the probes.
@@ -66,7 +67,7 @@ func ChecksOf(gs []gate.Gate) []Check {
 	results := map[gate.State]Result{gate.Open: Pass, gate.Closed: Fail, gate.Unknown: NotMeasured}
 	cs := []Check{}
 	for _, g := range gs {
-		cs = append(cs, Check{Name: g.Name, Result: results[g.State], Detail: g.Detail, Remedy: g.Remedy})
+		cs = append(cs, Check{Name: g.Name, Network: g.Network, Result: results[g.State], Detail: g.Detail, Remedy: g.Remedy})
 	}
 	return cs
 }

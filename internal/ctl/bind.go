@@ -40,6 +40,7 @@ func (c *command) bindCommand() *cobra.Command {
   --email name@domain    has a code sent there; then --code CODE.
   --token FILE           uses an enrolment token, from a file (or - for standard input).
 
+A node that is in several networks is bound in each: --network says in which.
 A contract wallet (EIP-1271) cannot be used: only its chain could check what it signs.
 One account may have many nodes; a node has one account at a time.`,
 		Args: noArgs,
@@ -115,7 +116,7 @@ func (c *command) bind(ctx context.Context, o bindOptions) error {
 	case o.code != "":
 		return c.step(ctx, control.BindRequest{Step: wire.BindCode, Code: o.code})
 	}
-	b, err := c.client().Bind(ctx, control.BindRequest{Step: wire.BindEmail, Email: o.email})
+	b, err := c.askBinding(ctx, control.BindRequest{Step: wire.BindEmail, Email: o.email})
 	if err != nil {
 		return err
 	}
@@ -127,9 +128,19 @@ func (c *command) bind(ctx context.Context, o bindOptions) error {
 	return err
 }
 
+// askBinding asks the agent, about the network that the command line names or
+// that the owner has signed.
+func (c *command) askBinding(ctx context.Context, q control.BindRequest) (control.Binding, error) {
+	q.Network = c.network
+	if q.Network == "" && q.Statement != nil {
+		q.Network = q.Statement.Statement.Network
+	}
+	return c.client().Bind(ctx, q)
+}
+
 // step makes one step and shows whose node it is then.
 func (c *command) step(ctx context.Context, q control.BindRequest) error {
-	b, err := c.client().Bind(ctx, q)
+	b, err := c.askBinding(ctx, q)
 	if err != nil {
 		return err
 	}
@@ -175,7 +186,7 @@ func (c *command) byWallet(ctx context.Context, action binding.Action, o bindOpt
 			return err
 		}
 	} else {
-		begun, err := c.client().Bind(ctx, control.BindRequest{Step: wire.BindBegin})
+		begun, err := c.askBinding(ctx, control.BindRequest{Step: wire.BindBegin})
 		if err != nil {
 			return err
 		}

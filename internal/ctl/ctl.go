@@ -8,7 +8,8 @@
 // `status --json` prints a [control.Status], also where no agent runs. Its
 // fields stay; new ones may come. gates has the gates in a fixed order, that of
 // [gate.List]: name, state ("open", "closed" or "unknown"), detail, and where
-// they make sense remedy and since (RFC 3339). The first one that is closed
+// they make sense remedy and since (RFC 3339). Those of the machine come first,
+// once; then those of each network, with its name in network, by priority. The first one that is closed
 // answers "why no jobs". What an agent alone can tell is "unknown" without one.
 //
 // `doctor --json` prints a [control.Report]: checks in a fixed order with name,
@@ -33,6 +34,7 @@ import (
 	"os"
 	"os/user"
 	"path/filepath"
+	"slices"
 	"strconv"
 	"strings"
 	"text/tabwriter"
@@ -107,6 +109,7 @@ type command struct {
 	version string
 	socket  string
 	json    bool
+	network string // the only one that is asked about; "" for all
 	bundle  string // doctor: where the support archive goes
 }
 
@@ -132,6 +135,7 @@ Exit status: 0 done; 1 failed; 2 a gate is closed (status) or a check has failed
 	}
 	root.SetFlagErrorFunc(func(_ *cobra.Command, err error) error { return fmt.Errorf("%w: %w", errUsage, err) })
 	root.PersistentFlags().StringVar(&c.socket, "socket", "", "the agent's control socket (default: that of your own agent, else of the account "+Account+")")
+	root.PersistentFlags().StringVar(&c.network, "network", "", "show or bind this network only, on a node that is in several")
 	root.PersistentFlags().BoolVar(&c.json, "json", false, "print JSON")
 	doctor := &cobra.Command{Use: "doctor", Short: "Check everything, with live probes of the image policy, the sandbox and the engine", Args: func(cmd *cobra.Command, a []string) error {
 		if err := cobra.NoArgs(cmd, a); err != nil {
@@ -201,6 +205,11 @@ func socketPath(asked, runtimeDir string, uid func() string) string {
 	return own
 }
 
+// only leaves of a list what is of the network that is asked about.
+func only[T any](c *command, list []T, network func(*T) string) []T {
+	return slices.DeleteFunc(list, func(v T) bool { return c.network != "" && network(&v) != c.network })
+}
+
 func (c *command) show(v any, text func(w *tabwriter.Writer)) error {
 	if c.json {
 		e := json.NewEncoder(c.Out)
@@ -266,10 +275,11 @@ func (c *command) models(ctx context.Context, _ []string) error {
 	if err := c.client().Get(ctx, "models", &ms); err != nil {
 		return err
 	}
+	ms = only(c, ms, func(m *control.Model) string { return m.Network })
 	return c.show(ms, func(w *tabwriter.Writer) {
-		fmt.Fprintln(w, "NAME\tVERSION\tSTATE\tSIZE\tHERE\tDIGEST")
+		fmt.Fprintln(w, "NAME\tVERSION\tNETWORK\tSTATE\tSIZE\tHERE\tDIGEST")
 		for _, m := range ms {
-			fmt.Fprintf(w, "%s\t%s\t%s\t%d\t%d %%\t%s\n", m.Name, m.Version, m.State, m.Bytes, percent(m.Done, m.Bytes), m.Digest)
+			fmt.Fprintf(w, "%s\t%s\t%s\t%s\t%d\t%d %%\t%s\n", m.Name, m.Version, m.Network, m.State, m.Bytes, percent(m.Done, m.Bytes), m.Digest)
 		}
 	})
 }
@@ -286,30 +296,37 @@ func (c *command) jobs(ctx context.Context, _ []string) error {
 	if err := c.client().Get(ctx, "jobs", &js); err != nil {
 		return err
 	}
+	js = only(c, js, func(j *control.Job) string { return j.Network })
 	return c.show(js, func(w *tabwriter.Writer) {
-		fmt.Fprintln(w, "JOB\tSTATE\tMODEL\tCODE")
+		fmt.Fprintln(w, "JOB\tNETWORK\tSTATE\tMODEL\tCODE")
 		for _, j := range js {
-			fmt.Fprintf(w, "%s\t%s\t%s\t%s\n", j.ID, j.State, j.Model, j.Code)
+			fmt.Fprintf(w, "%s\t%s\t%s\t%s\t%s\n", j.ID, j.Network, j.State, j.Model, j.Code)
 		}
 	})
 }
 
 func (c *command) identity(ctx context.Context, _ []string) error {
-	var id control.Identity
-	if err := c.client().Get(ctx, "identity", &id); err != nil {
+	var ids []control.Identity
+	if err := c.client().Get(ctx, "identity", &ids); err != nil {
 		return err
 	}
-	return c.show(id, func(w *tabwriter.Writer) {
-		account := line(id.Account)
-		switch {
-		case account == "" && !id.Registered:
-			account = "(not registered yet)"
-		case account == "":
-			account = "(none: resultityctl bind)"
-		}
-		fmt.Fprintf(w, "node\t%s\nnetwork\t%s\naccount\t%s\n", id.Node, id.Network, account)
-		if id.Since != 0 {
-			fmt.Fprintf(w, "bound\tby %s, since %s\n", id.Method, time.UnixMilli(id.Since).UTC().Format(time.RFC3339))
+	ids = only(c, ids, func(id *control.Identity) string { return id.Network })
+	return c.show(ids, func(w *tabwriter.Writer) {
+		for i, id := range ids {
+			account := line(id.Account)
+			switch {
+			case account == "" && !id.Registered:
+				account = "(not registered yet)"
+			case account == "":
+				account = "(none: resultityctl bind)"
+			}
+			if i == 0 {
+				fmt.Fprintf(w, "node\t%s\n", id.Node)
+			}
+			fmt.Fprintf(w, "network\t%s\naccount\t%s\n", id.Network, account)
+			if id.Since != 0 {
+				fmt.Fprintf(w, "bound\tby %s, since %s\n", id.Method, time.UnixMilli(id.Since).UTC().Format(time.RFC3339))
+			}
 		}
 	})
 }

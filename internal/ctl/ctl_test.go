@@ -197,7 +197,7 @@ func (n *node) Generations() control.Generations {
 }
 func generationOf(i int) control.Generation {
 	return control.Generation{
-		Number: i, State: "healthy", Since: time.Unix(1_900_000_000, 0).UTC(), Version: int64(i), Config: "sha256:c", Engine: "llamacpp",
+		Number: i, Network: "testnet", State: "healthy", Since: time.Unix(1_900_000_000, 0).UTC(), Version: int64(i), Config: "sha256:c", Engine: "llamacpp",
 		Image:  "registry.example.net/resultity/llamacpp@" + digest.Of([]byte{byte(i)}).String(),
 		Models: []control.GenerationModel{{Name: "tiny-chat", Version: "1", Digest: "sha256:d"}}, Unit: "sha256:e",
 		Phases:   []control.Phase{{Name: "stage", TookMS: 60_000}, {Name: "drain", TookMS: 10}, {Name: "start", TookMS: 1500}},
@@ -227,25 +227,28 @@ func (n *node) Forward(context.Context) error { return nil }
 func (n *node) Metrics() http.Handler {
 	return http.HandlerFunc(func(w http.ResponseWriter, _ *http.Request) { fmt.Fprintln(w, "resultity_slots 4") })
 }
-func (n *node) Identity() control.Identity {
+func (n *node) Identity() (ids []control.Identity) {
 	n.mu.Lock()
 	defer n.mu.Unlock()
-	return control.Identity{
-		Node: n.status.Node, Network: n.status.Network, Account: n.bound.Account, Method: n.bound.Method, Since: n.bound.Since,
-		Registered: n.status.Draining || n.bound != wire.Bound{},
+	for _, net := range n.status.Networks {
+		ids = append(ids, control.Identity{
+			Node: n.status.Node, Network: net.Name, Account: n.bound.Account, Method: n.bound.Method, Since: n.bound.Since,
+			Registered: n.status.Draining || n.bound != wire.Bound{},
+		})
 	}
+	return ids
 }
 func (n *node) Models() []control.Model {
 	return []control.Model{
-		{ModelState: wire.ModelState{Name: "tiny", Version: "1", Digest: digest.Of(nil), State: "pending"}, Bytes: 10, Done: 5},
-		{ModelState: wire.ModelState{Name: "none", Version: "1", Digest: digest.Of(nil), State: "failed"}},
+		{ModelState: wire.ModelState{Name: "tiny", Version: "1", Digest: digest.Of(nil), State: "pending"}, Network: "testnet", Bytes: 10, Done: 5},
+		{ModelState: wire.ModelState{Name: "none", Version: "1", Digest: digest.Of(nil), State: "failed"}, Network: "testnet"},
 	}
 }
 func (n *node) Jobs(int) ([]control.Job, error) {
 	if n.broken {
 		return nil, errors.New("the disk is gone")
 	}
-	return []control.Job{{ID: "aa", State: "running", Model: "tiny"}, {ID: "bb", State: "unacknowledged", Code: wire.CodeEngine}}, nil
+	return []control.Job{{ID: "aa", Network: "testnet", State: "running", Model: "tiny"}, {ID: "bb", Network: "testnet", State: "unacknowledged", Code: wire.CodeEngine}}, nil
 }
 func (n *node) Doctor(context.Context) (*control.Report, error) {
 	if n.broken {

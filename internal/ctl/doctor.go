@@ -55,7 +55,11 @@ func (c *command) showReport(r *control.Report) error {
 		count := map[control.Result]int{}
 		for _, k := range r.Checks {
 			count[k.Result]++
-			fmt.Fprintf(w, "%s\t%s\t%s\n", k.Result, k.Name, line(k.Detail))
+			name := k.Name
+			if k.Network != "" {
+				name += " of " + k.Network
+			}
+			fmt.Fprintf(w, "%s\t%s\t%s\n", k.Result, name, line(k.Detail))
 			if k.Result == control.Fail && k.Remedy != "" {
 				fmt.Fprintf(w, "\t\twhat to do: %s\n", line(k.Remedy))
 			}

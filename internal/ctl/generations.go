@@ -43,7 +43,7 @@ func (c *command) listGenerations(ctx context.Context, _ []string) error {
 		return err
 	}
 	return c.show(gs, func(w *tabwriter.Writer) {
-		fmt.Fprintln(w, "\tN\tSTATE\tSINCE\tVERSION\tIMAGE\tMODELS\tSWITCH\tREASON")
+		fmt.Fprintln(w, "\tN\tNETWORK\tSTATE\tSINCE\tVERSION\tIMAGE\tMODELS\tSWITCH\tREASON")
 		for i := range gs.Generations {
 			g := &gs.Generations[i]
 			mark := ""
@@ -61,11 +61,11 @@ func (c *command) listGenerations(ctx context.Context, _ []string) error {
 			if g.Step != "" {
 				reason = g.Step + ": " + reason
 			}
-			fmt.Fprintf(w, "%s\t%d\t%s\t%s\t%d\t%s\t%s\t%s\t%s\n", mark, g.Number, g.State, g.Since.Format(time.DateTime), g.Version,
+			fmt.Fprintf(w, "%s\t%d\t%s\t%s\t%s\t%d\t%s\t%s\t%s\t%s\n", mark, g.Number, g.Network, g.State, g.Since.Format(time.DateTime), g.Version,
 				shortImage(g.Image), strings.Join(models, ", "), outage(g), clip(reason, 100))
 		}
 		if gs.PutAside != "" {
-			fmt.Fprintf(w, "\nPinned: configuration %s of the network is put aside. %s\n", gs.PutAside, unpin)
+			fmt.Fprintf(w, "\nPinned: configuration %s of %s is put aside. %s\n", gs.PutAside, cmp.Or(gs.PutAsideOf, "the network"), unpin)
 		}
 	})
 }
@@ -121,7 +121,7 @@ func (c *command) showGeneration(ctx context.Context, args []string) error {
 		return err
 	}
 	if err := c.show(g, func(w *tabwriter.Writer) {
-		fmt.Fprintf(w, "generation\t%d\nstate\t%s, since %s\n", g.Number, g.State, g.Since.Format(time.RFC3339))
+		fmt.Fprintf(w, "generation\t%d\nnetwork\t%s\nstate\t%s, since %s\n", g.Number, g.Network, g.State, g.Since.Format(time.RFC3339))
 		if g.Step != "" {
 			whose := "the configuration's"
 			if g.Machine {

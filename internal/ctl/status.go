@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"slices"
 	"strings"
 	"text/tabwriter"
 	"time"
@@ -33,23 +34,24 @@ func (c *command) status(ctx context.Context, _ []string) error {
 
 // showStatus begins with the answer, and ends with where it comes from.
 func (c *command) showStatus(s *control.Status) error {
+	if c.network != "" {
+		if s.Node != "" && s.Of(c.network) == nil {
+			return fmt.Errorf("this node is not in network %.64q", c.network)
+		}
+		s.Keep(c.network)
+	}
 	return c.show(s, func(w *tabwriter.Writer) {
 		c.answer(w, s)
 		fmt.Fprintln(w)
 		if s.Node != "" {
-			fmt.Fprintf(w, "node\t%s\nnetwork\t%s\n", s.Node, s.Network)
+			fmt.Fprintf(w, "node\t%s\n", s.Node)
 		}
-		if s.Snapshot != nil {
-			fmt.Fprintf(w, "configuration\tversion %d, %s, expires %s\n", s.Snapshot.Version, s.Snapshot.Digest, s.Snapshot.Expires.Format(time.RFC3339))
+		for i := range s.Networks {
+			showNetwork(w, &s.Networks[i], len(s.Networks) > 1)
 		}
-		if s.Node != "" {
-			fmt.Fprintf(w, "jobs\t%d of %d slots busy, %d results to deliver; last day: %d done, %d failed", s.Busy, s.Slots, s.Outbox, s.Done, s.Failed)
-			if s.LastJob != nil {
-				fmt.Fprintf(w, "; last one %s ago", ago(*s.LastJob))
-			}
-			fmt.Fprint(w, "\n\n")
-		}
+		fmt.Fprintln(w)
 		var rest []string
+		of := ""
 		for _, g := range s.Gates {
 			mark := g.State.String()
 			switch {
@@ -59,33 +61,60 @@ func (c *command) showStatus(s *control.Status) error {
 			case g.State == gate.Closed:
 				mark = "CLOSED"
 			}
+			if g.Network != of && len(s.Networks) > 1 {
+				fmt.Fprintf(w, "\nof %s:\n", g.Network)
+			}
+			of = g.Network
 			fmt.Fprintf(w, "%s\t%s\t%s\n", g.Name, mark, short(line(g.Detail)))
 		}
 		if len(rest) > 0 {
 			fmt.Fprintf(w, "\nNot looked at, since %s: %s.\n", agentOnly, strings.Join(rest, ", "))
 		}
-		if l := s.Logs; l.Upload == "on" {
-			fmt.Fprintf(w, "\nlog\tuploaded up to record %d; %d wait, %d were dropped\n", l.Uploaded, l.Waiting, l.Dropped)
-			if l.Error != "" {
-				fmt.Fprintf(w, "\t%s\n", line(l.Error))
-			}
+		for i := range s.Networks {
+			showOrders(w, &s.Networks[i])
 		}
-		c.showOrders(w, s)
 		if s.Version != "" && s.Version != c.version {
 			fmt.Fprintf(w, "\nThe agent is %s and resultityctl %s: restart the agent to finish an upgrade.\n", line(s.Version), c.version)
 		}
 	})
 }
 
-// showOrders shows what the network has ordered, and its penalty.
-func (c *command) showOrders(w *tabwriter.Writer, s *control.Status) {
-	if p := s.Penalty; p != nil {
-		fmt.Fprintf(w, "\nPenalised by the network until %s: %s\n", p.Until.Format(time.RFC3339), line(p.Reason))
+// showNetwork shows the node's part in a network in a few lines.
+func showNetwork(w *tabwriter.Writer, n *control.Network, several bool) {
+	fmt.Fprintf(w, "network\t%s", n.Name)
+	if several {
+		fmt.Fprintf(w, ", priority %d, runtime %s", n.Priority, n.Runtime.State)
 	}
-	if len(s.Orders) > 0 {
-		fmt.Fprintln(w, "\nThe network's last orders:")
+	fmt.Fprintln(w)
+	if n.Snapshot != nil {
+		fmt.Fprintf(w, "configuration\tversion %d, %s, expires %s\n", n.Snapshot.Version, n.Snapshot.Digest, n.Snapshot.Expires.Format(time.RFC3339))
 	}
-	for _, o := range s.Orders {
+	fmt.Fprintf(w, "jobs\t%d of %d slots busy", n.Busy, n.Slots)
+	if n.Taken > 0 {
+		fmt.Fprintf(w, ", %d with or for other networks", n.Taken)
+	}
+	fmt.Fprintf(w, ", %d results to deliver; last day: %d done, %d failed", n.Outbox, n.Done, n.Failed)
+	if n.LastJob != nil {
+		fmt.Fprintf(w, "; last one %s ago", ago(*n.LastJob))
+	}
+	fmt.Fprintln(w)
+	if l := n.Logs; l.Upload == "on" {
+		fmt.Fprintf(w, "log\tuploaded up to record %d; %d wait, %d were dropped\n", l.Uploaded, l.Waiting, l.Dropped)
+		if l.Error != "" {
+			fmt.Fprintf(w, "\t%s\n", line(l.Error))
+		}
+	}
+}
+
+// showOrders shows what a network has ordered, and its penalty.
+func showOrders(w *tabwriter.Writer, n *control.Network) {
+	if p := n.Penalty; p != nil {
+		fmt.Fprintf(w, "\nPenalised by %s until %s: %s\n", n.Name, p.Until.Format(time.RFC3339), line(p.Reason))
+	}
+	if len(n.Orders) > 0 {
+		fmt.Fprintf(w, "\nThe last orders of %s:\n", n.Name)
+	}
+	for _, o := range n.Orders {
 		fmt.Fprintf(w, "%s\t%s\t%s\t%s\n", o.Issued.Format(time.RFC3339), o.Kind, o.Outcome, line(o.Reason+" "+o.Message))
 	}
 }
@@ -99,11 +128,37 @@ func short(s string) string {
 	return s
 }
 
-// answer says in at most two lines why there are no jobs, or that there are.
+// answer says in at most two lines why there are no jobs, or that there are; with
+// several networks, in as many for each whose jobs do not come.
 func (c *command) answer(w *tabwriter.Writer, s *control.Status) {
-	closed := s.Closed()
+	sending := []string{}
+	for _, n := range s.Networks {
+		one := *s
+		one.Gates = slices.Clone(s.Gates)
+		one.Networks = slices.Clone(s.Networks)
+		if one.Keep(n.Name); one.GetsJobs() {
+			sending = append(sending, n.Name)
+		}
+	}
+	if len(s.Networks) < 2 || len(sending) == 0 {
+		why(w, s.Closed(), s.GetsJobs(), "")
+		return
+	}
+	fmt.Fprintf(w, "Jobs come from %s.\n", strings.Join(sending, " and "))
+	told := map[string]bool{}
+	for i := range s.Gates {
+		g := &s.Gates[i]
+		if g.State == gate.Closed && !told[g.Network] {
+			told[g.Network] = true
+			why(w, g, slices.Contains(sending, g.Network) || g.Network == "", g.Network)
+		}
+	}
+}
+
+// why says what a closed gate means; nil is none.
+func why(w *tabwriter.Writer, closed *gate.Gate, jobs bool, network string) {
 	if closed == nil {
-		if s.GetsJobs() {
+		if jobs {
 			fmt.Fprintln(w, "The network sends jobs to this node.")
 		} else {
 			fmt.Fprintln(w, "No gate is closed, but not all could be looked at.")
@@ -111,7 +166,10 @@ func (c *command) answer(w *tabwriter.Writer, s *control.Status) {
 		return
 	}
 	begin := "No jobs, because"
-	if s.GetsJobs() {
+	switch {
+	case network != "" && !jobs:
+		begin = "No jobs of " + network + ", because"
+	case jobs:
 		begin = "The network sends jobs to this node, but"
 	}
 	since := ""

@@ -14,6 +14,7 @@ import (
 	"log/slog"
 	"os"
 	"path/filepath"
+	"reflect"
 	"slices"
 	"syscall"
 	"time"
@@ -131,7 +132,7 @@ type Deployer struct {
 	Mounts     func(names []string) (places []string, err error) // what else of the host they bring into a container
 	Env        func(names []string) (env []string, err error)    // and which variables
 	Look       func(pid int) (*sandbox.Outside, error)           // the kernel's view of a process
-	Newest     func() *snapshot.Snapshot                         // the network's newest word, whatever is brought to life; nil for none
+	Newest     func(network string) *snapshot.Snapshot           // a network's newest word, whatever is brought to life; nil for none
 	Allowed    []string                                          // CDI devices that the operator lets a snapshot order; vendor/class=* is all of a kind
 	Memory     int64                                             // ceiling for the runtime in bytes; 0 for none
 	Ceiling    func(pid int) (int64, error)                      // the one that a process is under; 0 for none
@@ -158,9 +159,10 @@ func (p *Plan) Snapshot() *snapshot.Snapshot { return p.snapshot }
 func (p *Plan) Unit() []byte { return p.unit.Text }
 
 // Deployment is a runtime that is up, sealed and validated. Only
-// [Deployer.Apply] makes one.
+// [Deployer.Apply] and [Deployer.Share] make one.
 type Deployment struct {
 	snapshot   *snapshot.Snapshot
+	unit       digest.Digest // of its text
 	invocation string
 	socket     string
 }
@@ -199,7 +201,7 @@ func (d *Deployer) Stage(ctx context.Context, s *snapshot.Snapshot) (*Plan, erro
 			return nil, fails(StepImage, err)
 		}
 	}
-	d.Log.Info("image ready", journal.ImageReady.Attr(), "image", c.Runtime.Image)
+	d.log(c).Info("image ready", journal.ImageReady.Attr(), "image", c.Runtime.Image)
 	var dir string
 	for i := range c.Models {
 		m := &c.Models[i]
@@ -210,7 +212,7 @@ func (d *Deployer) Stage(ctx context.Context, s *snapshot.Snapshot) (*Plan, erro
 		if err != nil {
 			return nil, &Error{Step: StepModel, Model: m.Digest(), Err: err}
 		}
-		d.Log.Info("model ready", journal.ModelReady.Attr(), "model", m.Name, "digest", m.Digest())
+		d.log(c).Info("model ready", journal.ModelReady.Attr(), "model", m.Name, "digest", m.Digest())
 		if m == s.Model() {
 			dir = where
 		}
@@ -229,7 +231,7 @@ func (d *Deployer) Stage(ctx context.Context, s *snapshot.Snapshot) (*Plan, erro
 // older configurations, too: else a key that was taken back would be good again
 // as soon as a node goes back to one of them.
 func (d *Deployer) trust(s *snapshot.Snapshot) *snapshot.ImageTrust {
-	if n := d.Newest(); n != nil {
+	if n := d.Newest(s.Config().Network.Name); n != nil {
 		s = n
 	}
 	return &s.Config().ImageTrust
@@ -359,7 +361,7 @@ func (d *Deployer) apply(ctx context.Context, p *Plan, begin func(phase string))
 			return nil, fails(StepStart, err)
 		}
 	}
-	dep := &Deployment{snapshot: p.snapshot, invocation: state.InvocationID, socket: filepath.Join(d.SocketDir, quadlet.SocketName)}
+	dep := &Deployment{snapshot: p.snapshot, unit: p.unit.Digest, invocation: state.InvocationID, socket: filepath.Join(d.SocketDir, quadlet.SocketName)}
 	engine := d.Engine(dep.socket)
 	defer engine.Close()
 	begin(PhaseSeal)
@@ -396,6 +398,35 @@ func (d *Deployer) validate(ctx context.Context, engine Engine, dep *Deployment)
 	}
 	return fails(StepStart, err)
 }
+
+// ErrOtherUnit says that a plan asks for another runtime than the one that is up.
+var ErrOtherUnit = errors.New("it asks for another runtime than the one that is up")
+
+// Shareable reports whether the runtime of one configuration could be that of
+// another, as far as both say it: nothing has been fetched or rendered for that.
+func Shareable(a, b *snapshot.Snapshot) bool {
+	x, y := a.Config().Runtime, b.Config().Runtime
+	return reflect.DeepEqual(x, y) && a.Model().Digest() == b.Model().Digest()
+}
+
+// Share makes a deployment of another network's plan on the runtime that dep is
+// of: the unit of both has to be the very same text, with image, model, settings
+// and devices, and the plan's own golden requests have to pass. The runtime goes
+// on, whatever comes of it.
+func (d *Deployer) Share(ctx context.Context, dep *Deployment, p *Plan) (*Deployment, error) {
+	if p.unit.Digest != dep.unit {
+		return nil, fails(StepUnit, ErrOtherUnit)
+	}
+	shared := &Deployment{snapshot: p.snapshot, unit: dep.unit, invocation: dep.invocation, socket: dep.socket}
+	if err := d.Validate(ctx, shared); err != nil {
+		return nil, err
+	}
+	return shared, nil
+}
+
+// log returns the log with the name of the network whose configuration it is
+// about.
+func (d *Deployer) log(c *snapshot.Config) *slog.Logger { return d.Log.With("network", c.Network.Name) }
 
 // Validate repeats the golden requests of a deployment that is up.
 func (d *Deployer) Validate(ctx context.Context, dep *Deployment) error {
@@ -434,7 +465,7 @@ func (d *Deployer) makeSocketDir() error {
 }
 
 func (d *Deployer) start(ctx context.Context, p *Plan, state systemd.State) (systemd.State, error) {
-	d.Log.Info("starting runtime", journal.RuntimeStarting.Attr(), "was", state.Active, "image", p.snapshot.Config().Runtime.Image)
+	d.log(p.snapshot.Config()).Info("starting runtime", journal.RuntimeStarting.Attr(), "was", state.Active, "image", p.snapshot.Config().Runtime.Image)
 	// The limit on starts is for systemd's own. It would refuse a new
 	// configuration, or somebody's word.
 	if state.Active == "failed" || state.Active == "inactive" {
@@ -451,7 +482,7 @@ func (d *Deployer) start(ctx context.Context, p *Plan, state systemd.State) (sys
 		}
 		return state, err
 	}
-	d.Log.Info("runtime started", "took", time.Since(begin).Round(time.Millisecond))
+	d.log(p.snapshot.Config()).Info("runtime started", "took", time.Since(begin).Round(time.Millisecond))
 	state, err := d.Units.State(ctx, p.unit.Service)
 	if err == nil && state.Active != "active" {
 		err = fmt.Errorf("%s is %s right after its start (%s)", p.unit.Service, state.Active, state.Result)

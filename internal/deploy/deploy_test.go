@@ -548,7 +548,7 @@ func TestImageIsLookedAtBeforeItStarts(t *testing.T) {
 		t.Fatal(err)
 	}
 	newer := n.Publish(map[string]any{"image_trust.keys": []string{string(pem)}})
-	d.Newest = func() *snapshot.Snapshot { return newer }
+	d.Newest = func(string) *snapshot.Snapshot { return newer }
 	if _, err := d.Apply(t.Context(), p, func(string) {}); step(err) != deploy.StepImage || !errors.Is(err, image.ErrRevoked) {
 		t.Errorf("what the newest configuration does not trust is started: %v", err)
 	}

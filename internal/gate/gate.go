@@ -44,11 +44,12 @@ func (s *State) UnmarshalText(b []byte) error {
 // Gate is one condition, looked at. The JSON is part of `resultityctl status
 // --json`: fields are added, never changed.
 type Gate struct {
-	Name   string     `json:"name"`
-	State  State      `json:"state"`
-	Detail string     `json:"detail"`           // what is so
-	Remedy string     `json:"remedy,omitempty"` // what opens it, when it is not open
-	Since  *time.Time `json:"since,omitempty"`  // of a closed gate: seen closed since then
+	Name    string     `json:"name"`
+	Network string     `json:"network,omitempty"` // that it is of; empty for the machine
+	State   State      `json:"state"`
+	Detail  string     `json:"detail"`           // what is so
+	Remedy  string     `json:"remedy,omitempty"` // what opens it, when it is not open
+	Since   *time.Time `json:"since,omitempty"`  // of a closed gate: seen closed since then
 }
 
 // Names of the gates.

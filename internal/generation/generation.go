@@ -70,6 +70,7 @@ type Model struct {
 type Manifest struct {
 	Number  int           `json:"number"`
 	Created time.Time     `json:"created"`
+	Network string        `json:"network"` // whose configuration it is
 	Config  digest.Digest `json:"config"`  // config digest of its snapshot
 	Version int64         `json:"version"` // of the snapshot
 	Engine  string        `json:"engine"`
@@ -110,6 +111,7 @@ type record struct {
 
 // Content is what makes a new generation.
 type Content struct {
+	Network string
 	Config  digest.Digest
 	Version int64
 	Engine  string
@@ -126,6 +128,7 @@ type index struct {
 	Previous int           `json:"previous"` // the healthy one before; 0 for none
 	Order    int           `json:"order"`    // that the operator wants current; 0 for none
 	Aside    digest.Digest `json:"aside"`    // configuration that the operator has put aside
+	AsideOf  string        `json:"aside_of"` // network whose configuration that is
 	Records  []record      `json:"records"`
 }
 
@@ -155,7 +158,7 @@ const (
 	staging   = ".staging"
 )
 
-// Store keeps the generations of one network in one directory. Changes come from
+// Store keeps the generations of one machine, of all its networks, in one directory. Changes come from
 // one goroutine; looking is safe for concurrent use.
 type Store struct {
 	dir   string
@@ -375,6 +378,7 @@ func (s *Store) sweep() error {
 type View struct {
 	Current, Previous, Order int // 0 for none
 	Aside                    digest.Digest
+	AsideOf                  string
 	Generations              []Generation // by number
 }
 
@@ -400,7 +404,7 @@ func (v *View) Find(config digest.Digest) *Generation {
 func (s *Store) View() View {
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	v := View{Current: s.ix.Current, Previous: s.ix.Previous, Order: s.ix.Order, Aside: s.ix.Aside}
+	v := View{Current: s.ix.Current, Previous: s.ix.Previous, Order: s.ix.Order, Aside: s.ix.Aside, AsideOf: s.ix.AsideOf}
 	for _, r := range s.ix.Records {
 		v.Generations = append(v.Generations, Generation{s.manifests[r.Number], r.Status})
 	}
@@ -503,7 +507,7 @@ func (s *Store) Add(c Content) (int, error) {
 	if known {
 		return n, nil
 	}
-	m := Manifest{Number: n, Created: s.now().UTC(), Config: c.Config, Version: c.Version, Engine: c.Engine, Image: c.Image, Models: c.Models, Unit: unit, Proof: digest.Of(c.Proof)}
+	m := Manifest{Number: n, Created: s.now().UTC(), Network: c.Network, Config: c.Config, Version: c.Version, Engine: c.Engine, Image: c.Image, Models: c.Models, Unit: unit, Proof: digest.Of(c.Proof)}
 	if err := s.write(&m, c); err != nil {
 		return 0, fmt.Errorf("generations: %d: %w", n, err)
 	}
@@ -664,17 +668,17 @@ func (s *Store) Excuse() error {
 	})
 }
 
-// Rollback is the operator's order to make n current, and to put a
-// configuration aside: it is not taken up until there is another one.
-func (s *Store) Rollback(n int, aside digest.Digest) error {
-	return s.set(n, func(x *index, r *record) { x.Order, x.Aside = n, aside })
+// Rollback is the operator's order to make n current, and to put a network's
+// configuration aside: it is not taken up until the network has another one.
+func (s *Store) Rollback(n int, network string, aside digest.Digest) error {
+	return s.set(n, func(x *index, r *record) { x.Order, x.Aside, x.AsideOf = n, aside, network })
 }
 
 // Forward ends what [Store.Rollback] began, and gives a configuration that is
 // dead another chance; a zero digest is none.
 func (s *Store) Forward(config digest.Digest) error {
 	return s.change(func(x *index) error {
-		x.Order, x.Aside = 0, digest.Digest{}
+		x.Order, x.Aside, x.AsideOf = 0, digest.Digest{}, ""
 		for i := range x.Records {
 			if r := &x.Records[i]; r.State == Dead && !config.IsZero() && s.manifests[r.Number].Config == config {
 				r.enter(Failed, s.now())
@@ -709,14 +713,15 @@ func (s *Store) remove(n int) error {
 }
 
 // Prune drops what is of no more use. Kept are the current one, the healthy one
-// before, what the operator has ordered, the newest if it is still to be tried,
-// and the last few that failed.
+// before, what the operator has ordered, the newest of each network if it is still
+// to be tried, and the last few that failed.
 func (s *Store) Prune() error {
 	var gone []int
 	err := s.change(func(x *index) error {
-		newest, failed := 0, []int{}
+		newest, failed := map[string]int{}, []int{}
 		for _, r := range x.Records {
-			newest = max(newest, r.Number)
+			network := s.manifests[r.Number].Network
+			newest[network] = max(newest[network], r.Number)
 			if r.State == Dead || r.State == Failed {
 				failed = append(failed, r.Number)
 			}
@@ -725,7 +730,7 @@ func (s *Store) Prune() error {
 		failed = failed[max(0, len(failed)-keepFailed):]
 		x.Records = slices.DeleteFunc(x.Records, func(r record) bool {
 			n := r.Number
-			if n == x.Current || n == x.Previous || n == x.Order || r.State == Staged && n == newest || slices.Contains(failed, n) {
+			if n == x.Current || n == x.Previous || n == x.Order || r.State == Staged && n == newest[s.manifests[n].Network] || slices.Contains(failed, n) {
 				return false
 			}
 			gone = append(gone, n)

@@ -167,8 +167,8 @@ func TestOrders(t *testing.T) {
 	s := reopen(t, dir)
 	run(t, s, content(1))
 	run(t, s, content(2))
-	ok(t, s.Rollback(1, content(2).Config))
-	if err := s.Rollback(9, digest.Digest{}); !errors.Is(err, ErrUnknown) {
+	ok(t, s.Rollback(1, "testnet", content(2).Config))
+	if err := s.Rollback(9, "testnet", digest.Digest{}); !errors.Is(err, ErrUnknown) {
 		t.Errorf("roll back to nothing: %v", err)
 	}
 	s = reopen(t, dir)
@@ -188,7 +188,7 @@ func TestOrders(t *testing.T) {
 		t.Errorf("%+v", v)
 	}
 	// An order that cannot be carried out here ends.
-	ok(t, s.Rollback(2, content(3).Config))
+	ok(t, s.Rollback(2, "testnet", content(3).Config))
 	bare := content(2)
 	bare.Unit = nil
 	n, err := s.Add(bare)
@@ -243,7 +243,7 @@ func TestKill(t *testing.T) {
 			"1 healthy; 2 healthy; 3 trial; current 3 previous 2 order 0", "1 healthy; 2 healthy; 3 failed; current 2 previous 1 order 0"},
 		{"convict", func(s *Store) error { _, err := s.Passed(2, nil); return err },
 			"1 healthy; 2 healthy; 3 failed; current 2 previous 1 order 0", "1 healthy; 2 healthy; 3 dead; current 2 previous 1 order 0"},
-		{"rollback", func(s *Store) error { return s.Rollback(1, content(2).Config) },
+		{"rollback", func(s *Store) error { return s.Rollback(1, "testnet", content(2).Config) },
 			"1 healthy; 2 healthy; 3 dead; current 2 previous 1 order 0", "1 healthy; 2 healthy; 3 dead; current 2 previous 1 order 1"},
 		{"forget", func(s *Store) error { return s.Forget(1) },
 			"1 healthy; 2 healthy; 3 dead; current 2 previous 1 order 1", "2 healthy; 3 dead; current 2 previous 0 order 0"},

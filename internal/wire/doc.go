@@ -215,7 +215,13 @@
 //
 // A node gets jobs while it is bound, its last heartbeat names the network's
 // configuration, an active model and runtime, and it is not draining: Status
-// says whether, and why not. What is out of bounds is a protocol violation: it
+// says whether, and why not. A node may be in several networks with one key and one
+// runtime. Where its configuration gives this network the very same runtime as
+// another one, it is active in both, and busy counts the slots that are not to be
+// had; where it does not, the runtime's state is "standby", and the node gets no
+// jobs until it is "active". All that a node signs names the network, or a
+// configuration that does: what it has said in one counts in no other, also where
+// both have one chain_id. What is out of bounds is a protocol violation: it
 // ends the session with 1008, and the node gets no jobs for a while.
 //
 // The life of a job:

@@ -107,7 +107,7 @@ type Heartbeat struct {
 	Runtime  RuntimeState  `json:"runtime"`
 	Hardware Hardware      `json:"hardware"`
 	Slots    int           `json:"slots"` // jobs it can run at once
-	Busy     int           `json:"busy"`  // jobs it runs now
+	Busy     int           `json:"busy"`  // of these, those that cannot take another one now: with jobs, also of another network
 	Outbox   int           `json:"outbox"`
 	Draining bool          `json:"draining"`
 	Failed   *Failed       `json:"failed,omitempty"` // the newest configuration, where the node has gone back from it
@@ -129,9 +129,14 @@ type ModelState struct {
 	State   string        `json:"state"` // pending, active, inactive, failed, archived
 }
 
+// RuntimeStandby is the state of a runtime that serves another network, in which
+// the same node is by its operator's wish. The node offers no slots then, and is
+// given no jobs; the network does not hear whom it serves.
+const RuntimeStandby = "standby"
+
 // RuntimeState is the runtime of a heartbeat.
 type RuntimeState struct {
-	State    string        `json:"state"` // stopped, starting, validating, active, failed
+	State    string        `json:"state"` // stopped, starting, validating, active, failed, standby
 	Engine   string        `json:"engine"`
 	Image    digest.Digest `json:"image"`
 	Restarts int           `json:"restarts"`

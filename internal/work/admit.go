@@ -26,8 +26,9 @@ func (w *Worker) refuse(j *wire.Job, r refusal) {
 	w.send(&wire.Refuse{Job: j.ID, Code: r.code, Message: r.message})
 }
 
-// admitLocked checks a job against all that can be known at once: not its
-// request's content, which parse reads, and not the disk.
+// admitLocked checks a job against all that can be known at once, and takes a
+// slot for it. That is not its request's content, which parse reads, and not the
+// disk.
 func (w *Worker) admitLocked(j *wire.Job) *refusal {
 	if w.stopping || w.paused || w.held {
 		return refuse(wire.CodeDraining, "this node takes no new jobs")
@@ -41,8 +42,8 @@ func (w *Worker) admitLocked(j *wire.Job) *refusal {
 	if r := admit(w.active.Snapshot, j, w.cfg.Now()); r != nil {
 		return r
 	}
-	if slots := w.active.slots(); w.busy >= slots {
-		return refuse(wire.CodeBusy, "all %d slots are busy", slots)
+	if slots := w.active.slots(); !w.cfg.Slots.take(w, slots, w.cfg.Now()) {
+		return refuse(wire.CodeBusy, "all %d slots are busy, or kept for another network", slots)
 	}
 	return nil
 }

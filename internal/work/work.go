@@ -91,6 +91,11 @@ type Config struct {
 	// why the last one. It must not wait. The worker takes no jobs for it until
 	// it is made active anew. May be nil.
 	Suspect func(a *Active, why string)
+	// Slots are the engine's, where other workers use it, too; nil for a worker
+	// that has it to itself. Crowded is told when another one has taken a slot or
+	// given one back. It must not wait. May be nil.
+	Slots   *Slots
+	Crowded func()
 	Log     *slog.Logger
 	Now     func() time.Time
 }
@@ -129,6 +134,9 @@ type job struct {
 // New makes a worker. It takes jobs once [Worker.Run] runs and a deployment is
 // active.
 func New(cfg Config) *Worker {
+	if cfg.Slots == nil {
+		cfg.Slots = NewSlots()
+	}
 	return &Worker{cfg: cfg, fatal: make(chan error, 1), jobs: map[receipt.JobID]*job{}, changed: make(chan struct{})}
 }
 
@@ -234,6 +242,7 @@ func (w *Worker) SetActive(a *Active) {
 	w.mu.Lock()
 	defer w.mu.Unlock()
 	w.active = a
+	w.cfg.Slots.serve(w, a != nil)
 	w.changedLocked()
 }
 
@@ -241,6 +250,7 @@ func (w *Worker) SetActive(a *Active) {
 type Status struct {
 	Slots    int  // jobs it can run at once
 	Busy     int  // jobs that run
+	Taken    int  // slots that others have, or that are kept for them
 	Outbox   int  // results without an acknowledgement
 	Draining bool // takes no new jobs, for whatever reason
 	Paused   bool // by the operator
@@ -253,6 +263,7 @@ func (w *Worker) Status() Status {
 	s := Status{Busy: w.busy, Draining: w.paused || w.held || w.stopping, Paused: w.paused, Outbox: w.cfg.Store.Counts().Results}
 	if w.active != nil {
 		s.Slots = w.active.slots()
+		s.Taken = max(0, s.Slots-s.Busy-w.cfg.Slots.free(w, s.Slots, w.cfg.Now()))
 	}
 	return s
 }
@@ -349,6 +360,7 @@ func (w *Worker) Job(j *wire.Job) {
 		return
 	}
 	w.busy++
+	defer w.tellOthers()
 	k := &job{Job: j}
 	if j.Stream {
 		k.stream = &stream{job: j.ID, send: w.cfg.Send}
@@ -437,7 +449,7 @@ func (w *Worker) resume(ctx context.Context, k *job) {
 	for {
 		w.mu.Lock()
 		a, changed := w.active, w.changed
-		run := a != nil && !a.suspect() && a.Snapshot.Digest() == k.Config && w.busy < a.slots() && !w.stopping
+		run := a != nil && !a.suspect() && a.Snapshot.Digest() == k.Config && !w.stopping && w.cfg.Slots.take(w, a.slots(), w.cfg.Now())
 		if run {
 			w.busy++
 		}
@@ -695,7 +707,27 @@ func (w *Worker) release(k *job) {
 		delete(w.jobs, k.ID) // it is refused
 	}
 	w.busy--
+	w.cfg.Slots.give(w, w.cfg.Now())
 	w.changedLocked()
+	w.tellOthers()
+}
+
+// tellOthers has those who share the engine look at its slots again. They do so
+// beside, as each has a mutex of its own.
+func (w *Worker) tellOthers() {
+	for _, o := range w.cfg.Slots.others(w) {
+		go o.crowded()
+	}
+}
+
+// crowded is told that somebody else has taken a slot or given one back.
+func (w *Worker) crowded() {
+	w.mu.Lock()
+	w.changedLocked()
+	w.mu.Unlock()
+	if w.cfg.Crowded != nil {
+		w.cfg.Crowded()
+	}
 }
 
 // forget leaves the job to the store, which knows its state.

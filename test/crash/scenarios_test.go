@@ -32,7 +32,7 @@ func freshNode(ctx context.Context, w *world) error {
 		return err
 	}
 	w.key, w.address = nil, ""
-	if out, err := w.node.Output(ctx, "rm", "-rf", w.node.State+"/agent/identity", w.node.State+"/agent/networks"); err != nil {
+	if out, err := w.node.Output(ctx, "rm", "-rf", w.node.State+"/agent/identity", w.node.State+"/agent/networks", w.node.State+"/agent/generations"); err != nil {
 		return fmt.Errorf("%w: %s", err, out)
 	}
 	if err := w.node.UserCtl(ctx, "start", "--no-block", w.node.Agent); err != nil {

@@ -13,6 +13,7 @@ import (
 
 	"golang.org/x/sync/errgroup"
 
+	"github.com/resultity/node/internal/control"
 	"github.com/resultity/node/internal/digest"
 	"github.com/resultity/node/internal/receipt"
 	"github.com/resultity/node/test/host"
@@ -30,8 +31,11 @@ func (d *demo) fromNothingToActive(ctx context.Context) error {
 			if err != nil {
 				return "", err
 			}
-			var id struct{ Node string }
-			return id.Node, errors.Join(json.Unmarshal(out, &id), nil)
+			var ids []control.Identity
+			if err := json.Unmarshal(out, &ids); err != nil || len(ids) == 0 {
+				return "", fmt.Errorf("%s: %w", out, err)
+			}
+			return ids[0].Node, nil
 		}); err != nil {
 			return err
 		}

@@ -97,15 +97,15 @@ func TestOrders(t *testing.T) {
 			t.Errorf("no %s among what was uploaded: %v", e, events)
 		}
 	}
-	if st, err = n.Status(ctx); err != nil || len(st.Orders) < 6 || st.Penalty == nil || st.Penalty.Reason != "e2e" || st.Logs.Uploaded == 0 {
+	if st, err = n.Status(ctx); err != nil || len(st.Networks[0].Orders) < 6 || st.Networks[0].Penalty == nil || st.Networks[0].Penalty.Reason != "e2e" || st.Networks[0].Logs.Uploaded == 0 {
 		t.Errorf("status %+v, %v", st, err)
 	}
-	for _, o := range st.Orders {
+	for _, o := range st.Networks[0].Orders {
 		if o.Outcome != wire.OutcomeOK {
 			t.Errorf("%+v", o)
 		}
 	}
-	if text, _ := n.Ctl(ctx, "status"); !strings.Contains(string(text), "Penalised by the network until") || !strings.Contains(string(text), "The network's last orders:") {
+	if text, _ := n.Ctl(ctx, "status"); !strings.Contains(string(text), "Penalised by demo until") || !strings.Contains(string(text), "The last orders of demo:") {
 		t.Errorf("%s", text)
 	}
 }

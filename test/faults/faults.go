@@ -562,8 +562,8 @@ func olderSnapshot(ctx context.Context, w *World) error {
 		return slices.ContainsFunc(s.Gates, func(g gate.Gate) bool { return g.Name == gate.Configuration && strings.Contains(g.Detail, "older") })
 	})
 	now, err := w.A.Status(ctx)
-	if err == nil && now.Snapshot.Version != newer.Snapshot.Version {
-		err = fmt.Errorf("the node went from version %d to %d", newer.Snapshot.Version, now.Snapshot.Version)
+	if err == nil && now.Networks[0].Snapshot.Version != newer.Networks[0].Snapshot.Version {
+		err = fmt.Errorf("the node went from version %d to %d", newer.Networks[0].Snapshot.Version, now.Networks[0].Snapshot.Version)
 	}
 	return errors.Join(refused, err,
 		w.onNet(ctx, `systemctl stop resultity-network && rm -r $1/repository && mv $1/newer $1/repository && systemctl start resultity-network`))

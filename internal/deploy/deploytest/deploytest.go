@@ -156,7 +156,7 @@ func (m *Machine) Deployer() *deploy.Deployer {
 			return (*engine)(m)
 		},
 		Devices: func([]string) ([]string, error) { return nil, m.fail(context.Background(), Devices, nil) },
-		Newest:  func() *snapshot.Snapshot { return nil },
+		Newest:  func(string) *snapshot.Snapshot { return nil },
 		Allowed: []string{"nvidia.com/gpu=*"},
 		Ceiling: func(int) (int64, error) { return m.ceiling, nil },
 		Mounts:  func([]string) ([]string, error) { return nil, nil },

@@ -542,6 +542,8 @@ func (d *Dispatcher) assess(n *node, now time.Time) string {
 		return "it broke the protocol; it gets jobs again after " + n.penalty.UTC().Format(time.TimeOnly) + " UTC"
 	case n.unbound:
 		return "it is bound to no account; bind it: resultityctl bind"
+	case b.Runtime.State == wire.RuntimeStandby:
+		return "on standby: its machine's runtime serves another network of its operator's"
 	case b.Config != t.Digest && b.Failed != nil && b.Failed.Config == t.Digest:
 		return fmt.Sprintf("it is on configuration %s, since that of the network failed there: %s: %s", orNone(b.Config.String()), b.Failed.Step, b.Failed.Reason)
 	case b.Config != t.Digest:

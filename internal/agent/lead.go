@@ -1,0 +1,357 @@
+package agent
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"time"
+
+	"github.com/resultity/node/internal/deploy"
+	"github.com/resultity/node/internal/digest"
+	"github.com/resultity/node/internal/generation"
+	"github.com/resultity/node/internal/journal"
+	"github.com/resultity/node/internal/snapshot"
+)
+
+// This file says which network decides what the one runtime is.
+//
+// The networks have an order, the operator's. The first of them that can use the
+// machine leads: its newest configuration is what should run. One is passed over
+// while it has nothing for the machine to do, whose jobs would only be missed
+// elsewhere: it has drained the node or has it bound to no account, it has been
+// out of reach for awayPatience, it has no configuration yet, or its
+// configuration does not come up here. A network takes jobs only from nodes on
+// its newest configuration, so that its last good one is gone back to at once,
+// but does not hold the machine where another network could use it. Where none
+// can, it does.
+//
+// What leads is brought up by the ordinary steps: it is staged beside what runs.
+// A network that was passed over leads again once it has been back for
+// backPatience, so that one that comes and goes does not take the machine with it
+// each time. After a start what was current goes on until then, too.
+
+const (
+	awayPatience  = 10 * time.Minute // without a session, until the machine works for the next network
+	backPatience  = 15 * time.Second // with one, until it works for this one again
+	firstPatience = 30 * time.Second // for the first answer of networks of higher priority, on a machine that has run nothing yet
+)
+
+// standing is what the update loop knows of a network.
+type standing struct {
+	newest digest.Digest // its configuration, as of the last look
+	fetch  backoff       // staging
+	again  backoff       // a generation of it that this machine has failed, or its part in the runtime, while another one serves
+
+	fit   bool      // it can use the machine, as far as that is not a matter of its configuration
+	since time.Time // it has been back since; zero for not
+	why   string    // it is passed over; "" where it is not
+	ahead bool      // it leads, or would if what it needs could be had
+}
+
+// begin takes up the networks. What a network has left behind that the node takes
+// no part in any more is forgotten.
+func (u *updater) begin() {
+	v := u.gens.View()
+	for i := range v.Generations {
+		if g := &v.Generations[i]; u.named(g.Network) == nil {
+			u.log.Info("forgetting a generation of a network that the node has left", "generation", g.Number, "network", g.Network)
+			u.logged(u.gens.Forget(g.Number))
+		}
+	}
+	v = u.gens.View()
+	above := v.Get(v.Current) != nil
+	for _, m := range u.members {
+		if above && m.net.Name == v.Get(v.Current).Network {
+			above = false
+		}
+		u.standing[m] = &standing{fit: !above}
+	}
+	u.began = time.Now()
+}
+
+// named returns the membership of a network, or nil.
+func (a *Agent) named(network string) *membership {
+	for _, m := range a.members {
+		if m.net.Name == network {
+			return m
+		}
+	}
+	return nil
+}
+
+// memberOf returns the membership that a snapshot is of. There is one for each
+// snapshot that was opened.
+func (a *Agent) memberOf(s *snapshot.Snapshot) *membership { return a.named(s.Config().Network.Name) }
+
+func (u *updater) of(s *snapshot.Snapshot) *standing { return u.standing[u.memberOf(s)] }
+
+// owner returns the membership whose configuration the active deployment is of,
+// or nil.
+func (u *updater) owner() *membership {
+	if u.active == nil {
+		return nil
+	}
+	return u.memberOf(u.active.Snapshot())
+}
+
+var errLeft = errors.New("it is of a network that this node takes no part in")
+
+// openProof verifies the snapshot of a network that a generation has kept.
+func (a *Agent) openProof(network string, proof []byte) (*snapshot.Snapshot, error) {
+	m := a.named(network)
+	if m == nil {
+		return nil, errLeft
+	}
+	s, err := m.snaps.Open(proof)
+	if err == nil {
+		err = m.ours(s)
+	}
+	return s, err
+}
+
+// lead returns the membership whose newest configuration should run, or nil when
+// none is known yet.
+func (u *updater) lead(v *generation.View, cur *snapshot.Snapshot) *membership {
+	u.review = time.Time{}
+	now := time.Now()
+	var lead, last *membership
+	for _, m := range u.members {
+		st := u.standing[m]
+		st.ahead, st.why = false, ""
+		if len(u.members) > 1 {
+			st.why = u.passOver(v, m, now)
+		}
+		switch usable := m.board.snapshot() != nil && !m.leaving.Load(); {
+		case !usable:
+		case lead == nil && st.why == "":
+			lead = m
+		case last == nil:
+			last = m
+		}
+		// Who has never run anything does not begin with what it would leave in a
+		// moment.
+		if lead == nil && cur == nil && u.active == nil && !m.leaving.Load() && !m.board.hasAsked() && now.Before(u.began.Add(firstPatience)) && len(u.members) > 1 {
+			u.lookAt(u.began.Add(firstPatience))
+			return nil
+		}
+	}
+	switch owner := u.owner(); {
+	case lead != nil:
+	case owner != nil && !owner.leaving.Load() && owner.board.snapshot() != nil:
+		lead = owner
+	default:
+		lead = last
+	}
+	if lead != nil {
+		u.standing[lead].ahead = true
+		if u.led != lead && len(u.members) > 1 {
+			lead.log.Info("this network decides what the machine runs", journal.NetworkLeads.Attr())
+		}
+		u.led = lead
+	}
+	return lead
+}
+
+// lookAt has the loop look again no later than at a time.
+func (u *updater) lookAt(at time.Time) {
+	if u.review.IsZero() || at.Before(u.review) {
+		u.review = at
+	}
+}
+
+// passOver says why a network cannot use the machine now, "" when it can.
+func (u *updater) passOver(v *generation.View, m *membership, now time.Time) string {
+	st, s := u.standing[m], m.board.snapshot()
+	if why := u.unfit(m, st, now); why != "" {
+		return why
+	}
+	if s == nil {
+		return "it has no configuration yet"
+	}
+	switch g := v.Find(s.Digest()); {
+	case g == nil:
+	case g.State == generation.Dead:
+		return "its newest configuration does not run here"
+	case g.State == generation.Failed && !(g.Machine && st.again.due()):
+		return "its newest configuration did not come up here; it is tried again"
+	}
+	if st.fetch.try > 0 && u.plans[s.Digest()] == nil {
+		st.ahead = true
+		return "what its newest configuration needs cannot be had; it is tried again"
+	}
+	return ""
+}
+
+// unfit says why the machine would get no jobs from a network whatever it ran, ""
+// when it would, or could in a moment.
+func (u *updater) unfit(m *membership, st *standing, now time.Time) string {
+	why, connected, until := m.unfit(now)
+	if !until.IsZero() {
+		u.lookAt(until)
+	}
+	switch {
+	case why != "":
+		st.fit, st.since = false, time.Time{}
+	case st.fit:
+	case !connected:
+		st.since, why = time.Time{}, "it is not connected"
+	default:
+		if st.since.IsZero() {
+			st.since = now
+		}
+		if back := st.since.Add(backPatience); now.Before(back) {
+			u.lookAt(back)
+			why = "it has just come back"
+		} else {
+			st.fit = true
+		}
+	}
+	return why
+}
+
+// unfit says why a network has no jobs for the node, "" when it may have some,
+// and where it is out of reach, when that becomes a reason.
+func (m *membership) unfit(now time.Time) (why string, connected bool, until time.Time) {
+	m.board.mu.Lock()
+	defer m.board.mu.Unlock()
+	b := &m.board
+	switch {
+	case m.leaving.Load():
+		return "it has ended this node's part in it", b.connected, until
+	case m.orderBook.Drain() != nil:
+		return "it has drained this node", b.connected, until
+	case b.registered && b.bound.Account == "":
+		return "this node is bound to no account of it", b.connected, until
+	case b.connected:
+		return "", true, until
+	}
+	if until = b.away.Add(awayPatience); now.Before(until) {
+		return "", false, until
+	}
+	return fmt.Sprintf("it has been out of reach for %v", now.Sub(b.away).Round(time.Minute)), false, time.Time{}
+}
+
+// mayShare reports whether a snapshot is staged to have a part in what runs.
+func (u *updater) mayShare(s *snapshot.Snapshot) bool {
+	return u.active != nil && u.memberOf(s) != u.owner() && deploy.Shareable(u.active.Snapshot(), s)
+}
+
+// share has the networks that do not lead take part in what runs, where their
+// own configuration gives the very same runtime, and tells the others that they
+// wait. What leads is active. Each has been staged by itself, with its own image
+// keys, and validates by its own requests.
+func (u *updater) share(ctx context.Context, v *generation.View) {
+	for _, m := range u.members {
+		s := m.board.snapshot()
+		switch st := u.standing[m]; {
+		case s == nil || m.leaving.Load() || ctx.Err() != nil:
+		case m == u.owner():
+		case st.ahead && !deploy.Shareable(u.active.Snapshot(), s):
+			u.wait(m)
+			u.prepareAlone(ctx, v, s) // it was passed over since it could not be staged
+		case !deploy.Shareable(u.active.Snapshot(), s):
+			u.wait(m)
+		case m.door.doubted() != "":
+			u.expel(m, s)
+		case m.board.serves(s):
+		case !st.again.due(): // status says what failed
+		default:
+			u.join(ctx, v, m, s)
+		}
+	}
+}
+
+// prepareAlone stages what is not staged yet, if nothing else is being staged.
+func (u *updater) prepareAlone(ctx context.Context, v *generation.View, s *snapshot.Snapshot) {
+	if q := u.plans[s.Digest()]; u.staging == nil && (q == nil || q.stale) {
+		u.stage(ctx, v, s)
+	}
+}
+
+// join lets a network's jobs to the runtime that another one has brought up.
+func (u *updater) join(ctx context.Context, v *generation.View, m *membership, s *snapshot.Snapshot) {
+	p, lead := u.plans[s.Digest()], u.plans[u.active.Snapshot().Digest()]
+	if p == nil || p.stale || lead == nil {
+		if !m.board.runs() {
+			u.wait(m)
+		}
+		u.prepareAlone(ctx, v, s)
+		return
+	}
+	if string(p.plan.Unit()) != string(lead.plan.Unit()) {
+		u.wait(m)
+		return
+	}
+	st := u.standing[m]
+	// The engine is busy with others' jobs: it is asked no more at once than it
+	// has slots.
+	hctx, cancel := context.WithTimeout(ctx, slotPatience)
+	release, err := u.slots.Hold(hctx, s.Config().Runtime.Settings.Slots)
+	cancel()
+	if err != nil {
+		st.again.failed()
+		return
+	}
+	dep, err := u.deployer.Share(ctx, u.active, p.plan)
+	release()
+	if err != nil {
+		if ctx.Err() == nil {
+			u.wait(m)
+			u.report(s, err)
+			st.again.failedOn(rarely)
+		}
+		return
+	}
+	st.again = backoff{}
+	u.admit(m, dep, active)
+	m.log.Info("the network takes part in the runtime", journal.RuntimeShared.Attr(), "version", s.Version(), "with", u.owner().net.Name)
+}
+
+// slotPatience is how long a validation waits for a slot of a busy engine.
+const slotPatience = 5 * time.Second
+
+// expel ends a network's part in the runtime whose jobs fail one after the other
+// there. The engine is judged by the jobs of the network that leads: another one
+// cannot take it from that.
+func (u *updater) expel(m *membership, s *snapshot.Snapshot) {
+	why := m.door.doubted()
+	m.log.Warn("the engine is suspect and gets no more jobs of this network", journal.RuntimeSuspect.Attr(), "reason", why)
+	u.admit(m, nil, standby)
+	u.wait(m)
+	u.report(s, &deploy.Error{Step: deploy.StepValidate, Err: fmt.Errorf("%w: %s", errSuspect, why)})
+	u.standing[m].again.failedOn(rarely)
+}
+
+// wait says that a network is on standby, and why.
+func (u *updater) wait(m *membership) {
+	owner := u.owner()
+	if m.board.runs() || m.board.phaseNow() != standby {
+		u.admit(m, nil, standby)
+	}
+	why := "its own configuration asks for another one"
+	switch st := u.standing[m]; {
+	case st.why != "":
+		why = st.why
+	case deploy.Shareable(u.active.Snapshot(), m.board.snapshot()):
+		why = "its own part in it is not validated yet"
+	}
+	if m.board.standBy(owner.net.Name, why) {
+		m.log.Info("the network is on standby", journal.NetworkWaits.Attr(), "reason", "the runtime serves "+owner.net.Name+": "+why)
+	}
+}
+
+// alarms is what [door.alarm] says of each network.
+func (u *updater) alarms() map[*membership]int {
+	since := map[*membership]int{}
+	for _, m := range u.members {
+		since[m] = m.door.alarm()
+	}
+	return since
+}
+
+// reopen is [door.reopen] for each network.
+func (u *updater) reopen(since map[*membership]int) {
+	for _, m := range u.members {
+		m.door.reopen(m.worker, since[m])
+	}
+}

@@ -1,0 +1,88 @@
+package work
+
+import (
+	"testing"
+	"testing/synctest"
+	"time"
+)
+
+// Two workers never have more slots at once than there are; one that has had a
+// job lately finds one, and one that has not keeps none from the other.
+func TestSlotsAreShared(t *testing.T) {
+	now := time.Unix(1_000_000_000, 0)
+	s, a, b := NewSlots(), new(Worker), new(Worker)
+	s.serve(a, true)
+	s.serve(b, true)
+	take := func(w *Worker, want bool) {
+		t.Helper()
+		if free := s.free(w, 2, now); (free > 0) != want {
+			t.Errorf("%d are free", free)
+		}
+		if got := s.take(w, 2, now); got != want {
+			t.Fatalf("take: %v, want %v", got, want)
+		}
+	}
+	take(a, true)
+	take(a, true)
+	take(a, false)
+	take(b, false)
+	s.give(a, now)
+	take(b, true)
+	s.give(b, now)
+	take(a, false) // kept for b, which has had a job lately
+	take(b, true)
+	s.give(b, now)
+	now = now.Add(keepFor)
+	take(a, true) // b has shown nothing for a minute
+	s.give(a, now)
+	s.give(a, now)
+	take(b, true)
+	s.give(b, now)
+	s.serve(b, false)
+	take(a, true)
+	take(a, true) // who serves no more keeps nothing
+}
+
+// With fewer slots than networks nothing is kept: else nobody got any.
+func TestOneSlotForTwo(t *testing.T) {
+	now := time.Unix(1_000_000_000, 0)
+	s, a, b := NewSlots(), new(Worker), new(Worker)
+	for _, w := range []*Worker{a, b, a} {
+		s.serve(w, true)
+		if !s.take(w, 1, now) || s.take(a, 1, now) || s.take(b, 1, now) {
+			t.Fatal("one slot, and not one job")
+		}
+		s.give(w, now)
+	}
+}
+
+// Who holds a slot for the machine gets the next that is free, before any job.
+func TestHold(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		s, a := NewSlots(), new(Worker)
+		if !s.take(a, 1, time.Now()) {
+			t.Fatal("no slot")
+		}
+		got := make(chan func())
+		go func() {
+			release, err := s.Hold(t.Context(), 1)
+			if err != nil {
+				t.Error(err)
+			}
+			got <- release
+		}()
+		synctest.Wait()
+		s.give(a, time.Now())
+		if s.take(a, 1, time.Now()) {
+			t.Error("a job was before it")
+		}
+		release := <-got
+		if s.take(a, 1, time.Now()) {
+			t.Error("it is taken twice")
+		}
+		release()
+		if !s.take(a, 1, time.Now()) {
+			t.Error("it was not given back")
+		}
+	})
+}
