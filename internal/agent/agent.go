@@ -10,6 +10,10 @@
 // its loops write what they know, and its door, where jobs are let to the
 // runtime.
 //
+// A node may be in several networks. Which of them decides what the one runtime
+// is, when another has a part in it, and when it waits, is the update loop's
+// matter: see lead.go. One network's orders and failures are about its own part.
+//
 // The rule it keeps: start-up runs the same steps as every later change.
 package agent
 

@@ -427,3 +427,26 @@ func TestFullDisk(t *testing.T) {
 		}
 	}
 }
+
+// A machine is in several networks: what one has staged outlives what another has
+// staged after it, and each generation says whose it is.
+func TestPruneKeepsTheNewestOfEachNetwork(t *testing.T) {
+	dir := t.TempDir()
+	s := reopen(t, dir)
+	run(t, s, content(1))
+	for i, network := range []string{"a", "b", "b"} {
+		c := content(i + 2)
+		c.Network = network
+		_, err := s.Add(c)
+		ok(t, err)
+	}
+	ok(t, s.Prune())
+	v := reopen(t, dir)
+	view := v.View()
+	if got, want := v.states(), "1 healthy; 2 staged; 4 staged; current 1 previous 0 order 0"; got != want {
+		t.Errorf("%s, want %s", got, want)
+	}
+	if g := view.Get(2); g == nil || g.Network != "a" {
+		t.Errorf("%+v", g)
+	}
+}

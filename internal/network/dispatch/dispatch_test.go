@@ -565,6 +565,7 @@ func TestGates(t *testing.T) {
 		}, ", the network on"},
 		"no configuration": {func(h *wire.Heartbeat) { h.Config = digest.Digest{} }, "configuration none"},
 		"draining":         {func(h *wire.Heartbeat) { h.Draining = true }, "draining"},
+		"standby":          {func(h *wire.Heartbeat) { h.Runtime.State, h.Slots = wire.RuntimeStandby, 0 }, "serves another network"},
 		"runtime":          {func(h *wire.Heartbeat) { h.Runtime.State = "starting" }, `"starting"`},
 		"image":            {func(h *wire.Heartbeat) { h.Runtime.Image = digest.Of([]byte("x")) }, "image"},
 		"model state":      {func(h *wire.Heartbeat) { h.Models[0].State = "pending" }, `"pending"`},

@@ -1,0 +1,41 @@
+package agent
+
+import (
+	"bytes"
+	"log/slog"
+	"strings"
+	"testing"
+)
+
+// What is a network's goes to the journal and to that network alone; the machine's
+// own goes to all.
+func TestRecordsGoToTheirNetwork(t *testing.T) {
+	var journal, a, b bytes.Buffer
+	r := newRecords(slog.NewTextHandler(&journal, nil))
+	machine := slog.New(r)
+	ofA := machine.With("network", "a").With("x", 1)
+	r.to.add("a", slog.NewTextHandler(&a, nil))
+	r.to.add("b", slog.NewTextHandler(&b, nil))
+	machine.Info("machine")
+	ofA.WithGroup("g").Info("one", "job", "secret")
+	machine.Info("second", "network", "b")
+	machine.Debug("nothing")
+	for name, c := range map[string]struct {
+		buf        *bytes.Buffer
+		has, lacks string
+	}{
+		"journal": {&journal, "msg=machine one second", "nothing"}, "a": {&a, "msg=machine one x=1 g.job=secret", "second"}, "b": {&b, "msg=machine second", "one job nothing"},
+	} {
+		text := c.buf.String()
+		for _, w := range strings.Fields(c.has) {
+			if strings.Count(text, w) != 1 {
+				t.Errorf("%s: %q is not there once:\n%s", name, w, text)
+			}
+		}
+		for _, w := range strings.Fields(c.lacks) {
+			if strings.Contains(text, w) {
+				t.Errorf("%s has %q:\n%s", name, w, text)
+			}
+		}
+	}
+}
