@@ -6,7 +6,7 @@ export CGO_ENABLED := 0
 PROGRAMS := resultity-agent resultity-bridge resultity-signer resultityctl resultity-network
 BUILD    := go build -ldflags '-s -w'
 
-.PHONY: all build test lint bench soak demo demo-down clean
+.PHONY: all build test attack fuzz lint bench soak demo demo-down clean
 all: build
 
 build: $(PROGRAMS:%=build/bin/%)
@@ -50,6 +50,16 @@ test:
 
 lint:
 	.ci/lint
+
+# Every hostile case that there is, as one table. HOSTS= leaves out those on hosts.
+HOSTS := -hosts
+attack:
+	go run ./test/attack $(HOSTS)
+
+# Every fuzz target for five minutes; FOR=1m for less. `go test` alone tries what
+# was found before.
+fuzz:
+	go run ./test/fuzz $(if $(FOR),-for $(FOR))
 
 demo: build
 	go run ./test/demo $(if $(KEEP),-keep)

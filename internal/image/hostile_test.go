@@ -116,7 +116,9 @@ func TestHostileSignatures(t *testing.T) {
 				t.Fatal(err)
 			}
 			trust := m.whom(c.trust)
-			if err := i.Ensure(t.Context(), ref, trust, trust); !same(err, c.kinds) {
+			err = i.Ensure(t.Context(), ref, trust, trust)
+			t.Logf("expected: %s; got: %v", c.expect, err)
+			if !same(err, c.kinds) {
 				t.Errorf("%v, want %q: %s", err, c.kinds, c.expect)
 			}
 		})

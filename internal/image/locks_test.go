@@ -400,6 +400,7 @@ func (c *lockCase) try(t *testing.T, m *maker, l locks) {
 	}
 	before := m.log.layers()
 	agent, podman := l(ref, own, now)
+	t.Logf("expected: %s; got: agent: %v; Podman: %v", c.expect, agent, podman)
 	if !same(agent, c.agent) {
 		t.Errorf("agent: %v, want %q: %s", agent, c.agent, c.expect)
 	}

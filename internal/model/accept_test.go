@@ -62,6 +62,7 @@ func TestRefusedModels(t *testing.T) {
 			}
 			s := open(t, t.TempDir(), srv)
 			dir, err := s.Ensure(t.Context(), m, nil)
+			t.Logf("expected: %v; got: %v", c.want, err)
 			if !errors.Is(err, c.want) || errors.Is(err, ErrRefused) != (c.want != nil) {
 				t.Errorf("error %v, want %v", err, c.want)
 			}

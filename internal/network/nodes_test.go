@@ -49,6 +49,7 @@ func TestRegistration(t *testing.T) {
 				key = tc.change(v, &reg)
 			}
 			status, reply, err := v.Register(t.Context(), reg, key)
+			t.Logf("expected: status %d; got: %d", tc.status, status)
 			if err != nil || status != tc.status {
 				t.Fatalf("status %d, want %d; %v", status, tc.status, err)
 			}
@@ -231,9 +232,11 @@ func TestFrameViolations(t *testing.T) {
 			series := `resultity_frames_refused_total{reason="` + tc.reason + `"}`
 			before := n.metric(series)
 			tc.send(s)
-			if code := s.Closed(); code != tc.code {
+			code := s.Closed()
+			if code != tc.code {
 				t.Errorf("closed with %d, want %d", code, tc.code)
 			}
+			t.Logf("expected: close code %d for %s, the job goes elsewhere; got: %d", tc.code, tc.reason, code)
 			n.until("the refusal is counted", func() bool { return n.metric(series) == before+1 })
 			ch := n.ask(chat)
 			bystander.Finish(bystander.Take(), "fine")

@@ -638,7 +638,7 @@ func (a *attack) run(t *testing.T) {
 		if got := Event(err); got.Name != event {
 			t.Errorf("the journal says %s, want %s", got.Name, event)
 		}
-		t.Logf("expected: %s: %v; got: %v", event, a.want, err)
+		t.Logf("expected: %s; got: %v", event, err)
 		if class, _, _ := strings.Cut(a.name, "/"); class == "forms" || class == "hashes" || class == "paths" {
 			refuses(t, n.client(t), snapshot.ErrUntrusted) // who has nothing to compare with
 		}

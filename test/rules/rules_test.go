@@ -280,35 +280,49 @@ func TestNoTextInLogs(t *testing.T) {
 	}
 }
 
-// The README says which test shows each claim. A name that no test has any more
+// named are tests as documents name them: a package, and one or more of its tests.
+var named = regexp.MustCompile("(?m)(?:`|^|hosts )((?:internal|test)/[a-z0-9/]+)`? (Test\\w+(?:, Test\\w+)*)")
+
+// Documents say which test shows each claim. A name that no test has any more
 // would be a claim without one.
-func TestReadmeNamesTests(t *testing.T) {
-	text, err := os.ReadFile(filepath.Join(root, "README.md"))
-	if err != nil {
-		t.Fatal(err)
-	}
-	rows := regexp.MustCompile("`((?:internal|test)/[a-z0-9/]+)` (Test\\w+(?:, Test\\w+)*)").FindAllSubmatch(text, -1)
-	if len(rows) < 20 {
-		t.Fatalf("%d packages with tests are named; has the table's form changed?", len(rows))
-	}
-	for _, row := range rows {
-		dir := string(row[1])
-		files, err := filepath.Glob(filepath.Join(root, dir, "*_test.go"))
+func TestNamedTestsExist(t *testing.T) {
+	for file, least := range map[string]int{"README.md": 20, "test/attack/cases.txt": 100} {
+		text, err := os.ReadFile(filepath.Join(root, file))
 		if err != nil {
 			t.Fatal(err)
 		}
-		var code []byte
-		for _, f := range files {
-			b, err := os.ReadFile(f)
-			if err != nil {
-				t.Fatal(err)
-			}
-			code = append(code, b...)
+		found := named.FindAllSubmatch(text, -1)
+		if len(found) < least {
+			t.Errorf("%s names tests in %d places; has its form changed?", file, len(found))
 		}
-		for _, name := range strings.Split(string(row[2]), ", ") {
-			if !strings.Contains(string(code), "func "+name+"(t *testing.T)") {
-				t.Errorf("README.md names %s of %s, which there is not", name, dir)
+		for _, m := range found {
+			for _, name := range strings.Split(string(m[2]), ", ") {
+				if !testsOf(t, string(m[1]))[name] {
+					t.Errorf("%s names %s of %s, which there is not", file, name, m[1])
+				}
 			}
 		}
 	}
+}
+
+var testFunc = regexp.MustCompile(`(?m)^func (Test\w+)\(t \*testing\.T\)`)
+
+// testsOf returns the names of a package's tests.
+func testsOf(t *testing.T, dir string) map[string]bool {
+	t.Helper()
+	files, err := filepath.Glob(filepath.Join(root, dir, "*_test.go"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	tests := map[string]bool{}
+	for _, f := range files {
+		b, err := os.ReadFile(f)
+		if err != nil {
+			t.Fatal(err)
+		}
+		for _, m := range testFunc.FindAllSubmatch(b, -1) {
+			tests[string(m[1])] = true
+		}
+	}
+	return tests
 }

@@ -132,7 +132,9 @@ func TestCheck(t *testing.T) {
 		"config that is deep":                          {[]File{file("config.json", []byte(strings.Repeat("[", 1000)+strings.Repeat("]", 1000)))}, ErrHeader},
 	} {
 		t.Run(name, func(t *testing.T) {
-			if err := Check(c.files); !errors.Is(err, c.want) {
+			err := Check(c.files)
+			t.Logf("expected: %v; got: %v", c.want, err)
+			if !errors.Is(err, c.want) {
 				t.Errorf("error %v, want %v", err, c.want)
 			}
 		})
