@@ -2,6 +2,8 @@ package network
 
 import (
 	"net/http"
+	"net/netip"
+	"strings"
 	"testing"
 )
 
@@ -55,4 +57,36 @@ func TestProxies(t *testing.T) {
 			t.Errorf("%q is taken", bad)
 		}
 	}
+}
+
+// Whatever stands in the header before what our proxy has added, it changes
+// nothing; and who is no proxy of ours is not believed at all.
+func FuzzClient(f *testing.F) {
+	p, err := parseProxies([]string{"10.0.0.0/8", "2001:db8::/32"})
+	if err != nil {
+		f.Fatal(err)
+	}
+	f.Add("", "10.0.0.1:1")
+	f.Add("192.0.2.7, 10.0.0.2", "10.0.0.1:1")
+	f.Add("10.0.0.2,::ffff:10.1.1.1, fe80::1%eth0", "[2001:db8::1]:9")
+	f.Add(strings.Repeat("10.0.0.2,", 40), "[::ffff:10.0.0.1]:1")
+	f.Fuzz(func(t *testing.T, header, remote string) {
+		r := &http.Request{RemoteAddr: remote, Header: http.Header{forwardedHeader: {header}}}
+		got := p.client(r)
+		at, err := netip.ParseAddrPort(remote)
+		if err != nil || !p.has(at.Addr()) {
+			if got != remote {
+				t.Fatalf("%q, which is no proxy, is believed to speak for %q", remote, got)
+			}
+			return
+		}
+		if _, err := netip.ParseAddrPort(got); err != nil {
+			t.Fatalf("%q is no address", got)
+		}
+		const honest = "198.51.100.9"
+		r.Header[forwardedHeader] = []string{header, honest}
+		if got := p.client(r); got != honest+":0" {
+			t.Fatalf("%q before it makes %s %q", header, honest, got)
+		}
+	})
 }

@@ -7,6 +7,7 @@ import (
 	"errors"
 	"fmt"
 	"math/rand/v2"
+	"reflect"
 	"strings"
 	"testing"
 
@@ -240,4 +241,118 @@ func TestPackerKeepsItsBound(t *testing.T) {
 			t.Errorf("limit %d: %d bytes of %d records", limit, size, n)
 		}
 	}
+}
+
+// Whatever a node compresses: what is taken is as many records as were said, each
+// may leave a node, and all of them together are within the bound of a batch.
+func FuzzUnpack(f *testing.F) {
+	seed := func(after, last, count uint64, lines string) {
+		var buf bytes.Buffer
+		w := gzip.NewWriter(&buf)
+		_, _ = w.Write([]byte(lines))
+		_ = w.Close()
+		f.Add(after, last, count, true, []byte(lines))
+		f.Add(after, last, count, false, buf.Bytes())
+	}
+	seed(0, 1, 1, `{"n":1,"time":1,"level":"INFO","message":"job done","event":"job-done","fields":{"job":"ab"}}`+"\n")
+	seed(3, 9, 2, `{"n":4,"time":1,"level":"WARN","message":""}`+"\n"+`{"n":9,"time":1,"level":"ERROR+2","message":"x","fields":{"error":"y"}}`)
+	seed(0, 1, 1, `{"n":1,"N":2,"level":"INFO"}`+"\n{}")
+	seed(0, 2, 2, "\n\n")
+	f.Fuzz(func(t *testing.T, after, last, count uint64, zip bool, data []byte) {
+		if zip {
+			var buf bytes.Buffer
+			w := gzip.NewWriter(&buf)
+			_, _ = w.Write(data)
+			_ = w.Close()
+			data = buf.Bytes()
+		}
+		b := &LogBatch{After: after, Last: last, Count: count}
+		records, err := b.Unpack(data)
+		if err != nil {
+			if !errors.Is(err, ErrLogs) && !errors.Is(err, ErrMalformed) || records != nil {
+				t.Fatalf("%d records, %v", len(records), err)
+			}
+			return
+		}
+		if uint64(len(records)) != count {
+			t.Fatalf("%d records, said were %d", len(records), count)
+		}
+		p, size := NewPacker(MaxLogBatch), 0
+		for _, r := range records {
+			if err := r.Check(); err != nil || r.Position <= after || r.Position > last {
+				t.Fatalf("%+v: %v", r, err)
+			}
+			line, err := json.Marshal(r)
+			if err != nil {
+				t.Fatal(err)
+			}
+			if size += len(line) + 1; !p.Add(line) {
+				return // what compressed better before
+			}
+		}
+		again, err := b.Unpack(p.Data())
+		if err != nil || !reflect.DeepEqual(again, records) {
+			t.Fatalf("%+v came back as %+v, %v", records, again, err)
+		}
+	})
+}
+
+// Whoever has no key may change a signed body as he likes: as the signer's it is
+// taken only when it is the signer's, word for word.
+func FuzzOpenRegistration(f *testing.F) {
+	key := newKey(f)
+	want := Registration{Network: "testnet", Node: key.Address(), Token: "t", Time: 1, Agent: "v"}
+	good, err := SealRegistration(key, want)
+	if err != nil {
+		f.Fatal(err)
+	}
+	bound, err := SealBinding(key, want)
+	if err != nil {
+		f.Fatal(err)
+	}
+	f.Add(good)
+	f.Add(bound)
+	f.Add(good[:65])
+	f.Fuzz(func(t *testing.T, b []byte) {
+		var got Registration
+		who, err := OpenRegistration(b, &got)
+		if err == nil && who == key.Address() && got != want {
+			t.Fatalf("%q passes for the node's", b)
+		}
+		if err != nil && len(err.Error()) > 400 {
+			t.Fatalf("an error of %d bytes goes into the log", len(err.Error()))
+		}
+	})
+}
+
+// An order is taken as the network's only if its body is one that was signed.
+func FuzzOrder(f *testing.F) {
+	key := newKey(f)
+	want := Directive{ID: NewOrderID(), Network: "testnet", Node: key.Address(), Kind: OrderDrain, Reason: "well", Issued: 1, Expires: 2}
+	o, err := SealOrder(key, &want)
+	if err != nil {
+		f.Fatal(err)
+	}
+	raw, err := json.Marshal(o)
+	if err != nil {
+		f.Fatal(err)
+	}
+	f.Add(raw)
+	f.Add([]byte(`{"id":"00000000000000000000000000000000","body":"e30=","signature":"0x"}`))
+	f.Fuzz(func(t *testing.T, raw []byte) {
+		m, err := decode([]byte("order"), ToNode, raw)
+		if err != nil {
+			return
+		}
+		d, who, err := m.(*Order).Open()
+		if err != nil {
+			return
+		}
+		if who == key.Address() && *d != want {
+			t.Fatalf("%+v passes for the network's", d)
+		}
+		if len(d.Reason) > MaxOrderReason || Printable(d.Reason) != d.Reason || d.Expires-d.Issued > MaxOrderLife*1000 {
+			t.Fatalf("%+v is out of bounds", d)
+		}
+	})
 }

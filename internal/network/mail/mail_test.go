@@ -443,3 +443,23 @@ func TestToldIsCutBehindAddresses(t *testing.T) {
 		}
 	}
 }
+
+// What is an address has one spelling and nothing in it that ends a line, a
+// command of SMTP or a header.
+func FuzzParseAddress(f *testing.F) {
+	for _, s := range []string{"a@b", "a.b+c@example.org", "A <a@b>", "\"a b\"@c", "a@b\r\nBcc: c@d", "a@[127.0.0.1]", "ä@b", "a@b (c)", "@", "a@b,c@d"} {
+		f.Add(s)
+	}
+	f.Fuzz(func(t *testing.T, s string) {
+		got, err := ParseAddress(s)
+		if err != nil {
+			if !errors.Is(err, ErrAddress) || got != "" {
+				t.Fatalf("%q, %v", got, err)
+			}
+			return
+		}
+		if got != s || len(s) > 254 || strings.Count(s, "@") != 1 || strings.ContainsFunc(s, func(r rune) bool { return r <= ' ' || r >= 0x7f || strings.ContainsRune("<>()[],;:\\\"", r) }) {
+			t.Fatalf("%q is taken for %q", s, got)
+		}
+	})
+}
