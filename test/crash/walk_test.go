@@ -32,7 +32,7 @@ var scenarios = []struct {
 	{`session\.frame\.\w+ \*wire\.Logs|spool\.mark`, ordered("logs")},
 	{`state\.|work\.|session\.frame|spool\.record`, nothing},
 	{`agent\.(drain|resume)`, drain},
-	{`tuf\.|generation\.|image\.|systemd\.|model\.(origin|part|file|tree)`, publish},
+	{`tuf\.|generation\.|image\.|systemd\.|model\.(origin|part|file|tree|hashes)`, publish},
 	{`model\.damage`, damage},
 	{`model\.length`, shorten},
 

@@ -19,6 +19,7 @@ import (
 	"testing"
 	"time"
 
+	"github.com/resultity/node/internal/chunk"
 	"github.com/resultity/node/internal/control"
 	"github.com/resultity/node/internal/digest"
 	"github.com/resultity/node/internal/receipt"
@@ -182,10 +183,13 @@ func (w *world) publish(ctx context.Context, change func(*snapshot.Config)) erro
 	if err != nil {
 		return err
 	}
-	weights := make([]byte, 3<<20)
-	_, _ = rand.Read(weights) // it never fails: it ends the program instead
-	name := rand.Text()
-	if err := w.ServeModel(name, weights); err != nil {
+	// With the hashes of its chunks beside it, as of a large file.
+	weights, name := model.Random(chunk.Size+1), rand.Text()
+	list, _, err := chunk.Read(bytes.NewReader(weights))
+	if err != nil {
+		return err
+	}
+	if err := errors.Join(w.ServeModel(name, weights), w.ServeModel(name+".chunks", list.Bytes())); err != nil {
 		return err
 	}
 	w.image = ref.Digest()
@@ -193,8 +197,11 @@ func (w *world) publish(ctx context.Context, change func(*snapshot.Config)) erro
 		change(c)
 		c.Runtime.Image = ref
 		old := c.Models[0].Files[0]
-		file, bad := snapshot.NewFile(old.Path, bytes.NewReader(weights), strings.TrimSuffix(old.Sources[0], path.Base(old.Sources[0]))+name)
-		c.Models[0].Files[0], err = file, bad
+		address := strings.TrimSuffix(old.Sources[0], path.Base(old.Sources[0])) + name
+		var file snapshot.File
+		file, err = snapshot.NewFile(old.Path, bytes.NewReader(weights), address)
+		file.Chunks.Hashes, file.Chunks.Sources = nil, []string{address + ".chunks"}
+		c.Models[0].Files[0] = file
 	})
 	return errors.Join(published, err)
 }

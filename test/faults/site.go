@@ -16,6 +16,7 @@ import (
 	"sync/atomic"
 	"time"
 
+	"github.com/resultity/node/test/model"
 	"github.com/resultity/node/test/oci"
 )
 
@@ -106,12 +107,9 @@ func (s *Site) Close() error {
 // Be sets the trouble from now on.
 func (s *Site) Be(t Trouble) { s.trouble.Store(int32(t)) }
 
-// Put serves so many random bytes, and returns them with their URL.
+// Put serves a model file of so many bytes, and returns them with their URL.
 func (s *Site) Put(size int) (data []byte, address string) {
-	data = make([]byte, size)
-	_, _ = rand.Read(data) // it never fails: it ends the program instead
-	copy(data, "GGUF\x03\x00\x00\x00")
-	clear(data[8:24]) // no tensors and no metadata
+	data = model.Random(size)
 	path := "/" + rand.Text()
 	s.mu.Lock()
 	defer s.mu.Unlock()

@@ -11,6 +11,7 @@ package model
 
 import (
 	"bytes"
+	"crypto/rand"
 	_ "embed" // the model and its prompts
 	"encoding/json"
 )
@@ -46,6 +47,16 @@ var prompts = mustParse(promptsJSON)
 
 // GGUF returns the model file. The slice is the caller's own.
 func GGUF() []byte { return bytes.Clone(gguf) }
+
+// Random returns size bytes, at least 24, that are a GGUF file by their header, and
+// different each time. No engine can do anything with them.
+func Random(size int) []byte {
+	b := make([]byte, size)
+	_, _ = rand.Read(b) // it never fails: it ends the program instead
+	copy(b, "GGUF\x03\x00\x00\x00")
+	clear(b[8:24]) // no tensors and no metadata
+	return b
+}
 
 // Prompts returns the known prompts, always in the same order: short ones
 // first, long answers (up to 391 tokens, good for streams) last. The slice is
