@@ -5,6 +5,7 @@ import (
 	"errors"
 	"fmt"
 	"net/http"
+	"path"
 	"regexp"
 	"slices"
 	"strings"
@@ -225,16 +226,44 @@ func (w *world) blob(ctx context.Context) (string, error) {
 	return name, nil
 }
 
+// turnByte damages the model, and returns its file.
+func (w *world) turnByte(ctx context.Context) (name string, err error) {
+	if name, err = w.blob(ctx); err != nil {
+		return "", err
+	}
+	if out, err := w.node.Output(ctx, "sh", "-c", `printf wrong | dd of="$0" bs=1 seek=1000 conv=notrunc`, name); err != nil {
+		return "", fmt.Errorf("%w: %s", err, out)
+	}
+	return name, nil
+}
+
 // damage turns a byte of the model, and has the network order to look at it.
 func damage(ctx context.Context, w *world) error {
-	name, err := w.blob(ctx)
+	if _, err := w.turnByte(ctx); err != nil {
+		return err
+	}
+	_ = ordered("revalidate")(ctx, w) // which fails, as it has to
+	return nil
+}
+
+// scrub turns a byte of the model, and has the scrub find it. What the agent had
+// not dealt with when it died, the next scrub finds.
+func scrub(ctx context.Context, w *world) error {
+	name, err := w.turnByte(ctx)
 	if err != nil {
 		return err
 	}
-	if out, err := w.node.Output(ctx, "sh", "-c", `printf wrong | dd of="$0" bs=1 seek=1000 conv=notrunc`, name); err != nil {
-		return fmt.Errorf("%w: %s", err, out)
+	if err := w.node.UserCtl(ctx, "start", "--wait", "resultity-scrub.service"); err != nil {
+		return err
 	}
-	_ = ordered("revalidate")(ctx, w) // which fails, as it has to
+	mended := func() bool {
+		out, err := w.node.Output(ctx, "sha256sum", name)
+		return err == nil && strings.HasPrefix(string(out), path.Base(name))
+	}
+	w.until(ctx, 20*time.Second, mended)
+	if !mended() {
+		return errors.New("the damage is still there")
+	}
 	return nil
 }
 

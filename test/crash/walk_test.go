@@ -34,6 +34,7 @@ var scenarios = []struct {
 	{`agent\.(drain|resume)`, drain},
 	{`tuf\.|generation\.|image\.|systemd\.|model\.(origin|part|file|tree|hashes)`, publish},
 	{`model\.damage`, damage},
+	{`model\.distrust`, scrub},
 	{`model\.length`, shorten},
 
 	// The network service.
