@@ -80,9 +80,9 @@ type Receipt struct {
 	FinishedAt       uint64 // Unix milliseconds, by the node's clock
 	// Sequence is given by whoever holds the node's key, never twice on a chain:
 	// in the upper 32 bits how many times it has been started, below them the
-	// receipt's number since then, from 1 and without gaps. Two receipts with one
-	// sequence are by two holders of the key; one that is missing between others
-	// was signed and not shown.
+	// receipt's number since then, from 1. Two receipts with one sequence are by two
+	// holders of the key; one that is missing between others may have been signed and
+	// not shown, or its signature was asked for twice.
 	Sequence uint64
 }
 

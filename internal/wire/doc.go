@@ -338,11 +338,11 @@
 // Result.Response: the bytes that the client sent and got. imageDigest is that of
 // the image's manifest; modelDigest is SHA-256 over the lines that sha256sum
 // prints for the model's files, sorted by path. sequence is never 0 and never twice
-// the same for a node and a chain: its upper 32 bits say how many times whoever holds the node's key
-// has been started, its lower ones are the receipt's number since, from 1 without gaps.
-// Two receipts with one sequence show two holders of the key, a gap within one start a receipt that was signed and
-// not delivered. Receipts arrive in any order. The network checks all of them, the
-// signer, and that token counts and times (within the clock window) are possible,
-// before it acknowledges. A result that fails this check is a protocol violation: it ends
+// the same for a node and a chain: its upper 32 bits say how many times whoever
+// holds the node's key has been started, its lower ones are the receipt's number
+// since, from 1. Two receipts with one sequence show two holders of the key; a gap
+// within one start hints at a receipt that was signed and not delivered. Receipts
+// arrive in any order. The network checks all of them, the signer, and that token
+// counts and times (within the clock window) are possible, before it acknowledges. A result that fails this check is a protocol violation: it ends
 // the session, is counted, and the job goes to another node.
 package wire
