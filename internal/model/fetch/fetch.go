@@ -335,7 +335,8 @@ func (r *run) claim(w *worker) bool {
 		return true
 	}
 	for _, v := range r.workers {
-		if v.src != w.src && v.at < v.to && v.slow() && !v.doubled {
+		// It may have delivered that chunk and not gone on yet.
+		if v.src != w.src && v.slow() && !v.doubled && r.owner[v.at] == v {
 			v.doubled = true
 			r.owner[v.at] = w
 			w.set(v.at, v.at+1)

@@ -425,3 +425,26 @@ func TestList(t *testing.T) {
 		})
 	}
 }
+
+// TestDeliveredChunkIsNotTakenOver: a slow worker that has delivered its chunk, and
+// has not moved on yet, has nothing that another could take over. The chunk would
+// count twice, and another one would be missing in the end.
+func TestDeliveredChunkIsNotTakenOver(t *testing.T) {
+	b := modeltest.Content(2 * chunk.Size)
+	list, _, err := chunk.Read(bytes.NewReader(b))
+	if err != nil {
+		t.Fatal(err)
+	}
+	tardy, other := &worker{src: &source{ranges: true}, kept: -1}, &worker{src: &source{ranges: true}, kept: -1}
+	r := &run{f: &File{List: list}, put: func(int, []byte) error { return nil }, owner: make([]*worker, 2), left: 2, workers: []*worker{tardy, other}, changed: make(chan struct{})}
+	r.owner[0], r.owner[1] = tardy, other
+	tardy.set(0, 1)
+	tardy.since = time.Now().Add(-2 * slow)
+	idle := &worker{src: &source{ranges: true}, kept: -1}
+	if err := r.deliver(tardy, 0, b[:chunk.Size]); err != nil {
+		t.Fatal(err)
+	}
+	if r.claim(idle) || r.owner[0] != nobody || r.left != 1 {
+		t.Errorf("a chunk that is here was given away; %d are left", r.left)
+	}
+}
