@@ -65,7 +65,10 @@ func (s *Store) fetch(ctx context.Context, f *snapshot.File, report func(int64))
 	p.ended = true
 	p.arrived.Broadcast()
 	p.mu.Unlock()
-	if err = errors.Join(err, <-sum); err != nil {
+	if err = errors.Join(err, <-sum); err == nil && len(p.missing()) > 0 {
+		err = errors.New("chunks are missing at the end") // never, but a name is for what was hashed
+	}
+	if err != nil {
 		if errors.Is(err, digest.ErrMismatch) && len(p.missing()) == 0 {
 			// Each chunk is what the root names, so this is not what arrived.
 			return errors.Join(err, p.reset())
@@ -332,8 +335,11 @@ func (p *partial) sum(ctx context.Context) error {
 		}
 		here := p.have[i]
 		p.mu.Unlock()
-		if !here || ctx.Err() != nil {
+		if !here {
 			return nil
+		}
+		if err := ctx.Err(); err != nil {
+			return err // nothing was found out
 		}
 		off, n := p.list.Range(i)
 		if _, err := io.CopyBuffer(h, struct{ io.Reader }{io.NewSectionReader(p.f, off, int64(n))}, buf); err != nil {

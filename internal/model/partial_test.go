@@ -2,6 +2,7 @@ package model
 
 import (
 	"bytes"
+	"context"
 	"errors"
 	"fmt"
 	"io"
@@ -223,5 +224,31 @@ func TestMarginIsLeft(t *testing.T) {
 	err = p.put(0, b[:chunk.Size])
 	if e, ok := errors.AsType[*NoSpaceError](err); !ok || !errors.Is(err, syscall.ENOSPC) || e.Need != chunk.Size {
 		t.Errorf("error %v", err)
+	}
+}
+
+// TestUnhashedFileIsNotNamed: all chunks are here, and whoever stops the hashing of
+// the whole leaves it without a name.
+func TestUnhashedFileIsNotNamed(t *testing.T) {
+	b := content(chunk.Size + 9)
+	s := open(t, t.TempDir())
+	m := modelOf(fileOf("f", b, "https://nobody.test/f"))
+	name := leave(t, s, m, b, 0, 1)
+	list, err := s.list(t.Context(), &m.Files[0])
+	if err != nil {
+		t.Fatal(err)
+	}
+	p, err := s.openPartial(t.Context(), &m.Files[0], list)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer p.close()
+	ctx, cancel := context.WithCancel(t.Context())
+	cancel()
+	if err := p.sum(ctx); !errors.Is(err, context.Canceled) {
+		t.Errorf("hashing was stopped: %v", err)
+	}
+	if _, err := os.Stat(name); err != nil {
+		t.Errorf("what has arrived is gone: %v", err)
 	}
 }
