@@ -450,3 +450,34 @@ func TestPruneKeepsTheNewestOfEachNetwork(t *testing.T) {
 		t.Errorf("%+v", g)
 	}
 }
+
+// Whatever the state file says, in its right form or not: what is whole is there,
+// current and previous are among it, and the next generation comes up.
+func FuzzOpen(f *testing.F) {
+	f.Add(true, []byte(`{"next":3,"current":2,"previous":1,"order":0,"aside":null,"records":[{"number":1,"state":"healthy"},{"number":2,"state":"trial"}]}`))
+	f.Add(true, []byte(`{"next":1,"current":9,"records":[{"number":-1}]}`))
+	f.Add(false, []byte("sha256:"))
+	f.Fuzz(func(t *testing.T, sealed bool, state []byte) {
+		dir := t.TempDir()
+		s := reopen(t, dir)
+		run(t, s, content(1))
+		run(t, s, content(2))
+		if sealed {
+			state = append([]byte(digest.Of(state).String()+"\n"), state...)
+		}
+		ok(t, os.WriteFile(filepath.Join(dir, stateFile), state, 0o600))
+		s = reopen(t, dir)
+		v, there := s.View(), map[int]bool{0: true}
+		for _, g := range v.Generations {
+			there[g.Number] = true
+		}
+		if !there[v.Current] || !there[v.Previous] || !there[v.Order] {
+			t.Fatalf("%s", s.states())
+		}
+		n := run(t, s, content(3))
+		s = reopen(t, dir)
+		if v := s.View(); v.Current != n {
+			t.Fatalf("%d is the newest, and %s", n, s.states())
+		}
+	})
+}

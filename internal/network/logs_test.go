@@ -190,21 +190,3 @@ func TestLogsAreChecked(t *testing.T) {
 		t.Errorf("%+v", l)
 	}
 }
-
-// A node that sends without end pushes out its own logs only.
-func TestLogsOfANodeAreBounded(t *testing.T) {
-	n := start(t, nil)
-	quiet, loud := n.node(), n.node()
-	upload(quiet.Connect(t), batch(t, quiet, 0, logRecord(1, "ab")))
-	s := loud.Connect(t)
-	const batches = 70
-	for i := range uint64(batches) {
-		upload(s, batch(t, loud, i, logRecord(i+1, "cd")))
-	}
-	if l := n.logLines("--node", loud.Key.Address().Hex()); len(l) != 64 || l[0].Position != batches-63 {
-		t.Errorf("%d records of the loud node, from %d", len(l), l[0].Position)
-	}
-	if l := n.logLines("--node", quiet.Key.Address().Hex()); len(l) != 1 {
-		t.Errorf("%d records of the quiet node", len(l))
-	}
-}

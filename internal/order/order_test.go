@@ -13,14 +13,14 @@ import (
 )
 
 type world struct {
-	t    *testing.T
+	t    testing.TB
 	key  *evm.Key // the network's
 	node *evm.Key
 	now  time.Time
 	path string
 }
 
-func newWorld(t *testing.T) *world {
+func newWorld(t testing.TB) *world {
 	t.Helper()
 	w := &world{t: t, now: time.UnixMilli(1_800_000_000_000), path: filepath.Join(t.TempDir(), "orders.json")}
 	for _, k := range []**evm.Key{&w.key, &w.node} {
@@ -223,4 +223,53 @@ func TestFullDisk(t *testing.T) {
 	}
 	b.path = w.path
 	w.carryOut(b, d)
+}
+
+// Whatever is in the file: it is refused as damaged, or it is a memory that reads
+// the same when it is opened again, and that takes orders.
+func FuzzOpen(f *testing.F) {
+	w := newWorld(f)
+	if _, _, err := w.open().Begin(w.order(w.key, w.directive(wire.OrderDrain)), w.trusted); err != nil {
+		f.Fatal(err)
+	}
+	raw, err := os.ReadFile(w.path)
+	if err != nil {
+		f.Fatal(err)
+	}
+	f.Add(raw)
+	f.Add([]byte(`{"orders":null}`))
+	f.Add([]byte(`{"orders":[{}],"turned":-1} {`))
+	next := w.order(w.key, w.directive(wire.OrderRestart))
+	f.Fuzz(func(t *testing.T, raw []byte) {
+		path := filepath.Join(t.TempDir(), "orders.json")
+		if err := os.WriteFile(path, raw, 0o600); err != nil {
+			t.Fatal(err)
+		}
+		open := func() (*Book, error) {
+			return Open(path, "testnet", w.node.Address(), func() time.Time { return w.now })
+		}
+		b, err := open()
+		if err != nil {
+			if !errors.Is(err, ErrCorrupt) {
+				t.Fatal(err)
+			}
+			return
+		}
+		for _, e := range b.Last(maxEntries) {
+			if e.Outcome == Begun {
+				t.Fatalf("%+v has not ended with the agent", e)
+			}
+		}
+		_, _, err = b.Begin(next, w.trusted)
+		if r := (*Refusal)(nil); err != nil && !errors.As(err, &r) {
+			t.Fatal(err)
+		}
+		again, err := open()
+		if err != nil {
+			t.Fatalf("what the book has written cannot be read: %v", err)
+		}
+		if a, b := len(again.Last(maxEntries)), len(b.Last(maxEntries)); a != b {
+			t.Fatalf("%d orders, %d when it is opened again", b, a)
+		}
+	})
 }

@@ -348,3 +348,44 @@ func TestStuckDisk(t *testing.T) {
 		t.Errorf("%d records are kept, want %d", len(records), maxWaiting)
 	}
 }
+
+// Whatever is in the newest segment: what was whole at its beginning is kept and
+// leaves as it stood there, and the next record is read after it.
+func FuzzOpen(f *testing.F) {
+	const whole = `{"n":7,"time":1,"level":"INFO","message":"job done"}`
+	line := func(s string) []byte { return encode([]byte(s)) }
+	f.Add(line(whole))
+	f.Add(append(line(whole), "torn"...))
+	f.Add(append(line(whole), line(`{"n":7}`)...))
+	f.Add(append(line(whole), line(`{"n":9007199254740991}`)...))
+	f.Add([]byte("00000000 "))
+	f.Fuzz(func(t *testing.T, tail []byte) {
+		dir := t.TempDir()
+		if err := os.WriteFile(filepath.Join(dir, markFile), []byte(`{"spool":"`+strings.Repeat("ab", 16)+`","position":6}`), 0o600); err != nil {
+			t.Fatal(err)
+		}
+		name := filepath.Join(dir, fmt.Sprintf("%016d.log", 7))
+		if err := os.WriteFile(name, append(line(whole), tail...), 0o600); err != nil {
+			t.Fatal(err)
+		}
+		s := open(t, dir)
+		slog.New(s.Handler(slog.LevelInfo)).Info("after it")
+		if err := s.Close(); err != nil {
+			t.Fatal(err)
+		}
+		raw, err := os.ReadFile(name)
+		if err != nil || !bytes.HasPrefix(raw, line(whole)) {
+			t.Fatalf("%q, %v", raw, err)
+		}
+		n := 0
+		for l := range bytes.Lines(raw) {
+			if _, ok := decode(l); !ok {
+				t.Fatalf("%q was left in %q", l, raw)
+			}
+			n++
+		}
+		if n < 2 || !bytes.Contains(raw, []byte("after it")) {
+			t.Fatalf("the next record is not in %q", raw)
+		}
+	})
+}

@@ -1,0 +1,58 @@
+package receiptlog
+
+import (
+	"encoding/json"
+	"errors"
+	"reflect"
+	"testing"
+
+	"github.com/resultity/node/internal/evm"
+)
+
+// Whoever has no key may change an inclusion as he likes: it holds for no receipt
+// but the one that it was made for.
+func FuzzInclusion(f *testing.F) {
+	key, err := evm.NewKey()
+	if err != nil {
+		f.Fatal(err)
+	}
+	const size, at = 5, 3
+	l, nodes := grow(size)
+	p, err := Prove(at, size, from(nodes))
+	if err != nil {
+		f.Fatal(err)
+	}
+	h := Head{Node: key.Address(), Size: size, Root: l.Root()}
+	s, err := h.Sign(1, key)
+	if err != nil {
+		f.Fatal(err)
+	}
+	good, err := json.Marshal(Inclusion{Head: *s, Index: p.Index, Path: p.Path})
+	if err != nil {
+		f.Fatal(err)
+	}
+	mine, other := evm.Keccak([]byte{0, 0, 0, 0, 0, 0, 0, at}), evm.Keccak([]byte("another"))
+	if i, err := ParseInclusion(good); err != nil || i.Check(key.Address(), 1, mine) != nil {
+		f.Fatalf("%v, %s", err, good)
+	}
+	f.Add(good)
+	f.Add([]byte(`{"head":{"size":0},"path":null}`))
+	f.Fuzz(func(t *testing.T, b []byte) {
+		i, err := ParseInclusion(b)
+		if err != nil {
+			if !errors.Is(err, ErrProof) {
+				t.Fatal(err)
+			}
+			return
+		}
+		if i.Check(key.Address(), 1, other) == nil {
+			t.Fatalf("%s holds for another receipt", b)
+		}
+		if i.Head.Node == key.Address() && !reflect.DeepEqual(i.Head.Head, s.Head) {
+			t.Fatalf("%s has another head of the node", b)
+		}
+		if i.Check(key.Address(), 1, mine) == nil && (i.Index != at || !reflect.DeepEqual(i.Path, p.Path)) {
+			t.Fatalf("%s has the receipt in another place", b)
+		}
+	})
+}
