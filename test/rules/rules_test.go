@@ -286,7 +286,7 @@ var named = regexp.MustCompile("(?m)(?:`|^|hosts )((?:internal|test)/[a-z0-9/]+)
 // Documents say which test shows each claim. A name that no test has any more
 // would be a claim without one.
 func TestNamedTestsExist(t *testing.T) {
-	for file, least := range map[string]int{"README.md": 20, "test/attack/cases.txt": 100} {
+	for file, least := range map[string]int{"README.md": 20, "policy/threats.md": 70, "test/attack/cases.txt": 100} {
 		text, err := os.ReadFile(filepath.Join(root, file))
 		if err != nil {
 			t.Fatal(err)
@@ -301,6 +301,22 @@ func TestNamedTestsExist(t *testing.T) {
 					t.Errorf("%s names %s of %s, which there is not", file, name, m[1])
 				}
 			}
+		}
+	}
+}
+
+// A threat whose row has no test would be a claim, and one with several a story.
+func TestThreatsHaveOneTestEach(t *testing.T) {
+	text, err := os.ReadFile(filepath.Join(root, "policy/threats.md"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	for line := range strings.Lines(string(text)) {
+		if !strings.HasPrefix(line, "|") || strings.HasPrefix(line, "|---") || strings.HasPrefix(line, "| tries to |") {
+			continue
+		}
+		if m := named.FindAllStringSubmatch(line, -1); len(m) != 1 || strings.Contains(m[0][2], ",") {
+			t.Errorf("want one test in %s", line)
 		}
 	}
 }
