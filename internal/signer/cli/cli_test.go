@@ -5,10 +5,13 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"log/slog"
+	"net"
 	"os"
 	"path/filepath"
 	"slices"
 	"strings"
+	"sync"
 	"testing"
 
 	"github.com/ethereum/go-ethereum/accounts/keystore"
@@ -204,5 +207,146 @@ func TestAllowAndAccounts(t *testing.T) {
 		if uid, err := uidOf(file, name); err == nil {
 			t.Errorf("%q: %d", name, uid)
 		}
+	}
+}
+
+// withService gives the machine a resultity-signer.service, which begins with the
+// key and the counters that are there at that moment. The returned function starts
+// it as its socket does.
+func withService(t *testing.T, c *command) (start func()) {
+	t.Helper()
+	stop := func() {}
+	t.Cleanup(func() { stop() })
+	start = func() {
+		key, err := c.key(t.Context())
+		if err != nil {
+			t.Fatal(err)
+		}
+		for _, dir := range []string{c.path(stateDir), filepath.Dir(c.path(signer.SocketPath))} {
+			if err := os.MkdirAll(dir, 0o700); err != nil {
+				t.Fatal(err)
+			}
+		}
+		counters, err := signer.OpenCounters(c.counters(), key.Address())
+		if err != nil {
+			t.Fatal(err)
+		}
+		ln, err := net.ListenUnix("unixpacket", &net.UnixAddr{Name: c.path(signer.SocketPath), Net: "unixpacket"})
+		if err != nil {
+			t.Fatal(err)
+		}
+		s := &signer.Server{Local: signer.NewLocal(key, counters), Log: slog.New(slog.DiscardHandler), Serves: func(uint32) bool { return true }}
+		ctx, cancel := context.WithCancel(context.Background())
+		done := make(chan error, 1)
+		go func() { done <- s.Serve(ctx, ln) }()
+		stop = sync.OnceFunc(func() {
+			cancel()
+			if err := errors.Join(<-done, counters.Close()); err != nil {
+				t.Error(err)
+			}
+		})
+	}
+	creds := c.systemd
+	c.systemd = func(ctx context.Context, name string, stdin []byte, args ...string) ([]byte, error) {
+		switch {
+		case name != "systemctl":
+			return creds(ctx, name, stdin, args...)
+		case slices.Equal(args, []string{"stop", service}):
+			stop()
+		case slices.Equal(args, []string{"start", "resultity-signer.socket"}):
+			start()
+		default:
+			return nil, fmt.Errorf("%s %v is not for this test", name, args)
+		}
+		return nil, nil
+	}
+	return start
+}
+
+// TestRotate makes a new node of a machine whose agent goes on asking. The old
+// node's key and counters are kept, and whatever fails on the way leaves the old
+// node as it was or the new one whole.
+func TestRotate(t *testing.T) {
+	c, out := machine(t)
+	start := withService(t, c)
+	if err := c.rotate(t.Context()); !errors.Is(err, errNoKey) {
+		t.Errorf("without a key: %v", err)
+	}
+	if err := c.init(t.Context()); err != nil {
+		t.Fatal(err)
+	}
+	old, err := c.key(t.Context())
+	if err != nil {
+		t.Fatal(err)
+	}
+	start()
+	before, err := signer.ReadCounts(c.counters())
+	if err != nil || before.Node != old.Address() {
+		t.Fatal(before, err)
+	}
+
+	good, broken := c.systemd, errors.New("no TPM")
+	c.systemd = func(ctx context.Context, name string, stdin []byte, args ...string) ([]byte, error) {
+		if args[0] == "encrypt" {
+			return nil, broken
+		}
+		return good(ctx, name, stdin, args...)
+	}
+	if err := c.rotate(t.Context()); !errors.Is(err, broken) {
+		t.Errorf("the key could not be encrypted: %v", err)
+	}
+	if key, err := c.key(t.Context()); err != nil || key.Address() != old.Address() {
+		t.Errorf("the old key is gone: %v", err)
+	}
+	if now, err := signer.ReadCounts(c.counters()); err != nil || now.Node != old.Address() || now.Starts < before.Starts {
+		t.Errorf("the old key's counters went back from %+v to %+v, %v", before, now, err)
+	}
+
+	c.systemd = good
+	if err := c.rotate(t.Context()); err != nil {
+		t.Fatal(err)
+	}
+	key, err := c.key(t.Context())
+	if err != nil || key.Address() == old.Address() {
+		t.Fatalf("the key is %v, %v", key.Address(), err)
+	}
+	s, err := signer.Dial(c.path(signer.SocketPath))
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := s.Close(); err != nil || s.Address() != key.Address() {
+		t.Errorf("the service signs for %s, and the key is that of %s: %v", s.Address(), key.Address(), err)
+	}
+	kept := c.path(credentialFile) + "." + strings.ToLower(old.Address().Hex())
+	if st, err := os.Stat(kept); err != nil || st.Mode().Perm() != 0o600 {
+		t.Errorf("%v, %v", st, err)
+	}
+	if raw, err := c.systemd(t.Context(), "systemd-creds", nil, "decrypt", "--name="+keyCredential, kept, "-"); err != nil || strings.TrimSpace(string(raw)) != old.Hex() {
+		t.Errorf("the old key was not kept: %v", err)
+	}
+	if counts, err := signer.ReadCounts(c.counters() + "." + strings.ToLower(old.Address().Hex())); err != nil || counts.Node != old.Address() {
+		t.Errorf("the old key's counters were not kept: %v, %v", counts, err)
+	}
+	if counts, err := signer.ReadCounts(c.counters()); err != nil || counts.Node != key.Address() {
+		t.Errorf("the new key's counters: %v, %v", counts, err)
+	}
+	if text := said(t, out); !strings.Contains(text, key.Address().Hex()) || strings.Contains(text, key.Hex()) || strings.Contains(text, old.Hex()) {
+		t.Errorf("said %s", text)
+	}
+
+	// Cut short between key and counters: they are the node's before, and the
+	// next try moves them.
+	if err := c.stop(t.Context()); err != nil {
+		t.Fatal(err)
+	}
+	raw, err := signer.FormatCounts(before)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := os.WriteFile(c.counters(), raw, 0o600); err != nil {
+		t.Fatal(err)
+	}
+	if err := c.rotate(t.Context()); err != nil {
+		t.Errorf("given again: %v", err)
 	}
 }

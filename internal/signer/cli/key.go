@@ -67,22 +67,23 @@ func (c *command) key(ctx context.Context) (*evm.Key, error) {
 	return evm.ParseKey(strings.TrimSpace(string(raw)))
 }
 
-// seal puts a key in place. The old one's file is kept under its node's name.
+// seal puts a key in place. The old one's file is kept under its node's name, and
+// its counters are moved aside after it has gone: a service that was started before
+// that must not begin to count anew.
 func (c *command) seal(ctx context.Context, key *evm.Key) error {
 	old, err := c.key(ctx)
 	switch {
 	case err == nil && old.Address() == key.Address():
-		return nil
+		return c.aside(key.Address(), key.Address())
 	case err == nil:
-		kept := c.path(credentialFile) + "." + strings.ToLower(old.Address().Hex())
+		kept := c.path(credentialFile) + "." + suffix(old.Address())
 		if err := copyFile(c.path(credentialFile), kept); err != nil {
 			return err
 		}
-		if err := os.Rename(c.counters(), c.counters()+"."+strings.ToLower(old.Address().Hex())); err != nil && !errors.Is(err, fs.ErrNotExist) {
-			return err
-		}
 		fmt.Fprintf(c.out, "the key of %s is kept in %s\n", old.Address(), kept)
-	case !errors.Is(err, errNoKey):
+	case errors.Is(err, errNoKey):
+		old = key
+	default:
 		return err
 	}
 	sealed, err := c.systemd(ctx, "systemd-creds", []byte(key.Hex()+"\n"), "encrypt", "--name="+keyCredential, "-", "-")
@@ -95,18 +96,39 @@ func (c *command) seal(ctx context.Context, key *evm.Key) error {
 	if err := durable.WriteFile(c.path(credentialFile), sealed, 0o600); err != nil {
 		return err
 	}
-	return nil
+	return c.aside(key.Address(), old.Address())
 }
+
+// aside moves counters away that are not node's. Damaged ones are those of the key
+// that was here before.
+func (c *command) aside(node, before evm.Address) error {
+	counts, err := signer.ReadCounts(c.counters())
+	switch {
+	case errors.Is(err, fs.ErrNotExist):
+		return nil
+	case errors.Is(err, signer.ErrCounters):
+		counts.Node = before
+	case err != nil:
+		return err
+	}
+	if counts.Node == node || counts.Node == (evm.Address{}) {
+		return nil
+	}
+	if err := os.Rename(c.counters(), c.counters()+"."+suffix(counts.Node)); err != nil {
+		return err
+	}
+	return durable.SyncDir(c.path(stateDir))
+}
+
+// suffix is of the files of a node that is not this one any more.
+func suffix(node evm.Address) string { return strings.ToLower(node.Hex()) }
 
 func copyFile(from, to string) error {
 	raw, err := os.ReadFile(from)
 	if err != nil {
 		return err
 	}
-	if err := durable.WriteFile(to, raw, 0o600); err != nil {
-		return err
-	}
-	return nil
+	return durable.WriteFile(to, raw, 0o600)
 }
 
 // stop ends the service, so that nobody signs while the key changes. The socket
@@ -116,8 +138,12 @@ func (c *command) stop(ctx context.Context) error {
 	return err
 }
 
-// answers starts the service and compares whose key it has.
+// answers starts the service anew and compares whose key it has. Who asked
+// meanwhile may have started it with the key before.
 func (c *command) answers(ctx context.Context, want evm.Address) error {
+	if err := c.stop(ctx); err != nil {
+		return err
+	}
 	if _, err := c.systemd(ctx, "systemctl", nil, "start", "resultity-signer.socket"); err != nil {
 		return err
 	}
@@ -169,19 +195,21 @@ func (c *command) init(ctx context.Context) error {
 	if identity.Exists(c.path(agentIdentity)) {
 		return errors.New("the agent has a key; take it over with resultity-signer migrate")
 	}
-	return c.fresh(ctx)
+	_, err = c.fresh(ctx)
+	return err
 }
 
-func (c *command) fresh(ctx context.Context) error {
+// fresh puts a new key in place.
+func (c *command) fresh(ctx context.Context) (evm.Address, error) {
 	key, err := evm.NewKey()
 	if err != nil {
-		return err
+		return evm.Address{}, err
 	}
 	if err := c.seal(ctx, key); err != nil {
-		return err
+		return evm.Address{}, err
 	}
 	fmt.Fprintf(c.out, "made the key of node %s\n", key.Address())
-	return nil
+	return key.Address(), nil
 }
 
 // migrate takes over the agent's key with its counters. The agent is stopped over
@@ -455,10 +483,11 @@ func (c *command) rotate(ctx context.Context) error {
 	if _, err := c.key(ctx); err != nil {
 		return err
 	}
-	if err := c.stop(ctx); err != nil {
+	node, err := c.fresh(ctx)
+	if err != nil {
 		return err
 	}
-	if err := c.fresh(ctx); err != nil {
+	if err := c.answers(ctx, node); err != nil {
 		return err
 	}
 	fmt.Fprintln(c.out, "This is a new node: it has to be registered and bound anew. Move networks/ in the agent's state directory away, put an enrolment token in place, and restart the agent.")
