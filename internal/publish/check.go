@@ -36,11 +36,10 @@ func (e Expiry) Remedy() string {
 // nothing. Where something has expired, it says what, too. It fails with
 // [ErrNothing], and the expiry of the root, before the first [Publish].
 func Check(dir string) ([]Expiry, error) {
-	r, err := open(dir)
+	r, err := look(dir)
 	if err != nil {
 		return nil, err
 	}
-	defer r.unlock()
 	now := time.Now()
 	var list []Expiry
 	add := func(role string, version int64, expires time.Time, lifetime int64) {

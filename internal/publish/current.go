@@ -6,11 +6,10 @@ import "github.com/resultity/node/internal/snapshot"
 // fails with [ErrNothing] before the first [Publish], and when the timestamp
 // has expired: call [Refresh] first.
 func Current(dir string) (*snapshot.Snapshot, error) {
-	r, err := open(dir)
+	r, err := look(dir)
 	if err != nil {
 		return nil, err
 	}
-	defer r.unlock()
 	n, err := r.current()
 	if err != nil {
 		return nil, err

@@ -69,7 +69,7 @@ func TestEncryptedKey(t *testing.T) {
 func TestEncryptedTargetsKey(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		dir := t.TempDir()
-		if err := Init(dir, Options{Passphrase: says("right")}); err != nil {
+		if err := Init(dir, Options{RootKeys: []string{filepath.Join(dir, "root.pem")}, Passphrase: says("right")}); err != nil {
 			t.Fatal(err)
 		}
 		if err := Publish(dir, config(t, 1)); !errors.Is(err, ErrEncrypted) || !strings.Contains(err.Error(), "--key") {

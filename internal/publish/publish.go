@@ -10,7 +10,7 @@
 // # Layout
 //
 //	DIR/publish.json                          lifetimes
-//	DIR/lock                                  held while something is published
+//	DIR/lock                                  held while something is published; who reads needs none
 //	DIR/keys/ROLE.pem                         snapshot, timestamp; 0600
 //	DIR/keys/targets.pem, root-N.pem          unless they lie elsewhere
 //	DIR/repository/metadata/*.json            what [Handler] serves,
@@ -294,76 +294,112 @@ func Refresh(dir string) (Expiries, error) {
 	}, nil
 }
 
-// repository is a locked directory with its newest root.
+// repository is a directory with its newest root.
 type repository struct {
 	dir  string
-	lock *os.File
+	lock *os.File // nil for who only reads
 	settings
 	rootRaw []byte
 	root    *metadata.Metadata[metadata.RootType]
 }
 
-// lock waits until no other process publishes.
+// lockTime is how long a publisher waits for another one. It is less than a
+// service manager gives the service, which publishes too, between signs of life.
+const lockTime = 10 * time.Second
+
+// lock waits until no other process publishes, but no longer than lockTime.
 func lock(dir string) (*repository, error) {
 	f, err := os.OpenFile(filepath.Join(dir, "lock"), os.O_CREATE|os.O_RDWR, 0o600)
 	if err != nil {
 		return nil, err
 	}
-	if err := syscall.Flock(int(f.Fd()), syscall.LOCK_EX); err != nil {
+	for begun := time.Now(); ; time.Sleep(time.Millisecond) { // flock itself waits without end
+		err := syscall.Flock(int(f.Fd()), syscall.LOCK_EX|syscall.LOCK_NB)
+		if err == nil {
+			return &repository{dir: dir, lock: f}, nil
+		}
+		if errors.Is(err, syscall.EWOULDBLOCK) {
+			if time.Since(begun) < lockTime {
+				continue
+			}
+			err = fmt.Errorf("another process has been publishing for %v, which may hang: fuser names it (%w)", lockTime, err)
+		}
 		_ = f.Close() // nothing was written
 		return nil, fmt.Errorf("lock %s: %w", f.Name(), err)
 	}
-	return &repository{dir: dir, lock: f}, nil
 }
 
 func (r *repository) unlock() { _ = r.lock.Close() } // closing is what unlocks
 
+// open locks a repository that has a root.
 func open(dir string) (*repository, error) {
 	r, err := prepared(dir)
-	if err == nil && r.root == nil {
-		r.unlock()
-		return nil, fmt.Errorf("%s has no root yet: its holders have to sign the first one, and root publish to publish it: %w", dir, fs.ErrNotExist)
+	if err != nil {
+		return nil, err
 	}
-	return r, err
+	if err := r.begun(); err != nil {
+		r.unlock()
+		return nil, err
+	}
+	return r, nil
 }
 
 // prepared is open for a repository that may have no root yet.
-func prepared(dir string) (_ *repository, err error) {
+func prepared(dir string) (*repository, error) {
 	r, err := lock(dir)
 	if err != nil {
 		return nil, err
 	}
-	defer func() {
-		if err != nil {
-			r.unlock()
-		}
-	}()
 	r.sweep()
-	b, err := os.ReadFile(filepath.Join(dir, "publish.json"))
+	if err := r.load(); err != nil {
+		r.unlock()
+		return nil, err
+	}
+	return r, nil
+}
+
+// look is open for who only reads: like a node, it needs no lock, and a publisher
+// that hangs does not hold it up.
+func look(dir string) (*repository, error) {
+	r := &repository{dir: dir}
+	if err := r.load(); err != nil {
+		return nil, err
+	}
+	return r, r.begun()
+}
+
+func (r *repository) begun() error {
+	if r.root == nil {
+		return fmt.Errorf("%s has no root yet: its holders have to sign the first one, and root publish to publish it: %w", r.dir, fs.ErrNotExist)
+	}
+	return nil
+}
+
+// load reads the settings, and the newest root if there is one.
+func (r *repository) load() error {
+	name := filepath.Join(r.dir, "publish.json")
+	b, err := os.ReadFile(name)
 	if errors.Is(err, fs.ErrNotExist) {
-		return nil, fmt.Errorf("%s holds no repository: run init first: %w", dir, err)
+		return fmt.Errorf("%s holds no repository: run init first: %w", r.dir, err)
 	}
 	if err != nil {
-		return nil, err
+		return err
 	}
 	if err := json.Unmarshal(b, &r.settings); err != nil {
-		return nil, fmt.Errorf("%s: %w", filepath.Join(dir, "publish.json"), err)
+		return fmt.Errorf("%s: %w", name, err)
 	}
 	if err := r.settings.check(); err != nil {
-		return nil, fmt.Errorf("%s: %w", filepath.Join(dir, "publish.json"), err)
+		return fmt.Errorf("%s: %w", name, err)
 	}
 	n, err := r.newest(metadata.ROOT)
-	if err != nil {
-		return nil, err
-	}
-	if n == 0 {
-		return r, nil
+	if err != nil || n == 0 {
+		return err
 	}
 	if r.rootRaw, err = r.read(fmt.Sprintf("metadata/%d.root.json", n)); err != nil {
-		return nil, err
+		return err
 	}
 	r.root, err = metadata.Root().FromBytes(r.rootRaw)
-	return r, err
+	return err
 }
 
 // sweep removes what writers that were killed have left beside the files, as far

@@ -205,6 +205,40 @@ func TestCurrent(t *testing.T) {
 	})
 }
 
+// A publisher that hangs holds up who publishes, for a time, and nobody who reads.
+func TestPublisherHangs(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		dir := published(t, Options{})
+		hanging, err := lock(dir)
+		if err != nil {
+			t.Fatal(err)
+		}
+		begun := time.Now()
+		if _, err := Current(dir); err != nil {
+			t.Errorf("Current: %v", err)
+		}
+		if _, err := Check(dir); err != nil {
+			t.Errorf("Check: %v", err)
+		}
+		if waited := time.Since(begun); waited != 0 {
+			t.Errorf("readers have waited for %v", waited)
+		}
+		if _, err := Refresh(dir); !errors.Is(err, syscall.EWOULDBLOCK) || !strings.Contains(err.Error(), "another process") {
+			t.Errorf("Refresh: %v", err)
+		}
+		if waited := time.Since(begun); waited != lockTime {
+			t.Errorf("Refresh has waited for %v, want %v", waited, lockTime)
+		}
+		go func() {
+			time.Sleep(time.Second)
+			hanging.unlock()
+		}()
+		if err := Publish(dir, config(t, 2)); err != nil {
+			t.Errorf("once the other one has ended: %v", err)
+		}
+	})
+}
+
 func TestInit(t *testing.T) {
 	dir := published(t, Options{})
 	for name := range tree(t, filepath.Join(dir, "keys")) {
@@ -383,12 +417,12 @@ func TestRefreshKeepsTheRepositoryValid(t *testing.T) {
 		offline bool
 		days    int
 	}{
-		{"all keys at hand", false, 60},
-		{"targets key offline", true, 15},
+		{"all keys at hand", false, 24},
+		{"targets key offline", true, 6},
 	} {
 		synctest.Test(t, func(t *testing.T) {
 			const day = 24 * time.Hour
-			dir := published(t, Options{Lifetimes: Lifetimes{Root: 60 * day, Targets: 15 * day, Snapshot: 3 * day}})
+			dir := published(t, Options{Lifetimes: Lifetimes{Root: 24 * day, Targets: 6 * day, Snapshot: 2 * day}})
 			if tt.offline {
 				if err := os.Remove(filepath.Join(dir, "keys/targets.pem")); err != nil {
 					t.Fatal(err)
