@@ -168,11 +168,14 @@ const (
 	maxDoneShare = 4
 )
 
-// sweep deletes finished jobs, and those that should not be there.
+// sweep deletes finished jobs, and those that should not be there. The finished
+// ones go first: there may be no room for the marks of the others before.
 func (s *Store) sweep(ctx context.Context) error {
-	if err := s.voidJobs(ctx); err != nil {
-		return err
-	}
+	return errors.Join(s.deleteDone(ctx), s.voidJobs(ctx))
+}
+
+// deleteDone deletes finished jobs.
+func (s *Store) deleteDone(ctx context.Context) error {
 	below, above, size := s.pending.settled()
 	if len(below) > 0 {
 		db, ctx, end, err := s.write(ctx, needed, 0)

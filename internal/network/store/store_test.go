@@ -763,6 +763,30 @@ func TestJobInDoubt(t *testing.T) {
 	}
 }
 
+// A job in doubt needs room to be deleted, and does not keep finished ones from
+// making it.
+func TestJobInDoubtWithoutRoom(t *testing.T) {
+	s := open(t, t.TempDir())
+	if _, err := s.SetLimits(t.Context(), Limits{Jobs: 64 << 10, Results: 1 << 20}); err != nil {
+		t.Fatal(err)
+	}
+	j := put(t, s, bytes.Repeat([]byte("x"), 40<<10))
+	if _, err := s.SetLimits(t.Context(), Limits{Jobs: 32 << 10, Results: 1 << 20}); err != nil {
+		t.Fatal(err)
+	}
+	s.pending.doubt(receipt.NewJobID())
+	if err := s.sweep(t.Context()); err == nil {
+		t.Fatal("there was room")
+	}
+	s.JobDone(j.Seq)
+	if err := s.sweep(t.Context()); err != nil {
+		t.Error(err)
+	}
+	if got := ids(t, s); got != nil || len(s.pending.void) != 0 {
+		t.Errorf("left are %v, in doubt %v", got, s.pending.void)
+	}
+}
+
 // What waits for the acknowledgement of a job is in doubt, what was refused is not.
 func TestDoubt(t *testing.T) {
 	s := open(t, t.TempDir())
