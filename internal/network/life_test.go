@@ -367,6 +367,25 @@ func TestPublishInPieces(t *testing.T) {
 	})
 }
 
+// A publisher that hangs does not hold up who looks at the service.
+func TestPublisherHangs(t *testing.T) {
+	n := start(t, nil)
+	lock, err := os.OpenFile(filepath.Join(n.dir, "lock"), os.O_RDWR, 0)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer lock.Close() // nothing was written
+	if err := syscall.Flock(int(lock.Fd()), syscall.LOCK_EX); err != nil {
+		t.Fatal(err)
+	}
+	if v := n.metric(`resultity_metadata_expires_seconds{role="root"}`); v < float64(time.Now().Unix()) {
+		t.Errorf("the root expires at %v", v)
+	}
+	if r := n.get("/healthz"); r.status != http.StatusOK {
+		t.Errorf("health: %d %s", r.status, r.body)
+	}
+}
+
 // The timestamp is renewed before nodes would refuse it.
 func TestTimestampIsRenewed(t *testing.T) {
 	n := setUp(t, nil)

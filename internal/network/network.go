@@ -45,6 +45,7 @@ import (
 	"slices"
 	"strings"
 	"sync"
+	"sync/atomic"
 	"syscall"
 	"time"
 
@@ -78,6 +79,9 @@ type service struct {
 	sender   *mail.Sender // nil where no mail is sent
 	outbox   *mail.Outbox // likewise
 	orders   *orders.Desk
+
+	// expiries are of what is published, as verify has seen it last.
+	expiries atomic.Pointer[[]publish.Expiry]
 
 	seen string // stamp of what was published when it was last looked at; of Run, then of watch
 
@@ -166,12 +170,12 @@ func (s *service) begin(ctx context.Context, snap *snapshot.Snapshot) error {
 	if err != nil {
 		return err
 	}
+	s.verify(true)
 	s.metrics = metrics.New(func() metrics.State {
 		m, st := s.dispatch.State(), s.store.State()
 		m.StoreFree, m.StoreAccepting, m.StoreReopened = st.Free, st.Err == nil, st.Reopened
 		m.MetadataExpires = map[string]time.Time{}
-		list, _ := publish.Check(s.cfg.Dir) // what cannot be verified is said by watch
-		for _, e := range list {
+		for _, e := range *s.expiries.Load() {
 			m.MetadataExpires[e.Role] = e.Expires
 		}
 		return m
@@ -404,16 +408,24 @@ func (s *service) formerTerms(ctx context.Context, d digest.Digest) (*dispatch.T
 // from another machine and copy the files.
 const watchEvery = 2 * time.Second
 
+// verifyEvery is how often all of what is published is verified, for the metrics: a
+// root can be published without anything else.
+const verifyEvery = time.Minute
+
 // warnEvery is how often the log says that something runs out.
 const warnEvery = 24 * time.Hour
 
 // retryRenewal is how soon a renewal that failed is tried again.
 const retryRenewal = 30 * time.Second
 
-// warnOfExpiry says what only people can renew, well before it runs out, and what
-// nodes would refuse now.
-func (s *service) warnOfExpiry() {
+// verify looks at what is published as nodes do. With warn it says what only people
+// can renew, well before it runs out, and what nodes would refuse now.
+func (s *service) verify(warn bool) {
 	list, err := publish.Check(s.cfg.Dir)
+	s.expiries.Store(&list)
+	if !warn {
+		return
+	}
 	if err != nil {
 		s.log.Error("nodes refuse what is published", "error", err)
 	}
@@ -432,11 +444,15 @@ func (s *service) watch(ctx context.Context) error {
 	renew := time.Now().Add(s.renewIn())
 	const well = "serving"
 	told := well
-	var warn time.Time
+	verified := time.Now() // by begin
+	warned := verified
 	for {
-		if now := time.Now(); !now.Before(warn) {
-			s.warnOfExpiry()
-			warn = now.Add(warnEvery)
+		if now := time.Now(); now.Sub(verified) >= verifyEvery {
+			warn := now.Sub(warned) >= warnEvery
+			s.verify(warn)
+			if verified = now; warn {
+				warned = now
+			}
 		}
 		select {
 		case <-ctx.Done():
@@ -461,7 +477,7 @@ func (s *service) watch(ctx context.Context) error {
 			}
 		}
 		if now := s.stamp(); now != s.seen {
-			s.seen = now
+			s.seen, verified = now, time.Time{}
 			if err := s.reload(ctx); err != nil {
 				s.log.Error("published configuration was not taken over", "error", err)
 			}
