@@ -65,7 +65,7 @@ func Init(ctx context.Context, dir string, o InitOptions, log *slog.Logger) (evm
 	if err := firstSecrets(ctx, dir, o, log); err != nil {
 		return none, nil, err
 	}
-	if err := GiveToOwner(dir); err != nil {
+	if err := giveToOwner(dir); err != nil {
 		return none, nil, err
 	}
 	var p *publish.Proposal
@@ -74,7 +74,7 @@ func Init(ctx context.Context, dir string, o InitOptions, log *slog.Logger) (evm
 	} else {
 		err = publish.Init(dir, o.Publish)
 	}
-	return key.Address(), p, errors.Join(err, GiveToOwner(dir))
+	return key.Address(), p, errors.Join(err, giveToOwner(dir))
 }
 
 // firstSecrets makes the store, an API key and an enrolment token.
@@ -101,9 +101,9 @@ func firstSecrets(ctx context.Context, dir string, o InitOptions, log *slog.Logg
 	return nil
 }
 
-// GiveToOwner gives what root has made in a directory to whose directory it is: the
+// giveToOwner gives what root has made in a directory to whose directory it is: the
 // account that the service runs as.
-func GiveToOwner(dir string) error {
+func giveToOwner(dir string) error {
 	st, err := os.Stat(dir)
 	if err != nil {
 		return err

@@ -67,9 +67,9 @@ func root(version string) *cobra.Command {
 		Long: `Run a Resultity network: its nodes, its API, its configuration.
 
 Every command but version, root key, root show and root sign works on one
-network's directory, --dir. Those about
+network's directory, --dir, where root acts as the directory's owner. Those about
 tokens, keys, nodes, accounts, orders and logs ask the service while it runs, and
-open its store when it does not; root then acts as the directory's owner.
+open its store when it does not.
 
 Exit status: 0 done; 1 failed; 2 something runs out soon (check); 64 wrong command
 line; 78 wrong configuration.`,
@@ -200,15 +200,17 @@ func publishCommand() *cobra.Command {
 		if err != nil {
 			return err
 		}
-		if err := network.Publish(d, raw, opened...); err != nil {
-			return err
-		}
-		snap, err := publish.Current(d)
-		if err != nil {
-			return err
-		}
-		fmt.Fprintf(cmd.OutOrStdout(), "published version %d, %s\n", snap.Version(), snap.Digest())
-		return network.Reload(cmd.Context(), d)
+		return asOwner(d, func() error {
+			if err := network.Publish(d, raw, opened...); err != nil {
+				return err
+			}
+			snap, err := publish.Current(d)
+			if err != nil {
+				return err
+			}
+			fmt.Fprintf(cmd.OutOrStdout(), "published version %d, %s\n", snap.Version(), snap.Digest())
+			return network.Reload(cmd.Context(), d)
+		})
 	}
 	return cmd
 }
@@ -226,33 +228,44 @@ func readBounded(name string, limit int64) ([]byte, error) {
 	return b, err
 }
 
-// actAsOwner has root go on as the account that the network's directory belongs to,
-// so that the service, which runs as that, can use what is written there.
-func actAsOwner(dir string) error {
-	st, err := os.Stat(dir)
-	if err != nil || os.Geteuid() != 0 {
-		return nil // whoever uses the directory says what is wrong
+// asOwner calls f. Root does what f does as the account that the network's directory
+// belongs to: the service, which runs as that, can use what f writes, and nothing
+// that it has put there leads f to files that are not the account's. The files of
+// the command line are root's: they are opened before, and written after.
+func asOwner(dir string, f func() error) (err error) {
+	st, statErr := os.Stat(dir)
+	if statErr != nil || os.Geteuid() != 0 {
+		return f() // which says what is wrong with the directory
 	}
 	owner, ok := st.Sys().(*syscall.Stat_t)
 	if !ok || owner.Uid == 0 {
-		return nil
+		return f()
 	}
-	if err := cmp.Or(syscall.Setgroups(nil), syscall.Setgid(int(owner.Gid)), syscall.Setuid(int(owner.Uid))); err != nil {
-		return fmt.Errorf("act as the owner of %s: %w", dir, err)
-	}
-	return nil
-}
-
-func withAdmin(cmd *cobra.Command, dir string, f func(network.Admin) error) error {
-	if err := actAsOwner(dir); err != nil {
-		return err
-	}
-	a, err := network.OpenAdmin(cmd.Context(), dir, quiet(cmd))
+	groups, err := syscall.Getgroups()
 	if err != nil {
 		return err
 	}
-	defer a.Close()
-	return f(a)
+	gid := syscall.Getegid()
+	defer func() {
+		if back := cmp.Or(syscall.Setresuid(-1, 0, -1), syscall.Setresgid(-1, gid, -1), syscall.Setgroups(groups)); back != nil {
+			err = errors.Join(err, fmt.Errorf("act as root again: %w", back))
+		}
+	}()
+	if err := cmp.Or(syscall.Setgroups(nil), syscall.Setresgid(-1, int(owner.Gid), -1), syscall.Setresuid(-1, int(owner.Uid), -1)); err != nil {
+		return fmt.Errorf("act as the owner of %s: %w", dir, err)
+	}
+	return f()
+}
+
+func withAdmin(cmd *cobra.Command, dir string, f func(network.Admin) error) error {
+	return asOwner(dir, func() error {
+		a, err := network.OpenAdmin(cmd.Context(), dir, quiet(cmd))
+		if err != nil {
+			return err
+		}
+		defer a.Close()
+		return f(a)
+	})
 }
 
 func serveCommand() *cobra.Command {

@@ -17,11 +17,10 @@ import (
 
 	"github.com/resultity/node/internal/durable"
 	"github.com/resultity/node/internal/failpoint"
-	"github.com/resultity/node/internal/network"
 	"github.com/resultity/node/internal/publish"
 )
 
-// rootCommand holds the ceremonies; policy/CEREMONIES.md has their steps.
+// rootCommand holds the ceremonies; policy/ceremonies.md has their steps.
 func rootCommand() *cobra.Command {
 	cmd := &cobra.Command{
 		Use: "root", Short: "Root keys and the roots that they sign: make, change, renew",
@@ -101,8 +100,11 @@ func rootNewCommand() *cobra.Command {
 				return err
 			}
 		}
-		p, err := publish.Propose(d, c)
-		if err := errors.Join(err, network.GiveToOwner(d)); err != nil {
+		var p *publish.Proposal
+		if err := asOwner(d, func() (err error) {
+			p, err = publish.Propose(d, c)
+			return err
+		}); err != nil {
 			return err
 		}
 		if *out == "" {
@@ -250,7 +252,7 @@ func rootPublishCommand() *cobra.Command {
 		if err != nil {
 			return err
 		}
-		if err := errors.Join(publish.Adopt(d, p, sigs, opened...), network.GiveToOwner(d)); err != nil {
+		if err := asOwner(d, func() error { return publish.Adopt(d, p, sigs, opened...) }); err != nil {
 			return err
 		}
 		n := len(p.Roots) + 1
