@@ -464,7 +464,6 @@ func onHost(t *testing.T, lab *host.Lab, release host.Release, pause []byte) {
 // requests counts what a registry is asked, and can answer what it does not have.
 type requests struct {
 	mu    sync.Mutex
-	blob  int // GET of a blob
 	layer int // and of a large one
 	lies  map[string]document
 	inner http.Handler
@@ -512,7 +511,6 @@ func (r *requests) ServeHTTP(w http.ResponseWriter, req *http.Request) {
 		r.inner.ServeHTTP(c, req)
 		r.mu.Lock()
 		defer r.mu.Unlock()
-		r.blob++
 		if c.n > 8<<10 {
 			r.layer++
 		}
@@ -530,12 +528,6 @@ type counter struct {
 func (c *counter) Write(p []byte) (int, error) {
 	c.n += len(p)
 	return c.ResponseWriter.Write(p)
-}
-
-func (r *requests) blobs() int {
-	r.mu.Lock()
-	defer r.mu.Unlock()
-	return r.blob
 }
 
 // serve runs a registry on the machine's address in the lab, with a certificate

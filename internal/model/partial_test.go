@@ -136,7 +136,7 @@ func TestRepairFetchesWhatIsBroken(t *testing.T) {
 		t.Fatal(err)
 	}
 	before := len(good.Asked())
-	if dir, err = s.Ensure(t.Context(), m, nil); err != nil {
+	if _, err := s.Ensure(t.Context(), m, nil); err != nil {
 		t.Fatal(err)
 	}
 	asked := good.Asked()[before:]
