@@ -397,7 +397,7 @@ func TestRefused(t *testing.T) {
 }
 
 // statement is a bundle with a signed statement of a kind about d, and its key.
-func statement(t testing.TB, d name.Digest, kind string) ([]byte, signature.Verifier) {
+func statement(t *testing.T, d name.Digest, kind string) ([]byte, signature.Verifier) {
 	t.Helper()
 	check := func(err error) {
 		t.Helper()

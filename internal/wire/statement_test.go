@@ -12,6 +12,7 @@ import (
 	"testing"
 
 	"github.com/resultity/node/internal/digest"
+	"github.com/resultity/node/internal/evm"
 )
 
 func TestOrder(t *testing.T) {
@@ -297,10 +298,21 @@ func FuzzUnpack(f *testing.F) {
 	})
 }
 
+// fixedKey is the same in each process that fuzzes, so that what one has signed is
+// signed for the others.
+func fixedKey(t testing.TB) *evm.Key {
+	t.Helper()
+	k, err := evm.ParseKey(strings.Repeat("1", 64))
+	if err != nil {
+		t.Fatal(err)
+	}
+	return k
+}
+
 // Whoever has no key may change a signed body as he likes: as the signer's it is
 // taken only when it is the signer's, word for word.
 func FuzzOpenRegistration(f *testing.F) {
-	key := newKey(f)
+	key := fixedKey(f)
 	want := Registration{Network: "testnet", Node: key.Address(), Token: "t", Time: 1, Agent: "v"}
 	good, err := SealRegistration(key, want)
 	if err != nil {
@@ -327,8 +339,8 @@ func FuzzOpenRegistration(f *testing.F) {
 
 // An order is taken as the network's only if its body is one that was signed.
 func FuzzOrder(f *testing.F) {
-	key := newKey(f)
-	want := Directive{ID: NewOrderID(), Network: "testnet", Node: key.Address(), Kind: OrderDrain, Reason: "well", Issued: 1, Expires: 2}
+	key := fixedKey(f)
+	want := Directive{ID: OrderID{1}, Network: "testnet", Node: key.Address(), Kind: OrderDrain, Reason: "well", Issued: 1, Expires: 2}
 	o, err := SealOrder(key, &want)
 	if err != nil {
 		f.Fatal(err)

@@ -113,7 +113,7 @@ func targets(ctx context.Context) (list []target, err error) {
 }
 
 func (t target) run(ctx context.Context, each time.Duration) (said string, err error) {
-	cmd := exec.CommandContext(ctx, "go", "test", "-run=^$", "-fuzz=^"+t.name+"$", "-fuzztime="+each.String(), "./"+t.pkg)
+	cmd := exec.CommandContext(ctx, "go", "test", "-run=^$", "-fuzz=^"+t.name+"$", "-fuzztime="+each.String(), "-fuzzminimizetime=2s", "./"+t.pkg)
 	// Some targets write files and wait for the disk, which fuzzing need not.
 	cmd.Env = append(os.Environ(), "GOTMPDIR="+os.TempDir(), "TMPDIR=/dev/shm")
 	cmd.Cancel = func() error { return cmd.Process.Signal(os.Interrupt) }
