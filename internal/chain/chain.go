@@ -102,6 +102,25 @@ func Root(trusted *trustedmetadata.TrustedMetadata, raw []byte) error {
 	return err
 }
 
+// Verify is the whole chain, from roots as for [Begin] to what names the
+// configuration. Its error is a [Refusal].
+func Verify(roots [][]byte, ref time.Time, timestamp, snap, targets []byte) (*trustedmetadata.TrustedMetadata, error) {
+	trusted, err := Begin(roots, ref)
+	if err != nil {
+		return nil, err
+	}
+	if err := Timestamp(trusted, timestamp); err != nil {
+		return nil, Refusal("timestamp.json", err)
+	}
+	if err := Snapshot(trusted, snap, false); err != nil {
+		return nil, Refusal(snapshotFile, err)
+	}
+	if err := Targets(trusted, targets); err != nil {
+		return nil, Refusal(targetsFile, err)
+	}
+	return trusted, nil
+}
+
 // usable refuses a root of a repository that could not be followed, or whose
 // thresholds are not what they look like.
 func usable(root *metadata.RootType) error {

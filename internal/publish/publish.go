@@ -562,18 +562,9 @@ func (r *repository) current() (*newer, error) {
 
 // verify opens the set as a node does that has root.
 func (n *newer) verify(root []byte) (*snapshot.Snapshot, error) {
-	trusted, err := chain.Begin([][]byte{root}, time.Now())
+	trusted, err := chain.Verify([][]byte{root}, time.Now(), n.timestamp.raw, n.snapshot.raw, n.targets.raw)
 	if err != nil {
 		return nil, err
-	}
-	if err := chain.Timestamp(trusted, n.timestamp.raw); err != nil {
-		return nil, chain.Refusal("timestamp.json", err)
-	}
-	if err := chain.Snapshot(trusted, n.snapshot.raw, false); err != nil {
-		return nil, chain.Refusal("snapshot.json", err)
-	}
-	if err := chain.Targets(trusted, n.targets.raw); err != nil {
-		return nil, chain.Refusal("targets.json", err)
 	}
 	return snapshot.Open(trusted, n.config)
 }

@@ -364,18 +364,9 @@ func (c *Client) Last() (*snapshot.Snapshot, error) {
 
 // open verifies the set.
 func (l *set) open(roots [][]byte) (*snapshot.Snapshot, error) {
-	trusted, err := chain.Begin(roots[:l.Root+1], l.At)
+	trusted, err := chain.Verify(roots[:l.Root+1], l.At, l.Timestamp, l.Snapshot, l.Targets)
 	if err != nil {
 		return nil, err
-	}
-	if err := chain.Timestamp(trusted, l.Timestamp); err != nil {
-		return nil, chain.Refusal("cached timestamp", err)
-	}
-	if err := chain.Snapshot(trusted, l.Snapshot, false); err != nil {
-		return nil, chain.Refusal("cached snapshot", err)
-	}
-	if err := chain.Targets(trusted, l.Targets); err != nil {
-		return nil, chain.Refusal("cached targets", err)
 	}
 	return open(trusted, l.Config)
 }

@@ -155,13 +155,9 @@ func rootSignCommand() *cobra.Command {
 	out := f.String("out", "", "file to write (default: PROPOSAL with the key's id and .sig for its ending)")
 	_ = cmd.MarkFlagRequired("key") // fails for an unknown flag only
 	cmd.RunE = func(cmd *cobra.Command, args []string) error {
-		raw, err := readBounded(args[0], publish.MaxProposal)
+		p, err := readPart(args[0], publish.MaxProposal, publish.ParseProposal)
 		if err != nil {
 			return err
-		}
-		p, err := publish.ParseProposal(raw)
-		if err != nil {
-			return fmt.Errorf("%s: %w", args[0], err)
 		}
 		text, err := review(p, *trusted)
 		if err != nil {
@@ -225,23 +221,15 @@ func rootPublishCommand() *cobra.Command {
 		if err != nil {
 			return err
 		}
-		raw, err := readBounded(args[0], publish.MaxProposal)
+		p, err := readPart(args[0], publish.MaxProposal, publish.ParseProposal)
 		if err != nil {
 			return err
 		}
-		p, err := publish.ParseProposal(raw)
-		if err != nil {
-			return fmt.Errorf("%s: %w", args[0], err)
-		}
 		var sigs []*publish.Signature
 		for _, file := range args[1:] {
-			raw, err := readBounded(file, publish.MaxSignature)
+			s, err := readPart(file, publish.MaxSignature, publish.ParseSignature)
 			if err != nil {
 				return err
-			}
-			s, err := publish.ParseSignature(raw)
-			if err != nil {
-				return fmt.Errorf("%s: %w", file, err)
 			}
 			sigs = append(sigs, s)
 		}
@@ -284,6 +272,19 @@ func openKeys(cmd *cobra.Command, files []string) (list []*publish.Key, err erro
 		list = append(list, k)
 	}
 	return list, nil
+}
+
+// readPart reads a part of a ceremony of at most limit bytes.
+func readPart[T any](file string, limit int64, parse func([]byte) (*T, error)) (*T, error) {
+	raw, err := readBounded(file, limit)
+	if err != nil {
+		return nil, err
+	}
+	part, err := parse(raw)
+	if err != nil {
+		return nil, fmt.Errorf("%s: %w", file, err)
+	}
+	return part, nil
 }
 
 // saveNew writes a part of a ceremony.
