@@ -23,15 +23,16 @@ const maxScrubbed = 64
 // changes nothing: it tells the agent, which looks for itself.
 func scrub(ctx context.Context, cfg *config.Config, log *slog.Logger) int {
 	s, err := model.Scrub(ctx, filepath.Join(cfg.Paths.State, "models"))
+	code := ExitOK
 	if err != nil && !errors.Is(err, fs.ErrNotExist) { // nothing was fetched yet
 		log.Error("scrub", journal.ScrubFailed.Attr(), "error", err)
-		return ExitFailed
+		code = ExitFailed // what was found before is told all the same
+	} else {
+		log.Info("models read again", journal.ScrubDone.Attr(), "files", s.Files, "bytes", s.Bytes, "damaged", len(s.Damaged))
 	}
-	log.Info("models read again", journal.ScrubDone.Attr(), "files", s.Files, "bytes", s.Bytes, "damaged", len(s.Damaged))
 	client := control.NewClient(filepath.Join(cfg.Paths.Runtime, control.SocketName))
-	code := ExitOK
 	for _, d := range s.Damaged {
-		if err := client.Post(ctx, "damaged/"+d.Hex(), new(control.Status)); err != nil {
+		if err := client.Post(ctx, "damaged/"+d.Hex(), nil); err != nil {
 			log.Error("scrub", journal.ScrubFailed.Attr(), "sha256", d.Hex(), "error", err)
 			code = ExitFailed
 		}

@@ -285,7 +285,8 @@ type Backend interface {
 	Restart(ctx context.Context) error
 	// Damaged says that a file of a model, by its SHA-256, is damaged on disk. It
 	// returns when that is noted, or fails with [ErrBusy]; the agent looks for
-	// itself.
+	// itself. A note does not outlive the agent, and need not: the damage does, and
+	// the next scrub finds it.
 	Damaged(ctx context.Context, file digest.Digest) error
 	// Doctor looks at everything once more and probes what only a try shows; it
 	// ends within a minute and a half, and is [ErrBusy] while another runs.
@@ -492,8 +493,9 @@ func (c *Client) Get(ctx context.Context, what string, answer any) error {
 	return c.do(ctx, http.MethodGet, what, answer)
 }
 
-// Post orders drain, resume or identity/takeover, which a [Status] answers, or generations/forward
-// or generations/N/rollback, which [Generations] answer.
+// Post orders drain, resume, restart, identity/takeover or damaged/SHA256, which a
+// [Status] answers, or generations/forward or generations/N/rollback, which
+// [Generations] answer. A nil answer is for who does not want to know.
 func (c *Client) Post(ctx context.Context, what string, answer any) error {
 	return c.do(ctx, http.MethodPost, what, answer)
 }
@@ -533,6 +535,9 @@ func (c *Client) do(ctx context.Context, method, what string, answer any) error 
 	}
 	if status != http.StatusOK {
 		return refusal(status, raw)
+	}
+	if answer == nil {
+		return nil
 	}
 	return json.Unmarshal(raw, answer)
 }

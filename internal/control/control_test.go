@@ -189,7 +189,7 @@ func TestEndpoints(t *testing.T) {
 	if err := c.Post(t.Context(), "damaged/"+file.Hex(), &Status{}); err != nil || c.Post(t.Context(), "damaged/..%2f", &Status{}) == nil {
 		t.Errorf("damaged: %v", err)
 	}
-	if err := c.Post(t.Context(), "restart", &Status{}); err != nil || c.Get(t.Context(), "restart", &Status{}) == nil {
+	if err := c.Post(t.Context(), "restart", nil); err != nil || c.Get(t.Context(), "restart", &Status{}) == nil {
 		t.Errorf("restart: %v, or looking at it is an order", err)
 	}
 	if err := c.Post(t.Context(), "identity/takeover", &Status{}); err != nil || c.Get(t.Context(), "identity/takeover", &Status{}) == nil {

@@ -199,16 +199,16 @@ func (s *Store) Verify(ctx context.Context, m *snapshot.Model) error {
 // read, it loses its name, so that every model that has it is no longer complete; the
 // error says so. A file that is not here is no error.
 func (s *Store) Distrust(ctx context.Context, file digest.Digest) error {
-	err := s.rehash(ctx, file)
+	name := path.Join(blobs, file.Hex())
+	unlock, err := s.locks.lock(ctx, name) // what was read is what loses its name
+	if err != nil {
+		return err
+	}
+	defer unlock()
+	err = s.rehash(ctx, file)
 	if err == nil || ctx.Err() != nil || errors.Is(err, fs.ErrNotExist) {
 		return ctx.Err()
 	}
-	name := path.Join(blobs, file.Hex())
-	unlock, lockErr := s.locks.lock(ctx, name)
-	if lockErr != nil {
-		return lockErr
-	}
-	defer unlock()
 	failpoint.Here("model.distrust.begin")
 	return errors.Join(err, s.root.Rename(name, name+quarantined), s.sync(blobs))
 }
