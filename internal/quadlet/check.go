@@ -311,7 +311,7 @@ var runRules = map[string]option{
 	"--stop-signal":  value(must("SIGTERM")),
 	"--stop-timeout": value(number(1, 3600)),
 	"--env": value(rule{
-		ok:   matching(`(?:OLLAMA|VLLM|HF|XDG|TRITON|TORCHINDUCTOR|NUMBA|CUDA|TRANSFORMERS|NCCL|GLOO)_[A-Z_]+=`+wordChars+`|HOME=/tmp|DO_NOT_TRACK=1`, "").ok,
+		ok:   matching(`(?:VLLM|HF|XDG|TRITON|TORCHINDUCTOR|NUMBA|CUDA|TRANSFORMERS|NCCL|GLOO)_[A-Z_]+=`+wordChars+`|HOME=/tmp|DO_NOT_TRACK=1`, "").ok,
 		want: "a setting of an engine", many: true,
 	}),
 	"--entrypoint": value(must(BridgeFile)),

@@ -23,7 +23,6 @@ type driver struct {
 // that they print have been checked by [snapshot.Parse].
 var drivers = map[snapshot.Engine]func(r *snapshot.Runtime, m *snapshot.Model) driver{
 	snapshot.LlamaCpp: llamacpp,
-	snapshot.Ollama:   ollama,
 	snapshot.VLLM:     vllm,
 }
 
@@ -55,29 +54,6 @@ func llamacpp(r *snapshot.Runtime, m *snapshot.Model) driver {
 	return d
 }
 
-// ollama expects Ollama's own layout in the model directory: manifests/ and
-// blobs/, with the model under its name and the tag latest.
-func ollama(r *snapshot.Runtime, _ *snapshot.Model) driver {
-	s := &r.Settings
-	return driver{
-		health:  "/api/version",
-		command: []string{"/usr/bin/ollama", "serve"},
-		env: []string{
-			"HOME=/tmp", // it makes a key there at each start
-			"OLLAMA_HOST=" + listen.String(),
-			"OLLAMA_MODELS=" + modelsDir,
-			"OLLAMA_NOPRUNE=1", // the store is read-only
-			"OLLAMA_NO_CLOUD=1",
-			"OLLAMA_KEEP_ALIVE=-1",
-			"OLLAMA_MAX_LOADED_MODELS=1",
-			"OLLAMA_NUM_PARALLEL=" + strconv.Itoa(s.Slots),
-			"OLLAMA_MAX_QUEUE=" + strconv.Itoa(s.Slots),
-			"OLLAMA_CONTEXT_LENGTH=" + strconv.Itoa(s.Context), // the default follows the GPU's memory
-			fmt.Sprintf("OLLAMA_LOAD_TIMEOUT=%ds", r.StartTimeout),
-		},
-	}
-}
-
 func vllm(r *snapshot.Runtime, _ *snapshot.Model) driver {
 	s := &r.Settings
 	return driver{
@@ -85,6 +61,7 @@ func vllm(r *snapshot.Runtime, _ *snapshot.Model) driver {
 		// Images have vllm in different places, but always on their PATH.
 		command: []string{
 			"/usr/bin/env", "vllm", "serve", modelsDir,
+			"--load-format", "safetensors", // by itself it would take pickles, too, which run code
 			"--served-model-name", r.Model,
 			"--host", listen.Addr().String(),
 			"--port", fmt.Sprint(listen.Port()),

@@ -71,7 +71,6 @@ func TestGolden(t *testing.T) {
 		"llamacpp":         params(t, snapshot.LlamaCpp),
 		"llamacpp-no-pids": noPids,
 		"llamacpp-gpu":     params(t, snapshot.LlamaCpp, "nvidia.com/gpu=0", "nvidia.com/gpu=1"),
-		"ollama":           params(t, snapshot.Ollama),
 		"vllm":             params(t, snapshot.VLLM, "nvidia.com/gpu=all"),
 	} {
 		t.Run(name, func(t *testing.T) {
@@ -448,9 +447,9 @@ func FuzzRender(f *testing.F) {
 	f.Add("tiny-chat", "a.gguf", "nvidia.com/gpu=0", "/var/lib/m", "/run/user/1/s", "/usr/lib/b", "/dev/x", 0)
 	f.Add("x\n[Service]\nExecStart=/bin/sh", "a b", "-nvidia.com/gpu=0", "/a:/b", "/%h/x", "/$x/y", "--", 1)
 	f.Add("--", "--", "--", "/--/--", "/-/-", "/--privileged/x", "/--", 2)
-	engines := []snapshot.Engine{snapshot.LlamaCpp, snapshot.Ollama, snapshot.VLLM}
+	engines := []snapshot.Engine{snapshot.LlamaCpp, snapshot.VLLM}
 	f.Fuzz(func(t *testing.T, model, file, device, modelDir, socketDir, bridge, node string, engine int) {
-		p := params(t, engines[uint(engine)%3], "nvidia.com/gpu=0")
+		p := params(t, engines[uint(engine)%2], "nvidia.com/gpu=0")
 		want := keysOf(t, render(t, p).Text)
 		c := p.Config
 		c.Models[1].Name, c.Runtime.Model, c.Models[1].Files[0].Path = model, model, file

@@ -85,13 +85,14 @@ type Golden struct {
 	Timeout Seconds `json:"timeout_s"`
 }
 
-// Engine is an inference engine that a node can drive.
+// Engine is an inference engine that a node can drive. Ollama is none: it takes
+// models from a store of its own layout, which the files of a model are not.
+// What it runs on the same gguf file, llama.cpp's server, is.
 type Engine string
 
 // The engines.
 const (
 	LlamaCpp Engine = "llamacpp"
-	Ollama   Engine = "ollama"
 	VLLM     Engine = "vllm"
 )
 
@@ -366,14 +367,12 @@ func (r *Runtime) check(models map[string]*Model) error {
 	switch {
 	case m == nil:
 		return fmt.Errorf("model %.80q is not among the models", r.Model)
-	case r.Engine != LlamaCpp && r.Engine != Ollama && r.Engine != VLLM:
-		return fmt.Errorf("engine %.40q: this agent drives %s, %s and %s", r.Engine, LlamaCpp, Ollama, VLLM)
+	case r.Engine != LlamaCpp && r.Engine != VLLM:
+		return fmt.Errorf("engine %.40q: this agent drives %s and %s", r.Engine, LlamaCpp, VLLM)
 	case m.Archived:
 		return fmt.Errorf("model %s is archived: it is kept, and served by nobody", r.Model)
-	case r.Engine != VLLM && m.Format != GGUF:
+	case r.Engine == LlamaCpp && m.Format != GGUF:
 		return fmt.Errorf("engine %s takes a model of format gguf", r.Engine)
-	case r.Engine == Ollama && len(m.weights()) != 1:
-		return fmt.Errorf("engine %s takes a model of one gguf file", r.Engine)
 	case r.Engine == VLLM && m.Format != Safetensors:
 		return fmt.Errorf("engine %s takes a model of format safetensors", r.Engine)
 	case r.Image == ImageRef{}:

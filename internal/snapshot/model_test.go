@@ -85,7 +85,7 @@ func TestEngineTakesModel(t *testing.T) {
 		return f
 	}
 	split := []File{part("m-00001-of-00002.gguf"), part("m-00002-of-00002.gguf")}
-	for engine, want := range map[Engine]string{LlamaCpp: "", Ollama: "engine ollama takes a model of one gguf file", VLLM: "takes a model of format safetensors"} {
+	for engine, want := range map[Engine]string{LlamaCpp: "", "ollama": "this agent drives llamacpp and vllm", VLLM: "takes a model of format safetensors"} {
 		c, err := Parse(raw)
 		if err != nil {
 			t.Fatal(err)
