@@ -296,7 +296,9 @@ func TestParseRefuses(t *testing.T) {
 		{"validation[0]: timeout_s", 0, []any{"validation", 0, "timeout_s"}},
 		{"validation[0]: timeout_s", 3601, []any{"validation", 0, "timeout_s"}},
 	}
-	covered := map[string]bool{}
+	covered := map[string]bool{ // by TestKeyless
+		".image_trust.keyless.email": true, ".image_trust.keyless.issuer": true, ".image_trust.keyless.trusted_root": true,
+	}
 	for _, tt := range tests {
 		c, err := Parse(edit(t, tt.value, tt.path...))
 		if c != nil || !errors.Is(err, ErrInvalid) || !strings.Contains(err.Error(), tt.want) {
