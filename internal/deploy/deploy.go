@@ -21,6 +21,7 @@ import (
 
 	"github.com/resultity/node/internal/bridge/contract"
 	"github.com/resultity/node/internal/digest"
+	"github.com/resultity/node/internal/image"
 	"github.com/resultity/node/internal/journal"
 	"github.com/resultity/node/internal/model"
 	"github.com/resultity/node/internal/podman"
@@ -60,11 +61,13 @@ func (e *Error) Unwrap() error { return e.Err }
 
 // Machine reports whether the failure is this machine's and may pass, not the
 // configuration's: what could not be fetched, a full disk, memory that others
-// have taken, a Podman or a service manager that does not answer.
+// have taken, a Podman or a service manager that does not answer. A signature that
+// is missing or does not count passes, too: signatures are not in the configuration,
+// and whether one counts is for the network's newest word to say.
 func (e *Error) Machine() bool {
 	var job *systemd.JobError
 	switch {
-	case errors.Is(e, model.ErrRefused):
+	case errors.Is(e, model.ErrRefused), errors.Is(e, image.ErrKeys), errors.Is(e, image.ErrPlatform):
 		return false
 	case e.Step == StepImage, e.Step == StepModel,
 		errors.Is(e, syscall.ENOSPC), errors.Is(e, syscall.EDQUOT), errors.Is(e, syscall.EROFS), errors.Is(e, syscall.EIO),

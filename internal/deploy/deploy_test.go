@@ -17,6 +17,7 @@ import (
 	. "github.com/resultity/node/internal/deploy/deploytest"
 	"github.com/resultity/node/internal/digest"
 	"github.com/resultity/node/internal/image"
+	"github.com/resultity/node/internal/model"
 	"github.com/resultity/node/internal/podman"
 	"github.com/resultity/node/internal/quadlet"
 	"github.com/resultity/node/internal/sandbox"
@@ -482,6 +483,11 @@ func TestMachineFaults(t *testing.T) {
 		machine bool
 	}{
 		{deploy.StepImage, errors.New("x"), true},
+		{deploy.StepImage, image.ErrUnsigned, true}, // somebody may sign it yet
+		{deploy.StepImage, image.ErrRevoked, true},  // and be trusted again
+		{deploy.StepImage, image.ErrKeys, false},
+		{deploy.StepImage, image.ErrPlatform, false},
+		{deploy.StepModel, model.ErrRefused, false},
 		{deploy.StepModel, digest.ErrMismatch, true}, // nothing was switched, and sources get mended
 		{deploy.StepUnit, errors.New("no such device"), true},
 		{deploy.StepUnit, fmt.Errorf("x: %w", quadlet.ErrUnsealed), false},
