@@ -6,6 +6,7 @@ import (
 	"time"
 
 	"github.com/resultity/node/internal/control"
+	"github.com/resultity/node/internal/deploy"
 	"github.com/resultity/node/internal/deploy/deploytest"
 	"github.com/resultity/node/internal/digest"
 	"github.com/resultity/node/internal/journal"
@@ -22,7 +23,11 @@ func TestDamageIsMended(t *testing.T) {
 		close(f.link.up)
 		defer f.run()()
 		pass(time.Second)
-		first := f.board.active
+		serving := func() (d *deploy.Deployment) {
+			f.board.set(func(b *board) { d = b.active })
+			return d
+		}
+		first := serving()
 		if first == nil {
 			t.Fatal("nothing runs")
 		}
@@ -37,13 +42,13 @@ func TestDamageIsMended(t *testing.T) {
 		damaged(file) // it is not, when the agent looks
 		f.damaged = digest.ErrMismatch
 		damaged(digest.Of([]byte("of another model")))
-		if f.board.active != first {
+		if serving() != first {
 			t.Fatal("the runtime was ended for a file that it does not use")
 		}
 		last[*wire.Heartbeat](f.party)
 		damaged(file)
 		h := last[*wire.Heartbeat](f.party)
-		if f.board.active == first || h == nil || h.Models[0].State != "failed" || h.Runtime.State == active {
+		if serving() == first || h == nil || h.Models[0].State != "failed" || h.Runtime.State == active {
 			t.Errorf("the network heard %+v", h)
 		}
 		if c := f.book.count(journal.ModelDamaged); c != 2 {
@@ -51,7 +56,7 @@ func TestDamageIsMended(t *testing.T) {
 		}
 		f.damaged = nil
 		pass(time.Minute)
-		if f.board.active == nil || f.board.active == first || f.Models()[0].State != "active" {
+		if d := serving(); d == nil || d == first || f.Models()[0].State != "active" {
 			t.Errorf("not mended: %+v", f.Models())
 		}
 		f.scrubbed = make(chan digest.Digest) // nobody looks

@@ -851,9 +851,11 @@ func TestModelStates(t *testing.T) {
 		f.publish(next)
 		pass(untilSettled)
 		states("failed")
-		if len(f.board.models) != 1 {
-			t.Errorf("%d models are remembered", len(f.board.models))
-		}
+		f.board.set(func(b *board) {
+			if len(b.models) != 1 {
+				t.Errorf("%d models are remembered", len(b.models))
+			}
+		})
 	})
 }
 
