@@ -58,6 +58,7 @@ func Check(files []File) error {
 
 const (
 	maxJSON  = 256 << 20 // bytes; the largest tokenizers have a tenth of it
+	maxIndex = 32 << 20  // bytes; it is kept as a whole, and the largest have some 10 MiB
 	maxDepth = 64
 )
 
@@ -118,19 +119,22 @@ func walk(dec *json.Decoder, depth int) error {
 
 // checkFlag reads the value of a key that can ask for code.
 func checkFlag(dec *json.Decoder, key string) error {
-	var v any
-	if err := dec.Decode(&v); err != nil {
+	t, err := dec.Token()
+	if err != nil {
 		return fmt.Errorf("%w: %w", ErrMagic, err)
 	}
-	switch v := v.(type) {
+	switch v := t.(type) {
 	case nil, json.Number:
 		return nil
 	case bool:
 		if !v {
 			return nil
 		}
-	case map[string]any:
-		if len(v) == 0 {
+	case json.Delim:
+		if v == '{' && !dec.More() {
+			if _, err := dec.Token(); err != nil {
+				return fmt.Errorf("%w: %w", ErrMagic, err)
+			}
 			return nil
 		}
 	}
@@ -139,8 +143,8 @@ func checkFlag(dec *json.Decoder, key string) error {
 
 // checkIndex checks that an index of safetensors files names files that are there.
 func checkIndex(f File, has map[string]bool) error {
-	if f.Size > maxJSON {
-		return fmt.Errorf("%w: %d bytes of JSON, at most %d", ErrHeader, f.Size, maxJSON)
+	if f.Size > maxIndex {
+		return fmt.Errorf("%w: an index of %d bytes, at most %d", ErrHeader, f.Size, maxIndex)
 	}
 	if err := checkJSON(f); err != nil {
 		return err

@@ -15,6 +15,7 @@ import (
 // of some 100,000 words.
 const (
 	maxPairs   = 1 << 16
+	maxKey     = 1 << 10 // all of them are kept
 	maxTensors = 1 << 20
 	maxString  = 16 << 20
 	maxArray   = 1 << 26
@@ -162,7 +163,7 @@ func checkGGUF(f File) error {
 	split := map[string]uint64{}
 	seen := map[string]bool{}
 	for ; pairs > 0 && g.err == nil; pairs-- {
-		key := g.text(1 << 16)
+		key := g.text(maxKey)
 		if seen[key] {
 			g.fail(ErrHeader, "%.80q is given twice", key)
 		}

@@ -1,6 +1,7 @@
 package format
 
 import (
+	"cmp"
 	"encoding/binary"
 	"encoding/json"
 	"fmt"
@@ -75,12 +76,7 @@ func checkSafetensors(f File) error {
 	if _, err := dec.Token(); err != io.EOF {
 		return fmt.Errorf("%w: something follows the header's object", ErrHeader)
 	}
-	slices.SortFunc(spans, func(a, b [2]uint64) int {
-		if a[0] != b[0] {
-			return int(int64(a[0] - b[0]))
-		}
-		return int(int64(a[1] - b[1]))
-	})
+	slices.SortFunc(spans, func(a, b [2]uint64) int { return cmp.Or(cmp.Compare(a[0], b[0]), cmp.Compare(a[1], b[1])) })
 	end := uint64(0)
 	for _, s := range spans {
 		if s[0] != end {
