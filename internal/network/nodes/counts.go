@@ -62,8 +62,10 @@ func (c *counts) take(node evm.Address, count, counted uint64) error {
 // pace is the least time between two writes, so that jobs find room between them.
 const pace = 10 * time.Millisecond
 
-// keep writes down what was seen, until ctx ends.
+// keep writes down what was seen, until ctx ends. When that fails it says so once:
+// thousands of nodes may come back while the disk is full.
 func (c *counts) keep(ctx context.Context, r registry, log *slog.Logger) {
+	failing := false
 	for {
 		select {
 		case <-ctx.Done():
@@ -79,8 +81,12 @@ func (c *counts) keep(ctx context.Context, r registry, log *slog.Logger) {
 				}
 				return nil
 			})
-			if err != nil && ctx.Err() == nil && !errors.Is(err, store.ErrNotFound) {
-				log.Warn("count of a node's hellos is not written down; its next one says it again", "node", node, "error", err)
+			switch {
+			case err == nil:
+				failing = false
+			case !failing && ctx.Err() == nil && !errors.Is(err, store.ErrNotFound):
+				failing = true
+				log.Warn("counts of nodes' hellos are not written down; their next ones say them again", "node", node, "error", err)
 			}
 			select {
 			case <-ctx.Done():
