@@ -6,9 +6,12 @@
 // each other. So a node cannot take back, add or reorder what it has stated.
 //
 // The tree is that of RFC 9162 (Certificate Transparency), section 2.1, with
-// Keccak-256 in the place of SHA-256: a contract checks proofs for a tenth of the
-// price. A leaf is 0x00 and the EIP-712 hash of a receipt, an inner node 0x01 and
-// its two children. A node has one log for each network.
+// Keccak-256 in the place of SHA-256: contracts have an instruction for it. A leaf
+// is 0x00 and the EIP-712 hash of a receipt, an inner node 0x01 and its two
+// children. A node has one log for each network.
+//
+// Nodes and networks do not keep the log yet: only the contract in
+// packaging/contracts takes heads and proofs.
 package receiptlog
 
 import (
