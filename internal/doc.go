@@ -85,15 +85,16 @@
 //
 // Imports go downward only; test/rules holds the list and fails otherwise.
 //
-//	leaves  failpoint; digest, durable, evm, gate, journal, plainhttp, version; chunk
-//	pure    receipt, binding; wire, snapshot, bridge/contract; openai, quadlet,
-//	        chain                                                no I/O, no clock
+//	leaves  failpoint; digest, durable, evm, gate, journal, plainhttp, version;
+//	        chunk
+//	pure    receipt, receiptlog, binding; wire, snapshot, bridge/contract;       no I/O, no clock
+//	        openai, quadlet, chain
 //	        config                                                               reads its files, no more
-//	edges   model/fetch, model/format, model/signature;
-//	        identity, signer, tuf, session, image, model, podman, systemd,       one thing outside each
+//	edges   model/fetch, model/format, model/signature;                          one thing outside each
+//	        identity, signer, tuf, session, image, model, podman, systemd,
 //	        runtime, state, generation, order, spool, preflight, support;
-//	        sandbox, control, hardware
-//	order   deploy, work
+//	        control, sandbox, hardware
+//	order   work, deploy
 //	top     agent, ctl, signer/cli
 //
 // An edge talks to one thing outside of the process and never imports another
