@@ -47,7 +47,7 @@ var _ http.RoundTripper = (*Transport)(nil)
 type Exchange struct {
 	t    *Transport
 	req  *http.Request
-	c    *conn
+	c    *conn       // nil once the exchange has ended
 	stop func() bool // see [context.AfterFunc]
 	sent error       // of writing; there may be an answer all the same
 }
@@ -120,15 +120,21 @@ func (x *Exchange) Response() (*http.Response, error) {
 	return resp, nil
 }
 
-// Close ends the connection of an exchange whose answer nobody waits for.
+// Close ends the connection of an exchange whose answer nobody waits for. Once the
+// answer has come to its end it does nothing: the connection may be another's.
 func (x *Exchange) Close() { x.end(false) }
 
 func (x *Exchange) end(keep bool) {
-	if x.stop() && keep && x.c.r.Buffered() == 0 {
-		x.t.put(x.c)
+	c := x.c
+	if c == nil {
 		return
 	}
-	_ = x.c.Close()
+	x.c = nil
+	if x.stop() && keep && c.r.Buffered() == 0 {
+		x.t.put(c)
+		return
+	}
+	_ = c.Close()
 }
 
 func again(req *http.Request) (*http.Request, error) {

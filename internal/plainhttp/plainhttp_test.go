@@ -166,6 +166,46 @@ func TestConnections(t *testing.T) {
 	}
 }
 
+// Who closes an exchange that has ended leaves its connection to the next one.
+func TestCloseAfterTheEnd(t *testing.T) {
+	s, client := serve(t, func(p *peer) {
+		for {
+			body, ok := p.request()
+			if !ok {
+				return
+			}
+			p.say(answer(body))
+		}
+	})
+	for _, body := range []string{"one", ""} { // with a body to read to its end, and without
+		x, err := client.Send(request(t, body))
+		if err != nil {
+			t.Fatal(err)
+		}
+		resp, err := x.Response()
+		if err != nil {
+			t.Fatal(err)
+		}
+		if b, err := io.ReadAll(resp.Body); err != nil || string(b) != body {
+			t.Fatalf("%q, %v", b, err)
+		}
+		next, err := client.Send(request(t, "next"))
+		if err != nil {
+			t.Fatal(err)
+		}
+		x.Close()
+		if resp, err = next.Response(); err != nil {
+			t.Fatal(err)
+		}
+		if b, err := io.ReadAll(resp.Body); err != nil || string(b) != "next" {
+			t.Errorf("%q, %v", b, err)
+		}
+	}
+	if n := s.conns.Load(); n != 1 {
+		t.Errorf("%d connections", n)
+	}
+}
+
 // What comes between two answers belongs to none.
 func TestWhatComesUnasked(t *testing.T) {
 	said := make(chan struct{})
