@@ -263,6 +263,60 @@ func withService(t *testing.T, c *command) (start func()) {
 	return start
 }
 
+// The agent is stopped for as long as its key is in two places, and no longer.
+func TestMigrate(t *testing.T) {
+	c, out := machine(t)
+	withService(t, c)
+	agent, broken := "active", error(nil)
+	rest := c.systemd
+	c.systemd = func(ctx context.Context, name string, stdin []byte, args ...string) ([]byte, error) {
+		switch {
+		case name == "systemd-creds" && args[0] == "encrypt" && broken != nil:
+			return nil, broken
+		case slices.Contains(args, "resultity-agent.service"):
+			switch verb := args[len(args)-2]; {
+			case verb == "is-active" && agent != "active":
+				return nil, errors.New(agent)
+			case verb != "is-active":
+				agent = map[string]string{"stop": "inactive", "start": "active"}[verb]
+			}
+			return nil, nil
+		}
+		return rest(ctx, name, stdin, args...)
+	}
+	dir := c.path(agentIdentity)
+	key, _, err := identity.Open(identity.Options{Dir: dir})
+	if err != nil {
+		t.Fatal(err)
+	}
+
+	broken = errors.New("no TPM")
+	if err := c.migrate(t.Context()); !errors.Is(err, broken) || agent != "active" || !identity.Exists(dir) {
+		t.Errorf("the key could not be encrypted: %v; the agent is %s", err, agent)
+	}
+	broken = nil
+	counters := filepath.Join(dir, countersFile)
+	if err := os.WriteFile(counters, []byte("damaged"), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	if err := c.migrate(t.Context()); err == nil || agent != "inactive" || !identity.Exists(dir) {
+		t.Errorf("the counters could not be taken over: %v; the agent is %s", err, agent)
+	}
+	if err := os.Remove(counters); err != nil {
+		t.Fatal(err)
+	}
+	agent = "active" // whoever started it again
+	if err := c.migrate(t.Context()); err != nil || agent != "active" || identity.Exists(dir) {
+		t.Errorf("%v; the agent is %s", err, agent)
+	}
+	if now, err := c.key(t.Context()); err != nil || now.Address() != key.Address() {
+		t.Errorf("the signer's key: %v, %v", now, err)
+	}
+	if text := said(t, out); strings.Contains(text, key.Hex()) {
+		t.Errorf("said %s", text)
+	}
+}
+
 // TestRotate makes a new node of a machine whose agent goes on asking. The old
 // node's key and counters are kept, and whatever fails on the way leaves the old
 // node as it was or the new one whole.

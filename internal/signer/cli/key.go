@@ -214,8 +214,8 @@ func (c *command) fresh(ctx context.Context) (evm.Address, error) {
 
 // migrate takes over the agent's key with its counters. The agent is stopped over
 // it, so that the key counts in one place at a time, and goes on when the service
-// has answered.
-func (c *command) migrate(ctx context.Context) error {
+// has answered, or when nothing was taken over.
+func (c *command) migrate(ctx context.Context) (err error) {
 	dir := c.path(agentIdentity)
 	if c.from != "" {
 		dir = c.from
@@ -232,12 +232,20 @@ func (c *command) migrate(ctx context.Context) error {
 		_, err := c.systemd(ctx, "systemctl", nil, "--user", "-M", account+"@", verb, "resultity-agent.service")
 		return err
 	}
-	_, err = c.systemd(ctx, "systemctl", nil, "--user", "-M", account+"@", "is-active", "resultity-agent.service")
-	running := err == nil
-	if running {
+	_, inactive := c.systemd(ctx, "systemctl", nil, "--user", "-M", account+"@", "is-active", "resultity-agent.service")
+	taken := false
+	if inactive == nil {
 		if err := agent("stop"); err != nil {
 			return err
 		}
+		defer func() {
+			switch {
+			case err == nil, !taken:
+				err = errors.Join(err, agent("start"))
+			default:
+				err = fmt.Errorf("%w; the agent stays stopped, so that the key does not count in two places: migrate again, then start it", err)
+			}
+		}()
 	}
 	key, err := identity.Load(o)
 	if err != nil {
@@ -249,6 +257,7 @@ func (c *command) migrate(ctx context.Context) error {
 	if err := c.seal(ctx, key); err != nil {
 		return err
 	}
+	taken = true
 	if err := c.place(filepath.Join(dir, countersFile), key.Address()); err != nil {
 		return err
 	}
@@ -259,9 +268,6 @@ func (c *command) migrate(ctx context.Context) error {
 		return err
 	}
 	fmt.Fprintf(c.out, "resultity-signer has the key of node %s; the agent's is overwritten and removed\n", key.Address())
-	if running {
-		return agent("start")
-	}
 	return nil
 }
 
