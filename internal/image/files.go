@@ -2,6 +2,7 @@ package image
 
 import (
 	"bytes"
+	"context"
 	"encoding/json"
 	"errors"
 	"fmt"
@@ -134,14 +135,37 @@ func (i *Images) write(file string, data []byte) error {
 	return durable.WriteFile(file, data, 0o600)
 }
 
-// entry is what is kept of an image that was trusted: the signature, so that it
-// can be checked again without the registry, what it came to on this machine, and
-// whose image it is.
+// entry is what is kept of an image that was trusted: the signatures, so that
+// they can be checked again without the registry, what it came to on this machine,
+// and whose image it is.
 type entry struct {
-	Image    snapshot.ImageRef `json:"image"`
-	Manifest digest.Digest     `json:"manifest"`          // Image's own, or that of this platform if Image is an index
-	Foreign  bool              `json:"foreign,omitempty"` // it was here before
-	attached
+	Image      snapshot.ImageRef `json:"image"`
+	Manifest   digest.Digest     `json:"manifest"`          // Image's own, or that of this platform if Image is an index
+	Foreign    bool              `json:"foreign,omitempty"` // it was here before
+	Signatures []attached        `json:"signatures"`        // the newest first; networks that share an image may trust different ones
+}
+
+// maxKept bounds the signatures that are kept of an image: one for each network
+// that a node may be in.
+const maxKept = 8
+
+// judge is [trust.judge] of all signatures: one that is trusted is enough. Without
+// one the error is about each.
+func (e *entry) judge(ctx context.Context, t *trust) error {
+	errs := []error{ErrUnsigned}
+	for i := range e.Signatures[:min(len(e.Signatures), maxKept)] {
+		err := t.judge(ctx, &e.Signatures[i], e.Image)
+		if err == nil {
+			return nil
+		}
+		errs = append(errs, err)
+	}
+	return errors.Join(errs...)
+}
+
+// add puts a signature first.
+func (e *entry) add(a *attached) {
+	e.Signatures = append([]attached{*a}, e.Signatures[:min(len(e.Signatures), maxKept-1)]...)
 }
 
 // recordName has no part of the reference in it: what is a name for a registry

@@ -134,7 +134,7 @@ func New(transport http.RoundTripper, p podman, policyDir string, ca []byte, log
 // which is noted, and has to be the stored one. Podman looks for a signature of
 // that image, and for none of the index.
 //
-// The signature that was found is kept, and checked again at each call. So
+// A signature that was found is kept, and checked again at each call. So
 // without the registry a stored image goes on as long as the keys do. An image
 // that is not trusted is one of the errors above; anything else may pass.
 func (i *Images) Ensure(ctx context.Context, ref snapshot.ImageRef, own, now *snapshot.ImageTrust) error {
@@ -148,7 +148,7 @@ func (i *Images) Ensure(ctx context.Context, ref snapshot.ImageRef, own, now *sn
 		return fmt.Errorf("image %s: policy: %w", ref, err)
 	}
 	rec, known := i.record(ref)
-	if known && t.judge(ctx, &rec.attached, ref) == nil && i.stored(ctx, ref, rec.Manifest) == nil {
+	if known && rec.judge(ctx, t) == nil && i.stored(ctx, ref, rec.Manifest) == nil {
 		return nil
 	}
 
@@ -156,7 +156,8 @@ func (i *Images) Ensure(ctx context.Context, ref snapshot.ImageRef, own, now *sn
 	if err != nil {
 		return fmt.Errorf("image %s: %w", ref, err)
 	}
-	rec.attached, rec.Manifest = *sig, manifest
+	rec.add(sig)
+	rec.Manifest = manifest
 	if !known {
 		// An image that somebody had here before is not ours to remove.
 		_, _, err := i.podman.Image(ctx, ref)
@@ -169,7 +170,7 @@ func (i *Images) Ensure(ctx context.Context, ref snapshot.ImageRef, own, now *sn
 	if err := i.podman.Pull(ctx, ref, nil); err != nil {
 		switch {
 		case ctx.Err() != nil:
-		case rec.Bundle != nil:
+		case sig.Bundle != nil:
 			err = fmt.Errorf("%w (it is signed only in cosign's new bundle format, which Podman 5 cannot read; sign it with cosign sign --new-bundle-format=false, too)", err)
 		case manifest != ref.Digest():
 			err = fmt.Errorf("%w (it is an index, of which Podman wants each image signed, too: cosign sign --recursive)", err)
@@ -218,7 +219,7 @@ func (i *Images) Trusted(ctx context.Context, ref snapshot.ImageRef, own, now *s
 	}
 	t, _, err := under(own, now)
 	if err == nil {
-		err = t.judge(ctx, &rec.attached, ref)
+		err = rec.judge(ctx, t)
 	}
 	if errors.Is(err, ErrRevoked) {
 		return fmt.Errorf("image %s: %w", ref, err)

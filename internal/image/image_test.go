@@ -253,12 +253,50 @@ func TestEnsure(t *testing.T) {
 	w.must(err)
 	var e entry
 	w.must(json.Unmarshal(raw, &e))
-	e.Payload = bytes.Replace(e.Payload, []byte("runtime"), []byte("runtimf"), 1)
+	for i := range e.Signatures {
+		a := &e.Signatures[i]
+		a.Payload = bytes.Replace(a.Payload, []byte("runtime"), []byte("runtimf"), 1)
+	}
 	raw, err = json.Marshal(e)
 	w.must(err)
 	w.must(os.WriteFile(file, raw, 0o600))
 	if err := ensure(t, w.open(), ref, pub); err == nil {
 		t.Error("believes a changed record")
+	}
+}
+
+// Networks that share an image may have it signed by different people. None of
+// them needs the registry for what was found for it before.
+func TestEachNetworksSignatureIsKept(t *testing.T) {
+	w := newWorld(t)
+	d, ref := w.push("net/runtime", "a")
+	var keys []string
+	for range maxKept {
+		k, pub := newKey(t)
+		w.must(w.reg.Sign(t.Context(), d, k))
+		keys = append(keys, pub)
+	}
+	for range 2 {
+		for _, k := range keys {
+			if err := ensure(t, w.img, ref, k); err != nil {
+				t.Fatal(err)
+			}
+		}
+	}
+	w.tr.TLSClientConfig.RootCAs = nil
+	w.tr.CloseIdleConnections()
+	for n, k := range keys {
+		if err := ensure(t, w.open(), ref, k); err != nil {
+			t.Errorf("network %d: %v", n, err)
+		}
+	}
+	rec, known := w.img.record(ref)
+	if !known || len(rec.Signatures) != maxKept {
+		t.Errorf("%d signatures are kept, want %d", len(rec.Signatures), maxKept)
+	}
+	rec.add(&attached{})
+	if len(rec.Signatures) != maxKept {
+		t.Errorf("%d signatures are kept, at most %d", len(rec.Signatures), maxKept)
 	}
 }
 
