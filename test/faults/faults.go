@@ -57,7 +57,7 @@ func (w *World) Run(ctx context.Context, f *Fault) (o Outcome, err error) {
 		defer func() { err = errors.Join(err, f.After(ctx, w), w.WaitRoutable(ctx)) }()
 	}
 	resume := w.Load.Quiet()
-	before, err := w.look(ctx)
+	before, err := w.look(ctx, -1)
 	w.Load.Take()
 	resume()
 	if err != nil {
@@ -79,7 +79,7 @@ func (w *World) Run(ctx context.Context, f *Fault) (o Outcome, err error) {
 	resume = w.Load.Quiet()
 	defer resume()
 	o.Clients = w.Load.Take()
-	after, err := w.look(rctx)
+	after, err := w.look(rctx, before.counted+o.Clients.Answered)
 	if err != nil {
 		return o, fmt.Errorf("after it: %w", err)
 	}
@@ -112,12 +112,28 @@ type sight struct {
 	agent   string // invocation
 }
 
-func (w *World) look(ctx context.Context) (s sight, err error) {
+// look is for when the clients are quiet. A result is counted when it is stored,
+// which may be after its answer: it waits until as many are counted as want says,
+// or until no more come.
+func (w *World) look(ctx context.Context, want int) (s sight, err error) {
 	if s.agent, err = w.A.Property(ctx, w.A.Agent, "InvocationID"); err != nil {
 		return s, err
 	}
-	s.counted, err = w.counted(ctx)
-	return s, err
+	for same := time.Now(); ; {
+		n, err := w.counted(ctx)
+		if err != nil {
+			return s, err
+		}
+		if n != s.counted {
+			s.counted, same = n, time.Now()
+		}
+		if n == want || time.Since(same) > 500*time.Millisecond {
+			return s, nil
+		}
+		if err := pause(ctx, 20*time.Millisecond); err != nil {
+			return s, err
+		}
+	}
 }
 
 // counted is how many results the network has counted since it was started.
