@@ -9,6 +9,8 @@
 // The rule it keeps: a connection is used again only after an answer that has come
 // to its end, and while nothing has followed it, so that no answer is ever taken
 // for that of another request.
+//
+// Errors of closing a connection are left out: nothing that was asked depends on one.
 package plainhttp
 
 import (
