@@ -41,6 +41,15 @@ func (s *spools) handlers(network string) (hs []slog.Handler) {
 	return hs
 }
 
+// ofNetwork is the key of a network's name in a context.
+type ofNetwork struct{}
+
+// forNetwork returns a context in which records without a network are this one's: the
+// stores of models and images are the machine's, and work for one network at a time.
+func forNetwork(ctx context.Context, network string) context.Context {
+	return context.WithValue(ctx, ofNetwork{}, network)
+}
+
 // newRecords returns a handler before any spool is there.
 func newRecords(journal slog.Handler) *records {
 	return &records{journal: journal, to: &spools{by: map[string]slog.Handler{}}}
@@ -61,10 +70,6 @@ func (r *records) Enabled(ctx context.Context, level slog.Level) bool {
 
 // Handle implements [slog.Handler].
 func (r *records) Handle(ctx context.Context, rec slog.Record) error {
-	var errs []error
-	if r.journal.Enabled(ctx, rec.Level) {
-		errs = append(errs, r.journal.Handle(ctx, rec.Clone()))
-	}
 	network := r.network
 	rec.Attrs(func(a slog.Attr) bool {
 		if a.Key == "network" {
@@ -72,6 +77,14 @@ func (r *records) Handle(ctx context.Context, rec slog.Record) error {
 		}
 		return true
 	})
+	if of, _ := ctx.Value(ofNetwork{}).(string); network == "" && of != "" {
+		network, rec = of, rec.Clone()
+		rec.AddAttrs(slog.String("network", of))
+	}
+	var errs []error
+	if r.journal.Enabled(ctx, rec.Level) {
+		errs = append(errs, r.journal.Handle(ctx, rec.Clone()))
+	}
 	for _, h := range r.to.handlers(network) {
 		if !h.Enabled(ctx, rec.Level) {
 			continue

@@ -19,12 +19,14 @@ func TestRecordsGoToTheirNetwork(t *testing.T) {
 	machine.Info("machine")
 	ofA.WithGroup("g").Info("one", "job", "secret")
 	machine.Info("second", "network", "b")
+	machine.WarnContext(forNetwork(t.Context(), "a"), "store")
+	ofA.InfoContext(forNetwork(t.Context(), "b"), "own")
 	machine.Debug("nothing")
 	for name, c := range map[string]struct {
 		buf        *bytes.Buffer
 		has, lacks string
 	}{
-		"journal": {&journal, "msg=machine one second", "nothing"}, "a": {&a, "msg=machine one x=1 g.job=secret", "second"}, "b": {&b, "msg=machine second", "one job nothing"},
+		"journal": {&journal, "msg=machine one second store own", "nothing"}, "a": {&a, "msg=machine one g.job=secret level=WARN own", "second"}, "b": {&b, "msg=machine second", "one job nothing store own"},
 	} {
 		text := c.buf.String()
 		for _, w := range strings.Fields(c.has) {

@@ -68,6 +68,9 @@ func (a *Agent) mendDamage(ctx context.Context) error {
 		case damage == nil:
 			a.log.Info("a scrub took a file for damaged that is not", "sha256", file.Hex())
 			continue
+		case !errors.Is(damage, digest.ErrMismatch): // nothing is known to be wrong with it
+			a.log.Error("scrub", journal.ScrubFailed.Attr(), "sha256", file.Hex(), "error", damage)
+			continue
 		}
 		a.log.Error("a model file is damaged on disk", journal.ModelDamaged.Attr(), "sha256", file.Hex(), "error", damage)
 		err := a.inUpdates(ctx, func(u *updater, ctx context.Context) error { return u.mend(ctx, file, damage) })

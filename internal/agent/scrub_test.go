@@ -2,6 +2,7 @@ package agent
 
 import (
 	"errors"
+	"syscall"
 	"testing"
 	"time"
 
@@ -39,7 +40,12 @@ func TestDamageIsMended(t *testing.T) {
 			}
 			pass(10 * time.Millisecond)
 		}
-		damaged(file) // it is not, when the agent looks
+		damaged(file)              // it is not, when the agent looks
+		f.damaged = syscall.EMFILE // what could not be looked at is not known to be damaged
+		damaged(file)
+		if serving() != first || f.book.count(journal.ScrubFailed) != 1 {
+			t.Error("the runtime was ended for a file that could not be opened")
+		}
 		f.damaged = digest.ErrMismatch
 		damaged(digest.Of([]byte("of another model")))
 		if serving() != first {

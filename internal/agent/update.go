@@ -458,6 +458,7 @@ func (u *updater) stage(ctx context.Context, v *generation.View, snap *snapshot.
 
 // prepare runs beside the update loop, and changes nothing but r.
 func (u *updater) prepare(ctx context.Context, r *result, serving *snapshot.Model) (err error) {
+	ctx = forNetwork(ctx, r.snap.Config().Network.Name)
 	clock := newPhases()
 	defer func() { r.phases = clock.end() }()
 	clock.begin(phaseStage)

@@ -362,6 +362,37 @@ func TestVerifyQuarantines(t *testing.T) {
 	}
 }
 
+// TestVerifyWaits: what is being repaired is looked at afterwards, and the repaired file
+// keeps its name.
+func TestVerifyWaits(t *testing.T) {
+	b := content(1 << 20)
+	srv := serve(t, (&modeltest.Good{B: b}).ServeHTTP)
+	m := modelOf(fileOf("a", b, srv.URL))
+	s := open(t, t.TempDir(), srv)
+	dir, err := s.Ensure(t.Context(), m, nil)
+	if err != nil {
+		t.Fatal(err)
+	}
+	flip(t, filepath.Join(dir, "a"))
+	name := blobs + "/" + m.Files[0].SHA256.Hex()
+	unlock, err := s.locks.lock(t.Context(), name)
+	if err != nil {
+		t.Fatal(err)
+	}
+	verified := make(chan error)
+	go func() { verified <- s.Verify(t.Context(), m) }()
+	for waiting := false; !waiting; time.Sleep(time.Millisecond) {
+		s.locks.mu.Lock()
+		waiting = s.locks.held[name].users == 2
+		s.locks.mu.Unlock()
+	}
+	flip(t, filepath.Join(dir, "a")) // back
+	unlock()
+	if err := <-verified; err != nil || !s.Have(m) {
+		t.Errorf("the repaired file: %v", err)
+	}
+}
+
 func TestDistrust(t *testing.T) {
 	b := content(1 << 20)
 	srv := serve(t, (&modeltest.Good{B: b}).ServeHTTP)

@@ -71,22 +71,42 @@ func scrub(ctx context.Context, name string, want digest.Digest, buf []byte) (re
 	}
 	defer f.Close() // read only: nothing can be lost
 	h := sha256.New()
-	for {
-		if err := ctx.Err(); err != nil {
-			return read, err
-		}
-		n, err := f.Read(buf)
-		_, _ = h.Write(buf[:n]) // never fails
-		read += int64(n)
-		if err == io.EOF {
-			break
-		}
-		if err != nil {
-			return read, err
-		}
+	read, err = copyDirect(ctx, h, f, buf, func() error {
+		_, err := unix.FcntlInt(f.Fd(), unix.F_SETFL, 0)
+		return err
+	})
+	if err != nil {
+		return read, err
 	}
 	if got := digest.FromSum([sha256.Size]byte(h.Sum(nil))); got != want {
 		return read, fmt.Errorf("%w: want %s, got %s", digest.ErrMismatch, want, got)
 	}
 	return read, nil
+}
+
+// copyDirect copies r, which may be read past the page cache, through buf. Some file
+// systems take such a file and then refuse to read it, or its end that fills no block:
+// from there on it is read as every file is, which is what buffered brings about.
+func copyDirect(ctx context.Context, w io.Writer, r io.Reader, buf []byte, buffered func() error) (read int64, err error) {
+	for refused := false; ; {
+		if err := ctx.Err(); err != nil {
+			return read, err
+		}
+		n, err := r.Read(buf)
+		read += int64(n)
+		if _, err := w.Write(buf[:n]); err != nil {
+			return read, err
+		}
+		switch {
+		case err == io.EOF:
+			return read, nil
+		case errors.Is(err, unix.EINVAL) && !refused:
+			refused = true
+			if err := buffered(); err != nil {
+				return read, err
+			}
+		case err != nil:
+			return read, err
+		}
+	}
 }

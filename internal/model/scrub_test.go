@@ -1,12 +1,16 @@
 package model
 
 import (
+	"bytes"
 	"context"
 	"errors"
+	"io"
 	"os"
 	"path/filepath"
 	"slices"
 	"testing"
+
+	"golang.org/x/sys/unix"
 
 	"github.com/resultity/node/internal/chunk"
 	"github.com/resultity/node/internal/digest"
@@ -58,5 +62,40 @@ func TestScrub(t *testing.T) {
 	cancel()
 	if _, err = Scrub(ctx, dir); !errors.Is(err, context.Canceled) && err == nil {
 		t.Errorf("cancelled: %v", err)
+	}
+}
+
+// strict is a file that is not read past the page cache any more at some place.
+type strict struct {
+	b        []byte
+	until    int
+	at       int
+	buffered bool
+}
+
+func (s *strict) Read(p []byte) (int, error) {
+	if !s.buffered && s.at >= s.until {
+		return 0, &os.PathError{Op: "read", Err: unix.EINVAL}
+	}
+	n := copy(p[:min(len(p), 1000)], s.b[s.at:])
+	if s.at += n; n == 0 {
+		return 0, io.EOF
+	}
+	return n, nil
+}
+
+func TestScrubReadsWhatIsNotReadPastTheCache(t *testing.T) {
+	b := content(2500)
+	for _, until := range []int{0, 1000, 2500} {
+		s := &strict{b: b, until: until}
+		var got bytes.Buffer
+		n, err := copyDirect(t.Context(), &got, s, make([]byte, 4096), func() error { s.buffered = true; return nil })
+		if err != nil || n != 2500 || !bytes.Equal(got.Bytes(), b) {
+			t.Errorf("refused from %d on: %d bytes, %v", until, n, err)
+		}
+		s = &strict{b: b, until: until}
+		if _, err := copyDirect(t.Context(), io.Discard, s, make([]byte, 4096), func() error { return nil }); !errors.Is(err, unix.EINVAL) {
+			t.Errorf("refused for ever: %v", err)
+		}
 	}
 }

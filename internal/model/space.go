@@ -1,6 +1,7 @@
 package model
 
 import (
+	"context"
 	"errors"
 	"fmt"
 	"io/fs"
@@ -46,7 +47,7 @@ func (s *Store) free() (int64, error) {
 }
 
 // preflight fails before the first byte if the rest of m does not fit.
-func (s *Store) preflight(m *snapshot.Model) error {
+func (s *Store) preflight(ctx context.Context, m *snapshot.Model) error {
 	var need int64
 	seen := map[string]bool{}
 	for _, f := range m.Files {
@@ -75,7 +76,7 @@ func (s *Store) preflight(m *snapshot.Model) error {
 	}
 	// Damaged files are kept for whoever wants to look at them, but not at the
 	// price of a model.
-	if err := s.dropQuarantined(); err != nil {
+	if err := s.dropQuarantined(ctx, m); err != nil {
 		return err
 	}
 	if free, err = s.free(); err != nil {
@@ -90,7 +91,18 @@ func (s *Store) preflight(m *snapshot.Model) error {
 // blocks returns how many bytes of the disk a file takes.
 func blocks(st fs.FileInfo) int64 { return st.Sys().(*syscall.Stat_t).Blocks * 512 }
 
-func (s *Store) dropQuarantined() error {
+// dropQuarantined gives up what was found damaged, and with it the tree of m, which
+// has links to it and is not whole.
+func (s *Store) dropQuarantined(ctx context.Context, m *snapshot.Model) error {
+	tree := path.Join(trees, m.Digest().Hex())
+	unlock, err := s.locks.lock(ctx, tree)
+	if err != nil {
+		return err
+	}
+	defer unlock()
+	if err := s.root.RemoveAll(tree); err != nil {
+		return err
+	}
 	entries, err := fs.ReadDir(s.root.FS(), blobs)
 	if err != nil {
 		return err

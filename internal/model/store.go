@@ -34,6 +34,8 @@ import (
 	"strings"
 	"sync"
 
+	"golang.org/x/sys/unix"
+
 	"github.com/resultity/node/internal/digest"
 	"github.com/resultity/node/internal/failpoint"
 	"github.com/resultity/node/internal/model/fetch"
@@ -123,7 +125,7 @@ func (s *Store) Ensure(ctx context.Context, m *snapshot.Model, progress func(don
 		}
 	}
 	report(0)
-	if err := s.preflight(m); err != nil {
+	if err := s.preflight(ctx, m); err != nil {
 		return "", fmt.Errorf("model %s %s: %w", m.Name, m.Version, err)
 	}
 	for i := range m.Files {
@@ -165,11 +167,10 @@ func (s *Store) Have(m *snapshot.Model) bool {
 	return err == nil && files == len(m.Files)
 }
 
-// Verify reads all of m again. A file that is no longer what its digest names
-// loses its name, and so does the model's tree, so that [Store.Have] turns
-// false and [Store.Ensure] fetches it anew; the error wraps
-// [digest.ErrMismatch] for every such file. A model that is not complete is
-// [ErrIncomplete].
+// Verify reads all of m again. A file that is no longer what its digest names, or
+// that the disk cannot read, loses its name, so that [Store.Have] turns false and
+// [Store.Ensure] fetches it anew; the error wraps [digest.ErrMismatch] for every such
+// file. A model that is not complete is [ErrIncomplete].
 func (s *Store) Verify(ctx context.Context, m *snapshot.Model) error {
 	defer s.use(m)()
 	if !s.Have(m) {
@@ -178,11 +179,13 @@ func (s *Store) Verify(ctx context.Context, m *snapshot.Model) error {
 	var bad []error
 	for i := range m.Files {
 		f := &m.Files[i]
-		err := s.rehash(ctx, f.SHA256)
+		err := s.recheck(ctx, f.SHA256)
+		if errors.Is(err, fs.ErrNotExist) { // somebody else has found it damaged
+			err = fmt.Errorf("%w: %w", ErrIncomplete, err)
+		}
 		if errors.Is(err, digest.ErrMismatch) {
 			s.log.ErrorContext(ctx, "model file is damaged on disk", "model", m.Name, "file", f.Path, "sha256", f.SHA256.Hex())
-			err = errors.Join(fmt.Errorf("file %s: %w", f.Path, err), s.quarantine(ctx, m, f.SHA256))
-			bad = append(bad, err)
+			bad = append(bad, fmt.Errorf("file %s: %w", f.Path, err))
 			continue
 		}
 		if err != nil {
@@ -195,22 +198,40 @@ func (s *Store) Verify(ctx context.Context, m *snapshot.Model) error {
 	return nil
 }
 
-// Distrust reads a file again that somebody says is damaged. If it is, or cannot be
-// read, it loses its name, so that every model that has it is no longer complete; the
-// error says so. A file that is not here is no error.
+// Distrust reads a file again that somebody says is damaged. If it is, it loses its
+// name as in [Store.Verify], so that every model that has it is no longer complete; the
+// error wraps [digest.ErrMismatch]. A file that is not here is no error.
 func (s *Store) Distrust(ctx context.Context, file digest.Digest) error {
-	name := path.Join(blobs, file.Hex())
-	unlock, err := s.locks.lock(ctx, name) // what was read is what loses its name
+	if err := s.recheck(ctx, file); !errors.Is(err, fs.ErrNotExist) {
+		return err
+	}
+	return nil
+}
+
+// recheck reads a blob again, and takes its name away if it is not what that says, or
+// if the disk cannot read it: [digest.ErrMismatch]. Nobody else works on the blob
+// meanwhile, so that what was read is what loses its name.
+func (s *Store) recheck(ctx context.Context, d digest.Digest) error {
+	name := path.Join(blobs, d.Hex())
+	unlock, err := s.locks.lock(ctx, name)
 	if err != nil {
 		return err
 	}
 	defer unlock()
-	err = s.rehash(ctx, file)
-	if err == nil || ctx.Err() != nil || errors.Is(err, fs.ErrNotExist) {
-		return ctx.Err()
+	err = s.rehash(ctx, d)
+	unreadable := errors.Is(err, unix.EIO)
+	if !unreadable && !errors.Is(err, digest.ErrMismatch) {
+		return err
 	}
-	failpoint.Here("model.distrust.begin")
-	return errors.Join(err, s.root.Rename(name, name+quarantined), s.sync(blobs))
+	failpoint.Here("model.damage.begin")
+	if failed := s.root.Rename(name, name+quarantined); failed != nil {
+		return errors.Join(err, failed) // and a disk that does neither is no damaged file
+	}
+	failpoint.Here("model.damage.renamed")
+	if unreadable {
+		err = fmt.Errorf("%w: %w", digest.ErrMismatch, err)
+	}
+	return errors.Join(err, s.sync(blobs))
 }
 
 // Retain removes everything that the models in keep do not need: files, trees,
@@ -392,24 +413,6 @@ func (s *Store) rehash(ctx context.Context, d digest.Digest) error {
 	}
 	defer f.Close() // read only: nothing can be lost
 	return d.CheckReader(&contextReader{ctx, f})
-}
-
-// quarantine takes the names away from a damaged blob and the tree that shows it.
-func (s *Store) quarantine(ctx context.Context, m *snapshot.Model, d digest.Digest) error {
-	name := path.Join(blobs, d.Hex())
-	unlock, err := s.locks.lock(ctx, name)
-	if err != nil {
-		return err
-	}
-	defer unlock()
-	if err := s.root.Rename(name, name+quarantined); err != nil && !errors.Is(err, fs.ErrNotExist) {
-		return err
-	}
-	failpoint.Here("model.damage.renamed")
-	return errors.Join(
-		s.root.RemoveAll(path.Join(trees, m.Digest().Hex())),
-		s.sync(trees), s.sync(blobs),
-	)
 }
 
 // sync makes changes of a directory below the root survive a power cut.
