@@ -47,4 +47,8 @@
 // same bytes, provided that the engine makes an event of each token, as
 // llama.cpp and Ollama do; vLLM may put several into one under load, so its
 // plain answers are equal and its streams equal in content.
+//
+// [Compare] says whether two answers to one request are the same in all that the
+// engine has computed, so that a request can be repeated and the answers held
+// against one another.
 package openai
