@@ -103,7 +103,8 @@ func read(r io.Reader) (*results, error) {
 // said is the line that a case may log about itself.
 var said = regexp.MustCompile(`(?m)^ *\w+\.go:\d+: expected:? (.+?); got:? (.+)$`)
 
-// rows makes the rows of a suite. A test with subtests is no case itself, unless
+// rows makes the rows of a suite, by name: many tests keep their cases in a map, and
+// run them in another order each time. A test with subtests is no case itself, unless
 // it fails while they do not.
 func (res *results) rows(s suite) (rows []row) {
 	for _, name := range res.order {
@@ -131,6 +132,7 @@ func (res *results) rows(s suite) (rows []row) {
 		}
 		rows = append(rows, r)
 	}
+	slices.SortStableFunc(rows, func(a, b row) int { return strings.Compare(a.name, b.name) })
 	if len(rows) == 0 {
 		rows = []row{{name: s.pkg + " " + s.test, expected: s.shows, got: "NOT RUN", failed: true, output: res.output[""]}}
 	}

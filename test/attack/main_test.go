@@ -34,7 +34,7 @@ func TestRows(t *testing.T) {
 		t.Fatal(err)
 	}
 	for test, want := range map[string]string{
-		"TestA":       "p TestA/far/too long|too-long: 9|too long: 9 bytes|ok; p TestA/empty|refused|NOT SO|failed",
+		"TestA":       "p TestA/empty|refused|NOT SO|failed; p TestA/far/too long|too-long: 9|too long: 9 bytes|ok",
 		"TestAB":      "p TestAB|refused|so|ok",
 		"TestSkipped": "p TestSkipped|refused|NOT RUN|failed",
 		"TestCleanup": "p TestCleanup|refused|NOT SO|failed; p TestCleanup/one|refused|so|ok",
