@@ -21,8 +21,8 @@
 // be what is on disk. So its server is ended and another one begins on the same
 // files, which takes a fraction of a second and reads what is really there; in this
 // process, since a new one could tell clients nothing meanwhile. That is tried
-// when there is room, and otherwise again and again. Until then what was written
-// can be read. A job whose writing failed may be there all the same: it is deleted
+// when there is room, and otherwise again and again. What was written can be read until
+// the first try, and again once one has succeeded. A job whose writing failed may be there all the same: it is deleted
 // by its name (see sweep), or it would be given out after the next start.
 package store
 
