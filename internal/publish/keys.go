@@ -177,7 +177,17 @@ func (p Public) PEM() ([]byte, error) {
 	return pem.EncodeToMemory(&pem.Block{Type: publicType, Bytes: der}), err
 }
 
-// ReadPublic reads a public key. Its holder's name is the file's, without .pub.
+// HolderOf returns the name of the holder of a public key's file: the file's,
+// without .pub. It fails when nobody may be called so.
+func HolderOf(file string) (string, error) {
+	name := strings.TrimSuffix(filepath.Base(file), ".pub")
+	if !holderName.MatchString(name) {
+		return "", fmt.Errorf("public key %s: call the file NAME.pub after its holder, NAME of letters, digits and . _ @ + -, at most 64", file)
+	}
+	return name, nil
+}
+
+// ReadPublic reads a public key; see [HolderOf].
 func ReadPublic(file string) (Public, error) {
 	f, err := os.Open(file)
 	if err != nil {
@@ -200,9 +210,9 @@ func ReadPublic(file string) (Public, error) {
 	if !ok {
 		return Public{}, fmt.Errorf("public key %s: %T, want ed25519", file, parsed)
 	}
-	name := strings.TrimSuffix(filepath.Base(file), ".pub")
-	if !holderName.MatchString(name) {
-		return Public{}, fmt.Errorf("public key %s: call the file NAME.pub after its holder, NAME of letters, digits and . _ @ + -, at most 64", file)
+	name, err := HolderOf(file)
+	if err != nil {
+		return Public{}, err
 	}
 	k, err := metadata.KeyFromPublicKey(ed)
 	if err != nil {

@@ -270,7 +270,8 @@ resultity-network root new --dir evenet --add ben/ben.pub --out eve/next.proposa
 	if err := os.WriteFile(filepath.Join(o.dir, "changed.proposal"), raw, 0o600); err != nil {
 		t.Fatal(err)
 	}
-	before := o.must("find mynet/repository mynet/keys -type f | sort | xargs sha256sum")
+	const all = "echo taken > anna/taken.pub; find mynet/repository mynet/keys anna -type f -print0 | sort -z | xargs -0 sha256sum"
+	before := o.must(all)
 	for _, tc := range []struct{ step, want string }{
 		{"root publish --dir mynet next.proposal", "0 of the 2 signatures that root 1 asks for are there; 2 more of: "},
 		{"root publish --dir mynet next.proposal next." + id["anna"] + ".sig", "1 of the 2 signatures that root 1 asks for are there; 1 more of: " + id["ben"]},
@@ -295,12 +296,14 @@ resultity-network root new --dir evenet --add ben/ben.pub --out eve/next.proposa
 		{"root new --dir mynet --renew root --out x", `no role "root"`},
 		{"root key anna/anna.pem", "is there already"},
 		{"root key anna/anna", "ends in .pem"},
+		{"root key --no-passphrase 'anna/an na.pem'", "call the file NAME.pub after its holder"},
+		{"root key --no-passphrase anna/taken.pem", "taken.pub is there already"},
 		{"init --dir mynet --name mynet --chain-id 1", "holds a network already"},
 	} {
 		if out, err := o.sh("chmod 644 anna/anna.pub; resultity-network " + tc.step); err == nil || !strings.Contains(out, tc.want) {
 			t.Errorf("%s: %v, want %q in\n%s", tc.step, err, tc.want, out)
 		}
-		if after := o.must("find mynet/repository mynet/keys -type f | sort | xargs sha256sum"); after != before {
+		if after := o.must(all); after != before {
 			t.Fatalf("%s has changed something:\n%s", tc.step, after)
 		}
 	}

@@ -48,8 +48,13 @@ func rootKeyCommand() *cobra.Command {
 		if !ok {
 			return fmt.Errorf("%w: the name of a key ends in .pem", errUsage)
 		}
-		if _, err := os.Lstat(file); !errors.Is(err, fs.ErrNotExist) {
-			return fmt.Errorf("%s is there already (%w)", file, fs.ErrExist)
+		if _, err := publish.HolderOf(stem + ".pub"); err != nil { // before anything is made
+			return fmt.Errorf("%w: %w", errUsage, err)
+		}
+		for _, name := range []string{file, stem + ".pub"} {
+			if _, err := os.Lstat(name); !errors.Is(err, fs.ErrNotExist) {
+				return fmt.Errorf("%s is there already (%w)", name, fs.ErrExist)
+			}
 		}
 		var pass publish.Passphrase
 		if !*plain {
@@ -64,9 +69,6 @@ func rootKeyCommand() *cobra.Command {
 			return err
 		}
 		if err := writeNew(stem+".pub", raw); err != nil {
-			return err
-		}
-		if _, err := publish.ReadPublic(stem + ".pub"); err != nil {
 			return err
 		}
 		fmt.Fprintf(cmd.OutOrStdout(), "key %s\n  private  %s: keep it, and a copy in another place; nobody else needs it\n  public   %s: give it to the network's operator, and tell the id by another way\n", k.ID(), file, stem+".pub")
