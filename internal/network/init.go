@@ -101,8 +101,12 @@ func firstSecrets(ctx context.Context, dir string, o InitOptions, log *slog.Logg
 	return nil
 }
 
-// giveToOwner gives what root has made in a directory to whose directory it is: the
-// account that the service runs as.
+// made are the names in a network's directory of what [Init] makes.
+var made = []string{"keys", "store", "repository", "publish.json", "lock", "api-key", "enrolment-token", snapshot.Target}
+
+// giveToOwner gives what root has made in a directory, now or in a call before that
+// was cut short, to whose directory it is: the account that the service runs as.
+// What else is in there stays whose it is.
 func giveToOwner(dir string) error {
 	st, err := os.Stat(dir)
 	if err != nil {
@@ -117,12 +121,27 @@ func giveToOwner(dir string) error {
 		return err
 	}
 	defer root.Close() // it was only looked into
-	return fs.WalkDir(root.FS(), ".", func(name string, _ fs.DirEntry, err error) error {
-		if err != nil {
+	for _, top := range made {
+		if err := fs.WalkDir(root.FS(), top, func(name string, d fs.DirEntry, err error) error {
+			if errors.Is(err, fs.ErrNotExist) {
+				return nil
+			} else if err != nil {
+				return err
+			}
+			info, err := d.Info()
+			if err != nil {
+				return err
+			}
+			// A file with a second name may be one of root's from elsewhere.
+			if is := info.Sys().(*syscall.Stat_t); is.Uid != 0 || !d.IsDir() && is.Nlink != 1 {
+				return nil
+			}
+			return root.Lchown(name, int(owner.Uid), int(owner.Gid))
+		}); err != nil {
 			return err
 		}
-		return root.Lchown(name, int(owner.Uid), int(owner.Gid))
-	})
+	}
+	return nil
 }
 
 func ifMissing(name string, content func() (string, error)) error {

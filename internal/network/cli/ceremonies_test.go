@@ -374,8 +374,9 @@ func TestAsRoot(t *testing.T) {
 	}
 	for _, step := range []string{`
 for k in anna targets; do resultity-network root key --no-passphrase $k.pem; done
-mkdir mynet
+mkdir -p mynet/keys mynet/backup
 chown 4242:4242 mynet
+echo of root > backup; ln backup mynet/keys/backup; echo of root > mynet/backup/notes
 resultity-network init --dir mynet --name mynet --chain-id 1 --root-holder anna.pub --targets-public targets.pub --out first.proposal
 resultity-network root sign --key anna.pem first.proposal
 resultity-network root publish --dir mynet first.proposal first.*.sig
@@ -393,7 +394,7 @@ resultity-network root sign --trusted mynet/repository/metadata/1.root.json --ke
 			o.must("mv mynet/config.json .; chmod 600 config.json; chown 0 config.json")
 		}
 		o.must(step)
-		if out := o.must("find mynet ! -uid 4242"); out != "" {
+		if out := o.must("find mynet ! -uid 4242 | sort"); out != "mynet/backup\nmynet/backup/notes\nmynet/keys/backup\n" {
 			t.Errorf("%s\nnot the account's: %s", step, out)
 		}
 	}
