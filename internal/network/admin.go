@@ -237,20 +237,35 @@ type Account struct {
 	Nodes []evm.Address `json:"nodes"`
 }
 
+// A service that starts has its store before its socket.
+const (
+	adminWait  = 30 * time.Second
+	adminRetry = 50 * time.Millisecond
+)
+
 // OpenAdmin reaches the running service of dir, or opens its store when none
-// runs.
+// runs. It waits for one that starts, or for another command.
 func OpenAdmin(ctx context.Context, dir string, log *slog.Logger) (Admin, error) {
 	if _, err := os.Stat(filepath.Join(dir, "publish.json")); err != nil {
 		return nil, fmt.Errorf("%w: dir: %s holds no network: %w", ErrConfig, dir, err)
 	}
-	if c, err := dialAdmin(dir); c != nil || err != nil {
-		return c, err
+	for begun := time.Now(); ; {
+		if c, err := dialAdmin(dir); c != nil || err != nil {
+			return c, err
+		}
+		s, err := store.Open(ctx, filepath.Join(dir, "store"), log)
+		if err == nil {
+			return storeAdmin{s}, nil
+		}
+		if !errors.Is(err, store.ErrLocked) || time.Since(begun) >= adminWait {
+			return nil, err
+		}
+		select {
+		case <-ctx.Done():
+			return nil, err
+		case <-time.After(adminRetry):
+		}
 	}
-	s, err := store.Open(ctx, filepath.Join(dir, "store"), log)
-	if err != nil {
-		return nil, err
-	}
-	return storeAdmin{s}, nil
 }
 
 // storeAdmin works on the store itself.

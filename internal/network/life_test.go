@@ -26,6 +26,7 @@ import (
 	"sync"
 	"syscall"
 	"testing"
+	"testing/synctest"
 	"time"
 
 	"github.com/gorilla/websocket"
@@ -35,6 +36,7 @@ import (
 	"github.com/resultity/node/internal/network"
 	"github.com/resultity/node/internal/network/cli"
 	"github.com/resultity/node/internal/network/nodetest"
+	"github.com/resultity/node/internal/network/store"
 	"github.com/resultity/node/internal/publish"
 	"github.com/resultity/node/internal/receipt"
 	"github.com/resultity/node/internal/snapshot"
@@ -472,6 +474,44 @@ func TestAdmin(t *testing.T) {
 			t.Errorf("admin socket is left: %v", err)
 		}
 	}
+}
+
+// A service that starts has its store before its socket: commands wait for that.
+func TestAdminWaitsForAStart(t *testing.T) {
+	dir := shortDir(t)
+	if err := os.WriteFile(filepath.Join(dir, "publish.json"), []byte("{}"), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	s, err := store.Open(t.Context(), filepath.Join(dir, "store"), slog.New(slog.DiscardHandler))
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer s.Close()
+	l, err := net.Listen("unix", filepath.Join(dir, "other.sock"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer l.Close()
+	synctest.Test(t, func(t *testing.T) {
+		if _, err := network.OpenAdmin(t.Context(), dir, slog.New(slog.DiscardHandler)); !errors.Is(err, store.ErrLocked) {
+			t.Fatal(err)
+		}
+		opened := make(chan error)
+		go func() {
+			a, err := network.OpenAdmin(t.Context(), dir, slog.New(slog.DiscardHandler))
+			if err == nil {
+				a.Close()
+			}
+			opened <- err
+		}()
+		synctest.Wait() // it has found the store locked
+		if err := os.Rename(filepath.Join(dir, "other.sock"), filepath.Join(dir, "admin.sock")); err != nil {
+			t.Fatal(err)
+		}
+		if err := <-opened; err != nil {
+			t.Fatal(err)
+		}
+	})
 }
 
 // Secrets are nowhere in the store or the log in the clear.

@@ -51,7 +51,7 @@ var (
 	ErrNotFound = errors.New("not found")
 	ErrExists   = errors.New("exists already")
 	ErrFull     = errors.New("no room left in the store for unfinished jobs; they are deleted when they end")
-	ErrLocked   = errors.New("another process has the store open; if that is the running service, use its admin socket")
+	ErrLocked   = errors.New("another process has the store open: the service, or a command for it; see systemctl status resultity-network")
 )
 
 // maxMessage bounds one stored value in bytes: a result of 16 MiB and its
