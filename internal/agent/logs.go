@@ -3,7 +3,6 @@ package agent
 import (
 	"context"
 	"errors"
-	"fmt"
 	"path/filepath"
 	"time"
 
@@ -96,39 +95,38 @@ func (m *membership) uploadTo(ctx context.Context, target uint64) error {
 		if err := m.session.Send(l); err != nil && !errors.Is(err, session.ErrFull) {
 			return err
 		}
-		again, err := m.awaitAck(ctx)
-		if err != nil {
+		if err := m.awaitAck(ctx, before.Position); err != nil {
 			return err
 		}
-		after := m.spool.Stats()
-		switch {
-		case again:
-		case after.Position == before.Position:
-			return fmt.Errorf("the network has not stored what follows record %d", after.Position)
-		default:
-			if lost := b.Last - b.After - b.Count; lost > 0 && after.Position >= b.Last {
-				m.dropped.Add(lost)
-				m.log.Warn("log records were dropped before the network had them", journal.LogsDropped.Attr(), "count", lost)
-			}
+		if lost := b.Last - b.After - b.Count; lost > 0 && m.spool.Stats().Position >= b.Last {
+			m.dropped.Add(lost)
+			m.log.Warn("log records were dropped before the network had them", journal.LogsDropped.Attr(), "count", lost)
 		}
 	}
 }
 
-// awaitAck waits for the network's word about a batch. A new session is a reason
-// to send it again.
-func (m *membership) awaitAck(ctx context.Context) (again bool, err error) {
+// awaitAck waits until the network has stored more than up to a position. It also
+// returns for what is a reason to send the batch again: a new session, or a new
+// configuration, which may have another bound. The network stores such a batch once
+// and acknowledges it twice, so that a word which changes nothing means nothing.
+func (m *membership) awaitAck(ctx context.Context, position uint64) error {
 	timer := time.NewTimer(ackPatience)
 	defer timer.Stop()
-	select {
-	case <-ctx.Done():
-		return false, ctx.Err()
-	case <-timer.C:
-		return false, errors.New("the network does not acknowledge logs")
-	case <-m.upload:
-		return true, nil
-	case ack := <-m.logAcks:
-		return false, m.spool.Ack(ack.Spool, ack.Position)
+	for m.spool.Stats().Position <= position {
+		select {
+		case <-ctx.Done():
+			return ctx.Err()
+		case <-timer.C:
+			return errors.New("the network does not acknowledge logs")
+		case <-m.upload:
+			return nil
+		case ack := <-m.logAcks:
+			if err := m.spool.Ack(ack.Spool, ack.Position); err != nil {
+				return err
+			}
+		}
 	}
+	return nil
 }
 
 // logsStored takes the network's word without waiting. One that finds no room is

@@ -81,12 +81,9 @@ func TestUploads(t *testing.T) {
 	if b.After != 0 || len(first) == 300 {
 		t.Fatalf("%+v", b)
 	}
-	// Nothing moves without an acknowledgement, and none of another spool's.
+	// Nothing moves without an acknowledgement, and none of another spool's. A new
+	// session sends it again, and goes on from what is acknowledged, however often.
 	f.Message(&wire.LogsAck{Spool: strings.Repeat("0", 32), Position: b.Last})
-	if err := <-ordered; err == nil || f.spool.Stats().Position != 0 {
-		t.Fatalf("position %d, %v", f.spool.Stats().Position, err)
-	}
-	// A new session sends it again, and goes on from what is acknowledged.
 	n, batches := uint64(0), 0
 	f.Opened()
 	for n < 300 {
@@ -101,7 +98,12 @@ func TestUploads(t *testing.T) {
 			}
 		}
 		batches++
-		f.Message(&wire.LogsAck{Spool: b.Spool, Position: b.Last})
+		for range 2 {
+			f.Message(&wire.LogsAck{Spool: b.Spool, Position: b.Last})
+		}
+	}
+	if err := <-ordered; err != nil {
+		t.Error(err)
 	}
 	if batches < 3 {
 		t.Errorf("%d batches of at most 4 KiB", batches)
