@@ -128,7 +128,7 @@ func TestTwoNetworksShareTheRuntime(t *testing.T) {
 			chain uint64
 		}{w.a: {ja, sa, 1}, w.b: {jb, sb, 31337}} {
 			r := p.result(t)
-			if r.Code != "" || r.Job != want.job.ID || r.Receipt.ChainID() != want.chain || r.Receipt.Receipt().ConfigDigest != want.s.Digest() || r.Receipt.Receipt().Node != nodeKey.Address() {
+			if r.Code != "" || r.Job != want.job.ID || r.Receipt.ChainID() != want.chain || r.Receipt.Receipt().Measured.ConfigDigest != want.s.Digest() || r.Receipt.Receipt().Node != nodeKey.Address() {
 				t.Errorf("%+v", r)
 			}
 		}

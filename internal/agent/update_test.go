@@ -445,7 +445,7 @@ func TestUpdate(t *testing.T) {
 		f.engine.answer <- struct{}{}
 		pass(untilSettled)
 		f.serves(next)
-		if r := last[*wire.Result](f.party); r == nil || r.Code != "" || r.Receipt.Receipt().ConfigDigest != one.Digest() {
+		if r := last[*wire.Result](f.party); r == nil || r.Code != "" || r.Receipt.Receipt().Measured.ConfigDigest != one.Digest() {
 			t.Errorf("result %+v", r)
 		}
 		// What a rollback needs is kept, and no more.

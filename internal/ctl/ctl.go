@@ -364,8 +364,14 @@ func (c *command) verify(_ context.Context, args []string) error {
 	}
 	r := s.Receipt()
 	return c.show(s, func(w *tabwriter.Writer) {
-		fmt.Fprintf(w, "valid\tsigned by node %s\nchain\t%d\njob\t%s\nconfiguration\t%s\nimage\t%s\nmodel\t%s\nrequest\t%s\nresponse\t%s\ntokens\t%d prompt, %d completion\ntime\t%s, %d ms\n",
-			r.Node, s.ChainID(), r.Job, r.ConfigDigest, r.ImageDigest, r.ModelDigest, r.RequestHash, r.ResponseHash,
-			r.PromptTokens, r.CompletionTokens, time.UnixMilli(int64(r.StartedAt)).UTC().Format(time.RFC3339), int64(r.FinishedAt)-int64(r.StartedAt))
+		fmt.Fprintf(w, "valid\tsigned by node %s\nchain\t%d\njob\t%s\nsequence\t%d\n", r.Node, s.ChainID(), r.Job, r.Sequence)
+		m := &r.Measured
+		fmt.Fprintf(w, "\nMeasured by the node\t(hashed or verified by its agent; compare request and response with sha256sum)\n"+
+			"configuration\t%s\nimage\t%s\nmodel\t%s\nsandbox\t%s\nrequest\t%s\nresponse\t%s\n",
+			m.ConfigDigest, m.ImageDigest, m.ModelDigest, m.SandboxDigest, m.RequestHash, m.ResponseHash)
+		k := &r.Claimed
+		fmt.Fprintf(w, "\nClaimed by the node\t(said by its engine, hardware and clock; nobody else can check it)\n"+
+			"class\t%s\ntokens\t%d prompt, %d completion\ntime\t%s, %d ms\n",
+			k.ClassDigest, k.PromptTokens, k.CompletionTokens, time.UnixMilli(int64(k.StartedAt)).UTC().Format(time.RFC3339), int64(k.FinishedAt)-int64(k.StartedAt))
 	})
 }

@@ -286,9 +286,14 @@ func signed(ts *testscript.TestScript) []byte {
 	key, err := evm.NewKey()
 	ts.Check(err)
 	r := receipt.Receipt{
-		Job: receipt.NewJobID(), Node: key.Address(), ConfigDigest: digest.Of([]byte("c")), ImageDigest: digest.Of([]byte("i")), ModelDigest: digest.Of([]byte("m")),
-		RequestHash: digest.Of([]byte("q")), ResponseHash: digest.Of([]byte("a")), PromptTokens: 3, CompletionTokens: 5,
-		StartedAt: 1_000_000_000_000, FinishedAt: 1_000_000_000_250,
+		Job: receipt.NewJobID(), Node: key.Address(),
+		Measured: receipt.Measured{
+			ConfigDigest: digest.Of([]byte("c")), ImageDigest: digest.Of([]byte("i")), ModelDigest: digest.Of([]byte("m")), SandboxDigest: digest.Of([]byte("s")),
+			RequestHash: digest.Of([]byte("q")), ResponseHash: digest.Of([]byte("a")),
+		},
+		Claimed: receipt.Claimed{
+			ClassDigest: digest.Of([]byte("k")), PromptTokens: 3, CompletionTokens: 5, StartedAt: 1_000_000_000_000, FinishedAt: 1_000_000_000_250,
+		},
 	}
 	s, err := r.Sign(31337, key)
 	ts.Check(err)

@@ -29,20 +29,32 @@ var (
 	versionHash    = Keccak([]byte(DomainVersion))
 )
 
-// TypeHash is EIP-712's typeHash of a struct without structs in it.
-func TypeHash(name string, fields []Field) Hash {
+// EncodeType is EIP-712's encodeType of a struct, but for the structs in it.
+func EncodeType(name string, fields []Field) string {
 	members := make([]string, len(fields))
 	for i, f := range fields {
 		members[i] = f.Type + " " + f.Name
 	}
-	return Keccak([]byte(name + "(" + strings.Join(members, ",") + ")"))
+	return name + "(" + strings.Join(members, ",") + ")"
+}
+
+// TypeHash is EIP-712's typeHash of a struct. inner are the encoded types of the
+// structs in it, sorted by name.
+func TypeHash(name string, fields []Field, inner ...string) Hash {
+	return Keccak([]byte(EncodeType(name, fields) + strings.Join(inner, "")))
+}
+
+// StructHash is EIP-712's hashStruct. Each member is its encoded 32 bytes, which
+// for a struct are its StructHash.
+func StructHash(typeHash Hash, members ...[]byte) Hash {
+	return Keccak(append([][]byte{typeHash[:]}, members...)...)
 }
 
 // TypedHash is the EIP-712 hash that wallets sign: that of a struct in our
-// domain. Each member is its encoded 32 bytes.
+// domain. For members see [StructHash].
 func TypedHash(chainID uint64, typeHash Hash, members ...[]byte) Hash {
 	separator := Keccak(domainTypeHash[:], nameHash[:], versionHash[:], Word(chainID))
-	message := Keccak(append([][]byte{typeHash[:]}, members...)...)
+	message := StructHash(typeHash, members...)
 	return Keccak([]byte{0x19, 0x01}, separator[:], message[:])
 }
 

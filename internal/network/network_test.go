@@ -33,7 +33,7 @@ func TestPlainChat(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	if rc := signed.Receipt(); rc.Node != node.Key.Address() || rc.ResponseHash != digest.Of(r.body) || rc.RequestHash != digest.Of([]byte(chat)) {
+	if rc := signed.Receipt(); rc.Node != node.Key.Address() || rc.Measured.ResponseHash != digest.Of(r.body) || rc.Measured.RequestHash != digest.Of([]byte(chat)) {
 		t.Fatalf("receipt %+v", rc)
 	}
 	if v := n.metric(`resultity_jobs_total{outcome="ok"}`); v != 1 {

@@ -3,7 +3,9 @@
 //
 // The rule it keeps: a receipt is checked with the node's address and nothing
 // else. The JSON form is what eth_signTypedData_v4 takes, so a wallet, ethers.js
-// or a contract with ecrecover reaches the same verdict as [Verify].
+// or a contract with ecrecover reaches the same verdict as [Verify]. What the
+// node's agent has measured and what it passes on as a claim are apart in it,
+// for every reader.
 package receipt
 
 import (
@@ -67,17 +69,10 @@ func (id *JobID) UnmarshalText(b []byte) error {
 
 // Receipt is what a node states about one result.
 type Receipt struct {
-	Job              JobID
-	Node             evm.Address
-	ConfigDigest     digest.Digest // the configuration snapshot the job was accepted under
-	ImageDigest      digest.Digest // manifest of the runtime's image
-	ModelDigest      digest.Digest // manifest of the model's files
-	RequestHash      digest.Digest // SHA-256 of the HTTP request body, byte for byte
-	ResponseHash     digest.Digest // SHA-256 of the HTTP response body, byte for byte
-	PromptTokens     uint64
-	CompletionTokens uint64
-	StartedAt        uint64 // Unix milliseconds, by the node's clock
-	FinishedAt       uint64 // Unix milliseconds, by the node's clock
+	Job      JobID
+	Node     evm.Address
+	Measured Measured
+	Claimed  Claimed
 	// Sequence is given by whoever holds the node's key, never twice on a chain:
 	// in the upper 32 bits how many times it has been started, below them the
 	// receipt's number since then, from 1. Two receipts with one sequence are by two
@@ -86,28 +81,65 @@ type Receipt struct {
 	Sequence uint64
 }
 
+// Measured is what the node's agent has hashed or verified itself, with code that
+// is none of the engine's. Who has the request and the response can check their
+// hashes; for the others one has the agent's word.
+type Measured struct {
+	ConfigDigest  digest.Digest // the configuration snapshot the job was accepted under
+	ImageDigest   digest.Digest // manifest of the runtime's image
+	ModelDigest   digest.Digest // manifest of the model's files
+	SandboxDigest digest.Digest // record of the runtime's sandbox when the job started
+	RequestHash   digest.Digest // SHA-256 of the HTTP request body, byte for byte
+	ResponseHash  digest.Digest // SHA-256 of the HTTP response body, byte for byte
+}
+
+// Claimed is what the engine, the hardware or the node's clock say. Nobody else
+// can check it.
+type Claimed struct {
+	ClassDigest      digest.Digest // determinism class: what answers alike is meant to have it in common
+	PromptTokens     uint64
+	CompletionTokens uint64
+	StartedAt        uint64 // Unix milliseconds, by the node's clock
+	FinishedAt       uint64 // Unix milliseconds, by the node's clock
+}
+
+// Unknown stands for a digest that a node cannot give: it is that of nothing.
+var Unknown = digest.Of(nil)
+
 const primaryType = "Receipt"
 
 var (
 	domainFields  = evm.DomainFields()
 	receiptFields = []evm.Field{
 		{Name: "job", Type: "bytes16"}, {Name: "node", Type: "address"},
-		{Name: "configDigest", Type: "bytes32"}, {Name: "imageDigest", Type: "bytes32"}, {Name: "modelDigest", Type: "bytes32"},
-		{Name: "requestHash", Type: "bytes32"}, {Name: "responseHash", Type: "bytes32"},
-		{Name: "promptTokens", Type: "uint64"}, {Name: "completionTokens", Type: "uint64"},
-		{Name: "startedAt", Type: "uint64"}, {Name: "finishedAt", Type: "uint64"}, {Name: "sequence", Type: "uint64"},
+		{Name: "measured", Type: "Measured"}, {Name: "claimed", Type: "Claimed"}, {Name: "sequence", Type: "uint64"},
 	}
-	receiptTypeHash = evm.TypeHash(primaryType, receiptFields)
+	measuredFields = []evm.Field{
+		{Name: "configDigest", Type: "bytes32"}, {Name: "imageDigest", Type: "bytes32"}, {Name: "modelDigest", Type: "bytes32"},
+		{Name: "sandboxDigest", Type: "bytes32"}, {Name: "requestHash", Type: "bytes32"}, {Name: "responseHash", Type: "bytes32"},
+	}
+	claimedFields = []evm.Field{
+		{Name: "classDigest", Type: "bytes32"}, {Name: "promptTokens", Type: "uint64"}, {Name: "completionTokens", Type: "uint64"},
+		{Name: "startedAt", Type: "uint64"}, {Name: "finishedAt", Type: "uint64"},
+	}
+	receiptTypeHash  = evm.TypeHash(primaryType, receiptFields, evm.EncodeType("Claimed", claimedFields), evm.EncodeType("Measured", measuredFields))
+	measuredTypeHash = evm.TypeHash("Measured", measuredFields)
+	claimedTypeHash  = evm.TypeHash("Claimed", claimedFields)
 )
 
 // Hash returns the EIP-712 hash that a node of the chain signs.
 func (r *Receipt) Hash(chainID uint64) evm.Hash {
 	var job [32]byte
 	copy(job[:], r.Job[:]) // bytesN is padded on the right
-	sums := [5][32]byte{r.ConfigDigest.Sum(), r.ImageDigest.Sum(), r.ModelDigest.Sum(), r.RequestHash.Sum(), r.ResponseHash.Sum()}
-	return evm.TypedHash(chainID, receiptTypeHash, job[:], evm.AddressWord(r.Node),
-		sums[0][:], sums[1][:], sums[2][:], sums[3][:], sums[4][:],
-		evm.Word(r.PromptTokens), evm.Word(r.CompletionTokens), evm.Word(r.StartedAt), evm.Word(r.FinishedAt), evm.Word(r.Sequence))
+	m, c := &r.Measured, &r.Claimed
+	sums := [7][32]byte{
+		m.ConfigDigest.Sum(), m.ImageDigest.Sum(), m.ModelDigest.Sum(), m.SandboxDigest.Sum(), m.RequestHash.Sum(), m.ResponseHash.Sum(),
+		c.ClassDigest.Sum(),
+	}
+	measured := evm.StructHash(measuredTypeHash, sums[0][:], sums[1][:], sums[2][:], sums[3][:], sums[4][:], sums[5][:])
+	claimed := evm.StructHash(claimedTypeHash, sums[6][:],
+		evm.Word(c.PromptTokens), evm.Word(c.CompletionTokens), evm.Word(c.StartedAt), evm.Word(c.FinishedAt))
+	return evm.TypedHash(chainID, receiptTypeHash, job[:], evm.AddressWord(r.Node), measured[:], claimed[:], evm.Word(r.Sequence))
 }
 
 // Sign makes the signed form. The key must be r.Node's.
@@ -159,8 +191,10 @@ type signedJSON struct {
 
 type typedData struct {
 	Types struct {
-		Domain  []evm.Field `json:"EIP712Domain"`
-		Receipt []evm.Field `json:"Receipt"`
+		Domain   []evm.Field `json:"EIP712Domain"`
+		Receipt  []evm.Field `json:"Receipt"`
+		Measured []evm.Field `json:"Measured"`
+		Claimed  []evm.Field `json:"Claimed"`
 	} `json:"types"`
 	PrimaryType string `json:"primaryType"`
 	Domain      struct {
@@ -172,18 +206,24 @@ type typedData struct {
 }
 
 type message struct {
-	Job              string `json:"job"`
-	Node             string `json:"node"`
-	ConfigDigest     string `json:"configDigest"`
-	ImageDigest      string `json:"imageDigest"`
-	ModelDigest      string `json:"modelDigest"`
-	RequestHash      string `json:"requestHash"`
-	ResponseHash     string `json:"responseHash"`
-	PromptTokens     string `json:"promptTokens"`
-	CompletionTokens string `json:"completionTokens"`
-	StartedAt        string `json:"startedAt"`
-	FinishedAt       string `json:"finishedAt"`
-	Sequence         string `json:"sequence"`
+	Job      string `json:"job"`
+	Node     string `json:"node"`
+	Measured struct {
+		ConfigDigest  string `json:"configDigest"`
+		ImageDigest   string `json:"imageDigest"`
+		ModelDigest   string `json:"modelDigest"`
+		SandboxDigest string `json:"sandboxDigest"`
+		RequestHash   string `json:"requestHash"`
+		ResponseHash  string `json:"responseHash"`
+	} `json:"measured"`
+	Claimed struct {
+		ClassDigest      string `json:"classDigest"`
+		PromptTokens     string `json:"promptTokens"`
+		CompletionTokens string `json:"completionTokens"`
+		StartedAt        string `json:"startedAt"`
+		FinishedAt       string `json:"finishedAt"`
+	} `json:"claimed"`
+	Sequence string `json:"sequence"`
 }
 
 // The one spelling that is printed: printedHead, then each value with what stands
@@ -191,8 +231,10 @@ type message struct {
 var (
 	printedHead  = printHead()
 	printedMarks = [...]string{
-		`},"message":{"job":"`, `","node":"`, `","configDigest":"`, `","imageDigest":"`, `","modelDigest":"`, `","requestHash":"`, `","responseHash":"`,
-		`","promptTokens":"`, `","completionTokens":"`, `","startedAt":"`, `","finishedAt":"`, `","sequence":"`, `"}},"signature":"`, `","node":"`, `"}`,
+		`},"message":{"job":"`, `","node":"`,
+		`","measured":{"configDigest":"`, `","imageDigest":"`, `","modelDigest":"`, `","sandboxDigest":"`, `","requestHash":"`, `","responseHash":"`,
+		`"},"claimed":{"classDigest":"`, `","promptTokens":"`, `","completionTokens":"`, `","startedAt":"`, `","finishedAt":"`,
+		`"},"sequence":"`, `"}},"signature":"`, `","node":"`, `"}`,
 	}
 )
 
@@ -201,7 +243,7 @@ var (
 func printHead() []byte {
 	const cut = `0},"message":`
 	var j signedJSON
-	j.TypedData.Types.Domain, j.TypedData.Types.Receipt = domainFields, receiptFields
+	j.TypedData.Types.Domain, j.TypedData.Types.Receipt, j.TypedData.Types.Measured, j.TypedData.Types.Claimed = domainFields, receiptFields, measuredFields, claimedFields
 	j.TypedData.PrimaryType = primaryType
 	j.TypedData.Domain.Name, j.TypedData.Domain.Version, j.TypedData.Domain.ChainID = evm.DomainName, evm.DomainVersion, "0"
 	b, err := json.Marshal(j)
@@ -214,14 +256,14 @@ func printHead() []byte {
 
 // MarshalJSON implements [json.Marshaler].
 func (s Signed) MarshalJSON() ([]byte, error) {
-	r, node := &s.receipt, s.receipt.Node.Hex()
+	r, m, c, node := &s.receipt, &s.receipt.Measured, &s.receipt.Claimed, s.receipt.Node.Hex()
 	u := func(v uint64) string { return strconv.FormatUint(v, 10) }
 	b := make([]byte, 0, len(printedHead)+1<<10)
 	b = append(b, printedHead...)
 	for i, v := range [len(printedMarks)]string{
 		u(s.chainID), "0x" + r.Job.String(), node,
-		"0x" + r.ConfigDigest.Hex(), "0x" + r.ImageDigest.Hex(), "0x" + r.ModelDigest.Hex(), "0x" + r.RequestHash.Hex(), "0x" + r.ResponseHash.Hex(),
-		u(r.PromptTokens), u(r.CompletionTokens), u(r.StartedAt), u(r.FinishedAt), u(r.Sequence), s.sig.String(), node,
+		"0x" + m.ConfigDigest.Hex(), "0x" + m.ImageDigest.Hex(), "0x" + m.ModelDigest.Hex(), "0x" + m.SandboxDigest.Hex(), "0x" + m.RequestHash.Hex(), "0x" + m.ResponseHash.Hex(),
+		"0x" + c.ClassDigest.Hex(), u(c.PromptTokens), u(c.CompletionTokens), u(c.StartedAt), u(c.FinishedAt), u(r.Sequence), s.sig.String(), node,
 	} {
 		b = append(append(b, v...), printedMarks[i]...)
 	}
@@ -243,10 +285,17 @@ func printed(b []byte) (s Signed, ok bool) {
 	var p parser
 	s = Signed{chainID: p.number("", v[0]), receipt: Receipt{
 		Job: p.job(v[1]), Node: p.address("", v[2]),
-		ConfigDigest: p.digest("", v[3]), ImageDigest: p.digest("", v[4]), ModelDigest: p.digest("", v[5]), RequestHash: p.digest("", v[6]), ResponseHash: p.digest("", v[7]),
-		PromptTokens: p.number("", v[8]), CompletionTokens: p.number("", v[9]), StartedAt: p.number("", v[10]), FinishedAt: p.number("", v[11]), Sequence: p.number("", v[12]),
+		Measured: Measured{
+			ConfigDigest: p.digest("", v[3]), ImageDigest: p.digest("", v[4]), ModelDigest: p.digest("", v[5]),
+			SandboxDigest: p.digest("", v[6]), RequestHash: p.digest("", v[7]), ResponseHash: p.digest("", v[8]),
+		},
+		Claimed: Claimed{
+			ClassDigest: p.digest("", v[9]), PromptTokens: p.number("", v[10]), CompletionTokens: p.number("", v[11]),
+			StartedAt: p.number("", v[12]), FinishedAt: p.number("", v[13]),
+		},
+		Sequence: p.number("", v[14]),
 	}}
-	p.fail("", s.sig.UnmarshalText([]byte(v[13])))
+	p.fail("", s.sig.UnmarshalText([]byte(v[15])))
 	again, err := s.MarshalJSON()
 	return s, p.err == nil && err == nil && bytes.Equal(again, b)
 }
@@ -309,20 +358,26 @@ func read(b []byte) (Signed, error) {
 	}
 	t := &j.TypedData
 	switch {
-	case !slices.Equal(t.Types.Domain, domainFields), !slices.Equal(t.Types.Receipt, receiptFields), t.PrimaryType != primaryType:
+	case !slices.Equal(t.Types.Domain, domainFields), !slices.Equal(t.Types.Receipt, receiptFields), t.PrimaryType != primaryType,
+		!slices.Equal(t.Types.Measured, measuredFields), !slices.Equal(t.Types.Claimed, claimedFields):
 		return Signed{}, errors.New("types are not those of a Resultity receipt")
 	case t.Domain.Name != evm.DomainName || t.Domain.Version != evm.DomainVersion:
 		return Signed{}, fmt.Errorf("domain is %.40q version %.40q, want %q version %q", t.Domain.Name, t.Domain.Version, evm.DomainName, evm.DomainVersion)
 	}
 	var p parser
 	s := Signed{chainID: p.number("chainId", t.Domain.ChainID.String()), sig: j.Signature}
-	m := &t.Message
+	m, c := &t.Message.Measured, &t.Message.Claimed
 	s.receipt = Receipt{
-		Job: p.job(m.Job), Node: p.address("message.node", m.Node),
-		ConfigDigest: p.digest("configDigest", m.ConfigDigest), ImageDigest: p.digest("imageDigest", m.ImageDigest), ModelDigest: p.digest("modelDigest", m.ModelDigest),
-		RequestHash: p.digest("requestHash", m.RequestHash), ResponseHash: p.digest("responseHash", m.ResponseHash),
-		PromptTokens: p.number("promptTokens", m.PromptTokens), CompletionTokens: p.number("completionTokens", m.CompletionTokens),
-		StartedAt: p.number("startedAt", m.StartedAt), FinishedAt: p.number("finishedAt", m.FinishedAt), Sequence: p.number("sequence", m.Sequence),
+		Job: p.job(t.Message.Job), Node: p.address("message.node", t.Message.Node),
+		Measured: Measured{
+			ConfigDigest: p.digest("configDigest", m.ConfigDigest), ImageDigest: p.digest("imageDigest", m.ImageDigest), ModelDigest: p.digest("modelDigest", m.ModelDigest),
+			SandboxDigest: p.digest("sandboxDigest", m.SandboxDigest), RequestHash: p.digest("requestHash", m.RequestHash), ResponseHash: p.digest("responseHash", m.ResponseHash),
+		},
+		Claimed: Claimed{
+			ClassDigest: p.digest("classDigest", c.ClassDigest), PromptTokens: p.number("promptTokens", c.PromptTokens), CompletionTokens: p.number("completionTokens", c.CompletionTokens),
+			StartedAt: p.number("startedAt", c.StartedAt), FinishedAt: p.number("finishedAt", c.FinishedAt),
+		},
+		Sequence: p.number("sequence", t.Message.Sequence),
 	}
 	if node := p.address("node", j.Node); p.err == nil && node != s.receipt.Node {
 		p.err = fmt.Errorf("envelope names node %s, message names %s", node, s.receipt.Node)

@@ -23,8 +23,9 @@ func sample(t testing.TB) (*evm.Key, Receipt) {
 	d := func() digest.Digest { return digest.Of([]byte{byte(rand.N(256)), byte(rand.N(256))}) }
 	return key, Receipt{
 		Job: NewJobID(), Node: key.Address(),
-		ConfigDigest: d(), ImageDigest: d(), ModelDigest: d(), RequestHash: d(), ResponseHash: d(),
-		PromptTokens: rand.Uint64(), CompletionTokens: rand.Uint64(), StartedAt: rand.Uint64(), FinishedAt: rand.Uint64(), Sequence: rand.Uint64(),
+		Measured: Measured{ConfigDigest: d(), ImageDigest: d(), ModelDigest: d(), SandboxDigest: d(), RequestHash: d(), ResponseHash: d()},
+		Claimed:  Claimed{ClassDigest: d(), PromptTokens: rand.Uint64(), CompletionTokens: rand.Uint64(), StartedAt: rand.Uint64(), FinishedAt: rand.Uint64()},
+		Sequence: rand.Uint64(),
 	}
 }
 
@@ -117,8 +118,9 @@ func TestVerifyRefusesEveryChange(t *testing.T) {
 	}
 	for name, bad := range map[string][]byte{
 		"truncated": raw[:len(raw)-1], "trailing": append(bytes.Clone(raw), "{}"...), "empty": nil,
-		"a field twice":          bytes.Replace(raw, []byte(`"message":{`), []byte(`"message":{"completionTokens":"999999"},"message":{`), 1),
-		"a field in other case":  bytes.Replace(raw, []byte(`"message":{`), []byte(`"message":{"completionTokens":"999999"},"Message":{`), 1),
+		"a field twice":          bytes.Replace(raw, []byte(`"claimed":{`), []byte(`"claimed":{"completionTokens":"999999"},"claimed":{`), 1),
+		"a field in other case":  bytes.Replace(raw, []byte(`"claimed":{`), []byte(`"claimed":{"completionTokens":"999999"},"Claimed":{`), 1),
+		"a claim as measured":    bytes.Replace(raw, []byte(`"},"claimed":{"classDigest":"`), []byte(`","classDigest":"`), 1),
 		"another case alone":     bytes.Replace(raw, []byte(`"completionTokens":"`), []byte(`"CompletionTokens":"`), 1),
 		"a value in two escapes": bytes.Replace(raw, []byte(`"primaryType":"Receipt"`), []byte(`"primaryType":"\u0052eceipt"`), 1),
 		"unknown field":          bytes.Replace(raw, []byte(`"node"`), []byte(`"x":1,"node"`), 1), "huge": bytes.Repeat([]byte(" "), MaxSize+1),

@@ -116,18 +116,19 @@ func strict(b []byte, v any) error {
 	return nil
 }
 
-const receiptSize = 8 + 16 + 20 + 5*32 + 4*8
+const receiptSize = 8 + 16 + 20 + 7*32 + 4*8
 
 // encodeReceipt appends a receipt without its sequence, which is the signer's.
 func encodeReceipt(b []byte, chainID uint64, r *receipt.Receipt) []byte {
 	b = binary.BigEndian.AppendUint64(b, chainID)
 	b = append(b, r.Job[:]...)
 	b = append(b, r.Node[:]...)
-	for _, d := range []digest.Digest{r.ConfigDigest, r.ImageDigest, r.ModelDigest, r.RequestHash, r.ResponseHash} {
+	m, c := &r.Measured, &r.Claimed
+	for _, d := range []digest.Digest{m.ConfigDigest, m.ImageDigest, m.ModelDigest, m.SandboxDigest, m.RequestHash, m.ResponseHash, c.ClassDigest} {
 		sum := d.Sum()
 		b = append(b, sum[:]...)
 	}
-	for _, v := range []uint64{r.PromptTokens, r.CompletionTokens, r.StartedAt, r.FinishedAt} {
+	for _, v := range []uint64{c.PromptTokens, c.CompletionTokens, c.StartedAt, c.FinishedAt} {
 		b = binary.BigEndian.AppendUint64(b, v)
 	}
 	return b
@@ -150,12 +151,14 @@ func decodeReceipt(b []byte) (chainID uint64, r receipt.Receipt, err error) {
 	chainID = number()
 	b = b[copy(r.Job[:], b):]
 	b = b[copy(r.Node[:], b):]
-	r.ConfigDigest, r.ImageDigest, r.ModelDigest, r.RequestHash, r.ResponseHash = sum(), sum(), sum(), sum(), sum()
-	r.PromptTokens, r.CompletionTokens, r.StartedAt, r.FinishedAt = number(), number(), number(), number()
+	m, c := &r.Measured, &r.Claimed
+	m.ConfigDigest, m.ImageDigest, m.ModelDigest, m.SandboxDigest, m.RequestHash, m.ResponseHash = sum(), sum(), sum(), sum(), sum(), sum()
+	c.ClassDigest = sum()
+	c.PromptTokens, c.CompletionTokens, c.StartedAt, c.FinishedAt = number(), number(), number(), number()
 	switch {
 	case r.Job == receipt.JobID{}:
 		return 0, r, fmt.Errorf("%w: a receipt about no job", ErrMalformed)
-	case r.FinishedAt < r.StartedAt:
+	case c.FinishedAt < c.StartedAt:
 		return 0, r, fmt.Errorf("%w: a job that finished before it started", ErrMalformed)
 	}
 	return chainID, r, nil

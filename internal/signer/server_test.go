@@ -90,8 +90,12 @@ func (s *service) client() *Client {
 func (s *service) receipt() receipt.Receipt {
 	d := digest.Of([]byte("x"))
 	return receipt.Receipt{
-		Job: receipt.NewJobID(), Node: s.key.Address(), ConfigDigest: d, ImageDigest: digest.Of([]byte("i")), ModelDigest: digest.Of([]byte("m")),
-		RequestHash: digest.Of([]byte("q")), ResponseHash: digest.Of([]byte("r")), PromptTokens: 1, CompletionTokens: 2, StartedAt: 3, FinishedAt: 4,
+		Job: receipt.NewJobID(), Node: s.key.Address(),
+		Measured: receipt.Measured{
+			ConfigDigest: d, ImageDigest: digest.Of([]byte("i")), ModelDigest: digest.Of([]byte("m")), SandboxDigest: digest.Of([]byte("s")),
+			RequestHash: digest.Of([]byte("q")), ResponseHash: digest.Of([]byte("r")),
+		},
+		Claimed: receipt.Claimed{ClassDigest: digest.Of([]byte("c")), PromptTokens: 1, CompletionTokens: 2, StartedAt: 3, FinishedAt: 4},
 	}
 }
 
@@ -132,12 +136,12 @@ func TestEveryStatement(t *testing.T) {
 		t.Fatal(err)
 	}
 	for count := range uint64(3) {
-		frame, err := c.Hello(agreed.Terms(), wire.Hello{Agent: "v1", Config: r.ConfigDigest, Count: 77}, time.Now())
+		frame, err := c.Hello(agreed.Terms(), wire.Hello{Agent: "v1", Config: r.Measured.ConfigDigest, Count: 77}, time.Now())
 		if err != nil {
 			t.Fatal(err)
 		}
 		m, err := wire.NewOpener(func(a evm.Address) bool { return a == s.key.Address() }, agreed, wire.ToNetwork, time.Minute).Open(frame, time.Now())
-		if h, ok := m.(*wire.Hello); err != nil || !ok || *h != (wire.Hello{Agent: "v1", Config: r.ConfigDigest, Count: count + 1}) {
+		if h, ok := m.(*wire.Hello); err != nil || !ok || *h != (wire.Hello{Agent: "v1", Config: r.Measured.ConfigDigest, Count: count + 1}) {
 			t.Fatalf("hello %+v, %v", m, err)
 		}
 	}
@@ -241,7 +245,7 @@ func TestRefusals(t *testing.T) {
 		"a receipt and more":         {append(bytes.Clone(good), 0), ErrMalformed},
 		"a receipt of another node":  {rc(func(r *receipt.Receipt) { r.Node = other }), ErrNode},
 		"a receipt about no job":     {rc(func(r *receipt.Receipt) { r.Job = receipt.JobID{} }), ErrMalformed},
-		"a receipt that runs back":   {rc(func(r *receipt.Receipt) { r.FinishedAt = 0 }), ErrMalformed},
+		"a receipt that runs back":   {rc(func(r *receipt.Receipt) { r.Claimed.FinishedAt = 0 }), ErrMalformed},
 		"half a hello":               {enc(kindHello, hello)[:40], ErrMalformed},
 		"two hellos":                 {append(enc(kindHello, hello), '{', '}'), ErrMalformed},
 		"a hello with a field more":  {enc(kindHello, map[string]any{"network": "testnet", "count": 7}), ErrMalformed},

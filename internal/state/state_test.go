@@ -71,8 +71,12 @@ func success(t testing.TB, j *wire.Job, n int) *wire.Result {
 
 func sign(j *wire.Job, body []byte) (*wire.Result, error) {
 	r := receipt.Receipt{
-		Job: j.ID, Node: key.Address(), ConfigDigest: j.Config, ImageDigest: j.Config, ModelDigest: j.Config,
-		RequestHash: digest.Of(j.Request), ResponseHash: digest.Of(body), StartedAt: 1, FinishedAt: 2,
+		Job: j.ID, Node: key.Address(),
+		Measured: receipt.Measured{
+			ConfigDigest: j.Config, ImageDigest: j.Config, ModelDigest: j.Config, SandboxDigest: j.Config,
+			RequestHash: digest.Of(j.Request), ResponseHash: digest.Of(body),
+		},
+		Claimed: receipt.Claimed{ClassDigest: j.Config, StartedAt: 1, FinishedAt: 2},
 	}
 	signed, err := r.Sign(1, key)
 	if err != nil {

@@ -330,10 +330,15 @@
 // (package receipt has its JSON):
 //
 //	EIP712Domain(string name,string version,uint256 chainId): "Resultity", "1", chain_id of the snapshot
-//	Receipt(bytes16 job,address node,bytes32 configDigest,bytes32 imageDigest,bytes32 modelDigest,
-//	        bytes32 requestHash,bytes32 responseHash,uint64 promptTokens,uint64 completionTokens,
-//	        uint64 startedAt,uint64 finishedAt,uint64 sequence)     (one line, without spaces after commas)
+//	Receipt(bytes16 job,address node,Measured measured,Claimed claimed,uint64 sequence)
+//	Measured(bytes32 configDigest,bytes32 imageDigest,bytes32 modelDigest,bytes32 sandboxDigest,
+//	         bytes32 requestHash,bytes32 responseHash)              (one line, without spaces after commas)
+//	Claimed(bytes32 classDigest,uint64 promptTokens,uint64 completionTokens,
+//	        uint64 startedAt,uint64 finishedAt)                     (one line, too)
 //
+// Measured holds what the agent has hashed or verified itself, Claimed what it
+// passes on: the word of the engine, the hardware and the node's clock. A digest that
+// a node cannot give is that of nothing, SHA-256 of no bytes; none is zero.
 // requestHash is SHA-256 of Job.Request and responseHash SHA-256 of
 // Result.Response: the bytes that the client sent and got. imageDigest is that of
 // the image's manifest; modelDigest is SHA-256 over the lines that sha256sum

@@ -530,7 +530,7 @@ func newResult(t testing.TB, size int) *Result {
 	k := newKey(t)
 	d := digest.Of([]byte("d"))
 	r := receipt.Receipt{
-		Job: receipt.NewJobID(), Node: k.Address(), ConfigDigest: d, ImageDigest: d, ModelDigest: d, RequestHash: d, ResponseHash: d,
+		Job: receipt.NewJobID(), Node: k.Address(), Measured: receipt.Measured{ConfigDigest: d, ImageDigest: d, ModelDigest: d, SandboxDigest: d, RequestHash: d, ResponseHash: d}, Claimed: receipt.Claimed{ClassDigest: d},
 	}
 	signed, err := r.Sign(31337, k)
 	if err != nil {

@@ -511,11 +511,16 @@ func (w *Worker) conclude(ctx context.Context, k *job, a *Active, started time.T
 		return
 	}
 	r := receipt.Receipt{
-		Job: k.ID, Node: w.cfg.Key.Address(), ConfigDigest: a.Snapshot.Digest(), ImageDigest: a.Image, ModelDigest: a.Model,
-		RequestHash: digest.Of(k.Request), ResponseHash: digest.Of(res.Body),
-		PromptTokens: res.Usage.PromptTokens, CompletionTokens: res.Usage.CompletionTokens,
-		// The clock may have been set while the engine worked.
-		StartedAt: uint64(started.UnixMilli()), FinishedAt: uint64(max(finished.UnixMilli(), started.UnixMilli())),
+		Job: k.ID, Node: w.cfg.Key.Address(),
+		Measured: receipt.Measured{
+			ConfigDigest: a.Snapshot.Digest(), ImageDigest: a.Image, ModelDigest: a.Model, SandboxDigest: receipt.Unknown,
+			RequestHash: digest.Of(k.Request), ResponseHash: digest.Of(res.Body),
+		},
+		Claimed: receipt.Claimed{
+			ClassDigest: receipt.Unknown, PromptTokens: res.Usage.PromptTokens, CompletionTokens: res.Usage.CompletionTokens,
+			// The clock may have been set while the engine worked.
+			StartedAt: uint64(started.UnixMilli()), FinishedAt: uint64(max(finished.UnixMilli(), started.UnixMilli())),
+		},
 	}
 	signed, err := w.cfg.Key.Receipt(c.Network.ChainID, r)
 	if err != nil {

@@ -327,11 +327,18 @@ func (n *node) answered(j *wire.Job, m wire.Message, body string) {
 	}
 	got := r.Receipt.Receipt()
 	want := receipt.Receipt{
-		Job: j.ID, Node: n.key.Address(), ConfigDigest: j.Config, ImageDigest: n.active.Image, ModelDigest: n.active.Model,
-		RequestHash: digest.Of(j.Request), ResponseHash: digest.Of([]byte(body)), PromptTokens: 3, CompletionTokens: 4,
-		StartedAt: got.StartedAt, FinishedAt: got.FinishedAt, Sequence: got.Sequence,
+		Job: j.ID, Node: n.key.Address(),
+		Measured: receipt.Measured{
+			ConfigDigest: j.Config, ImageDigest: n.active.Image, ModelDigest: n.active.Model, SandboxDigest: receipt.Unknown,
+			RequestHash: digest.Of(j.Request), ResponseHash: digest.Of([]byte(body)),
+		},
+		Claimed: receipt.Claimed{
+			ClassDigest: receipt.Unknown, PromptTokens: 3, CompletionTokens: 4,
+			StartedAt: got.Claimed.StartedAt, FinishedAt: got.Claimed.FinishedAt,
+		},
+		Sequence: got.Sequence,
 	}
-	if got != want || got.Sequence == 0 || got.StartedAt == 0 || got.FinishedAt < got.StartedAt || r.Receipt.ChainID() != 31337 {
+	if got != want || got.Sequence == 0 || got.Claimed.StartedAt == 0 || got.Claimed.FinishedAt < got.Claimed.StartedAt || r.Receipt.ChainID() != 31337 {
 		n.t.Fatalf("receipt %+v, want %+v", got, want)
 	}
 	raw, err := json.Marshal(r.Receipt)

@@ -6,22 +6,33 @@ pragma solidity ^0.8.24;
 /// A network's receipts are for the chain whose id its configuration names, so
 /// one made for another chain is refused here.
 contract ResultityReceipts {
-    /// What a node states about one result. requestHash and responseHash can be
-    /// checked by whoever has the bytes; the digests name what the node was told to
-    /// run; tokens, times and that the model was run are the node's own claims.
+    /// What a node states about one result.
     struct Receipt {
         bytes16 job;
         address node;
+        Measured measured;
+        Claimed claimed;
+        uint64 sequence;
+    }
+
+    /// What the node's agent has hashed or verified itself. Whoever has the request
+    /// and the response can check their hashes.
+    struct Measured {
         bytes32 configDigest;
         bytes32 imageDigest;
         bytes32 modelDigest;
+        bytes32 sandboxDigest;
         bytes32 requestHash;
         bytes32 responseHash;
+    }
+
+    /// What the engine, the hardware or the node's clock say. Nobody can check it.
+    struct Claimed {
+        bytes32 classDigest;
         uint64 promptTokens;
         uint64 completionTokens;
         uint64 startedAt;
         uint64 finishedAt;
-        uint64 sequence;
     }
 
     /// The log of a node's receipts at one time: one root for any number of them.
@@ -45,9 +56,17 @@ contract ResultityReceipts {
 
     bytes32 private constant DOMAIN_TYPE = keccak256("EIP712Domain(string name,string version,uint256 chainId)");
     bytes32 private constant RECEIPT_TYPE = keccak256(
-        "Receipt(bytes16 job,address node,bytes32 configDigest,bytes32 imageDigest,bytes32 modelDigest,"
-        "bytes32 requestHash,bytes32 responseHash,uint64 promptTokens,uint64 completionTokens,"
-        "uint64 startedAt,uint64 finishedAt,uint64 sequence)"
+        "Receipt(bytes16 job,address node,Measured measured,Claimed claimed,uint64 sequence)"
+        "Claimed(bytes32 classDigest,uint64 promptTokens,uint64 completionTokens,uint64 startedAt,uint64 finishedAt)"
+        "Measured(bytes32 configDigest,bytes32 imageDigest,bytes32 modelDigest,bytes32 sandboxDigest,"
+        "bytes32 requestHash,bytes32 responseHash)"
+    );
+    bytes32 private constant MEASURED_TYPE = keccak256(
+        "Measured(bytes32 configDigest,bytes32 imageDigest,bytes32 modelDigest,bytes32 sandboxDigest,"
+        "bytes32 requestHash,bytes32 responseHash)"
+    );
+    bytes32 private constant CLAIMED_TYPE = keccak256(
+        "Claimed(bytes32 classDigest,uint64 promptTokens,uint64 completionTokens,uint64 startedAt,uint64 finishedAt)"
     );
     bytes32 private constant HEAD_TYPE = keccak256("ReceiptLogHead(address node,uint64 size,bytes32 root,uint64 time)");
 
@@ -61,9 +80,12 @@ contract ResultityReceipts {
     mapping(address => Head) public heads;
 
     /// @return digest The EIP-712 hash of the receipt.
-    /// @dev All members are one word long, so the ABI encoding is EIP-712's.
+    /// @dev Members of the inner structs are one word long, so that their ABI encoding
+    /// is EIP-712's.
     function check(Receipt calldata r, bytes calldata signature) public view returns (bytes32 digest) {
-        digest = _typed(keccak256(abi.encode(RECEIPT_TYPE, r)));
+        bytes32 measured = keccak256(abi.encode(MEASURED_TYPE, r.measured));
+        bytes32 claimed = keccak256(abi.encode(CLAIMED_TYPE, r.claimed));
+        digest = _typed(keccak256(abi.encode(RECEIPT_TYPE, r.job, r.node, measured, claimed, r.sequence)));
         _signedBy(r.node, digest, signature);
     }
 

@@ -37,9 +37,14 @@ func gas(ctx context.Context, b *bench, t *table) error {
 	for i := range uint64(most) {
 		r := receipt.Receipt{
 			Job: receipt.NewJobID(), Node: key.Address(),
-			ConfigDigest: digest.Of([]byte("c")), ImageDigest: digest.Of([]byte("i")), ModelDigest: digest.Of([]byte("m")),
-			RequestHash: digest.Of([]byte("q")), ResponseHash: digest.Of([]byte("a")),
-			PromptTokens: 100, CompletionTokens: 200, StartedAt: 1_790_000_000_000, FinishedAt: 1_790_000_001_000, Sequence: i,
+			Measured: receipt.Measured{
+				ConfigDigest: digest.Of([]byte("c")), ImageDigest: digest.Of([]byte("i")), ModelDigest: digest.Of([]byte("m")), SandboxDigest: digest.Of([]byte("s")),
+				RequestHash: digest.Of([]byte("q")), ResponseHash: digest.Of([]byte("a")),
+			},
+			Claimed: receipt.Claimed{
+				ClassDigest: digest.Of([]byte("k")), PromptTokens: 100, CompletionTokens: 200, StartedAt: 1_790_000_000_000, FinishedAt: 1_790_000_001_000,
+			},
+			Sequence: i,
 		}
 		digests = append(digests, r.Hash(chainID))
 		log.Append(receiptlog.Leaf(digests[i]), func(id receiptlog.NodeID, h evm.Hash) { nodes[id] = h })

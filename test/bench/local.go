@@ -84,9 +84,13 @@ func crypto(_ context.Context, b *bench, t *table) (err error) {
 	}
 	r := receipt.Receipt{
 		Job: receipt.NewJobID(), Node: key.Address(),
-		ConfigDigest: digest.Of([]byte("c")), ImageDigest: digest.Of([]byte("i")), ModelDigest: digest.Of([]byte("m")),
-		RequestHash: digest.Of([]byte("q")), ResponseHash: digest.Of([]byte("a")),
-		PromptTokens: 100, CompletionTokens: 200, StartedAt: 1_790_000_000_000, FinishedAt: 1_790_000_001_000,
+		Measured: receipt.Measured{
+			ConfigDigest: digest.Of([]byte("c")), ImageDigest: digest.Of([]byte("i")), ModelDigest: digest.Of([]byte("m")), SandboxDigest: digest.Of([]byte("s")),
+			RequestHash: digest.Of([]byte("q")), ResponseHash: digest.Of([]byte("a")),
+		},
+		Claimed: receipt.Claimed{
+			ClassDigest: digest.Of([]byte("k")), PromptTokens: 100, CompletionTokens: 200, StartedAt: 1_790_000_000_000, FinishedAt: 1_790_000_001_000,
+		},
 	}
 	signed, err := r.Sign(chainID, key)
 	if err != nil {
@@ -125,7 +129,7 @@ func crypto(_ context.Context, b *bench, t *table) (err error) {
 	// Frames as a node sends them: the first, which is signed, and then a token of
 	// a stream and whole results, which are tagged.
 	frames, err := frameOps(key, []frame{
-		{"hello", &wire.Hello{Agent: "bench", Config: r.ConfigDigest}},
+		{"hello", &wire.Hello{Agent: "bench", Config: r.Measured.ConfigDigest}},
 		{"chunk of 200 B", &wire.Chunk{Job: r.Job, Data: make([]byte, 200)}},
 		{"result of 4 KiB", &wire.Result{Job: r.Job, Response: make([]byte, 4<<10), Receipt: &signed}},
 		{"result of 64 KiB", &wire.Result{Job: r.Job, Response: make([]byte, 64<<10), Receipt: &signed}},

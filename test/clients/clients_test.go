@@ -20,8 +20,11 @@ func TestEthersVerifiesReceipt(t *testing.T) {
 	d := func(s string) digest.Digest { return digest.Of([]byte(s)) }
 	r := receipt.Receipt{
 		Job: receipt.NewJobID(), Node: key.Address(),
-		ConfigDigest: d("config"), ImageDigest: d("image"), ModelDigest: d("model"), RequestHash: d("request"), ResponseHash: d("response"),
-		PromptTokens: 12, CompletionTokens: 1 << 60, StartedAt: 1_800_000_000_000, FinishedAt: 1_800_000_000_123,
+		Measured: receipt.Measured{
+			ConfigDigest: d("config"), ImageDigest: d("image"), ModelDigest: d("model"), SandboxDigest: d("sandbox"),
+			RequestHash: d("request"), ResponseHash: d("response"),
+		},
+		Claimed: receipt.Claimed{ClassDigest: d("class"), PromptTokens: 12, CompletionTokens: 1 << 60, StartedAt: 1_800_000_000_000, FinishedAt: 1_800_000_000_123},
 	}
 	s, err := r.Sign(31337, key)
 	if err != nil {

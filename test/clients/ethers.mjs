@@ -15,10 +15,18 @@ assert.equal(TypedDataEncoder.from(types).primaryType, typedData.primaryType);
 const signer = (message) => verifyTypedData(typedData.domain, types, message, signature);
 assert.equal(signer(typedData.message), node);
 assert.equal(typedData.message.node, node);
-for (const field of Object.keys(typedData.message)) {
-  const v = typedData.message[field];
-  const changed = v.startsWith("0x") ? v.slice(0, -1) + (v.endsWith("0") ? "1" : "0") : String(BigInt(v) + 1n);
-  if (field === "node") continue; // an address has a checksum; compared above
-  assert.notEqual(signer({ ...typedData.message, [field]: changed }), node, field);
-}
+// Each single value is changed, also within structs.
+const change = (struct, message) => {
+  for (const [field, v] of Object.entries(struct)) {
+    if (field === "node") continue; // an address has a checksum; compared above
+    const put = (w) => message({ ...struct, [field]: w });
+    if (typeof v === "object") {
+      change(v, put);
+      continue;
+    }
+    const changed = v.startsWith("0x") ? v.slice(0, -1) + (v.endsWith("0") ? "1" : "0") : String(BigInt(v) + 1n);
+    assert.notEqual(signer(put(changed)), node, field);
+  }
+};
+change(typedData.message, (m) => m);
 console.log(node);

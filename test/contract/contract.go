@@ -153,25 +153,40 @@ func (c *Contract) Pack(method string, args ...any) ([]byte, error) {
 
 // Receipt is a receipt in the contract's form.
 type Receipt struct {
-	Job              [16]byte
-	Node             evm.Address
-	ConfigDigest     [32]byte
-	ImageDigest      [32]byte
-	ModelDigest      [32]byte
-	RequestHash      [32]byte
-	ResponseHash     [32]byte
+	Job      [16]byte
+	Node     evm.Address
+	Measured Measured
+	Claimed  Claimed
+	Sequence uint64
+}
+
+// Measured is part of a receipt in the contract's form.
+type Measured struct {
+	ConfigDigest  [32]byte
+	ImageDigest   [32]byte
+	ModelDigest   [32]byte
+	SandboxDigest [32]byte
+	RequestHash   [32]byte
+	ResponseHash  [32]byte
+}
+
+// Claimed is part of a receipt in the contract's form.
+type Claimed struct {
+	ClassDigest      [32]byte
 	PromptTokens     uint64
 	CompletionTokens uint64
 	StartedAt        uint64
 	FinishedAt       uint64
-	Sequence         uint64
 }
 
 // Of returns a receipt in the contract's form.
 func Of(r receipt.Receipt) Receipt {
+	m, c := &r.Measured, &r.Claimed
 	return Receipt{
-		r.Job, r.Node, r.ConfigDigest.Sum(), r.ImageDigest.Sum(), r.ModelDigest.Sum(), r.RequestHash.Sum(), r.ResponseHash.Sum(),
-		r.PromptTokens, r.CompletionTokens, r.StartedAt, r.FinishedAt, r.Sequence,
+		r.Job, r.Node,
+		Measured{m.ConfigDigest.Sum(), m.ImageDigest.Sum(), m.ModelDigest.Sum(), m.SandboxDigest.Sum(), m.RequestHash.Sum(), m.ResponseHash.Sum()},
+		Claimed{c.ClassDigest.Sum(), c.PromptTokens, c.CompletionTokens, c.StartedAt, c.FinishedAt},
+		r.Sequence,
 	}
 }
 

@@ -18,6 +18,9 @@ import (
 
 const chainID = 31337
 
+// words is how many words a receipt has.
+const words = 14
+
 // order is that of the curve, secp256k1 (SEC 2).
 var order, _ = new(big.Int).SetString("FFFFFFFFFFFFFFFFFFFFFFFFFFFFFFFEBAAEDCE6AF48A03BBFD25E8CD0364141", 16)
 
@@ -53,8 +56,12 @@ func example(node evm.Address, n uint64) receipt.Receipt {
 	d := func(s string) digest.Digest { return digest.Of(binary.BigEndian.AppendUint64([]byte(s), n)) }
 	return receipt.Receipt{
 		Job: receipt.NewJobID(), Node: node,
-		ConfigDigest: d("config"), ImageDigest: d("image"), ModelDigest: d("model"), RequestHash: d("request"), ResponseHash: d("response"),
-		PromptTokens: 12, CompletionTokens: 1 << 60, StartedAt: 1_800_000_000_000, FinishedAt: 1_800_000_000_123, Sequence: 7<<32 + n,
+		Measured: receipt.Measured{
+			ConfigDigest: d("config"), ImageDigest: d("image"), ModelDigest: d("model"), SandboxDigest: d("sandbox"),
+			RequestHash: d("request"), ResponseHash: d("response"),
+		},
+		Claimed:  receipt.Claimed{ClassDigest: d("class"), PromptTokens: 12, CompletionTokens: 1 << 60, StartedAt: 1_800_000_000_000, FinishedAt: 1_800_000_000_123},
+		Sequence: 7<<32 + n,
 	}
 }
 
@@ -100,18 +107,30 @@ func TestReceipt(t *testing.T) {
 
 	// Each single field, changed.
 	good := Of(r)
-	for i := range reflect.TypeFor[Receipt]().NumField() {
-		bad := good
-		switch f := reflect.ValueOf(&bad).Elem().Field(i); f.Kind() {
-		case reflect.Uint64:
-			f.SetUint(f.Uint() + 1)
-		case reflect.Array:
-			last := f.Index(f.Len() - 1)
-			last.SetUint(last.Uint() ^ 1)
-		default:
-			t.Fatalf("a field of kind %s", f.Kind())
+	fields := 0
+	for _, f := range reflect.VisibleFields(reflect.TypeFor[Receipt]()) {
+		inner := []reflect.StructField{{}}
+		if f.Type.Kind() == reflect.Struct {
+			inner = reflect.VisibleFields(f.Type)
 		}
-		refuse(t, c, "BadSignature", reflect.TypeFor[Receipt]().Field(i).Name, "check", bad, sig)
+		for _, in := range inner {
+			bad := good
+			v := reflect.ValueOf(&bad).Elem().FieldByIndex(append(f.Index, in.Index...))
+			switch v.Kind() {
+			case reflect.Uint64:
+				v.SetUint(v.Uint() + 1)
+			case reflect.Array:
+				last := v.Index(v.Len() - 1)
+				last.SetUint(last.Uint() ^ 1)
+			default:
+				t.Fatalf("a field of kind %s", v.Kind())
+			}
+			refuse(t, c, "BadSignature", f.Name+" "+in.Name, "check", bad, sig)
+			fields++
+		}
+	}
+	if fields != words {
+		t.Fatalf("%d fields were changed, want %d", fields, words)
 	}
 	for i := range sig {
 		bad := slices.Clone(sig)
@@ -141,7 +160,7 @@ func TestReceipt(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	for name, at := range map[string]int{"job": 4 + 31, "node": 4 + 32, "sequence": 4 + 11*32} {
+	for name, at := range map[string]int{"job": 4 + 31, "node": 4 + 32, "sequence": 4 + (words-1)*32} {
 		bad := slices.Clone(data)
 		bad[at] ^= 1
 		var r *Reverted
@@ -160,7 +179,7 @@ func TestRecord(t *testing.T) {
 	}
 	refuse(t, c, "AlreadyRecorded", "the same again", "record", Of(r), sig)
 	other := r
-	other.CompletionTokens++
+	other.Claimed.CompletionTokens++
 	refuse(t, c, "BadSignature", "another with its signature", "record", Of(other), sig)
 	if _, events := accept(t, c, "record", Of(other), sign(t, other, key, chainID)); !slices.Equal(events, []string{"Contradiction"}) {
 		t.Errorf("two receipts with one sequence: events %v", events)

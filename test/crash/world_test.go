@@ -429,7 +429,7 @@ func (w *world) ask(ctx context.Context, stream bool, prompt string) (id string,
 		switch {
 		case err == nil && again.StatusCode == http.StatusOK:
 			signed, err := receipt.Verify(proof)
-			if err != nil || signed.Receipt().ResponseHash != digest.Of(raw) {
+			if err != nil || signed.Receipt().Measured.ResponseHash != digest.Of(raw) {
 				err = fmt.Errorf("%w: receipt %s is not for the bytes that came (%v)", errWrong, id, err)
 			}
 			return id, res.StatusCode, err

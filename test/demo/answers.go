@@ -108,9 +108,9 @@ func (d *demo) ask(ctx context.Context, p model.Prompt, stream bool, begun func(
 	switch {
 	case r.Job.String() != id:
 		return nil, fmt.Errorf("receipt is for job %s, not %s", r.Job, id)
-	case r.RequestHash != digest.Of(raw):
+	case r.Measured.RequestHash != digest.Of(raw):
 		return nil, errors.New("the receipt is for another request")
-	case r.ResponseHash != digest.Of(a.body):
+	case r.Measured.ResponseHash != digest.Of(a.body):
 		return nil, errors.New("the receipt is for another response")
 	}
 	return a, nil

@@ -127,7 +127,7 @@ func (l *Load) Answers(ctx context.Context) (int, error) {
 		if err != nil {
 			return 0, fmt.Errorf("receipt %s: %w", id, err)
 		}
-		if got := signed.Receipt().ResponseHash; got.Hex() != fmt.Sprintf("%x", sum) {
+		if got := signed.Receipt().Measured.ResponseHash; got.Hex() != fmt.Sprintf("%x", sum) {
 			return 0, fmt.Errorf("receipt %s is for another answer than the one that came", id)
 		}
 	}

@@ -351,7 +351,7 @@ func (m *Member) Result(res *wire.Result) (known bool, err error) {
 	}
 	c := claim{job: &j.spec.Job, hash: j.hash, node: m.node.addr, now: time.Now()}
 	if res.Receipt != nil {
-		named := res.Receipt.Receipt().ConfigDigest
+		named := res.Receipt.Receipt().Measured.ConfigDigest
 		if c.terms = j.under[named]; c.terms == nil && d.terms.Digest == named {
 			c.terms = d.terms
 		}
@@ -442,8 +442,8 @@ func (d *Dispatcher) storeResult(j *job) {
 	defer d.mu.Unlock()
 	j.stored = true
 	d.answer(j)
-	d.log.Debug("job done", "job", res.Job, "node", rc.Node, "client", j.spec.Client, "prompt_tokens", rc.PromptTokens,
-		"completion_tokens", rc.CompletionTokens, "took", j.took, "attempts", j.attempts)
+	d.log.Debug("job done", "job", res.Job, "node", rc.Node, "client", j.spec.Client, "prompt_tokens", rc.Claimed.PromptTokens,
+		"completion_tokens", rc.Claimed.CompletionTokens, "took", j.took, "attempts", j.attempts)
 	d.finish(j, OK)
 	for _, w := range j.waiting {
 		verdict := "duplicate"

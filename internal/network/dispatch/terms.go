@@ -66,24 +66,24 @@ func (c *claim) check(r *wire.Result) error {
 		return bad("receipt is about job %s", rc.Job)
 	}
 	if c.terms == nil {
-		return bad("receipt names configuration %s, under which the job was never given out", rc.ConfigDigest)
+		return bad("receipt names configuration %s, under which the job was never given out", rc.Measured.ConfigDigest)
 	}
 	cfg := c.terms.Config
 	window := cfg.Network.ClockWindow.Duration()
-	started, finished := time.UnixMilli(clamp(rc.StartedAt)), time.UnixMilli(clamp(rc.FinishedAt))
+	started, finished := time.UnixMilli(clamp(rc.Claimed.StartedAt)), time.UnixMilli(clamp(rc.Claimed.FinishedAt))
 	switch {
 	case r.Receipt.ChainID() != cfg.Network.ChainID:
 		return bad("receipt is for chain %d, want %d", r.Receipt.ChainID(), cfg.Network.ChainID)
-	case rc.ImageDigest != cfg.Runtime.Image.Digest():
-		return bad("receipt names image %s, want %s", rc.ImageDigest, cfg.Runtime.Image.Digest())
-	case rc.ModelDigest != c.terms.Model:
-		return bad("receipt names model %s, want %s", rc.ModelDigest, c.terms.Model)
-	case rc.RequestHash != c.hash:
-		return bad("request hash is %s, want %s", rc.RequestHash, c.hash)
-	case rc.CompletionTokens > uint64(cfg.Limits.Tokens):
-		return bad("%d completion tokens, at most %d", rc.CompletionTokens, cfg.Limits.Tokens)
-	case rc.PromptTokens > uint64(cfg.Runtime.Settings.Context):
-		return bad("%d prompt tokens, the context has %d", rc.PromptTokens, cfg.Runtime.Settings.Context)
+	case rc.Measured.ImageDigest != cfg.Runtime.Image.Digest():
+		return bad("receipt names image %s, want %s", rc.Measured.ImageDigest, cfg.Runtime.Image.Digest())
+	case rc.Measured.ModelDigest != c.terms.Model:
+		return bad("receipt names model %s, want %s", rc.Measured.ModelDigest, c.terms.Model)
+	case rc.Measured.RequestHash != c.hash:
+		return bad("request hash is %s, want %s", rc.Measured.RequestHash, c.hash)
+	case rc.Claimed.CompletionTokens > uint64(cfg.Limits.Tokens):
+		return bad("%d completion tokens, at most %d", rc.Claimed.CompletionTokens, cfg.Limits.Tokens)
+	case rc.Claimed.PromptTokens > uint64(cfg.Runtime.Settings.Context):
+		return bad("%d prompt tokens, the context has %d", rc.Claimed.PromptTokens, cfg.Runtime.Settings.Context)
 	case rc.Sequence == 0:
 		return bad("it has no sequence")
 	case finished.Before(started):
@@ -93,8 +93,8 @@ func (c *claim) check(r *wire.Result) error {
 	case int64(len(r.Response)) > cfg.Limits.ResponseBytes:
 		return bad("response of %d bytes, at most %d", len(r.Response), cfg.Limits.ResponseBytes)
 	}
-	if got := digest.Of(r.Response); rc.ResponseHash != got {
-		return bad("response hash is %s, the response has %s", rc.ResponseHash, got)
+	if got := digest.Of(r.Response); rc.Measured.ResponseHash != got {
+		return bad("response hash is %s, the response has %s", rc.Measured.ResponseHash, got)
 	}
 	return c.shape(r.Response)
 }

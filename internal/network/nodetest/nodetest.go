@@ -397,10 +397,13 @@ func (n *Node) Result(t testing.TB, j *wire.Job, response []byte, change func(*r
 	t.Helper()
 	now := uint64(time.Now().UnixMilli())
 	r := receipt.Receipt{
-		Job: j.ID, Node: n.Key.Address(), ConfigDigest: n.Digest,
-		ImageDigest: n.Config.Runtime.Image.Digest(), ModelDigest: n.Config.Models[0].Digest(),
-		RequestHash: digest.Of(j.Request), ResponseHash: digest.Of(response),
-		PromptTokens: 7, CompletionTokens: 3, StartedAt: now, FinishedAt: now, Sequence: counter.Add(1),
+		Job: j.ID, Node: n.Key.Address(),
+		Measured: receipt.Measured{
+			ConfigDigest: n.Digest, ImageDigest: n.Config.Runtime.Image.Digest(), ModelDigest: n.Config.Models[0].Digest(), SandboxDigest: receipt.Unknown,
+			RequestHash: digest.Of(j.Request), ResponseHash: digest.Of(response),
+		},
+		Claimed:  receipt.Claimed{ClassDigest: receipt.Unknown, PromptTokens: 7, CompletionTokens: 3, StartedAt: now, FinishedAt: now},
+		Sequence: counter.Add(1),
 	}
 	if change != nil {
 		change(&r)

@@ -196,7 +196,7 @@ func signed(t testing.TB, id receipt.JobID) *receipt.Signed {
 		t.Fatal(err)
 	}
 	d := digest.Of([]byte("x"))
-	r := receipt.Receipt{Job: id, Node: k.Address(), ConfigDigest: d, ImageDigest: d, ModelDigest: d, RequestHash: d, ResponseHash: d}
+	r := receipt.Receipt{Job: id, Node: k.Address(), Measured: receipt.Measured{ConfigDigest: d, ImageDigest: d, ModelDigest: d, SandboxDigest: d, RequestHash: d, ResponseHash: d}, Claimed: receipt.Claimed{ClassDigest: d}}
 	s, err := r.Sign(1, k)
 	if err != nil {
 		t.Fatal(err)

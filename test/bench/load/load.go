@@ -297,7 +297,7 @@ func (r *runner) checkReceipt(ctx context.Context, id string, request, response 
 	if err != nil {
 		return err
 	}
-	if got := s.Receipt(); got.RequestHash != digest.Of(request) || got.ResponseHash != digest.Of(response) {
+	if got := s.Receipt().Measured; got.RequestHash != digest.Of(request) || got.ResponseHash != digest.Of(response) {
 		return errors.New("the receipt is for other bytes")
 	}
 	return nil
