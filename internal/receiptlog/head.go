@@ -4,16 +4,18 @@ import (
 	"encoding/json"
 	"errors"
 	"fmt"
+	"regexp"
 
 	"github.com/resultity/node/internal/evm"
 )
 
-// Head states what the log of a node is at one time.
+// Head states what the log of a node in one network is at one time.
 type Head struct {
-	Node evm.Address `json:"node"`
-	Size uint64      `json:"size"` // receipts
-	Root evm.Hash    `json:"root"`
-	Time uint64      `json:"time"` // Unix milliseconds, by the node's clock
+	Node    evm.Address `json:"node"`
+	Network string      `json:"network"` // its name: networks may share a chain, and logs of one node in two of them contradict nothing
+	Size    uint64      `json:"size"`    // receipts
+	Root    evm.Hash    `json:"root"`
+	Time    uint64      `json:"time"` // Unix milliseconds, by the node's clock
 }
 
 const headType = "ReceiptLogHead"
@@ -22,12 +24,15 @@ var headTypeHash = evm.TypeHash(headType, HeadFields())
 
 // HeadFields returns the members of a head's EIP-712 type, ReceiptLogHead.
 func HeadFields() []evm.Field {
-	return []evm.Field{{Name: "node", Type: "address"}, {Name: "size", Type: "uint64"}, {Name: "root", Type: "bytes32"}, {Name: "time", Type: "uint64"}}
+	return []evm.Field{
+		{Name: "node", Type: "address"}, {Name: "network", Type: "string"}, {Name: "size", Type: "uint64"}, {Name: "root", Type: "bytes32"}, {Name: "time", Type: "uint64"},
+	}
 }
 
 // Hash returns the EIP-712 hash that the node signs for a chain.
 func (h *Head) Hash(chainID uint64) evm.Hash {
-	return evm.TypedHash(chainID, headTypeHash, evm.AddressWord(h.Node), evm.Word(h.Size), h.Root[:], evm.Word(h.Time))
+	network := evm.Keccak([]byte(h.Network))
+	return evm.TypedHash(chainID, headTypeHash, evm.AddressWord(h.Node), network[:], evm.Word(h.Size), h.Root[:], evm.Word(h.Time))
 }
 
 // Sign makes the signed form. The key must be h.Node's.
@@ -50,10 +55,23 @@ type SignedHead struct {
 	Signature evm.Signature `json:"signature"`
 }
 
-// Verify checks the signature.
+var networkPattern = regexp.MustCompile(`^[a-z0-9][a-z0-9._-]{0,63}$`)
+
+// Bound refuses a head that no log can have. It does not look at the signature.
+func (h *Head) Bound() error {
+	switch {
+	case !networkPattern.MatchString(h.Network):
+		return fmt.Errorf("head of a log in network %.80q", h.Network)
+	case h.Size > MaxSize:
+		return fmt.Errorf("head of a log of %d receipts, at most %d", h.Size, uint64(MaxSize))
+	}
+	return nil
+}
+
+// Verify checks bounds and signature.
 func (s *SignedHead) Verify() error {
-	if s.Size > MaxSize {
-		return fmt.Errorf("head of a log of %d receipts, at most %d", s.Size, uint64(MaxSize))
+	if err := s.Bound(); err != nil {
+		return err
 	}
 	by, err := evm.Recover(s.Hash(s.ChainID), s.Signature)
 	if err != nil {

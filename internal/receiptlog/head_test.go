@@ -23,7 +23,7 @@ func FuzzInclusion(f *testing.F) {
 	if err != nil {
 		f.Fatal(err)
 	}
-	h := Head{Node: key.Address(), Size: size, Root: l.Root()}
+	h := Head{Node: key.Address(), Network: "testnet", Size: size, Root: l.Root()}
 	s, err := h.Sign(1, key)
 	if err != nil {
 		f.Fatal(err)

@@ -10,13 +10,14 @@
 // is 0x00 and the EIP-712 hash of a receipt, an inner node 0x01 and its two
 // children. A node has one log for each network.
 //
-// Nodes and networks do not keep the log yet: only the contract in
-// packaging/contracts takes heads and proofs.
+// How a log gets from its node to its network is in package wire ("Receipt log").
+// The contract in packaging/contracts takes heads and proofs, too.
 package receiptlog
 
 import (
 	"errors"
 	"fmt"
+	"math/bits"
 
 	"github.com/transparency-dev/merkle/compact"
 	"github.com/transparency-dev/merkle/proof"
@@ -53,6 +54,9 @@ type Log struct{ r *compact.Range }
 
 // New returns an empty log.
 func New() *Log { return &Log{ranges.NewEmptyRange(0)} }
+
+// Edge returns how many hashes [Log.Hashes] has for a size.
+func Edge(size uint64) int { return bits.OnesCount64(size) }
 
 // Resume returns the log that has a size and these hashes, as [Log.Hashes] gave
 // them.
@@ -158,8 +162,8 @@ func ProveGrowth(from, to uint64, node func(NodeID) (evm.Hash, error)) ([]evm.Ha
 // CheckGrowth fails with [ErrProof] unless path shows that the log of head new
 // begins with that of head old.
 func CheckGrowth(old, new Head, path []evm.Hash) error {
-	if old.Node != new.Node {
-		return fmt.Errorf("%w: heads of %s and %s", ErrProof, old.Node, new.Node)
+	if old.Node != new.Node || old.Network != new.Network {
+		return fmt.Errorf("%w: heads of %s in %.64q and of %s in %.64q", ErrProof, old.Node, old.Network, new.Node, new.Network)
 	}
 	if err := proof.VerifyConsistency(hasher{}, old.Size, new.Size, raw(path), old.Root[:], new.Root[:]); err != nil {
 		return fmt.Errorf("%w: that %d receipts begin with %d: %w", ErrProof, new.Size, old.Size, err)

@@ -137,6 +137,9 @@ func TestProofs(t *testing.T) {
 	if err := CheckGrowth(Head{Node: evm.Address{1}}, Head{}, nil); !errors.Is(err, ErrProof) {
 		t.Errorf("heads of two nodes: %v", err)
 	}
+	if err := CheckGrowth(Head{Network: "testnet"}, Head{Network: "mainnet"}, nil); !errors.Is(err, ErrProof) {
+		t.Errorf("heads of two networks: %v", err)
+	}
 }
 
 func TestInclusion(t *testing.T) {
@@ -149,7 +152,7 @@ func TestInclusion(t *testing.T) {
 	for _, r := range receipts {
 		l.Append(Leaf(r), func(id NodeID, h evm.Hash) { nodes[id] = h })
 	}
-	h := Head{Node: key.Address(), Size: 3, Root: l.Root(), Time: 1_800_000_000_000}
+	h := Head{Node: key.Address(), Network: "testnet", Size: 3, Root: l.Root(), Time: 1_800_000_000_000}
 	signed, err := h.Sign(31337, key)
 	if err != nil {
 		t.Fatal(err)
@@ -179,7 +182,7 @@ func TestInclusion(t *testing.T) {
 		}
 	}
 	for _, change := range [][2]string{
-		{`"size":3`, `"size":4`}, {`"time":1800000000000`, `"time":1800000000001`}, {`"chain_id":31337`, `"chain_id":31338`},
+		{`"size":3`, `"size":4`}, {`"testnet"`, `"mainnet"`}, {`"testnet"`, `"Testnet"`}, {`"time":1800000000000`, `"time":1800000000001`}, {`"chain_id":31337`, `"chain_id":31338`},
 		{l.Root().Hex(), receipts[0].Hex()}, {strings.ToLower(key.Address().Hex()), "0x0100000000000000000000000000000000000000"},
 		{`"size":3`, `"size":4398046511105`}, {`{`, `[`}, {`"index"`, strings.Repeat(" ", maxInclusion) + `"index"`},
 	} {

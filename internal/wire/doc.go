@@ -21,7 +21,8 @@
 //	byte strings          base64 with padding
 //	digests               "sha256:" and 64 lower-case hexadecimal digits, "" for none
 //	addresses             "0x" and 40 hexadecimal digits; in headers lower case, or EIP-55's case
-//	signatures, nonces    "0x" and 130 or 64 hexadecimal digits
+//	signatures            "0x" and 130 hexadecimal digits
+//	nonces, hashes        "0x" and 64 hexadecimal digits
 //	ids of jobs, orders   32 lower-case hexadecimal digits, random
 //	times                 Unix milliseconds of the sender's clock, where nothing else is said
 //
@@ -198,15 +199,17 @@
 // one printable line of at most 512 bytes; a receiver cuts what is not.
 //
 // From the node: [Hello], [Heartbeat], [Accept], [Refuse], [Chunk], [Result],
-// [Bye], [OrderDone], [Logs]. From the network: [Welcome], [Bound], [Status],
-// [Job], [Cancel], [Ack], [Update], [Order], [OrderAck], [LogsAck].
+// [Bye], [OrderDone], [Logs], [Leaves]. From the network: [Welcome], [Bound],
+// [Status], [Job], [Cancel], [Ack], [Update], [Order], [OrderAck], [LogsAck],
+// [LeavesAck].
 //
 //	Hello       first; the digest of the verified snapshot, if there is one, and Count, see below
 //	Welcome     first; Session is session in hexadecimal digits, for logs
 //	Bound       behind Welcome, and whenever the binding has changed
 //	Update      behind Welcome if Hello named another configuration, and when one is published
 //	Heartbeat   behind Welcome, then every heartbeat_s and at changes; at most 256 models
-//	            and 256 GPUs, slots and busy 0 to 65536, texts of at most 256 bytes
+//	            and 256 GPUs, slots and busy 0 to 65536, texts of at most 256 bytes; head
+//	            is that of the receipt log
 //	Status      when a heartbeat, or its absence for window_s, has changed the answer
 //	Cancel      nobody waits for the job; the node stops and answers a Result, code cancelled
 //	Ack         for each Result, also for one of a job that the network does not know;
@@ -350,4 +353,58 @@
 // arrive in any order. The network checks all of them, the signer, and that token
 // counts and times (within the clock window) are possible, before it acknowledges. A result that fails this check is a protocol violation: it ends
 // the session, is counted, and the job goes to another node.
+//
+// # Receipt log
+//
+// A node keeps a log of the receipts that it has signed, one for each network,
+// as a Merkle tree (RFC 9162, section 2.1, with Keccak-256): a leaf is
+// keccak(0x00 ‖ EIP-712 hash of the receipt), an inner node keccak(0x01 ‖ left ‖
+// right), the root of the empty log keccak of nothing. A receipt enters when its
+// result is written down, in the order of that, and once; a failed result has none. The node states
+// what its log is by a head, EIP-712 with the domain of receipts:
+//
+//	ReceiptLogHead(address node,string network,uint64 size,bytes32 root,uint64 time)
+//
+// Whoever has two heads of a node for one network can be shown that the larger
+// log begins with the smaller one, or holds the node's contradiction. A log has
+// at most 2^42 receipts. The compact range of a size, "edge", is the roots of
+// the full subtrees that its first leaves fall into, the largest first: one for each bit
+// that is set in the size. It is enough to append, and gives the root.
+//
+//	network                                   node
+//	  Welcome, LeavesAck ─────────────────────▶ looks whether it is its own log
+//	  ◀─────────────────── Leaves, Leaves, …      from LeavesAck.Size on
+//	  ◀────────────────── Heartbeat with head
+//	  checks, stores both (synced)
+//	  LeavesAck ──────────────────────────────▶
+//
+// The network begins with a [LeavesAck], before it acknowledges any result in the
+// session, and sends one for each head that it has stored: how many leaves it has, the
+// node's head of that size, and the edge. With no leaves it has no head.
+// [Leaves] follow one another without a gap from there on, at
+// most 1024 in a message and 65536 before the head that covers them. Those that no head
+// has covered when the session ends count as not sent. From its first receipt on, once
+// it has had a LeavesAck, a node has a head in each heartbeat, whose size is exactly
+// the end of what was sent. As long as there is nothing new it may be the same one.
+//
+// The network takes a head that is by the node, of this network and chain, of that
+// size, and whose root is that of its copy with the leaves. A head of another size or
+// by another key, a gap, an edge in the wrong place: a protocol violation. A head of
+// the node with another root contradicts the one that the network has: it takes neither
+// leaves nor head, keeps both heads as evidence, and gives the node no jobs, for the
+// reason that [Status] says.
+//
+// The node goes on from what the network has if its own log has the same root at
+// that size. If it has not, or is shorter, and the head in LeavesAck has its own
+// signature and the edge gives the head's root, then its disk was replaced or set back:
+// it takes over the network's log and appends those of its receipts that the
+// network has never acknowledged, so that some may be in the log twice. A LeavesAck for which
+// that does not hold is answered by no leaves and no heads in this session, and
+// told to the operator. So is a size that the node cannot sign a head of: its key does
+// not sign a head smaller than its last.
+//
+// A network that has lost leaves which the node has no longer (it keeps the last
+// 65536 at least) gets the rest with [Leaves.Edge], the compact range at From; the
+// network goes on from that and can prove only what comes behind it. Edge is a violation unless From is
+// above the size in LeavesAck, and in all but the first Leaves of a session.
 package wire

@@ -6,6 +6,7 @@ import (
 	"github.com/resultity/node/internal/digest"
 	"github.com/resultity/node/internal/evm"
 	"github.com/resultity/node/internal/receipt"
+	"github.com/resultity/node/internal/receiptlog"
 )
 
 // Type names a message.
@@ -111,6 +112,11 @@ type Heartbeat struct {
 	Outbox   int           `json:"outbox"`
 	Draining bool          `json:"draining"`
 	Failed   *Failed       `json:"failed,omitempty"` // the newest configuration, where the node has gone back from it
+
+	// Head is that of the node's receipt log, at the end of what the network has
+	// of it or was sent in this session; absent before the first receipt, and
+	// before the network has said what it has.
+	Head *receiptlog.SignedHead `json:"head,omitempty"`
 }
 
 // Failed says why a node is not on a configuration that it has.
@@ -246,6 +252,8 @@ func (*OrderDone) Type() Type { return "orderdone" }
 func (*OrderAck) Type() Type  { return "orderack" }
 func (*Logs) Type() Type      { return "logs" }
 func (*LogsAck) Type() Type   { return "logsack" }
+func (*Leaves) Type() Type    { return "leaves" }
+func (*LeavesAck) Type() Type { return "leavesack" }
 
 func (*Hello) direction() Direction     { return ToNetwork }
 func (*Welcome) direction() Direction   { return ToNode }
@@ -265,6 +273,8 @@ func (*OrderDone) direction() Direction { return ToNetwork }
 func (*OrderAck) direction() Direction  { return ToNode }
 func (*Logs) direction() Direction      { return ToNetwork }
 func (*LogsAck) direction() Direction   { return ToNode }
+func (*Leaves) direction() Direction    { return ToNetwork }
+func (*LeavesAck) direction() Direction { return ToNode }
 
 // messages makes an empty value of each type; the one list of them.
 var messages = func() map[Type]func() Message {
@@ -276,7 +286,7 @@ var messages = func() map[Type]func() Message {
 		func() Message { return new(Ack) }, func() Message { return new(Cancel) }, func() Message { return new(Update) },
 		func() Message { return new(Bye) }, func() Message { return new(Order) }, func() Message { return new(OrderDone) },
 		func() Message { return new(OrderAck) }, func() Message { return new(Logs) }, func() Message { return new(LogsAck) },
-		func() Message { return new(Bound) },
+		func() Message { return new(Bound) }, func() Message { return new(Leaves) }, func() Message { return new(LeavesAck) },
 	} {
 		m[f().Type()] = f
 	}
@@ -299,13 +309,25 @@ func decode(typ []byte, d Direction, data []byte) (Message, error) {
 	case *Result:
 		err = malformed(m.ParseJSON(data))
 	default:
-		err = strict(data, m)
+		if err = strict(data, m); err == nil {
+			err = check(m)
+		}
 	}
 	if err != nil {
 		return nil, fmt.Errorf("%s: %w", typ, err)
 	}
 	bound(m)
 	return m, nil
+}
+
+// checker has values that are wrong in themselves, whoever the sender is.
+type checker interface{ check() error }
+
+func check(m Message) error {
+	if c, ok := m.(checker); ok {
+		return c.check()
+	}
+	return nil
 }
 
 // MaxText bounds the texts for people in what a peer sends, in bytes.

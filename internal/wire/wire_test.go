@@ -703,7 +703,10 @@ func FuzzOpen(f *testing.F) {
 	p := newPair(f)
 	_, met, _, _ := p.shake()
 	f.Add([]byte(second))
-	for _, m := range []Message{&Chunk{Job: receipt.NewJobID(), Data: []byte("hi")}, newResult(f, 10), &Heartbeat{}, &Refuse{Code: CodeBusy}} {
+	_, head, leaves := grown(f, 3)
+	for _, m := range []Message{
+		&Chunk{Job: receipt.NewJobID(), Data: []byte("hi")}, newResult(f, 10), &Heartbeat{}, &Refuse{Code: CodeBusy}, &Heartbeat{Head: head}, &Leaves{From: 5, Leaves: leaves},
+	} {
 		s, _, _, _ := p.shake()
 		f.Add(seal(f, s, m)[tagSize:])
 	}

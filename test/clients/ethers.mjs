@@ -24,7 +24,7 @@ const change = (struct, message) => {
       change(v, put);
       continue;
     }
-    const changed = v.startsWith("0x") ? v.slice(0, -1) + (v.endsWith("0") ? "1" : "0") : String(BigInt(v) + 1n);
+    const changed = v.startsWith("0x") ? v.slice(0, -1) + (v.endsWith("0") ? "1" : "0") : /^\d+$/.test(v) ? String(BigInt(v) + 1n) : v + "x";
     assert.notEqual(signer(put(changed)), node, field);
   }
 };

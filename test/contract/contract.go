@@ -192,11 +192,14 @@ func Of(r receipt.Receipt) Receipt {
 
 // Head is a head in the contract's form.
 type Head struct {
-	Node evm.Address
-	Size uint64
-	Root [32]byte
-	Time uint64
+	Node    evm.Address
+	Network [32]byte
+	Size    uint64
+	Root    [32]byte
+	Time    uint64
 }
 
 // OfHead returns a head in the contract's form.
-func OfHead(h receiptlog.Head) Head { return Head{h.Node, h.Size, h.Root, h.Time} }
+func OfHead(h receiptlog.Head) Head {
+	return Head{h.Node, evm.Keccak([]byte(h.Network)), h.Size, h.Root, h.Time}
+}

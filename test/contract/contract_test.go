@@ -208,7 +208,7 @@ func TestHead(t *testing.T) {
 		r := example(key.Address(), size)
 		digests = append(digests, r.Hash(chainID))
 		log.Append(receiptlog.Leaf(digests[size-1]), func(id receiptlog.NodeID, x evm.Hash) { nodes[id] = x })
-		h = receiptlog.Head{Node: key.Address(), Size: size, Root: log.Root(), Time: 1_800_000_000_000 + size}
+		h = receiptlog.Head{Node: key.Address(), Network: "testnet", Size: size, Root: log.Root(), Time: 1_800_000_000_000 + size}
 		if _, events := accept(t, c, "recordHead", OfHead(h), signed(h, chainID)); !slices.Equal(events, []string{"HeadRecorded"}) {
 			t.Fatalf("events %v", events)
 		}
@@ -218,7 +218,7 @@ func TestHead(t *testing.T) {
 				t.Fatal(err)
 			}
 			in := func(digest evm.Hash, at uint64, path [][32]byte) bool {
-				values, _, _, err := c.Call("included", key.Address(), digest, at, path)
+				values, _, _, err := c.Call("included", key.Address(), evm.Keccak([]byte("testnet")), digest, at, path)
 				if err != nil {
 					t.Fatal(err)
 				}
@@ -265,6 +265,11 @@ func TestHead(t *testing.T) {
 		refuse(t, c, "BadSignature", reflect.TypeFor[Head]().Field(i).Name, "recordHead", bad, sig)
 	}
 	refuse(t, c, "BadSignature", "another chain's", "recordHead", OfHead(h), signed(h, chainID+1))
+	elsewhere := h
+	elsewhere.Network, elsewhere.Size = "mainnet", 1
+	if _, events := accept(t, c, "recordHead", OfHead(elsewhere), signed(elsewhere, chainID)); !slices.Equal(events, []string{"HeadRecorded"}) {
+		t.Errorf("the log of another network: events %v", events)
+	}
 	older := h
 	older.Size--
 	refuse(t, c, "Outdated", "a smaller log", "recordHead", OfHead(older), signed(older, chainID))

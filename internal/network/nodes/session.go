@@ -453,6 +453,8 @@ func (s *session) handle(member *dispatch.Member, msg wire.Message) error {
 		expected, err = s.orderDone(v)
 	case *wire.Logs:
 		err = s.logs(v)
+	case *wire.Leaves: // not kept yet
+		expected = false
 	case *wire.Bye:
 		return errBye
 	default:

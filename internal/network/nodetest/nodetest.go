@@ -338,8 +338,8 @@ func (s *Session) Receive() (wire.Message, error) {
 	return s.opener.Open(frame, time.Now())
 }
 
-// Expect returns the next message of type M. Bound, Status and Update come at any
-// time and are passed over unless asked for.
+// Expect returns the next message of type M. Bound, Status, Update and LeavesAck
+// come at any time and are passed over unless asked for.
 func Expect[M wire.Message](s *Session) M {
 	s.t.Helper()
 	for {
@@ -350,7 +350,7 @@ func Expect[M wire.Message](s *Session) M {
 		switch v := m.(type) {
 		case M:
 			return v
-		case *wire.Bound, *wire.Status, *wire.Update:
+		case *wire.Bound, *wire.Status, *wire.Update, *wire.LeavesAck:
 		default:
 			s.t.Fatalf("got %T %+v, want %T", m, m, *new(M))
 		}

@@ -1,0 +1,72 @@
+package wire
+
+import (
+	"fmt"
+
+	"github.com/resultity/node/internal/evm"
+	"github.com/resultity/node/internal/receiptlog"
+)
+
+// Bounds of what a node sends of its receipt log.
+const (
+	// MaxLeaves bounds the leaves of one message.
+	MaxLeaves = 1024
+
+	// MaxPending bounds the leaves that a node sends before the head that covers
+	// them.
+	MaxPending = 1 << 16
+)
+
+// Leaves is what the node's receipt log has gained, see "Receipt log". It
+// counts from the next heartbeat with a head on.
+type Leaves struct {
+	From   uint64     `json:"from"` // index of the first
+	Leaves []evm.Hash `json:"leaves"`
+
+	// Edge is the compact range before From, given only where the network's copy
+	// ends before that, and the node has the leaves between no longer.
+	Edge []evm.Hash `json:"edge,omitempty"`
+}
+
+// LeavesAck says what the network has of the node's receipt log.
+type LeavesAck struct {
+	Size uint64                 `json:"size"`
+	Head *receiptlog.SignedHead `json:"head,omitempty"` // the node's, of that size
+	Edge []evm.Hash             `json:"edge,omitempty"` // compact range of that size
+}
+
+func (m *Leaves) check() error {
+	switch n := len(m.Leaves); {
+	case n == 0 || n > MaxLeaves:
+		return fmt.Errorf("%w: %d leaves, at most %d", ErrMalformed, n, MaxLeaves)
+	case m.From > receiptlog.MaxSize-uint64(n):
+		return fmt.Errorf("%w: %d leaves from %d on", ErrMalformed, n, m.From)
+	case len(m.Edge) > 0 && len(m.Edge) != receiptlog.Edge(m.From):
+		return fmt.Errorf("%w: an edge of %d hashes before leaf %d", ErrMalformed, len(m.Edge), m.From)
+	}
+	return nil
+}
+
+func (m *LeavesAck) check() error {
+	switch {
+	case (m.Head == nil) != (m.Size == 0):
+		return fmt.Errorf("%w: a log of %d receipts, and a head is there: %v", ErrMalformed, m.Size, m.Head != nil)
+	case m.Head != nil && m.Head.Size != m.Size:
+		return fmt.Errorf("%w: a log of %d receipts with the head of %d", ErrMalformed, m.Size, m.Head.Size)
+	case len(m.Edge) != receiptlog.Edge(m.Size):
+		return fmt.Errorf("%w: an edge of %d hashes for %d receipts", ErrMalformed, len(m.Edge), m.Size)
+	}
+	return boundHead(m.Head)
+}
+
+func (m *Heartbeat) check() error { return boundHead(m.Head) }
+
+func boundHead(h *receiptlog.SignedHead) error {
+	if h == nil {
+		return nil
+	}
+	if err := h.Bound(); err != nil {
+		return malformed(err)
+	}
+	return nil
+}
