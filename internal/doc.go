@@ -87,7 +87,7 @@
 //
 //	leaves  failpoint; digest, durable, evm, gate, journal, plainhttp, version;
 //	        chunk
-//	pure    receipt, receiptlog, binding; wire, snapshot, bridge/contract;       no I/O, no clock
+//	pure    receipt, receiptlog, binding, determinism; wire, snapshot, bridge/contract;       no I/O, no clock
 //	        openai, quadlet, chain
 //	        config                                                               reads its files, no more
 //	edges   model/fetch, model/format, model/signature;                          one thing outside each

@@ -579,6 +579,9 @@ func TestHeartbeats(t *testing.T) {
 		if h == nil || h.Config != s.Digest() || h.Runtime.State != active || h.Slots != 4 || len(h.Models) != 2 || h.Models[0].State != "active" || h.Models[1].State != "archived" || h.Draining {
 			t.Fatalf("%+v", h)
 		}
+		if c := h.Class; c == nil || c.Digest.IsZero() || c.Hardware.CPU != "a CPU" || f.Status().Networks[0].Class.Digest != c.Digest {
+			t.Errorf("class %+v, in status %+v", c, f.Status().Networks[0].Class)
+		}
 		pass(6*time.Second - time.Millisecond)
 		if h := last[*wire.Heartbeat](f.party); h != nil {
 			t.Errorf("one before its time: %+v", h)

@@ -261,6 +261,21 @@ func (b *board) runtimeState() wire.RuntimeState {
 	return r
 }
 
+// class is the determinism class of the runtime, as heartbeats and status show it;
+// nil for none.
+func (b *board) class() *wire.Class {
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	if b.active == nil {
+		return nil
+	}
+	d, h := b.active.Class()
+	if d.IsZero() {
+		return nil
+	}
+	return &wire.Class{Digest: d, Hardware: h}
+}
+
 // gates walks from the registration to jobs. Every closed gate says what opens it.
 func (b *board) gates(drains []control.Drain, now time.Time) []gate.Gate {
 	b.mu.Lock()

@@ -22,6 +22,7 @@ import (
 
 	"github.com/resultity/node/internal/config"
 	"github.com/resultity/node/internal/deploy"
+	"github.com/resultity/node/internal/determinism"
 	"github.com/resultity/node/internal/digest"
 	"github.com/resultity/node/internal/generation"
 	"github.com/resultity/node/internal/hardware"
@@ -470,6 +471,7 @@ func (a *Agent) newDeployer(ctx context.Context, models *model.Store, units *sys
 		Devices:   func(names []string) ([]string, error) { return hardware.DeviceNodes(hardware.SpecDirs, names) },
 		Mounts:    func(names []string) ([]string, error) { return hardware.DeviceMounts(hardware.SpecDirs, names) },
 		Env:       func(names []string) ([]string, error) { return hardware.DeviceEnv(hardware.SpecDirs, names) },
+		Computer:  func(c hardware.Computes) (determinism.Hardware, error) { return hardware.Class("/", c) },
 		Look:      func(pid int) (*sandbox.Outside, error) { return sandbox.Look("/proc", pid) },
 		Engine:    func(socket string) deploy.Engine { return openEngine(socket) },
 		Newest:    func(network string) *snapshot.Snapshot { return a.named(network).board.snapshot() },

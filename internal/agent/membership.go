@@ -240,6 +240,7 @@ func (m *membership) heartbeat() *wire.Heartbeat {
 	if s := m.board.snapshot(); s != nil {
 		h.Failed = m.on.failed(s.Digest())
 	}
+	h.Class = m.board.class()
 	return h
 }
 
@@ -321,6 +322,7 @@ func (m *membership) status() control.Network {
 	if p := m.orderBook.Penalty(); p != nil {
 		n.Penalty = &control.Penalty{Reason: p.Reason, Until: time.UnixMilli(p.Until).UTC()}
 	}
+	n.Class = m.board.class()
 	ended := m.worker.Ended()
 	n.Done, n.Failed = ended.Done, ended.Failed
 	if !ended.Last.IsZero() {

@@ -842,7 +842,8 @@ func (u *updater) admit(m *membership, d *deploy.Deployment, phase string) {
 	if d == nil {
 		m.door.open(m.worker, nil, nil)
 	} else {
-		m.door.open(m.worker, d, &work.Active{Snapshot: d.Snapshot(), Image: d.Image(), Model: d.Model(), Engine: u.engine})
+		class, _ := d.Class()
+		m.door.open(m.worker, d, &work.Active{Snapshot: d.Snapshot(), Image: d.Image(), Model: d.Model(), Class: class, Engine: u.engine})
 	}
 	poke(m.beat)
 }

@@ -60,7 +60,8 @@ type Network struct {
 	Name     string            `json:"name"`
 	Priority int               `json:"priority"`
 	Snapshot *Snapshot         `json:"snapshot,omitempty"`
-	Runtime  wire.RuntimeState `json:"runtime"` // as the network is told: standby where it is another network's
+	Runtime  wire.RuntimeState `json:"runtime"`         // as the network is told: standby where it is another network's
+	Class    *wire.Class       `json:"class,omitempty"` // determinism class of the runtime
 	Slots    int               `json:"slots"`
 	Busy     int               `json:"busy"`  // with jobs of this network
 	Taken    int               `json:"taken"` // slots that others use, or that are kept for them

@@ -89,6 +89,9 @@ func showNetwork(w *tabwriter.Writer, n *control.Network, several bool) {
 	if n.Snapshot != nil {
 		fmt.Fprintf(w, "configuration\tversion %d, %s, expires %s\n", n.Snapshot.Version, n.Snapshot.Digest, n.Snapshot.Expires.Format(time.RFC3339))
 	}
+	if n.Class != nil {
+		fmt.Fprintf(w, "class\t%s, %s\n", n.Class.Digest.Short(), &n.Class.Hardware)
+	}
 	fmt.Fprintf(w, "jobs\t%d of %d slots busy", n.Busy, n.Slots)
 	if n.Taken > 0 {
 		fmt.Fprintf(w, ", %d with or for other networks", n.Taken)

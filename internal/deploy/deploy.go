@@ -20,7 +20,9 @@ import (
 	"time"
 
 	"github.com/resultity/node/internal/bridge/contract"
+	"github.com/resultity/node/internal/determinism"
 	"github.com/resultity/node/internal/digest"
+	"github.com/resultity/node/internal/hardware"
 	"github.com/resultity/node/internal/image"
 	"github.com/resultity/node/internal/journal"
 	"github.com/resultity/node/internal/model"
@@ -131,17 +133,18 @@ type Deployer struct {
 	Units      units
 	Containers containers
 	Engine     func(socket string) Engine
-	Devices    func(names []string) (nodes []string, err error)  // device nodes of CDI names
-	Mounts     func(names []string) (places []string, err error) // what else of the host they bring into a container
-	Env        func(names []string) (env []string, err error)    // and which variables
-	Look       func(pid int) (*sandbox.Outside, error)           // the kernel's view of a process
-	Newest     func(network string) *snapshot.Snapshot           // a network's newest word, whatever is brought to life; nil for none
-	Allowed    []string                                          // CDI devices that the operator lets a snapshot order; vendor/class=* is all of a kind
-	Memory     int64                                             // ceiling for the runtime in bytes; 0 for none
-	Ceiling    func(pid int) (int64, error)                      // the one that a process is under; 0 for none
-	UnitDir    string                                            // where Quadlet looks
-	SocketDir  string                                            // shared with the container; its parent is the agent's alone
-	Bridge     string                                            // the bridge's binary
+	Devices    func(names []string) (nodes []string, err error)      // device nodes of CDI names
+	Mounts     func(names []string) (places []string, err error)     // what else of the host they bring into a container
+	Env        func(names []string) (env []string, err error)        // and which variables
+	Computer   func(hardware.Computes) (determinism.Hardware, error) // what of the machine an engine computes on
+	Look       func(pid int) (*sandbox.Outside, error)               // the kernel's view of a process
+	Newest     func(network string) *snapshot.Snapshot               // a network's newest word, whatever is brought to life; nil for none
+	Allowed    []string                                              // CDI devices that the operator lets a snapshot order; vendor/class=* is all of a kind
+	Memory     int64                                                 // ceiling for the runtime in bytes; 0 for none
+	Ceiling    func(pid int) (int64, error)                          // the one that a process is under; 0 for none
+	UnitDir    string                                                // where Quadlet looks
+	SocketDir  string                                                // shared with the container; its parent is the agent's alone
+	Bridge     string                                                // the bridge's binary
 	Log        *slog.Logger
 	Progress   func(m *snapshot.Model, done, total int64)
 
@@ -168,6 +171,8 @@ type Deployment struct {
 	unit       digest.Digest // of its text
 	invocation string
 	socket     string
+	class      digest.Digest // of the machine that it runs on, too; zero for none
+	hardware   determinism.Hardware
 }
 
 // Snapshot returns the configuration that the runtime serves.
@@ -178,6 +183,11 @@ func (d *Deployment) Image() digest.Digest { return d.snapshot.Config().Runtime.
 
 // Model returns the digest of the served model.
 func (d *Deployment) Model() digest.Digest { return d.snapshot.Model().Digest() }
+
+// Class returns the digest of the determinism class that the runtime is in (see
+// package determinism), and what of the machine is in it; a zero digest for none,
+// where something of it could not be named.
+func (d *Deployment) Class() (digest.Digest, determinism.Hardware) { return d.class, d.hardware }
 
 // Socket returns where the engine answers.
 func (d *Deployment) Socket() string { return d.socket }
@@ -365,6 +375,7 @@ func (d *Deployer) apply(ctx context.Context, p *Plan, begin func(phase string))
 		}
 	}
 	dep := &Deployment{snapshot: p.snapshot, unit: p.unit.Digest, invocation: state.InvocationID, socket: filepath.Join(d.SocketDir, quadlet.SocketName)}
+	d.classify(dep)
 	engine := d.Engine(dep.socket)
 	defer engine.Close()
 	begin(PhaseSeal)
@@ -420,7 +431,7 @@ func (d *Deployer) Share(ctx context.Context, dep *Deployment, p *Plan) (*Deploy
 	if p.unit.Digest != dep.unit {
 		return nil, fails(StepUnit, ErrOtherUnit)
 	}
-	shared := &Deployment{snapshot: p.snapshot, unit: dep.unit, invocation: dep.invocation, socket: dep.socket}
+	shared := &Deployment{snapshot: p.snapshot, unit: dep.unit, invocation: dep.invocation, socket: dep.socket, class: dep.class, hardware: dep.hardware}
 	if err := d.Validate(ctx, shared); err != nil {
 		return nil, err
 	}

@@ -15,7 +15,9 @@ import (
 	"github.com/resultity/node/internal/bridge/contract"
 	"github.com/resultity/node/internal/deploy"
 	. "github.com/resultity/node/internal/deploy/deploytest"
+	"github.com/resultity/node/internal/determinism"
 	"github.com/resultity/node/internal/digest"
+	"github.com/resultity/node/internal/hardware"
 	"github.com/resultity/node/internal/image"
 	"github.com/resultity/node/internal/model"
 	"github.com/resultity/node/internal/podman"
@@ -55,6 +57,54 @@ func up(t *testing.T, d *deploy.Deployer, s *snapshot.Snapshot) *deploy.Deployme
 	return dep
 }
 
+// A deployment is of the class of image, model, engine and machine, also where
+// another network has a part in it.
+func TestClass(t *testing.T) {
+	m, n := New(t), NewNetwork(t)
+	d := m.Deployer()
+	class := func(s *snapshot.Snapshot) digest.Digest {
+		t.Helper()
+		dep := up(t, d, s)
+		c, h := dep.Class()
+		if c.IsZero() == (h.Arch != "") {
+			t.Errorf("class %s of %+v", c, h)
+		}
+		return c
+	}
+	one := n.Publish(nil)
+	first := class(one)
+	if first.IsZero() || class(one) != first || class(n.Publish(map[string]any{"limits.tokens": 50})) != first {
+		t.Error("one machine with one runtime is of several classes")
+	}
+	if class(n.Publish(map[string]any{"runtime.settings.slots": 1})) == first {
+		t.Error("other settings are of the same class")
+	}
+	var asked hardware.Computes
+	compute := d.Computer
+	d.Computer = func(c hardware.Computes) (determinism.Hardware, error) { asked = c; return compute(c) }
+	for _, c := range []struct {
+		settings map[string]any
+		want     hardware.Computes
+	}{
+		{map[string]any{"runtime.settings.threads": 0}, hardware.Computes{CPU: true, Threads: true}},
+		{map[string]any{"runtime.settings.threads": 2}, hardware.Computes{CPU: true}},
+		{map[string]any{"runtime.settings.threads": 2, "runtime.devices": []string{"nvidia.com/gpu=0"}, "runtime.settings.gpu_layers": 998}, hardware.Computes{CPU: true}},
+		{map[string]any{"runtime.settings.threads": 2, "runtime.devices": []string{"nvidia.com/gpu=0"}, "runtime.settings.gpu_layers": 999}, hardware.Computes{}},
+	} {
+		if class(n.Publish(c.settings)); asked.CPU != c.want.CPU || asked.Threads != c.want.Threads {
+			t.Errorf("%v: asked for %+v, want %+v", c.settings, asked, c.want)
+		}
+	}
+	m.Do(func(l *Locked) { l.Compute(determinism.Hardware{Arch: "amd64", CPU: "another"}, nil) })
+	if class(one) == first {
+		t.Error("another machine is of the same class")
+	}
+	m.Do(func(l *Locked) { l.Compute(determinism.Hardware{}, hardware.ErrUnknown) })
+	if c := class(one); !c.IsZero() {
+		t.Errorf("a machine without a name is of class %s", c)
+	}
+}
+
 func TestFromNothing(t *testing.T) {
 	m, s := New(t), NewNetwork(t).Publish(nil)
 	d := m.Deployer()
@@ -66,7 +116,7 @@ func TestFromNothing(t *testing.T) {
 		progress = append(progress, done)
 	}
 	dep := up(t, d, s)
-	want := []string{Info, EnsureImage, Container, VerifyImage, EnsureModel, Devices, TrustImage, Install, State, ResetFailed, Start, State, Container, FindImage, Look, Record, Golden, Golden, State}
+	want := []string{Info, EnsureImage, Container, VerifyImage, EnsureModel, Devices, TrustImage, Install, State, ResetFailed, Start, State, Devices, Container, FindImage, Look, Record, Golden, Golden, State}
 	if got := m.Calls(); !slices.Equal(got, want) {
 		t.Errorf("calls %q\nwant  %q", got, want)
 	}

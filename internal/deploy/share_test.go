@@ -7,7 +7,13 @@ import (
 
 	"github.com/resultity/node/internal/deploy"
 	. "github.com/resultity/node/internal/deploy/deploytest"
+	"github.com/resultity/node/internal/digest"
 )
+
+func classOf(d *deploy.Deployment) digest.Digest {
+	c, _ := d.Class()
+	return c
+}
 
 // Another network's plan has a part in what runs if its unit is the very same and
 // its own validation passes; whatever comes of it, the runtime goes on.
@@ -33,7 +39,7 @@ func TestShare(t *testing.T) {
 	m.Calls()
 	shared, err := d.Share(t.Context(), dep, p)
 	state, _ := m.Now()
-	if err != nil || shared.Snapshot() != same || !shared.Current(state) || shared.Socket() != dep.Socket() {
+	if err != nil || shared.Snapshot() != same || !shared.Current(state) || shared.Socket() != dep.Socket() || classOf(shared) != classOf(dep) {
 		t.Errorf("%+v, %v", shared, err)
 	}
 	if calls := m.Calls(); Count(calls, Golden) != len(same.Config().Validation) || slices.Contains(calls, Start) || slices.Contains(calls, Install) {

@@ -21,6 +21,7 @@ import (
 
 	"github.com/resultity/node/internal/evm"
 	"github.com/resultity/node/internal/failpoint"
+	"github.com/resultity/node/internal/network/dispatch"
 	"github.com/resultity/node/internal/network/orders"
 	"github.com/resultity/node/internal/network/store"
 	"github.com/resultity/node/internal/wire"
@@ -123,6 +124,7 @@ func (s *service) adminHandler() http.Handler {
 	})
 	handle("GET /nodes", func(r *http.Request) (reply adminReply, err error) {
 		reply.Nodes, err = own.Nodes(r.Context())
+		s.live(reply.Nodes)
 		return reply, err
 	})
 	handle("GET /nodes/{node}", func(r *http.Request) (reply adminReply, err error) {
@@ -130,7 +132,9 @@ func (s *service) adminHandler() http.Handler {
 		if err == nil {
 			var n NodeInfo
 			n, err = own.Node(r.Context(), a)
-			reply.Node = &n
+			one := []NodeInfo{n}
+			s.live(one)
+			reply.Node = &one[0]
 		}
 		return reply, err
 	})
@@ -153,6 +157,21 @@ func (s *service) adminHandler() http.Handler {
 	mux.HandleFunc("GET /logs", s.serveLogs)
 	handle("POST /reload", func(r *http.Request) (adminReply, error) { return adminReply{}, s.reload(r.Context()) })
 	return mux
+}
+
+// live writes into nodes what the running service knows of them.
+func (s *service) live(nodes []NodeInfo) {
+	known := map[evm.Address]dispatch.NodeStatus{}
+	for _, n := range s.dispatch.Nodes() {
+		known[n.Address] = n
+	}
+	for i := range nodes {
+		n := known[nodes[i].Address]
+		nodes[i].Connected = n.Connected
+		if n.Connected && n.Heartbeat != nil {
+			nodes[i].Class = n.Heartbeat.Class
+		}
+	}
 }
 
 func decode(r io.Reader, v any) error {
@@ -228,6 +247,8 @@ type NodeInfo struct {
 	Since      int64             `json:"since,omitempty"`  // Unix milliseconds
 	Cloned     int64             `json:"cloned,omitempty"` // Unix milliseconds: when its key was last seen to be held twice
 	History    []store.BindEvent `json:"history,omitempty"`
+	Connected  bool              `json:"connected"`       // as the running service has it
+	Class      *wire.Class       `json:"class,omitempty"` // of the node's runtime, as it says
 }
 
 // Account is an owner of nodes.
@@ -303,7 +324,7 @@ func (a storeAdmin) Node(ctx context.Context, addr evm.Address) (NodeInfo, error
 
 // info leaves out what is nobody's business: codes, and where they went.
 func info(n store.Node) NodeInfo {
-	return NodeInfo{n.Address, n.Agent, n.Registered, n.Account, n.Method, n.Since, n.Cloned, n.History}
+	return NodeInfo{Address: n.Address, Agent: n.Agent, Registered: n.Registered, Account: n.Account, Method: n.Method, Since: n.Since, Cloned: n.Cloned, History: n.History}
 }
 
 func (a storeAdmin) Unbind(ctx context.Context, addr evm.Address) error {

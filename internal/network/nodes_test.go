@@ -10,6 +10,7 @@ import (
 
 	"github.com/gorilla/websocket"
 
+	"github.com/resultity/node/internal/determinism"
 	"github.com/resultity/node/internal/digest"
 	"github.com/resultity/node/internal/evm"
 	"github.com/resultity/node/internal/network"
@@ -17,6 +18,32 @@ import (
 	"github.com/resultity/node/internal/receipt"
 	"github.com/resultity/node/internal/wire"
 )
+
+// The operator sees the class that a node says its runtime is in, while it is
+// connected.
+func TestClassIsListed(t *testing.T) {
+	n := start(t, nil)
+	v := n.node()
+	s := v.Connect(t)
+	b := v.Heartbeat()
+	b.Class = &wire.Class{Digest: digest.Of([]byte("class")), Hardware: determinism.Hardware{Arch: "amd64", GPUs: []string{"NVIDIA L4"}, Driver: "nvidia 550.54.14"}}
+	s.Send(b)
+	nodetest.Expect[*wire.Status](s)
+	admin, err := network.OpenAdmin(t.Context(), n.dir, n.log())
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer admin.Close()
+	one, err := admin.Node(t.Context(), v.Key.Address())
+	if err != nil || !one.Connected || one.Class == nil || one.Class.Digest != b.Class.Digest || one.Class.Hardware.String() != b.Class.Hardware.String() {
+		t.Errorf("%+v, %v", one, err)
+	}
+	s.Drop()
+	n.until("the node is gone", func() bool {
+		all, err := admin.Nodes(t.Context())
+		return err == nil && len(all) == 1 && !all[0].Connected && all[0].Class == nil
+	})
+}
 
 func TestRegistration(t *testing.T) {
 	n := start(t, nil)

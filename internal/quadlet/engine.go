@@ -3,6 +3,7 @@ package quadlet
 import (
 	"fmt"
 	"net/netip"
+	"slices"
 	"strconv"
 
 	"github.com/resultity/node/internal/snapshot"
@@ -24,6 +25,24 @@ type driver struct {
 var drivers = map[snapshot.Engine]func(r *snapshot.Runtime, m *snapshot.Model) driver{
 	snapshot.LlamaCpp: llamacpp,
 	snapshot.VLLM:     vllm,
+}
+
+// drive returns the driver for a configuration's runtime.
+func drive(c *snapshot.Config) (driver, error) {
+	r := &c.Runtime
+	i := slices.IndexFunc(c.Models, func(m snapshot.Model) bool { return m.Name == r.Model })
+	of := drivers[r.Engine]
+	if i < 0 || c.Models[i].Main() == "" || of == nil {
+		return driver{}, fmt.Errorf("no model %.80q or no engine %.80q", r.Model, r.Engine)
+	}
+	return of(r, &c.Models[i]), nil
+}
+
+// Engine returns how the unit of a configuration runs its engine: the command
+// inside the container, and its environment beside the image's.
+func Engine(c *snapshot.Config) (command, env []string, err error) {
+	d, err := drive(c)
+	return d.command, d.env, err
 }
 
 func llamacpp(r *snapshot.Runtime, m *snapshot.Model) driver {

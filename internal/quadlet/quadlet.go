@@ -15,7 +15,6 @@ import (
 	"fmt"
 	"path"
 	"regexp"
-	"slices"
 	"strings"
 	"text/template"
 	"time"
@@ -165,12 +164,10 @@ func (p *Params) fields() (*fields, error) {
 		return nil, errors.New("no configuration")
 	}
 	r := &p.Config.Runtime
-	i := slices.IndexFunc(p.Config.Models, func(m snapshot.Model) bool { return m.Name == r.Model })
-	drive := drivers[r.Engine]
-	if i < 0 || p.Config.Models[i].Main() == "" || drive == nil {
-		return nil, fmt.Errorf("no model %.80q or no engine %.80q", r.Model, r.Engine)
+	d, err := drive(p.Config)
+	if err != nil {
+		return nil, err
 	}
-	d := drive(r, &p.Config.Models[i])
 	f := &fields{
 		Image:        r.Image,
 		TmpBytes:     r.TmpBytes,

@@ -209,7 +209,7 @@
 //	Update      behind Welcome if Hello named another configuration, and when one is published
 //	Heartbeat   behind Welcome, then every heartbeat_s and at changes; at most 256 models
 //	            and 256 GPUs, slots and busy 0 to 65536, texts of at most 256 bytes; head
-//	            is that of the receipt log
+//	            is that of the receipt log, class see below
 //	Status      when a heartbeat, or its absence for window_s, has changed the answer
 //	Cancel      nobody waits for the job; the node stops and answers a Result, code cancelled
 //	Ack         for each Result, also for one of a job that the network does not know;
@@ -226,6 +226,15 @@
 // configuration that does: what it has said in one counts in no other, also where
 // both have one chain_id. What is out of bounds is a protocol violation: it
 // ends the session with 1008, and the node gets no jobs for a while.
+//
+// The class of a heartbeat is the determinism class of the runtime that is active
+// for this network: two nodes of one class should give the same answer to the same
+// request. Package determinism says byte for byte how its digest is made; hardware
+// is the part of it that is the machine's, as it is hashed. A node that cannot name
+// something of its machine which changes an engine's arithmetic has no class, and
+// its answers are compared with nobody's. hardware lists at most 64 features and 64
+// GPUs; each text in it is printable ASCII without quotes and backslashes, of at most
+// 128 bytes.
 //
 // The life of a job:
 //

@@ -3,6 +3,7 @@ package wire
 import (
 	"fmt"
 
+	"github.com/resultity/node/internal/determinism"
 	"github.com/resultity/node/internal/digest"
 	"github.com/resultity/node/internal/evm"
 	"github.com/resultity/node/internal/receipt"
@@ -112,11 +113,19 @@ type Heartbeat struct {
 	Outbox   int           `json:"outbox"`
 	Draining bool          `json:"draining"`
 	Failed   *Failed       `json:"failed,omitempty"` // the newest configuration, where the node has gone back from it
+	Class    *Class        `json:"class,omitempty"`  // of the active runtime; absent for none
 
 	// Head is that of the node's receipt log, at the end of what the network has
 	// of it or was sent in this session; absent before the first receipt, and
 	// before the network has said what it has.
 	Head *receiptlog.SignedHead `json:"head,omitempty"`
+}
+
+// Class is the determinism class of a node's runtime (package determinism says what
+// that is, and how its digest is made).
+type Class struct {
+	Digest   digest.Digest        `json:"digest"`
+	Hardware determinism.Hardware `json:"hardware"` // what of the class is the machine's
 }
 
 // Failed says why a node is not on a configuration that it has.

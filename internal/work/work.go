@@ -65,6 +65,7 @@ type Active struct {
 	Snapshot *snapshot.Snapshot
 	Image    digest.Digest // manifest of the runtime's image
 	Model    digest.Digest // manifest of the model's files
+	Class    digest.Digest // determinism class of the deployment; zero for none
 	Engine   engine
 
 	failures int // of the engine, in a row. Guarded by Worker.mu

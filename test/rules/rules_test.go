@@ -57,9 +57,9 @@ var levels = [][]string{
 	{"failpoint"}, // everywhere
 	{"digest", "durable", "evm", "gate", "journal", "plainhttp", "version"}, // leaves
 	{"chunk"},
-	{"receipt", "receiptlog", "binding"},     // pure: no I/O, no clock
-	{"wire", "snapshot", "bridge/contract"},  //
-	{"openai", "quadlet", "config", "chain"}, //
+	{"receipt", "receiptlog", "binding", "determinism"}, // pure: no I/O, no clock
+	{"wire", "snapshot", "bridge/contract"},             //
+	{"openai", "quadlet", "config", "chain"},            //
 	{"model/fetch", "model/format", "model/signature"},
 	{"identity", "signer", "tuf", "session", "image", "model", "podman", "systemd", "runtime", "state", "generation", "order", "spool", "preflight", "support"}, // edges
 	{"control", "sandbox", "hardware"},
@@ -110,7 +110,7 @@ func TestImportDirection(t *testing.T) {
 }
 
 // Packages that decide without looking at the world.
-var pure = []string{"chunk", "receipt", "receiptlog", "binding", "wire", "snapshot", "openai", "bridge/contract", "quadlet", "chain"}
+var pure = []string{"chunk", "receipt", "receiptlog", "binding", "determinism", "wire", "snapshot", "openai", "bridge/contract", "quadlet", "chain"}
 
 func TestPurePackagesStayPure(t *testing.T) {
 	bad := map[string]string{"os": "files", "net": "network", "os/exec": "programs", "log": "logging", "log/slog": "logging"}

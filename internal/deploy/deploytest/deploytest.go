@@ -24,7 +24,9 @@ import (
 
 	"github.com/resultity/node/internal/bridge/contract"
 	"github.com/resultity/node/internal/deploy"
+	"github.com/resultity/node/internal/determinism"
 	"github.com/resultity/node/internal/digest"
+	"github.com/resultity/node/internal/hardware"
 	"github.com/resultity/node/internal/image"
 	"github.com/resultity/node/internal/podman"
 	"github.com/resultity/node/internal/publish"
@@ -90,6 +92,8 @@ type Machine struct {
 	podmanMajor int
 	controllers []string
 	ceiling     int64
+	computer    determinism.Hardware
+	unnamed     error                        // why there is none
 	drift       func(*podman.ContainerState) // how the container differs from the unit; nil for not at all
 	judged      string                       // invocation whose record was read
 	watch       map[chan struct{}]bool
@@ -116,6 +120,7 @@ func New(t testing.TB) *Machine {
 	})
 	m := &Machine{
 		t: t, dir: dir, faults: map[string]*Fault{}, images: map[snapshot.ImageRef]bool{}, models: map[digest.Digest]bool{},
+		computer:    determinism.Hardware{Arch: "amd64", CPU: "a CPU", Features: []string{"avx2"}},
 		podmanMajor: 5, controllers: []string{"pids"},
 		state: systemd.State{Load: "not-found", Active: "inactive"}, watch: map[chan struct{}]bool{},
 		record:  contract.Sandbox{Version: contract.Version, OK: true, UID: 1000, GID: 1000, Checks: []contract.Check{{Name: "user", OK: true}}, Namespaces: map[string]string{}, Landlock: 7},
@@ -156,6 +161,11 @@ func (m *Machine) Deployer() *deploy.Deployer {
 			return (*engine)(m)
 		},
 		Devices: func([]string) ([]string, error) { return nil, m.fail(context.Background(), Devices, nil) },
+		Computer: func(hardware.Computes) (determinism.Hardware, error) {
+			m.mu.Lock()
+			defer m.mu.Unlock()
+			return m.computer, m.unnamed
+		},
 		Newest:  func(string) *snapshot.Snapshot { return nil },
 		Allowed: []string{"nvidia.com/gpu=*"},
 		Ceiling: func(int) (int64, error) { return m.ceiling, nil },
@@ -168,6 +178,9 @@ func (m *Machine) Deployer() *deploy.Deployer {
 		Log: slog.New(slog.DiscardHandler), Progress: func(*snapshot.Model, int64, int64) {},
 	}
 }
+
+// Compute makes the machine one that computes on h, or that cannot say what on.
+func (l *Locked) Compute(h determinism.Hardware, unnamed error) { l.computer, l.unnamed = h, unnamed }
 
 // SocketDir is where the engine's socket would be.
 func (m *Machine) SocketDir() string { return filepath.Join(m.dir, "run", "engine") }

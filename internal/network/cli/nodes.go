@@ -12,6 +12,7 @@ import (
 
 	"github.com/resultity/node/internal/evm"
 	"github.com/resultity/node/internal/network"
+	"github.com/resultity/node/internal/wire"
 )
 
 func nodesCommand() *cobra.Command {
@@ -19,9 +20,9 @@ func nodesCommand() *cobra.Command {
 	list := adminCommand("list", "List the registered nodes", 0, func(cmd *cobra.Command, a network.Admin, _ []string) (any, func(io.Writer), error) {
 		nodes, err := a.Nodes(cmd.Context())
 		return nodes, func(w io.Writer) {
-			fmt.Fprintln(w, "NODE\tACCOUNT\tMETHOD\tBOUND\tREGISTERED\tCLONED KEY")
+			fmt.Fprintln(w, "NODE\tACCOUNT\tMETHOD\tBOUND\tREGISTERED\tCLONED KEY\tCLASS")
 			for _, n := range nodes {
-				fmt.Fprintf(w, "%s\t%s\t%s\t%s\t%s\t%s\n", n.Address.Hex(), cmp.Or(n.Account, "(none)"), n.Method, when(n.Since), when(n.Registered), when(n.Cloned))
+				fmt.Fprintf(w, "%s\t%s\t%s\t%s\t%s\t%s\t%s\n", n.Address.Hex(), cmp.Or(n.Account, "(none)"), n.Method, when(n.Since), when(n.Registered), when(n.Cloned), class(n.Class))
 			}
 		}, err
 	})
@@ -35,6 +36,9 @@ func nodesCommand() *cobra.Command {
 			fmt.Fprintf(w, "node\t%s\nregistered\t%s\nagent\t%q\naccount\t%s\n", n.Address.Hex(), when(n.Registered), n.Agent, cmp.Or(n.Account, "(none)"))
 			if n.Cloned != 0 {
 				fmt.Fprintf(w, "cloned key\tseen %s: two machines have signed as this node, or one was set back\n", when(n.Cloned))
+			}
+			if c := n.Class; c != nil {
+				fmt.Fprintf(w, "class\t%s\nhardware\t%s\n", c.Digest, &c.Hardware)
 			}
 			if n.Account != "" {
 				fmt.Fprintf(w, "method\t%s\nbound\t%s\n", n.Method, when(n.Since))
@@ -122,6 +126,14 @@ func adminCommand(use, short string, args int, run func(*cobra.Command, network.
 		})
 	}
 	return cmd
+}
+
+// class prints a node's determinism class in a table.
+func class(c *wire.Class) string {
+	if c == nil {
+		return ""
+	}
+	return c.Digest.Short()
 }
 
 // when prints Unix milliseconds.

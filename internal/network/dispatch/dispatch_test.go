@@ -15,6 +15,7 @@ import (
 	"testing/synctest"
 	"time"
 
+	"github.com/resultity/node/internal/determinism"
 	"github.com/resultity/node/internal/digest"
 	"github.com/resultity/node/internal/evm"
 	"github.com/resultity/node/internal/network/metrics"
@@ -599,9 +600,18 @@ func TestHeartbeatBounds(t *testing.T) {
 	run(t, Options{}, nil, func(t *testing.T, f *fixture) {
 		p := f.join(nil)
 		for name, change := range map[string]func(*wire.Heartbeat){
-			"models":     func(h *wire.Heartbeat) { h.Models = make([]wire.ModelState, 257) },
-			"gpus":       func(h *wire.Heartbeat) { h.Hardware.GPUs = make([]string, 257) },
-			"slots":      func(h *wire.Heartbeat) { h.Slots = -1 },
+			"models": func(h *wire.Heartbeat) { h.Models = make([]wire.ModelState, 257) },
+			"gpus":   func(h *wire.Heartbeat) { h.Hardware.GPUs = make([]string, 257) },
+			"slots":  func(h *wire.Heartbeat) { h.Slots = -1 },
+			"class without a digest": func(h *wire.Heartbeat) {
+				h.Class = &wire.Class{Hardware: determinism.Hardware{Arch: "amd64", CPU: "x"}}
+			},
+			"class of a hostile machine": func(h *wire.Heartbeat) {
+				h.Class = &wire.Class{Digest: digest.Of(nil), Hardware: determinism.Hardware{Arch: "amd64", CPU: "\x1b[2J"}}
+			},
+			"class of too many GPUs": func(h *wire.Heartbeat) {
+				h.Class = &wire.Class{Digest: digest.Of(nil), Hardware: determinism.Hardware{Arch: "amd64", GPUs: make([]string, 65)}}
+			},
 			"many slots": func(h *wire.Heartbeat) { h.Slots = 1 << 40 },
 			"busy":       func(h *wire.Heartbeat) { h.Busy = -1 },
 		} {

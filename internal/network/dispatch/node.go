@@ -180,6 +180,13 @@ func checkBeat(b *wire.Heartbeat) error {
 		return fmt.Errorf("%w: heartbeat lists %d models and %d GPUs, at most 256 each", ErrInvalid, len(b.Models), len(h.GPUs))
 	case b.Slots < 0 || b.Slots > 1<<16 || b.Busy < 0 || b.Busy > 1<<16:
 		return fmt.Errorf("%w: heartbeat says %d slots, %d busy", ErrInvalid, b.Slots, b.Busy)
+	case b.Class == nil:
+		return nil
+	case b.Class.Digest.IsZero():
+		return fmt.Errorf("%w: heartbeat has a class without a digest", ErrInvalid)
+	}
+	if err := b.Class.Hardware.Check(); err != nil {
+		return fmt.Errorf("%w: class of a heartbeat: %w", ErrInvalid, err)
 	}
 	return nil
 }
