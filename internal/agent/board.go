@@ -518,8 +518,10 @@ func remedyOfStep(e *deploy.Error) string {
 		return "sudo systemctl --user -M " + preflight.Packaged + "@ status resultity-podman.socket (for a node of your own: without sudo and -M)"
 	case errors.Is(e, image.ErrAltered):
 		return "the agent fetches it again; if it stays so, look at this machine's disk"
-	case e.Step == deploy.StepImage && imageEvent(e) != journal.ImageFailed:
-		return "the network's operator has to sign the image, or to publish its key: journalctl -x says more"
+	case e.Step == deploy.StepImage && imageEvent(e) != journal.ImageFailed && !e.Machine():
+		return "this configuration is not tried again: the network's operator has to publish another one; journalctl -x says more"
+	case e.Step == deploy.StepImage && imageEvent(e) != journal.ImageFailed: // it may be mended without another configuration
+		return "the image does not run until the network's operator has signed it, or published its key: journalctl -x says more; the agent looks again every few minutes"
 	case e.Step == deploy.StepImage:
 		return "check that this machine reaches the image's registry; the agent keeps trying"
 	case errors.As(e, &space):

@@ -96,7 +96,9 @@ func TestGates(t *testing.T) {
 		remedy string
 	}{
 		{deploy.StepImage, podman.ErrUnavailable, "image", "resultity-podman"},
-		{deploy.StepImage, image.ErrUnsigned, "image", "sign"},
+		{deploy.StepImage, image.ErrUnsigned, "image", "does not run until the network's operator has signed it"},
+		{deploy.StepImage, image.ErrUnsigned, "image", "looks again"},
+		{deploy.StepImage, image.ErrPlatform, "image", "is not tried again"},
 		{deploy.StepImage, image.ErrPull, "image", "registry"},
 		{deploy.StepModel, &model.NoSpaceError{}, "model", "free some space"},
 		{deploy.StepModel, digest.ErrMismatch, "model", "sources"},
