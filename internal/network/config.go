@@ -36,6 +36,9 @@ type Config struct {
 	Dir string `koanf:"dir"`
 	// Listen is host:port; an empty host means every address.
 	Listen string `koanf:"listen"`
+	// MetricsListen is host:port for GET /metrics, which asks nobody who they are: in
+	// plain HTTP, apart from what the world reaches. Empty for nowhere.
+	MetricsListen string `koanf:"metrics_listen"`
 	// TLSCert and TLSKey are PEM files, read again when they change. Without them
 	// the service speaks plain HTTP, on a loopback address only.
 	TLSCert string `koanf:"tls_cert"`
@@ -77,15 +80,15 @@ type Config struct {
 	// LogLevel is debug, info, warn or error.
 	LogLevel string `koanf:"log_level"`
 
-	// Ready is called with the address in use once the service serves; for
-	// programs that embed it.
-	Ready func(net.Addr) `koanf:"-"`
+	// Ready is called with the addresses in use, metrics nil for none, once the
+	// service serves; for programs that embed it.
+	Ready func(api, metrics net.Addr) `koanf:"-"`
 }
 
 // Defaults is the configuration that files and flags change.
 func Defaults() Config {
 	return Config{
-		Dir: "/var/lib/resultity-network", Listen: "127.0.0.1:8443", TrustedProxies: []string{},
+		Dir: "/var/lib/resultity-network", Listen: "127.0.0.1:8443", MetricsListen: "127.0.0.1:9464", TrustedProxies: []string{},
 		MaxQueued: 1024, MaxQueuedBytes: 256 << 20, MaxUploadBytes: 256 << 20, KeyShare: 50,
 		MaxResultsBytes: store.DefaultLimits.Results, MinFreeBytes: store.DefaultLimits.Free, MaxSessions: 16384, Drain: 10 * time.Second,
 		Registration: "token", SMTPSecurity: string(mail.StartTLS), LogLevel: "info",
@@ -177,6 +180,9 @@ func (c *Config) check() error {
 	host, _, err := net.SplitHostPort(c.Listen)
 	if err != nil {
 		return bad("listen", "%q: want host:port, such as :8443", c.Listen)
+	}
+	if _, _, err := net.SplitHostPort(c.MetricsListen); err != nil && c.MetricsListen != "" {
+		return bad("metrics_listen", "%q: want host:port, such as 127.0.0.1:9464, or nothing", c.MetricsListen)
 	}
 	if (c.TLSCert == "") != (c.TLSKey == "") {
 		return bad("tls_key", "tls_cert and tls_key go together; one of them is missing")

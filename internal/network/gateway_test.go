@@ -125,6 +125,9 @@ func TestModelsAndNodes(t *testing.T) {
 			t.Errorf("%+v", d)
 		}
 	}
+	if r := n.get("/metrics"); r.status != http.StatusNotFound { // they are for the operator
+		t.Errorf("metrics: %d %s", r.status, r.body)
+	}
 	if r := n.get("/healthz"); r.status != 200 || string(r.body) != "ok\n" {
 		t.Errorf("healthz: %d %s", r.status, r.body)
 	}

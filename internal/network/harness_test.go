@@ -100,10 +100,11 @@ type testNetwork struct {
 
 	tweak func(*network.Config) // of the service's own configuration, or nil
 
-	url    string
-	apiKey string
-	client *http.Client // nil for the default
-	stop   func()       // ends the service and checks that it ended well
+	url     string
+	metrics string // address of /metrics
+	apiKey  string
+	client  *http.Client // nil for the default
+	stop    func()       // ends the service and checks that it ended well
 }
 
 // shortDir is a directory whose unix sockets have short paths.
@@ -171,12 +172,12 @@ func start(t testing.TB, change func(*snapshot.Config)) *testNetwork {
 func (n *testNetwork) serve() {
 	n.t.Helper()
 	cfg := network.Defaults()
-	cfg.Dir, cfg.Listen, cfg.Drain = n.dir, "127.0.0.1:0", time.Second
+	cfg.Dir, cfg.Listen, cfg.MetricsListen, cfg.Drain = n.dir, "127.0.0.1:0", "127.0.0.1:0", time.Second
 	if n.tweak != nil {
 		n.tweak(&cfg)
 	}
-	ready := make(chan net.Addr, 1)
-	cfg.Ready = func(a net.Addr) { ready <- a }
+	ready := make(chan net.Addr, 2)
+	cfg.Ready = func(api, metrics net.Addr) { ready <- api; ready <- metrics }
 	ctx, cancel := context.WithCancel(context.Background())
 	done := make(chan error, 1)
 	go func() { done <- network.Run(ctx, cfg, n.log()) }()
@@ -194,7 +195,7 @@ func (n *testNetwork) serve() {
 	n.t.Cleanup(n.stop)
 	select {
 	case a := <-ready:
-		n.url = "http://" + a.String()
+		n.url, n.metrics = "http://"+a.String(), "http://"+(<-ready).String()+"/metrics"
 	case err := <-done:
 		stopped = true
 		n.t.Fatalf("service did not start: %v", err)
@@ -305,10 +306,24 @@ func (n *testNetwork) until(what string, ok func() bool) {
 	}
 }
 
+func (n *testNetwork) readMetrics() []byte {
+	n.t.Helper()
+	res, err := http.Get(n.metrics)
+	if err != nil {
+		n.t.Fatal(err)
+	}
+	defer res.Body.Close()
+	b, err := io.ReadAll(res.Body)
+	if err != nil || res.StatusCode != http.StatusOK {
+		n.t.Fatalf("%s %s %v", res.Status, b, err)
+	}
+	return b
+}
+
 // metric returns the value of a series, 0 when it is not there.
 func (n *testNetwork) metric(series string) float64 {
 	n.t.Helper()
-	m := regexp.MustCompile(`(?m)^` + regexp.QuoteMeta(series) + ` (\S+)$`).FindSubmatch(n.get("/metrics").body)
+	m := regexp.MustCompile(`(?m)^` + regexp.QuoteMeta(series) + ` (\S+)$`).FindSubmatch(n.readMetrics())
 	if m == nil {
 		return 0
 	}

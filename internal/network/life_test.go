@@ -110,11 +110,11 @@ type killable struct {
 	once sync.Once
 }
 
-var addressPattern = regexp.MustCompile(`msg=serving .*address=(\S+)`)
+var addressPattern = regexp.MustCompile(`msg=serving .*address=(\S+) metrics=(\S+)`)
 
 func (n *testNetwork) spawn(flags ...string) *killable {
 	n.t.Helper()
-	cmd := exec.Command(os.Args[0], append([]string{"serve", "--dir", n.dir, "--listen", "127.0.0.1:0"}, flags...)...)
+	cmd := exec.Command(os.Args[0], append([]string{"serve", "--dir", n.dir, "--listen", "127.0.0.1:0", "--metrics-listen", "127.0.0.1:0"}, flags...)...)
 	cmd.Env = append(os.Environ(), asProgram+"=1")
 	out, err := cmd.StderrPipe()
 	if err != nil {
@@ -124,12 +124,12 @@ func (n *testNetwork) spawn(flags ...string) *killable {
 		n.t.Fatal(err)
 	}
 	k := &killable{cmd: cmd}
-	address := make(chan string, 1)
+	address := make(chan []string, 1)
 	go func() {
 		lines := bufio.NewScanner(out)
 		for lines.Scan() {
 			if m := addressPattern.FindStringSubmatch(lines.Text()); m != nil {
-				address <- m[1]
+				address <- m[1:]
 			}
 		}
 		close(address)
@@ -139,7 +139,7 @@ func (n *testNetwork) spawn(flags ...string) *killable {
 		k.kill()
 		n.t.Fatal("the program ended before it served")
 	}
-	n.url = "http://" + a
+	n.url, n.metrics = "http://"+a[0], "http://"+a[1]+"/metrics"
 	return k
 }
 
@@ -564,6 +564,7 @@ func TestConfigErrors(t *testing.T) {
 		{"dir: " + empty + " holds no network", []string{"serve", "--dir", empty}},
 		{"no configuration has been published", []string{"serve", "--dir", unpublished}},
 		{"listen: \"8443\": want host:port", []string{"serve", "--dir", n.dir, "--listen", "8443"}},
+		{"metrics_listen: \"9464\": want host:port", []string{"serve", "--dir", n.dir, "--metrics-listen", "9464"}},
 		{"tls_cert: :0 can be reached from other machines", []string{"serve", "--dir", n.dir, "--listen", ":0"}},
 		{"tls_key: tls_cert and tls_key go together", []string{"serve", "--dir", n.dir, "--tls-cert", "x"}},
 		{"tls_cert: stat /nowhere", []string{"serve", "--dir", n.dir, "--tls-cert", "/nowhere", "--tls-key", "/nowhere"}},
@@ -782,6 +783,10 @@ func TestPortInUse(t *testing.T) {
 	_, port, _ := net.SplitHostPort(l.Addr().String())
 	code, _, stderr := command(t, "serve", "--dir", n.dir, "--listen", l.Addr().String())
 	if code != 1 || !strings.Contains(stderr, "ss -ltnp 'sport = :"+port+"'") {
+		t.Errorf("%d %s", code, stderr)
+	}
+	code, _, stderr = command(t, "serve", "--dir", n.dir, "--listen", "127.0.0.1:0", "--metrics-listen", l.Addr().String())
+	if code != 1 || !strings.Contains(stderr, "or set metrics_listen") {
 		t.Errorf("%d %s", code, stderr)
 	}
 	if code, _, stderr := command(t, "serve", "--dir", n.dir, "--listen", "localhost:nothing"); code != 78 {

@@ -129,29 +129,40 @@ func Run(ctx context.Context, cfg Config, log *slog.Logger) (err error) {
 	defer endSweep()
 	defer s.dispatch.Close()
 
-	listener, err := net.Listen("tcp", cfg.Listen)
+	listener, err := listen("listen", cfg.Listen)
 	if err != nil {
-		return listenError(cfg.Listen, err)
+		return err
 	}
 	if tlsConfig != nil {
 		listener = tls.NewListener(listener, tlsConfig)
 	}
 	defer listener.Close() // serve has closed it already, if it came to that
+	var watched net.Listener
+	if cfg.MetricsListen != "" {
+		if watched, err = listen("metrics_listen", cfg.MetricsListen); err != nil {
+			return err
+		}
+		defer watched.Close() // likewise
+	}
 	admin, err := s.listenAdmin()
 	if err != nil {
 		return err
 	}
 	defer admin.Close() // likewise
-	return s.serve(ctx, listener, admin)
+	return s.serve(ctx, listener, watched, admin)
 }
 
-// listenError sorts what can go wrong with an address: one that is in use may be
-// free a moment later.
-func listenError(address string, err error) error {
-	if errors.Is(err, syscall.EADDRINUSE) {
-		return fmt.Errorf("listen: %w: another program has the port (ss -ltnp 'sport = %s' names it as root), maybe another resultity-network: stop that, or set listen", err, address[strings.LastIndexByte(address, ':'):])
+// listen sorts what can go wrong with an address: one that is in use may be free a
+// moment later.
+func listen(key, address string) (net.Listener, error) {
+	l, err := net.Listen("tcp", address)
+	switch {
+	case errors.Is(err, syscall.EADDRINUSE):
+		return nil, fmt.Errorf("%s: %w: another program has the port (ss -ltnp 'sport = %s' names it as root), maybe another resultity-network: stop that, or set %[1]s", key, err, address[strings.LastIndexByte(address, ':'):])
+	case err != nil:
+		return nil, fmt.Errorf("%w: %s: %w", ErrConfig, key, err)
 	}
-	return fmt.Errorf("%w: listen: %w", ErrConfig, err)
+	return l, nil
 }
 
 // begin makes the parts, and takes over the jobs of the run before.
@@ -213,14 +224,9 @@ func (s *service) begin(ctx context.Context, snap *snapshot.Snapshot) error {
 	return nil
 }
 
-func (s *service) serve(ctx context.Context, listener, admin net.Listener) error {
-	server := &http.Server{
-		Handler:           s.handler(),
-		ReadHeaderTimeout: 10 * time.Second,
-		IdleTimeout:       2 * time.Minute,
-		MaxHeaderBytes:    32 << 10,
-		ErrorLog:          slog.NewLogLogger(s.log.Handler(), slog.LevelDebug), // failed handshakes of strangers
-	}
+// serve ends the listeners; watched, for metrics, may be nil.
+func (s *service) serve(ctx context.Context, listener, watched, admin net.Listener) error {
+	server := s.server(s.handler())
 	adminServer := &http.Server{Handler: s.adminHandler(), ReadHeaderTimeout: 10 * time.Second}
 
 	// Sessions outlive ctx by the time that requests are given to end.
@@ -237,6 +243,12 @@ func (s *service) serve(ctx context.Context, listener, admin net.Listener) error
 	}
 	group.Go(serve(server, listener))
 	group.Go(serve(adminServer, admin))
+	var metricsAddr net.Addr
+	metricsServer := s.server(s.metricsHandler())
+	if watched != nil {
+		metricsAddr = watched.Addr()
+		group.Go(serve(metricsServer, watched))
+	}
 	group.Go(func() error { return s.nodes.Run(sessions) })
 	group.Go(func() error { return s.watch(ctx) })
 	if s.outbox != nil {
@@ -259,17 +271,38 @@ func (s *service) serve(ctx context.Context, listener, admin net.Listener) error
 		if err := adminServer.Close(); err != nil {
 			s.log.Warn("admin socket was not removed", "error", err)
 		}
+		_ = metricsServer.Close() // cuts who reads: it could only fail for the listener
 		s.dispatch.Close()
 		endSessions()
 		return nil
 	})
 	t := s.dispatch.Terms()
-	s.log.Info("serving", "network", t.Config.Network.Name, "address", listener.Addr().String(), "config", t.Digest, "version", t.Version, "key", s.key.Address())
+	s.log.Info("serving", "network", t.Config.Network.Name, "address", listener.Addr().String(), "metrics", metricsAddr, "config", t.Digest, "version", t.Version, "key", s.key.Address())
 	_, _ = daemon.SdNotify(false, daemon.SdNotifyReady) // likewise
 	if s.cfg.Ready != nil {
-		s.cfg.Ready(listener.Addr())
+		s.cfg.Ready(listener.Addr(), metricsAddr)
 	}
 	return group.Wait()
+}
+
+// server serves strangers.
+func (s *service) server(h http.Handler) *http.Server {
+	return &http.Server{
+		Handler:           h,
+		ReadHeaderTimeout: 10 * time.Second,
+		IdleTimeout:       2 * time.Minute,
+		MaxHeaderBytes:    32 << 10,
+		ErrorLog:          slog.NewLogLogger(s.log.Handler(), slog.LevelDebug), // failed handshakes of strangers
+	}
+}
+
+func (s *service) metricsHandler() http.Handler {
+	mux := http.NewServeMux()
+	mux.Handle("GET /metrics", s.metrics.Handler())
+	return http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		inTime(w)
+		mux.ServeHTTP(w, r)
+	})
 }
 
 func (s *service) handler() http.Handler {
@@ -281,19 +314,22 @@ func (s *service) handler() http.Handler {
 	mux.Handle("/v1/", gateway.New(s.store, s.dispatch, s.metrics, s.log, gateway.Options{
 		MaxUploadBytes: s.cfg.MaxUploadBytes, Share: s.cfg.KeyShare,
 	}))
-	mux.Handle("GET /metrics", s.metrics.Handler())
 	mux.HandleFunc("GET /healthz", s.healthz)
 	front, _ := parseProxies(s.cfg.TrustedProxies) // has been checked
 	return http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
 		r.RemoteAddr = front.client(r)
-		// Set for each request, since a deadline stays with a connection that is
-		// used again. What takes longer sets its own, and a WebSocket clears it.
-		// They fail on a closed connection only, and then so does all else.
-		rc, at := http.NewResponseController(w), time.Now().Add(smallTimeout)
-		_ = rc.SetReadDeadline(at)
-		_ = rc.SetWriteDeadline(at)
+		inTime(w) // what takes longer sets its own deadlines, and a WebSocket clears them
 		mux.ServeHTTP(w, r)
 	})
+}
+
+// inTime bounds a request and its answer. For each one, since a deadline stays with a
+// connection that is used again. It fails on a closed connection only, and then so
+// does all else.
+func inTime(w http.ResponseWriter) {
+	rc, at := http.NewResponseController(w), time.Now().Add(smallTimeout)
+	_ = rc.SetReadDeadline(at)
+	_ = rc.SetWriteDeadline(at)
 }
 
 // smallTimeout is how long a client may take to send a small request, and to

@@ -7,7 +7,6 @@ import (
 	"fmt"
 	"os"
 	"regexp"
-	"strconv"
 	"strings"
 	"testing"
 	"time"
@@ -144,34 +143,18 @@ func (w *world) checkPrograms(t *testing.T, points []Point) {
 
 // missing returns how many more answers clients have got than the network, since
 // it was started, has counted results. Before the load began, nobody listened.
-func (w *world) missing(t *testing.T) (n int) {
+func (w *world) missing(t *testing.T) int {
 	t.Helper()
 	defer w.load.quiet()()
-	last := -1
-	for {
-		// A result is counted when it is stored, which may be after its answer.
-		if n = w.counted(t); n == last {
+	for last := -1; ; {
+		n, err := w.Counted(t.Context())
+		must(t, err)
+		if n == last {
 			return w.load.count() - n
 		}
 		last = n
 		pause(t.Context(), 300*time.Millisecond)
 	}
-}
-
-var countedLine = regexp.MustCompile(`(?m)^resultity_results_total\{verdict="counted"\} (\d+)`)
-
-// counted returns how many results the network has counted since its start.
-func (w *world) counted(t *testing.T) int {
-	t.Helper()
-	_, raw, err := w.Do(t.Context(), "GET", "/metrics", nil)
-	must(t, err)
-	m := countedLine.FindSubmatch(raw)
-	if m == nil {
-		return 0
-	}
-	n, err := strconv.Atoi(string(m[1]))
-	must(t, err)
-	return n
 }
 
 // checkReceipts asks for the receipt of every answer once more.

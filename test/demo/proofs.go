@@ -350,7 +350,7 @@ func (d *demo) killedOnce(ctx context.Context, n *stack.Node) (string, error) {
 	if err := d.onlyOn(ctx, n); err != nil {
 		return "", err
 	}
-	before, err := d.results(ctx)
+	before, err := d.s.Counted(ctx)
 	if err != nil {
 		return "", err
 	}
@@ -362,7 +362,7 @@ func (d *demo) killedOnce(ctx context.Context, n *stack.Node) (string, error) {
 	if err := n.WaitStatus(ctx, "an empty outbox", func(s *control.Status) bool { return s.Outbox == 0 && s.Busy == 0 && s.GetsJobs() }); err != nil {
 		return "", err
 	}
-	after, err := d.results(ctx)
+	after, err := d.s.Counted(ctx)
 	if err == nil && after != before+1 {
 		err = fmt.Errorf("the network counted %d results, want 1", after-before)
 	}
@@ -388,18 +388,4 @@ func (d *demo) killWithResult(ctx context.Context, n *stack.Node) error {
 		return err
 	}
 	return n.Heal(ctx)
-}
-
-// results is how many results the network has counted.
-func (d *demo) results(ctx context.Context) (int, error) {
-	_, raw, err := d.s.Do(ctx, "GET", "/metrics", nil)
-	if err != nil {
-		return 0, err
-	}
-	for line := range strings.Lines(string(raw)) {
-		if v, ok := strings.CutPrefix(line, `resultity_results_total{verdict="counted"} `); ok {
-			return strconv.Atoi(strings.TrimSpace(v))
-		}
-	}
-	return 0, errors.New("no metric resultity_results_total")
 }

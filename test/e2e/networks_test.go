@@ -72,7 +72,7 @@ func secondNetwork(t *testing.T) (two side, publish func(change func(*snapshot.C
 	}
 	publish(func(*snapshot.Config) {})
 	token := run("token", "create", "--uses", "1", "--account", "second")
-	on(t, "systemd-run", "-q", "--unit=second-network", "resultity-network", "serve", "--config", "/dev/null", "--dir", dir, "--listen", ":8444",
+	on(t, "systemd-run", "-q", "--unit=second-network", "resultity-network", "serve", "--config", "/dev/null", "--dir", dir, "--listen", ":8444", "--metrics-listen", "",
 		"--tls-cert", "/etc/resultity-network/tls.crt", "--tls-key", "/etc/resultity-network/tls.key")
 	t.Cleanup(func() {
 		if _, err := s.Net.Output(context.Background(), "systemctl", "stop", "second-network"); err != nil {

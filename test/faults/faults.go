@@ -9,7 +9,6 @@ import (
 	"io"
 	"net/http"
 	"slices"
-	"strconv"
 	"strings"
 	"time"
 
@@ -120,7 +119,7 @@ func (w *World) look(ctx context.Context, want int) (s sight, err error) {
 		return s, err
 	}
 	for same := time.Now(); ; {
-		n, err := w.counted(ctx)
+		n, err := w.Counted(ctx)
 		if err != nil {
 			return s, err
 		}
@@ -134,20 +133,6 @@ func (w *World) look(ctx context.Context, want int) (s sight, err error) {
 			return s, err
 		}
 	}
-}
-
-// counted is how many results the network has counted since it was started.
-func (w *World) counted(ctx context.Context) (int, error) {
-	_, raw, err := w.Do(ctx, "GET", "/metrics", nil)
-	if err != nil {
-		return 0, err
-	}
-	for line := range strings.Lines(string(raw)) {
-		if v, ok := strings.CutPrefix(line, `resultity_results_total{verdict="counted"} `); ok {
-			return strconv.Atoi(strings.TrimSpace(v))
-		}
-	}
-	return 0, nil // none yet
 }
 
 // Faults are all of them.

@@ -208,7 +208,7 @@ func (l *local) site() site {
 		Machine: l, prefix: l.base, units: l.units(), unit: localUnit,
 		ctl: []string{"systemctl", "--user"}, start: []string{"start"}, address: l.Addr().String(),
 	}
-	for _, p := range []*string{&s.networkPort, &s.registryPort, &s.modelPort} {
+	for _, p := range []*string{&s.networkPort, &s.metricsPort, &s.registryPort, &s.modelPort} {
 		*p = freePort(s.address)
 	}
 	return s

@@ -36,14 +36,14 @@ type site struct {
 	start   []string // its command that starts a unit
 	address string   // that services listen on; empty for all
 
-	networkPort, registryPort, modelPort string
+	networkPort, metricsPort, registryPort, modelPort string
 }
 
 // hostSite is a host that is all ours.
 func hostSite(h *host.Host) site {
 	return site{
 		Machine: h, units: "/etc/systemd/system", ctl: []string{"systemctl"}, start: []string{"enable", "--now"},
-		networkPort: "8443", registryPort: "5000", modelPort: "9443",
+		networkPort: "8443", metricsPort: "9464", registryPort: "5000", modelPort: "9443",
 	}
 }
 

@@ -21,6 +21,8 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
+	"regexp"
+	"strconv"
 	"strings"
 	"sync"
 	"time"
@@ -477,7 +479,7 @@ func (s *Stack) startNetwork(ctx context.Context, a Artifacts) error {
 		return err
 	}
 	if s.local != nil {
-		if err := n.service(ctx, "resultity-network", program, "serve", "--config", "/dev/null", "--dir", dir, "--listen", n.listen(n.networkPort),
+		if err := n.service(ctx, "resultity-network", program, "serve", "--config", "/dev/null", "--dir", dir, "--listen", n.listen(n.networkPort), "--metrics-listen", n.listen(n.metricsPort),
 			"--tls-cert", etc+"/tls.crt", "--tls-key", etc+"/tls.key"); err != nil {
 			return err
 		}
@@ -500,7 +502,7 @@ func (s *Stack) installNetwork(ctx context.Context, tree string) error {
 		return err
 	}
 	if err := n.WriteFile("/etc/resultity-network/network.toml", fmt.Appendf(nil,
-		"listen = %q\ntls_cert = \"/etc/resultity-network/tls.crt\"\ntls_key = \"/etc/resultity-network/tls.key\"\n", n.listen(n.networkPort)), 0o644); err != nil {
+		"listen = %q\nmetrics_listen = %q\ntls_cert = \"/etc/resultity-network/tls.crt\"\ntls_key = \"/etc/resultity-network/tls.key\"\n", n.listen(n.networkPort), n.listen(n.metricsPort)), 0o644); err != nil {
 		return err
 	}
 	const script = `systemd-sysusers resultity-network.conf
@@ -596,6 +598,34 @@ func (s *Stack) Do(ctx context.Context, method, path string, body any) (*http.Re
 	defer res.Body.Close() // read to its end below
 	raw, err := io.ReadAll(io.LimitReader(res.Body, 32<<20))
 	return res, raw, err
+}
+
+var counted = regexp.MustCompile(`(?m)^resultity_results_total\{verdict="counted"\} (\d+)$`)
+
+// Counted returns how many results the network has counted since its service began.
+// A result is counted when it is stored, which may be after its answer.
+func (s *Stack) Counted(ctx context.Context) (int, error) {
+	req, err := http.NewRequestWithContext(ctx, http.MethodGet, "http://"+net.JoinHostPort(s.net.Addr().String(), s.net.metricsPort)+"/metrics", nil)
+	if err != nil {
+		return 0, err
+	}
+	res, err := s.HTTP.Do(req)
+	if err != nil {
+		return 0, err
+	}
+	defer res.Body.Close() // read to its end below
+	raw, err := io.ReadAll(io.LimitReader(res.Body, 1<<20))
+	if err != nil {
+		return 0, err
+	}
+	if res.StatusCode != http.StatusOK {
+		return 0, fmt.Errorf("metrics: %s", res.Status)
+	}
+	m := counted.FindSubmatch(raw)
+	if m == nil {
+		return 0, nil // none yet
+	}
+	return strconv.Atoi(string(m[1]))
 }
 
 // Open sends an API request; the caller reads and closes the body.

@@ -276,6 +276,7 @@ func serveCommand() *cobra.Command {
 	f.StringVar(&file, "config", "", "network.toml; flags win over it (default: "+network.ConfigFile+", if it is there)")
 	f.StringVar(&c.Dir, "dir", c.Dir, "directory of the network")
 	f.StringVar(&c.Listen, "listen", c.Listen, "host:port; an empty host means every address")
+	f.StringVar(&c.MetricsListen, "metrics-listen", c.MetricsListen, "host:port of GET /metrics; empty for nowhere")
 	f.StringVar(&c.TLSCert, "tls-cert", c.TLSCert, "certificate chain, PEM")
 	f.StringVar(&c.TLSKey, "tls-key", c.TLSKey, "its key, PEM")
 	f.StringVar(&c.LogLevel, "log-level", c.LogLevel, "debug, info, warn or error")
@@ -289,7 +290,7 @@ func serveCommand() *cobra.Command {
 				return err
 			}
 			for name, v := range map[string][2]*string{
-				"dir": {&c.Dir, &given.Dir}, "listen": {&c.Listen, &given.Listen}, "tls-cert": {&c.TLSCert, &given.TLSCert},
+				"dir": {&c.Dir, &given.Dir}, "listen": {&c.Listen, &given.Listen}, "metrics-listen": {&c.MetricsListen, &given.MetricsListen}, "tls-cert": {&c.TLSCert, &given.TLSCert},
 				"tls-key": {&c.TLSKey, &given.TLSKey}, "log-level": {&c.LogLevel, &given.LogLevel},
 			} {
 				if f.Changed(name) {
