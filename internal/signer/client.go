@@ -12,6 +12,7 @@ import (
 	"github.com/resultity/node/internal/digest"
 	"github.com/resultity/node/internal/evm"
 	"github.com/resultity/node/internal/receipt"
+	"github.com/resultity/node/internal/receiptlog"
 	"github.com/resultity/node/internal/wire"
 )
 
@@ -210,6 +211,18 @@ func (c *Client) Receipt(chainID uint64, r receipt.Receipt) (receipt.Signed, err
 	}
 	r.Sequence = binary.BigEndian.Uint64(b)
 	return r.With(chainID, evm.Signature(b[8:])), nil
+}
+
+// Head implements [Signer].
+func (c *Client) Head(chainID uint64, h receiptlog.Head) (*receiptlog.SignedHead, error) {
+	b, err := c.askJSON(kindHead, headRequest{chainID, h})
+	if err == nil && len(b) != len(evm.Signature{}) {
+		err = fmt.Errorf("%w: a signature of %d bytes", ErrFailed, len(b))
+	}
+	if err != nil {
+		return nil, err
+	}
+	return &receiptlog.SignedHead{Head: h, ChainID: chainID, Signature: evm.Signature(b)}, nil
 }
 
 // Takeover implements [Signer].

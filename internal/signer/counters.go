@@ -19,6 +19,7 @@ import (
 	"github.com/resultity/node/internal/durable"
 	"github.com/resultity/node/internal/evm"
 	"github.com/resultity/node/internal/failpoint"
+	"github.com/resultity/node/internal/receiptlog"
 )
 
 // Errors about counters.
@@ -42,9 +43,15 @@ const (
 )
 
 // Counters are the numbers of a key that never go back: how many times its
-// signer has been started, and the hellos for each network. Receipts are counted
-// within one start, so that none of them waits for the disk. Safe for concurrent
-// use.
+// signer has been started, the hellos for each network, and the receipt log of
+// each, by its last head. Receipts are counted within one start, so that none of
+// them waits for the disk. Safe for concurrent use.
+//
+// A head that is larger than the last one is taken without a proof that it begins
+// with that: the agent makes the log. A node whose disk was
+// replaced goes on from its network's copy of the log. Should that lack
+// what the last head had, it has no heads until the log is larger, or until the
+// operator takes the key over, which forgets them; it works all the while.
 //
 // The file has two slots of fixed size that are written in turn, so that a torn
 // write leaves the other one, and that a full disk is no reason not to write.
@@ -68,9 +75,16 @@ type Counts struct {
 	Starts   uint64            `json:"starts"`
 	Networks map[string]uint64 `json:"networks"` // hellos
 	Chains   []uint64          `json:"chains"`   // that receipts were signed for
+	Heads    map[string]Log    `json:"heads"`    // the last head for each network
 }
 
-const slotSize = 2048
+// Log is what a head has stated.
+type Log struct {
+	Size uint64   `json:"size"`
+	Root evm.Hash `json:"root"`
+}
+
+const slotSize = 4096
 
 // OpenCounters opens the counters of a key, which are made where there are none,
 // and counts a start. Starts begin with the time in seconds: where the file was
@@ -200,7 +214,7 @@ func (c *Counters) write(next Counts) error {
 }
 
 func (v Counts) clone() Counts {
-	v.Networks, v.Chains = maps.Clone(v.Networks), slices.Clone(v.Chains)
+	v.Networks, v.Chains, v.Heads = maps.Clone(v.Networks), slices.Clone(v.Chains), maps.Clone(v.Heads)
 	return v
 }
 
@@ -248,6 +262,37 @@ func (c *Counters) may(network string) error {
 		return fmt.Errorf("%w: network %s would be one more than %d", ErrTerms, network, maxNetworks)
 	}
 	return nil
+}
+
+// head writes down that a head is the last one of its network.
+func (c *Counters) head(chain uint64, h *receiptlog.Head) error {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	if err := c.may(h.Network); err != nil {
+		return err
+	}
+	if own, ok := c.allowed[h.Network]; ok && own != chain {
+		return fmt.Errorf("%w: chain %d for network %s", ErrTerms, chain, h.Network)
+	}
+	if err := c.admit(chain); err != nil {
+		return err
+	}
+	next, is := c.now.clone(), Log{h.Size, h.Root}
+	last, known := next.Heads[h.Network]
+	switch {
+	case known && is == last:
+		return nil
+	case known && is.Size <= last.Size:
+		return fmt.Errorf("%w: of %d receipts, and is asked for %d", ErrBehind, last.Size, is.Size)
+	}
+	if next.Heads == nil {
+		next.Heads = map[string]Log{}
+	}
+	next.Heads[h.Network] = is
+	if _, known := next.Networks[h.Network]; !known {
+		next.Networks[h.Network] = 0
+	}
+	return c.write(next)
 }
 
 // receipt counts one receipt for a chain.
@@ -303,6 +348,7 @@ func (v Counts) Takeover() Counts {
 	for name, n := range v.Networks {
 		v.Networks[name] = (n/epoch + 1) * epoch
 	}
+	v.Heads = nil
 	v.Starts = max(v.Starts+1, uint64(time.Now().Unix()))
 	return v
 }
@@ -313,6 +359,14 @@ func (v Counts) Above(other Counts) Counts {
 	v.Starts = max(v.Starts, other.Starts)
 	for name, n := range other.Networks {
 		v.Networks[name] = max(v.Networks[name], n)
+	}
+	for name, l := range other.Heads {
+		if v.Heads == nil {
+			v.Heads = map[string]Log{}
+		}
+		if v.Heads[name].Size < l.Size {
+			v.Heads[name] = l
+		}
 	}
 	for _, id := range other.Chains {
 		if !slices.Contains(v.Chains, id) {

@@ -9,6 +9,7 @@ import (
 	"time"
 
 	"github.com/resultity/node/internal/evm"
+	"github.com/resultity/node/internal/receiptlog"
 )
 
 var node = evm.Address{1}
@@ -108,6 +109,64 @@ func TestCountersRefused(t *testing.T) {
 	openCounters(t, name)
 	if _, err := OpenCounters(name, evm.Address{2}); !errors.Is(err, ErrCounters) || !strings.Contains(err.Error(), "belong to node") {
 		t.Errorf("of another key: %v", err)
+	}
+}
+
+// The key states no smaller log than before, nor another one of the same size,
+// over restarts too; until whoever moves it on purpose says so.
+func TestHeadsNeverGoBack(t *testing.T) {
+	name := filepath.Join(t.TempDir(), "counters")
+	c := openCounters(t, name)
+	say := func(c *Counters, network string, size uint64, root string) error {
+		return c.head(31337, &receiptlog.Head{Node: node, Network: network, Size: size, Root: evm.Keccak([]byte(root))})
+	}
+	for i, want := range []struct {
+		network string
+		size    uint64
+		root    string
+		err     error
+	}{
+		{"testnet", 0, "none", nil},
+		{"testnet", 0, "other", ErrBehind},
+		{"testnet", 5, "a", nil},
+		{"testnet", 5, "a", nil}, // again
+		{"testnet", 5, "b", ErrBehind},
+		{"testnet", 4, "a", ErrBehind},
+		{"mainnet", 1, "b", nil}, // a log of its own
+		{"testnet", 6, "b", nil},
+		{"testnet", 5, "a", ErrBehind},
+	} {
+		if err := say(c, want.network, want.size, want.root); !errors.Is(err, want.err) {
+			t.Errorf("%d: head of %d in %s: %v, want %v", i, want.size, want.network, err, want.err)
+		}
+		c = openCounters(t, name)
+	}
+	if err := c.Takeover(); err != nil {
+		t.Fatal(err)
+	}
+	if err := say(openCounters(t, name), "testnet", 1, "c"); err != nil {
+		t.Errorf("after a takeover: %v", err)
+	}
+	larger := Counts{Heads: map[string]Log{"testnet": {Size: 9}}}
+	for _, v := range []Counts{larger.Above(Counts{Heads: map[string]Log{"testnet": {Size: 8}}}), Counts{}.Above(larger)} {
+		if v.Heads["testnet"].Size != 9 {
+			t.Errorf("merged counts have the head of %d receipts", v.Heads["testnet"].Size)
+		}
+	}
+}
+
+// Counts with all their bounds used have room in a slot.
+func TestCountsFit(t *testing.T) {
+	v := Counts{Node: node, Starts: 1<<64 - 1, Networks: map[string]uint64{}, Heads: map[string]Log{}}
+	for i := range maxNetworks {
+		name := strings.Repeat(string(rune('a'+i)), 64)
+		v.Networks[name], v.Heads[name] = 1<<64-1, Log{receiptlog.MaxSize, evm.Keccak()}
+	}
+	for i := range maxChains {
+		v.Chains = append(v.Chains, 1<<64-1-uint64(i))
+	}
+	if _, err := FormatCounts(v); err != nil {
+		t.Error(err)
 	}
 }
 

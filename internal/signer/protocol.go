@@ -13,6 +13,7 @@ import (
 	"github.com/resultity/node/internal/digest"
 	"github.com/resultity/node/internal/evm"
 	"github.com/resultity/node/internal/receipt"
+	"github.com/resultity/node/internal/receiptlog"
 	"github.com/resultity/node/internal/wire"
 )
 
@@ -28,12 +29,13 @@ const (
 	kindBinding      kind = 'b' // wire.BindRequest
 	kindLogs         kind = 'l' // wire.LogBatch
 	kindReceipt      kind = 'c' // chain and receipt, see encodeReceipt
+	kindHead         kind = 'm' // headRequest
 	kindTakeover     kind = 't' // counts go on elsewhere
 )
 
 var kindNames = map[kind]string{
 	kindHello: "hello", kindRegistration: "registration", kindBinding: "binding",
-	kindLogs: "logs", kindReceipt: "receipt", kindTakeover: "takeover",
+	kindLogs: "logs", kindReceipt: "receipt", kindHead: "head", kindTakeover: "takeover",
 }
 
 func (k kind) String() string {
@@ -61,6 +63,11 @@ var (
 	// is broken.
 	ErrFailed = errors.New("the signer has failed")
 
+	// ErrBehind says that a head of a receipt log goes back behind one that was
+	// signed before: the key states no smaller log, and no other one of the same
+	// size.
+	ErrBehind = errors.New("the key has signed a head of a larger receipt log")
+
 	// ErrCaller says that the signer is not there for this account.
 	ErrCaller = errors.New("the signer does not serve this account")
 
@@ -69,7 +76,7 @@ var (
 )
 
 // codes are the first byte of a reply. 0 is success.
-var codes = []error{nil, ErrMalformed, ErrTerms, ErrNode, ErrFailed, ErrCaller, ErrCrowded}
+var codes = []error{nil, ErrMalformed, ErrTerms, ErrNode, ErrFailed, ErrCaller, ErrCrowded, ErrBehind}
 
 func encodeError(err error) []byte {
 	for code, known := range codes[1:] {
@@ -101,6 +108,12 @@ type helloRequest struct {
 	Agent     string        `json:"agent"`
 	Config    digest.Digest `json:"config"`
 	Time      int64         `json:"time"` // Unix milliseconds
+}
+
+// headRequest is a head and the chain that it is signed for.
+type headRequest struct {
+	ChainID uint64          `json:"chain_id"`
+	Head    receiptlog.Head `json:"head"`
 }
 
 // strict decodes exactly one JSON value without unknown fields.
@@ -220,6 +233,16 @@ func (l *Local) answer(req []byte) ([]byte, error) {
 		}
 		text, sig, err := wire.SignLogs(l.key, &b)
 		return append(sig[:], text...), err
+	case kindHead:
+		var q headRequest
+		if err := strict(body, &q); err != nil {
+			return nil, err
+		}
+		s, err := l.Head(q.ChainID, q.Head)
+		if err != nil {
+			return nil, err
+		}
+		return s.Signature[:], nil
 	default:
 		return nil, fmt.Errorf("%w: %s", ErrMalformed, k)
 	}

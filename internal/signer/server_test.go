@@ -19,6 +19,7 @@ import (
 	"github.com/resultity/node/internal/evm"
 	"github.com/resultity/node/internal/journal"
 	"github.com/resultity/node/internal/receipt"
+	"github.com/resultity/node/internal/receiptlog"
 	"github.com/resultity/node/internal/wire"
 )
 
@@ -171,6 +172,18 @@ func TestEveryStatement(t *testing.T) {
 	if b, who, err := logs.Open(); err != nil || who != s.key.Address() || b.Last != 1 {
 		t.Errorf("logs %+v by %s, %v", b, who, err)
 	}
+	head := receiptlog.Head{Node: s.key.Address(), Network: "testnet", Size: 7, Root: evm.Keccak([]byte("root")), Time: 5}
+	h, err := c.Head(31337, head)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := h.Verify(); err != nil || h.Head != head || h.ChainID != 31337 {
+		t.Errorf("head %+v, %v", h, err)
+	}
+	head.Size--
+	if _, err := c.Head(31337, head); !errors.Is(err, ErrBehind) {
+		t.Errorf("a head of a smaller log: %v", err)
+	}
 	if err := c.Takeover(); err != nil {
 		t.Error(err)
 	}
@@ -258,6 +271,11 @@ func TestRefusals(t *testing.T) {
 		"another's binding":          {enc(kindBinding, wire.BindRequest{Network: "testnet", Node: other}), ErrNode},
 		"a binding with fields more": {enc(kindBinding, map[string]any{"order": 1}), ErrMalformed},
 		"another's logs":             {enc(kindLogs, wire.LogBatch{Network: "testnet", Node: other}), ErrNode},
+		"another's head":             {enc(kindHead, headRequest{1, receiptlog.Head{Node: other, Network: "testnet"}}), ErrNode},
+		"a head to nowhere":          {enc(kindHead, headRequest{1, receiptlog.Head{Node: s.key.Address()}}), ErrMalformed},
+		"a head of too large a log":  {enc(kindHead, headRequest{1, receiptlog.Head{Node: s.key.Address(), Network: "testnet", Size: receiptlog.MaxSize + 1}}), ErrMalformed},
+		"a head with fields more":    {enc(kindHead, map[string]any{"chain_id": 1, "hash": 1}), ErrMalformed},
+		"a root alone":               {append([]byte{byte(kindHead)}, make([]byte, 32)...), ErrMalformed},
 		"a takeover and more":        {[]byte{byte(kindTakeover), 0}, ErrMalformed},
 	} {
 		replies, err := s.raw(c.packet, good)
@@ -294,6 +312,17 @@ func TestAllowed(t *testing.T) {
 	}
 	if _, err := l.Hello(wire.Terms{Network: "testnet"}, wire.Hello{}, time.Now()); err != nil {
 		t.Error(err)
+	}
+	h := receiptlog.Head{Node: l.Address(), Network: "testnet", Size: 1}
+	if _, err := l.Head(31337, h); err != nil {
+		t.Error(err)
+	}
+	if _, err := l.Head(1, h); !errors.Is(err, ErrTerms) {
+		t.Errorf("head for another chain: %v", err)
+	}
+	h.Network = "mainnet"
+	if _, err := l.Head(31337, h); !errors.Is(err, ErrTerms) {
+		t.Errorf("head for another network: %v", err)
 	}
 	if _, err := l.Hello(wire.Terms{Network: "mainnet"}, wire.Hello{}, time.Now()); !errors.Is(err, ErrTerms) {
 		t.Errorf("hello to another network: %v", err)

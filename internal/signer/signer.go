@@ -7,10 +7,12 @@
 package signer
 
 import (
+	"fmt"
 	"time"
 
 	"github.com/resultity/node/internal/evm"
 	"github.com/resultity/node/internal/receipt"
+	"github.com/resultity/node/internal/receiptlog"
 	"github.com/resultity/node/internal/wire"
 )
 
@@ -28,6 +30,9 @@ type Signer interface {
 	Logs(b wire.LogBatch, data []byte) (*wire.Logs, error)
 	// Receipt signs a receipt for a chain, and gives it its sequence.
 	Receipt(chainID uint64, r receipt.Receipt) (receipt.Signed, error)
+	// Head signs a head of the node's receipt log for a chain. It fails with
+	// [ErrBehind] for one that goes back behind a head that was signed before.
+	Head(chainID uint64, h receiptlog.Head) (*receiptlog.SignedHead, error)
 	// Takeover has the counts go on where no other holder of the key is, for
 	// whoever has moved or restored it.
 	Takeover() error
@@ -81,4 +86,18 @@ func (l *Local) Receipt(chainID uint64, r receipt.Receipt) (receipt.Signed, erro
 		return receipt.Signed{}, err
 	}
 	return r.Sign(chainID, l.key)
+}
+
+// Head implements [Signer].
+func (l *Local) Head(chainID uint64, h receiptlog.Head) (*receiptlog.SignedHead, error) {
+	if err := h.Bound(); err != nil {
+		return nil, fmt.Errorf("%w: %w", ErrMalformed, err)
+	}
+	if err := l.own(h.Node); err != nil {
+		return nil, err
+	}
+	if err := l.head(chainID, &h); err != nil {
+		return nil, err
+	}
+	return h.Sign(chainID, l.key)
 }
