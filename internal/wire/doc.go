@@ -354,7 +354,8 @@
 // requestHash is SHA-256 of Job.Request and responseHash SHA-256 of
 // Result.Response: the bytes that the client sent and got. imageDigest is that of
 // the image's manifest; modelDigest is SHA-256 over the lines that sha256sum
-// prints for the model's files, sorted by path. sequence is never 0 and never twice
+// prints for the model's files, sorted by path; classDigest is that of the class
+// (see Messages) in which the job ran. sequence is never 0 and never twice
 // the same for a node and a chain: its upper 32 bits say how many times whoever
 // holds the node's key has been started, its lower ones are the receipt's number
 // since, from 1. Two receipts with one sequence show two holders of the key; a gap

@@ -16,6 +16,7 @@ package work
 
 import (
 	"bytes"
+	"cmp"
 	"context"
 	"errors"
 	"fmt"
@@ -518,7 +519,7 @@ func (w *Worker) conclude(ctx context.Context, k *job, a *Active, started time.T
 			RequestHash: digest.Of(k.Request), ResponseHash: digest.Of(res.Body),
 		},
 		Claimed: receipt.Claimed{
-			ClassDigest: receipt.Unknown, PromptTokens: res.Usage.PromptTokens, CompletionTokens: res.Usage.CompletionTokens,
+			ClassDigest: cmp.Or(a.Class, receipt.Unknown), PromptTokens: res.Usage.PromptTokens, CompletionTokens: res.Usage.CompletionTokens,
 			// The clock may have been set while the engine worked.
 			StartedAt: uint64(started.UnixMilli()), FinishedAt: uint64(max(finished.UnixMilli(), started.UnixMilli())),
 		},

@@ -197,7 +197,7 @@ func newNode(t testing.TB, e script) *node {
 	}
 	n := &node{t: t, path: filepath.Join(t.TempDir(), "jobs"), key: key, log: new(bytes.Buffer), now: time.Now}
 	n.open()
-	n.active = &Active{Snapshot: verified(t, config()), Image: digest.Of([]byte("image")), Model: digest.Of([]byte("model")), Engine: e}
+	n.active = &Active{Snapshot: verified(t, config()), Image: digest.Of([]byte("image")), Model: digest.Of([]byte("model")), Class: digest.Of([]byte("class")), Engine: e}
 	t.Cleanup(func() {
 		_ = n.state.Close()
 		if s := n.log.String(); strings.Contains(s, prompt) || strings.Contains(s, answer) {
@@ -241,7 +241,7 @@ func (n *node) begin(a *Active) (stop func() error) {
 
 // anew is a deployment that has been validated once more.
 func anew(a *Active) *Active {
-	return &Active{Snapshot: a.Snapshot, Image: a.Image, Model: a.Model, Engine: a.Engine}
+	return &Active{Snapshot: a.Snapshot, Image: a.Image, Model: a.Model, Class: a.Class, Engine: a.Engine}
 }
 
 func (n *node) send(m wire.Message) error {
@@ -333,7 +333,7 @@ func (n *node) answered(j *wire.Job, m wire.Message, body string) {
 			RequestHash: digest.Of(j.Request), ResponseHash: digest.Of([]byte(body)),
 		},
 		Claimed: receipt.Claimed{
-			ClassDigest: receipt.Unknown, PromptTokens: 3, CompletionTokens: 4,
+			ClassDigest: cmp.Or(n.active.Class, receipt.Unknown), PromptTokens: 3, CompletionTokens: 4,
 			StartedAt: got.Claimed.StartedAt, FinishedAt: got.Claimed.FinishedAt,
 		},
 		Sequence: got.Sequence,
@@ -387,6 +387,18 @@ func TestAJobFromEndToEnd(t *testing.T) {
 		n.worker.Ack(&wire.Ack{Jobs: []receipt.JobID{j.ID, receipt.NewJobID()}})
 		n.status(Status{Slots: 2})
 		n.expect()
+	})
+}
+
+// A receipt of a runtime that is in no class says so in its place.
+func TestReceiptWithoutAClass(t *testing.T) {
+	bubble(t, func(t *testing.T) {
+		n := newNode(t, say(answer))
+		n.active.Class = digest.Digest{}
+		n.begin(n.active)
+		j := n.job(false)
+		n.worker.Job(j)
+		n.answered(j, n.expect("accept", "result")[1], answer)
 	})
 }
 
