@@ -47,9 +47,10 @@
 //
 // The engine is started in / with the bridge's environment but for what systemd
 // said in it, in a process group of its own, unable to trace the bridge, and
-// under one more system call filter. It makes unix, internet and netlink
-// sockets only, since others are not held by a network namespace. It makes no
-// namespaces and no mounts, reaches into no other process, and has none of the
+// under one more system call filter. It makes unix, TCP, UDP and route (netlink)
+// sockets only, since others are not held by a network namespace, or lead to parts
+// of the kernel that no engine needs. It makes no namespaces and no mounts, reaches
+// into no other process, sets limits of its own only, and has none of the
 // kernel's keys, io_uring, bpf, performance events or userfaultfd. The bridge
 // has tried each of these calls before. Where the kernel has Landlock, the
 // engine can change files below the --writable paths alone, which leaves out the

@@ -2,8 +2,8 @@ package sandbox
 
 import "runtime"
 
-// Confine runs f on a thread of its own that can make only unix, internet and
-// netlink sockets and no namespaces, and do nothing else that an engine has no
+// Confine runs f on a thread of its own that can make only unix, TCP, UDP and
+// route sockets and no namespaces, and do nothing else that an engine has no
 // use for; see filter.go. Where the kernel has Landlock, it can change files
 // only below o.Writable. What f starts with fork and exec is confined in the
 // same way and cannot undo it; the rest of this process is not.

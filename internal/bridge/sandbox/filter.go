@@ -7,8 +7,22 @@ import (
 	"unsafe"
 )
 
-// families are the kinds of sockets that a network namespace holds.
-var families = []uint32{syscall.AF_UNIX, syscall.AF_INET, syscall.AF_INET6, syscall.AF_NETLINK}
+// families are the kinds of sockets that a network namespace holds, and those
+// protocols of each that an engine has a use for. A user may have the kernel load
+// the modules of others (SCTP, DCCP), and netlink leads to many parts of the kernel
+// beside the routes that the C library looks at.
+var families = []family{
+	{syscall.AF_UNIX, []uint32{0, syscall.AF_UNIX}},
+	{syscall.AF_INET, internet}, {syscall.AF_INET6, internet},
+	{syscall.AF_NETLINK, []uint32{syscall.NETLINK_ROUTE}},
+}
+
+var internet = []uint32{0, syscall.IPPROTO_TCP, syscall.IPPROTO_UDP}
+
+type family struct {
+	number    uint32
+	protocols []uint32
+}
 
 // native is the kernel's name for an architecture's own system calls. The table
 // of calls below has a column for each.
@@ -36,6 +50,7 @@ func (c call) number(goarch string) uint32 {
 
 // Calls of which some are fine.
 var (
+	prlimitCall    = call{"prlimit64", 302, 261}
 	socketCall     = call{"socket", 41, 198}
 	socketpairCall = call{"socketpair", 53, 199}
 	cloneCall      = call{"clone", 56, 220}
@@ -66,7 +81,7 @@ var refused = []call{
 	{"fsmount", 432, 432}, {"fspick", 433, 433}, {"mount_setattr", 442, 442}, {"open_tree_attr", 467, 467},
 	{"swapon", 167, 224}, {"swapoff", 168, 225}, {"quotactl", 179, 60}, {"quotactl_fd", 443, 443},
 	// Files and processes by other names than those that a namespace has.
-	{"open_by_handle_at", 304, 265}, {"ptrace", 101, 117}, {"kcmp", 312, 272},
+	{"open_by_handle_at", 304, 265}, {"name_to_handle_at", 303, 264}, {"ptrace", 101, 117}, {"kcmp", 312, 272},
 	{"process_vm_readv", 310, 270}, {"process_vm_writev", 311, 271}, {"process_madvise", 440, 440},
 	// The kernel's keys are not in any namespace.
 	{"add_key", 248, 217}, {"request_key", 249, 218}, {"keyctl", 250, 219},
@@ -115,9 +130,12 @@ func filterCalls() error {
 }
 
 // program is what the kernel runs at each system call. It reads seccomp_data:
-// the number at 0, the architecture at 4, the low half of the first argument, on
-// both (little-endian) architectures, at 16.
+// the number at 0, the architecture at 4, and from 16 on the arguments, of which
+// the low half comes first on both (little-endian) architectures.
 type program []syscall.SockFilter
+
+// argument is where the low half of the n-th argument is.
+func argument(n uint32) uint32 { return 16 + 8*n }
 
 func load(at uint32) syscall.SockFilter {
 	return syscall.SockFilter{Code: syscall.BPF_LD | syscall.BPF_W | syscall.BPF_ABS, K: at}
@@ -160,15 +178,23 @@ func filter(goarch string) (program, error) {
 		}
 	}
 	without := func(flags uint32) program {
-		then := program{load(16)}
+		then := program{load(argument(0))}
 		then.on(hasAny, flags, fail(syscall.EPERM))
 		return append(then, answer(seccompAllow))
 	}
 	p.on(equal, cloneCall.number(goarch), without(newNamespaces)...)
 	p.on(equal, unshareCall.number(goarch), without(newNamespaces|newTime)...)
-	then := program{load(16)}
+	// A limit of the bridge's would be the engine's to set, as they have one user.
+	own := program{load(argument(0))}
+	own.on(equal, 0, answer(seccompAllow))
+	p.on(equal, prlimitCall.number(goarch), append(own, fail(syscall.EPERM))...)
+	then := program{load(argument(0))}
 	for _, f := range families {
-		then.on(equal, f, answer(seccompAllow))
+		protocol := program{load(argument(2))}
+		for _, n := range f.protocols {
+			protocol.on(equal, n, answer(seccompAllow))
+		}
+		then.on(equal, f.number, append(protocol, fail(syscall.EPROTONOSUPPORT))...)
 	}
 	then = append(then, fail(syscall.EAFNOSUPPORT))
 	for _, c := range []call{socketCall, socketpairCall} {
@@ -204,5 +230,6 @@ func passing() []string {
 	try(cloneCall, syscall.EPERM, syscall.CLONE_NEWNS|syscall.CLONE_FS)
 	try(unshareCall, syscall.EPERM, 1<<62|syscall.CLONE_NEWUSER)
 	try(unshareCall, syscall.EPERM, 1<<62|syscall.CLONE_NEWNS)
+	try(prlimitCall, syscall.EPERM, 1)
 	return names
 }

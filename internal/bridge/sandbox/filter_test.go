@@ -14,9 +14,12 @@ import (
 )
 
 // run interprets a filter's program on one system call, as the kernel does.
-func run(t *testing.T, prog program, arch, nr, arg uint32) uint32 {
+func run(t *testing.T, prog program, arch, nr uint32, args ...uint32) uint32 {
 	t.Helper()
-	data := map[uint32]uint32{0: nr, 4: arch, 16: arg}
+	data := map[uint32]uint32{0: nr, 4: arch, 16: 0, 24: 0, 32: 0}
+	for i, a := range args {
+		data[16+8*uint32(i)] = a
+	}
 	var a uint32
 	for pc := 0; pc < len(prog); pc++ {
 		switch i := prog[pc]; i.Code {
@@ -68,6 +71,7 @@ func TestFilterRefusesWhatTheTablesSay(t *testing.T) {
 		for _, c := range []call{socketCall, socketpairCall} {
 			want[c.number(goarch)] = errno(syscall.EAFNOSUPPORT) // with the argument below
 		}
+		want[prlimitCall.number(goarch)] = errno(syscall.EPERM)
 		for nr := range uint32(700) {
 			w, ok := want[nr]
 			if !ok {
@@ -88,6 +92,26 @@ func TestFilterRefusesWhatTheTablesSay(t *testing.T) {
 	}
 }
 
+// usual are the sockets that an engine may make, by family and protocols.
+var usual = map[uint32][]uint32{1: {0, 1}, 2: {0, 6, 17}, 10: {0, 6, 17}, 16: {0}}
+
+func TestFilterLetsOnlyOwnLimitsPass(t *testing.T) {
+	for goarch, arch := range native {
+		prog, err := filter(goarch)
+		if err != nil {
+			t.Fatal(err)
+		}
+		if got := run(t, prog, arch, prlimitCall.number(goarch), 0, 7); got != seccompAllow {
+			t.Errorf("%s, own: %#x", goarch, got)
+		}
+		for _, pid := range []uint32{1, 2, 40, 1 << 31} {
+			if got := run(t, prog, arch, prlimitCall.number(goarch), pid, 7); got != errno(syscall.EPERM) {
+				t.Errorf("%s, process %d: %#x", goarch, pid, got)
+			}
+		}
+	}
+}
+
 func TestFilterLetsOnlyNamespacedSocketsPass(t *testing.T) {
 	for goarch, arch := range native {
 		prog, err := filter(goarch)
@@ -96,12 +120,17 @@ func TestFilterLetsOnlyNamespacedSocketsPass(t *testing.T) {
 		}
 		for _, c := range []call{socketCall, socketpairCall} {
 			for family := range uint32(256) {
-				want := errno(syscall.EAFNOSUPPORT)
-				if slices.Contains(families, family) {
-					want = seccompAllow
-				}
-				if got := run(t, prog, arch, c.number(goarch), family); got != want {
-					t.Errorf("%s, %s, family %d: %#x, want %#x", goarch, c.name, family, got, want)
+				for protocol := range uint32(300) {
+					want := errno(syscall.EAFNOSUPPORT)
+					if protocols, ok := usual[family]; ok {
+						want = errno(syscall.EPROTONOSUPPORT)
+						if slices.Contains(protocols, protocol) {
+							want = seccompAllow
+						}
+					}
+					if got := run(t, prog, arch, c.number(goarch), family, syscall.SOCK_STREAM, protocol); got != want {
+						t.Errorf("%s, %s, family %d, protocol %d: %#x, want %#x", goarch, c.name, family, protocol, got, want)
+					}
 				}
 			}
 		}
@@ -149,7 +178,7 @@ func TestNumbersAreTheKernels(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	all := append(slices.Concat(refused, unknown), socketCall, socketpairCall, cloneCall, unshareCall)
+	all := append(slices.Concat(refused, unknown), prlimitCall, socketCall, socketpairCall, cloneCall, unshareCall)
 	for goarch := range native {
 		file, err := parser.ParseFile(token.NewFileSet(), filepath.Join(strings.TrimSpace(string(out)), "zsysnum_linux_"+goarch+".go"), nil, 0)
 		if err != nil {

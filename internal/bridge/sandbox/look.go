@@ -125,7 +125,7 @@ func (e *eye) confined(o Order) {
 		e.Calls = passing()
 		e.Engine = name(tryWrite(o.SocketDir))
 		for family := range lastFamily + 1 {
-			if slices.Contains(families, uint32(family)) {
+			if knownFamily(uint32(family)) {
 				continue
 			}
 			for _, kind := range []int{syscall.SOCK_STREAM, syscall.SOCK_DGRAM, syscall.SOCK_RAW, syscall.SOCK_SEQPACKET} {
@@ -136,8 +136,17 @@ func (e *eye) confined(o Order) {
 				}
 			}
 		}
+		// One that the kernel is sure to have stands for the other protocols.
+		if fd, err := syscall.Socket(syscall.AF_NETLINK, syscall.SOCK_RAW, syscall.NETLINK_KOBJECT_UEVENT); err == nil {
+			syscall.Close(fd)
+			e.Families = append(e.Families, "netlink beside routes")
+		}
 	})
 	e.problem(err)
+}
+
+func knownFamily(number uint32) bool {
+	return slices.ContainsFunc(families, func(f family) bool { return f.number == number })
 }
 
 // lastFamily is above the highest AF_ number of today's kernels.

@@ -51,7 +51,7 @@ type facts struct {
 	Interfaces []link
 	Routes     []string // destinations that have a route not over lo
 	Reachable  []string // addresses that the kernel would send packets to
-	Families   []string // kinds of sockets beyond the usual ones that can be made
+	Families   []string // kinds of sockets beyond the usual ones that the engine could make
 	Calls      []string // system calls that should be refused and are not
 	Landlock   int      // version, 0 without
 	Engine     string   // how the engine's try to write into the socket's directory will go
@@ -125,7 +125,7 @@ func judge(f facts, o Order) contract.Sandbox {
 	none("interfaces", "lo alone", foreign(f.Interfaces))
 	none("routes", "none out", f.Routes)
 	none("reachable addresses", "none", f.Reachable)
-	none("socket families", "unix, internet and netlink", f.Families)
+	none("socket families", "unix, internet and routes of netlink", f.Families)
 	none("system calls", "none that makes namespaces, mounts or reaches into the kernel", f.Calls)
 	check("engine's writes", "refused in the socket's directory where the kernel can", f.Engine, f.Landlock == 0 || refusals[f.Engine])
 	check("root", "read-only", f.write("/"), f.sealed("/"))
