@@ -32,6 +32,10 @@ type Metrics struct {
 	FirstByte     prometheus.Histogram     // arrival to the first byte of a stream
 	Discarded     prometheus.Counter       // results that went before their time
 	StoreSeconds  *prometheus.HistogramVec // durable writes; op
+	Heads         *prometheus.CounterVec   // of nodes' receipt logs; verdict
+	Leaves        prometheus.Counter       // of these logs, stored
+	LeftOut       prometheus.Counter       // receipts in whose place a log has another
+	LogsDamaged   prometheus.Counter       // findings that a copy of a log is damaged
 }
 
 // State is what gauges read when they are collected.
@@ -43,6 +47,7 @@ type State struct {
 	StoreFree                            int64                // bytes
 	StoreAccepting                       bool
 	StoreReopened                        int
+	Unlogged, Overdue                    int // receipts that are not in their node's log
 }
 
 // New makes the collectors. state is called for each collection.
@@ -71,9 +76,13 @@ func New(state func() State) *Metrics {
 		FirstByte:     prometheus.NewHistogram(prometheus.HistogramOpts{Namespace: "resultity", Name: "first_byte_seconds", Help: "Time from a streamed job's arrival to its first byte.", Buckets: prometheus.ExponentialBuckets(0.001, 2.5, 12)}),
 		Discarded:     prometheus.NewCounter(prometheus.CounterOpts{Namespace: "resultity", Name: "results_discarded_total", Help: "Results deleted before their time, for want of room."}),
 		StoreSeconds:  histogram("store_seconds", "Time of one durable write.", 0.00005, "op"),
+		Heads:         counter("receipt_log_heads_total", "Heads of nodes' receipt logs by verdict; repeated ones are not counted.", "verdict"),
+		Leaves:        prometheus.NewCounter(prometheus.CounterOpts{Namespace: "resultity", Name: "receipt_log_leaves_total", Help: "Receipts in nodes' logs that were stored."}),
+		LeftOut:       prometheus.NewCounter(prometheus.CounterOpts{Namespace: "resultity", Name: "receipts_left_out_total", Help: "Receipts in whose place the log of their node has another one."}),
+		LogsDamaged:   prometheus.NewCounter(prometheus.CounterOpts{Namespace: "resultity", Name: "receipt_log_damaged_total", Help: "How often a copy of a receipt log was found to be damaged in the store."}),
 	}
 	m.registry.MustRegister(m.Jobs, m.Results, m.Dispatches, m.Reassignments, m.FramesRefused, m.Sessions, m.Registrations, m.Bindings, m.Mails,
-		m.Requests, m.JobSeconds, m.FirstByte, m.Discarded, m.StoreSeconds, gauges{state},
+		m.Requests, m.JobSeconds, m.FirstByte, m.Discarded, m.StoreSeconds, m.Heads, m.Leaves, m.LeftOut, m.LogsDamaged, gauges{state},
 		collectors.NewGoCollector(), collectors.NewProcessCollector(collectors.ProcessCollectorOpts{}))
 	return m
 }
@@ -94,11 +103,12 @@ var (
 	acceptDesc   = prometheus.NewDesc("resultity_store_accepting", "1, or 0 when no new requests are taken since the store's disk is full or takes no writes.", nil, nil)
 	reopenDesc   = prometheus.NewDesc("resultity_store_reopened_total", "How often the store was opened anew after a write error.", nil, nil)
 	metadataDesc = prometheus.NewDesc("resultity_metadata_expires_seconds", "Unix time until which the newest TUF metadata of a role is valid; root and targets need people.", []string{"role"}, nil)
+	unloggedDesc = prometheus.NewDesc("resultity_receipts_unlogged", "Receipts of results that are not in the log of their node by state; an overdue one should have been two heartbeats ago, and is waiting too.", []string{"state"}, nil)
 	expiresDesc  = prometheus.NewDesc("resultity_config_expires_seconds", "Unix time at which the signature of the configuration must have been renewed.", nil, nil)
 )
 
 func (gauges) Describe(ch chan<- *prometheus.Desc) {
-	for _, d := range []*prometheus.Desc{nodesDesc, jobsDesc, versionDesc, expiresDesc, metadataDesc, freeDesc, acceptDesc, reopenDesc} {
+	for _, d := range []*prometheus.Desc{nodesDesc, jobsDesc, versionDesc, expiresDesc, metadataDesc, freeDesc, acceptDesc, reopenDesc, unloggedDesc} {
 		ch <- d
 	}
 }
@@ -112,6 +122,8 @@ func (g gauges) Collect(ch chan<- prometheus.Metric) {
 	put(nodesDesc, float64(s.Routable), "routable")
 	put(jobsDesc, float64(s.Queued), "queued")
 	put(jobsDesc, float64(s.Running), "running")
+	put(unloggedDesc, float64(s.Unlogged), "waiting")
+	put(unloggedDesc, float64(s.Overdue), "overdue")
 	put(versionDesc, float64(s.ConfigVersion))
 	put(expiresDesc, float64(s.ConfigExpires.Unix()))
 	for role, at := range s.MetadataExpires {

@@ -1,7 +1,7 @@
 // Package store owns all that the network service must not forget: jobs that
 // are not finished, results, nodes and their bindings, enrolment tokens, API
-// keys, accounts, mail to be sent and published configurations, in an embedded
-// NATS JetStream.
+// keys, accounts, mail to be sent, published configurations and copies of nodes'
+// receipt logs, in an embedded NATS JetStream.
 //
 // The rule it keeps: a call that returns without an error is on disk. JetStream
 // is told to sync every write before it acknowledges one, and nothing here is
@@ -86,9 +86,9 @@ type db struct {
 	conn   *nats.Conn
 	js     jetstream.JetStream
 
-	jobs, results, logs            jetstream.Stream
-	nodes, tokens, keys, published jetstream.KeyValue
-	accounts, mails, orders        jetstream.KeyValue
+	jobs, results, logs, tiles           jetstream.Stream
+	nodes, tokens, keys, published       jetstream.KeyValue
+	accounts, mails, orders, receiptlogs jetstream.KeyValue
 
 	// failed ends when JetStream can no longer write; its cause is why. fail ends it.
 	failed context.Context
@@ -225,6 +225,13 @@ func (d *db) open(ctx context.Context, space int64) (err error) {
 			Discard:     jetstream.DiscardOld,
 			AllowDirect: true,
 		}},
+		{&d.tiles, jetstream.StreamConfig{
+			Name: "TILES", Description: "full tiles of nodes' receipt logs, by node, level and index", Subjects: []string{"tiles.*.*.*"},
+			MaxMsgsPerSubject: 1, MaxMsgSize: 64 << 10,
+			MaxBytes:    min(maxTiles, space/16),
+			Discard:     jetstream.DiscardOld,
+			AllowDirect: true,
+		}},
 	} {
 		if *str.to, err = d.stream(ctx, str.cfg); err != nil {
 			return err
@@ -241,6 +248,7 @@ func (d *db) open(ctx context.Context, space int64) (err error) {
 		{&d.orders, "ORDERS", "orders to nodes by node and id", 30 * 24 * time.Hour},
 		{&d.published, "CONFIGS", "published configurations by digest", 0},
 		{&d.accounts, "ACCOUNTS", "accounts of e-mail addresses, by their SHA-256", 0},
+		{&d.receiptlogs, "RECEIPTLOGS", "heads and edges of nodes' receipt logs by address", 0},
 		{&d.mails, "OUTBOX", "messages that no mail server has taken yet", time.Hour},
 	} {
 		if *b.kv, err = d.bucket(ctx, jetstream.KeyValueConfig{
@@ -318,6 +326,7 @@ func (s *Store) change(ctx context.Context, which func(*db) jetstream.Stream, wh
 
 func jobsOf(d *db) jetstream.Stream    { return d.jobs }
 func resultsOf(d *db) jetstream.Stream { return d.results }
+func tilesOf(d *db) jetstream.Stream   { return d.tiles }
 
 // SetLimits sets how much is stored, as far as the file system allows: it
 // returns what is in force. Results beyond their limit go at once.
@@ -332,9 +341,13 @@ func (s *Store) SetLimits(ctx context.Context, l Limits) (Limits, error) {
 	)
 }
 
-// SetResultTTL sets how long results are kept, counted from when each was stored.
+// SetResultTTL sets how long results are kept, counted from when each was stored,
+// and with them what proves that their receipts are in the nodes' logs.
 func (s *Store) SetResultTTL(ctx context.Context, ttl time.Duration) error {
-	return s.change(ctx, resultsOf, func(c *jetstream.StreamConfig) { c.MaxAge = ttl })
+	return errors.Join(
+		s.change(ctx, resultsOf, func(c *jetstream.StreamConfig) { c.MaxAge = ttl }),
+		s.change(ctx, tilesOf, func(c *jetstream.StreamConfig) { c.MaxAge = ttl + tileGrace }),
+	)
 }
 
 // Close closes the store and waits until its files are closed. [Store.Run] must

@@ -1,0 +1,725 @@
+package mirror
+
+import (
+	"context"
+	"encoding/binary"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"log/slog"
+	"strings"
+	"sync"
+	"testing"
+	"testing/synctest"
+	"time"
+
+	"github.com/resultity/node/internal/evm"
+	"github.com/resultity/node/internal/network/metrics"
+	"github.com/resultity/node/internal/network/store"
+	"github.com/resultity/node/internal/receipt"
+	"github.com/resultity/node/internal/receiptlog"
+)
+
+const (
+	network   = "testnet"
+	chain     = 31337
+	heartbeat = 5 * time.Second
+)
+
+// disk keeps records as the store does: as JSON, and tiles by name.
+type disk struct {
+	mu    sync.Mutex
+	fail  error
+	puts  int
+	logs  map[evm.Address][]byte
+	tiles map[string][]byte
+}
+
+func newDisk() *disk { return &disk{logs: map[evm.Address][]byte{}, tiles: map[string][]byte{}} }
+
+func name(node evm.Address, level int, index uint64) string {
+	return fmt.Sprint(node, level, index)
+}
+
+func (d *disk) ReceiptLog(_ context.Context, node evm.Address) (*store.ReceiptLog, error) {
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	raw, ok := d.logs[node]
+	if !ok {
+		return nil, store.ErrNotFound
+	}
+	l := new(store.ReceiptLog)
+	if err := json.Unmarshal(raw, l); err != nil {
+		return nil, fmt.Errorf("%w: %w", store.ErrDamaged, err)
+	}
+	return l, nil
+}
+
+func (d *disk) PutReceiptLog(_ context.Context, node evm.Address, l *store.ReceiptLog, full []store.Tile) error {
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	if d.fail != nil {
+		return d.fail
+	}
+	for _, t := range full {
+		d.tiles[name(node, t.Level, t.Index)] = t.Hashes
+	}
+	raw, err := json.Marshal(l)
+	d.logs[node] = raw
+	d.puts++
+	return err
+}
+
+func (d *disk) Tile(_ context.Context, node evm.Address, level int, index uint64) ([]byte, error) {
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	t, ok := d.tiles[name(node, level, index)]
+	if !ok {
+		return nil, store.ErrNotFound
+	}
+	return t, nil
+}
+
+func (d *disk) set(err error) {
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	d.fail = err
+}
+
+// change rewrites the record of a node.
+func (d *disk) change(t *testing.T, node evm.Address, f func(*store.ReceiptLog)) {
+	t.Helper()
+	l, err := d.ReceiptLog(t.Context(), node)
+	if err != nil {
+		t.Fatal(err)
+	}
+	f(l)
+	if d.logs[node], err = json.Marshal(l); err != nil {
+		t.Fatal(err)
+	}
+}
+
+// prover is a node with a log, and the network's mirror of it.
+type prover struct {
+	t     *testing.T
+	key   *evm.Key
+	disk  *disk
+	m     *Mirror
+	s     *Session
+	log   *receiptlog.Log
+	all   []evm.Hash
+	edges [][]evm.Hash // before each leaf, and at the end
+
+	mu   sync.Mutex
+	acks []ack
+	out  string
+}
+
+type ack struct {
+	size uint64
+	head *receiptlog.SignedHead
+	edge []evm.Hash
+}
+
+func newProver(t *testing.T) *prover {
+	key, err := evm.NewKey()
+	if err != nil {
+		t.Fatal(err)
+	}
+	p := &prover{t: t, key: key, disk: newDisk(), log: receiptlog.New(), edges: [][]evm.Hash{{}}}
+	p.restart()
+	return p
+}
+
+// restart has another network service begin over the same disk.
+func (p *prover) restart() {
+	p.m = New(p.disk, func() Terms { return Terms{network, chain, heartbeat} }, metrics.New(func() metrics.State { return metrics.State{} }),
+		slog.New(slog.NewTextHandler(p.t.Output(), nil)), func(a evm.Address, why string) {
+			if a != p.key.Address() {
+				p.t.Errorf("%s is out", a)
+			}
+			p.mu.Lock()
+			defer p.mu.Unlock()
+			p.out = why
+		})
+}
+
+// join begins a session and returns what the network says to it.
+func (p *prover) join() (first ack, out string) {
+	p.t.Helper()
+	var err error
+	p.acks = nil
+	p.s, out, err = p.m.Join(p.t.Context(), p.key.Address(), func(size uint64, head *receiptlog.SignedHead, edge []evm.Hash) {
+		p.mu.Lock()
+		defer p.mu.Unlock()
+		p.acks = append(p.acks, ack{size, head, edge})
+	})
+	if err != nil {
+		p.t.Fatal(err)
+	}
+	return p.last(), out
+}
+
+func (p *prover) last() ack {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	return p.acks[len(p.acks)-1]
+}
+
+// hash is the EIP-712 hash of the i-th receipt.
+func hash(i uint64) evm.Hash { return evm.Keccak(binary.BigEndian.AppendUint64(nil, i)) }
+
+// grow adds n receipts to the node's log.
+func (p *prover) grow(n int) {
+	for range n {
+		p.add(receiptlog.Leaf(hash(uint64(len(p.all)))))
+	}
+}
+
+func (p *prover) add(leaf evm.Hash) {
+	p.log.Append(leaf, nil)
+	p.all = append(p.all, leaf)
+	p.edges = append(p.edges, p.log.Hashes())
+}
+
+// send sends the leaves from a place on, as a node does.
+func (p *prover) send(from int, edge []evm.Hash) {
+	p.t.Helper()
+	for from < len(p.all) {
+		n := min(MaxLeaves, len(p.all)-from)
+		if _, err := p.s.Leaves(uint64(from), p.all[from:from+n], edge); err != nil {
+			p.t.Fatal(err)
+		}
+		from, edge = from+n, nil
+	}
+}
+
+// sign makes a head of the log.
+func (p *prover) sign(change func(*receiptlog.Head)) *receiptlog.SignedHead {
+	p.t.Helper()
+	h := receiptlog.Head{Node: p.key.Address(), Network: network, Size: p.log.Size(), Root: p.log.Root(), Time: uint64(time.Now().UnixMilli())}
+	if change != nil {
+		change(&h)
+	}
+	s, err := h.Sign(chain, p.key)
+	if err != nil {
+		p.t.Fatal(err)
+	}
+	return s
+}
+
+// beat sends a head and waits for what becomes of it.
+func (p *prover) beat(h *receiptlog.SignedHead) {
+	p.t.Helper()
+	if err := p.s.Beat(h); err != nil {
+		p.t.Fatal(err)
+	}
+	p.m.wg.Wait()
+}
+
+// sync brings the copy to where the log is.
+func (p *prover) sync() {
+	p.t.Helper()
+	p.send(int(p.last().size), nil)
+	h := p.sign(nil)
+	p.beat(h)
+	if a := p.last(); a.size != h.Size || a.head == nil || *a.head != *h {
+		p.t.Fatalf("acknowledged %+v, want head %+v", a, h)
+	}
+}
+
+// prove asks for the proof of a receipt and checks it as a client would.
+func (p *prover) prove(i int) error {
+	p.t.Helper()
+	in, err := p.m.Prove(p.t.Context(), p.key.Address(), uint64(i), p.all[i])
+	if err != nil {
+		return err
+	}
+	if i%64 == 0 { // a signature takes its time
+		raw, err := json.Marshal(in)
+		if err != nil {
+			p.t.Fatal(err)
+		}
+		if in, err = receiptlog.ParseInclusion(raw); err != nil {
+			p.t.Fatal(err)
+		}
+	}
+	if in.Index != uint64(i) || in.Head != *p.last().head {
+		p.t.Fatalf("proof of %d under head %+v", in.Index, in.Head)
+	}
+	return in.Check(p.key.Address(), chain, hash(uint64(i)))
+}
+
+func (p *prover) mustProve(list ...int) {
+	p.t.Helper()
+	for _, i := range list {
+		if err := p.prove(i); err != nil {
+			p.t.Errorf("receipt %d of %d: %v", i, len(p.all), err)
+		}
+	}
+}
+
+func is(t *testing.T, what string, got, want error) {
+	t.Helper()
+	if !errors.Is(got, want) {
+		t.Errorf("%s: %v, want %v", what, got, want)
+	}
+}
+
+// A log is copied as it grows, in batches of any size, over restarts of both, and
+// each receipt in it is proven under the newest head.
+func TestCopy(t *testing.T) {
+	p := newProver(t)
+	if a, out := p.join(); a.size != 0 || a.head != nil || len(a.edge) != 0 || out != "" {
+		t.Fatalf("a new node is told %+v, %q", a, out)
+	}
+	is(t, "before the first head", func() error { p.grow(1); return p.prove(0) }(), ErrPending)
+	for i, n := range []int{0, 1, 2, 252, 1, 1, 255, 256, 300, 1024, 3000, 1} {
+		p.grow(n)
+		if i%3 == 0 {
+			p.restart()
+		}
+		if i%3 == 0 || i%2 == 0 {
+			p.join()
+		}
+		p.sync()
+		last := len(p.all) - 1
+		p.mustProve(0, last/3, last/2, max(0, last-1), last)
+		is(t, "a receipt that comes next", func() error {
+			_, err := p.m.Prove(t.Context(), p.key.Address(), uint64(last+1), hash(0))
+			return err
+		}(), ErrPending)
+	}
+	for i := 0; i < len(p.all); i += 7 {
+		p.mustProve(i)
+	}
+	if _, err := p.m.Prove(t.Context(), p.key.Address(), 7, p.all[8]); !errors.Is(err, ErrLeftOut) {
+		t.Errorf("a receipt in another's place: %v", err)
+	}
+	if _, err := p.m.Prove(t.Context(), evm.Address{1}, 7, p.all[7]); !errors.Is(err, ErrPending) {
+		t.Errorf("of a node without a log: %v", err)
+	}
+	puts := p.disk.puts
+	p.beat(p.last().head)
+	p.beat(p.sign(nil)) // signed anew after a restart, say
+	if p.disk.puts != puts {
+		t.Error("a head that says nothing new was written down")
+	}
+}
+
+// One level of tiles more than other tests have.
+func TestLargeLog(t *testing.T) {
+	p := newProver(t)
+	p.join()
+	p.grow(66_000)
+	p.sync()
+	p.mustProve(0, 255, 256, 65_535, 65_536, 65_999)
+	p.grow(300)
+	p.restart()
+	p.join()
+	p.sync()
+	p.mustProve(0, 65_535, 65_536, 66_299)
+	delete(p.disk.tiles, name(p.key.Address(), 0, 3)) // at the bound
+	is(t, "a receipt whose tile has gone", p.prove(3*256), ErrGone)
+	p.mustProve(2*256, 4*256)
+}
+
+// What a node must not say ends its session; what may come of a restart does not.
+func TestHostileWords(t *testing.T) {
+	p := newProver(t)
+	p.join()
+	p.grow(10)
+	for what, f := range map[string]func() error{
+		"no leaves":        func() error { _, err := p.s.Leaves(0, nil, nil); return err },
+		"too many leaves":  func() error { _, err := p.s.Leaves(0, make([]evm.Hash, MaxLeaves+1), nil); return err },
+		"a leaf of zeros":  func() error { _, err := p.s.Leaves(0, make([]evm.Hash, 1), nil); return err },
+		"an absurd place":  func() error { _, err := p.s.Leaves(1<<63, p.all, nil); return err },
+		"another's edge":   func() error { _, err := p.s.Leaves(5, p.all, p.edges[7]); return err },
+		"an absurd size":   func() error { return p.s.Beat(p.sign(func(h *receiptlog.Head) { h.Size = 1 << 62 })) },
+		"another network":  func() error { return p.s.Beat(p.sign(func(h *receiptlog.Head) { h.Network = "mainnet" })) },
+		"a bent signature": func() error { h := p.sign(nil); h.Size--; return p.s.Beat(h) },
+		"another chain": func() error {
+			h, err := p.sign(nil).Head.Sign(chain+1, p.key)
+			if err != nil {
+				t.Fatal(err)
+			}
+			return p.s.Beat(h)
+		},
+		"another node": func() error {
+			other := newProver(t)
+			return p.s.Beat(other.sign(nil))
+		},
+		"a first head that is not of its leaves": func() error {
+			p.send(0, nil)
+			return p.s.Beat(p.sign(func(h *receiptlog.Head) { h.Root[3] ^= 1 }))
+		},
+	} {
+		is(t, what, f(), ErrInvalid)
+	}
+	p.m.wg.Wait()
+	if p.disk.puts > 0 {
+		t.Error("something of it was stored")
+	}
+
+	// Gaps, leaves that come twice, heads without leaves and sizes that jump.
+	p.join()
+	if news, err := p.s.Leaves(3, p.all[3:], nil); news || err != nil {
+		t.Errorf("leaves behind a gap: %v, %v", news, err)
+	}
+	p.beat(p.sign(nil))
+	if a := p.last(); a.size != 0 || len(p.acks) != 2 {
+		t.Errorf("a head without leaves is answered with %+v", p.acks)
+	}
+	p.sync()
+	if news, err := p.s.Leaves(3, p.all[3:], nil); news || err != nil {
+		t.Errorf("leaves that are there: %v, %v", news, err)
+	}
+	p.grow(5)
+	if news, err := p.s.Leaves(8, p.all[8:], nil); !news || err != nil {
+		t.Errorf("leaves of which some are there: %v, %v", news, err)
+	}
+	p.beat(p.sign(nil))
+	p.mustProve(9, 10, 14)
+
+	// A flood without a head.
+	flood := make([]evm.Hash, MaxLeaves)
+	for i := range flood {
+		flood[i] = evm.Hash{1}
+	}
+	var took int
+	for i := range 2 * maxUnsigned / MaxLeaves {
+		news, err := p.s.Leaves(uint64(15+i*MaxLeaves), flood, nil)
+		if err != nil {
+			t.Fatal(err)
+		}
+		if news {
+			took++
+		}
+	}
+	if took != maxUnsigned/MaxLeaves || p.m.unsigned.Load() > maxUnsigned {
+		t.Errorf("%d batches of a flood were kept, %d leaves", took, p.m.unsigned.Load())
+	}
+	p.s.Leave()
+	if p.m.unsigned.Load() != 0 {
+		t.Errorf("%d leaves are kept of a node that has gone", p.m.unsigned.Load())
+	}
+	if len(p.m.copies) != 0 {
+		t.Error("its copy is kept in memory")
+	}
+}
+
+// Two heads that cannot be of one log are kept, whatever the second one is, and the
+// node is out in later sessions, too.
+func TestContradiction(t *testing.T) {
+	for what, second := range map[string]func(*prover) *receiptlog.SignedHead{
+		"another log of the same size": func(p *prover) *receiptlog.SignedHead {
+			return p.sign(func(h *receiptlog.Head) { h.Root[0] ^= 1 })
+		},
+		"another log that is shorter": func(p *prover) *receiptlog.SignedHead {
+			return p.sign(func(h *receiptlog.Head) { h.Size, h.Root = 300, evm.Hash{2} })
+		},
+		"a longer log that is not the leaves'": func(p *prover) *receiptlog.SignedHead {
+			p.grow(3)
+			p.send(400, nil)
+			return p.sign(func(h *receiptlog.Head) { h.Root[0] ^= 1 })
+		},
+		"a log with a receipt taken out": func(p *prover) *receiptlog.SignedHead {
+			all := p.all
+			p.log, p.all, p.edges = receiptlog.New(), nil, [][]evm.Hash{{}}
+			for i, leaf := range all {
+				if i != 17 {
+					p.add(leaf)
+				}
+			}
+			p.grow(4)
+			p.send(int(p.last().size), nil)
+			return p.sign(nil)
+		},
+	} {
+		t.Run(what, func(t *testing.T) {
+			p := newProver(t)
+			p.join()
+			p.grow(400)
+			p.sync()
+			first := *p.last().head
+			bad := second(p)
+			p.disk.set(errors.New("full"))
+			p.beat(bad)
+			if !strings.Contains(p.out, "does not go on") {
+				t.Fatalf("the node is not out: %q", p.out)
+			}
+			p.disk.set(nil)
+			p.beat(nil) // what was not written down is tried again
+			l, err := p.disk.ReceiptLog(t.Context(), p.key.Address())
+			if err != nil || l.Conflict == nil || l.Conflict.First != first || l.Conflict.Second != *bad || *l.Head != first {
+				t.Fatalf("kept is %+v, %v", l, err)
+			}
+			p.restart()
+			if _, out := p.join(); out != p.out {
+				t.Errorf("in the next session the node is out for %q", out)
+			}
+			p.grow(1)
+			p.send(400, nil)
+			p.beat(p.sign(nil))
+			if a := p.last(); a.size != 400 {
+				t.Errorf("its log goes on: %+v", a)
+			}
+			if _, err := p.m.Prove(t.Context(), p.key.Address(), 3, receiptlog.Leaf(hash(3))); err != nil {
+				t.Errorf("what was in the log before cannot be proven: %v", err)
+			}
+		})
+	}
+
+	p := newProver(t)
+	p.join()
+	p.grow(300)
+	p.sync()
+	older := p.last().head
+	p.grow(300)
+	p.sync()
+	p.beat(older)
+	if p.out != "" {
+		t.Errorf("an older head of the same log is taken for another one: %s", p.out)
+	}
+}
+
+// A copy that was lost goes on with what the node still has, and must go on from the
+// head that was there.
+func TestLostCopy(t *testing.T) {
+	for _, from := range []int{1, 3, 255, 256, 257, 300, 511, 512, 700, 1000} {
+		p := newProver(t)
+		p.join()
+		p.grow(1000)
+		p.sync()
+		p.disk.logs, p.disk.tiles = map[evm.Address][]byte{}, map[string][]byte{} // the whole disk
+		p.restart()
+		if a, _ := p.join(); a.size != 0 {
+			t.Fatalf("told %+v", a)
+		}
+		p.grow(900)
+		p.send(from, p.edges[from])
+		p.beat(p.sign(nil))
+		for i := range p.all {
+			if far := i < from-3 || i > from+3; far && i%31 > 0 {
+				continue
+			}
+			switch err := p.prove(i); {
+			case i < from && err != nil && !errors.Is(err, ErrGone): // some can be proven from what is known
+				t.Fatalf("from %d: receipt %d, before it: %v", from, i, err)
+			case i >= from && err != nil:
+				t.Fatalf("from %d: receipt %d: %v", from, i, err)
+			}
+		}
+		p.restart()
+		p.join()
+		p.grow(600)
+		p.sync()
+		p.mustProve(from, 1000, 1899, 1900, 2499)
+	}
+}
+
+func TestDamagedCopy(t *testing.T) {
+	begin := func(t *testing.T, damage func(*store.ReceiptLog)) *prover {
+		p := newProver(t)
+		p.join()
+		p.grow(700)
+		p.sync()
+		p.s.Leave()
+		p.disk.change(t, p.key.Address(), damage)
+		return p
+	}
+	for what, damage := range map[string]func(*store.ReceiptLog){
+		"a leaf":       func(l *store.ReceiptLog) { l.Open[0][40] ^= 1 },
+		"a subtree":    func(l *store.ReceiptLog) { l.Open[1][33] ^= 1 },
+		"a leaf less":  func(l *store.ReceiptLog) { l.Open[0] = l.Open[0][:len(l.Open[0])-32] },
+		"a level less": func(l *store.ReceiptLog) { l.Open = l.Open[:1] },
+		"the edge":     func(l *store.ReceiptLog) { l.Edge[0][0] ^= 1 },
+		"the head":     func(l *store.ReceiptLog) { l.Head.Size++ },
+		"the root":     func(l *store.ReceiptLog) { l.Head.Root[0] ^= 1 },
+		"the begin":    func(l *store.ReceiptLog) { l.From = 1 },
+	} {
+		t.Run(what, func(t *testing.T) {
+			p := begin(t, damage)
+			if err := p.prove(690); err == nil && what != "the edge" {
+				t.Error("a receipt is proven from it")
+			}
+			signed := what != "the head" && what != "the root"
+			if a, _ := p.join(); a.size != 0 || a.head != nil {
+				t.Fatalf("the node is told %+v", a)
+			}
+			p.grow(100)
+			p.send(600, p.edges[600])
+			p.beat(p.sign(nil))
+			p.mustProve(600, 699, 799)
+			l, err := p.disk.ReceiptLog(t.Context(), p.key.Address())
+			if err != nil || l.Lost != nil {
+				t.Errorf("the new copy goes on from the old head, and is said not to: %v, %v", l.Lost, err)
+			}
+			if !signed {
+				return
+			}
+			// A node that uses the occasion to change its log is caught.
+			p = begin(t, damage)
+			p.join()
+			p.all[650][0] ^= 1
+			forked, err := receiptlog.Resume(600, p.edges[600])
+			if err != nil {
+				t.Fatal(err)
+			}
+			for _, leaf := range p.all[600:] {
+				forked.Append(leaf, nil)
+			}
+			p.log = forked
+			p.send(600, p.edges[600])
+			p.beat(p.sign(nil))
+			if p.out == "" {
+				t.Error("a log that was changed where the copy was damaged is taken")
+			}
+		})
+	}
+	t.Run("while it runs", func(t *testing.T) {
+		p := newProver(t)
+		p.join()
+		p.grow(700)
+		p.sync()
+		p.disk.change(t, p.key.Address(), func(l *store.ReceiptLog) { l.Open[0][40] ^= 1 })
+		p.grow(10)
+		p.send(700, nil)
+		p.beat(p.sign(nil))
+		if a := p.last(); a.size != 0 {
+			t.Fatalf("the node is told %+v", a)
+		}
+		p.send(512, p.edges[512])
+		p.beat(p.sign(nil))
+		p.mustProve(512, 709)
+	})
+	t.Run("a full tile", func(t *testing.T) {
+		p := newProver(t)
+		p.join()
+		p.grow(700)
+		p.sync()
+		p.disk.tiles[name(p.key.Address(), 0, 1)][40] ^= 1
+		for _, i := range []int{256, 257, 300} {
+			if err := p.prove(i); !errors.Is(err, store.ErrDamaged) {
+				t.Errorf("receipt %d: %v", i, err)
+			}
+		}
+		p.mustProve(255, 512)
+	})
+	t.Run("a gap", func(t *testing.T) {
+		p := newProver(t)
+		p.join()
+		p.grow(100)
+		p.sync()
+		lost := *p.last().head
+		p.grow(500)
+		p.send(400, p.edges[400])
+		p.beat(p.sign(nil))
+		p.mustProve(400, 599)
+		if l, err := p.disk.ReceiptLog(t.Context(), p.key.Address()); err != nil || l.Lost == nil || *l.Lost != lost {
+			t.Errorf("the head before the gap is not kept: %+v, %v", l, err)
+		}
+	})
+}
+
+// What cannot be written down is tried again with each heartbeat, and said not to
+// be there meanwhile.
+func TestFullDisk(t *testing.T) {
+	p := newProver(t)
+	p.join()
+	p.grow(300)
+	p.disk.set(errors.New("full"))
+	p.send(0, nil)
+	p.beat(p.sign(nil))
+	p.beat(p.sign(nil))
+	if a := p.last(); a.size != 0 {
+		t.Fatalf("told %+v", a)
+	}
+	p.grow(300)
+	p.send(300, nil)
+	p.disk.set(nil)
+	h := p.sign(nil)
+	p.beat(h)
+	if a := p.last(); a.size != 600 || *a.head != *h {
+		t.Fatalf("told %+v", a)
+	}
+	p.mustProve(0, 299, 300, 599)
+}
+
+// A session that was replaced says nothing any more.
+func TestReplacedSession(t *testing.T) {
+	p := newProver(t)
+	p.join()
+	old := p.s
+	p.grow(10)
+	p.join()
+	if news, err := old.Leaves(0, p.all, nil); news || err != nil {
+		t.Errorf("leaves of the old session: %v, %v", news, err)
+	}
+	if err := old.Beat(p.sign(nil)); err != nil {
+		t.Error(err)
+	}
+	old.Result(0, evm.Hash{}, receipt.JobID{1})
+	old.Leave()
+	p.sync()
+	p.mustProve(9)
+}
+
+// Receipts that the network has are looked for in the log, in whichever order they
+// and their leaves come.
+func TestUnlogged(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		p := newProver(t)
+		p.join()
+		p.grow(3)
+		state := func() State { return p.m.States()[p.key.Address()] }
+		want := func(what string, want State) {
+			t.Helper()
+			if got := state(); got != want {
+				t.Errorf("%s: %+v, want %+v", what, got, want)
+			}
+		}
+		job := receipt.JobID{1}
+		p.s.Result(0, p.all[0], job) // before its leaf
+		want("a result", State{Waiting: 1})
+		p.sync()
+		want("its leaf", State{})
+		p.s.Result(1, p.all[1], job) // behind it
+		p.m.wg.Wait()
+		want("a result behind its leaf", State{})
+		p.s.Result(2, p.all[1], job)
+		p.m.wg.Wait()
+		want("a receipt in another's place", State{LeftOut: 1})
+		p.s.Result(3, evm.Hash{9}, job)
+		p.grow(1)
+		p.sync()
+		want("a receipt that the log leaves out", State{LeftOut: 2})
+		p.s.Result(4, evm.Hash{9}, job)
+		p.s.Result(4, evm.Hash{8}, job)
+		want("two receipts in one place", State{Waiting: 1, LeftOut: 3})
+		time.Sleep(2*heartbeat - time.Second)
+		p.beat(p.last().head)
+		want("soon", State{Waiting: 1, LeftOut: 3})
+		time.Sleep(2 * time.Second)
+		p.beat(p.last().head)
+		want("after two heartbeats", State{Waiting: 1, Overdue: 1, LeftOut: 3})
+		p.s.Leave()
+		want("while it is away", State{Waiting: 1, LeftOut: 3})
+		p.join()
+		want("when it is back", State{Waiting: 1, LeftOut: 3})
+		time.Sleep(2*heartbeat + time.Second)
+		want("two heartbeats later", State{Waiting: 1, Overdue: 1, LeftOut: 3})
+		p.add(evm.Hash{9})
+		p.sync()
+		want("in the end", State{LeftOut: 3})
+		p.grow(1)
+		p.sync()
+		p.restart()
+		p.join()
+		want("after a restart", State{LeftOut: 3})
+		for i := range uint64(2 * maxExpected) {
+			p.s.Result(1000+i, evm.Hash{9}, job)
+		}
+		want("a flood", State{Waiting: maxExpected, LeftOut: 3})
+	})
+}

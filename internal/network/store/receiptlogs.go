@@ -1,0 +1,162 @@
+package store
+
+import (
+	"context"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"strconv"
+	"time"
+
+	"github.com/nats-io/nats.go/jetstream"
+
+	"github.com/resultity/node/internal/evm"
+	"github.com/resultity/node/internal/failpoint"
+	"github.com/resultity/node/internal/receiptlog"
+)
+
+// How much is kept of the receipt logs of nodes. Tiles go when the receipts that
+// they prove have gone (see SetResultTTL), and before that, the oldest first, when
+// there are too many: of one node, so that a node which makes receipts up pushes out
+// its own, or of all. What was proven by a tile that has gone cannot be proven any
+// more.
+const (
+	maxTilesOf = 16384 // at each level: of one node some four million receipts
+	maxTiles   = 4 << 30
+	tileGrace  = 25 * time.Hour // for a leaf that comes before its result: no job may take longer
+)
+
+// ReceiptLog is what is kept of a node's receipt log beside its full tiles.
+type ReceiptLog struct {
+	// Head is the newest one to which every leaf is here; nil for none.
+	Head *receiptlog.SignedHead `json:"head"`
+	// Edge is the log at Head, see [receiptlog.Log.Hashes].
+	Edge []evm.Hash `json:"edge"`
+	// Open has the tile of each level that is not full, as [Tile.Hashes].
+	Open [][]byte `json:"open"`
+	// From is the first leaf that is here, and Before the log up to there: of what
+	// came before only this is known.
+	From   uint64     `json:"from"`
+	Before []evm.Hash `json:"before"`
+	// Lost is the newest head of a copy that was lost. What is here now has not been
+	// shown to go on from it.
+	Lost *receiptlog.SignedHead `json:"lost,omitempty"`
+	// Conflict has the heads that cannot be of one log.
+	Conflict *Conflict `json:"conflict,omitempty"`
+	// LeftOut counts receipts that the network has and in whose place the log has
+	// another one.
+	LeftOut uint64 `json:"left_out,omitempty"`
+	Stored  int64  `json:"stored"` // Unix milliseconds
+}
+
+// Conflict is a head of a node, and a second one of a log that does not begin with
+// the first's, or is another one of the same size.
+type Conflict struct {
+	First  receiptlog.SignedHead `json:"first"`
+	Second receiptlog.SignedHead `json:"second"`
+	Found  int64                 `json:"found"` // Unix milliseconds
+}
+
+// Size is how many leaves the log has.
+func (l *ReceiptLog) Size() uint64 {
+	if l.Head == nil {
+		return 0
+	}
+	return l.Head.Size
+}
+
+// Tile is 256 hashes of one level of a log's tree: level L has the roots of
+// subtrees of 256 to the power of L leaves. One that is full never changes.
+type Tile struct {
+	Level  int
+	Index  uint64
+	Hashes []byte // 32 bytes each
+}
+
+func tileSubject(node evm.Address, level int, index uint64) string {
+	return "tiles." + nodeKey(node) + "." + strconv.Itoa(level) + "." + strconv.FormatUint(index, 10)
+}
+
+// PutReceiptLog stores a node's log, and the tiles that have become full since. The
+// tiles are there before anything says so.
+func (s *Store) PutReceiptLog(ctx context.Context, node evm.Address, l *ReceiptLog, full []Tile) error {
+	b, err := json.Marshal(l)
+	if err != nil {
+		return err
+	}
+	size := len(b)
+	for _, t := range full {
+		size += len(t.Hashes)
+	}
+	db, ctx, end, err := s.write(ctx, more, size)
+	if err != nil {
+		return fmt.Errorf("store receipt log of %s: %w", node, err)
+	}
+	defer end()
+	failpoint.Here("store.receiptlog.begin")
+	for _, t := range full {
+		if _, err := db.js.Publish(ctx, tileSubject(node, t.Level, t.Index), t.Hashes); err != nil {
+			return fmt.Errorf("store tile %d of level %d of the receipt log of %s: %w", t.Index, t.Level, node, db.failure(err))
+		}
+		if t.Index < maxTilesOf {
+			continue
+		}
+		if err := db.tiles.Purge(ctx, jetstream.WithPurgeSubject(tileSubject(node, t.Level, t.Index-maxTilesOf))); err != nil {
+			return fmt.Errorf("drop a tile of the receipt log of %s: %w", node, db.failure(err))
+		}
+	}
+	failpoint.Here("store.receiptlog.tiled")
+	if _, err := db.receiptlogs.Put(ctx, nodeKey(node), b); err != nil {
+		return fmt.Errorf("store receipt log of %s: %w", node, db.failure(err))
+	}
+	failpoint.Here("store.receiptlog.stored")
+	return nil
+}
+
+// ErrDamaged says that something in the store is not what was put there.
+var ErrDamaged = errors.New("damaged in the store")
+
+// ReceiptLog returns what is kept of a node's log, [ErrNotFound] or [ErrDamaged].
+func (s *Store) ReceiptLog(ctx context.Context, node evm.Address) (*ReceiptLog, error) {
+	e, err := s.now.Load().receiptlogs.Get(ctx, nodeKey(node))
+	if errors.Is(err, jetstream.ErrKeyNotFound) {
+		return nil, fmt.Errorf("receipt log of %s: %w", node, ErrNotFound)
+	}
+	if err != nil {
+		return nil, fmt.Errorf("receipt log of %s: %w", node, err)
+	}
+	l := new(ReceiptLog)
+	if err := json.Unmarshal(e.Value(), l); err != nil {
+		return nil, fmt.Errorf("receipt log of %s: %w: %w", node, ErrDamaged, err)
+	}
+	return l, nil
+}
+
+// ReceiptLogs returns what is kept of all logs, by node.
+func (s *Store) ReceiptLogs(ctx context.Context) (map[evm.Address]*ReceiptLog, error) {
+	m, err := all[ReceiptLog](ctx, s.now.Load().receiptlogs)
+	if err != nil {
+		return nil, err
+	}
+	logs := make(map[evm.Address]*ReceiptLog, len(m))
+	for key, l := range m {
+		a, err := evm.ParseAddress("0x" + key)
+		if err != nil {
+			return nil, fmt.Errorf("receipt log under the name %.80q", key)
+		}
+		logs[a] = &l
+	}
+	return logs, nil
+}
+
+// Tile returns the hashes of a full tile, or [ErrNotFound].
+func (s *Store) Tile(ctx context.Context, node evm.Address, level int, index uint64) ([]byte, error) {
+	m, err := s.now.Load().tiles.GetLastMsgForSubject(ctx, tileSubject(node, level, index))
+	if errors.Is(err, jetstream.ErrMsgNotFound) {
+		return nil, fmt.Errorf("tile %d of level %d of the receipt log of %s: %w", index, level, node, ErrNotFound)
+	}
+	if err != nil {
+		return nil, fmt.Errorf("tile %d of level %d of the receipt log of %s: %w", index, level, node, err)
+	}
+	return m.Data, nil
+}

@@ -1,0 +1,84 @@
+package store
+
+import (
+	"bytes"
+	"errors"
+	"testing"
+	"time"
+
+	"github.com/resultity/node/internal/evm"
+	"github.com/resultity/node/internal/receiptlog"
+)
+
+func TestReceiptLogs(t *testing.T) {
+	dir := t.TempDir()
+	s := open(t, dir)
+	ctx := t.Context()
+	key, err := evm.NewKey()
+	if err != nil {
+		t.Fatal(err)
+	}
+	node := key.Address()
+	if _, err := s.ReceiptLog(ctx, node); !errors.Is(err, ErrNotFound) {
+		t.Fatalf("of a node without a log: %v", err)
+	}
+	if _, err := s.Tile(ctx, node, 0, 0); !errors.Is(err, ErrNotFound) {
+		t.Fatalf("of a node without tiles: %v", err)
+	}
+	head, err := (&receiptlog.Head{Node: node, Network: "testnet", Size: 256 * (maxTilesOf + 1), Root: evm.Hash{1}, Time: 1}).Sign(1, key)
+	if err != nil {
+		t.Fatal(err)
+	}
+	l := &ReceiptLog{Head: head, Edge: []evm.Hash{{2}}, Open: [][]byte{nil, bytes.Repeat([]byte{3}, 64)}, Stored: 4}
+	tile := func(level int, index uint64) Tile {
+		return Tile{level, index, bytes.Repeat([]byte{byte(level), byte(index)}, 4096)}
+	}
+	if err := s.PutReceiptLog(ctx, node, l, []Tile{tile(0, 0), tile(0, 1), tile(1, 0)}); err != nil {
+		t.Fatal(err)
+	}
+	for range 2 { // what is put again is the same
+		if err := s.PutReceiptLog(ctx, node, l, []Tile{tile(0, maxTilesOf)}); err != nil {
+			t.Fatal(err)
+		}
+	}
+	s = reopen(t, s, dir)
+	got, err := s.ReceiptLog(ctx, node)
+	if err != nil || *got.Head != *head || got.Size() != head.Size || len(got.Open) != 2 || !bytes.Equal(got.Open[1], l.Open[1]) || got.Edge[0] != l.Edge[0] {
+		t.Fatalf("after a restart: %+v, %v", got, err)
+	}
+	all, err := s.ReceiptLogs(ctx)
+	if err != nil || len(all) != 1 || *all[node].Head != *head {
+		t.Fatalf("all: %v, %v", all, err)
+	}
+	for _, want := range []Tile{tile(0, 1), tile(1, 0), tile(0, maxTilesOf)} {
+		if got, err := s.Tile(ctx, node, want.Level, want.Index); err != nil || !bytes.Equal(got, want.Hashes) {
+			t.Errorf("tile %d of level %d: %d bytes, %v", want.Index, want.Level, len(got), err)
+		}
+	}
+	if _, err := s.Tile(ctx, node, 0, 0); !errors.Is(err, ErrNotFound) {
+		t.Errorf("a tile beyond the bound of the node is kept: %v", err)
+	}
+	if _, err := s.Tile(ctx, evm.Address{1}, 0, 1); !errors.Is(err, ErrNotFound) {
+		t.Errorf("another node has the tile: %v", err)
+	}
+
+	if err := s.SetResultTTL(ctx, time.Hour); err != nil {
+		t.Fatal(err)
+	}
+	if got := s.now.Load().tiles.CachedInfo().Config.MaxAge; got != time.Hour+tileGrace {
+		t.Errorf("tiles are kept for %v, results for an hour", got)
+	}
+
+	if _, err := s.now.Load().receiptlogs.Put(ctx, nodeKey(node), []byte(`{"head":`)); err != nil {
+		t.Fatal(err)
+	}
+	if _, err := s.ReceiptLog(ctx, node); !errors.Is(err, ErrDamaged) {
+		t.Errorf("a record that cannot be read: %v", err)
+	}
+	s.room.mu.Lock()
+	s.room.keep = 1 << 62
+	s.room.mu.Unlock()
+	if err := s.PutReceiptLog(ctx, node, l, nil); !errors.Is(err, ErrNoRoom) {
+		t.Errorf("with a full disk: %v", err)
+	}
+}
