@@ -111,7 +111,7 @@ func (b *bridge) run() int {
 	b.running.Go(func() { b.engine.reap(ctx, children) })
 	b.client = newClient(b.o)
 	defer b.client.close()
-	return b.oversee(ctx, record)
+	return b.oversee(ctx, order)
 }
 
 // settle makes this process one that the engine, which has the same user id,
@@ -141,7 +141,7 @@ func (b *bridge) order() sandbox.Order {
 }
 
 // oversee brings the engine up, serves, and returns the exit code.
-func (b *bridge) oversee(ctx context.Context, record contract.Sandbox) int {
+func (b *bridge) oversee(ctx context.Context, order sandbox.Order) int {
 	began := time.Now()
 	starting, stop := context.WithTimeout(ctx, b.o.StartTimeout)
 	defer stop()
@@ -161,13 +161,10 @@ func (b *bridge) oversee(ctx context.Context, record contract.Sandbox) int {
 
 	b.vigil = newVigil(b.o.Stall, b.o.CanaryEvery)
 	took := time.Since(began)
-	f, err := newForwarder(b.o, b.vigil, record, func(s *contract.Status) {
+	f := newForwarder(b.o, b.vigil, func() contract.Sandbox { return sandbox.Again(order) }, func(s *contract.Status) {
 		s.Model, s.StartMS = b.o.Model, took.Milliseconds()
 		b.vigil.fill(s)
 	})
-	if err != nil {
-		return b.fail(contract.ExitInternal, err)
-	}
 	return b.serve(ctx, f, took)
 }
 

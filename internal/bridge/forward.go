@@ -72,7 +72,8 @@ type forwarder struct {
 	asides  chan struct{} // and for each GET
 	engine  *plainhttp.Transport
 	vigil   *vigil
-	record  []byte // the sandbox, as JSON
+	looking sync.Mutex              // held while the sandbox is looked at
+	look    func() contract.Sandbox // looks at it again
 	fill    func(*contract.Status)
 	pieces  sync.Pool      // of *[pieceSize]byte
 	serving sync.WaitGroup // requests
@@ -80,11 +81,7 @@ type forwarder struct {
 	answered, failed, canceled, busy atomic.Uint64
 }
 
-func newForwarder(o contract.Options, v *vigil, record contract.Sandbox, fill func(*contract.Status)) (*forwarder, error) {
-	text, err := json.Marshal(record)
-	if err != nil {
-		return nil, fmt.Errorf("sandbox record: %w", err)
-	}
+func newForwarder(o contract.Options, v *vigil, look func() contract.Sandbox, fill func(*contract.Status)) *forwarder {
 	return &forwarder{
 		base:    "http://" + o.Engine.String(),
 		maxBody: o.MaxBody,
@@ -92,10 +89,10 @@ func newForwarder(o contract.Options, v *vigil, record contract.Sandbox, fill fu
 		asides:  make(chan struct{}, maxAsides),
 		engine:  newTransport(o.Engine, o.MaxInFlight),
 		vigil:   v,
-		record:  text,
+		look:    look,
 		fill:    fill,
 		pieces:  sync.Pool{New: func() any { return new([pieceSize]byte) }},
-	}, nil
+	}
 }
 
 func newServer(f *forwarder, logger *log.Logger) *http.Server {
@@ -132,7 +129,7 @@ func (f *forwarder) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 	case aside:
 		f.askAside(w, r)
 	case sandboxRecord:
-		writeJSON(w, http.StatusOK, f.record)
+		writeJSON(w, http.StatusOK, f.sandbox())
 	case statusRecord:
 		s := contract.Status{
 			Version:  contract.Version,
@@ -150,6 +147,18 @@ func (f *forwarder) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 	default:
 		fault{http.StatusNotFound, "invalid_request_error", "not_found", "this path is not served here"}.write(w)
 	}
+}
+
+// sandbox looks at it again, for one caller after the other: the engine can
+// ask, too.
+func (f *forwarder) sandbox() []byte {
+	f.looking.Lock()
+	defer f.looking.Unlock()
+	text, err := json.Marshal(f.look())
+	if err != nil {
+		panic(err) // numbers and strings
+	}
+	return text
 }
 
 // fault is an error in OpenAI's shape.

@@ -57,13 +57,11 @@ func newSpanTo(t testing.TB, upstream net.Listener, e *testEngine, change func(*
 		change(&o)
 	}
 	v := newVigil(o.Stall, o.CanaryEvery)
-	f, err := newForwarder(o, v, contract.Sandbox{Version: contract.Version, OK: true}, func(s *contract.Status) {
+	look := func() contract.Sandbox { return contract.Sandbox{Version: contract.Version, OK: true} }
+	f := newForwarder(o, v, look, func(s *contract.Status) {
 		s.Model = o.Model
 		v.fill(s)
 	})
-	if err != nil {
-		t.Fatal(err)
-	}
 	dir, err := os.MkdirTemp("", "span") // short, for a socket
 	if err != nil {
 		t.Fatal(err)
@@ -216,7 +214,7 @@ func TestForwardsOnlyWhatIsAllowed(t *testing.T) {
 		{"POST", "/v1/completions", `{"choices":[{"text":"b"}]}`},
 		{"POST", "/v1/chat/completions", `{"choices":[{"text":"b"}]}`},
 
-		{"GET", "/.bridge/sandbox", `{"version":1,"ok":true,"checks":null,"uid":0,"gid":0,"groups":null,"uidMap":null,"gidMap":null,"namespaces":null,"label":"","landlock":0,"mounts":null}`},
+		{"GET", "/.bridge/sandbox", `{"version":2,"ok":true,"checks":null,"uid":0,"gid":0,"groups":null,"uidMap":null,"gidMap":null,"namespaces":null,"label":"","landlock":0,"cgroup":"","interfaces":null,"devices":null,"mounts":null}`},
 	} {
 		status, body := s.target(t, tt.method, tt.target)
 		if status != 200 || body != tt.want {

@@ -5,6 +5,7 @@ import (
 	"context"
 	"debug/elf"
 	"encoding/json"
+	"errors"
 	"fmt"
 	"io"
 	"net"
@@ -12,6 +13,7 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
+	"reflect"
 	"runtime"
 	"slices"
 	"strconv"
@@ -21,8 +23,11 @@ import (
 	"testing"
 	"time"
 
+	"golang.org/x/sys/unix"
+
 	"github.com/resultity/node/internal/bridge/contract"
 	"github.com/resultity/node/internal/bridge/internal/sealtest"
+	"github.com/resultity/node/internal/bridge/sandbox"
 )
 
 // What the test binary is when it is started in a container.
@@ -308,6 +313,62 @@ func TestBridgeServes(t *testing.T) {
 	n.end(contract.ExitStopped)
 	if _, err := os.Lstat(n.socket()); !os.IsNotExist(err) {
 		t.Errorf("the socket is still there (%v)", err)
+	}
+}
+
+// The bridge looks again when it is asked: not at what the engine may make, but
+// at what root has done to the container.
+func TestBridgeLooksAgain(t *testing.T) {
+	t.Parallel()
+	n := start(t, testOptions())
+	n.hear("READY=1")
+	look := func() (s contract.Sandbox) {
+		n.get(contract.SandboxPath, &s)
+		return s
+	}
+	first := look()
+	if !first.OK || len(first.Interfaces) == 0 || len(first.Devices) == 0 {
+		t.Fatalf("%+v", first)
+	}
+	if got := n.ask("clutter"); got != "<nil> <nil> <nil>" {
+		t.Fatalf("the engine could not make what it may: %s", got)
+	}
+	if again := look(); !reflect.DeepEqual(first, again) {
+		t.Errorf("%q\n%+v, was\n%+v", sandbox.Failed(again), again, first)
+	}
+	from := func(args ...string) {
+		t.Helper()
+		if out, err := exec.Command("nsenter", append([]string{"-t", strconv.Itoa(n.box.PID)}, args...)...).CombinedOutput(); err != nil {
+			t.Fatalf("%q: %v: %s", args, err, out)
+		}
+	}
+	from("-n", "ip", "link", "add", "leak7", "type", "veth", "peer", "name", "leak8")
+	from("-n", "ip", "link", "set", "leak7", "up")
+	mounted := make(chan error)
+	go func() { // on a thread that ends with it
+		runtime.LockOSThread()
+		ns, err := os.Open(fmt.Sprintf("/proc/%d/ns/mnt", n.box.PID))
+		if err == nil {
+			err = errors.Join(unix.Unshare(unix.CLONE_FS), unix.Setns(int(ns.Fd()), unix.CLONE_NEWNS), unix.Mount("none", "/models", "tmpfs", 0, ""))
+		}
+		mounted <- err
+	}()
+	if err := <-mounted; err != nil {
+		t.Fatal(err)
+	}
+	foreign := exec.CommandContext(t.Context(), "nsenter", "-t", strconv.Itoa(n.box.PID), "-p", "sleep", "60") // which ends with the container
+	if err := foreign.Start(); err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { _ = foreign.Wait() }) // it was killed
+	var names []string
+	for _, c := range look().Checks {
+		if !c.OK {
+			names = append(names, c.Name)
+		}
+	}
+	if want := []string{"processes", "interfaces", "read-only /models", "mounts"}; !slices.Equal(names, want) {
+		t.Errorf("failed %q, want %q", names, want)
 	}
 }
 

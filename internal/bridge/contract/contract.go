@@ -52,7 +52,8 @@
 // of the kernel that no engine needs. It makes no namespaces and no mounts, reaches
 // into no other process, sets limits of its own only, and has none of the
 // kernel's keys, io_uring, bpf, performance events or userfaultfd. The bridge
-// has tried each of these calls before. Where the kernel has Landlock, the
+// has tried each of these calls before. All processes of the container have the
+// bridge's user, no capabilities, no_new_privs and a filter. Where the kernel has Landlock, the
 // engine can change files below the --writable paths alone, which leaves out the
 // socket's directory, and cannot signal the bridge; [Sandbox] says whether.
 //
@@ -90,7 +91,7 @@
 //	GET  /v1/models             to the engine
 //	GET  /health                to the engine
 //	GET  /metrics               to the engine
-//	GET  /.bridge/sandbox       [Sandbox]
+//	GET  /.bridge/sandbox       [Sandbox]: the bridge looks around again
 //	GET  /.bridge/status        [Status]
 //
 // A request body is read in full before the engine sees any of it: 413 above
@@ -113,7 +114,7 @@
 package contract
 
 // Version is the version of [Sandbox] and [Status]. A reader refuses others.
-const Version = 1
+const Version = 2
 
 // Exit codes of the bridge.
 const (
@@ -142,9 +143,12 @@ const (
 	StatusPath  = "/.bridge/status"
 )
 
-// Sandbox is what the bridge found when it looked around before it started the
-// engine. It is complete also when OK is false, but then nobody can ask for it
-// over the socket: the failed checks are on stderr and in the unit's status.
+// Sandbox is what the bridge found when it looked around. It does so before it
+// starts the engine, and whenever it is asked over the socket. It is complete also
+// when OK is false; before the engine's start nobody can ask for it then: the failed
+// checks are on stderr and in the unit's status. Beside a running engine, sockets and
+// pipes count only where the engine could not have made them, and its terminals
+// are no devices.
 type Sandbox struct {
 	Version int     `json:"version"`
 	OK      bool    `json:"ok"`     // every check is
@@ -161,7 +165,28 @@ type Sandbox struct {
 	Namespaces map[string]string `json:"namespaces"` // "net" to "net:[4026532000]", and so on
 	Label      string            `json:"label"`      // of the security module, "" without one
 	Landlock   int               `json:"landlock"`   // version that the engine is confined with; 0: the kernel has none, or too old a one
+	Cgroup     string            `json:"cgroup"`     // path in the unified hierarchy as it is seen inside, "" without one
+	Interfaces []Interface       `json:"interfaces"` // of the network
+	Devices    []Device          `json:"devices"`    // nodes, at most [MaxDevices] of them
 	Mounts     []Mount           `json:"mounts"`     // all, in the kernel's order
+}
+
+// MaxDevices bounds Sandbox.Devices.
+const MaxDevices = 256
+
+// Interface is one of the network's.
+type Interface struct {
+	Name      string   `json:"name"`
+	Up        bool     `json:"up"`
+	Loopback  bool     `json:"loopback"`
+	Addresses []string `json:"addresses"`
+}
+
+// Device is a device node.
+type Device struct {
+	Path  string `json:"path"`
+	Major uint32 `json:"major"`
+	Minor uint32 `json:"minor"`
 }
 
 // Check is one thing that the sandbox must be.

@@ -11,6 +11,7 @@ import (
 	"strconv"
 	"strings"
 	"syscall"
+	"time"
 )
 
 // maxEntries bounds the files that are looked at in mounted directories. A
@@ -20,11 +21,12 @@ const maxEntries = 1 << 16
 // eye collects facts and the reasons why some are missing.
 type eye struct {
 	facts
-	entries int // looked at so far
+	entries int  // looked at so far
+	running bool // the engine is
 }
 
-func look(o Order) facts {
-	e := &eye{facts: facts{
+func look(o Order, running bool) facts {
+	e := &eye{running: running, facts: facts{
 		PID:        os.Getpid(),
 		Writes:     make(map[string]string),
 		ReadOnly:   make(map[string]bool),
@@ -33,6 +35,7 @@ func look(o Order) facts {
 	}}
 	e.descriptors() // first, while all that is open was handed over
 	e.process()
+	e.processes()
 	e.network()
 	e.confined(o)
 	e.try("/")
@@ -86,6 +89,54 @@ func (e *eye) process() {
 	e.problem(err)
 	e.GIDMap, err = parseIDMap(e.read("/proc/self/gid_map"))
 	e.problem(err)
+	e.Cgroup = parseCgroup(e.read("/proc/self/cgroup"))
+}
+
+// Patience with processes: one that joins a container is confined last.
+const (
+	joinTries = 5
+	joinPause = 100 * time.Millisecond
+)
+
+// processes looks at all that there are in the container.
+func (e *eye) processes() {
+	for try := 1; ; try++ {
+		bad, err := e.unconfined()
+		if err != nil || len(bad) == 0 || try == joinTries {
+			e.problem(err)
+			e.Processes = bad
+			return
+		}
+		time.Sleep(joinPause)
+	}
+}
+
+// unconfined lists the processes that are not as this one must be.
+func (e *eye) unconfined() (bad []string, err error) {
+	entries, err := os.ReadDir("/proc")
+	if err != nil {
+		return nil, err
+	}
+	for _, d := range entries {
+		if pid, err := strconv.Atoi(d.Name()); err != nil || pid == e.PID { // which has checks of its own
+			continue
+		}
+		b, err := os.ReadFile("/proc/" + d.Name() + "/status")
+		if errors.Is(err, fs.ErrNotExist) || errors.Is(err, syscall.ESRCH) {
+			continue // it has ended
+		}
+		if err != nil {
+			return nil, err
+		}
+		s, err := parseStatus(string(b))
+		if err != nil {
+			return nil, err
+		}
+		if why := s.unconfined(e.Status); why != "" {
+			bad = append(bad, "process "+d.Name()+": "+why)
+		}
+	}
+	return bad, nil
 }
 
 func (e *eye) network() {
@@ -106,7 +157,9 @@ func (e *eye) network() {
 	} else if !errors.Is(err, fs.ErrNotExist) { // a kernel without IPv6 has none
 		e.problem(err)
 	}
-	e.Sockets = append(e.Sockets, parseUnix(e.read("/proc/self/net/unix"))...)
+	if !e.running { // the engine's own are no way out of the namespace
+		e.Sockets = append(e.Sockets, parseUnix(e.read("/proc/self/net/unix"))...)
+	}
 	// Connecting a datagram socket asks for the route and sends nothing. The
 	// addresses are the ones kept for documentation.
 	for _, to := range []string{"192.0.2.1:9", "[2001:db8::1]:9"} {
@@ -232,8 +285,8 @@ func (e *eye) mounts(o Order) {
 		points = append(points, m.Point)
 	}
 	for _, m := range e.Mounts {
-		if m.Point == "/" || kernel[m.Type] {
-			continue // the root has its own check, kernel interfaces too
+		if m.Point == "/" || kernel[m.Type] || e.running && o.allows(m.Point) {
+			continue // the root has its own check, kernel interfaces too; what the engine makes is its own
 		}
 		e.walk(m, points, o.allows(m.Point))
 	}
@@ -316,11 +369,20 @@ func (e *eye) device(path string) {
 	}
 	// The kernel's encoding of device numbers in 64 bits.
 	rdev := uint64(st.Rdev)
-	e.Devices = append(e.Devices, device{
+	d := device{
 		Path:  path,
 		Major: uint32(rdev>>8&0xfff | rdev>>32&^0xfff),
 		Minor: uint32(rdev&0xff | rdev>>12&^0xff),
-	})
+	}
+	if !e.running || !terminal(d) {
+		e.Devices = append(e.Devices, d)
+	}
+}
+
+// terminal reports whether a node is one half of a pair that a program has
+// opened.
+func terminal(d device) bool {
+	return d.Major >= 136 && d.Major <= 143 && filepath.Dir(d.Path) == "/dev/pts"
 }
 
 func (e *eye) surroundings() {

@@ -32,6 +32,31 @@ func (s status) capabilities() []string {
 	return got
 }
 
+// unconfined says what a process has that one like self has not, "" for nothing.
+func (s status) unconfined(self status) string {
+	switch {
+	case s.UID != self.UID || s.GID != self.GID:
+		return "user " + ids(s.UID) + ", group " + ids(s.GID)
+	case len(s.capabilities()) > 0:
+		return "capabilities " + strings.Join(s.capabilities(), " ")
+	case s.NoNewPrivs != "1":
+		return "no_new_privs " + s.NoNewPrivs
+	case s.Seccomp != "2":
+		return "seccomp mode " + s.Seccomp
+	}
+	return ""
+}
+
+// parseCgroup returns the path in the unified hierarchy.
+func parseCgroup(text string) string {
+	for line := range strings.Lines(text) {
+		if path, ok := strings.CutPrefix(strings.TrimSpace(line), "0::"); ok {
+			return path
+		}
+	}
+	return ""
+}
+
 func parseStatus(text string) (status, error) {
 	s := status{Caps: make(map[string]string)}
 	var errs []error

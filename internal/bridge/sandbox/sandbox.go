@@ -37,7 +37,15 @@ func (o Order) allows(point string) bool {
 // or starts processes, and takes a few milliseconds. The only traces it may
 // leave are those of a failed check: a file that it could create is removed.
 func Inspect(o Order) contract.Sandbox {
-	return judge(look(o), o)
+	return judge(look(o, false), o)
+}
+
+// Again is Inspect beside a running engine: what that may have made is left out,
+// which is what lies where it may write, its abstract sockets and its terminals.
+// A process that an administrator has just started is given half a second to
+// shed its privileges. Safe for concurrent use.
+func Again(o Order) contract.Sandbox {
+	return judge(look(o, true), o)
 }
 
 // facts is what the kernel told. An entry of problems means that something
@@ -62,6 +70,8 @@ type facts struct {
 	Writable   map[int][]string // by mount id: what could be written below
 	Sockets    []string         // abstract ones; sockets and named pipes in mounted directories
 	Devices    []device         // nodes below /dev, and nodes mounted elsewhere
+	Processes  []string         // those that are not confined as this one is
+	Cgroup     string           // in the unified hierarchy
 	Inherited  []string         // descriptors above 2 that exec handed over
 	WorkDir    string
 	Proxies    []string // names of environment variables
@@ -70,12 +80,7 @@ type facts struct {
 }
 
 // link is a network interface.
-type link struct {
-	Name      string
-	Up        bool
-	Loopback  bool
-	Addresses []string
-}
+type link = contract.Interface
 
 // shield is a kernel path that a container must not reach in full.
 type shield struct {
@@ -104,6 +109,9 @@ func judge(f facts, o Order) contract.Sandbox {
 		Namespaces: f.Namespaces,
 		Label:      f.Label,
 		Landlock:   f.Landlock,
+		Cgroup:     f.Cgroup,
+		Interfaces: f.Interfaces,
+		Devices:    f.Devices[:min(len(f.Devices), contract.MaxDevices)],
 	}
 	check := func(name, want, got string, ok bool) {
 		s.Checks = append(s.Checks, contract.Check{Name: name, Want: want, Got: got, OK: ok})
@@ -122,6 +130,7 @@ func judge(f facts, o Order) contract.Sandbox {
 	none("capabilities", "none", f.Status.capabilities())
 	check("no new privileges", "1", f.Status.NoNewPrivs, f.Status.NoNewPrivs == "1")
 	check("system call filter", "2", f.Status.Seccomp, f.Status.Seccomp == "2")
+	none("processes", "all of this user, without privileges and filtered", f.Processes)
 	none("interfaces", "lo alone", foreign(f.Interfaces))
 	none("routes", "none out", f.Routes)
 	none("reachable addresses", "none", f.Reachable)
@@ -289,16 +298,14 @@ func exposed(shields []shield) []string {
 }
 
 // device is a device node or what a mount put in its place.
-type device struct {
-	Path         string
-	Major, Minor uint32
-}
+type device = contract.Device
 
 // standard are the nodes that the OCI runtime puts into every container. Their
 // numbers count, not their names: a disk could be called /dev/null.
 var standard = []device{
-	{"/dev/null", 1, 3}, {"/dev/zero", 1, 5}, {"/dev/full", 1, 7}, {"/dev/random", 1, 8}, {"/dev/urandom", 1, 9},
-	{"/dev/tty", 5, 0}, {"/dev/pts/ptmx", 5, 2},
+	{Path: "/dev/null", Major: 1, Minor: 3}, {Path: "/dev/zero", Major: 1, Minor: 5}, {Path: "/dev/full", Major: 1, Minor: 7},
+	{Path: "/dev/random", Major: 1, Minor: 8}, {Path: "/dev/urandom", Major: 1, Minor: 9},
+	{Path: "/dev/tty", Major: 5, Minor: 0}, {Path: "/dev/pts/ptmx", Major: 5, Minor: 2},
 }
 
 // extra lists the devices that are neither standard nor ordered. The null

@@ -21,7 +21,7 @@ func TestMain(m *testing.M) {
 	case len(os.Args) == 3 && os.Args[1] == inspector:
 		inspect(os.Args[2])
 	case len(os.Args) == 2 && os.Args[1] == collector:
-		json.NewEncoder(os.Stdout).Encode(look(Order{ReadOnly: podmanOrder().ReadOnly}))
+		json.NewEncoder(os.Stdout).Encode(look(Order{ReadOnly: podmanOrder().ReadOnly}, false))
 		os.Exit(0)
 	}
 	os.Exit(m.Run())
@@ -144,7 +144,7 @@ func TestInspectRefuses(t *testing.T) {
 		{sealtest.FakeDevice, []string{"devices"}, "/dev/zero (10:229)"},
 		{sealtest.MountedDevice, []string{"devices"}, "/extra (10:229)"},
 		{sealtest.ForeignSocket, []string{"sockets and pipes"}, "/models/host.sock"},
-		{sealtest.AbstractSocket, []string{"sockets and pipes"}, "@sealtest"},
+		{sealtest.AbstractSocket, []string{"processes", "sockets and pipes"}, "user 0"}, // whose holder is the builder's
 		{sealtest.NamedPipe, []string{"sockets and pipes"}, "/models/pipe"},
 		{sealtest.InheritedFile, []string{"descriptors"}, "9 ("},
 		{sealtest.OutsideWorkDir, []string{"working directory"}, "(unreachable)"},
@@ -243,6 +243,7 @@ func TestJudgeRefuses(t *testing.T) {
 	}{
 		{"inspection", func(f *facts) { f.Problems = []string{"unreadable"} }},
 		{"socket families", func(f *facts) { f.Families = []string{"40"} }},
+		{"processes", func(f *facts) { f.Processes = []string{"process 7: seccomp mode 0"} }},
 		{"engine's writes", func(f *facts) { f.Landlock, f.Engine = 7, "possible" }},
 		{"system calls", func(f *facts) { f.Calls = []string{"unshare (errno 0)"} }},
 		{"reachable addresses", func(f *facts) { f.Reachable = []string{"192.0.2.1:9"} }},
@@ -277,7 +278,7 @@ func TestJudgeRefusesMissingFacts(t *testing.T) {
 	}
 	// These are lists of what was found; that they are complete is the first
 	// check, which look fails whenever it could not read something.
-	want := []string{"inspection", "routes", "reachable addresses", "socket families", "system calls", "engine's writes", "mounts", "kernel interfaces", "devices", "sockets and pipes", "descriptors", "proxy variables"}
+	want := []string{"inspection", "processes", "routes", "reachable addresses", "socket families", "system calls", "engine's writes", "mounts", "kernel interfaces", "devices", "sockets and pipes", "descriptors", "proxy variables"}
 	if !slices.Equal(passing, want) {
 		t.Errorf("with no facts at all these pass: %q, want %q", passing, want)
 	}
