@@ -283,7 +283,7 @@ func buildIn(t *testing.T, dir string, m *deploytest.Machine, networks ...config
 	f.recallDrain()
 	f.openDeployer = func(context.Context) (deployer, error) {
 		d := m.Deployer()
-		d.Progress = f.progress
+		d.Progress, d.Reached = f.progress, f.reached
 		d.Newest = func(network string) *snapshot.Snapshot { return f.named(network).board.snapshot() }
 		return d, nil
 	}

@@ -79,7 +79,7 @@ func (b *board) learn(s *snapshot.Snapshot) {
 	b.mu.Lock()
 	defer b.mu.Unlock()
 	if b.snap == nil || b.snap.Digest() != s.Digest() {
-		b.step, b.failed = deploy.StepImage, nil
+		b.step, b.failed = deploy.Steps[0], nil
 		if b.active != nil && b.active.Snapshot().Digest() == s.Digest() {
 			b.step = ""
 		}
@@ -124,7 +124,7 @@ func (b *board) retry(s *snapshot.Snapshot) {
 	b.mu.Lock()
 	defer b.mu.Unlock()
 	if b.failed != nil && b.snap != nil && b.snap.Digest() == s.Digest() {
-		b.step, b.failed = deploy.StepImage, nil
+		b.step, b.failed = deploy.Steps[0], nil
 	}
 }
 
@@ -449,6 +449,7 @@ type station struct {
 }
 
 var stations = []station{
+	{gate.Machine, "may run it, and has the memory, as far as that is known", []deploy.Step{deploy.StepMachine}},
 	{gate.Image, "signature verified twice, stored", []deploy.Step{deploy.StepImage}},
 	{gate.Model, "complete and verified", []deploy.Step{deploy.StepModel}},
 	{gate.Runtime, "the engine runs", []deploy.Step{deploy.StepUnit, deploy.StepStart}},
@@ -511,7 +512,10 @@ func (b *board) standbyGates() (gs []gate.Gate) {
 func remedyOfStep(e *deploy.Error) string {
 	var space *model.NoSpaceError
 	var storm *stormError
+	var memory *deploy.MemoryError
 	switch {
+	case errors.As(e, &memory):
+		return "let the runtime have more, with runtime.memory_max (or runtime.device_memory, if this machine's devices have more than is known), and restart the agent; else ask the network's operator for a smaller model, or to state memory_bytes if it runs with less"
 	case errors.As(e, &storm):
 		return storm.remedy()
 	case errors.Is(e, podman.ErrUnavailable):
@@ -532,7 +536,7 @@ func remedyOfStep(e *deploy.Error) string {
 		return "the model's sources serve wrong bytes; ask the network's operator"
 	case e.Step == deploy.StepModel:
 		return "see resultityctl models; the agent keeps trying and resumes what arrived"
-	case e.Step == deploy.StepUnit:
+	case e.Step == deploy.StepMachine, e.Step == deploy.StepUnit:
 		return "the detail names what this machine lacks; the agent keeps trying"
 	case e.Step == deploy.StepStart:
 		return "sudo journalctl _SYSTEMD_USER_UNIT=resultity-runtime.service has the engine's own words"

@@ -24,7 +24,7 @@ import (
 	"github.com/resultity/node/internal/wire"
 )
 
-var gateNames = []string{"registration", "configuration", "image", "model", "runtime", "sandbox", "validation", "session", "accepting", "routable"}
+var gateNames = []string{"registration", "configuration", "machine", "image", "model", "runtime", "sandbox", "validation", "session", "accepting", "routable"}
 
 func TestGates(t *testing.T) {
 	m, n := deploytest.New(t), deploytest.NewNetwork(t)
@@ -70,7 +70,7 @@ func TestGates(t *testing.T) {
 		{name: "unit in progress", edit: func(b *board) { b.active, b.step = nil, deploy.StepUnit }, closed: "runtime"},
 		{name: "start in progress", edit: func(b *board) { b.active, b.step = nil, deploy.StepStart }, closed: "runtime"},
 		{name: "validation in progress", edit: func(b *board) { b.active, b.step = nil, deploy.StepValidate }, closed: "validation"},
-		{name: "next in progress", edit: func(b *board) { b.learn(next) }, closed: "image", detail: "version 2"},
+		{name: "next in progress", edit: func(b *board) { b.learn(next) }, closed: "machine", detail: "version 2"},
 
 		{name: "not connected", edit: func(b *board) { b.connected = false }, closed: "session"},
 		{name: "no way", edit: func(b *board) { b.connected, b.sessErr = false, errBroken }, closed: "session", detail: "broken", remedy: "network.testnet.url"},
@@ -95,6 +95,9 @@ func TestGates(t *testing.T) {
 		closed string
 		remedy string
 	}{
+		{deploy.StepMachine, &deploy.MemoryError{}, "machine", "runtime.memory_max"},
+		{deploy.StepMachine, podman.ErrUnavailable, "machine", "resultity-podman"},
+		{deploy.StepMachine, deploy.ErrDevice, "machine", "lacks"},
 		{deploy.StepImage, podman.ErrUnavailable, "image", "resultity-podman"},
 		{deploy.StepImage, image.ErrUnsigned, "image", "does not run until the network's operator has signed it"},
 		{deploy.StepImage, image.ErrUnsigned, "image", "looks again"},
@@ -129,7 +132,7 @@ func TestGates(t *testing.T) {
 					t.Errorf("%q: does it say what runs?", gs[1].Detail)
 				}
 				// A new try shows the failure until it is past that step.
-				b.advance(next, deploy.StepImage)
+				b.advance(next, deploy.StepMachine)
 				if g := b.gates(nil, now)[at]; g.State != gate.Closed || !strings.Contains(g.Detail, c.err.Error()) {
 					t.Errorf("at the next try: %+v", g)
 				}

@@ -481,6 +481,12 @@ func (a *Agent) newDeployer(ctx context.Context, models *model.Store, units *sys
 		UnitDir:   a.cfg.Paths.Units,
 		SocketDir: filepath.Join(a.cfg.Paths.Runtime, "engine"),
 		Bridge:    a.cfg.Paths.Bridge, Log: a.log,
-		Progress: a.progress,
+		Progress: a.progress, Reached: a.reached,
+		OfDevices: func(names []string) (int64, bool) {
+			if n := a.cfg.Runtime.OfDevices(); n > 0 {
+				return n, true
+			}
+			return hardware.DeviceMemory("/sys", hardware.SpecDirs, names)
+		},
 	}, nil
 }

@@ -435,7 +435,6 @@ func (u *updater) stage(ctx context.Context, v *generation.View, snap *snapshot.
 	sctx, cancel := context.WithCancel(ctx)
 	st := &staging{snap: snap, cancel: cancel}
 	u.staging = st
-	u.memberOf(snap).board.advance(snap, deploy.StepImage)
 	r := &result{staging: st, deployer: u.deployer}
 	if g := v.Find(snap.Digest()); g != nil {
 		if proof, _, err := u.gens.Load(g.Number); err == nil {
@@ -490,6 +489,11 @@ func (u *updater) prepare(ctx context.Context, r *result, serving *snapshot.Mode
 		u.log.Info("the next model was read ahead", "model", r.snap.Config().Runtime.Model, "bytes", read)
 	}
 	return nil
+}
+
+// reached is told by the deployer how far it is.
+func (a *Agent) reached(s *snapshot.Snapshot, step deploy.Step) {
+	a.memberOf(s).board.advance(s, step)
 }
 
 // progress is told by the deployer how much of a model is here.
@@ -864,6 +868,7 @@ func (u *updater) report(snap *snapshot.Snapshot, err error) {
 // eventOf says in the catalog's terms why a deployment failed.
 func eventOf(err error) *journal.Event {
 	e, ok := errors.AsType[*deploy.Error](err)
+	var memory *deploy.MemoryError
 	switch {
 	case !ok:
 		return journal.RuntimeFailed
@@ -879,6 +884,8 @@ func eventOf(err error) *journal.Event {
 		return journal.SandboxRefused
 	case errors.Is(err, deploy.ErrDevice):
 		return journal.DeviceRefused
+	case errors.As(err, &memory):
+		return journal.MemoryRefused
 	case e.Step == deploy.StepValidate:
 		return journal.ValidationFailed
 	}

@@ -905,6 +905,8 @@ func TestEventsOfErrors(t *testing.T) {
 		{errBroken, journal.RuntimeFailed},
 		{&deploy.Error{Step: deploy.StepUnit, Err: quadlet.ErrUnsealed}, journal.SandboxRefused},
 		{&deploy.Error{Step: deploy.StepStart, Err: &systemd.JobError{}}, journal.RuntimeFailed},
+		{&deploy.Error{Step: deploy.StepMachine, Err: fmt.Errorf("%w: x", deploy.ErrDevice)}, journal.DeviceRefused},
+		{&deploy.Error{Step: deploy.StepMachine, Err: &deploy.MemoryError{}}, journal.MemoryRefused},
 		{&deploy.Error{Step: deploy.StepImage, Err: fmt.Errorf("x: %w", image.ErrOtherDigest)}, journal.ImageDigest},
 	} {
 		if got := eventOf(c.err); got != c.want {

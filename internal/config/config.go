@@ -71,6 +71,10 @@ type Runtime struct {
 	// G or T for powers of 1024, or a percentage. "" is all but a tenth, and never
 	// keeps back more than 1 GiB.
 	MemoryMax string `koanf:"memory_max"`
+	// DeviceMemory is how much memory the devices have that the network may order,
+	// together: bytes, with K, M, G or T. "" is what the kernel says, which it does for
+	// AMD's alone.
+	DeviceMemory string `koanf:"device_memory"`
 }
 
 const (
@@ -92,6 +96,15 @@ func (r Runtime) Memory(total int64) int64 {
 		return max(0, total/100*n)
 	}
 	return n << (10 * (1 + strings.Index("KMGT", m[2])) * min(1, len(m[2])))
+}
+
+// OfDevices returns the bytes of memory of the devices; 0 where only the kernel can
+// say.
+func (r Runtime) OfDevices() int64 {
+	if r.DeviceMemory == "" {
+		return 0
+	}
+	return Runtime{MemoryMax: r.DeviceMemory}.Memory(0)
 }
 
 // checkMemory checks the text alone: on which machine it counts is not known yet.
@@ -419,6 +432,9 @@ func (c *Config) check() (key string, err error) {
 	}
 	if err := checkMemory(c.Runtime.MemoryMax); err != nil {
 		return "runtime.memory_max", err
+	}
+	if err := checkMemory(c.Runtime.DeviceMemory); err != nil || strings.HasSuffix(c.Runtime.DeviceMemory, "%") {
+		return "runtime.device_memory", fmt.Errorf("%.40q: want bytes like \"24G\"", c.Runtime.DeviceMemory)
 	}
 	if err := checkNeighbours(c.Models.Neighbours); err != nil {
 		return "models.neighbours", err

@@ -92,6 +92,8 @@ func TestErrorsNameFileAndKey(t *testing.T) {
 		{"memory too small", good, "[runtime]\nmemory_max = \"63M\"\n", "a.toml", "runtime.memory_max", "at least 64M"},
 		{"memory beyond all", good, "[runtime]\nmemory_max = \"101%\"\n", "a.toml", "runtime.memory_max", "a percentage"},
 		{"memory overflows", good, "[runtime]\nmemory_max = \"99999999999T\"\n", "a.toml", "runtime.memory_max", "want bytes"},
+		{"device memory a share", good, "[runtime]\ndevice_memory = \"50%\"\n", "a.toml", "runtime.device_memory", "want bytes like"},
+		{"device memory no size", good, "[runtime]\ndevice_memory = \"lots\"\n", "a.toml", "runtime.device_memory", "want bytes like"},
 		{"neighbour without scheme", good, "[models]\nneighbours = [\"10.0.0.2:8080\"]\n", "a.toml", "models.neighbours", "want URLs like"},
 		{"neighbour with a user", good, "[models]\nneighbours = [\"http://u:p@h\"]\n", "a.toml", "models.neighbours", "want URLs like"},
 		{"neighbour that is a file", good, "[models]\nneighbours = [\"file:///etc\"]\n", "a.toml", "models.neighbours", "want URLs like"},

@@ -38,6 +38,7 @@ type Step string
 
 // The steps, in order.
 const (
+	StepMachine  Step = "machine" // may it run this, and has it what that takes?
 	StepImage    Step = "image"
 	StepModel    Step = "model"
 	StepUnit     Step = "unit"
@@ -47,7 +48,7 @@ const (
 )
 
 // Steps lists the steps in order.
-var Steps = []Step{StepImage, StepModel, StepUnit, StepStart, StepSandbox, StepValidate}
+var Steps = []Step{StepMachine, StepImage, StepModel, StepUnit, StepStart, StepSandbox, StepValidate}
 
 // Error says which step failed.
 type Error struct {
@@ -71,7 +72,7 @@ func (e *Error) Machine() bool {
 	switch {
 	case errors.Is(e, model.ErrRefused), errors.Is(e, image.ErrKeys), errors.Is(e, image.ErrPlatform):
 		return false
-	case e.Step == StepImage, e.Step == StepModel,
+	case e.Step == StepMachine, e.Step == StepImage, e.Step == StepModel,
 		errors.Is(e, syscall.ENOSPC), errors.Is(e, syscall.EDQUOT), errors.Is(e, syscall.EROFS), errors.Is(e, syscall.EIO),
 		errors.Is(e, podman.ErrUnavailable), errors.Is(e, systemd.ErrLost):
 		return true
@@ -103,6 +104,7 @@ type (
 		Ensure(ctx context.Context, m *snapshot.Model, progress func(done, total int64)) (dir string, err error)
 		Retain(keep []*snapshot.Model) error
 		Warm(ctx context.Context, m *snapshot.Model, most int64) (read int64, err error)
+		Have(m *snapshot.Model) bool
 	}
 	units interface {
 		Install(ctx context.Context, dir, name string, text []byte) (changed bool, err error)
@@ -141,11 +143,13 @@ type Deployer struct {
 	Newest     func(network string) *snapshot.Snapshot               // a network's newest word, whatever is brought to life; nil for none
 	Allowed    []string                                              // CDI devices that the operator lets a snapshot order; vendor/class=* is all of a kind
 	Memory     int64                                                 // ceiling for the runtime in bytes; 0 for none
+	OfDevices  func(names []string) (bytes int64, known bool)        // memory of CDI devices, together
 	Ceiling    func(pid int) (int64, error)                          // the one that a process is under; 0 for none
 	UnitDir    string                                                // where Quadlet looks
 	SocketDir  string                                                // shared with the container; its parent is the agent's alone
 	Bridge     string                                                // the bridge's binary
 	Log        *slog.Logger
+	Reached    func(s *snapshot.Snapshot, step Step) // Stage has come to a step; models are Progress's
 	Progress   func(m *snapshot.Model, done, total int64)
 
 	unlimited bool // it was said that there is no ceiling
@@ -201,10 +205,12 @@ func (d *Deployment) Current(state systemd.State) bool {
 // Stage fetches and verifies all that s needs.
 func (d *Deployer) Stage(ctx context.Context, s *snapshot.Snapshot) (*Plan, error) {
 	c := s.Config()
-	info, err := d.mayRun(ctx, c)
+	d.Reached(s, StepMachine)
+	info, err := d.mayRun(ctx, s)
 	if err != nil {
-		return nil, fails(StepUnit, err)
+		return nil, fails(StepMachine, err)
 	}
+	d.Reached(s, StepImage)
 	if err := d.Images.Ensure(ctx, c.Runtime.Image, &c.ImageTrust, d.trust(s)); err != nil {
 		return nil, fails(StepImage, err)
 	}

@@ -218,7 +218,7 @@ func TestEveryStepFails(t *testing.T) {
 		{VerifyImage, deploy.StepImage, false},
 		{TrustImage, deploy.StepImage, false},
 		{EnsureModel, deploy.StepModel, false},
-		{Info, deploy.StepUnit, false},
+		{Info, deploy.StepMachine, false},
 		{Devices, deploy.StepUnit, false},
 		{Install, deploy.StepUnit, false},
 		{State, deploy.StepStart, false},

@@ -11,6 +11,7 @@ import (
 	. "github.com/resultity/node/internal/deploy/deploytest"
 	"github.com/resultity/node/internal/journal"
 	"github.com/resultity/node/internal/sandbox"
+	"github.com/resultity/node/internal/snapshot"
 )
 
 // What the operator does not give away is refused before anything is fetched.
@@ -39,13 +40,69 @@ func TestOnlyAllowedDevicesAreGiven(t *testing.T) {
 	}
 }
 
+// What has no room in memory is refused before anything is fetched, with numbers; what
+// nobody knows, and what can be tried without a download, is not.
+func TestMemoryIsLookedAtFirst(t *testing.T) {
+	n := NewNetwork(t)
+	plain := n.Publish(nil)
+	weights := plain.Model().Size()
+	gpu := n.Publish(map[string]any{"runtime.devices": []any{"nvidia.com/gpu=0"}, "runtime.settings.gpu_layers": 9})
+	states := func(key string, bytes int64, devices ...any) *snapshot.Snapshot {
+		return NewNetwork(t).Publish(map[string]any{"runtime.devices": devices, "runtime." + key: bytes})
+	}
+	for name, c := range map[string]struct {
+		s       *snapshot.Snapshot
+		memory  int64 // 0: not known
+		devices int64 // negative: not known
+		here    bool
+		of      string // "" for not refused
+	}{
+		"just enough":                     {plain, weights, -1, false, ""},
+		"a byte short":                    {plain, weights - 1, -1, false, "the runtime may have"},
+		"no ceiling":                      {plain, 0, -1, false, ""},
+		"a byte short and here":           {plain, weights - 1, -1, true, ""},
+		"with a device, just enough":      {gpu, weights - 5, 5, false, ""},
+		"with a device, a byte short":     {gpu, weights - 5, 4, false, "together"},
+		"with a device that nobody knows": {gpu, 1, -1, false, ""},
+		"stated, enough":                  {states("memory_bytes", 1<<30), 1 << 30, -1, false, ""},
+		"stated, less than its weights":   {states("memory_bytes", 1), 1, -1, false, ""},
+		"stated, short":                   {states("memory_bytes", 1<<30), 1<<30 - 1, -1, false, "the runtime may have"},
+		"stated, short and here":          {states("memory_bytes", 1<<30), 1<<30 - 1, -1, true, "the runtime may have"},
+		"stated of devices, enough":       {states("device_memory_bytes", 1<<30, "nvidia.com/gpu=0"), 1, 1 << 30, false, ""},
+		"stated of devices, short":        {states("device_memory_bytes", 1<<30, "nvidia.com/gpu=0"), 1, 1<<30 - 1, false, "the devices"},
+		"stated of devices nobody knows":  {states("device_memory_bytes", 1<<30, "nvidia.com/gpu=0"), 1, -1, false, ""},
+	} {
+		m := New(t)
+		d := m.Deployer()
+		if c.here {
+			if _, err := d.Stage(t.Context(), c.s); err != nil {
+				t.Fatal(err)
+			}
+		}
+		m.Calls()
+		d.Memory, d.OfDevices = c.memory, func([]string) (int64, bool) { return max(c.devices, 0), c.devices >= 0 }
+		_, err := d.Stage(t.Context(), c.s)
+		refused, ok := errors.AsType[*deploy.MemoryError](err)
+		if calls := m.Calls(); ok && slices.Contains(calls, EnsureImage) {
+			t.Errorf("%s: refused after %q", name, calls)
+		}
+		e, _ := errors.AsType[*deploy.Error](err)
+		switch {
+		case c.of == "" && err != nil, c.of != "" && !ok:
+			t.Errorf("%s: %v", name, err)
+		case ok && (!strings.Contains(refused.Of, c.of) || e.Step != deploy.StepMachine || !e.Machine() || refused.Need <= refused.Have):
+			t.Errorf("%s: %v", name, err)
+		}
+	}
+}
+
 // A Podman that would not read the agent's policy pulls nothing.
 func TestUntriedPodmanIsRefused(t *testing.T) {
 	for _, major := range []int{4, 6} {
 		m, s := New(t), NewNetwork(t).Publish(nil)
 		m.Do(func(m *Locked) { m.PodmanMajor(major) })
 		_, err := m.Deployer().Stage(t.Context(), s)
-		if step(err) != deploy.StepUnit || !strings.Contains(err.Error(), "Podman") {
+		if step(err) != deploy.StepMachine || !strings.Contains(err.Error(), "Podman") {
 			t.Errorf("Podman %d: %v", major, err)
 		}
 		if calls := m.Calls(); slices.Contains(calls, EnsureImage) {

@@ -66,6 +66,7 @@ const (
 	Identity      = "identity"
 	Registration  = "registration"
 	Configuration = "configuration"
+	Machine       = "machine"
 	Image         = "image"
 	Model         = "model"
 	Runtime       = "runtime"
@@ -97,6 +98,7 @@ var List = []About{
 	{Identity, "is there a key that nobody else can read?", "`chmod` as the detail says, or the backup of the identity"},
 	{Registration, "does the network know the node, for an account?", "a valid token in the file that `network.NAME.enrolment_token` names; `resultityctl bind` for a node that is known and nobody's"},
 	{Configuration, "is the network's configuration verified and fresh?", "`network.NAME.url`, `network.NAME.ca` and `network.NAME.root` of `agent.toml`; the machine's clock"},
+	{Machine, "may this machine run what the configuration asks for, and has it the memory?", "`runtime.devices`, `runtime.memory_max` and `runtime.device_memory` of `agent.toml`; the network's operator, for a smaller model"},
 	{Image, "is the image signed by the network, and stored?", "the network's operator has to sign it"},
 	{Model, "are all models here and verified?", "`resultityctl models` shows how far they are"},
 	{Runtime, "does the engine run?", "`sudo journalctl _SYSTEMD_USER_UNIT=resultity-runtime.service` has its own words"},

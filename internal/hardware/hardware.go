@@ -99,6 +99,48 @@ func DeviceEnv(dirs, names []string) ([]string, error) {
 	return paths(dirs, names, func(e *specs.ContainerEdits) []string { return e.Env })
 }
 
+// DeviceMemory returns the most memory that the CDI devices can use together, in bytes,
+// by the specifications in dirs and the kernel's files in sys: their own, and what of
+// the machine's the driver maps for them, which is nearly all that a processor's own GPU
+// has. It is not known where one of them is no device whose driver says so: AMD's does.
+func DeviceMemory(sys string, dirs, names []string) (bytes int64, known bool) {
+	cards := map[string]int64{} // a device has several nodes
+	for _, name := range names {
+		nodes, err := DeviceNodes(dirs, []string{name})
+		if err != nil {
+			return 0, false
+		}
+		found := false
+		for _, node := range nodes {
+			card, err := filepath.EvalSymlinks(filepath.Join(sys, "class/drm", filepath.Base(node), "device"))
+			if err != nil {
+				continue
+			}
+			own, shared := number(filepath.Join(card, "mem_info_vram_total")), number(filepath.Join(card, "mem_info_gtt_total"))
+			if own > 0 {
+				cards[card], found = own+shared, true
+			}
+		}
+		if !found {
+			return 0, false
+		}
+	}
+	for _, n := range cards {
+		bytes += n
+	}
+	return bytes, true
+}
+
+// number reads a file with a number of bytes, 0 where there is none that makes sense.
+func number(file string) int64 {
+	raw, err := os.ReadFile(file)
+	n, failed := strconv.ParseInt(strings.TrimSpace(string(raw)), 10, 64)
+	if err != nil || failed != nil || n < 0 || n > 1<<50 {
+		return 0
+	}
+	return n
+}
+
 // paths collects what of picks from the edits of the named devices.
 func paths(dirs, names []string, of func(*specs.ContainerEdits) []string) ([]string, error) {
 	if len(names) == 0 {

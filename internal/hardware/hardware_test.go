@@ -141,3 +141,41 @@ func TestOddFilesGiveNothing(t *testing.T) {
 		t.Errorf("%d bytes", len(got))
 	}
 }
+
+func TestDeviceMemory(t *testing.T) {
+	dirs := specDirs(t, map[string]string{"etc/amd.json": `{"cdiVersion": "0.6.0", "kind": "amd.com/gpu", "devices": [
+		{"name": "0", "containerEdits": {"deviceNodes": [{"path": "/dev/kfd"}, {"path": "/dev/dri/card1"}, {"path": "/dev/dri/renderD128"}]}},
+		{"name": "1", "containerEdits": {"deviceNodes": [{"path": "/dev/dri/renderD129"}]}},
+		{"name": "2", "containerEdits": {"deviceNodes": [{"path": "/dev/dri/renderD130"}]}},
+		{"name": "all", "containerEdits": {"deviceNodes": [{"path": "/dev/dri/renderD128"}, {"path": "/dev/dri/renderD129"}]}}]}`, "etc/nvidia.json": nvidia})
+	sys := t.TempDir()
+	file := func(name, text string) {
+		name = filepath.Join(sys, name)
+		if err := errors.Join(os.MkdirAll(filepath.Dir(name), 0o700), os.WriteFile(name, []byte(text), 0o600)); err != nil {
+			t.Fatal(err)
+		}
+	}
+	file("pci/a/mem_info_vram_total", "17163091968\n")
+	file("pci/a/mem_info_gtt_total", "1000\n")
+	file("pci/b/mem_info_vram_total", "2000\n")
+	file("pci/c/mem_info_vram_total", "-2000\n")
+	for node, card := range map[string]string{"card1": "a", "renderD128": "a", "renderD129": "b", "renderD130": "c"} {
+		dir := filepath.Join(sys, "class/drm", node)
+		if err := errors.Join(os.MkdirAll(dir, 0o700), os.Symlink("../../../pci/"+card, filepath.Join(dir, "device"))); err != nil {
+			t.Fatal(err)
+		}
+	}
+	for _, c := range []struct {
+		names string
+		want  int64 // negative: not known
+	}{
+		{"", 0}, {"amd.com/gpu=0", 17163092968}, {"amd.com/gpu=1", 2000}, {"amd.com/gpu=0 amd.com/gpu=1", 17163094968},
+		{"amd.com/gpu=all", 17163094968}, {"amd.com/gpu=all amd.com/gpu=0", 17163094968},
+		{"amd.com/gpu=2", -1}, {"amd.com/gpu=9", -1}, {"nvidia.com/gpu=0", -1}, {"amd.com/gpu=0 nvidia.com/gpu=0", -1},
+	} {
+		n, known := DeviceMemory(sys, dirs, strings.Fields(c.names))
+		if known != (c.want >= 0) || known && n != c.want {
+			t.Errorf("%q: %d, %v", c.names, n, known)
+		}
+	}
+}

@@ -59,7 +59,9 @@ type Runtime struct {
 	Image        ImageRef `json:"image"`
 	Model        string   `json:"model"` // name of one of Config.Models; also the name it is served as
 	Settings     Settings `json:"settings"`
-	Devices      []string `json:"devices"` // CDI names
+	MemoryBytes  int64    `json:"memory_bytes,omitempty"`        // of the machine that it needs at least; 0: see [Config.Memory]
+	DeviceBytes  int64    `json:"device_memory_bytes,omitempty"` // of all devices together, likewise
+	Devices      []string `json:"devices"`                       // CDI names
 	TmpBytes     int64    `json:"tmp_bytes"`
 	ShmBytes     int64    `json:"shm_bytes"`
 	StartTimeout Seconds  `json:"start_timeout_s"`
@@ -392,6 +394,8 @@ func (r *Runtime) check(models map[string]*Model) error {
 		between(s.GPULayers, "settings.gpu_layers", 0, 10_000),
 		between(r.TmpBytes, "tmp_bytes", 1<<20, 1<<40),
 		between(r.ShmBytes, "shm_bytes", 1<<20, 1<<40),
+		between(r.MemoryBytes, "memory_bytes", 0, 1<<50),
+		between(r.DeviceBytes, "device_memory_bytes", 0, int64(min(len(r.Devices), 1))<<50), // of none there is none
 		between(r.StartTimeout, "start_timeout_s", 1, 4*3600),
 		between(r.Watchdog, "watchdog_s", 1, 3600),
 		between(r.Stall, "stall_s", 1, 3600),

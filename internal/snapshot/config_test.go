@@ -274,6 +274,10 @@ func TestParseRefuses(t *testing.T) {
 		{"runtime: tmp_bytes", int64(1<<40 + 1), []any{"runtime", "tmp_bytes"}},
 		{"runtime: shm_bytes", 0, []any{"runtime", "shm_bytes"}},
 		{"runtime: shm_bytes", int64(1<<40 + 1), []any{"runtime", "shm_bytes"}},
+		{"runtime: memory_bytes", -1, []any{"runtime", "memory_bytes"}},
+		{"runtime: memory_bytes", int64(1<<50 + 1), []any{"runtime", "memory_bytes"}},
+		{"runtime: device_memory_bytes", -1, []any{"runtime", "device_memory_bytes"}},
+		{"runtime: device_memory_bytes is 1, want 0 to 0", 1, []any{"runtime", "device_memory_bytes"}}, // it has no devices
 		{"runtime: start_timeout_s", 0, []any{"runtime", "start_timeout_s"}},
 		{"runtime: start_timeout_s", 4*3600 + 1, []any{"runtime", "start_timeout_s"}},
 		{"runtime: watchdog_s", 0, []any{"runtime", "watchdog_s"}},

@@ -92,6 +92,47 @@ func (m *Model) Size() (n int64) {
 	return n
 }
 
+// Memory is how much memory a runtime needs at least, in bytes.
+type Memory struct {
+	Machine  int64 // of the machine's
+	Devices  int64 // of its devices', together
+	Together int64 // of both
+	Stated   bool  // by the configuration; else it is an estimate
+}
+
+// Memory returns what the configuration states, if it states anything. Else it is
+// what the weights alone take, so that nothing is refused that might work: the files of
+// a gguf model, which its engine maps as they are, and half of those of a safetensors
+// model, which may have 32 bits for each weight where the engine takes 16. Where
+// layers go to a device, nobody knows how many before the model is here, so that it is
+// for both together. Contexts, caches and the engine itself are left out.
+//
+// A model that is larger than all memory may still work, at the speed of the disk. Who
+// means that states what it takes.
+func (c *Config) Memory() Memory {
+	r, m := &c.Runtime, c.model()
+	if r.MemoryBytes > 0 || r.DeviceBytes > 0 {
+		return Memory{Machine: r.MemoryBytes, Devices: r.DeviceBytes, Stated: true}
+	}
+	var n int64
+	for _, p := range m.weights() {
+		for i := range m.Files {
+			if m.Files[i].Path == p {
+				n += m.Files[i].Size
+			}
+		}
+	}
+	switch {
+	case m.Format == Safetensors && len(r.Devices) > 0:
+		return Memory{Devices: n / 2}
+	case m.Format == Safetensors:
+		return Memory{Machine: n / 2}
+	case len(r.Devices) > 0 && r.Settings.GPULayers > 0:
+		return Memory{Together: n}
+	}
+	return Memory{Machine: n}
+}
+
 // Main returns the path of the file that an engine is pointed to, the first one
 // with weights; "" if there is none.
 func (m *Model) Main() string {

@@ -115,3 +115,27 @@ func TestNewFile(t *testing.T) {
 		t.Errorf("empty: %v", err)
 	}
 }
+
+func TestMemory(t *testing.T) {
+	files := []File{{Path: "a.gguf", Size: 100}, {Path: "sig.json", Size: 7}}
+	shards := []File{{Path: "a-1.safetensors", Size: 60}, {Path: "a-2.safetensors", Size: 41}, {Path: "config.json", Size: 7}}
+	gpu := []string{"amd.com/gpu=0"}
+	for name, c := range map[string]struct {
+		m    Model
+		r    Runtime
+		want Memory
+	}{
+		"gguf":                      {Model{Format: GGUF, Files: files}, Runtime{}, Memory{Machine: 100}},
+		"gguf, device without work": {Model{Format: GGUF, Files: files}, Runtime{Devices: gpu}, Memory{Machine: 100}},
+		"gguf, layers on a device":  {Model{Format: GGUF, Files: files}, Runtime{Devices: gpu, Settings: Settings{GPULayers: 1}}, Memory{Together: 100}},
+		"safetensors":               {Model{Format: Safetensors, Files: shards}, Runtime{}, Memory{Machine: 50}},
+		"safetensors on a device":   {Model{Format: Safetensors, Files: shards}, Runtime{Devices: gpu}, Memory{Devices: 50}},
+		"stated":                    {Model{Format: GGUF, Files: files}, Runtime{MemoryBytes: 3}, Memory{Machine: 3, Stated: true}},
+		"stated of devices":         {Model{Format: GGUF, Files: files}, Runtime{Devices: gpu, DeviceBytes: 4}, Memory{Devices: 4, Stated: true}},
+	} {
+		c.m.Name, c.r.Model = "m", "m"
+		if got := (&Config{Models: []Model{{Name: "other"}, c.m}, Runtime: c.r}).Memory(); got != c.want {
+			t.Errorf("%s: %+v, want %+v", name, got, c.want)
+		}
+	}
+}

@@ -75,10 +75,13 @@ func (s *Snapshot) Version() int64 { return s.version }
 func (s *Snapshot) Expires() time.Time { return s.expires }
 
 // Model returns the model that the runtime serves.
-func (s *Snapshot) Model() *Model {
-	for i := range s.config.Models {
-		if s.config.Models[i].Name == s.config.Runtime.Model {
-			return &s.config.Models[i]
+func (s *Snapshot) Model() *Model { return s.config.model() }
+
+// model returns the one that the runtime serves.
+func (c *Config) model() *Model {
+	for i := range c.Models {
+		if c.Models[i].Name == c.Runtime.Model {
+			return &c.Models[i]
 		}
 	}
 	panic("snapshot: Parse let a runtime without its model pass")

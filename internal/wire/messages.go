@@ -131,7 +131,7 @@ type Class struct {
 // Failed says why a node is not on a configuration that it has.
 type Failed struct {
 	Config digest.Digest `json:"config"`
-	Step   string        `json:"step"`   // that failed: image, model, unit, start, sandbox, validation
+	Step   string        `json:"step"`   // that failed: machine, image, model, unit, start, sandbox, validation
 	Reason string        `json:"reason"` // for people
 	Final  bool          `json:"final"`  // not tried again
 }

@@ -166,16 +166,17 @@ func (m *Machine) Deployer() *deploy.Deployer {
 			defer m.mu.Unlock()
 			return m.computer, m.unnamed
 		},
-		Newest:  func(string) *snapshot.Snapshot { return nil },
-		Allowed: []string{"nvidia.com/gpu=*"},
-		Ceiling: func(int) (int64, error) { return m.ceiling, nil },
-		Mounts:  func([]string) ([]string, error) { return nil, nil },
+		Newest:    func(string) *snapshot.Snapshot { return nil },
+		Allowed:   []string{"nvidia.com/gpu=*"},
+		OfDevices: func([]string) (int64, bool) { return 0, false },
+		Ceiling:   func(int) (int64, error) { return m.ceiling, nil },
+		Mounts:    func([]string) ([]string, error) { return nil, nil },
 		Env: func(names []string) ([]string, error) {
 			return slices.Repeat([]string{DeviceEnv}, min(len(names), 1)), nil
 		},
 		Look:    m.look,
 		UnitDir: "/run/user/990/containers/systemd", SocketDir: m.SocketDir(), Bridge: "/usr/libexec/resultity/resultity-bridge",
-		Log: slog.New(slog.DiscardHandler), Progress: func(*snapshot.Model, int64, int64) {},
+		Log: slog.New(slog.DiscardHandler), Progress: func(*snapshot.Model, int64, int64) {}, Reached: func(*snapshot.Snapshot, deploy.Step) {},
 	}
 }
 
@@ -435,6 +436,14 @@ func (s *models) Ensure(ctx context.Context, model *snapshot.Model, progress fun
 	}
 	progress(model.Size(), model.Size())
 	return "/var/lib/resultity/models/trees/" + model.Digest().Hex(), nil
+}
+
+// Have reports whether the model is here; looking at the disk is no call that fails.
+func (s *models) Have(model *snapshot.Model) bool {
+	m := (*Machine)(s)
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	return m.models[model.Digest()]
 }
 
 func (s *models) Retain(keep []*snapshot.Model) error {
