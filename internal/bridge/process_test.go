@@ -361,6 +361,14 @@ func TestBridgeLooksAgain(t *testing.T) {
 		t.Fatal(err)
 	}
 	t.Cleanup(func() { _ = foreign.Wait() }) // it was killed
+	for deadline := time.Now().Add(20 * time.Second); ; runtime.Gosched() {
+		if pids, err := sealtest.Children(foreign.Process.Pid); err == nil && len(pids) == 1 {
+			break
+		}
+		if time.Now().After(deadline) {
+			t.Fatal("nsenter starts nothing in the container")
+		}
+	}
 	var names []string
 	for _, c := range look().Checks {
 		if !c.OK {
