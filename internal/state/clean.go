@@ -143,6 +143,17 @@ func (s *Store) evacuate(g *segment) ([]*change, error) {
 		}
 		return nil
 	})
+	s.evacuateLeaves(g, func(r *run, text []byte) {
+		bytes += recordHead + int64(len(text))
+		group = append(group, &change{do: func(b *batch) error {
+			if err := b.room(len(text), -1); err != nil {
+				return err
+			}
+			b.put(kindLeaves, text)
+			b.moveLeaves(r)
+			return nil
+		}})
+	})
 	s.mu.Unlock()
 	switch {
 	case err != nil:

@@ -5,8 +5,10 @@ import (
 	"errors"
 	"fmt"
 
+	"github.com/resultity/node/internal/evm"
 	"github.com/resultity/node/internal/failpoint"
 	"github.com/resultity/node/internal/receipt"
+	"github.com/resultity/node/internal/receiptlog"
 	"github.com/resultity/node/internal/wire"
 )
 
@@ -68,7 +70,9 @@ type batch struct {
 	results    int
 	bytes      int64
 	registered *wire.Registered
-	finished   uint64 // last number of finishing
+	finished   uint64          // last number of finishing
+	adopted    *receiptlog.Log // the receipt log before leaves, where that is another one
+	leaves     []evm.Hash      // what the receipt log gains
 	closed     bool
 }
 
@@ -255,6 +259,12 @@ func (s *Store) apply(b *batch) {
 	for _, f := range b.then {
 		f()
 	}
+	if b.adopted != nil {
+		s.adopt(b.adopted, b.seg)
+	}
+	for _, leaf := range b.leaves {
+		s.addLeaf(leaf, b.seg)
+	}
 	s.count.Accepted += b.accepted
 	s.count.Results += b.results
 	s.count.Bytes += b.bytes
@@ -391,7 +401,7 @@ func (s *Store) rotate(size int64) (err error) {
 	s.mu.Lock()
 	g.head = head{
 		Number: cur.Number + 1, Salt: newSalt(), Frame: s.nextFrame, Results: s.lastResult, Settled: s.lastSettled,
-		Forgotten: s.forgotten, Oldest: s.segments[0].Number, Registered: s.registered,
+		Forgotten: s.forgotten, Oldest: s.segments[0].Number, Acked: s.tree.acked, Registered: s.registered,
 	}
 	s.mu.Unlock()
 	if err := startSegment(s.disk, next.name, g); full(err) {

@@ -15,6 +15,7 @@ import (
 	"testing"
 	"time"
 
+	"github.com/resultity/node/internal/evm"
 	"github.com/resultity/node/internal/receipt"
 	"github.com/resultity/node/internal/wire"
 )
@@ -45,6 +46,7 @@ func crashChild(path string) {
 		fmt.Println("error", err)
 		os.Exit(1)
 	}
+	s.leafOf = modelLeaf
 	say := func(what string, id receipt.JobID) { _, _ = os.Stdout.WriteString(what + " " + id.String() + "\n") }
 	check := func(err error) {
 		if err != nil {
@@ -78,15 +80,21 @@ func crashChild(path string) {
 	wg.Wait()
 }
 
-// crashResult is known from the job's id alone. It is a failure: those leave
-// nothing behind once they are acknowledged, which is the harder case.
+// crashResult is known from the job's id alone. Most are failures: those leave
+// nothing behind once they are acknowledged, which is the harder case. The others
+// have a leaf in the receipt log.
 func crashResult(id receipt.JobID) *wire.Result {
-	return &wire.Result{Job: id, Code: wire.CodeEngine, Message: "m", Response: bytes.Repeat(id[:], int(id[0])*10)}
+	r := &wire.Result{Job: id, Response: bytes.Repeat(id[:], int(id[0])*10)}
+	if id[1]%4 > 0 {
+		r.Code, r.Message = wire.CodeEngine, "m"
+	}
+	return r
 }
 
 func TestKill(t *testing.T) {
 	path := newPath(t)
 	last := map[receipt.JobID]string{}
+	var log ReceiptLog // of the round before
 	for round := range 25 {
 		killedChild(t, path, time.Duration(rand.IntN(60))*time.Millisecond, last)
 		s := open(t, path) // checks the whole file
@@ -126,9 +134,36 @@ func TestKill(t *testing.T) {
 				last[id] = "accepted"
 			case finished:
 				last[id] = "finished"
+			case what == "accepting":
+				delete(last, id) // it never was
 			default:
 				last[id] = "acked"
 			}
+		}
+		// The receipt log has each job that has ended with a receipt, once, and
+		// all that it had before.
+		is := s.ReceiptLog()
+		if before := s.LogAt(log.Size); before == nil || log.Size > 0 && before.Root() != log.Root {
+			t.Errorf("round %d: the receipt log of %d does not begin with that of %d before", round, is.Size, log.Size)
+		}
+		log = is
+		entries := map[evm.Hash]int{}
+		for _, leaf := range s.Leaves(0, int(is.Size)) {
+			entries[leaf]++
+		}
+		for id, what := range last {
+			leaf, ends := modelLeaf(crashResult(id))
+			want := 0
+			if ends && (what == "finished" || what == "acked") {
+				want = 1
+			}
+			if entries[leaf] != want {
+				t.Errorf("round %d: job %s, last %q, is in the receipt log %d times", round, id, what, entries[leaf])
+			}
+			delete(entries, leaf)
+		}
+		if len(entries) > 0 {
+			t.Errorf("round %d: %d leaves of nothing", round, len(entries))
 		}
 		if got, want := s.Counts().Accepted, len(jobs); got != want {
 			t.Errorf("round %d: Counts says %d accepted, there are %d", round, got, want)

@@ -34,7 +34,7 @@ func several(t testing.TB, closed bool) (*memory, *model) {
 	t.Helper()
 	d := newMemory(3)
 	m := newModel(t, 4)
-	s, err := load(d, Bounds{}, now, small)
+	s, err := modelLoad(d, Bounds{})
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -62,7 +62,7 @@ func several(t testing.TB, closed bool) (*memory, *model) {
 func TestDamage(t *testing.T) {
 	d, m := several(t, true)
 	good := d.files()
-	want, err := load(image(good), Bounds{}, now, small)
+	want, err := modelLoad(image(good), Bounds{})
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -90,7 +90,7 @@ func TestDamage(t *testing.T) {
 			bit := byte(1) << rand.IntN(8)
 			b[at] ^= bit
 			d := image(good)
-			s, err := load(d, Bounds{}, now, small)
+			s, err := modelLoad(d, Bounds{})
 			switch {
 			case err == nil:
 				opened++
@@ -125,7 +125,7 @@ func TestDamage(t *testing.T) {
 				rest[n] = b
 			}
 		}
-		s, err := load(image(rest), Bounds{}, now, small)
+		s, err := modelLoad(image(rest), Bounds{})
 		if i < len(names)-1 && !errors.Is(err, ErrCorrupt) {
 			t.Errorf("%s is missing: %v, want ErrCorrupt (%v)", name, err, s)
 		}
@@ -134,7 +134,7 @@ func TestDamage(t *testing.T) {
 		cut := image(good)
 		f := cut.names[names[0]]
 		f.now = f.now[:n]
-		if _, err := load(cut, Bounds{}, now, small); !errors.Is(err, ErrCorrupt) {
+		if _, err := modelLoad(cut, Bounds{}); !errors.Is(err, ErrCorrupt) {
 			t.Errorf("cut to %d: %v, want ErrCorrupt", n, err)
 		}
 	}
@@ -160,7 +160,7 @@ func padding(g *segment, b []byte, at int) bool {
 func TestTornFrame(t *testing.T) {
 	d, m := several(t, false)
 	full := d.files()
-	s, err := load(image(full), Bounds{}, now, small)
+	s, err := modelLoad(image(full), Bounds{})
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -178,7 +178,7 @@ func TestTornFrame(t *testing.T) {
 				b[i] = rest
 			}
 			d := image(full)
-			s, err := load(d, Bounds{}, now, small)
+			s, err := modelLoad(d, Bounds{})
 			if err != nil {
 				t.Fatalf("torn at %d: %v", at, err)
 			}
@@ -193,7 +193,7 @@ func TestTornFrame(t *testing.T) {
 			j := newJob(10)
 			accept(t, s, j, New)
 			abandon(s)
-			if s, err = load(d.after(true), Bounds{}, now, small); err != nil {
+			if s, err = modelLoad(d.after(true), Bounds{}); err != nil {
 				t.Fatalf("torn at %d, and gone on: %v", at, err)
 			}
 			accept(t, s, j, Running)

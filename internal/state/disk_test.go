@@ -16,7 +16,9 @@ import (
 	"testing"
 	"time"
 
+	"github.com/resultity/node/internal/evm"
 	"github.com/resultity/node/internal/receipt"
+	"github.com/resultity/node/internal/receiptlog"
 	"github.com/resultity/node/internal/wire"
 )
 
@@ -229,6 +231,23 @@ func (d *memory) after(cut bool) *memory {
 
 const small = 32 << 10 // segments of the tests, so that there are many
 
+// fewLeaves of the log are kept in the model's tests, so that some are given up.
+const fewLeaves = 25
+
+// modelLoad opens a store for a model, whose results have no real receipts.
+func modelLoad(d disk, b Bounds) (*Store, error) {
+	b.Leaves = fewLeaves
+	s, err := load(d, b, now, small)
+	if err == nil {
+		s.leafOf = modelLeaf
+	}
+	return s, err
+}
+
+func modelLeaf(r *wire.Result) (evm.Hash, bool) {
+	return receiptlog.Leaf(evm.Keccak(r.Job[:])), r.Code == ""
+}
+
 // model is what a store must know.
 type model struct {
 	t     testing.TB
@@ -236,7 +255,52 @@ type model struct {
 	order []receipt.JobID
 	rand  *rand.Rand
 	reg   *wire.Registered
-	lax   bool // settled ids are forgotten at some time
+	lax   bool       // settled ids are forgotten at some time
+	log   []modelLog // what the receipt log may be; the last one is what it is without a crash
+}
+
+// modelLog is a receipt log: leaves that follow another log.
+type modelLog struct {
+	base   *receiptlog.Log
+	leaves []evm.Hash
+	acked  uint64
+}
+
+func (l *modelLog) size() uint64 { return l.base.Size() + uint64(len(l.leaves)) }
+
+// first is the index of the first leaf that is kept.
+func (l *modelLog) first() uint64 { return l.size() - min(fewLeaves, uint64(len(l.leaves))) }
+
+func (l *modelLog) grown(leaves ...evm.Hash) modelLog {
+	return modelLog{l.base, append(slices.Clip(l.leaves), leaves...), l.acked}
+}
+
+func (l *modelLog) at(size uint64) *receiptlog.Log {
+	log := l.base.Clone()
+	for _, leaf := range l.leaves[:size-l.base.Size()] {
+		log.Append(leaf, nil)
+	}
+	return log
+}
+
+// is reports whether a store has the log.
+func (l *modelLog) is(s *Store) error {
+	got, want := s.ReceiptLog(), ReceiptLog{l.size(), l.at(l.size()).Root(), l.first(), l.acked}
+	if got != want {
+		return fmt.Errorf("log %+v, want %+v", got, want)
+	}
+	if leaves := s.Leaves(want.First, fewLeaves+1); !slices.Equal(leaves, l.leaves[want.First-l.base.Size():]) {
+		return fmt.Errorf("%d leaves from %d on, and not the right ones", len(leaves), want.First)
+	}
+	if want.First > 0 && s.Leaves(want.First-1, 1) != nil {
+		return fmt.Errorf("leaf %d is there", want.First-1)
+	}
+	for size := want.First; size <= want.Size; size += 7 {
+		if log := s.LogAt(size); log == nil || log.Root() != l.at(size).Root() {
+			return fmt.Errorf("log at %d is another", size)
+		}
+	}
+	return nil
 }
 
 type modelJob struct {
@@ -246,7 +310,7 @@ type modelJob struct {
 }
 
 func newModel(t testing.TB, seed uint64) *model {
-	return &model{t: t, jobs: map[receipt.JobID]*modelJob{}, rand: rand.New(rand.NewPCG(seed, 2))}
+	return &model{t: t, jobs: map[receipt.JobID]*modelJob{}, rand: rand.New(rand.NewPCG(seed, 2)), log: []modelLog{{base: receiptlog.New()}}}
 }
 
 var (
@@ -281,7 +345,36 @@ func (m *model) step(s *Store) error {
 		}
 		return err
 	}
-	switch n := m.rand.IntN(100); {
+	// tryLog does something that leaves the receipt log as next.
+	tryLog := func(next modelLog, f func() error) error {
+		was := m.log
+		m.log = append(slices.Clone(was), next)
+		err := f()
+		switch {
+		case err == nil:
+			m.log = []modelLog{next}
+		case errors.Is(err, ErrFull):
+			m.log = was
+		}
+		return err
+	}
+	is := m.log[len(m.log)-1]
+	switch n := m.rand.IntN(105); {
+	case n >= 104:
+		other := receiptlog.New()
+		for i := range is.size() + uint64(m.rand.IntN(40)) {
+			other.Append(receiptlog.Leaf(evm.Keccak(number(i), number(m.rand.Uint64()))), nil)
+		}
+		own := is.leaves[max(is.acked, is.first())-is.base.Size():]
+		next := modelLog{other, slices.Clone(own), other.Size()}
+		return tryLog(next, func() error { return s.RestoreLog(other) })
+	case n >= 100:
+		next := is.grown()
+		next.acked = max(is.base.Size(), is.size()-min(is.size(), uint64(m.rand.IntN(20))))
+		if err := s.AckLeaves(next.acked); err != nil {
+			return err
+		}
+		m.log = append(m.log, next) // written with the next commit
 	case n < 40:
 		j := *templateJob
 		j.ID = receipt.NewJobID()
@@ -301,7 +394,11 @@ func (m *model) step(s *Store) error {
 			}
 			was := k.result
 			k.result = &r
-			err := try(k, Done, func() error { return s.Finish(&r) })
+			next := is
+			if leaf, ok := modelLeaf(&r); ok {
+				next = is.grown(leaf)
+			}
+			err := try(k, Done, func() error { return tryLog(next, func() error { return s.Finish(&r) }) })
 			if errors.Is(err, ErrFull) {
 				k.result = was
 			}
@@ -397,6 +494,19 @@ func (m *model) check(s *Store, crashed bool) {
 			m.t.Fatalf("segment %d has %d live bytes of %d", g.Number, g.live, g.size)
 		}
 	}
+	var wrong error
+	for i := len(m.log) - 1; i >= 0; i-- {
+		wrong = m.log[i].is(s)
+		if wrong == nil && crashed {
+			m.log = m.log[i : i+1]
+		}
+		if wrong == nil || !crashed {
+			break
+		}
+	}
+	if wrong != nil {
+		m.t.Fatalf("receipt log, crash %v, %d possibilities: %v", crashed, len(m.log), wrong)
+	}
 	reg, err := s.Registration()
 	if err != nil || !crashed && !sameRegistration(reg, m.reg) || m.reg != nil && reg == nil {
 		m.t.Fatalf("Registration = %v, %v; want %v", reg, err, m.reg)
@@ -433,7 +543,7 @@ func TestStopAnywhere(t *testing.T) {
 				return nil
 			}
 			m := newModel(t, seed)
-			s, err := load(d, Bounds{}, now, small)
+			s, err := modelLoad(d, Bounds{})
 			for i := 0; err == nil && i < steps; i++ {
 				err = m.step(s)
 			}
@@ -450,7 +560,7 @@ func TestStopAnywhere(t *testing.T) {
 			stops++
 			for round := range 2 { // and a power cut, so that what was found is on the disk
 				d = d.after(cut || round == 1)
-				s, err = load(d, Bounds{}, now, small)
+				s, err = modelLoad(d, Bounds{})
 				if err != nil {
 					t.Fatalf("cut %v, stop at %d, round %d: %v", cut, n, round, err)
 				}
@@ -478,7 +588,7 @@ func TestModel(t *testing.T) {
 		if m.lax = seed%2 == 1; m.lax {
 			bounds.IDs = 1 + m.rand.IntN(100)
 		}
-		s, err := load(d, bounds, now, small)
+		s, err := modelLoad(d, bounds)
 		if err != nil {
 			t.Fatal(err)
 		}
@@ -496,7 +606,7 @@ func TestModel(t *testing.T) {
 			}
 			d = d.after(true) // all of it was synced
 			before := s.Counts()
-			if s, err = load(d, bounds, now, small); err != nil {
+			if s, err = modelLoad(d, bounds); err != nil {
 				t.Fatal(err)
 			}
 			m.check(s, false)
@@ -528,7 +638,7 @@ func TestFullAnywhere(t *testing.T) {
 	for n := 1; n < 400; n += 1 + rand.IntN(4) {
 		d := newMemory(uint64(n))
 		m := newModel(t, uint64(n%5))
-		s, err := load(d, Bounds{}, now, small)
+		s, err := modelLoad(d, Bounds{})
 		if err != nil {
 			t.Fatal(err)
 		}
@@ -548,7 +658,7 @@ func TestFullAnywhere(t *testing.T) {
 		m.check(s, false)
 		abandon(s)
 		d.fail = nil
-		if s, err = load(d.after(true), Bounds{}, now, small); err != nil {
+		if s, err = modelLoad(d.after(true), Bounds{}); err != nil {
 			t.Fatalf("full at %d: %v", n, err)
 		}
 		m.check(s, true)

@@ -37,7 +37,7 @@ const (
 	frameAlign  = 8
 
 	magic     = "resjobs\n"
-	version   = 2
+	version   = 3
 	headFixed = len(magic) + 4 + 4 + 4 + 4 // version, CRC of both, CRC and length of the rest
 )
 
@@ -51,6 +51,7 @@ type head struct {
 	Settled    uint64           `json:"settled"`   // last number of settling
 	Forgotten  uint64           `json:"forgotten"` // settlements up to this one are forgotten
 	Oldest     uint64           `json:"oldest"`    // segments before this one hold nothing that counts
+	Acked      uint64           `json:"acked"`     // of how many receipts the network has the log
 	Registered *wire.Registered `json:"registered,omitempty"`
 }
 

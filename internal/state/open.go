@@ -98,7 +98,10 @@ func load(d disk, b Bounds, now func() time.Time, segmentSize int64) (_ *Store, 
 	if b.IDs == 0 {
 		b.IDs = DefaultBounds.IDs
 	}
-	s := &Store{disk: d, bounds: b, now: now, segmentSize: segmentSize, jobs: map[receipt.JobID]entry{}, nextFrame: 1}
+	if b.Leaves == 0 {
+		b.Leaves = DefaultBounds.Leaves
+	}
+	s := &Store{disk: d, bounds: b, now: now, segmentSize: segmentSize, jobs: map[receipt.JobID]entry{}, nextFrame: 1, tree: newTree(), leafOf: receiptLeaf}
 	defer func() {
 		if err != nil {
 			s.closeFiles()
@@ -201,6 +204,7 @@ func (s *Store) takeSpares(spares []int) error {
 func (s *Store) replay(numbers []uint64) error {
 	var oldest uint64
 	var results, settled []item
+	var tree treeReader
 	apply := func(g *segment) func(k kind, at int64, body []byte) error {
 		return func(k kind, at int64, body []byte) error {
 			text := func(prefix int) entry {
@@ -228,6 +232,10 @@ func (s *Store) replay(numbers []uint64) error {
 				for ; len(body) > 0; body = body[idSize:] {
 					delete(s.jobs, receipt.JobID(body))
 				}
+			case kindLeaves, kindAdopted:
+				return tree.read(k, body, g.Number)
+			case kindAcked:
+				tree.acked = fromNumber(body)
 			case kindForget:
 				s.forgotten = max(s.forgotten, fromNumber(body))
 			case kindOldest:
@@ -258,7 +266,7 @@ func (s *Store) replay(numbers []uint64) error {
 		}
 		s.lastResult, s.lastSettled = max(s.lastResult, g.Results), max(s.lastSettled, g.Settled)
 		s.forgotten, oldest = max(s.forgotten, g.Forgotten), max(oldest, g.Oldest)
-		s.registered = g.Registered
+		s.registered, tree.acked = g.Registered, g.Acked
 		got, err := scan(b, &g.head, apply(g))
 		if err != nil {
 			return fmt.Errorf("%s: %w", segmentName(n), err)
@@ -274,6 +282,9 @@ func (s *Store) replay(numbers []uint64) error {
 	first := s.segments[0].Number
 	if first > oldest {
 		return fmt.Errorf("%w: %s is missing", ErrCorrupt, segmentName(oldest))
+	}
+	if err := s.buildTree(&tree, oldest); err != nil {
+		return err
 	}
 	return s.index(results, settled, oldest)
 }

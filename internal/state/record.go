@@ -128,6 +128,9 @@ const (
 	kindForget     kind = 'f' // number u64: settlements up to it are forgotten
 	kindOldest     kind = 'o' // number u64: segments before it hold nothing that counts
 	kindRegistered kind = 'g' // JSON of the registration
+	kindLeaves     kind = 'l' // see [leaves]: the receipt log has gained them, or they were copied
+	kindAdopted    kind = 'a' // likewise: the receipt log is that before them, and them
+	kindAcked      kind = 'k' // number u64: of how many receipts the network has the log
 	kindClosed     kind = 'c' // nothing: whatever is before it was synced
 )
 
@@ -195,8 +198,10 @@ func checkBody(k kind, body []byte) error {
 		ok = n > 0 && n%itemSize == 0
 	case kindDropped:
 		ok = n > 0 && n%idSize == 0
-	case kindForget, kindOldest:
+	case kindForget, kindOldest, kindAcked:
 		ok = n == 8
+	case kindLeaves, kindAdopted:
+		ok = n >= leavesHead
 	case kindRegistered:
 		ok = n > 0
 	case kindClosed:

@@ -1,10 +1,11 @@
 // Package state owns what a node must not forget: the jobs it has accepted, the
-// results that the network has not acknowledged, and the registration, of one
-// network, in one directory.
+// results that the network has not acknowledged, the log of its receipts, and the
+// registration, of one network, in one directory.
 //
 // The rule it keeps: when [Store.Accept] or [Store.Finish] has returned, a kill
 // or a power cut changes nothing about it. An accepted job is unfinished or has
-// exactly one result, never both and never neither.
+// exactly one result, never both and never neither. A receipt is in the log if
+// and only if its result is durable, once, in the order in which results became so.
 //
 // A full disk is met before a job is accepted, not after: room for the failure
 // of every accepted job is set aside ahead of time, so an accepted job can
@@ -32,6 +33,11 @@
 // before: its result is sent once more, the network acknowledges it once more,
 // and all the while the job is known, so that no second receipt comes to be.
 //
+// The receipt log grows with each result that carries a receipt, whatever becomes
+// of the result. Of its leaves the last ones are kept, for a network that has lost
+// some; of those before, what is needed to append. A store that is begun anew has
+// an empty log, until [Store.RestoreLog] has it go on from the network's copy.
+//
 // # On disk
 //
 // A log in segments, one sync for all who commit at once; see log.go for its
@@ -57,6 +63,7 @@ import (
 	"sync"
 	"time"
 
+	"github.com/resultity/node/internal/evm"
 	"github.com/resultity/node/internal/failpoint"
 	"github.com/resultity/node/internal/receipt"
 	"github.com/resultity/node/internal/wire"
@@ -103,13 +110,14 @@ const (
 
 // Bounds limit what a store holds. Zero fields have the value of [DefaultBounds].
 type Bounds struct {
-	Jobs  int   // accepted jobs and unacknowledged results
-	Bytes int64 // of their requests and responses
-	IDs   int   // settled ids that are remembered
+	Jobs   int   // accepted jobs and unacknowledged results
+	Bytes  int64 // of their requests and responses
+	IDs    int   // settled ids that are remembered
+	Leaves int   // of the receipt log that are kept; a store is not opened with more than before
 }
 
 // DefaultBounds hold a day of small results, or a few of the largest.
-var DefaultBounds = Bounds{Jobs: 10_000, Bytes: 256 << 20, IDs: 65_536}
+var DefaultBounds = Bounds{Jobs: 10_000, Bytes: 256 << 20, IDs: 65_536, Leaves: 65_536}
 
 // MaxMessage bounds the text of a failed result in bytes. Finish cuts what is
 // longer, so that a failure always fits into the room kept for it.
@@ -129,6 +137,7 @@ type Store struct {
 	bounds      Bounds
 	now         func() time.Time
 	segmentSize int64
+	leafOf      func(*wire.Result) (evm.Hash, bool) // [receiptLeaf]
 
 	mu                                 sync.Mutex // guards what follows; never held over the disk
 	queue                              []*change
@@ -140,6 +149,7 @@ type Store struct {
 	ackTimer                           *time.Timer
 	ackDue                             bool // it runs
 	count                              Counts
+	tree                               tree // the receipt log
 	registered                         *wire.Registered
 	lastResult, lastSettled, forgotten uint64
 	broken                             error // why nothing can be written any more
@@ -297,6 +307,7 @@ func (s *Store) Finish(r *wire.Result) error {
 	if err != nil {
 		return fmt.Errorf("result of job %s: %w", r.Job, err)
 	}
+	leaf, stated := s.leafOf(r)
 	var done bool // there is a result already
 	failpoint.Here("state.finish.begin")
 	err = s.commit(func(b *batch) error {
@@ -310,16 +321,26 @@ func (s *Store) Finish(r *wire.Result) error {
 			return ErrConflict
 		}
 		size := int64(len(text))
+		all := resultPrefix + len(text)
+		var inLog []byte
+		if stated {
+			inLog = b.leaf(leaf).encode()
+			all += recordHead + len(inLog)
+		}
 		want := int64(-1) // what is small has its room already
-		if size > failureSize {
+		if all > resultPrefix+failureSize {
 			accepted, results := s.count.Accepted+b.accepted-1, s.count.Results+b.results+1
 			if n := s.count.Bytes + b.bytes - int64(e.size) + size + int64(accepted)*failureSize; n > s.bounds.Bytes {
 				return fmt.Errorf("%w: it would hold %d bytes, at most %d", ErrFull, n, s.bounds.Bytes)
 			}
 			want = reserve(accepted, results)
 		}
-		if err := b.room(resultPrefix+len(text), want); err != nil {
+		if err := b.room(all, want); err != nil {
 			return err
+		}
+		if stated {
+			b.put(kindLeaves, inLog)
+			b.leaves = append(b.leaves, leaf)
 		}
 		b.accepted--
 		b.results++
@@ -496,7 +517,7 @@ func (b *batch) putAcks() error {
 				body = appendItem(body, a.item)
 			case kindDropped:
 				body = append(body, a.id[:]...)
-			case kindForget: // the last one is for all
+			case kindForget, kindAcked: // the last one is for all
 				body = number(a.num)
 			}
 			n++
