@@ -57,7 +57,7 @@ type (
 		Warm(ctx context.Context, p *deploy.Plan, most int64) (read int64, err error)
 		Apply(ctx context.Context, p *deploy.Plan, begin func(phase string)) (*deploy.Deployment, error)
 		Clean(ctx context.Context, keep ...*snapshot.Snapshot) error
-		Validate(ctx context.Context, d *deploy.Deployment) error
+		Validate(ctx context.Context, d *deploy.Deployment) (digest.Digest, error)
 		Trusted(ctx context.Context, s *snapshot.Snapshot) error
 		Share(ctx context.Context, d *deploy.Deployment, p *deploy.Plan) (*deploy.Deployment, error)
 	}

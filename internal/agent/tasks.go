@@ -102,7 +102,7 @@ func (u *updater) judge(ctx context.Context, dep *deploy.Deployment, damage erro
 			return err
 		}
 		u.setActive(nil, validating)
-		if err = u.deployer.Validate(ctx, dep); err == nil {
+		if _, err = u.deployer.Validate(ctx, dep); err == nil {
 			u.setActive(dep, active)
 			return nil
 		}

@@ -122,13 +122,13 @@ type (
 	// Engine is the runtime as validation needs it.
 	Engine interface {
 		Sandbox(ctx context.Context) ([]byte, error)
-		Golden(ctx context.Context, g snapshot.Golden, model string) error
+		Golden(ctx context.Context, g snapshot.Golden, model string) (determinism.Answer, error)
 		Close()
 	}
 )
 
-// Deployer brings snapshots to life. Stage may be called beside the others; those
-// are called by one goroutine.
+// Deployer brings snapshots to life. Stage and Validate may be called beside the
+// others; those are called by one goroutine.
 type Deployer struct {
 	Images     images
 	Models     models
@@ -177,6 +177,7 @@ type Deployment struct {
 	socket     string
 	class      digest.Digest // of the machine that it runs on, too; zero for none
 	hardware   determinism.Hardware
+	print      digest.Digest // fingerprint of its answers
 }
 
 // Snapshot returns the configuration that the runtime serves.
@@ -192,6 +193,10 @@ func (d *Deployment) Model() digest.Digest { return d.snapshot.Model().Digest() 
 // package determinism), and what of the machine is in it; a zero digest for none,
 // where something of it could not be named.
 func (d *Deployment) Class() (digest.Digest, determinism.Hardware) { return d.class, d.hardware }
+
+// Fingerprint returns that of the golden answers with which the deployment was
+// validated first.
+func (d *Deployment) Fingerprint() digest.Digest { return d.print }
 
 // Socket returns where the engine answers.
 func (d *Deployment) Socket() string { return d.socket }
@@ -312,7 +317,7 @@ const (
 func (p *Plan) Patience() time.Duration {
 	c := p.snapshot.Config()
 	d := p.unit.Patience + lookTimeout
-	for _, g := range c.Validation {
+	for _, g := range c.Validation.Golden {
 		d += g.Timeout.Duration()
 	}
 	return d
@@ -389,7 +394,7 @@ func (d *Deployer) apply(ctx context.Context, p *Plan, begin func(phase string))
 		return nil, fails(StepSandbox, err)
 	}
 	begin(PhaseValidate)
-	if err := d.validate(ctx, engine, dep); err != nil {
+	if dep.print, err = d.validate(ctx, engine, dep); err != nil {
 		return nil, err
 	}
 	return dep, nil
@@ -404,19 +409,27 @@ func Loaded(state systemd.State) error {
 	return nil
 }
 
-// validate asks the golden requests, all of the very start that dep is of.
-func (d *Deployer) validate(ctx context.Context, engine Engine, dep *Deployment) error {
+// validate asks the golden requests, all of the very start that dep is of, and
+// returns the fingerprint of the answers.
+func (d *Deployer) validate(ctx context.Context, engine Engine, dep *Deployment) (digest.Digest, error) {
 	c := dep.snapshot.Config()
-	for _, g := range c.Validation {
-		if err := engine.Golden(ctx, g, c.Runtime.Model); err != nil {
-			return fails(StepValidate, err)
+	var answers []determinism.Answer
+	for _, g := range c.Validation.Golden {
+		a, err := engine.Golden(ctx, g, c.Runtime.Model)
+		if err != nil {
+			return digest.Digest{}, fails(StepValidate, err)
 		}
+		answers = append(answers, a)
 	}
 	state, err := d.Units.State(ctx, quadlet.ServiceName)
 	if err == nil && !dep.Current(state) {
 		err = fmt.Errorf("%s ended while it was looked at, and is %s (%s)", quadlet.ServiceName, state.Active, state.Result)
 	}
-	return fails(StepStart, err)
+	if err != nil {
+		return digest.Digest{}, fails(StepStart, err)
+	}
+	print, err := determinism.Fingerprint(answers)
+	return print, fails(StepValidate, err)
 }
 
 // ErrOtherUnit says that a plan asks for another runtime than the one that is up.
@@ -438,7 +451,8 @@ func (d *Deployer) Share(ctx context.Context, dep *Deployment, p *Plan) (*Deploy
 		return nil, fails(StepUnit, ErrOtherUnit)
 	}
 	shared := &Deployment{snapshot: p.snapshot, unit: dep.unit, invocation: dep.invocation, socket: dep.socket, class: dep.class, hardware: dep.hardware}
-	if err := d.Validate(ctx, shared); err != nil {
+	var err error
+	if shared.print, err = d.Validate(ctx, shared); err != nil {
 		return nil, err
 	}
 	return shared, nil
@@ -448,8 +462,9 @@ func (d *Deployer) Share(ctx context.Context, dep *Deployment, p *Plan) (*Deploy
 // about.
 func (d *Deployer) log(c *snapshot.Config) *slog.Logger { return d.Log.With("network", c.Network.Name) }
 
-// Validate repeats the golden requests of a deployment that is up.
-func (d *Deployer) Validate(ctx context.Context, dep *Deployment) error {
+// Validate repeats the golden requests of a deployment that is up, and returns the
+// fingerprint of the answers. The runtime goes on, whatever comes of it.
+func (d *Deployer) Validate(ctx context.Context, dep *Deployment) (digest.Digest, error) {
 	engine := d.Engine(dep.socket)
 	defer engine.Close()
 	return d.validate(ctx, engine, dep)

@@ -116,7 +116,7 @@ func TestFromNothing(t *testing.T) {
 		progress = append(progress, done)
 	}
 	dep := up(t, d, s)
-	want := []string{Info, EnsureImage, Container, VerifyImage, EnsureModel, Devices, TrustImage, Install, State, ResetFailed, Start, State, Devices, Container, FindImage, Look, Record, Golden, Golden, State}
+	want := []string{Info, EnsureImage, Container, VerifyImage, EnsureModel, Devices, TrustImage, Install, State, ResetFailed, Start, State, Devices, Container, FindImage, Look, Record, Golden, Golden, Golden, State}
 	if got := m.Calls(); !slices.Equal(got, want) {
 		t.Errorf("calls %q\nwant  %q", got, want)
 	}
@@ -156,7 +156,7 @@ func TestApplyAgainDoesNothing(t *testing.T) {
 		dep := up(t, d, s)
 		state, starts := m.Now()
 		calls := m.Calls()
-		if starts != 1 || slices.Contains(calls, Start) || slices.Contains(calls, Stop) || !dep.Current(state) || Count(calls, Golden) != 2 {
+		if starts != 1 || slices.Contains(calls, Start) || slices.Contains(calls, Stop) || !dep.Current(state) || Count(calls, Golden) != len(s.Config().Validation.Golden) {
 			t.Errorf("%d starts, calls %q, state %+v", starts, calls, state)
 		}
 	}
@@ -276,7 +276,7 @@ func TestRestartedWhileValidated(t *testing.T) {
 	d := m.Deployer()
 	crash := func() { // with the last of the answers
 		asked := 0
-		m.Fail(Golden, &Fault{When: func(*Locked) bool { asked++; return asked == len(s.Config().Validation) }, Also: func(l *Locked) { l.Crash(true) }})
+		m.Fail(Golden, &Fault{When: func(*Locked) bool { asked++; return asked == len(s.Config().Validation.Golden) }, Also: func(l *Locked) { l.Crash(true) }})
 	}
 	crash()
 	if dep, err := bring(t, d, s); dep != nil || step(err) != deploy.StepStart {
@@ -284,8 +284,24 @@ func TestRestartedWhileValidated(t *testing.T) {
 	}
 	dep := up(t, d, s)
 	crash()
-	if err := d.Validate(t.Context(), dep); step(err) != deploy.StepStart {
+	if print, err := d.Validate(t.Context(), dep); step(err) != deploy.StepStart || !print.IsZero() {
 		t.Errorf("validated again: %v", err)
+	}
+}
+
+// The same answers have the same fingerprint, whoever asks and how often.
+func TestFingerprint(t *testing.T) {
+	m, n := New(t), NewNetwork(t)
+	d := m.Deployer()
+	s := n.Publish(nil)
+	dep := up(t, d, s)
+	again, err := d.Validate(t.Context(), dep)
+	if err != nil || again != dep.Fingerprint() || again.IsZero() || up(t, d, s).Fingerprint() != again {
+		t.Errorf("%s, then %s, %v", dep.Fingerprint(), again, err)
+	}
+	m.Do(func(l *Locked) { l.Speak("!") })
+	if other, err := d.Validate(t.Context(), dep); err != nil || other == again || other.IsZero() {
+		t.Errorf("other answers have the fingerprint %s, %v", other, err)
 	}
 }
 

@@ -42,7 +42,7 @@ func TestShare(t *testing.T) {
 	if err != nil || shared.Snapshot() != same || !shared.Current(state) || shared.Socket() != dep.Socket() || classOf(shared) != classOf(dep) {
 		t.Errorf("%+v, %v", shared, err)
 	}
-	if calls := m.Calls(); Count(calls, Golden) != len(same.Config().Validation) || slices.Contains(calls, Start) || slices.Contains(calls, Install) {
+	if calls := m.Calls(); Count(calls, Golden) != len(same.Config().Validation.Golden) || slices.Contains(calls, Start) || slices.Contains(calls, Install) {
 		t.Errorf("calls %q", calls)
 	}
 	if _, err := d.Share(t.Context(), dep, q); !errors.Is(err, deploy.ErrOtherUnit) {

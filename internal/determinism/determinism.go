@@ -1,5 +1,6 @@
 // Package determinism owns what two nodes must have in common for their answers
-// to be compared: the class of a deployment. It does no I/O.
+// to be compared, the class of a deployment, and how the answers themselves become
+// one value, its fingerprint. It does no I/O.
 //
 // The rule it keeps: whatever may change which tokens an engine computes for a
 // request is in the class, so that two nodes of one class should give one answer,
@@ -20,6 +21,18 @@
 //
 // (here with line breaks, to be read). Image and model are those of receipts. The
 // rest is said at the fields below.
+//
+// # The fingerprint
+//
+// It is the SHA-256 of the JSON of a list of [Answer], in the same spelling: what an
+// engine has made of the golden requests of a snapshot, in the snapshot's order.
+//
+//	[{"name":"hello","text":"sha256:…","reasoning":"sha256:…","finish_reason":"stop",
+//	  "prompt_tokens":11,"completion_tokens":9},…]
+//
+// It is taken while the engine does nothing else. Beside other requests most engines
+// compute in batches, and a sum in a batch may have other last bits. Two fingerprints
+// can be compared where class and snapshot are the same.
 package determinism
 
 import (
@@ -172,4 +185,27 @@ func sum(v any) (digest.Digest, error) {
 		return digest.Digest{}, err
 	}
 	return digest.Of(bytes.TrimSuffix(b.Bytes(), []byte("\n"))), nil
+}
+
+// Answer is what an engine has made of a golden request.
+type Answer struct {
+	Name             string        `json:"name"`          // of the request, in the snapshot
+	Text             digest.Digest `json:"text"`          // SHA-256 of the text, UTF-8, of no bytes where it is empty
+	Reasoning        digest.Digest `json:"reasoning"`     // likewise, of what a model says before the text
+	Finish           string        `json:"finish_reason"` // stop, length or content_filter
+	PromptTokens     uint64        `json:"prompt_tokens"`
+	CompletionTokens uint64        `json:"completion_tokens"`
+}
+
+// NewAnswer makes an answer of its texts.
+func NewAnswer(name, text, reasoning, finish string, promptTokens, completionTokens uint64) Answer {
+	return Answer{name, digest.Of([]byte(text)), digest.Of([]byte(reasoning)), finish, promptTokens, completionTokens}
+}
+
+// Fingerprint returns the fingerprint of answers in the order of their requests.
+func Fingerprint(answers []Answer) (digest.Digest, error) {
+	if len(answers) == 0 {
+		return digest.Digest{}, errors.New("fingerprint: no answers")
+	}
+	return sum(answers)
 }

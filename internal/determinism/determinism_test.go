@@ -122,6 +122,25 @@ func FuzzText(f *testing.F) {
 	})
 }
 
+// Nor has a fingerprint a secret.
+func TestFingerprint(t *testing.T) {
+	h := func(s string) string { d := digest.Of([]byte(s)); return d.String() }
+	answers := []Answer{NewAnswer("hello", "Hi <you> \"é\"", "", "stop", 11, 9), NewAnswer("sum", "7", "3 + 4", "length", 5, 1)}
+	got, err := Fingerprint(answers)
+	text := `[{"name":"hello","text":"` + h("Hi <you> \"é\"") + `","reasoning":"` + h("") + `","finish_reason":"stop","prompt_tokens":11,"completion_tokens":9},` +
+		`{"name":"sum","text":"` + h("7") + `","reasoning":"` + h("3 + 4") + `","finish_reason":"length","prompt_tokens":5,"completion_tokens":1}]`
+	if err != nil || got != digest.Of([]byte(text)) {
+		t.Errorf("%s, %v is not the digest of %s", got, err, text)
+	}
+	slices.Reverse(answers)
+	if other, err := Fingerprint(answers); err != nil || other == got {
+		t.Errorf("another order is the same: %s, %v", other, err)
+	}
+	if none, err := Fingerprint(nil); err == nil {
+		t.Errorf("no answers have the fingerprint %s", none)
+	}
+}
+
 func TestString(t *testing.T) {
 	h := Hardware{Arch: "amd64", GPUs: []string{"NVIDIA A100", "NVIDIA L4", "NVIDIA L4"}, Driver: "nvidia 550.54.14"}
 	if got, want := h.String(), "amd64, 1 × NVIDIA A100, 2 × NVIDIA L4, nvidia 550.54.14"; got != want {

@@ -250,7 +250,7 @@ func skeleton(o InitOptions, key evm.Address) any {
 		ImageTrust any      `json:"image_trust"`
 		Models     []object `json:"models"`
 		Runtime    any      `json:"runtime"`
-		Validation []object `json:"validation"`
+		Validation any      `json:"validation"`
 	}{
 		Schema: 1,
 		Network: snapshot.Network{
@@ -272,6 +272,6 @@ func skeleton(o InitOptions, key evm.Address) any {
 			"tmp_bytes": 64 << 20, "shm_bytes": 64 << 20,
 			"start_timeout_s": 300, "watchdog_s": 30, "stall_s": 60, "stop_timeout_s": 20,
 		},
-		Validation: []object{{"name": "greeting", "prompt": "FILL-IN", "answer": "FILL-IN", "tokens": 32, "timeout_s": 60}},
+		Validation: object{"golden": []object{{"name": "greeting", "prompt": "FILL-IN", "answers": []string{"FILL-IN"}, "tokens": 32, "timeout_s": 60}}},
 	}
 }

@@ -147,7 +147,7 @@ func TestTextDependsOnTheRuntimeAlone(t *testing.T) {
 	p.Config.Network.Name = "other"
 	p.Config.Models = append(p.Config.Models, snapshot.Model{Name: "third"})
 	p.Config.Limits.Tokens = 7
-	p.Config.Validation = []snapshot.Golden{{Name: "x"}}
+	p.Config.Validation.Golden = []snapshot.Golden{{Name: "x"}}
 	p.PodmanVersion = PodmanVersion{5, 8}
 	if got := render(t, p); got.Digest != want.Digest {
 		t.Errorf("the text changed to\n%s", got.Text)

@@ -23,7 +23,7 @@ import (
 	"time"
 
 	"github.com/resultity/node/internal/bridge/contract"
-	"github.com/resultity/node/internal/digest"
+	"github.com/resultity/node/internal/determinism"
 	"github.com/resultity/node/internal/openai"
 	"github.com/resultity/node/internal/plainhttp"
 	"github.com/resultity/node/internal/receipt"
@@ -280,54 +280,73 @@ func refusal(resp *http.Response) error {
 // GoldenError says that the engine gave another answer than the one that the
 // network knows to be right. It does not hold the texts.
 type GoldenError struct {
-	Name                string
-	GotBytes, WantBytes int
-	Got, Want           digest.Digest
+	Name string
+	Got  determinism.Answer
+	Err  error // in which way it is wrong
 }
 
 func (e *GoldenError) Error() string {
-	return fmt.Sprintf("validation %s: the answer has %d bytes (%s), want %d bytes (%s)",
-		e.Name, e.GotBytes, e.Got.Short(), e.WantBytes, e.Want.Short())
+	return fmt.Sprintf("validation %s: the answer (%s, %d tokens) is wrong: %v", e.Name, e.Got.Text.Short(), e.Got.CompletionTokens, e.Err)
 }
 
-// Golden puts g to the engine and compares the answer to the letter. It fails
-// with a [*GoldenError] if the answer is another one, and otherwise as
-// [Client.Run] does.
-func (c *Client) Golden(ctx context.Context, g snapshot.Golden, model string) error {
+func (e *GoldenError) Unwrap() error { return e.Err }
+
+// Golden puts g to the engine and returns the answer if it is as g expects. It
+// fails with a [*GoldenError] if it is not, and otherwise as [Client.Run] does.
+func (c *Client) Golden(ctx context.Context, g snapshot.Golden, model string) (determinism.Answer, error) {
 	ctx, cancel := context.WithTimeoutCause(ctx, g.Timeout.Duration(),
 		fmt.Errorf("no answer within %v: %w", g.Timeout.Duration(), context.DeadlineExceeded))
 	defer cancel()
-	body, err := json.Marshal(map[string]any{
-		"model":       model,
-		"messages":    []map[string]string{{"role": "user", "content": g.Prompt}},
-		"temperature": 0,
-		"max_tokens":  g.Tokens,
-	})
+	got, text, err := c.golden(ctx, &g, model)
 	if err != nil {
-		return fmt.Errorf("validation %s: %w", g.Name, err)
+		return determinism.Answer{}, fmt.Errorf("validation %s: %w", g.Name, err)
 	}
-	req, err := openai.Parse(wire.KindChat, body, openai.Limits{RequestBytes: int64(len(body)), Tokens: g.Tokens, Messages: 1})
+	if err := g.Expect(text, got.CompletionTokens); err != nil {
+		return determinism.Answer{}, &GoldenError{Name: g.Name, Got: got, Err: err}
+	}
+	return got, nil
+}
+
+func (c *Client) golden(ctx context.Context, g *snapshot.Golden, model string) (got determinism.Answer, text string, err error) {
+	kind := wire.KindChat
+	ask := map[string]any{"model": model, "temperature": 0, "max_tokens": g.Tokens}
+	if g.Kind == snapshot.GoldenCompletion {
+		kind, ask["prompt"] = wire.KindCompletion, g.Prompt
+	} else {
+		messages := []map[string]string{{"role": "user", "content": g.Prompt}}
+		if g.System != "" {
+			messages = append([]map[string]string{{"role": "system", "content": g.System}}, messages...)
+		}
+		ask["messages"] = messages
+	}
+	body, err := json.Marshal(ask)
 	if err != nil {
-		return fmt.Errorf("validation %s: %w", g.Name, err)
+		return got, "", err
+	}
+	req, err := openai.Parse(kind, body, openai.Limits{RequestBytes: int64(len(body)), Tokens: g.Tokens, Messages: 2})
+	if err != nil {
+		return got, "", err
 	}
 	res, err := c.Run(ctx, Job{Request: req, Model: model, Tokens: g.Tokens, ResponseBytes: maxRecord}, nil)
 	if err != nil {
-		return fmt.Errorf("validation %s: %w", g.Name, err)
+		return got, "", err
 	}
 	var answer struct {
-		Choices []struct{ Message struct{ Content string } }
-	}
-	if err := json.Unmarshal(res.Body, &answer); err != nil || len(answer.Choices) != 1 {
-		return fmt.Errorf("validation %s: read our own answer: %w", g.Name, err)
-	}
-	if got := answer.Choices[0].Message.Content; got != g.Answer {
-		return &GoldenError{
-			Name:     g.Name,
-			GotBytes: len(got), Got: digest.Of([]byte(got)),
-			WantBytes: len(g.Answer), Want: digest.Of([]byte(g.Answer)),
+		Choices []struct {
+			Text    string // of a completion
+			Message struct {
+				Content   string
+				Reasoning string `json:"reasoning_content"`
+			}
+			Finish string `json:"finish_reason"`
 		}
 	}
-	return nil
+	if err := json.Unmarshal(res.Body, &answer); err != nil || len(answer.Choices) != 1 {
+		return got, "", fmt.Errorf("read our own answer: %w", err)
+	}
+	choice := &answer.Choices[0]
+	text = choice.Text + choice.Message.Content // one of them is there
+	return determinism.NewAnswer(g.Name, text, choice.Message.Reasoning, choice.Finish, res.Usage.PromptTokens, res.Usage.CompletionTokens), text, nil
 }
 
 // Health asks whether the engine says that it can work.

@@ -21,6 +21,8 @@ import (
 	"time"
 
 	"github.com/resultity/node/internal/bridge/contract"
+	"github.com/resultity/node/internal/determinism"
+	"github.com/resultity/node/internal/digest"
 	"github.com/resultity/node/internal/openai"
 	"github.com/resultity/node/internal/receipt"
 	"github.com/resultity/node/internal/snapshot"
@@ -477,32 +479,57 @@ func TestRestartedEngine(t *testing.T) {
 }
 
 func TestGolden(t *testing.T) {
-	var text atomic.Value
-	var asked atomic.Value
+	var events, asked, path atomic.Value
 	c := serve(t, func(w http.ResponseWriter, r *http.Request) {
 		body, _ := io.ReadAll(r.Body)
 		asked.Store(string(body))
+		path.Store(r.URL.Path)
 		eventStream(w)
-		_, _ = io.WriteString(w, role+chunk(text.Load().(string))+end)
+		_, _ = io.WriteString(w, events.Load().(string))
 	})
-	g := snapshot.Golden{Name: "hello", Prompt: "Hi?", Answer: "Hello, \"you\"!", Tokens: 8, Timeout: 10}
-	text.Store(g.Answer)
-	if err := c.Golden(t.Context(), g, "m"); err != nil {
-		t.Error(err)
+	const text = `Hello, "you"!`
+	chat := func(s string) string { return role + chunk(s) + end }
+	g := snapshot.Golden{Name: "hello", Prompt: "Hi?", Answers: []string{"Good day!", text}, Tokens: 8, Timeout: 10}
+	events.Store(chat(text))
+	got, err := c.Golden(t.Context(), g, "m")
+	if want := determinism.NewAnswer("hello", text, "", "stop", 3, 2); err != nil || got != want {
+		t.Errorf("%+v, %v; want %+v", got, err, want)
 	}
-	if s := asked.Load().(string); !strings.Contains(s, `"temperature":0`) || !strings.Contains(s, `"max_tokens":8`) || !strings.Contains(s, `"Hi?"`) {
+	if s := asked.Load().(string); path.Load() != "/v1/chat/completions" || !strings.Contains(s, `"temperature":0`) || !strings.Contains(s, `"max_tokens":8`) || !strings.Contains(s, `"Hi?"`) || strings.Contains(s, "system") {
 		t.Errorf("asked %s", s)
 	}
-	for _, wrong := range []string{"", "Hello, \"you\"", "Hello, \"you\"! ", "hello, \"you\"!"} {
-		text.Store(wrong)
-		err := c.Golden(t.Context(), g, "m")
+	g.System = "Be short."
+	if _, err := c.Golden(t.Context(), g, "m"); err != nil {
+		t.Error(err)
+	}
+	if s := asked.Load().(string); !strings.Contains(s, `[{"role":"system","content":"Be short."},{"role":"user","content":"Hi?"}]`) {
+		t.Errorf("asked %s", s)
+	}
+	for _, wrong := range []string{"", `Hello, "you"`, text + " ", `hello, "you"!`} {
+		events.Store(chat(wrong))
+		_, err := c.Golden(t.Context(), g, "m")
 		var e *GoldenError
-		if !errors.As(err, &e) || e.GotBytes != len(wrong) || e.WantBytes != len(g.Answer) {
+		if !errors.As(err, &e) || e.Got.Text != digest.Of([]byte(wrong)) || e.Err == nil {
 			t.Errorf("%q: got %v", wrong, err)
 		}
 		if err != nil && strings.Contains(err.Error(), "you") {
 			t.Errorf("the error quotes the text: %v", err)
 		}
+	}
+	done := snapshot.Golden{Name: "end", Kind: snapshot.GoldenCompletion, Prompt: "Once", Answers: []string{" upon a time, and so on"}, Share: 70, MinTokens: 4, Tokens: 8, Timeout: 10}
+	events.Store(`data: {"object":"text_completion","choices":[{"index":0,"text":" upon a time,","finish_reason":null}]}` + "\n\n" +
+		`data: {"object":"text_completion","choices":[{"index":0,"text":" long","finish_reason":"length"}]}` + "\n\n" +
+		`data: {"object":"text_completion","choices":[],"usage":{"prompt_tokens":1,"completion_tokens":8,"total_tokens":9}}` + "\n\ndata: [DONE]\n\n")
+	if got, err := c.Golden(t.Context(), done, "m"); err == nil {
+		t.Errorf("the answer is the expected one for 14 of 16 bytes, and was taken: %+v", got)
+	}
+	done.Share = 60
+	got, err = c.Golden(t.Context(), done, "m")
+	if want := determinism.NewAnswer("end", " upon a time, long", "", "length", 1, 8); err != nil || got != want {
+		t.Errorf("%+v, %v; want %+v", got, err, want)
+	}
+	if s := asked.Load().(string); path.Load() != "/v1/completions" || !strings.Contains(s, `"prompt":"Once"`) {
+		t.Errorf("asked %s of %s", s, path.Load())
 	}
 }
 
@@ -511,7 +538,7 @@ func TestGoldenTimeout(t *testing.T) {
 		_, _ = io.Copy(io.Discard, r.Body) // the server notices a closed connection only then
 		<-r.Context().Done()
 	})
-	err := c.Golden(t.Context(), snapshot.Golden{Name: "slow", Prompt: "p", Answer: "a", Tokens: 1, Timeout: 1}, "m")
+	_, err := c.Golden(t.Context(), snapshot.Golden{Name: "slow", Prompt: "p", Answers: []string{"a"}, Tokens: 1, Timeout: 1}, "m")
 	if !errors.Is(err, context.DeadlineExceeded) || !strings.Contains(err.Error(), "no answer within 1s") {
 		t.Errorf("got %v", err)
 	}

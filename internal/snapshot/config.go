@@ -24,7 +24,7 @@ type Config struct {
 	ImageTrust ImageTrust `json:"image_trust"`
 	Models     []Model    `json:"models"` // what a node keeps; everything else is removed
 	Runtime    Runtime    `json:"runtime"`
-	Validation []Golden   `json:"validation"` // must pass before a deployment becomes active
+	Validation Validation `json:"validation"`
 }
 
 // Network names the network and says how its sessions work.
@@ -76,15 +76,6 @@ type Settings struct {
 	Slots     int `json:"slots"`   // requests at once
 	Threads   int `json:"threads"` // CPU threads, where the engine has them
 	GPULayers int `json:"gpu_layers"`
-}
-
-// Golden is a request with its known answer.
-type Golden struct {
-	Name    string  `json:"name"`
-	Prompt  string  `json:"prompt"` // one user message, at temperature 0
-	Answer  string  `json:"answer"` // exact text
-	Tokens  int     `json:"tokens"` // completion tokens at most
-	Timeout Seconds `json:"timeout_s"`
 }
 
 // Engine is an inference engine that a node can drive. Ollama is none: it takes
@@ -319,7 +310,6 @@ func (c *Config) check() error {
 		between(c.Logs.Interval, "logs.interval_s", 10, day),
 		between(c.Logs.BatchBytes, "logs.batch_bytes", 4<<10, 256<<10),
 		between(len(c.Models), "number of models", 1, maxModels),
-		between(len(c.Validation), "number of validation requests", 1, 64),
 	); err != nil {
 		return err
 	}
@@ -345,21 +335,8 @@ func (c *Config) check() error {
 	if err := c.Runtime.check(names); err != nil {
 		return fmt.Errorf("runtime: %w", err)
 	}
-	golden := map[string]bool{}
-	for i, g := range c.Validation {
-		if golden[g.Name] {
-			return fmt.Errorf("validation[%d]: a second %q", i, g.Name)
-		}
-		golden[g.Name] = true
-		if err := first(
-			named(g.Name, "name", namePattern),
-			between(len(g.Prompt), "bytes of prompt", 1, 4096),
-			between(len(g.Answer), "bytes of answer", 1, 4096),
-			between(g.Tokens, "tokens", 1, l.Tokens),
-			between(g.Timeout, "timeout_s", 1, 3600),
-		); err != nil {
-			return fmt.Errorf("validation[%d]: %w", i, err)
-		}
+	if err := c.Validation.check(l); err != nil {
+		return fmt.Errorf("validation: %w", err)
 	}
 	return nil
 }

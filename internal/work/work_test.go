@@ -108,7 +108,7 @@ func config() *snapshot.Config {
 			Engine: snapshot.LlamaCpp, Image: image, Model: "tiny", Settings: snapshot.Settings{Context: 1024, Slots: 2},
 			Devices: []string{}, TmpBytes: 1 << 20, ShmBytes: 1 << 20, StartTimeout: 10, Watchdog: 5, Stall: 5, StopTimeout: 5,
 		},
-		Validation: []snapshot.Golden{{Name: "hello", Prompt: "Hello", Answer: "Hi", Tokens: 8, Timeout: 10}},
+		Validation: snapshot.Validation{Golden: []snapshot.Golden{{Name: "hello", Prompt: "Hello", Answers: []string{"Hi"}, Tokens: 8, Timeout: 10}}},
 	}
 }
 

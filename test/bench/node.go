@@ -79,7 +79,7 @@ func (b *bench) instantNode(ctx context.Context) (*stack.Node, error) {
 	err = b.s.Publish(ctx, func(c *snapshot.Config) {
 		c.Runtime.Image = ref
 		c.Runtime.Settings.Slots = slots
-		c.Validation = []snapshot.Golden{{Name: "words", Prompt: "words", Answer: instant.Text(8), Tokens: 8, Timeout: 20}}
+		c.Validation.Golden = []snapshot.Golden{{Name: "words", Prompt: "words", Answers: []string{instant.Text(8)}, Tokens: 8, Timeout: 20}}
 	})
 	if err != nil {
 		return nil, err

@@ -85,7 +85,7 @@ func up(t *testing.T) *world {
 	must(t, w.publish(ctx, func(c *snapshot.Config) {
 		c.Runtime.Settings.Slots = 4
 		c.Limits.Deadline = 60
-		c.Validation = []snapshot.Golden{{Name: "words", Prompt: "words", Answer: instant.Text(tokens), Tokens: tokens, Timeout: 20}}
+		c.Validation.Golden = []snapshot.Golden{{Name: "words", Prompt: "words", Answers: []string{instant.Text(tokens)}, Tokens: tokens, Timeout: 20}}
 	}))
 	must(t, w.AddNode(ctx, host.Config{Name: "node", Release: host.Trixie}))
 	w.node = w.Nodes[0]

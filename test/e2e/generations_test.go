@@ -89,7 +89,10 @@ func TestGenerations(t *testing.T) {
 	first := generations(ctx, t, n, "a generation", func(gs *control.Generations) bool { return gs.Current != 0 }).Current
 	right := model.Prompts()[0].Answer
 
-	if err := s.Publish(ctx, func(c *snapshot.Config) { c.Validation[0].Answer = "no such answer"; c.Runtime.Settings.Slots = 1 }); err != nil {
+	if err := s.Publish(ctx, func(c *snapshot.Config) {
+		c.Validation.Golden[0].Answers = []string{"no such answer"}
+		c.Runtime.Settings.Slots = 1
+	}); err != nil {
 		t.Fatal(err)
 	}
 	gone := func(gs *control.Generations) bool {
@@ -107,7 +110,7 @@ func TestGenerations(t *testing.T) {
 	})
 	prints(ctx, t, n, "generations", "* ", "healthy", "dead", "validation: ")
 	prints(ctx, t, n, fmt.Sprintf("generations show %d", first+1), "failed at", "the configuration's", "phase", "[Container]")
-	prints(ctx, t, n, fmt.Sprintf("generations diff %d %d", first, first+1), "validation[0].answer", "runtime.settings.slots", "-Exec=", "+Exec=")
+	prints(ctx, t, n, fmt.Sprintf("generations diff %d %d", first, first+1), "validation.golden[0].answers[0]", "runtime.settings.slots", "-Exec=", "+Exec=")
 	prints(ctx, t, n, "metrics", fmt.Sprintf("resultity_generation_current %d\n", first), `state="dead"`)
 
 	if err := n.Reboot(ctx); err != nil {
@@ -120,7 +123,7 @@ func TestGenerations(t *testing.T) {
 	reported(ctx, t, n, func(_ bool, _ string, f *wire.Failed) bool { return f != nil && f.Final })
 
 	if err := s.Publish(ctx, func(c *snapshot.Config) {
-		c.Validation[0].Answer = right
+		c.Validation.Golden[0].Answers = []string{right}
 		c.Runtime.Settings.Slots = 2
 		c.Limits.Tokens++
 	}); err != nil {

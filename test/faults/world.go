@@ -72,7 +72,7 @@ func New(ctx context.Context, progress io.Writer) (_ *World, err error) {
 		c.Runtime.Image = ref
 		c.Runtime.Settings.Slots = 4
 		c.Limits.Deadline = 30
-		c.Validation = []snapshot.Golden{{Name: "words", Prompt: "words", Answer: instant.Text(tokens), Tokens: tokens, Timeout: 20}}
+		c.Validation.Golden = []snapshot.Golden{{Name: "words", Prompt: "words", Answers: []string{instant.Text(tokens)}, Tokens: tokens, Timeout: 20}}
 	}); err != nil {
 		return nil, err
 	}

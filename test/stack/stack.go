@@ -548,7 +548,7 @@ func (s *Stack) firstConfig(keys []evm.Address) (*snapshot.Config, error) {
 			Devices:  []string{}, TmpBytes: 16 << 20, ShmBytes: 16 << 20,
 			StartTimeout: 60, Watchdog: 3, Stall: 3, StopTimeout: 10,
 		},
-		Validation: []snapshot.Golden{{Name: "first", Prompt: golden.User, Answer: golden.Answer, Tokens: 64, Timeout: 20}},
+		Validation: snapshot.Validation{Golden: []snapshot.Golden{{Name: "first", Prompt: golden.User, Answers: []string{golden.Answer}, Tokens: 64, Timeout: 20}}},
 	}, nil
 }
 
