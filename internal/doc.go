@@ -90,7 +90,7 @@
 //	pure    receipt, receiptlog, binding, determinism; wire, snapshot, bridge/contract;       no I/O, no clock
 //	        openai, quadlet, chain
 //	        config                                                               reads its files, no more
-//	edges   model/fetch, model/format, model/signature;                          one thing outside each
+//	edges   model/fetch, model/share, model/format, model/signature;             one thing outside each
 //	        identity, signer, tuf, session, image, model, podman, systemd,
 //	        runtime, state, generation, order, spool, preflight, support;
 //	        control, sandbox, hardware

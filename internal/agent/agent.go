@@ -41,6 +41,7 @@ import (
 	"github.com/resultity/node/internal/hardware"
 	"github.com/resultity/node/internal/image"
 	"github.com/resultity/node/internal/journal"
+	"github.com/resultity/node/internal/model/share"
 	"github.com/resultity/node/internal/podman"
 	"github.com/resultity/node/internal/runtime"
 	"github.com/resultity/node/internal/signer"
@@ -108,6 +109,8 @@ type Agent struct {
 	report       atomic.Pointer[control.Report]                           // doctor's last; nil for none
 	seen         sightings
 
+	share *share.Server // of files of models; nil for none
+
 	look  chan struct{} // capacity 1: look again at what should be and what is
 	tasks chan task     // for the update loop
 }
@@ -132,7 +135,7 @@ func (a *Agent) Run(ctx context.Context) error {
 	work, stop := context.WithCancel(context.WithoutCancel(ctx))
 	defer stop()
 	g, work := errgroup.WithContext(work)
-	for _, loop := range []func(context.Context) error{a.updates, a.watchRuntime, a.watchGates, a.mendDamage} {
+	for _, loop := range []func(context.Context) error{a.updates, a.watchRuntime, a.watchGates, a.mendDamage, a.shareModels} {
 		g.Go(func() error { return loop(work) })
 	}
 	g.Go(func() error { return control.Serve(work, listener, a) })

@@ -31,6 +31,7 @@ import (
 	"github.com/resultity/node/internal/journal"
 	"github.com/resultity/node/internal/model"
 	"github.com/resultity/node/internal/model/fetch"
+	"github.com/resultity/node/internal/model/share"
 	"github.com/resultity/node/internal/podman"
 	"github.com/resultity/node/internal/quadlet"
 	"github.com/resultity/node/internal/runtime"
@@ -226,6 +227,9 @@ func New(ctx context.Context, cfg *config.Config, env func(string) string, log *
 		return nil
 	}
 	a.distrust = models.Distrust
+	if cfg.Models.Serve != "" {
+		a.share = share.New(a.lists, models.Open, cfg.Models.Rate(), a.log)
+	}
 	units, err := systemd.Dial(ctx)
 	if err != nil {
 		return a, err

@@ -22,6 +22,10 @@ var (
 	metricCurrent    = prometheus.NewDesc("resultity_generation_current", "Number of the current generation, 0 for none.", nil, nil)
 	metricGeneration = prometheus.NewDesc("resultity_generation_state", "1 for the state that a generation is in.", []string{"generation", "state"}, nil)
 	metricPhase      = prometheus.NewDesc("resultity_generation_phase_seconds", "How long a phase of the last switch to a generation took.", []string{"generation", "phase"}, nil)
+	metricGivenBytes = prometheus.NewDesc("resultity_models_given_bytes_total", "Bytes of models given to neighbours.", nil, nil)
+	metricGiven      = prometheus.NewDesc("resultity_models_given_answers_total", "Requests of neighbours that were given a file or a part of one.", nil, nil)
+	metricGivenNot   = prometheus.NewDesc("resultity_models_given_refused_total", "Connections and requests of neighbours that were refused.", nil, nil)
+	metricNeighbours = prometheus.NewDesc("resultity_models_given_connections", "Connections of neighbours.", nil, nil)
 )
 
 // collector makes metrics of an agent.
@@ -29,7 +33,7 @@ type collector struct{ *Agent }
 
 // Describe implements [prometheus.Collector].
 func (c collector) Describe(out chan<- *prometheus.Desc) {
-	for _, d := range []*prometheus.Desc{metricInfo, metricGate, metricSlots, metricBusy, metricOutbox, metricRuntime, metricRestarts, metricCurrent, metricGeneration, metricPhase} {
+	for _, d := range []*prometheus.Desc{metricInfo, metricGate, metricSlots, metricBusy, metricOutbox, metricRuntime, metricRestarts, metricCurrent, metricGeneration, metricPhase, metricGivenBytes, metricGiven, metricGivenNot, metricNeighbours} {
 		out <- d
 	}
 }
@@ -56,6 +60,13 @@ func (c collector) Collect(out chan<- prometheus.Metric) {
 		gauge(metricRuntime, 1, n.Name, n.Runtime.State)
 	}
 	gauge(metricRestarts, float64(s.Runtime.Restarts))
+	if c.share != nil {
+		n := c.share.Counts()
+		gauge(metricNeighbours, float64(n.Connections))
+		for d, v := range map[*prometheus.Desc]int64{metricGivenBytes: n.Bytes, metricGiven: n.Answers, metricGivenNot: n.Refused} {
+			out <- prometheus.MustNewConstMetric(d, prometheus.CounterValue, float64(v))
+		}
+	}
 	v := c.gens.View()
 	gauge(metricCurrent, float64(v.Current))
 	for i := range v.Generations {

@@ -12,6 +12,7 @@ import (
 	"fmt"
 	"io/fs"
 	"log/slog"
+	"net/netip"
 	"net/url"
 	"os"
 	"path/filepath"
@@ -45,6 +46,11 @@ type Models struct {
 	// files of models below them, each under its SHA-256 in hexadecimal digits. They
 	// are asked first and trusted with nothing: every chunk is checked.
 	Neighbours []string `koanf:"neighbours"`
+	// Serve is where this node gives verified files of models to machines nearby:
+	// ADDRESS:PORT, of a private or link-local network. "" is nowhere.
+	Serve string `koanf:"serve"`
+	// ServeRate is how much it gives, in bytes a second with K, M or G.
+	ServeRate string `koanf:"serve_rate"`
 }
 
 const maxNeighbours = 8
@@ -60,6 +66,31 @@ func checkNeighbours(list []string) error {
 		}
 	}
 	return nil
+}
+
+// Rate returns the bytes a second that neighbours are given.
+func (m Models) Rate() int64 {
+	n, _ := size(m.ServeRate) // checked by Load
+	return n
+}
+
+const leastRate = 1 << 20 // bytes a second; below, a chunk takes longer than who asks may want to wait
+
+// check returns the first key whose value cannot work, without its section.
+func (m Models) check() (key string, err error) {
+	if err := checkNeighbours(m.Neighbours); err != nil {
+		return "neighbours", err
+	}
+	if m.Serve != "" {
+		at, err := netip.ParseAddrPort(m.Serve)
+		if a := at.Addr(); err != nil || at.Port() == 0 || !a.IsPrivate() && !a.IsLinkLocalUnicast() && !a.IsLoopback() {
+			return "serve", fmt.Errorf("%.80q: want this machine's address in a private network, with a port, like \"10.0.0.2:8080\" or \"[fe80::2%%eth0]:8080\"", m.Serve)
+		}
+	}
+	if m.Rate() < leastRate {
+		return "serve_rate", fmt.Errorf("%.40q: want bytes a second, like \"64M\", at least 1M", m.ServeRate)
+	}
+	return "", nil
 }
 
 // Runtime bounds what the network's configuration may have of this machine.
@@ -90,38 +121,46 @@ func (r Runtime) Memory(total int64) int64 {
 	if r.MemoryMax == "" {
 		return max(0, total-min(total/10, gib))
 	}
-	m := memoryPattern.FindStringSubmatch(r.MemoryMax) // checked by Load
-	n, _ := strconv.ParseInt(m[1], 10, 64)
-	if m[2] == "%" {
-		return max(0, total/100*n)
+	if n, ok := size(r.MemoryMax); ok {
+		return n
 	}
-	return n << (10 * (1 + strings.Index("KMGT", m[2])) * min(1, len(m[2])))
+	n, _ := strconv.ParseInt(strings.TrimSuffix(r.MemoryMax, "%"), 10, 64) // checked by Load
+	return max(0, total/100*n)
+}
+
+// size reads a number of bytes, with K, M, G or T for powers of 1024.
+func size(s string) (n int64, ok bool) {
+	m := memoryPattern.FindStringSubmatch(s)
+	if m == nil || m[2] == "%" || m[2] != "" && len(m[1]) > 6 {
+		return 0, false
+	}
+	n, _ = strconv.ParseInt(m[1], 10, 64) // digits
+	return n << (10 * (1 + strings.Index("KMGT", m[2])) * min(1, len(m[2]))), true
 }
 
 // OfDevices returns the bytes of memory of the devices; 0 where only the kernel can
 // say.
 func (r Runtime) OfDevices() int64 {
-	if r.DeviceMemory == "" {
-		return 0
-	}
-	return Runtime{MemoryMax: r.DeviceMemory}.Memory(0)
+	n, _ := size(r.DeviceMemory) // checked by Load
+	return n
 }
 
-// checkMemory checks the text alone: on which machine it counts is not known yet.
-func checkMemory(s string) error {
-	m := memoryPattern.FindStringSubmatch(s)
-	if s == "" {
-		return nil
+func (r Runtime) check() (key string, err error) {
+	for _, d := range r.Devices {
+		if !devicePattern.MatchString(d) {
+			return "devices", fmt.Errorf("%.200q: want CDI devices, like \"nvidia.com/gpu=0\", or \"nvidia.com/gpu=*\" for all of a kind", d)
+		}
 	}
-	var n int64
-	if m != nil {
-		n, _ = strconv.ParseInt(m[1], 10, 64) // digits; what overflows is above 100 %, too
+	// The text alone is checked: on which machine it counts is not known yet.
+	share, isShare := strings.CutSuffix(r.MemoryMax, "%")
+	n, isSize := size(r.MemoryMax)
+	if percent, err := strconv.Atoi(share); r.MemoryMax != "" && !(isSize && n >= leastMemory) && !(isShare && err == nil && memoryPattern.MatchString(r.MemoryMax) && percent <= 100) {
+		return "memory_max", fmt.Errorf("%.40q: want bytes like \"24G\", at least 64M, or a percentage like \"75%%\"", r.MemoryMax)
 	}
-	switch {
-	case m == nil, m[2] == "%" && n > 100, m[2] != "%" && (len(m[1]) > 6 && m[2] != "" || Runtime{MemoryMax: s}.Memory(0) < leastMemory):
-		return fmt.Errorf("%.40q: want bytes like \"24G\", at least 64M, or a percentage like \"75%%\"", s)
+	if _, ok := size(r.DeviceMemory); !ok && r.DeviceMemory != "" {
+		return "device_memory", fmt.Errorf("%.40q: want bytes like \"24G\"", r.DeviceMemory)
 	}
-	return nil
+	return "", nil
 }
 
 // gpus are the kinds that the vendors' own tools make CDI specifications of. A
@@ -210,7 +249,7 @@ func Load(file string, env func(string) string) (*Config, error) {
 			}
 		}
 	}
-	c := &Config{Log: Log{Level: "info", Upload: "on"}, Paths: Paths{Bridge: "/usr/libexec/resultity/resultity-bridge"}, Runtime: Runtime{Devices: slices.Clone(gpus)}}
+	c := &Config{Log: Log{Level: "info", Upload: "on"}, Paths: Paths{Bridge: "/usr/libexec/resultity/resultity-bridge"}, Runtime: Runtime{Devices: slices.Clone(gpus)}, Models: Models{ServeRate: "64M"}}
 	if err := c.decode(all); err != nil {
 		return nil, fmt.Errorf("%s: %w", file, err)
 	}
@@ -425,19 +464,11 @@ func (c *Config) check() (key string, err error) {
 	}); err != nil {
 		return key, err
 	}
-	for _, d := range c.Runtime.Devices {
-		if !devicePattern.MatchString(d) {
-			return "runtime.devices", fmt.Errorf("%.200q: want CDI devices, like \"nvidia.com/gpu=0\", or \"nvidia.com/gpu=*\" for all of a kind", d)
-		}
+	if key, err := c.Runtime.check(); err != nil {
+		return "runtime." + key, err
 	}
-	if err := checkMemory(c.Runtime.MemoryMax); err != nil {
-		return "runtime.memory_max", err
-	}
-	if err := checkMemory(c.Runtime.DeviceMemory); err != nil || strings.HasSuffix(c.Runtime.DeviceMemory, "%") {
-		return "runtime.device_memory", fmt.Errorf("%.40q: want bytes like \"24G\"", c.Runtime.DeviceMemory)
-	}
-	if err := checkNeighbours(c.Models.Neighbours); err != nil {
-		return "models.neighbours", err
+	if key, err := c.Models.check(); err != nil {
+		return "models." + key, err
 	}
 	if c.Log.Upload != "on" && c.Log.Upload != "off" {
 		return "log.upload", fmt.Errorf("%.40q: want on or off", c.Log.Upload)

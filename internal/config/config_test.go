@@ -44,6 +44,7 @@ func TestLoadFillsAndOverrides(t *testing.T) {
 		Paths: Paths{State: "/s", Runtime: "/run/user/7/resultity", Units: "/run/user/7/containers/systemd",
 			Podman: "/run/user/7/resultity-podman/podman.sock", Bridge: "/usr/libexec/resultity/resultity-bridge"},
 		Runtime: Runtime{Devices: []string{"amd.com/gpu=*", "intel.com/gpu=*", "nvidia.com/gpu=*"}},
+		Models:  Models{ServeRate: "64M"},
 		Log:     Log{Level: "debug", Upload: "on"},
 	}
 	if !reflect.DeepEqual(*c, want) {
@@ -97,6 +98,14 @@ func TestErrorsNameFileAndKey(t *testing.T) {
 		{"neighbour without scheme", good, "[models]\nneighbours = [\"10.0.0.2:8080\"]\n", "a.toml", "models.neighbours", "want URLs like"},
 		{"neighbour with a user", good, "[models]\nneighbours = [\"http://u:p@h\"]\n", "a.toml", "models.neighbours", "want URLs like"},
 		{"neighbour that is a file", good, "[models]\nneighbours = [\"file:///etc\"]\n", "a.toml", "models.neighbours", "want URLs like"},
+		{"serve to everybody", good, "[models]\nserve = \"0.0.0.0:80\"\n", "a.toml", "models.serve", "private network"},
+		{"serve to the internet", good, "[models]\nserve = \"203.0.113.7:80\"\n", "a.toml", "models.serve", "private network"},
+		{"serve to the internet, mapped", good, "[models]\nserve = \"[::ffff:203.0.113.7]:80\"\n", "a.toml", "models.serve", "private network"},
+		{"serve by a name", good, "[models]\nserve = \"localhost:80\"\n", "a.toml", "models.serve", "private network"},
+		{"serve at no port", good, "[models]\nserve = \"10.0.0.2\"\n", "a.toml", "models.serve", "private network"},
+		{"serve at port 0", good, "[models]\nserve = \"10.0.0.2:0\"\n", "a.toml", "models.serve", "private network"},
+		{"serve drips", good, "[models]\nserve_rate = \"1023K\"\n", "a.toml", "models.serve_rate", "at least 1M"},
+		{"serve half", good, "[models]\nserve_rate = \"50%\"\n", "a.toml", "models.serve_rate", "bytes a second"},
 		{"too many neighbours", good, "[models]\nneighbours = [" + strings.Repeat("\"http://h\",", 9) + "]\n", "a.toml", "models.neighbours", "at most 8"},
 		{"device no list", good + "[runtime]\ndevices = \"nvidia.com/gpu=0\"\n", "", "agent.toml", "runtime.devices", "list of strings"},
 		{"device no string", good, "[runtime]\ndevices = [\"nvidia.com/gpu=0\", 1]\n", "a.toml", "runtime.devices", "list of strings"},
@@ -207,11 +216,20 @@ func TestMemoryCeiling(t *testing.T) {
 		{"1T", 0, 1 << 40},
 		{"67108864", 0, 64 << 20},
 	} {
-		if err := checkMemory(c.text); err != nil {
+		if _, err := (Runtime{MemoryMax: c.text}).check(); err != nil {
 			t.Error(err)
 		}
 		if got := (Runtime{MemoryMax: c.text}).Memory(c.total); got != c.want {
 			t.Errorf("%q of %d: %d, want %d", c.text, c.total, got, c.want)
+		}
+	}
+}
+
+func TestServe(t *testing.T) {
+	for _, at := range []string{"10.0.0.2:8080", "192.168.1.1:80", "[fd00::1]:8080", "[fe80::2%eth0]:8080", "169.254.3.4:1"} {
+		c, err := Load(write(t, good, fmt.Sprintf("[models]\nserve = %q\nserve_rate = \"2G\"\n", at)), env)
+		if err != nil || c.Models.Serve != at || c.Models.Rate() != 2<<30 {
+			t.Errorf("%s: %v", at, err)
 		}
 	}
 }

@@ -167,6 +167,20 @@ func (s *Store) Have(m *snapshot.Model) bool {
 	return err == nil && files == len(m.Files)
 }
 
+// Open opens a verified file for reading; one that is not here in full is
+// [fs.ErrNotExist].
+func (s *Store) Open(file digest.Digest) (*os.File, error) {
+	name := path.Join(blobs, file.Hex())
+	f, err := s.root.OpenFile(name, os.O_RDONLY|unix.O_NOFOLLOW|unix.O_NONBLOCK, 0)
+	if err != nil {
+		return nil, err
+	}
+	if st, err := f.Stat(); err != nil || !st.Mode().IsRegular() {
+		return nil, errors.Join(fmt.Errorf("%s is no file", name), err, f.Close())
+	}
+	return f, nil
+}
+
 // Verify reads all of m again. A file that is no longer what its digest names, or
 // that the disk cannot read, loses its name, so that [Store.Have] turns false and
 // [Store.Ensure] fetches it anew; the error wraps [digest.ErrMismatch] for every such

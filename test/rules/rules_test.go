@@ -60,7 +60,7 @@ var levels = [][]string{
 	{"receipt", "receiptlog", "binding", "determinism"}, // pure: no I/O, no clock
 	{"wire", "snapshot", "bridge/contract"},             //
 	{"openai", "quadlet", "config", "chain"},            //
-	{"model/fetch", "model/format", "model/signature"},
+	{"model/fetch", "model/share", "model/format", "model/signature"},
 	{"identity", "signer", "tuf", "session", "image", "model", "podman", "systemd", "runtime", "state", "generation", "order", "spool", "preflight", "support"}, // edges
 	{"control", "sandbox", "hardware"},
 	{"work", "deploy"}, // order
