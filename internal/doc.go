@@ -117,7 +117,10 @@
 //
 // Podman seals the container, and the bridge the engine in it once more, with a
 // seccomp filter and, where the kernel has it, Landlock: a network namespace does
-// not hold all kinds of sockets, and the socket's directory is on a real disk.
+// not hold all kinds of sockets, and the socket's directory is on a real disk. Where
+// it can, it gives the engine a mount namespace in which systemd's socket and the
+// agent's are not to be seen: the engine has the bridge's user id, and neither filter
+// nor Landlock looks at the path that a socket is connected to.
 //
 // The runtime outlives the agent: an upgrade or a crash of the agent does not
 // unload the model. A restarted agent finds the unit unchanged, looks at its

@@ -5,6 +5,7 @@
 //
 //	resultity-bridge --model NAME --max-in-flight N [FLAG VALUE]... -- ENGINE [ARG]...
 //	resultity-bridge probe TARGET...
+//	resultity-bridge launch
 //
 // Its flags, exit codes and behaviour are those of package
 // github.com/resultity/node/internal/bridge/contract.
@@ -18,8 +19,13 @@ import (
 )
 
 func main() {
-	if len(os.Args) > 1 && os.Args[1] == contract.ProbeCommand {
-		os.Exit(bridge.Probe(os.Args[2:], os.Stdout, os.Stderr))
+	if len(os.Args) > 1 {
+		switch os.Args[1] {
+		case contract.ProbeCommand:
+			os.Exit(bridge.Probe(os.Args[2:], os.Stdout, os.Stderr))
+		case contract.LaunchCommand:
+			os.Exit(bridge.Launch())
+		}
 	}
 	os.Exit(bridge.Main(os.Args[1:], os.Stderr))
 }

@@ -35,6 +35,8 @@ import (
 // run once in a process, which must have nothing else going on: it reaps all
 // children and changes settings of the process.
 func Main(args []string, stderr io.Writer) int {
+	// A setting of the image's, which can make parsers of the library lenient.
+	os.Unsetenv("GODEBUG")
 	b := &bridge{
 		notifier: notifier{os.Getenv("NOTIFY_SOCKET")},
 		log:      log.New(stderr, "resultity-bridge: ", 0),
@@ -55,6 +57,7 @@ type bridge struct {
 	client   *client
 	vigil    *vigil
 	engine   *engine
+	hidden   bool           // the sockets, from the engine
 	signals  chan os.Signal // SIGTERM and SIGINT
 	running  sync.WaitGroup // goroutines
 }
@@ -101,9 +104,12 @@ func (b *bridge) run() int {
 		return contract.ExitSandbox
 	}
 
-	var err error
-	if b.engine, err = startEngine(b.o.Command, order); err != nil {
+	var hidden, err error
+	if b.engine, hidden, err = startEngine(b.o.Command, order, b.hide()); err != nil {
 		return b.fail(contract.ExitConfig, err)
+	}
+	if b.hidden = hidden == nil; !b.hidden {
+		b.log.Printf("the engine sees the sockets of the agent and of systemd: %v", hidden)
 	}
 	ctx, cancel := context.WithCancel(context.Background())
 	defer b.running.Wait()
@@ -117,8 +123,8 @@ func (b *bridge) run() int {
 // settle makes this process one that the engine, which has the same user id,
 // can neither trace nor read, and that stays small beside it.
 func (b *bridge) settle() error {
-	if _, _, errno := syscall.RawSyscall(syscall.SYS_PRCTL, syscall.PR_SET_DUMPABLE, 0, 0); errno != 0 {
-		return fmt.Errorf("forbid tracing: %w", errno)
+	if err := setDumpable(0); err != nil {
+		return err
 	}
 	// The engine wants the processors. Some tens of thousands of tokens a second
 	// can be carried with one, and with more of them each hand-over between
@@ -127,6 +133,16 @@ func (b *bridge) settle() error {
 	const idle, perRequest = 12 << 20, 256 << 10
 	debug.SetMemoryLimit(idle + int64(b.o.MaxInFlight)*(b.o.MaxBody+perRequest))
 	return nil
+}
+
+// hide lists the directories that the engine does not see: of its own socket, and
+// of systemd's.
+func (b *bridge) hide() []string {
+	dirs := []string{filepath.Dir(b.o.Socket)}
+	if dir := filepath.Dir(b.notifier.socket); filepath.IsAbs(dir) && dir != "/" && dir != dirs[0] {
+		dirs = append(dirs, dir)
+	}
+	return dirs
 }
 
 // order is what the sandbox is compared with.
@@ -161,7 +177,11 @@ func (b *bridge) oversee(ctx context.Context, order sandbox.Order) int {
 
 	b.vigil = newVigil(b.o.Stall, b.o.CanaryEvery)
 	took := time.Since(began)
-	f := newForwarder(b.o, b.vigil, func() contract.Sandbox { return sandbox.Again(order) }, func(s *contract.Status) {
+	f := newForwarder(b.o, b.vigil, func() contract.Sandbox {
+		found := sandbox.Again(order)
+		found.Hidden = b.hidden
+		return found
+	}, func(s *contract.Status) {
 		s.Model, s.StartMS = b.o.Model, took.Milliseconds()
 		b.vigil.fill(s)
 	})
@@ -230,7 +250,7 @@ func (b *bridge) serve(ctx context.Context, f *forwarder, took time.Duration) in
 	defer f.engine.CloseIdleConnections()
 	// Some connections more than requests: for status and metrics, and for
 	// those that the other side keeps for later.
-	l, err := listen(b.o.Socket, 2*b.o.MaxInFlight+32)
+	l, err := listen(b.o.Socket, 2*b.o.MaxInFlight+32, os.Getuid())
 	if err != nil {
 		return b.fail(contract.ExitInternal, err)
 	}
@@ -244,7 +264,8 @@ func (b *bridge) serve(ctx context.Context, f *forwarder, took time.Duration) in
 	defer stopSinging()
 	b.running.Go(func() { b.vigil.sing(singing, b.client.complete) })
 	stopping := make(chan struct{})
-	b.running.Go(func() { b.watch(ctx, stopping, l, f) })
+	neglected := make(chan struct{})
+	b.running.Go(func() { b.watch(ctx, stopping, neglected, l, f) })
 	b.log.Printf("serving %s, first completion after %s", b.o.Model, took.Round(time.Millisecond))
 	b.tell("READY=1", "WATCHDOG=1", status("serving %s", b.o.Model))
 
@@ -253,6 +274,8 @@ func (b *bridge) serve(ctx context.Context, f *forwarder, took time.Duration) in
 		return b.fail(exitCode(ws), errors.New(describe(ws)))
 	case err := <-broken:
 		return b.fail(contract.ExitInternal, fmt.Errorf("serve: %w", err))
+	case <-neglected:
+		return b.fail(contract.ExitInternal, errNeglected)
 	case s := <-b.signals:
 		b.log.Printf("%s: stopping", s)
 		b.tell("STOPPING=1", status("stopping: requests in flight may end within %s", b.o.StopGrace))
@@ -264,13 +287,21 @@ func (b *bridge) serve(ctx context.Context, f *forwarder, took time.Duration) in
 	}
 }
 
+// neglect is how much longer than the watchdog's time the bridge waits for systemd
+// to end what is hung.
+const neglect = 5 * time.Second
+
+var errNeglected = errors.New("hung, and systemd does not end it: somebody else feeds its watchdog, or nobody watches")
+
 // watch feeds systemd's watchdog while the engine is alive, until ctx ends.
 // Systemd goes on watching during a stop, which has time limits of its own:
-// from then on the watchdog is fed in any case.
-func (b *bridge) watch(ctx context.Context, stopping <-chan struct{}, l *listener, f *forwarder) {
+// from then on the watchdog is fed in any case. Neglected is closed when systemd
+// should have ended this process long ago.
+func (b *bridge) watch(ctx context.Context, stopping <-chan struct{}, neglected chan<- struct{}, l *listener, f *forwarder) {
 	tick := time.NewTicker(b.o.Watchdog / 3)
 	defer tick.Stop()
 	before := ""
+	var since time.Time // of before
 	for {
 		select {
 		case <-ctx.Done():
@@ -294,8 +325,12 @@ func (b *bridge) watch(ctx context.Context, stopping <-chan struct{}, l *listene
 			}
 			b.tell("WATCHDOG=1", status("serving %s: %d in flight, %d answered", b.o.Model, len(f.slots), f.answered.Load()))
 		case before == "":
+			since = time.Now()
 			b.log.Printf("%s: no more watchdog messages", why)
 			b.tell(status("hung: %s", why))
+		case time.Since(since) > b.o.Watchdog+neglect:
+			close(neglected)
+			return
 		}
 		before = why
 	}

@@ -149,8 +149,7 @@ func (f *forwarder) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 	}
 }
 
-// sandbox looks at it again, for one caller after the other: the engine can
-// ask, too.
+// sandbox looks at it again, for one caller after the other.
 func (f *forwarder) sandbox() []byte {
 	f.looking.Lock()
 	defer f.looking.Unlock()

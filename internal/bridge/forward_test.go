@@ -67,7 +67,7 @@ func newSpanTo(t testing.TB, upstream net.Listener, e *testEngine, change func(*
 		t.Fatal(err)
 	}
 	path := filepath.Join(dir, "s")
-	l, err := listen(path, 100)
+	l, err := listen(path, 100, nobody)
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -214,7 +214,7 @@ func TestForwardsOnlyWhatIsAllowed(t *testing.T) {
 		{"POST", "/v1/completions", `{"choices":[{"text":"b"}]}`},
 		{"POST", "/v1/chat/completions", `{"choices":[{"text":"b"}]}`},
 
-		{"GET", "/.bridge/sandbox", `{"version":2,"ok":true,"checks":null,"uid":0,"gid":0,"groups":null,"uidMap":null,"gidMap":null,"namespaces":null,"label":"","landlock":0,"cgroup":"","interfaces":null,"devices":null,"mounts":null}`},
+		{"GET", "/.bridge/sandbox", `{"version":2,"ok":true,"checks":null,"uid":0,"gid":0,"groups":null,"uidMap":null,"gidMap":null,"namespaces":null,"label":"","landlock":0,"hidden":false,"cgroup":"","interfaces":null,"devices":null,"mounts":null}`},
 	} {
 		status, body := s.target(t, tt.method, tt.target)
 		if status != 200 || body != tt.want {
@@ -662,7 +662,7 @@ func TestConcurrencyIsBounded(t *testing.T) {
 
 func TestConnectionsAreBounded(t *testing.T) {
 	dir := t.TempDir()
-	l, err := listen(filepath.Join(dir, "s"), 2)
+	l, err := listen(filepath.Join(dir, "s"), 2, nobody)
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -749,7 +749,7 @@ func TestClosedIdleConnectionIsNotAnError(t *testing.T) {
 func TestSocket(t *testing.T) {
 	dir := t.TempDir()
 	path := filepath.Join(dir, "engine.sock")
-	l, err := listen(path, 1)
+	l, err := listen(path, 1, nobody)
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -763,7 +763,7 @@ func TestSocket(t *testing.T) {
 	if l.inPlace() {
 		t.Error("in place although removed")
 	}
-	other, err := listen(path, 1)
+	other, err := listen(path, 1, nobody)
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -839,3 +839,6 @@ func FuzzTarget(f *testing.F) {
 		}
 	})
 }
+
+// nobody is no user's id.
+const nobody = -1

@@ -28,6 +28,7 @@ import (
 	"github.com/resultity/node/internal/bridge/contract"
 	"github.com/resultity/node/internal/bridge/internal/sealtest"
 	"github.com/resultity/node/internal/bridge/sandbox"
+	"github.com/resultity/node/test/hostile"
 )
 
 // What the test binary is when it is started in a container.
@@ -36,6 +37,8 @@ const (
 	asEngine = "engine"
 	asParent = "parent" // of an orphan
 	asOrphan = "orphan"
+
+	asHostile = "hostile" // an engine
 )
 
 // codeLeak is the exit code of a bridge that left goroutines behind.
@@ -43,6 +46,9 @@ const codeLeak = 99
 
 func TestMain(m *testing.M) {
 	sealtest.Main()
+	if hostile.Again(os.Args) {
+		os.Exit(0)
+	}
 	if len(os.Args) > 1 {
 		switch os.Args[1] {
 		case asBridge:
@@ -56,6 +62,11 @@ func TestMain(m *testing.M) {
 			os.Exit(code)
 		case asEngine:
 			engineProcess(os.Args[2:])
+			os.Exit(0)
+		case contract.LaunchCommand:
+			os.Exit(Launch())
+		case asHostile:
+			hostile.Main(os.Args[1:])
 			os.Exit(0)
 		case asParent:
 			pid, err := syscall.ForkExec("/proc/self/exe", []string{"test", asOrphan}, &syscall.ProcAttr{Env: os.Environ(), Files: []uintptr{0, 2, 2}})

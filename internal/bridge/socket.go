@@ -8,6 +8,7 @@ import (
 	"net"
 	"os"
 	"sync"
+	"syscall"
 )
 
 // clearDir empties the directory of the socket. The directory outlives the
@@ -60,6 +61,7 @@ func someNames(root *os.Root) ([]string, error) {
 type listener struct {
 	*net.UnixListener
 	path   string
+	refuse int // user id
 	bound  fs.FileInfo
 	places chan struct{}
 	closed chan struct{}
@@ -67,13 +69,15 @@ type listener struct {
 }
 
 // listen binds the socket and opens it to everybody who reaches its directory:
-// on the host that is the agent alone, whose user id does not exist in here.
-func listen(path string, connections int) (*listener, error) {
+// on the host that is the agent alone, whose user id does not exist in here. The
+// connections of one user are closed at once, so that an engine that sees the
+// socket can neither ask itself by it nor take the agent's places.
+func listen(path string, connections, refuse int) (*listener, error) {
 	u, err := net.ListenUnix("unix", &net.UnixAddr{Name: path, Net: "unix"})
 	if err != nil {
 		return nil, fmt.Errorf("socket: %w", err)
 	}
-	l := &listener{UnixListener: u, path: path, places: make(chan struct{}, connections), closed: make(chan struct{})}
+	l := &listener{UnixListener: u, path: path, refuse: refuse, places: make(chan struct{}, connections), closed: make(chan struct{})}
 	if err = os.Chmod(path, 0o666); err == nil {
 		l.bound, err = os.Lstat(path)
 	}
@@ -84,11 +88,12 @@ func listen(path string, connections int) (*listener, error) {
 	return l, nil
 }
 
-// inPlace reports whether the path still leads to this socket. The engine runs
-// as the same user and could have put another there.
+// inPlace reports whether the path still leads to this socket, for everybody. The
+// engine runs as the same user and, where it sees the socket, could have put another
+// there, or closed this one to the agent.
 func (l *listener) inPlace() bool {
 	info, err := os.Lstat(l.path)
-	return err == nil && os.SameFile(info, l.bound)
+	return err == nil && os.SameFile(info, l.bound) && info.Mode() == l.bound.Mode()
 }
 
 // Accept waits until one of the connections before has ended if there are too
@@ -99,12 +104,36 @@ func (l *listener) Accept() (net.Conn, error) {
 		return nil, net.ErrClosed
 	case l.places <- struct{}{}:
 	}
-	c, err := l.UnixListener.Accept()
-	if err != nil {
-		<-l.places
-		return nil, err
+	for {
+		c, err := l.AcceptUnix()
+		if err != nil {
+			<-l.places
+			return nil, err
+		}
+		if user, err := userOf(c); err == nil && user != l.refuse {
+			return &conn{Conn: c, leave: sync.OnceFunc(func() { <-l.places })}, nil
+		}
+		_ = c.Close() // nothing was said
 	}
-	return &conn{Conn: c, leave: sync.OnceFunc(func() { <-l.places })}, nil
+}
+
+// userOf is the user who has connected.
+func userOf(c *net.UnixConn) (int, error) {
+	raw, err := c.SyscallConn()
+	if err != nil {
+		return 0, err
+	}
+	var peer *syscall.Ucred
+	var failed error
+	if err := raw.Control(func(fd uintptr) {
+		peer, failed = syscall.GetsockoptUcred(int(fd), syscall.SOL_SOCKET, syscall.SO_PEERCRED)
+	}); err != nil {
+		return 0, err
+	}
+	if failed != nil {
+		return 0, failed
+	}
+	return int(peer.Uid), nil
 }
 
 func (l *listener) Close() error {

@@ -91,7 +91,7 @@ func (d *Deployer) checkSealed(ctx context.Context, p *Plan, engine Engine) erro
 	if err := sandbox.Check(out, &in, sandbox.Order{Mounts: mounts, Others: slices.Concat(others, order.Bridge.Devices)}, os.Getuid()); err != nil {
 		return err
 	}
-	if in.Landlock == 0 {
+	if in.Landlock == 0 && !in.Hidden {
 		d.Log.Warn("the engine can fill the runtime directory: this kernel has no Landlock", journal.LandlockMissing.Attr())
 	}
 	return nil

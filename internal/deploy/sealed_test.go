@@ -160,7 +160,7 @@ func (e *events) Handle(_ context.Context, r slog.Record) error {
 func TestKernelWithoutLandlockIsSaid(t *testing.T) {
 	for _, version := range []int{0, 7} {
 		m, s := New(t), NewNetwork(t).Publish(nil)
-		m.Do(func(m *Locked) { m.Record(func(s *contract.Sandbox) { s.Landlock = version }) })
+		m.Do(func(m *Locked) { m.Record(func(s *contract.Sandbox) { s.Landlock, s.Hidden = version, false }) })
 		var logged events
 		d := m.Deployer()
 		d.Log = slog.New(&logged)

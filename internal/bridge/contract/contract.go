@@ -57,6 +57,11 @@
 // engine can change files below the --writable paths alone, which leaves out the
 // socket's directory, and cannot signal the bridge; [Sandbox] says whether.
 //
+// The engine has a user and a mount namespace of its own, without capabilities, in
+// which the directories of --socket and of NOTIFY_SOCKET are covered: it could feed
+// the watchdog in the bridge's place, or keep systemd busy. Where no such namespaces
+// can be had it is started without; [Sandbox] says so.
+//
 // # Alive
 //
 // The engine owes bytes from the moment a request is with it until the answer
@@ -77,7 +82,9 @@
 // receives nothing), and answers that take long should be streamed.
 //
 // When the engine is hung the bridge stops its watchdog messages and says why
-// in STATUS= and in one line on stderr. systemd does the rest.
+// in STATUS= and in one line on stderr. systemd does the rest; where it does not,
+// as when the engine speaks to it in the bridge's place, the bridge ends itself five
+// seconds after systemd should have.
 //
 // # HTTP
 //
@@ -165,6 +172,7 @@ type Sandbox struct {
 	Namespaces map[string]string `json:"namespaces"` // "net" to "net:[4026532000]", and so on
 	Label      string            `json:"label"`      // of the security module, "" without one
 	Landlock   int               `json:"landlock"`   // version that the engine is confined with; 0: the kernel has none, or too old a one
+	Hidden     bool              `json:"hidden"`     // the engine does not see the sockets of the agent and of systemd
 	Cgroup     string            `json:"cgroup"`     // path in the unified hierarchy as it is seen inside, "" without one
 	Interfaces []Interface       `json:"interfaces"` // of the network
 	Devices    []Device          `json:"devices"`    // nodes, at most [MaxDevices] of them

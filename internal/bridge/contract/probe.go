@@ -19,3 +19,7 @@ type Reach struct {
 	Reached bool   `json:"reached"`
 	Error   string `json:"error,omitempty"` // why not
 }
+
+// LaunchCommand makes the bridge's binary become the engine: the bridge starts
+// itself with it, and tells it the rest over a descriptor.
+const LaunchCommand = "launch"

@@ -6,7 +6,7 @@
 // was ordered. What cannot be read counts as different. Nothing here trusts
 // that a flag was passed; only what the kernel answers counts.
 //
-// [Confine] takes from the engine what a sealed container still leaves.
+// [Confine] and [Hide] take from the engine what a sealed container still leaves.
 package sandbox
 
 import (

@@ -124,7 +124,7 @@ func New(t testing.TB) *Machine {
 		computer:    determinism.Hardware{Arch: "amd64", CPU: "a CPU", Features: []string{"avx2"}},
 		podmanMajor: 5, controllers: []string{"pids"},
 		state: systemd.State{Load: "not-found", Active: "inactive"}, watch: map[chan struct{}]bool{},
-		record:  contract.Sandbox{Version: contract.Version, OK: true, UID: 1000, GID: 1000, Checks: []contract.Check{{Name: "user", OK: true}}, Namespaces: map[string]string{}, Landlock: 7},
+		record:  contract.Sandbox{Version: contract.Version, OK: true, UID: 1000, GID: 1000, Checks: []contract.Check{{Name: "user", OK: true}}, Namespaces: map[string]string{}, Landlock: 7, Hidden: true},
 		outside: sandbox.Outside{UIDs: []int{100999, 100999, 100999, 100999}, NoNewPrivs: true, Seccomp: 2, Interfaces: []string{"lo"}, Own: map[string]string{}},
 	}
 	for i, ns := range []string{"cgroup", "ipc", "mnt", "net", "pid", "user", "uts"} {

@@ -23,6 +23,13 @@ type yard struct {
 	err  error
 }
 
+// The first thread is the one that others see in /proc.
+func init() {
+	if len(os.Args) == 3 && os.Args[1] == builder {
+		runtime.LockOSThread()
+	}
+}
+
 // build makes the container and becomes what it runs; it returns only errors.
 func build(text string) error {
 	var y yard
@@ -33,13 +40,15 @@ func build(text string) error {
 		return errors.New("no directory")
 	}
 	// Capabilities, no_new_privs and the filter belong to threads, and exec
-	// takes over those of the thread that calls it.
-	runtime.LockOSThread()
+	// takes over those of the thread that calls it; see init.
 	y.root = filepath.Join(y.Dir, "root")
 	y.closeOnExec()
 	y.network()
 	y.abstractSocket()
 	outside := y.open("/")
+	if y.has(NoNamespaces) {
+		y.do("no namespaces", os.WriteFile("/proc/sys/user/max_user_namespaces", []byte("0"), 0))
+	}
 	y.mounts()
 	y.enter()
 	y.privileges()

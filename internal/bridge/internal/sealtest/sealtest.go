@@ -12,8 +12,10 @@ package sealtest
 import (
 	"context"
 	"encoding/json"
+	"errors"
 	"fmt"
 	"io"
+	"io/fs"
 	"os"
 	"os/exec"
 	"path/filepath"
@@ -70,6 +72,9 @@ const (
 	// UnreachableMount is none: what could be written is below a directory
 	// that the user cannot enter.
 	UnreachableMount Flaw = "unreachable mount"
+
+	// NoNamespaces is none either: there are no more user namespaces.
+	NoNamespaces Flaw = "no namespaces"
 )
 
 // interpreter is what starts binaries that are not static, where it exists.
@@ -215,19 +220,26 @@ func Main() {
 	}
 }
 
-// Children returns the processes, outside, that the given one started.
+// Children returns the processes, outside, that the given one started, by any of
+// its threads.
 func Children(pid int) ([]int, error) {
-	b, err := os.ReadFile(fmt.Sprintf("/proc/%d/task/%d/children", pid, pid))
+	files, err := filepath.Glob(fmt.Sprintf("/proc/%d/task/*/children", pid))
 	if err != nil {
 		return nil, err
 	}
 	var pids []int
-	for _, f := range strings.Fields(string(b)) {
-		n, err := strconv.Atoi(f)
-		if err != nil {
+	for _, name := range files {
+		b, err := os.ReadFile(name)
+		if err != nil && !errors.Is(err, fs.ErrNotExist) && !errors.Is(err, syscall.ESRCH) { // the thread has ended
 			return nil, err
 		}
-		pids = append(pids, n)
+		for _, f := range strings.Fields(string(b)) {
+			n, err := strconv.Atoi(f)
+			if err != nil {
+				return nil, err
+			}
+			pids = append(pids, n)
+		}
 	}
 	return pids, nil
 }
