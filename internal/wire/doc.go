@@ -172,8 +172,9 @@
 // silent for 15, a network every 15 seconds and 45. Both answer pings. A
 // network ends the session (1008) of a node that leaves 1024 messages or 64 MiB unread,
 // and slows down one that sends what nobody asked for. A frame of
-// more than 256 KiB may have to wait until the network reads the rest of it, which must
-// then arrive within 3 minutes. A node connects
+// more than 20 KiB may have to wait until the network reads the rest of it, once more
+// at 256 KiB. It must then arrive within 3 minutes, and, while others wait, at 256 KiB a
+// second on average from the fifth second on. A node connects
 // again after half a second, then ever later, up to 15 seconds; after what
 // only people can mend (403, 409), a minute.
 //

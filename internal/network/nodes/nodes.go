@@ -9,7 +9,7 @@
 //
 // What all may take together is bounded, too: beyond a number of large frames in
 // arrival the next ones are not read until there is a place, each within a bound of
-// time.
+// time; and while some wait, who has a place and is slow loses it (see places).
 //
 // Nor can a stranger: what is done for somebody who has not shown a node's key
 // is bounded for each source, and those who wait to show it have a room of their
@@ -65,7 +65,7 @@ const (
 
 // Options bound the sessions. The zero value of a field stands for its default.
 type Options struct {
-	MaxArriving int           // bytes of large frames in arrival; default 512 MiB. More of them wait
+	MaxArriving int           // bytes of frames above 20 KiB in arrival; default 768 MiB. More of them wait
 	MaxSessions int           // nodes at once, after hello; default 16384
 	MaxWaiting  int           // connections before hello; default 1024, of which one source may have a sixteenth
 	Ping        time.Duration // interval of WebSocket pings; default 15 s. Three of them without a sign of life end a session
@@ -87,7 +87,8 @@ type Manager struct {
 
 	upgrader websocket.Upgrader
 	limits   limits
-	large    chan struct{} // has an element for each large frame that arrives or is handled
+	medium   *places // of the frames that arrive or are handled
+	large    *places // likewise
 	codes    Codes
 	counts   *counts
 
@@ -115,7 +116,7 @@ func New(r registry, d *dispatch.Dispatcher, o desk, key *evm.Key, version strin
 		opt.MaxWaiting = 1024
 	}
 	if opt.MaxArriving == 0 {
-		opt.MaxArriving = 512 << 20
+		opt.MaxArriving = 768 << 20
 	}
 	if opt.Ping == 0 {
 		opt.Ping = 15 * time.Second
@@ -131,7 +132,7 @@ func New(r registry, d *dispatch.Dispatcher, o desk, key *evm.Key, version strin
 			// Nodes are no browsers; a page that makes one connect is up to no good.
 			CheckOrigin: func(r *http.Request) bool { return r.Header.Get("Origin") == "" },
 		},
-		limits: newLimits(), large: make(chan struct{}, max(1, opt.MaxArriving/wire.MaxFrame)), codes: NewCodes(key), counts: newCounts(),
+		limits: newLimits(), medium: newPlaces(opt.MaxArriving / 3 / mediumFrame), large: newPlaces(opt.MaxArriving * 2 / 3 / wire.MaxFrame), codes: NewCodes(key), counts: newCounts(),
 		sessions: map[*session]struct{}{}, current: map[evm.Address]*session{},
 		waiting: list.New(), waitsOf: map[netip.Prefix]int{},
 	}

@@ -33,15 +33,17 @@ const (
 	writeTimeout = 10 * time.Second
 	fragment     = 64 << 10
 	// keepBuffer is the largest read buffer that a session keeps, in bytes.
-	keepBuffer = 32 << 10
+	keepBuffer = 24 << 10
 	// ackDelay is how long an acknowledgement may wait for others: a frame costs
 	// both sides the same for one and for many, and a node that forgets a result a
 	// little later misses nothing.
 	ackDelay = 20 * time.Millisecond
-	// smallFrame is what a frame may have, in bytes, without a place among the large
-	// ones, and largeTime how long one may take that has a place.
-	smallFrame = 256 << 10
-	largeTime  = 3 * time.Minute
+	// smallFrame is what a frame may have, in bytes, without a place, mediumFrame what
+	// it may have without one among the large ones, and largeTime how long one may take
+	// that has a place.
+	smallFrame  = 20 << 10
+	mediumFrame = 256 << 10
+	largeTime   = 3 * time.Minute
 	// lastWords is how long the last frames of a session may take, in all.
 	lastWords = time.Second
 )
@@ -63,7 +65,9 @@ type session struct {
 	// and then so does the node.
 	stray *rate.Limiter // the reader's
 	met   bool          // hello has been taken; the reader's
-	large time.Time     // when the large frame that has a place must be here, or zero; the reader's
+	among *places       // where the session has a place, or nil; the reader's
+	stay  *stay         // that place
+	due   time.Time     // when the frame that has it must be here
 
 	writing chan struct{} // has an element while a batch of logs is being written
 
@@ -342,29 +346,28 @@ func (s *session) join() (*dispatch.Member, error) {
 
 func (s *session) alive() error {
 	at := time.Now().Add(3 * s.m.opt.Ping)
-	if !s.large.IsZero() && s.large.Before(at) {
-		at = s.large
+	if s.among != nil && s.due.Before(at) {
+		at = s.due
 	}
 	return s.conn.SetReadDeadline(at)
 }
 
-// takePlace waits until there is a place for a large frame. The node waits, too:
-// nothing is read meanwhile.
-func (s *session) takePlace() error {
-	select {
-	case s.m.large <- struct{}{}:
-	case <-s.stop:
-		return errOver
+// takePlace waits for a place among p, and then gives back the one that it has.
+func (s *session) takePlace(p *places) error {
+	stay, err := p.take(s)
+	if err != nil {
+		return err
 	}
-	s.large = time.Now().Add(largeTime)
+	s.leavePlace()
+	s.among, s.stay, s.due = p, stay, time.Now().Add(largeTime)
 	return s.alive()
 }
 
-// leavePlace gives back what takePlace took, if it did.
+// leavePlace gives back the place that the session has, if any.
 func (s *session) leavePlace() {
-	if !s.large.IsZero() {
-		s.large = time.Time{}
-		<-s.m.large
+	if s.among != nil {
+		s.among.leave(s.stay)
+		s.among, s.stay = nil, nil
 	}
 }
 
@@ -400,19 +403,40 @@ func (s *session) next(buf *bytes.Buffer) (wire.Message, error) {
 		return nil, errNotBinary
 	}
 	buf.Reset()
-	from := arriving{s, r}
-	switch _, err := io.CopyN(buf, from, smallFrame); {
-	case err == nil: // there may be more
-		if err := s.takePlace(); err != nil {
-			return nil, err
-		}
-		if _, err := buf.ReadFrom(from); err != nil {
-			return nil, err
-		}
-	case !errors.Is(err, io.EOF):
+	if err := s.receive(buf, arriving{s, r}); err != nil {
 		return nil, err
 	}
 	return s.opener.Open(buf.Bytes(), begun)
+}
+
+// receive reads a frame. The buffer grows in steps, none of them before there is a
+// place for it: left to itself it would become twice as large as the frame.
+func (s *session) receive(buf *bytes.Buffer, from io.Reader) error {
+	for _, step := range []struct {
+		among *places
+		upTo  int
+	}{{nil, smallFrame}, {s.m.medium, mediumFrame}, {s.m.large, 8 * mediumFrame}, {nil, wire.MaxFrame}} {
+		if step.among != nil {
+			if err := s.takePlace(step.among); err != nil {
+				return err
+			}
+		}
+		if step.upTo > smallFrame {
+			buf.Grow(step.upTo - buf.Len() + bytes.MinRead)
+		}
+		if _, err := io.CopyN(buf, from, int64(step.upTo-buf.Len())); errors.Is(err, io.EOF) {
+			break
+		} else if err != nil {
+			return err
+		}
+	}
+	if _, err := buf.ReadFrom(from); err != nil { // its end, or that it is too large
+		return err
+	}
+	if s.among != nil {
+		s.stay.whole.Store(true)
+	}
+	return nil
 }
 
 // arriving reads a frame whose bytes are signs of life: a large one may take
@@ -424,6 +448,9 @@ type arriving struct {
 
 func (a arriving) Read(p []byte) (int, error) {
 	n, err := a.r.Read(p)
+	if a.s.among != nil {
+		a.s.stay.read.Add(int64(n))
+	}
 	if n > 0 && a.s.met {
 		if err := a.s.alive(); err != nil {
 			return n, err

@@ -285,54 +285,127 @@ func TestSlowLink(t *testing.T) {
 // Large frames from many nodes at once wait for one another, within a bound of
 // bytes, and small ones pass.
 func TestLargeFramesWait(t *testing.T) {
-	s, client := rig(t, Options{MaxArriving: 1})
+	for name, tc := range map[string]struct {
+		size int // needs a place
+		of   func(*Manager) *places
+	}{
+		"medium": {smallFrame + 1, func(m *Manager) *places { return m.medium }},
+		"large":  {2 * mediumFrame, func(m *Manager) *places { return m.large }},
+	} {
+		t.Run(name, func(t *testing.T) {
+			s, client := rig(t, Options{MaxArriving: 1})
+			defer s.m.remove(s)
+			p := tc.of(s.m)
+			other, err := p.take(s) // another session's frame
+			if err != nil {
+				t.Fatal(err)
+			}
+			type read struct {
+				size int
+				err  error
+			}
+			got := make(chan read)
+			buf := new(bytes.Buffer)
+			go func() {
+				for range 2 {
+					_, err := s.next(buf)
+					got <- read{buf.Len(), err}
+				}
+			}()
+			send := func(size int) {
+				if err := client.WriteMessage(websocket.BinaryMessage, make([]byte, size)); err != nil {
+					t.Error(err)
+				}
+			}
+			send(smallFrame - 1)
+			if r := <-got; r.size != smallFrame-1 {
+				t.Fatalf("%d bytes, %v", r.size, r.err)
+			}
+			go send(tc.size)
+			for end := time.Now().Add(nodetest.Patience); ; {
+				p.mu.Lock()
+				waiting := p.waiting.Len()
+				p.mu.Unlock()
+				if waiting == 1 {
+					break
+				}
+				if time.Now().After(end) {
+					t.Fatal("it does not wait")
+				}
+				time.Sleep(time.Millisecond) // between two looks
+			}
+			p.leave(other)
+			if r := <-got; r.size != tc.size || s.among != p || p.free != 0 || !s.stay.whole.Load() {
+				t.Fatalf("%d bytes, %v", r.size, r.err)
+			}
+			s.leavePlace()
+			s.leavePlace()
+			if s.m.medium.free != 1 || s.m.large.free != 1 {
+				t.Error("its places are not given back")
+			}
+			if _, err := p.take(s); err != nil {
+				t.Fatal(err)
+			}
+			s.end(websocket.CloseGoingAway, "test", "test")
+			if err := s.takePlace(p); err != errOver || p.waiting.Len() != 0 {
+				t.Errorf("at the end of the session: %v", err)
+			}
+		})
+	}
+}
+
+// While others wait, who is slow goes, the slowest first; who has sent all, or as much
+// as may be expected, stays. As long as nobody waits there is no haste.
+func TestSlowFramesGiveWay(t *testing.T) {
+	const n = 3
+	s, _ := rig(t, Options{})
 	defer s.m.remove(s)
-	if err := s.takePlace(); err != nil { // another session's frame
-		t.Fatal(err)
-	}
-	s.large = time.Time{}
-	type read struct {
-		size int
-		err  error
-	}
-	got := make(chan read)
-	buf := new(bytes.Buffer)
-	go func() {
+	synctest.Test(t, func(t *testing.T) {
+		p := newPlaces(n)
+		var sessions [n]*session
+		var stays [n]*stay
+		for i := range n {
+			sessions[i] = &session{stop: make(chan struct{})}
+			var err error
+			if stays[i], err = p.take(sessions[i]); err != nil {
+				t.Fatal(err)
+			}
+		}
+		stays[0].read.Store(1)
+		stays[2].whole.Store(true)
+		time.Sleep(time.Hour)
+		stays[1].read.Store((2*3600 + 60) * (256 << 10))
+		given := make(chan *stay, 2)
 		for range 2 {
-			_, err := s.next(buf)
-			got <- read{buf.Len(), err}
+			go func() {
+				stay, err := p.take(&session{stop: make(chan struct{}), conn: s.conn})
+				if err != nil {
+					t.Error(err)
+				}
+				given <- stay
+			}()
 		}
-	}()
-	send := func(size int) {
-		t.Helper()
-		if err := client.WriteMessage(websocket.BinaryMessage, make([]byte, size)); err != nil {
-			t.Error(err)
+		time.Sleep(p.look + 1)
+		for i, want := range []bool{true, false, false} {
+			if sessions[i].ended != want {
+				t.Errorf("session %d is ended: %v", i, sessions[i].ended)
+			}
 		}
-	}
-	send(smallFrame - 1)
-	if r := <-got; r.size != smallFrame-1 {
-		t.Fatalf("%d bytes, %v", r.size, r.err)
-	}
-	go send(2 * smallFrame)
-	select {
-	case r := <-got:
-		t.Fatalf("a large frame did not wait: %d bytes, %v", r.size, r.err)
-	case <-time.After(100 * time.Millisecond): // nothing is to happen
-	}
-	<-s.m.large
-	if r := <-got; r.size != 2*smallFrame || s.large.IsZero() || len(s.m.large) != 1 {
-		t.Fatalf("%d bytes, %v", r.size, r.err)
-	}
-	s.leavePlace()
-	s.leavePlace()
-	if len(s.m.large) != 0 {
-		t.Error("its place is not given back")
-	}
-	s.m.large <- struct{}{}
-	s.end(websocket.CloseGoingAway, "test", "test")
-	if err := s.takePlace(); err != errOver {
-		t.Errorf("at the end of the session: %v", err)
-	}
+		p.leave(stays[0])
+		(<-given).whole.Store(true)
+		time.Sleep(time.Hour) // the other one sends nothing more, and is near what it has to be
+		synctest.Wait()
+		if sessions[1].ended {
+			t.Error("ended though it was fast enough")
+		}
+		time.Sleep(time.Hour)
+		synctest.Wait()
+		if !sessions[1].ended || sessions[1].why != "late" || sessions[2].ended {
+			t.Errorf("ended are %v and %v", sessions[1].ended, sessions[2].ended)
+		}
+		p.leave(stays[1])
+		<-given
+	})
 }
 
 // A large message arrives whole.
