@@ -1,9 +1,8 @@
 package publish
 
 import (
-	"bytes"
 	"errors"
-	"io"
+	"fmt"
 	"io/fs"
 	"net/http"
 	"os"
@@ -12,8 +11,6 @@ import (
 	"strings"
 	"syscall"
 	"time"
-
-	"github.com/resultity/node/internal/digest"
 )
 
 // served are the only paths that exist. Everything else in the directory, such
@@ -22,7 +19,8 @@ var served = regexp.MustCompile(`^/(metadata/([1-9][0-9]{0,17}\.(root|targets|sn
 
 // Handler serves the repository in dir, read-only, at metadata/ and targets/
 // below where it is mounted (see [http.StripPrefix]). It may run while another
-// process publishes.
+// process publishes. Files are read as they are sent, so that what a request takes of
+// memory does not depend on them.
 //
 // A name with a version or a hash never changes its content and may be cached
 // for ever. timestamp.json must be asked for again each time, and a missing
@@ -40,7 +38,7 @@ func Handler(dir string) http.Handler {
 			http.NotFound(w, r)
 			return
 		}
-		raw, err := readWithin(filepath.Join(dir, "repository"), strings.TrimPrefix(r.URL.Path, "/"))
+		f, st, err := openWithin(filepath.Join(dir, "repository"), strings.TrimPrefix(r.URL.Path, "/"))
 		if errors.Is(err, fs.ErrNotExist) {
 			http.NotFound(w, r)
 			return
@@ -50,36 +48,38 @@ func Handler(dir string) http.Handler {
 			http.Error(w, "cannot be read", http.StatusInternalServerError)
 			return
 		}
+		defer f.Close() // it was only read
 		cache := "public, max-age=31536000, immutable"
 		if r.URL.Path == "/metadata/timestamp.json" {
 			cache = "no-cache"
 		}
 		w.Header().Set("Cache-Control", cache)
 		w.Header().Set("Content-Type", "application/json")
-		w.Header().Set("ETag", `"`+digest.Of(raw).Hex()+`"`)
-		http.ServeContent(w, r, "", time.Time{}, bytes.NewReader(raw))
+		// What is published has another time: files are made elsewhere and renamed.
+		w.Header().Set("ETag", fmt.Sprintf(`"%x-%x"`, st.ModTime().UnixNano(), st.Size()))
+		http.ServeContent(w, r, "", time.Time{}, f)
 	})
 }
 
-// readWithin reads a regular file below dir; no link leads out of it.
-func readWithin(dir, name string) ([]byte, error) {
+// openWithin opens a regular file below dir; no link leads out of it.
+func openWithin(dir, name string) (*os.File, fs.FileInfo, error) {
 	root, err := os.OpenRoot(dir)
 	if err != nil {
-		return nil, err
+		return nil, nil, err
 	}
 	defer root.Close()
 	// Opening a pipe would wait for its other end.
 	f, err := root.OpenFile(filepath.FromSlash(name), os.O_RDONLY|syscall.O_NONBLOCK, 0)
 	if err != nil {
-		return nil, err
+		return nil, nil, err
 	}
-	defer f.Close()
 	st, err := f.Stat()
+	if err == nil && !st.Mode().IsRegular() {
+		err = errors.New("not a regular file")
+	}
 	if err != nil {
-		return nil, err
+		_ = f.Close() // nothing was read
+		return nil, nil, err
 	}
-	if !st.Mode().IsRegular() {
-		return nil, errors.New("not a regular file")
-	}
-	return io.ReadAll(f)
+	return f, st, nil
 }
