@@ -63,6 +63,11 @@ type Config struct {
 	MinFreeBytes int64 `koanf:"min_free_bytes"`
 	// MaxSessions bounds the nodes that are connected at once.
 	MaxSessions int `koanf:"max_sessions"`
+	// MaxConnections bounds all connections, of nodes, clients and strangers; one
+	// address may have a quarter of them.
+	MaxConnections int `koanf:"max_connections"`
+	// MaxArrivingBytes bounds the frames of nodes above 20 KiB that are still arriving.
+	MaxArrivingBytes int `koanf:"max_arriving_bytes"`
 	// Drain is how long requests may go on after the service was told to stop.
 	Drain time.Duration `koanf:"drain"`
 	// Registration is "token": a node needs an enrolment token to become known;
@@ -90,7 +95,7 @@ func Defaults() Config {
 	return Config{
 		Dir: "/var/lib/resultity-network", Listen: "127.0.0.1:8443", MetricsListen: "127.0.0.1:9464", TrustedProxies: []string{},
 		MaxQueued: 1024, MaxQueuedBytes: 256 << 20, MaxUploadBytes: 256 << 20, KeyShare: 50,
-		MaxResultsBytes: store.DefaultLimits.Results, MinFreeBytes: store.DefaultLimits.Free, MaxSessions: 16384, Drain: 10 * time.Second,
+		MaxResultsBytes: store.DefaultLimits.Results, MinFreeBytes: store.DefaultLimits.Free, MaxSessions: 16384, MaxConnections: 32768, MaxArrivingBytes: 768 << 20, Drain: 10 * time.Second,
 		Registration: "token", SMTPSecurity: string(mail.StartTLS), LogLevel: "info",
 	}
 }
@@ -192,7 +197,7 @@ func (c *Config) check() error {
 	}
 	for key, v := range map[string]int64{
 		"max_queued": int64(c.MaxQueued), "max_queued_bytes": c.MaxQueuedBytes, "max_upload_bytes": c.MaxUploadBytes,
-		"max_results_bytes": c.MaxResultsBytes, "min_free_bytes": c.MinFreeBytes, "max_sessions": int64(c.MaxSessions),
+		"max_results_bytes": c.MaxResultsBytes, "min_free_bytes": c.MinFreeBytes, "max_sessions": int64(c.MaxSessions), "max_connections": int64(c.MaxConnections), "max_arriving_bytes": int64(c.MaxArrivingBytes),
 	} {
 		if v < 1 {
 			return bad(key, "is %d, want at least 1", v)

@@ -133,6 +133,8 @@ func Run(ctx context.Context, cfg Config, log *slog.Logger) (err error) {
 	if err != nil {
 		return err
 	}
+	front, _ := parseProxies(cfg.TrustedProxies) // has been checked
+	listener = newCrowd(listener, cfg.MaxConnections, front, s.metrics.Crowded, log)
 	if tlsConfig != nil {
 		listener = tls.NewListener(listener, tlsConfig)
 	}
@@ -143,6 +145,7 @@ func Run(ctx context.Context, cfg Config, log *slog.Logger) (err error) {
 			return err
 		}
 		defer watched.Close() // likewise
+		watched = newCrowd(watched, maxWatchers, nil, s.metrics.Crowded, log)
 	}
 	admin, err := s.listenAdmin()
 	if err != nil {
@@ -151,6 +154,9 @@ func Run(ctx context.Context, cfg Config, log *slog.Logger) (err error) {
 	defer admin.Close() // likewise
 	return s.serve(ctx, listener, watched, admin)
 }
+
+// maxWatchers bounds the connections for metrics.
+const maxWatchers = 64
 
 // listen sorts what can go wrong with an address: one that is in use may be free a
 // moment later.
@@ -212,7 +218,7 @@ func (s *service) begin(ctx context.Context, snap *snapshot.Snapshot) error {
 		s.dispatch.Close()
 		return err
 	}
-	opt := nodes.Options{MaxSessions: s.cfg.MaxSessions, Open: s.cfg.Registration == "open"}
+	opt := nodes.Options{MaxSessions: s.cfg.MaxSessions, MaxArriving: s.cfg.MaxArrivingBytes, Open: s.cfg.Registration == "open"}
 	if s.sender != nil {
 		if s.outbox, err = mail.NewOutbox(ctx, s.store, s.mail, func(outcome string) { s.metrics.Mails.WithLabelValues(outcome).Inc() }, s.log); err != nil {
 			s.dispatch.Close()

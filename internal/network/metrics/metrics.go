@@ -30,6 +30,7 @@ type Metrics struct {
 	Requests      *prometheus.CounterVec   // HTTP; route, code
 	JobSeconds    *prometheus.HistogramVec // arrival to answer; stream
 	FirstByte     prometheus.Histogram     // arrival to the first byte of a stream
+	Crowded       prometheus.Counter       // connections that were closed at once
 	Discarded     prometheus.Counter       // results that went before their time
 	StoreSeconds  *prometheus.HistogramVec // durable writes; op
 	Heads         *prometheus.CounterVec   // of nodes' receipt logs; verdict
@@ -74,6 +75,7 @@ func New(state func() State) *Metrics {
 		Dispatches:    prometheus.NewCounter(prometheus.CounterOpts{Namespace: "resultity", Name: "dispatches_total", Help: "Jobs handed to nodes, repetitions included."}),
 		JobSeconds:    histogram("job_seconds", "Time from a job's arrival to its answer.", 0.001, "outcome"),
 		FirstByte:     prometheus.NewHistogram(prometheus.HistogramOpts{Namespace: "resultity", Name: "first_byte_seconds", Help: "Time from a streamed job's arrival to its first byte.", Buckets: prometheus.ExponentialBuckets(0.001, 2.5, 12)}),
+		Crowded:       prometheus.NewCounter(prometheus.CounterOpts{Namespace: "resultity", Name: "connections_refused_total", Help: "Connections closed at once, since there were too many."}),
 		Discarded:     prometheus.NewCounter(prometheus.CounterOpts{Namespace: "resultity", Name: "results_discarded_total", Help: "Results deleted before their time, for want of room."}),
 		StoreSeconds:  histogram("store_seconds", "Time of one durable write.", 0.00005, "op"),
 		Heads:         counter("receipt_log_heads_total", "Heads of nodes' receipt logs by verdict; repeated ones are not counted.", "verdict"),
@@ -82,7 +84,7 @@ func New(state func() State) *Metrics {
 		LogsDamaged:   prometheus.NewCounter(prometheus.CounterOpts{Namespace: "resultity", Name: "receipt_log_damaged_total", Help: "How often a copy of a receipt log was found to be damaged in the store."}),
 	}
 	m.registry.MustRegister(m.Jobs, m.Results, m.Dispatches, m.Reassignments, m.FramesRefused, m.Sessions, m.Registrations, m.Bindings, m.Mails,
-		m.Requests, m.JobSeconds, m.FirstByte, m.Discarded, m.StoreSeconds, m.Heads, m.Leaves, m.LeftOut, m.LogsDamaged, gauges{state},
+		m.Requests, m.JobSeconds, m.FirstByte, m.Crowded, m.Discarded, m.StoreSeconds, m.Heads, m.Leaves, m.LeftOut, m.LogsDamaged, gauges{state},
 		collectors.NewGoCollector(), collectors.NewProcessCollector(collectors.ProcessCollectorOpts{}))
 	return m
 }

@@ -128,7 +128,7 @@ func (m *Manager) bind(ctx context.Context, w http.ResponseWriter, r *http.Reque
 		return req, nil, refuse(http.StatusTooManyRequests, "too many requests of this node; try again in an hour")
 	}
 	old := node.Binding
-	node, expires, err := m.step(ctx, &req, node, now, source(r.RemoteAddr))
+	node, expires, err := m.step(ctx, &req, node, now, Source(r.RemoteAddr))
 	if err != nil {
 		return req, nil, err
 	}

@@ -52,7 +52,7 @@ func TestCodeThatWasNotSent(t *testing.T) {
 		}
 		step := func(req wire.BindRequest) error {
 			req.Nonce = r.node.Challenge
-			_, _, err := s.m.step(t.Context(), &req, r.node, time.Now(), source("192.0.2.1:1"))
+			_, _, err := s.m.step(t.Context(), &req, r.node, time.Now(), Source("192.0.2.1:1"))
 			return err
 		}
 		for _, req := range []wire.BindRequest{{Step: wire.BindBegin}, {Step: wire.BindEmail, Email: "ann@example.org"}} {

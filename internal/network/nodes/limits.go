@@ -66,10 +66,10 @@ func newLimits() limits {
 // hourly is the rate and the burst of n in an hour.
 func hourly(n int) (rate.Limit, int) { return rate.Limit(float64(n) / time.Hour.Seconds()), n }
 
-// source is where a connection comes from, as far as it counts as one: an IPv4
+// Source is where a connection comes from, as far as it counts as one: an IPv4
 // address, or the /64 that an IPv6 host has for itself. Behind a proxy it is the
 // proxy; what cannot be read is one source, too.
-func source(remote string) netip.Prefix {
+func Source(remote string) netip.Prefix {
 	a, err := netip.ParseAddrPort(remote)
 	if err != nil {
 		return netip.Prefix{}

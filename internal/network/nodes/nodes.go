@@ -173,7 +173,7 @@ func (m *Manager) ServeRegister(w http.ResponseWriter, r *http.Request) {
 
 // body reads the small body of a request of a stranger, not too often.
 func (m *Manager) body(w http.ResponseWriter, r *http.Request) ([]byte, error) {
-	if !m.limits.asksOf.allow(source(r.RemoteAddr)) || !m.limits.asks.Allow() { // who is over their own bound takes nothing of the others'
+	if !m.limits.asksOf.allow(Source(r.RemoteAddr)) || !m.limits.asks.Allow() { // who is over their own bound takes nothing of the others'
 		return nil, refuse(http.StatusTooManyRequests, "too many requests; try again later")
 	}
 	raw, err := io.ReadAll(http.MaxBytesReader(w, r.Body, maxRegistration))
@@ -209,7 +209,7 @@ func (m *Manager) registerNode(w http.ResponseWriter, r *http.Request) (reply []
 	n := store.Node{Address: reg.Node, Agent: reg.Agent}
 	if m.opt.Open && reg.Token == "" {
 		if _, known := m.registry.Node(ctx, reg.Node); errors.Is(known, store.ErrNotFound) &&
-			!(m.limits.nodesOf.allow(source(r.RemoteAddr)) && m.limits.nodes.Allow()) {
+			!(m.limits.nodesOf.allow(Source(r.RemoteAddr)) && m.limits.nodes.Allow()) {
 			return nil, http.StatusTooManyRequests, errors.New("too many new nodes without an enrolment token; try again in an hour")
 		}
 		n, err = m.registry.RegisterUnbound(ctx, n, now)

@@ -90,7 +90,7 @@ type session struct {
 func newSession(m *Manager, node evm.Address, counted uint64, agreed *wire.Session, from string) *session {
 	window := m.dispatch.Terms().Config.Network.ClockWindow.Duration()
 	return &session{
-		m: m, node: node, counted: counted, agreed: agreed, source: source(from), log: m.log.With("node", node, "from", from),
+		m: m, node: node, counted: counted, agreed: agreed, source: Source(from), log: m.log.With("node", node, "from", from),
 		opener:  wire.NewOpener(func(a evm.Address) bool { return a == node }, agreed, wire.ToNetwork, window),
 		stray:   rate.NewLimiter(20, 200),
 		writing: make(chan struct{}, 1),

@@ -545,7 +545,7 @@ func TestWaitingRoom(t *testing.T) {
 	if ended(bystander) {
 		t.Error("a flood from elsewhere has thrown somebody out")
 	}
-	if n := s.m.waitsOf[source("192.0.2.1:1")]; n != 4 {
+	if n := s.m.waitsOf[Source("192.0.2.1:1")]; n != 4 {
 		t.Errorf("%d of one source wait, want 4", n)
 	}
 	for i, v := range all[1:] {
@@ -583,12 +583,12 @@ func TestSource(t *testing.T) {
 		{"", "@", "nonsense"},
 	} {
 		for _, a := range same {
-			if got, want := source(a), source(same[0]); got != want {
-				t.Errorf("source(%q) = %v, want %v", a, got, want)
+			if got, want := Source(a), Source(same[0]); got != want {
+				t.Errorf("Source(%q) = %v, want %v", a, got, want)
 			}
 		}
 	}
-	if source("192.0.2.1:1") == source("192.0.2.2:1") || source("[2001:db8::1]:1") == source("[2001:db8:0:1::1]:1") {
+	if Source("192.0.2.1:1") == Source("192.0.2.2:1") || Source("[2001:db8::1]:1") == Source("[2001:db8:0:1::1]:1") {
 		t.Error("different sources are one")
 	}
 }
@@ -634,7 +634,7 @@ func TestRegistrationsAreBounded(t *testing.T) {
 // One that goes on leaves room for others.
 func TestFleetBehindOneAddress(t *testing.T) {
 	l := newLimits()
-	fleet, other := source("192.0.2.1:1"), source("192.0.2.2:1")
+	fleet, other := Source("192.0.2.1:1"), Source("192.0.2.2:1")
 	ask := func(from netip.Prefix) bool { return l.asksOf.allow(from) && l.asks.Allow() }
 	for i := range 3 * 400 {
 		if !ask(fleet) {
@@ -654,12 +654,12 @@ func TestFleetBehindOneAddress(t *testing.T) {
 // Sources are forgotten when there are too many, but not while they are heard of.
 func TestLimitersAreBounded(t *testing.T) {
 	l := newLimiters[netip.Prefix](0.001, 1)
-	loud := source("192.0.2.1:1")
+	loud := Source("192.0.2.1:1")
 	if !l.allow(loud) {
 		t.Fatal("the first is refused")
 	}
 	for i := range 10 * maxKeys {
-		if !l.allow(source(fmt.Sprintf("[2001:db8:%x:%x::]:1", i>>16, i&0xffff))) {
+		if !l.allow(Source(fmt.Sprintf("[2001:db8:%x:%x::]:1", i>>16, i&0xffff))) {
 			t.Fatal("a new source is refused")
 		}
 		if n := len(l.young) + len(l.old); n > 2*maxKeys {
