@@ -16,6 +16,7 @@ var bare = map[string]string{
 	"state.makeFile":                   "a file without a name that counts; its callers give it one",
 	"network/nodes.session.writeFrame": "say, which calls it, knows the message",
 	"network/nodes.session.write":      "pings, on which nothing rests",
+	"network/nodes.places.take":        "likewise",
 	"network/nodes.session.close":      "the close frame, likewise",
 	"session.link.ping":                "likewise",
 	"session.link.closeFrame":          "likewise",
