@@ -100,6 +100,8 @@ type Agent struct {
 	machine      func(context.Context) []gate.Gate                        // looks at the machine; nil for none
 	distrust     func(ctx context.Context, file digest.Digest) error      // reads a file of a model again, and sets it aside if it is damaged
 	scrubbed     chan digest.Digest                                       // files that a scrub has found damaged
+	scrubDone    chan struct{}                                            // capacity 1: the models were read again
+	verifyImage  func(ctx context.Context, s *snapshot.Snapshot) error    // reads the stored image again, and removes it if it is damaged
 	verify       func(ctx context.Context, s *snapshot.Snapshot) error    // reads the models' files and the image again
 	probes       probes                                                   //
 	images       atomic.Pointer[image.Images]                             // nil until Podman has answered
@@ -135,7 +137,7 @@ func (a *Agent) Run(ctx context.Context) error {
 	work, stop := context.WithCancel(context.WithoutCancel(ctx))
 	defer stop()
 	g, work := errgroup.WithContext(work)
-	for _, loop := range []func(context.Context) error{a.updates, a.watchRuntime, a.watchGates, a.mendDamage, a.shareModels} {
+	for _, loop := range []func(context.Context) error{a.updates, a.watchRuntime, a.watchGates, a.mendDamage, a.watchImage, a.shareModels} {
 		g.Go(func() error { return loop(work) })
 	}
 	g.Go(func() error { return control.Serve(work, listener, a) })

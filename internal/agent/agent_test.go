@@ -250,6 +250,7 @@ type fixture struct {
 	engine  *talker
 	book    *logbook
 	damaged error // what is found when the models are hashed
+	altered error // and when the image is looked at
 }
 
 var errBroken = errors.New("broken")
@@ -274,6 +275,7 @@ func buildIn(t *testing.T, dir string, m *deploytest.Machine, networks ...config
 	}
 	f.party = f.parties[0]
 	f.distrust = func(context.Context, digest.Digest) error { return f.damaged }
+	f.verifyImage = func(context.Context, *snapshot.Snapshot) error { return f.altered }
 	f.verify = func(ctx context.Context, s *snapshot.Snapshot) error { return f.damaged }
 	var err error
 	if f.gens, err = generation.Open(filepath.Join(dir, "generations"), time.Now); err != nil {
@@ -338,7 +340,7 @@ func (p *party) refuse(err error) {
 // of synctest can follow: no control socket, and no session.
 func (f *fixture) run() (stop func()) {
 	ctx, cancel := context.WithCancel(f.t.Context())
-	loops := []func(context.Context) error{f.updates, f.watchRuntime, f.watchGates, f.mendDamage}
+	loops := []func(context.Context) error{f.updates, f.watchRuntime, f.watchGates, f.mendDamage, f.watchImage}
 	for _, m := range f.members {
 		m.recall()
 		loops = append(loops, m.worker.Run, m.follow, m.heartbeats, m.orders)

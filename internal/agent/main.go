@@ -221,6 +221,9 @@ func New(ctx context.Context, cfg *config.Config, env func(string) string, log *
 				return err
 			}
 		}
+		return a.verifyImage(ctx, s)
+	}
+	a.verifyImage = func(ctx context.Context, s *snapshot.Snapshot) error {
 		if i := a.images.Load(); i != nil {
 			return i.Verify(ctx, s.Config().Runtime.Image)
 		}
@@ -254,7 +257,7 @@ func empty(cfg *config.Config, log *slog.Logger, version string) *Agent {
 	r := newRecords(log.Handler())
 	a := &Agent{
 		cfg: cfg, version: version, log: slog.New(r), memory: hardware.Available, slots: work.NewSlots(),
-		look: make(chan struct{}, 1), tasks: make(chan task), scrubbed: make(chan digest.Digest, maxScrubbed),
+		look: make(chan struct{}, 1), tasks: make(chan task), scrubbed: make(chan digest.Digest, maxScrubbed), scrubDone: make(chan struct{}, 1),
 	}
 	a.shared = shared{state: cfg.Paths.State, version: version, log: a.log, keeps: cfg.Log, spools: r.to, slots: a.slots}
 	return a

@@ -6,10 +6,13 @@ import (
 	"io/fs"
 	"log/slog"
 	"path/filepath"
+	"time"
 
 	"github.com/resultity/node/internal/config"
 	"github.com/resultity/node/internal/control"
+	"github.com/resultity/node/internal/deploy"
 	"github.com/resultity/node/internal/digest"
+	"github.com/resultity/node/internal/image"
 	"github.com/resultity/node/internal/journal"
 	"github.com/resultity/node/internal/model"
 	"github.com/resultity/node/internal/snapshot"
@@ -37,7 +40,75 @@ func scrub(ctx context.Context, cfg *config.Config, log *slog.Logger) int {
 			code = ExitFailed
 		}
 	}
+	if err := client.Post(ctx, "scrubbed", nil); err != nil {
+		log.Error("scrub", journal.ScrubFailed.Attr(), "error", err)
+		code = ExitFailed
+	}
 	return code
+}
+
+// Scrubbed implements [control.Backend].
+func (a *Agent) Scrubbed(context.Context) error {
+	poke(a.scrubDone)
+	return nil
+}
+
+// imageAfter is how long after the agent's start the image is looked at. A runtime that
+// has outlived the agent is of an image that nobody has looked at for as long; one that
+// the agent starts itself is looked at before.
+const imageAfter = 5 * time.Minute
+
+// watchImage has the stored image of what runs read again, after the start and after
+// each scrub. One that is damaged is taken out of service like a damaged model.
+func (a *Agent) watchImage(ctx context.Context) error {
+	first := time.NewTimer(imageAfter)
+	defer first.Stop()
+	for {
+		select {
+		case <-ctx.Done():
+			return nil
+		case <-first.C:
+		case <-a.scrubDone:
+		}
+		runs := a.running()
+		if runs == nil {
+			continue // it is looked at when it is brought up
+		}
+		began := time.Now()
+		damage := a.verifyImage(ctx, runs.Snapshot())
+		ref := runs.Snapshot().Config().Runtime.Image
+		switch {
+		case ctx.Err() != nil:
+			return nil
+		case damage == nil:
+			a.log.Info("image read again", journal.ImageChecked.Attr(), "image", ref, "took", time.Since(began).Round(time.Millisecond))
+			continue
+		case !errors.Is(damage, image.ErrAltered): // nothing is known to be wrong with it
+			a.log.Error("scrub", journal.ScrubFailed.Attr(), "image", ref, "error", damage)
+			continue
+		}
+		err := a.inUpdates(ctx, func(u *updater, ctx context.Context) error {
+			if u.active == nil || u.active.Snapshot().Config().Runtime.Image != ref {
+				return nil
+			}
+			return u.judge(ctx, u.active, damage)
+		})
+		if err != nil && ctx.Err() == nil {
+			a.log.Warn("a damaged image is replaced", "image", ref, "error", err)
+		}
+	}
+}
+
+// running returns what the active runtime is a deployment of, or nil.
+func (a *Agent) running() (d *deploy.Deployment) {
+	for _, m := range a.members {
+		m.board.set(func(b *board) {
+			if b.active != nil {
+				d = b.active
+			}
+		})
+	}
+	return d
 }
 
 // Damaged implements [control.Backend].

@@ -289,6 +289,9 @@ type Backend interface {
 	// itself. A note does not outlive the agent, and need not: the damage does, and
 	// the next scrub finds it.
 	Damaged(ctx context.Context, file digest.Digest) error
+	// Scrubbed says that the models were read again, and that it is time for the
+	// image, which the agent has Podman read. It returns at once.
+	Scrubbed(ctx context.Context) error
 	// Doctor looks at everything once more and probes what only a try shows; it
 	// ends within a minute and a half, and is [ErrBusy] while another runs.
 	Doctor(ctx context.Context) (*Report, error)
@@ -375,6 +378,7 @@ func Serve(ctx context.Context, l net.Listener, b Backend) error {
 	post("/v1/drain", func(context.Context) error { return b.Drain() })
 	post("/v1/resume", func(context.Context) error { return b.Resume() })
 	post("/v1/restart", b.Restart)
+	post("/v1/scrubbed", b.Scrubbed)
 	post("/v1/identity/takeover", func(context.Context) error { return b.Takeover() })
 	mux.HandleFunc("POST /v1/damaged/{sha256}", func(w http.ResponseWriter, r *http.Request) {
 		file, err := digest.ParseHex(r.PathValue("sha256"))
@@ -494,7 +498,7 @@ func (c *Client) Get(ctx context.Context, what string, answer any) error {
 	return c.do(ctx, http.MethodGet, what, answer)
 }
 
-// Post orders drain, resume, restart, identity/takeover or damaged/SHA256, which a
+// Post orders drain, resume, restart, identity/takeover, scrubbed or damaged/SHA256, which a
 // [Status] answers, or generations/forward or generations/N/rollback, which
 // [Generations] answer. A nil answer is for who does not want to know.
 func (c *Client) Post(ctx context.Context, what string, answer any) error {

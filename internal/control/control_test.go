@@ -90,6 +90,7 @@ func (n *node) Drain() error                           { n.set(true); return nil
 func (n *node) Resume() error                          { n.set(false); return nil }
 func (n *node) Restart(context.Context) error          { n.orders = append(n.orders, "restart"); return nil }
 func (n *node) Takeover() error                        { n.orders = append(n.orders, "takeover"); return nil }
+func (n *node) Scrubbed(context.Context) error         { n.orders = append(n.orders, "scrubbed"); return nil }
 func (n *node) Damaged(_ context.Context, d digest.Digest) error {
 	n.orders = append(n.orders, "damaged "+d.Hex())
 	return nil
@@ -189,13 +190,16 @@ func TestEndpoints(t *testing.T) {
 	if err := c.Post(t.Context(), "damaged/"+file.Hex(), &Status{}); err != nil || c.Post(t.Context(), "damaged/..%2f", &Status{}) == nil {
 		t.Errorf("damaged: %v", err)
 	}
+	if err := c.Post(t.Context(), "scrubbed", nil); err != nil || c.Get(t.Context(), "scrubbed", &Status{}) == nil {
+		t.Errorf("scrubbed: %v, or looking at it is an order", err)
+	}
 	if err := c.Post(t.Context(), "restart", nil); err != nil || c.Get(t.Context(), "restart", &Status{}) == nil {
 		t.Errorf("restart: %v, or looking at it is an order", err)
 	}
 	if err := c.Post(t.Context(), "identity/takeover", &Status{}); err != nil || c.Get(t.Context(), "identity/takeover", &Status{}) == nil {
 		t.Errorf("takeover: %v, or looking at it is an order", err)
 	}
-	if want := []string{"rollback 1", "rollback 0", "forward", "damaged " + file.Hex(), "restart", "takeover"}; !slices.Equal(n.orders, want) {
+	if want := []string{"rollback 1", "rollback 0", "forward", "damaged " + file.Hex(), "scrubbed", "restart", "takeover"}; !slices.Equal(n.orders, want) {
 		t.Errorf("orders %q", n.orders)
 	}
 	for what, call := range map[string]func(context.Context, string, any) error{
