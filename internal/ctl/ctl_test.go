@@ -268,7 +268,7 @@ func (n *node) Drain() error {
 }
 func (n *node) Resume() error                                { n.set(false); return nil }
 func (n *node) Restart(context.Context) error                { return nil }
-func (n *node) Scrubbed(context.Context) error { return nil }
+func (n *node) Scrubbed(context.Context) error               { return nil }
 func (n *node) Damaged(context.Context, digest.Digest) error { return nil }
 
 func (n *node) Takeover() error {
