@@ -165,7 +165,14 @@ func (s *service) live(nodes []NodeInfo) {
 	for _, n := range s.dispatch.Nodes() {
 		known[n.Address] = n
 	}
+	logs := s.mirror.States()
 	for i := range nodes {
+		if l, ok := logs[nodes[i].Address]; ok {
+			if nodes[i].Log == nil {
+				nodes[i].Log = new(NodeLog)
+			}
+			nodes[i].Log.Waiting, nodes[i].Log.Overdue, nodes[i].Log.LeftOut = l.Waiting, l.Overdue, l.LeftOut
+		}
 		n := known[nodes[i].Address]
 		nodes[i].Connected = n.Connected
 		if n.Connected && n.Heartbeat != nil {
@@ -249,6 +256,14 @@ type NodeInfo struct {
 	History    []store.BindEvent `json:"history,omitempty"`
 	Connected  bool              `json:"connected"`       // as the running service has it
 	Class      *wire.Class       `json:"class,omitempty"` // of the node's runtime, as it says
+	Log        *NodeLog          `json:"log,omitempty"`   // of its receipts
+}
+
+// NodeLog is what is known of the receipt log of a node.
+type NodeLog struct {
+	store.LogSummary
+	Waiting int `json:"waiting"` // receipts that the service has and that are not known to be in the log
+	Overdue int `json:"overdue"` // of these, those that should be
 }
 
 // Account is an owner of nodes.
@@ -309,17 +324,35 @@ func (a storeAdmin) RevokeAPIKeys(ctx context.Context, name string) (int, error)
 
 func (a storeAdmin) Nodes(ctx context.Context) ([]NodeInfo, error) {
 	nodes, err := a.store.Nodes(ctx)
+	if err != nil {
+		return nil, err
+	}
+	logs, err := a.store.ReceiptLogs(ctx)
 	list := make([]NodeInfo, 0, len(nodes))
 	for _, n := range nodes {
 		n.History = nil
-		list = append(list, info(n))
+		v := info(n)
+		if l, ok := logs[n.Address]; ok {
+			v.Log = &NodeLog{LogSummary: l}
+		}
+		list = append(list, v)
 	}
 	return list, err
 }
 
 func (a storeAdmin) Node(ctx context.Context, addr evm.Address) (NodeInfo, error) {
 	n, err := a.store.Node(ctx, addr)
-	return info(n), err
+	v := info(n)
+	if err != nil {
+		return v, err
+	}
+	switch l, err := a.store.ReceiptLog(ctx, addr); {
+	case err == nil:
+		v.Log = &NodeLog{LogSummary: l.LogSummary}
+	case !errors.Is(err, store.ErrNotFound) && !errors.Is(err, store.ErrDamaged):
+		return v, err
+	}
+	return v, nil
 }
 
 // info leaves out what is nobody's business: codes, and where they went.

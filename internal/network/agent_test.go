@@ -105,6 +105,9 @@ func TestAgentsSide(t *testing.T) {
 	serve := func() {
 		t.Helper()
 		wait(t, e.opened)
+		if a, ok := wait(t, e.messages).(*wire.LeavesAck); !ok || a.Size != 0 {
+			t.Fatalf("%+v", a)
+		}
 		if b, ok := wait(t, e.messages).(*wire.Bound); !ok || b.Account != "operator" || b.Method != wire.MethodToken {
 			t.Fatalf("%+v", b)
 		}

@@ -58,6 +58,7 @@ import (
 	"github.com/resultity/node/internal/network/gateway"
 	"github.com/resultity/node/internal/network/mail"
 	"github.com/resultity/node/internal/network/metrics"
+	"github.com/resultity/node/internal/network/mirror"
 	"github.com/resultity/node/internal/network/nodes"
 	"github.com/resultity/node/internal/network/orders"
 	"github.com/resultity/node/internal/network/store"
@@ -76,6 +77,7 @@ type service struct {
 	dispatch *dispatch.Dispatcher
 	metrics  *metrics.Metrics
 	nodes    *nodes.Manager
+	mirror   *mirror.Mirror
 	sender   *mail.Sender // nil where no mail is sent
 	outbox   *mail.Outbox // likewise
 	orders   *orders.Desk
@@ -128,6 +130,7 @@ func Run(ctx context.Context, cfg Config, log *slog.Logger) (err error) {
 	defer sweeper.Wait()
 	defer endSweep()
 	defer s.dispatch.Close()
+	defer s.mirror.Close()
 
 	listener, err := listen("listen", cfg.Listen)
 	if err != nil {
@@ -191,6 +194,10 @@ func (s *service) begin(ctx context.Context, snap *snapshot.Snapshot) error {
 	s.metrics = metrics.New(func() metrics.State {
 		m, st := s.dispatch.State(), s.store.State()
 		m.StoreFree, m.StoreAccepting, m.StoreReopened = st.Free, st.Err == nil, st.Reopened
+		for _, l := range s.mirror.States() {
+			m.Unlogged += l.Waiting
+			m.Overdue += l.Overdue
+		}
 		m.MetadataExpires = map[string]time.Time{}
 		for _, e := range *s.expiries.Load() {
 			m.MetadataExpires[e.Role] = e.Expires
@@ -226,7 +233,11 @@ func (s *service) begin(ctx context.Context, snap *snapshot.Snapshot) error {
 		}
 		opt.Outbox = s.outbox
 	}
-	s.nodes = nodes.New(s.store, s.dispatch, s.orders, s.key, version.String(), s.metrics, s.log, opt)
+	s.mirror = mirror.New(s.store, func() mirror.Terms {
+		n := s.dispatch.Terms().Config.Network
+		return mirror.Terms{Network: n.Name, ChainID: n.ChainID, Heartbeat: n.Heartbeat.Duration()}
+	}, s.metrics, s.log, s.dispatch.SetOut)
+	s.nodes = nodes.New(s.store, s.dispatch, s.orders, s.mirror, s.key, version.String(), s.metrics, s.log, opt)
 	return nil
 }
 
@@ -317,7 +328,7 @@ func (s *service) handler() http.Handler {
 	mux.HandleFunc("POST "+wire.RegisterPath, s.nodes.ServeRegister)
 	mux.HandleFunc("POST "+wire.BindPath, s.nodes.ServeBinding)
 	mux.HandleFunc("GET "+wire.SessionPath, s.nodes.ServeSession)
-	mux.Handle("/v1/", gateway.New(s.store, s.dispatch, s.metrics, s.log, gateway.Options{
+	mux.Handle("/v1/", gateway.New(s.store, s.dispatch, s.mirror, s.metrics, s.log, gateway.Options{
 		MaxUploadBytes: s.cfg.MaxUploadBytes, Share: s.cfg.KeyShare,
 	}))
 	mux.HandleFunc("GET /healthz", s.healthz)

@@ -5,6 +5,7 @@ import (
 	"encoding/json"
 	"fmt"
 	"io"
+	"strconv"
 	"text/tabwriter"
 	"time"
 
@@ -20,9 +21,9 @@ func nodesCommand() *cobra.Command {
 	list := adminCommand("list", "List the registered nodes", 0, func(cmd *cobra.Command, a network.Admin, _ []string) (any, func(io.Writer), error) {
 		nodes, err := a.Nodes(cmd.Context())
 		return nodes, func(w io.Writer) {
-			fmt.Fprintln(w, "NODE\tACCOUNT\tMETHOD\tBOUND\tREGISTERED\tCLONED KEY\tCLASS")
+			fmt.Fprintln(w, "NODE\tACCOUNT\tMETHOD\tBOUND\tREGISTERED\tCLONED KEY\tCLASS\tRECEIPT LOG")
 			for _, n := range nodes {
-				fmt.Fprintf(w, "%s\t%s\t%s\t%s\t%s\t%s\t%s\n", n.Address.Hex(), cmp.Or(n.Account, "(none)"), n.Method, when(n.Since), when(n.Registered), when(n.Cloned), class(n.Class))
+				fmt.Fprintf(w, "%s\t%s\t%s\t%s\t%s\t%s\t%s\t%s\n", n.Address.Hex(), cmp.Or(n.Account, "(none)"), n.Method, when(n.Since), when(n.Registered), when(n.Cloned), class(n.Class), logState(n.Log))
 			}
 		}, err
 	})
@@ -40,6 +41,7 @@ func nodesCommand() *cobra.Command {
 			if c := n.Class; c != nil {
 				fmt.Fprintf(w, "class\t%s\nhardware\t%s\n", c.Digest, &c.Hardware)
 			}
+			showLog(w, n.Log)
 			if n.Account != "" {
 				fmt.Fprintf(w, "method\t%s\nbound\t%s\n", n.Method, when(n.Since))
 			}
@@ -134,6 +136,57 @@ func class(c *wire.Class) string {
 		return ""
 	}
 	return c.Digest.Short()
+}
+
+// logState says in few words how a receipt log is.
+func logState(l *network.NodeLog) string {
+	if l == nil {
+		return ""
+	}
+	if l.Conflict != nil {
+		return "contradicts itself"
+	}
+	s := strconv.FormatUint(l.Size(), 10)
+	for _, n := range []struct {
+		count uint64
+		what  string
+	}{{l.LeftOut, "left out"}, {uint64(l.Overdue), "overdue"}} {
+		if n.count > 0 {
+			s += fmt.Sprintf(", %d %s", n.count, n.what)
+		}
+	}
+	if l.Lost != nil {
+		s += ", gap"
+	}
+	return s
+}
+
+// showLog says all that is known of a receipt log.
+func showLog(w io.Writer, l *network.NodeLog) {
+	if l == nil {
+		return
+	}
+	fmt.Fprintf(w, "receipt log\t%d receipts", l.Size())
+	if l.Head != nil {
+		fmt.Fprintf(w, ", root %s, signed %s", l.Head.Root, when(int64(l.Head.Time)))
+	}
+	fmt.Fprintln(w)
+	if l.From > 0 {
+		fmt.Fprintf(w, "\tthe first %d cannot be proven: the network's copy begins behind them\n", l.From)
+	}
+	if l.Lost != nil {
+		fmt.Fprintf(w, "\tnot shown to go on from the log of %d receipts, root %s, of which the network has lost its copy\n", l.Lost.Size, l.Lost.Root)
+	}
+	if l.Overdue > 0 {
+		fmt.Fprintf(w, "\t%d receipts should have been in it for two heartbeats\n", l.Overdue)
+	}
+	if l.LeftOut > 0 {
+		fmt.Fprintf(w, "\t%d receipts of this node are not in it, though it went on\n", l.LeftOut)
+	}
+	if c := l.Conflict; c != nil {
+		fmt.Fprintf(w, "\tcontradicts itself, found %s: root %s of %d receipts, and root %s of %d; the node gets no jobs, --json prints both heads with their signatures\n",
+			when(c.Found), c.First.Root, c.First.Size, c.Second.Root, c.Second.Size)
+	}
 }
 
 // when prints Unix milliseconds.

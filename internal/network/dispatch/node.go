@@ -41,7 +41,8 @@ type node struct {
 	struckAt time.Time
 	penalty  time.Time // no jobs before
 
-	unbound  bool // belongs to no account
+	unbound  bool   // belongs to no account
+	out      string // why it gets no jobs whatever it does, or ""
 	routable bool
 	told     *wire.Status // what the node was told last
 	index    int          // in Dispatcher.free, or -1
@@ -73,7 +74,7 @@ func (d *Dispatcher) Join(addr evm.Address, peer Peer) *Member {
 	}
 	m := &Member{d: d, node: n, peer: peer}
 	n.member, n.since, n.beat, n.told, n.foreign, n.blocked = m, now, nil, nil, 0, time.Time{}
-	n.unbound = false
+	n.unbound, n.out = false, ""
 	for _, r := range n.running {
 		j := r.job
 		if j.result != nil || r.adopted >= adoptions || r.lost && j.place == nil {
@@ -99,6 +100,20 @@ func (d *Dispatcher) SetBound(addr evm.Address, bound bool) {
 		return
 	}
 	n.unbound = !bound
+	d.refresh(n)
+	d.pump()
+}
+
+// SetOut says why a node in session gets no jobs, whatever it does, or "" for no such
+// reason; it goes on with those that it has. One that joins does.
+func (d *Dispatcher) SetOut(addr evm.Address, why string) {
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	n := d.nodes[addr]
+	if n == nil || n.out == why {
+		return
+	}
+	n.out = why
 	d.refresh(n)
 	d.pump()
 }
@@ -547,6 +562,8 @@ func (d *Dispatcher) assess(n *node, now time.Time) string {
 		return fmt.Sprintf("no heartbeat for %v", window)
 	case now.Before(n.penalty):
 		return "it broke the protocol; it gets jobs again after " + n.penalty.UTC().Format(time.TimeOnly) + " UTC"
+	case n.out != "":
+		return n.out
 	case n.unbound:
 		return "it is bound to no account; bind it: resultityctl bind"
 	case b.Runtime.State == wire.RuntimeStandby:

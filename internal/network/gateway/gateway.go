@@ -13,7 +13,7 @@
 //
 //	400  what the request asks for cannot be had; code and param say what
 //	401  invalid_api_key
-//	404  model_not_found, receipt_not_found, unknown_url
+//	404  model_not_found, receipt_not_found, unknown_url; receipt_not_proven, with Retry-After
 //	405  method_not_allowed
 //	413  request_too_large
 //	415  invalid_content_type
@@ -22,7 +22,9 @@
 //	503  no_node, unavailable, model_withdrawn, stopping, storage, with Retry-After
 //	504  deadline
 //
-// GET /v1/receipts/{id} returns the receipt of a response, GET /v1/nodes the
+// GET /v1/receipts/{id} returns the receipt of a response, and .../proof what shows
+// that it is in its node's log (see receiptlog.Inclusion), once the node has said so:
+// within a heartbeat or two. GET /v1/nodes returns the
 // registered nodes and what is known about each, but not whose they are: that is
 // the operator's to see (resultity-network nodes).
 package gateway
@@ -40,12 +42,15 @@ import (
 	"strings"
 	"time"
 
+	"github.com/resultity/node/internal/evm"
 	"github.com/resultity/node/internal/failpoint"
 	"github.com/resultity/node/internal/network/dispatch"
 	"github.com/resultity/node/internal/network/metrics"
+	"github.com/resultity/node/internal/network/mirror"
 	"github.com/resultity/node/internal/network/store"
 	"github.com/resultity/node/internal/openai"
 	"github.com/resultity/node/internal/receipt"
+	"github.com/resultity/node/internal/receiptlog"
 	"github.com/resultity/node/internal/wire"
 )
 
@@ -73,9 +78,15 @@ type records interface {
 	Nodes(context.Context) ([]store.Node, error)
 }
 
+// prover makes proofs from what the network has of nodes' logs.
+type prover interface {
+	Prove(ctx context.Context, node evm.Address, leaf evm.Hash, at time.Time) (*receiptlog.Inclusion, error)
+}
+
 // Gateway answers /v1/. Safe for concurrent use.
 type Gateway struct {
 	records  records
+	prover   prover
 	dispatch *dispatch.Dispatcher
 	metrics  *metrics.Metrics
 	log      *slog.Logger
@@ -90,9 +101,9 @@ type Options struct {
 }
 
 // New makes a gateway.
-func New(r records, d *dispatch.Dispatcher, m *metrics.Metrics, log *slog.Logger, opt Options) *Gateway {
+func New(r records, d *dispatch.Dispatcher, p prover, m *metrics.Metrics, log *slog.Logger, opt Options) *Gateway {
 	g := &Gateway{
-		records: r, dispatch: d, metrics: m, log: log, uploads: newUploads(opt.MaxUploadBytes, opt.Share), mux: http.NewServeMux(),
+		records: r, prover: p, dispatch: d, metrics: m, log: log, uploads: newUploads(opt.MaxUploadBytes, opt.Share), mux: http.NewServeMux(),
 	}
 	for _, route := range []struct {
 		method, path string
@@ -103,6 +114,7 @@ func New(r records, d *dispatch.Dispatcher, m *metrics.Metrics, log *slog.Logger
 		{"GET", "/v1/models", g.models},
 		{"GET", "/v1/models/{id}", g.model},
 		{"GET", "/v1/receipts/{id}", g.receipt},
+		{"GET", "/v1/receipts/{id}/proof", g.proof},
 		{"GET", "/v1/nodes", g.nodes},
 	} {
 		g.mux.Handle(route.method+" "+route.path, g.counted(route.path, g.authenticated(route.handle)))
@@ -415,6 +427,13 @@ func (g *Gateway) model(w http.ResponseWriter, r *http.Request, _ store.Client) 
 }
 
 func (g *Gateway) receipt(w http.ResponseWriter, r *http.Request, _ store.Client) {
+	if signed, _, ok := g.find(w, r); ok {
+		g.write(w, signed)
+	}
+}
+
+// find returns the receipt that a request names, and when it came, or answers.
+func (g *Gateway) find(w http.ResponseWriter, r *http.Request) (_ *receipt.Signed, at time.Time, ok bool) {
 	missing := &openai.Error{
 		Status: http.StatusNotFound, Type: openai.TypeInvalidRequest, Code: "receipt_not_found", Param: "id",
 		Message: "No such receipt: the request is not finished, or it has failed, or the receipt is older than this network keeps them.",
@@ -422,11 +441,10 @@ func (g *Gateway) receipt(w http.ResponseWriter, r *http.Request, _ store.Client
 	id, err := receipt.ParseJobID(r.PathValue("id"))
 	if err != nil {
 		openai.WriteError(w, missing)
-		return
+		return nil, at, false
 	}
 	if r := g.dispatch.Receipt(id); r != nil { // asked first: it leaves for the store
-		g.write(w, r)
-		return
+		return r, time.Now(), true
 	}
 	res, err := g.records.Result(r.Context(), id)
 	switch {
@@ -436,7 +454,33 @@ func (g *Gateway) receipt(w http.ResponseWriter, r *http.Request, _ store.Client
 		g.log.Error("receipt could not be read", "job", id, "error", err)
 		openai.WriteError(w, &openai.Error{Status: http.StatusInternalServerError, Type: openai.TypeServer, Code: "storage", Message: "The receipt could not be read."})
 	default:
-		g.write(w, res.Receipt)
+		return res.Receipt, res.Stored, true
+	}
+	return nil, at, false
+}
+
+func (g *Gateway) proof(w http.ResponseWriter, r *http.Request, _ store.Client) {
+	signed, at, ok := g.find(w, r)
+	if !ok {
+		return
+	}
+	stated := signed.Receipt()
+	p, err := g.prover.Prove(r.Context(), stated.Node, receiptlog.Leaf(stated.Hash(signed.ChainID())), at)
+	switch {
+	case errors.Is(err, mirror.ErrPending):
+		beat := g.dispatch.Terms().Config.Network.Heartbeat.Duration()
+		w.Header().Set("Retry-After", strconv.Itoa(max(1, int(beat/time.Second))))
+		openai.WriteError(w, &openai.Error{
+			Status: http.StatusNotFound, Type: openai.TypeInvalidRequest, Code: "receipt_not_proven", Param: "id",
+			Message: "The node has not shown this receipt in its log yet, which it does with its heartbeats. Please try again later.",
+		})
+	case errors.Is(err, store.ErrDamaged):
+		openai.WriteError(w, &openai.Error{Status: http.StatusInternalServerError, Type: openai.TypeServer, Code: "log_damaged", Message: "The network's copy of the node's log is damaged. The receipt itself is not touched by this."})
+	case err != nil:
+		g.log.Error("proof could not be made", "job", stated.Job, "error", err)
+		openai.WriteError(w, &openai.Error{Status: http.StatusInternalServerError, Type: openai.TypeServer, Code: "storage", Message: "The log of the node could not be read."})
+	default:
+		g.write(w, p)
 	}
 }
 

@@ -35,7 +35,7 @@ type Metrics struct {
 	StoreSeconds  *prometheus.HistogramVec // durable writes; op
 	Heads         *prometheus.CounterVec   // of nodes' receipt logs; verdict
 	Leaves        prometheus.Counter       // of these logs, stored
-	LeftOut       prometheus.Counter       // receipts in whose place a log has another
+	LeftOut       prometheus.Counter       // receipts that a log has gone on without
 	LogsDamaged   prometheus.Counter       // findings that a copy of a log is damaged
 }
 
@@ -80,7 +80,7 @@ func New(state func() State) *Metrics {
 		StoreSeconds:  histogram("store_seconds", "Time of one durable write.", 0.00005, "op"),
 		Heads:         counter("receipt_log_heads_total", "Heads of nodes' receipt logs by verdict; repeated ones are not counted.", "verdict"),
 		Leaves:        prometheus.NewCounter(prometheus.CounterOpts{Namespace: "resultity", Name: "receipt_log_leaves_total", Help: "Receipts in nodes' logs that were stored."}),
-		LeftOut:       prometheus.NewCounter(prometheus.CounterOpts{Namespace: "resultity", Name: "receipts_left_out_total", Help: "Receipts in whose place the log of their node has another one."}),
+		LeftOut:       prometheus.NewCounter(prometheus.CounterOpts{Namespace: "resultity", Name: "receipts_left_out_total", Help: "Receipts that the log of their node has gone on without."}),
 		LogsDamaged:   prometheus.NewCounter(prometheus.CounterOpts{Namespace: "resultity", Name: "receipt_log_damaged_total", Help: "How often a copy of a receipt log was found to be damaged in the store."}),
 	}
 	m.registry.MustRegister(m.Jobs, m.Results, m.Dispatches, m.Reassignments, m.FramesRefused, m.Sessions, m.Registrations, m.Bindings, m.Mails,

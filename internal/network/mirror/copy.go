@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"time"
 
 	"github.com/resultity/node/internal/evm"
 	"github.com/resultity/node/internal/network/store"
@@ -23,7 +24,7 @@ var errNotHere = errors.New("not kept")
 
 // begin makes the record of a log of which only what follows from is kept.
 func begin(from uint64, before []evm.Hash) *store.ReceiptLog {
-	r := &store.ReceiptLog{Edge: before, From: from, Before: before}
+	r := &store.ReceiptLog{LogSummary: store.LogSummary{From: from}, Edge: before, Before: before}
 	for n := from; n > 0; n >>= tileBits {
 		// What is not known is zero, which no hash is.
 		r.Open = append(r.Open, make([]byte, int(n%tileSize)*hashSize))
@@ -86,7 +87,9 @@ func follows(r *store.ReceiptLog) error {
 	if log.Root() != r.Head.Root {
 		return errors.New("the edge does not lead to the head's root")
 	}
-	full := func(context.Context, evm.Address, int, uint64) ([]byte, error) { return nil, errNotHere }
+	full := func(context.Context, evm.Address, int, uint64) ([]byte, time.Time, error) {
+		return nil, time.Time{}, errNotHere
+	}
 	v, err := newView(context.Background(), r, full)
 	if err != nil {
 		return err
@@ -100,20 +103,28 @@ func follows(r *store.ReceiptLog) error {
 	return nil
 }
 
+// readTile reads a full tile, see [store.Store.Tile].
+type readTile func(ctx context.Context, node evm.Address, level int, index uint64) ([]byte, time.Time, error)
+
+type tile struct {
+	hashes []byte
+	at     time.Time // when it was put; of one that is not full, when it was put last
+}
+
 // view finds the nodes of a log's tree. For one proof, and one goroutine.
 type view struct {
 	ctx    context.Context
 	log    *store.ReceiptLog
-	tile   func(ctx context.Context, node evm.Address, level int, index uint64) ([]byte, error)
-	tiles  map[receiptlog.NodeID][]byte // those that were read, by level and index of tiles
+	read   readTile
+	tiles  map[receiptlog.NodeID]tile // those that were read, by level and index of tiles
 	before map[receiptlog.NodeID]evm.Hash
 }
 
-func newView(ctx context.Context, r *store.ReceiptLog, tile func(context.Context, evm.Address, int, uint64) ([]byte, error)) (*view, error) {
+func newView(ctx context.Context, r *store.ReceiptLog, read readTile) (*view, error) {
 	if _, err := receiptlog.Resume(r.From, r.Before); err != nil || r.From > r.Size() {
 		return nil, fmt.Errorf("%w: what came before leaf %d: %w", store.ErrDamaged, r.From, errors.Join(err, errors.New("it is not the beginning of the log")))
 	}
-	v := &view{ctx: ctx, log: r, tile: tile, tiles: map[receiptlog.NodeID][]byte{}, before: map[receiptlog.NodeID]evm.Hash{}}
+	v := &view{ctx: ctx, log: r, read: read, tiles: map[receiptlog.NodeID]tile{}, before: map[receiptlog.NodeID]evm.Hash{}}
 	for i, id := range receiptlog.EdgeNodes(r.From) {
 		v.before[id] = r.Before[i]
 	}
@@ -152,32 +163,122 @@ func (v *view) node(id receiptlog.NodeID) (evm.Hash, error) {
 
 // entry returns a hash of a tile.
 func (v *view) entry(level int, index uint64) (evm.Hash, error) {
-	id := receiptlog.NodeID{Level: uint(level), Index: index >> tileBits}
+	t, err := v.tile(level, index>>tileBits)
+	if err != nil {
+		return evm.Hash{}, err
+	}
 	at := int(index%tileSize) * hashSize
-	tile, ok := v.tiles[id]
-	if !ok {
-		switch open := v.log.Size() >> (tileBits * uint(level+1)); {
-		case id.Index == open && level < len(v.log.Open):
-			tile = v.log.Open[level]
-		case id.Index >= open:
-		default:
-			var err error
-			if tile, err = v.tile(v.ctx, v.log.Head.Node, level, id.Index); err != nil {
-				if errors.Is(err, store.ErrNotFound) {
-					err = fmt.Errorf("%w: %w", errNotHere, err)
-				}
-				return evm.Hash{}, err
-			}
-			if len(tile) != tileSize*hashSize {
-				return evm.Hash{}, fmt.Errorf("tile %d of level %d: %w: it has %d bytes", id.Index, level, store.ErrDamaged, len(tile))
+	if at+hashSize > len(t.hashes) {
+		return evm.Hash{}, fmt.Errorf("tile %d of level %d: %w: it has no entry %d", index>>tileBits, level, store.ErrDamaged, index%tileSize)
+	}
+	return evm.Hash(t.hashes[at : at+hashSize]), nil
+}
+
+func (v *view) tile(level int, index uint64) (t tile, err error) {
+	id := receiptlog.NodeID{Level: uint(level), Index: index}
+	if t, ok := v.tiles[id]; ok {
+		return t, nil
+	}
+	if open := v.log.Size() >> (tileBits * uint(level+1)); index >= open { // it is not full
+		if index == open && level < len(v.log.Open) {
+			t = tile{v.log.Open[level], time.UnixMilli(v.log.Stored)}
+		}
+	} else {
+		t.hashes, t.at, err = v.read(v.ctx, v.log.Head.Node, level, index)
+		switch {
+		case errors.Is(err, store.ErrNotFound):
+			return t, fmt.Errorf("%w: %w", errNotHere, err)
+		case err != nil:
+			return t, err
+		case len(t.hashes) != tileSize*hashSize:
+			return t, fmt.Errorf("tile %d of level %d: %w: it has %d bytes", index, level, store.ErrDamaged, len(t.hashes))
+		}
+	}
+	v.tiles[id] = t
+	return t, nil
+}
+
+const (
+	// early is how long before its result a leaf may have come, and is found quickly
+	// still.
+	early = 10 * time.Minute
+	// far is in how many tiles a leaf is looked for. A log has receipts in the order
+	// in which they were made, and a node keeps half as many leaves: what is not there
+	// is not in the log.
+	far = 512
+)
+
+// find looks for a leaf whose receipt came at a time. It fails with errNotHere, or
+// with [store.ErrDamaged] where the leaf may have been what was damaged.
+func (v *view) find(leaf evm.Hash, at time.Time) (index uint64, err error) {
+	has := func(n uint64) (ok bool, err error) {
+		t, err := v.tile(0, n)
+		if err != nil {
+			return false, err
+		}
+		for i := 0; i+hashSize <= len(t.hashes); i += hashSize {
+			if evm.Hash(t.hashes[i:i+hashSize]) == leaf {
+				index = n<<tileBits + uint64(i/hashSize)
+				return true, nil
 			}
 		}
-		v.tiles[id] = tile
+		return false, v.whole(n, t.hashes)
 	}
-	if at+hashSize > len(tile) {
-		return evm.Hash{}, fmt.Errorf("tile %d of level %d: %w: it has no entry %d", id.Index, level, store.ErrDamaged, index%tileSize)
+	last := v.log.Size() >> tileBits // the one that is not full: most are asked for soon
+	if ok, err := has(last); ok || err != nil {
+		return index, err
 	}
-	return evm.Hash(tile[at : at+hashSize]), nil
+	// Tiles are put in their order, and the oldest go first.
+	low, high := v.log.From>>tileBits, last
+	for low < high {
+		mid := low + (high-low)/2
+		t, err := v.tile(0, mid)
+		if err != nil && !errors.Is(err, errNotHere) {
+			return 0, err
+		}
+		if err != nil || t.at.Before(at.Add(-early)) {
+			low = mid + 1
+		} else {
+			high = mid
+		}
+	}
+	for n := low; n < min(last, low+far); n++ {
+		if ok, err := has(n); ok || err != nil && !errors.Is(err, errNotHere) {
+			return index, err
+		}
+	}
+	return 0, errNotHere
+}
+
+// whole fails with [store.ErrDamaged] if the leaves of a tile are not those that the
+// rest of the tree is made of.
+func (v *view) whole(n uint64, hashes []byte) error {
+	if n == v.log.Size()>>tileBits {
+		if bad := follows(v.log); bad != nil {
+			return fmt.Errorf("%w: %w", store.ErrDamaged, bad)
+		}
+		return nil
+	}
+	if n<<tileBits < v.log.From {
+		return nil // some of it is not known
+	}
+	root, err := v.entry(1, n)
+	if err != nil {
+		return err
+	}
+	level := make([]evm.Hash, 0, tileSize)
+	for i := 0; i < len(hashes); i += hashSize {
+		level = append(level, evm.Hash(hashes[i:i+hashSize]))
+	}
+	for ; len(level) > 1; level = level[:len(level)/2] {
+		for i := range len(level) / 2 {
+			level[i] = receiptlog.Parent(level[2*i], level[2*i+1])
+		}
+	}
+	if level[0] != root {
+		return fmt.Errorf("tile %d: %w: its leaves are not those of the tree", n, store.ErrDamaged)
+	}
+	return nil
 }
 
 // root returns the root that the log had at a size.

@@ -13,11 +13,9 @@
 //	                 in memory,         with the      full tiles, then
 //	                 bounded            root here     head, edge, open tiles
 //
-// Leaves mean nothing before a head that has them: a session's end forgets them.
-// What does not follow on what is here is passed over, and so is what is too much;
-// the next head, which then is of more than there is, is answered with what there
-// is, and the node goes on from there. So a network whose disk is full loses nothing:
-// the node still has it.
+// Leaves mean nothing before a head that has them: the end of the session forgets
+// them, and they are not taken where there are too many. Each session begins from what
+// is stored. So a network whose disk is full loses nothing: the node still has it.
 //
 // A head that does not go on from the last one is kept with it, for good: the node
 // is out (see [Mirror.Join]). One whose leaves begin behind the end of the copy, since
@@ -27,11 +25,13 @@
 //
 // # Receipts that are in no log
 //
-// With each result a node says the place of its receipt in its log. The copy shows
-// whether that is so as soon as it is that long. A place that has another receipt is
-// left out; one that is not there after two heartbeats is overdue. Neither stops the
-// node, both are counted and shown: a log without what it should have proves
-// nothing.
+// A log without what it should have proves nothing, so each receipt that comes with
+// a result is looked for in it. One that is not there after two heartbeats is
+// overdue; one that the log has gone on without for longer is left out. Neither
+// stops the node, both are counted and shown.
+//
+// There is no index of leaves: a proof is asked for with the time at which the
+// result came, and the leaf is in one of the few tiles that were put then.
 package mirror
 
 import (
@@ -49,39 +49,40 @@ import (
 	"github.com/resultity/node/internal/network/store"
 	"github.com/resultity/node/internal/receipt"
 	"github.com/resultity/node/internal/receiptlog"
+	"github.com/resultity/node/internal/wire"
 )
 
 // Bounds of what is in memory.
 const (
-	// MaxLeaves is how many leaves may come at once.
-	MaxLeaves = 1024
-	// maxUnsigned is how many leaves of a node may wait for a head, which is more
-	// than nodes keep, and maxAllUnsigned how many of all.
-	maxUnsigned    = 1 << 17
+	// maxUnsigned is how many leaves of a node may wait for a head, or for the disk,
+	// and maxAllUnsigned how many of all.
+	maxUnsigned    = 2 * wire.MaxPending
 	maxAllUnsigned = 4 << 20
 	// maxExpected is how many receipts of a node are looked for in its log.
 	maxExpected = 4096
 )
 
-// patience is after how many heartbeats a receipt must be in the log.
-const patience = 2
+// patience is after how many heartbeats a receipt must be in the log, and surrender
+// after how many it is not waited for any more if the log has grown meanwhile.
+const (
+	patience  = 2
+	surrender = 12
+)
 
 var (
 	// ErrInvalid says that a node's word is wrong in itself.
 	ErrInvalid = errors.New("invalid receipt log")
-	// ErrPending says that a receipt is not in the copy yet.
-	ErrPending = errors.New("the node has not shown it in its log yet")
-	// ErrLeftOut says that the node's log has another receipt in the place of one.
-	ErrLeftOut = errors.New("the node's log has another receipt in its place")
-	// ErrGone says that what would prove a receipt is not kept any more.
-	ErrGone = errors.New("its part of the node's log is not kept any more")
+	// ErrCrowded says that there is no room for leaves now. A later session may have it.
+	ErrCrowded = errors.New("no room for the leaves of the receipt log now")
+	// ErrPending says that a receipt is not in what there is of its node's log.
+	ErrPending = errors.New("the node has not shown it in its log")
 )
 
 // records is where copies are kept.
 type records interface {
 	ReceiptLog(context.Context, evm.Address) (*store.ReceiptLog, error)
 	PutReceiptLog(context.Context, evm.Address, *store.ReceiptLog, []store.Tile) error
-	Tile(ctx context.Context, node evm.Address, level int, index uint64) ([]byte, error)
+	Tile(ctx context.Context, node evm.Address, level int, index uint64) ([]byte, time.Time, error)
 }
 
 // Terms is what the network's configuration says about logs.
@@ -133,17 +134,19 @@ type logCopy struct {
 	failing bool                     // the last try to store something failed
 	accuse  bool                     // stored.Conflict is not on disk yet
 
-	expected map[uint64]expectation // by place
-	asked    []uint64               // places of these that the copy has already
-	overdue  int                    // of these, as last told
+	expected map[evm.Hash]expectation // by leaf
+	asked    []evm.Hash               // of these, to be looked for in the copy
+	overdue  int                      // of these
 	leftOut  uint64
 }
 
 // expectation is a receipt that has to be in the log.
 type expectation struct {
-	leaf  evm.Hash
-	job   receipt.JobID
-	since time.Time
+	job     receipt.JobID
+	since   time.Time // when it came, or when the session began
+	size    uint64    // of the copy then
+	asked   bool      // it has been looked for
+	overdue bool      // in vain
 }
 
 // sizeOf is how many leaves a record stands for.
@@ -158,13 +161,16 @@ func sizeOf(r *store.ReceiptLog) uint64 {
 // its methods do nothing.
 type Session struct {
 	c    *logCopy
-	told func(size uint64, head *receiptlog.SignedHead, edge []evm.Hash)
+	told func(*wire.LeavesAck)
+	over func(why string)
+	size uint64 // that was told last; guarded by the copy's mu, like what follows
+	some bool   // leaves have come
 }
 
 // Join begins a session of a node. told is called with what the copy has, at once
-// and whenever it has more; it must neither block nor call back. out is why the node
-// is to get no jobs, or "".
-func (m *Mirror) Join(ctx context.Context, node evm.Address, told func(size uint64, head *receiptlog.SignedHead, edge []evm.Hash)) (s *Session, out string, err error) {
+// and whenever it has more; over where the session has to begin again. They must neither
+// block nor call back. out is why the node is to get no jobs, or "".
+func (m *Mirror) Join(ctx context.Context, node evm.Address, told func(*wire.LeavesAck), over func(why string)) (s *Session, out string, err error) {
 	c := m.take(node)
 	defer c.mu.Unlock()
 	if !c.loaded {
@@ -173,15 +179,15 @@ func (m *Mirror) Join(ctx context.Context, node evm.Address, told func(size uint
 			return nil, "", err
 		}
 	}
-	s = &Session{c, told}
+	s = &Session{c: c, told: told, over: over}
 	c.session = s
 	c.forget()
 	c.failing = false
 	now := time.Now()
-	for i, e := range c.expected {
-		e.since = now
-		c.expected[i] = e
+	for leaf, e := range c.expected {
+		c.expected[leaf] = expectation{job: e.job, since: now, size: c.stored.Size()}
 	}
+	c.asked, c.overdue = nil, 0
 	c.tell()
 	return s, c.out(), nil
 }
@@ -192,7 +198,7 @@ func (m *Mirror) take(node evm.Address) *logCopy {
 		m.mu.Lock()
 		c := m.copies[node]
 		if c == nil {
-			c = &logCopy{m: m, node: node, log: m.log.With("node", node), expected: map[uint64]expectation{}}
+			c = &logCopy{m: m, node: node, log: m.log.With("node", node), expected: map[evm.Hash]expectation{}}
 			m.copies[node] = c
 		}
 		m.mu.Unlock()
@@ -256,7 +262,8 @@ func (c *logCopy) forget() {
 // tell says what is stored.
 func (c *logCopy) tell() {
 	if c.session != nil {
-		c.session.told(c.stored.Size(), c.stored.Head, c.stored.Edge)
+		c.session.size = c.stored.Size()
+		c.session.told(&wire.LeavesAck{Size: c.stored.Size(), Head: c.stored.Head, Edge: c.stored.Edge})
 	}
 }
 
@@ -292,43 +299,45 @@ func (c *logCopy) drop() {
 	c.dropped = true
 }
 
-// Leaves takes leaves that follow from others; edge is the log up to the first of
-// them, where the node thinks that the copy does not reach so far. It reports
-// whether there was anything new. The error ends the session.
-func (s *Session) Leaves(from uint64, leaves, edge []evm.Hash) (news bool, err error) {
-	c := s.c
-	if len(leaves) == 0 || len(leaves) > MaxLeaves || from > receiptlog.MaxSize {
-		return false, fmt.Errorf("%w: %d leaves from %d, want 1 to %d", ErrInvalid, len(leaves), from, MaxLeaves)
-	}
+// Leaves takes leaves of the node's log. It reports whether there was anything new.
+// The error ends the session.
+func (s *Session) Leaves(l *wire.Leaves) (news bool, err error) {
+	c, from, leaves := s.c, l.From, l.Leaves
 	if slices.Contains(leaves, evm.Hash{}) {
 		return false, fmt.Errorf("%w: a leaf of zeros", ErrInvalid)
 	}
-	if edge != nil {
-		if _, err := receiptlog.Resume(from, edge); err != nil {
-			return false, fmt.Errorf("%w: %w", ErrInvalid, err)
-		}
+	if _, err := receiptlog.Resume(from, l.Edge); len(l.Edge) > 0 && err != nil {
+		return false, fmt.Errorf("%w: %w", ErrInvalid, err)
 	}
 	c.mu.Lock()
 	defer c.mu.Unlock()
 	if c.session != s || c.stored.Conflict != nil {
 		return false, nil
 	}
-	have := sizeOf(c.base) + uint64(len(c.leaves))
-	if from > have && edge != nil && c.next == nil && !c.busy { // see the package comment
-		c.m.unsigned.Add(-int64(len(c.leaves)))
-		c.leaves, c.base = nil, begin(from, edge)
-		c.base.Conflict, c.base.Lost, c.base.LeftOut = c.stored.Conflict, c.stored.Lost, c.leftOut
+	if len(l.Edge) > 0 {
+		if s.some || from <= s.size {
+			return false, fmt.Errorf("%w: an edge at %d, behind %d", ErrInvalid, from, s.size)
+		}
+		if c.next != nil || c.busy { // of the session before
+			return false, ErrCrowded
+		}
+		c.base = begin(from, l.Edge) // see the package comment
+		c.base.Lost, c.base.LeftOut = c.stored.Lost, c.leftOut
 		if c.stored.Head != nil {
 			c.base.Lost = c.stored.Head
 		}
-		have = from
 	}
-	if from > have || from+uint64(len(leaves)) <= have {
+	s.some = true
+	have := sizeOf(c.base) + uint64(len(c.leaves))
+	if from > have {
+		return false, fmt.Errorf("%w: leaves from %d on, behind %d", ErrInvalid, from, have)
+	}
+	if from+uint64(len(leaves)) <= have { // the session before has stored more than this one was told at its beginning
 		return false, nil
 	}
 	leaves = leaves[have-from:]
 	if len(c.leaves)+len(leaves) > maxUnsigned || c.m.unsigned.Load() > maxAllUnsigned {
-		return false, nil
+		return false, ErrCrowded
 	}
 	c.m.unsigned.Add(int64(len(leaves)))
 	c.leaves = append(c.leaves, leaves...)
@@ -366,8 +375,7 @@ func (s *Session) Beat(h *receiptlog.SignedHead) error {
 	base := sizeOf(c.base)
 	switch have := base + uint64(len(c.leaves)); {
 	case h.Size > have:
-		c.count("incomplete")
-		c.tell()
+		return fmt.Errorf("%w: a head of %d receipts behind leaves of %d", ErrInvalid, h.Size, have)
 	case h.Size < base || h.Size == base && c.base.Head == nil:
 		c.count("older")
 		if h.Size > 0 && len(c.older) == 0 { // one at a time is enough to catch it
@@ -540,21 +548,14 @@ func (c *logCopy) storeHead() (err error) {
 		return nil
 	}
 	c.m.metrics.Leaves.Add(float64(len(leaves)))
-	from := sizeOf(base)
 	c.settleDown(next)
 	c.m.unsigned.Add(-int64(len(leaves)))
 	c.leaves = slices.Clone(c.leaves[len(leaves):])
 	if c.next == head {
 		c.next = nil
 	}
-	for i := range c.expected {
-		switch {
-		case i >= head.Size:
-		case i >= from:
-			c.settle(i, leaves[i-from])
-		case !slices.Contains(c.asked, i):
-			c.asked = append(c.asked, i)
-		}
+	for _, leaf := range leaves {
+		c.settle(leaf)
 	}
 	c.tell()
 	return nil
@@ -577,7 +578,10 @@ func (c *logCopy) again(why error) error {
 	if conflict != nil {
 		c.stored.Conflict = conflict
 	}
-	c.tell()
+	if c.session != nil {
+		c.session.over("the network has lost what it had of the receipt log")
+		c.session = nil
+	}
 	return nil
 }
 
@@ -640,103 +644,97 @@ func (c *logCopy) compare() (err error) {
 	return nil
 }
 
-// look finds out about a receipt whose place the copy had already.
+// look looks for a receipt that should be in the log.
 func (c *logCopy) look() (err error) {
-	i := c.asked[0]
-	var leaf evm.Hash
+	leaf := c.asked[0]
+	at := c.expected[leaf].since
 	c.unlocked(func() {
 		ctx, cancel := context.WithTimeout(context.Background(), opTimeout)
 		defer cancel()
 		var v *view
 		if v, err = c.m.view(ctx, c.node); err == nil {
-			leaf, err = v.node(receiptlog.NodeID{Index: i})
+			_, err = v.find(leaf, at)
 		}
 	})
-	unknown := errors.Is(err, errNotHere) || errors.Is(err, store.ErrNotFound) || errors.Is(err, store.ErrDamaged)
-	if err != nil && !unknown {
+	missing := errors.Is(err, errNotHere) || errors.Is(err, store.ErrNotFound)
+	if errors.Is(err, store.ErrDamaged) { // for which the node is not to blame
+		c.m.damaged(c.node, err)
+	} else if err != nil && !missing {
 		return err
 	}
-	c.asked = c.asked[1:]
-	if unknown {
-		delete(c.expected, i)
-		return nil
+	if len(c.asked) > 0 { // else there is another session
+		c.asked = c.asked[1:]
 	}
-	c.settle(i, leaf)
+	e, ok := c.expected[leaf]
+	switch {
+	case !ok || !e.asked:
+	case !missing:
+		c.settle(leaf)
+	default:
+		e.overdue = true
+		c.expected[leaf] = e
+		if c.overdue++; c.overdue == 1 {
+			c.log.Warn("a receipt of the node is not in its log, though heartbeats have come since", "job", e.job, "log", c.stored.Size())
+		}
+	}
 	return nil
 }
 
-// Result says that the network has a receipt of the node's, and the place in its log
-// that the node gives it.
-func (s *Session) Result(index uint64, leaf evm.Hash, job receipt.JobID) {
+// Result says that the network has a receipt of the node's, given by its leaf.
+func (s *Session) Result(leaf evm.Hash, job receipt.JobID) {
 	c := s.c
 	c.mu.Lock()
 	defer c.mu.Unlock()
-	if c.session != s || c.stored.Conflict != nil {
+	if c.session != s || c.stored.Conflict != nil || len(c.expected) >= maxExpected {
+		return // who is behind by so many is behind visibly
+	}
+	if _, ok := c.expected[leaf]; !ok {
+		c.expected[leaf] = expectation{job: job, since: time.Now(), size: c.stored.Size()}
+	}
+}
+
+// settle notes that a leaf is in the log.
+func (c *logCopy) settle(leaf evm.Hash) {
+	e, ok := c.expected[leaf]
+	if !ok {
 		return
 	}
-	if e, ok := c.expected[index]; ok {
-		if e.leaf != leaf {
-			c.miss(index, job)
+	delete(c.expected, leaf)
+	if e.overdue {
+		c.overdue--
+	}
+}
+
+// lookForOverdue has receipts looked for that should be in the log by now, and
+// gives those up that it has gone on without.
+func (c *logCopy) lookForOverdue() {
+	if c.failing {
+		return // the node may well have sent them
+	}
+	beat := c.m.terms().Heartbeat
+	for leaf, e := range c.expected {
+		switch age := time.Since(e.since); {
+		case e.overdue && age > surrender*beat && c.stored.Size() > e.size:
+			c.settle(leaf)
+			c.leftOut++
+			c.m.metrics.LeftOut.Inc()
+			c.log.Error("receipt log of the node has gone on without a receipt", "job", e.job, "log", c.stored.Size())
+		case !e.asked && age > patience*beat:
+			e.asked = true
+			c.expected[leaf] = e
+			c.asked = append(c.asked, leaf)
 		}
-		return
 	}
-	if len(c.expected) >= maxExpected {
-		return // it is behind by so many anyway, which shows
-	}
-	c.expected[index] = expectation{leaf, job, time.Now()}
-	if index < c.stored.Size() {
-		c.asked = append(c.asked, index)
+	if len(c.asked) > 0 {
 		c.kick()
 	}
 }
 
-// settle compares what was expected at a place with what is there.
-func (c *logCopy) settle(index uint64, leaf evm.Hash) {
-	e, ok := c.expected[index]
-	delete(c.expected, index)
-	if ok && e.leaf != leaf {
-		c.miss(index, e.job)
-	}
-}
-
-// miss counts a receipt that is not where the node has said.
-func (c *logCopy) miss(index uint64, job receipt.JobID) {
-	c.leftOut++
-	c.m.metrics.LeftOut.Inc()
-	c.log.Error("receipt log of the node has another receipt in the place of the job's", "job", job, "index", index)
-}
-
-// isOverdue counts the receipts that should have been in the log by now.
-func (c *logCopy) isOverdue() (n int) {
-	if c.session == nil || c.failing {
-		return 0
-	}
-	before := time.Now().Add(-patience * c.m.terms().Heartbeat)
-	for _, e := range c.expected {
-		if e.since.Before(before) {
-			n++
-		}
-	}
-	return n
-}
-
-// lookForOverdue says when that begins and ends.
-func (c *logCopy) lookForOverdue() {
-	n := c.isOverdue()
-	switch {
-	case n > 0 && c.overdue == 0:
-		c.log.Warn("receipts of the node are not in its log, though heartbeats have come since", "receipts", n, "log", c.stored.Size())
-	case n == 0 && c.overdue > 0:
-		c.log.Info("receipts of the node are in its log again, as far as they have to be")
-	}
-	c.overdue = n
-}
-
 // State is how the log of a node does.
 type State struct {
-	Waiting int    // receipts that the network has and that are not in the log
+	Waiting int    // receipts that the network has and that are not known to be in the log
 	Overdue int    // of these, those that should have been by now
-	LeftOut uint64 // receipts in whose place the log has another
+	LeftOut uint64 // receipts that the log has gone on without
 }
 
 // States returns the state of the logs about which there is something in memory.
@@ -750,45 +748,49 @@ func (m *Mirror) States() map[evm.Address]State {
 	states := make(map[evm.Address]State, len(list))
 	for _, c := range list {
 		c.mu.Lock()
-		states[c.node] = State{len(c.expected), c.isOverdue(), c.leftOut}
+		states[c.node] = State{len(c.expected), c.overdue, c.leftOut}
 		c.mu.Unlock()
 	}
 	return states
 }
 
-// Prove shows that a receipt, given by its leaf, is at a place in the log of its
-// node. It fails with [ErrPending], [ErrLeftOut], [ErrGone] or [store.ErrDamaged].
-func (m *Mirror) Prove(ctx context.Context, node evm.Address, index uint64, leaf evm.Hash) (*receiptlog.Inclusion, error) {
-	v, err := m.view(ctx, node)
-	if errors.Is(err, store.ErrNotFound) || err == nil && index >= v.log.Size() {
+// Prove shows that a receipt, given by its leaf and when its result came, is in the
+// log of its node. It fails with [ErrPending] or [store.ErrDamaged].
+func (m *Mirror) Prove(ctx context.Context, node evm.Address, leaf evm.Hash, at time.Time) (*receiptlog.Inclusion, error) {
+	i, err := m.prove(ctx, node, leaf, at)
+	switch {
+	case errors.Is(err, errNotHere), errors.Is(err, store.ErrNotFound):
 		return nil, ErrPending
+	case errors.Is(err, store.ErrDamaged):
+		m.damaged(node, err)
 	}
+	return i, err
+}
+
+func (m *Mirror) prove(ctx context.Context, node evm.Address, leaf evm.Hash, at time.Time) (*receiptlog.Inclusion, error) {
+	v, err := m.view(ctx, node)
 	if err != nil {
 		return nil, err
 	}
 	head := v.log.Head
-	has, err := v.node(receiptlog.NodeID{Index: index})
-	var p *receiptlog.Proof
-	if err == nil {
-		p, err = receiptlog.Prove(index, head.Size, v.node)
+	if head == nil {
+		return nil, errNotHere
 	}
-	if errors.Is(err, errNotHere) {
-		return nil, ErrGone
-	}
-	if err == nil { // whatever it is, it is proven or not here
-		if bad := p.Check(has, head.Root); bad != nil {
-			err = fmt.Errorf("receipt log of %s: %w: %w", node, store.ErrDamaged, bad)
-		}
-	}
+	index, err := v.find(leaf, at)
 	if err != nil {
-		if errors.Is(err, store.ErrDamaged) {
-			m.metrics.LogsDamaged.Inc()
-			m.log.Error("copy of a node's receipt log is damaged", "node", node, "index", index, "error", err)
-		}
 		return nil, err
 	}
-	if has != leaf {
-		return nil, ErrLeftOut
+	p, err := receiptlog.Prove(index, head.Size, v.node)
+	if err != nil {
+		return nil, err
+	}
+	if err := p.Check(leaf, head.Root); err != nil {
+		return nil, fmt.Errorf("%w: %w", store.ErrDamaged, err)
 	}
 	return &receiptlog.Inclusion{Head: *head, Index: index, Path: p.Path}, nil
+}
+
+func (m *Mirror) damaged(node evm.Address, err error) {
+	m.metrics.LogsDamaged.Inc()
+	m.log.Error("copy of a node's receipt log is damaged", "node", node, "error", err)
 }

@@ -18,6 +18,7 @@ import (
 	"github.com/resultity/node/internal/network/store"
 	"github.com/resultity/node/internal/receipt"
 	"github.com/resultity/node/internal/receiptlog"
+	"github.com/resultity/node/internal/wire"
 )
 
 const (
@@ -32,10 +33,10 @@ type disk struct {
 	fail  error
 	puts  int
 	logs  map[evm.Address][]byte
-	tiles map[string][]byte
+	tiles map[string]tile
 }
 
-func newDisk() *disk { return &disk{logs: map[evm.Address][]byte{}, tiles: map[string][]byte{}} }
+func newDisk() *disk { return &disk{logs: map[evm.Address][]byte{}, tiles: map[string]tile{}} }
 
 func name(node evm.Address, level int, index uint64) string {
 	return fmt.Sprint(node, level, index)
@@ -62,7 +63,7 @@ func (d *disk) PutReceiptLog(_ context.Context, node evm.Address, l *store.Recei
 		return d.fail
 	}
 	for _, t := range full {
-		d.tiles[name(node, t.Level, t.Index)] = t.Hashes
+		d.tiles[name(node, t.Level, t.Index)] = tile{t.Hashes, time.Now()}
 	}
 	raw, err := json.Marshal(l)
 	d.logs[node] = raw
@@ -70,14 +71,14 @@ func (d *disk) PutReceiptLog(_ context.Context, node evm.Address, l *store.Recei
 	return err
 }
 
-func (d *disk) Tile(_ context.Context, node evm.Address, level int, index uint64) ([]byte, error) {
+func (d *disk) Tile(_ context.Context, node evm.Address, level int, index uint64) ([]byte, time.Time, error) {
 	d.mu.Lock()
 	defer d.mu.Unlock()
 	t, ok := d.tiles[name(node, level, index)]
 	if !ok {
-		return nil, store.ErrNotFound
+		return nil, time.Time{}, store.ErrNotFound
 	}
-	return t, nil
+	return t.hashes, t.at, nil
 }
 
 func (d *disk) set(err error) {
@@ -108,17 +109,13 @@ type prover struct {
 	s     *Session
 	log   *receiptlog.Log
 	all   []evm.Hash
+	made  []time.Time  // each of them
 	edges [][]evm.Hash // before each leaf, and at the end
 
 	mu   sync.Mutex
-	acks []ack
+	acks []*wire.LeavesAck
 	out  string
-}
-
-type ack struct {
-	size uint64
-	head *receiptlog.SignedHead
-	edge []evm.Hash
+	over string // why the session has to begin again
 }
 
 func newProver(t *testing.T) *prover {
@@ -145,22 +142,22 @@ func (p *prover) restart() {
 }
 
 // join begins a session and returns what the network says to it.
-func (p *prover) join() (first ack, out string) {
+func (p *prover) join() (first *wire.LeavesAck, out string) {
 	p.t.Helper()
 	var err error
 	p.acks = nil
-	p.s, out, err = p.m.Join(p.t.Context(), p.key.Address(), func(size uint64, head *receiptlog.SignedHead, edge []evm.Hash) {
+	p.s, out, err = p.m.Join(p.t.Context(), p.key.Address(), func(a *wire.LeavesAck) {
 		p.mu.Lock()
 		defer p.mu.Unlock()
-		p.acks = append(p.acks, ack{size, head, edge})
-	})
+		p.acks = append(p.acks, a)
+	}, func(why string) { p.over = why })
 	if err != nil {
 		p.t.Fatal(err)
 	}
 	return p.last(), out
 }
 
-func (p *prover) last() ack {
+func (p *prover) last() *wire.LeavesAck {
 	p.mu.Lock()
 	defer p.mu.Unlock()
 	return p.acks[len(p.acks)-1]
@@ -179,6 +176,7 @@ func (p *prover) grow(n int) {
 func (p *prover) add(leaf evm.Hash) {
 	p.log.Append(leaf, nil)
 	p.all = append(p.all, leaf)
+	p.made = append(p.made, time.Now())
 	p.edges = append(p.edges, p.log.Hashes())
 }
 
@@ -186,12 +184,16 @@ func (p *prover) add(leaf evm.Hash) {
 func (p *prover) send(from int, edge []evm.Hash) {
 	p.t.Helper()
 	for from < len(p.all) {
-		n := min(MaxLeaves, len(p.all)-from)
-		if _, err := p.s.Leaves(uint64(from), p.all[from:from+n], edge); err != nil {
+		n := min(wire.MaxLeaves, len(p.all)-from)
+		if _, err := p.leaves(from, p.all[from:from+n], edge); err != nil {
 			p.t.Fatal(err)
 		}
 		from, edge = from+n, nil
 	}
+}
+
+func (p *prover) leaves(from int, leaves, edge []evm.Hash) (news bool, err error) {
+	return p.s.Leaves(&wire.Leaves{From: uint64(from), Leaves: leaves, Edge: edge})
 }
 
 // sign makes a head of the log.
@@ -220,10 +222,10 @@ func (p *prover) beat(h *receiptlog.SignedHead) {
 // sync brings the copy to where the log is.
 func (p *prover) sync() {
 	p.t.Helper()
-	p.send(int(p.last().size), nil)
+	p.send(int(p.last().Size), nil)
 	h := p.sign(nil)
 	p.beat(h)
-	if a := p.last(); a.size != h.Size || a.head == nil || *a.head != *h {
+	if a := p.last(); a.Size != h.Size || a.Head == nil || *a.Head != *h {
 		p.t.Fatalf("acknowledged %+v, want head %+v", a, h)
 	}
 }
@@ -231,7 +233,7 @@ func (p *prover) sync() {
 // prove asks for the proof of a receipt and checks it as a client would.
 func (p *prover) prove(i int) error {
 	p.t.Helper()
-	in, err := p.m.Prove(p.t.Context(), p.key.Address(), uint64(i), p.all[i])
+	in, err := p.m.Prove(p.t.Context(), p.key.Address(), p.all[i], p.made[i])
 	if err != nil {
 		return err
 	}
@@ -244,7 +246,7 @@ func (p *prover) prove(i int) error {
 			p.t.Fatal(err)
 		}
 	}
-	if in.Index != uint64(i) || in.Head != *p.last().head {
+	if in.Index != uint64(i) || in.Head != *p.last().Head {
 		p.t.Fatalf("proof of %d under head %+v", in.Index, in.Head)
 	}
 	return in.Check(p.key.Address(), chain, hash(uint64(i)))
@@ -270,7 +272,7 @@ func is(t *testing.T, what string, got, want error) {
 // each receipt in it is proven under the newest head.
 func TestCopy(t *testing.T) {
 	p := newProver(t)
-	if a, out := p.join(); a.size != 0 || a.head != nil || len(a.edge) != 0 || out != "" {
+	if a, out := p.join(); a.Size != 0 || a.Head != nil || len(a.Edge) != 0 || out != "" {
 		t.Fatalf("a new node is told %+v, %q", a, out)
 	}
 	is(t, "before the first head", func() error { p.grow(1); return p.prove(0) }(), ErrPending)
@@ -286,21 +288,18 @@ func TestCopy(t *testing.T) {
 		last := len(p.all) - 1
 		p.mustProve(0, last/3, last/2, max(0, last-1), last)
 		is(t, "a receipt that comes next", func() error {
-			_, err := p.m.Prove(t.Context(), p.key.Address(), uint64(last+1), hash(0))
+			_, err := p.m.Prove(t.Context(), p.key.Address(), receiptlog.Leaf(hash(uint64(last+1))), time.Now())
 			return err
 		}(), ErrPending)
 	}
-	for i := 0; i < len(p.all); i += 7 {
+	for i := 0; i < len(p.all); i += 31 {
 		p.mustProve(i)
 	}
-	if _, err := p.m.Prove(t.Context(), p.key.Address(), 7, p.all[8]); !errors.Is(err, ErrLeftOut) {
-		t.Errorf("a receipt in another's place: %v", err)
-	}
-	if _, err := p.m.Prove(t.Context(), evm.Address{1}, 7, p.all[7]); !errors.Is(err, ErrPending) {
+	if _, err := p.m.Prove(t.Context(), evm.Address{1}, p.all[7], time.Now()); !errors.Is(err, ErrPending) {
 		t.Errorf("of a node without a log: %v", err)
 	}
 	puts := p.disk.puts
-	p.beat(p.last().head)
+	p.beat(p.last().Head)
 	p.beat(p.sign(nil)) // signed anew after a restart, say
 	if p.disk.puts != puts {
 		t.Error("a head that says nothing new was written down")
@@ -320,7 +319,7 @@ func TestLargeLog(t *testing.T) {
 	p.sync()
 	p.mustProve(0, 65_535, 65_536, 66_299)
 	delete(p.disk.tiles, name(p.key.Address(), 0, 3)) // at the bound
-	is(t, "a receipt whose tile has gone", p.prove(3*256), ErrGone)
+	is(t, "a receipt whose tile has gone", p.prove(3*256), ErrPending)
 	p.mustProve(2*256, 4*256)
 }
 
@@ -330,11 +329,8 @@ func TestHostileWords(t *testing.T) {
 	p.join()
 	p.grow(10)
 	for what, f := range map[string]func() error{
-		"no leaves":        func() error { _, err := p.s.Leaves(0, nil, nil); return err },
-		"too many leaves":  func() error { _, err := p.s.Leaves(0, make([]evm.Hash, MaxLeaves+1), nil); return err },
-		"a leaf of zeros":  func() error { _, err := p.s.Leaves(0, make([]evm.Hash, 1), nil); return err },
-		"an absurd place":  func() error { _, err := p.s.Leaves(1<<63, p.all, nil); return err },
-		"another's edge":   func() error { _, err := p.s.Leaves(5, p.all, p.edges[7]); return err },
+		"a leaf of zeros":  func() error { _, err := p.leaves(0, make([]evm.Hash, 1), nil); return err },
+		"another's edge":   func() error { _, err := p.leaves(5, p.all, p.edges[7]); return err },
 		"an absurd size":   func() error { return p.s.Beat(p.sign(func(h *receiptlog.Head) { h.Size = 1 << 62 })) },
 		"another network":  func() error { return p.s.Beat(p.sign(func(h *receiptlog.Head) { h.Network = "mainnet" })) },
 		"a bent signature": func() error { h := p.sign(nil); h.Size--; return p.s.Beat(h) },
@@ -349,7 +345,25 @@ func TestHostileWords(t *testing.T) {
 			other := newProver(t)
 			return p.s.Beat(other.sign(nil))
 		},
+		"leaves behind a gap":   func() error { p.join(); _, err := p.leaves(3, p.all[3:], nil); return err },
+		"a head without leaves": func() error { p.join(); return p.s.Beat(p.sign(nil)) },
+		"a head of more than came": func() error {
+			p.join()
+			if _, err := p.leaves(0, p.all[:9], nil); err != nil {
+				t.Fatal(err)
+			}
+			return p.s.Beat(p.sign(nil))
+		},
+		"an edge later": func() error {
+			p.join()
+			if _, err := p.leaves(0, p.all[:2], nil); err != nil {
+				t.Fatal(err)
+			}
+			_, err := p.leaves(5, p.all[5:], p.edges[5])
+			return err
+		},
 		"a first head that is not of its leaves": func() error {
+			p.join()
 			p.send(0, nil)
 			return p.s.Beat(p.sign(func(h *receiptlog.Head) { h.Root[3] ^= 1 }))
 		},
@@ -361,44 +375,30 @@ func TestHostileWords(t *testing.T) {
 		t.Error("something of it was stored")
 	}
 
-	// Gaps, leaves that come twice, heads without leaves and sizes that jump.
 	p.join()
-	if news, err := p.s.Leaves(3, p.all[3:], nil); news || err != nil {
-		t.Errorf("leaves behind a gap: %v, %v", news, err)
-	}
-	p.beat(p.sign(nil))
-	if a := p.last(); a.size != 0 || len(p.acks) != 2 {
-		t.Errorf("a head without leaves is answered with %+v", p.acks)
-	}
 	p.sync()
-	if news, err := p.s.Leaves(3, p.all[3:], nil); news || err != nil {
+	if news, err := p.leaves(3, p.all[3:], nil); news || err != nil {
 		t.Errorf("leaves that are there: %v, %v", news, err)
 	}
 	p.grow(5)
-	if news, err := p.s.Leaves(8, p.all[8:], nil); !news || err != nil {
+	if news, err := p.leaves(8, p.all[8:], nil); !news || err != nil {
 		t.Errorf("leaves of which some are there: %v, %v", news, err)
 	}
 	p.beat(p.sign(nil))
 	p.mustProve(9, 10, 14)
 
 	// A flood without a head.
-	flood := make([]evm.Hash, MaxLeaves)
+	flood := make([]evm.Hash, wire.MaxLeaves)
 	for i := range flood {
 		flood[i] = evm.Hash{1}
 	}
-	var took int
-	for i := range 2 * maxUnsigned / MaxLeaves {
-		news, err := p.s.Leaves(uint64(15+i*MaxLeaves), flood, nil)
-		if err != nil {
+	for i := range maxUnsigned / wire.MaxLeaves {
+		if _, err := p.leaves(15+i*wire.MaxLeaves, flood, nil); err != nil {
 			t.Fatal(err)
 		}
-		if news {
-			took++
-		}
 	}
-	if took != maxUnsigned/MaxLeaves || p.m.unsigned.Load() > maxUnsigned {
-		t.Errorf("%d batches of a flood were kept, %d leaves", took, p.m.unsigned.Load())
-	}
+	_, err := p.leaves(15+maxUnsigned, flood, nil)
+	is(t, "a flood", err, ErrCrowded)
 	p.s.Leave()
 	if p.m.unsigned.Load() != 0 {
 		t.Errorf("%d leaves are kept of a node that has gone", p.m.unsigned.Load())
@@ -432,7 +432,7 @@ func TestContradiction(t *testing.T) {
 				}
 			}
 			p.grow(4)
-			p.send(int(p.last().size), nil)
+			p.send(int(p.last().Size), nil)
 			return p.sign(nil)
 		},
 	} {
@@ -441,7 +441,7 @@ func TestContradiction(t *testing.T) {
 			p.join()
 			p.grow(400)
 			p.sync()
-			first := *p.last().head
+			first := *p.last().Head
 			bad := second(p)
 			p.disk.set(errors.New("full"))
 			p.beat(bad)
@@ -461,10 +461,10 @@ func TestContradiction(t *testing.T) {
 			p.grow(1)
 			p.send(400, nil)
 			p.beat(p.sign(nil))
-			if a := p.last(); a.size != 400 {
+			if a := p.last(); a.Size != 400 {
 				t.Errorf("its log goes on: %+v", a)
 			}
-			if _, err := p.m.Prove(t.Context(), p.key.Address(), 3, receiptlog.Leaf(hash(3))); err != nil {
+			if _, err := p.m.Prove(t.Context(), p.key.Address(), receiptlog.Leaf(hash(3)), time.Now()); err != nil {
 				t.Errorf("what was in the log before cannot be proven: %v", err)
 			}
 		})
@@ -474,7 +474,7 @@ func TestContradiction(t *testing.T) {
 	p.join()
 	p.grow(300)
 	p.sync()
-	older := p.last().head
+	older := p.last().Head
 	p.grow(300)
 	p.sync()
 	p.beat(older)
@@ -491,9 +491,9 @@ func TestLostCopy(t *testing.T) {
 		p.join()
 		p.grow(1000)
 		p.sync()
-		p.disk.logs, p.disk.tiles = map[evm.Address][]byte{}, map[string][]byte{} // the whole disk
+		p.disk.logs, p.disk.tiles = map[evm.Address][]byte{}, map[string]tile{} // the whole disk
 		p.restart()
-		if a, _ := p.join(); a.size != 0 {
+		if a, _ := p.join(); a.Size != 0 {
 			t.Fatalf("told %+v", a)
 		}
 		p.grow(900)
@@ -504,7 +504,7 @@ func TestLostCopy(t *testing.T) {
 				continue
 			}
 			switch err := p.prove(i); {
-			case i < from && err != nil && !errors.Is(err, ErrGone): // some can be proven from what is known
+			case i < from && !errors.Is(err, ErrPending):
 				t.Fatalf("from %d: receipt %d, before it: %v", from, i, err)
 			case i >= from && err != nil:
 				t.Fatalf("from %d: receipt %d: %v", from, i, err)
@@ -544,7 +544,7 @@ func TestDamagedCopy(t *testing.T) {
 				t.Error("a receipt is proven from it")
 			}
 			signed := what != "the head" && what != "the root"
-			if a, _ := p.join(); a.size != 0 || a.head != nil {
+			if a, _ := p.join(); a.Size != 0 || a.Head != nil {
 				t.Fatalf("the node is told %+v", a)
 			}
 			p.grow(100)
@@ -586,7 +586,10 @@ func TestDamagedCopy(t *testing.T) {
 		p.grow(10)
 		p.send(700, nil)
 		p.beat(p.sign(nil))
-		if a := p.last(); a.size != 0 {
+		if p.over == "" {
+			t.Fatal("the session goes on")
+		}
+		if a, _ := p.join(); a.Size != 0 {
 			t.Fatalf("the node is told %+v", a)
 		}
 		p.send(512, p.edges[512])
@@ -598,8 +601,8 @@ func TestDamagedCopy(t *testing.T) {
 		p.join()
 		p.grow(700)
 		p.sync()
-		p.disk.tiles[name(p.key.Address(), 0, 1)][40] ^= 1
-		for _, i := range []int{256, 257, 300} {
+		p.disk.tiles[name(p.key.Address(), 0, 1)].hashes[40] ^= 1
+		for _, i := range []int{256, 257, 300} { // the second of them is the one that was changed
 			if err := p.prove(i); !errors.Is(err, store.ErrDamaged) {
 				t.Errorf("receipt %d: %v", i, err)
 			}
@@ -611,8 +614,11 @@ func TestDamagedCopy(t *testing.T) {
 		p.join()
 		p.grow(100)
 		p.sync()
-		lost := *p.last().head
+		lost := *p.last().Head
 		p.grow(500)
+		_, err := p.leaves(100, p.all[100:], p.edges[100])
+		is(t, "an edge where there is no gap", err, ErrInvalid)
+		p.join()
 		p.send(400, p.edges[400])
 		p.beat(p.sign(nil))
 		p.mustProve(400, 599)
@@ -632,7 +638,7 @@ func TestFullDisk(t *testing.T) {
 	p.send(0, nil)
 	p.beat(p.sign(nil))
 	p.beat(p.sign(nil))
-	if a := p.last(); a.size != 0 {
+	if a := p.last(); a.Size != 0 {
 		t.Fatalf("told %+v", a)
 	}
 	p.grow(300)
@@ -640,7 +646,7 @@ func TestFullDisk(t *testing.T) {
 	p.disk.set(nil)
 	h := p.sign(nil)
 	p.beat(h)
-	if a := p.last(); a.size != 600 || *a.head != *h {
+	if a := p.last(); a.Size != 600 || *a.Head != *h {
 		t.Fatalf("told %+v", a)
 	}
 	p.mustProve(0, 299, 300, 599)
@@ -653,13 +659,13 @@ func TestReplacedSession(t *testing.T) {
 	old := p.s
 	p.grow(10)
 	p.join()
-	if news, err := old.Leaves(0, p.all, nil); news || err != nil {
+	if news, err := old.Leaves(&wire.Leaves{Leaves: p.all}); news || err != nil {
 		t.Errorf("leaves of the old session: %v, %v", news, err)
 	}
 	if err := old.Beat(p.sign(nil)); err != nil {
 		t.Error(err)
 	}
-	old.Result(0, evm.Hash{}, receipt.JobID{1})
+	old.Result(evm.Hash{}, receipt.JobID{1})
 	old.Leave()
 	p.sync()
 	p.mustProve(9)
@@ -672,54 +678,65 @@ func TestUnlogged(t *testing.T) {
 		p := newProver(t)
 		p.join()
 		p.grow(3)
-		state := func() State { return p.m.States()[p.key.Address()] }
 		want := func(what string, want State) {
 			t.Helper()
-			if got := state(); got != want {
+			if got := p.m.States()[p.key.Address()]; got != want {
 				t.Errorf("%s: %+v, want %+v", what, got, want)
 			}
 		}
+		beats := func(n int) {
+			for range n {
+				time.Sleep(heartbeat)
+				p.beat(p.last().Head)
+			}
+		}
 		job := receipt.JobID{1}
-		p.s.Result(0, p.all[0], job) // before its leaf
+		p.s.Result(p.all[0], job) // before its leaf
 		want("a result", State{Waiting: 1})
 		p.sync()
 		want("its leaf", State{})
-		p.s.Result(1, p.all[1], job) // behind it
-		p.m.wg.Wait()
-		want("a result behind its leaf", State{})
-		p.s.Result(2, p.all[1], job)
-		p.m.wg.Wait()
-		want("a receipt in another's place", State{LeftOut: 1})
-		p.s.Result(3, evm.Hash{9}, job)
-		p.grow(1)
-		p.sync()
-		want("a receipt that the log leaves out", State{LeftOut: 2})
-		p.s.Result(4, evm.Hash{9}, job)
-		p.s.Result(4, evm.Hash{8}, job)
-		want("two receipts in one place", State{Waiting: 1, LeftOut: 3})
-		time.Sleep(2*heartbeat - time.Second)
-		p.beat(p.last().head)
-		want("soon", State{Waiting: 1, LeftOut: 3})
-		time.Sleep(2 * time.Second)
-		p.beat(p.last().head)
-		want("after two heartbeats", State{Waiting: 1, Overdue: 1, LeftOut: 3})
+		p.s.Result(p.all[1], job)
+		want("a result behind its leaf", State{Waiting: 1})
+		beats(3)
+		want("found in the log", State{})
+		missing := evm.Hash{9}
+		p.s.Result(missing, job)
+		beats(1)
+		want("soon", State{Waiting: 1})
+		beats(2)
+		want("after two heartbeats", State{Waiting: 1, Overdue: 1})
 		p.s.Leave()
-		want("while it is away", State{Waiting: 1, LeftOut: 3})
+		want("while it is away", State{Waiting: 1, Overdue: 1})
 		p.join()
-		want("when it is back", State{Waiting: 1, LeftOut: 3})
-		time.Sleep(2*heartbeat + time.Second)
-		want("two heartbeats later", State{Waiting: 1, Overdue: 1, LeftOut: 3})
-		p.add(evm.Hash{9})
+		want("when it is back", State{Waiting: 1})
+		beats(3)
+		want("two heartbeats later", State{Waiting: 1, Overdue: 1})
+		p.add(missing)
 		p.sync()
-		want("in the end", State{LeftOut: 3})
+		want("in the end", State{})
+
+		p.s.Result(evm.Hash{8}, job)
+		beats(2 * surrender)
+		want("a log that does not grow", State{Waiting: 1, Overdue: 1})
+		p.grow(300)
+		p.sync()
+		beats(1)
+		want("one that goes on without a receipt", State{LeftOut: 1})
 		p.grow(1)
 		p.sync()
 		p.restart()
 		p.join()
-		want("after a restart", State{LeftOut: 3})
-		for i := range uint64(2 * maxExpected) {
-			p.s.Result(1000+i, evm.Hash{9}, job)
+		want("after a restart", State{LeftOut: 1})
+		for i := range 2 * maxExpected {
+			p.s.Result(hash(uint64(i)), job)
 		}
-		want("a flood", State{Waiting: maxExpected, LeftOut: 3})
+		want("a flood", State{Waiting: maxExpected, LeftOut: 1})
+
+		p.disk.set(errors.New("full"))
+		p.grow(1)
+		p.send(len(p.all)-1, nil)
+		p.beat(p.sign(nil))
+		beats(5)
+		want("while the network cannot write", State{Waiting: maxExpected, LeftOut: 1})
 	})
 }

@@ -8,6 +8,7 @@ import (
 	"golang.org/x/time/rate"
 
 	"github.com/resultity/node/internal/evm"
+	"github.com/resultity/node/internal/wire"
 )
 
 // Bounds of registrations and requests about bindings, a second. A fleet may be
@@ -33,6 +34,10 @@ const (
 // one at a time, now and then.
 const logsRate, logsBurst = 0.5, 16
 
+// leavesRate and leavesBurst are of leaves for which the session has seen no result:
+// those of sessions before, and those that a network asks for which has lost them.
+const leavesRate, leavesBurst = 100, 2 * wire.MaxPending
+
 // maxKeys bounds what limiters remember; it is twice as many, to be exact.
 const maxKeys = 8192
 
@@ -50,7 +55,8 @@ type limits struct {
 	nodesOf *limiters[netip.Prefix] // new ones, without a token
 	nodes   *rate.Limiter
 
-	logsOf *limiters[evm.Address] // in all of its sessions
+	logsOf   *limiters[evm.Address] // in all of its sessions
+	leavesOf *limiters[evm.Address] // likewise
 }
 
 func newLimits() limits {
@@ -59,7 +65,8 @@ func newLimits() limits {
 		requestsOf: newLimiters[evm.Address](hourly(perNodeRequests)), codesOf: newLimiters[evm.Address](hourly(perNodeCodes)),
 		codesTo: newLimiters[string](hourly(perAddress)), codesSource: newLimiters[netip.Prefix](hourly(perSource)), codes: rate.NewLimiter(hourly(perNetwork)),
 		nodesOf: newLimiters[netip.Prefix](hourly(perSourceNodes)), nodes: rate.NewLimiter(hourly(perNetworkNodes)),
-		logsOf: newLimiters[evm.Address](logsRate, logsBurst),
+		logsOf:   newLimiters[evm.Address](logsRate, logsBurst),
+		leavesOf: newLimiters[evm.Address](leavesRate, leavesBurst),
 	}
 }
 

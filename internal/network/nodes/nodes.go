@@ -35,6 +35,7 @@ import (
 	"github.com/resultity/node/internal/failpoint"
 	"github.com/resultity/node/internal/network/dispatch"
 	"github.com/resultity/node/internal/network/metrics"
+	"github.com/resultity/node/internal/network/mirror"
 	"github.com/resultity/node/internal/network/store"
 	"github.com/resultity/node/internal/wire"
 )
@@ -79,6 +80,7 @@ type Manager struct {
 	registry registry
 	dispatch *dispatch.Dispatcher
 	orders   desk
+	mirror   *mirror.Mirror
 	key      *evm.Key // signs what goes to the nodes
 	version  string
 	metrics  *metrics.Metrics
@@ -108,7 +110,7 @@ type Manager struct {
 }
 
 // New makes a manager.
-func New(r registry, d *dispatch.Dispatcher, o desk, key *evm.Key, version string, m *metrics.Metrics, log *slog.Logger, opt Options) *Manager {
+func New(r registry, d *dispatch.Dispatcher, o desk, logs *mirror.Mirror, key *evm.Key, version string, m *metrics.Metrics, log *slog.Logger, opt Options) *Manager {
 	if opt.MaxSessions == 0 {
 		opt.MaxSessions = 16384
 	}
@@ -122,7 +124,7 @@ func New(r registry, d *dispatch.Dispatcher, o desk, key *evm.Key, version strin
 		opt.Ping = 15 * time.Second
 	}
 	return &Manager{
-		registry: r, dispatch: d, orders: o, key: key, version: version, metrics: m, log: log, opt: opt,
+		registry: r, dispatch: d, orders: o, mirror: logs, key: key, version: version, metrics: m, log: log, opt: opt,
 		upgrader: websocket.Upgrader{
 			HandshakeTimeout: 10 * time.Second,
 			Subprotocols:     []string{wire.Subprotocol},

@@ -21,7 +21,9 @@ import (
 	"github.com/resultity/node/internal/evm"
 	"github.com/resultity/node/internal/failpoint"
 	"github.com/resultity/node/internal/network/dispatch"
+	"github.com/resultity/node/internal/network/mirror"
 	"github.com/resultity/node/internal/receipt"
+	"github.com/resultity/node/internal/receiptlog"
 	"github.com/resultity/node/internal/wire"
 )
 
@@ -63,11 +65,13 @@ type session struct {
 	opener *wire.Opener // the reader's
 	// stray slows down a node that sends what nobody asked for: the reader waits,
 	// and then so does the node.
-	stray *rate.Limiter // the reader's
-	met   bool          // hello has been taken; the reader's
-	among *places       // where the session has a place, or nil; the reader's
-	stay  *stay         // that place
-	due   time.Time     // when the frame that has it must be here
+	stray *rate.Limiter   // the reader's
+	met   bool            // hello has been taken; the reader's
+	copy  *mirror.Session // of the node's receipt log, after hello; the reader's
+	owed  int             // receipts whose leaves have not come; the reader's
+	among *places         // where the session has a place, or nil; the reader's
+	stay  *stay           // that place
+	due   time.Time       // when the frame that has it must be here
 
 	writing chan struct{} // has an element while a batch of logs is being written
 
@@ -228,6 +232,7 @@ func (s *session) read() (violation bool) {
 	violation = s.blame(err)
 	if member != nil {
 		member.Leave(violation)
+		s.copy.Leave()
 	}
 	return violation
 }
@@ -252,6 +257,7 @@ var refusals = []struct {
 	{errOrder, "order", true},
 	{dispatch.ErrInvalid, "invalid", true},
 	{wire.ErrLogs, "logs", true},
+	{mirror.ErrInvalid, "receiptlog", true},
 }
 
 var (
@@ -283,6 +289,8 @@ func (s *session) blame(err error) bool {
 	}
 	var timeout net.Error
 	switch {
+	case errors.Is(err, mirror.ErrCrowded):
+		s.end(websocket.CloseTryAgainLater, "crowded", err.Error())
 	case errors.Is(err, errBye):
 		s.end(websocket.CloseNormalClosure, "bye", "the node said goodbye")
 	case errors.As(err, &timeout) && timeout.Timeout():
@@ -338,9 +346,16 @@ func (s *session) join() (*dispatch.Member, error) {
 	if err != nil {
 		return nil, err
 	}
+	var out string
+	told, over := func(a *wire.LeavesAck) { s.Send(a) }, func(why string) { s.end(websocket.CloseTryAgainLater, "log_lost", why) }
+	if s.copy, out, err = s.m.mirror.Join(ctx, s.node, told, over); err != nil {
+		return nil, err
+	}
 	s.Send(bound(n.Binding))
 	m := s.m.dispatch.Join(s.node, s)
-	s.m.dispatch.SetBound(s.node, n.Account != "") // before its first heartbeat, so before its first job
+	// Before its first heartbeat, so before its first job.
+	s.m.dispatch.SetBound(s.node, n.Account != "")
+	s.m.dispatch.SetOut(s.node, out)
 	return m, nil
 }
 
@@ -464,7 +479,9 @@ func (s *session) handle(member *dispatch.Member, msg wire.Message) error {
 	switch v := msg.(type) {
 	case *wire.Heartbeat:
 		expected = false // at the interval and at changes; a flood of them is slowed down
-		err = member.Heartbeat(v)
+		if err = member.Heartbeat(v); err == nil {
+			err = s.copy.Beat(v.Head)
+		}
 	case *wire.Accept:
 		expected = member.Accepted(v.Job)
 	case *wire.Refuse:
@@ -472,7 +489,9 @@ func (s *session) handle(member *dispatch.Member, msg wire.Message) error {
 	case *wire.Chunk:
 		expected, err = member.Chunk(v)
 	case *wire.Result:
-		expected, err = member.Result(v)
+		if expected, err = member.Result(v); expected && err == nil && v.Receipt != nil {
+			s.owe(v.Receipt)
+		}
 		if v.Code != "" { // the job may come again, behind the acknowledgement
 			s.sendAcks()
 		}
@@ -480,15 +499,15 @@ func (s *session) handle(member *dispatch.Member, msg wire.Message) error {
 		expected, err = s.orderDone(v)
 	case *wire.Logs:
 		err = s.logs(v)
-	case *wire.Leaves: // not kept yet
-		expected = false
+	case *wire.Leaves:
+		expected, err = s.leaves(v)
 	case *wire.Bye:
 		return errBye
 	default:
 		return fmt.Errorf("%w: a second %s", errOrder, msg.Type())
 	}
 	if err == nil && !expected {
-		s.pause(s.stray)
+		s.pause(s.stray, 1)
 	}
 	return err
 }
@@ -520,7 +539,7 @@ func (s *session) logs(l *wire.Logs) error {
 	if network := s.m.dispatch.Terms().Config.Network.Name; who != s.node || b.Node != s.node || b.Network != network {
 		return fmt.Errorf("%w: logs of node %s of network %.64q, signed by %s", wire.ErrLogs, b.Node, b.Network, who)
 	}
-	s.pause(s.m.limits.logsOf.of(s.node))
+	s.pause(s.m.limits.logsOf.of(s.node), 1)
 	if _, err := b.Unpack(l.Data); err != nil {
 		return err
 	}
@@ -537,9 +556,27 @@ func (s *session) logs(l *wire.Logs) error {
 	return nil
 }
 
-// pause makes a node wait that sends more than it should.
-func (s *session) pause(l *rate.Limiter) {
-	d := l.Reserve().Delay()
+// owe notes a receipt that has been checked: its leaf has to come, too.
+func (s *session) owe(r *receipt.Signed) {
+	stated := r.Receipt()
+	s.copy.Result(receiptlog.Leaf(stated.Hash(r.ChainID())), stated.Job)
+	s.owed = min(s.owed+1, leavesBurst)
+}
+
+// leaves takes a part of the node's receipt log.
+func (s *session) leaves(l *wire.Leaves) (expected bool, err error) {
+	n := len(l.Leaves)
+	known := min(n, s.owed)
+	s.owed -= known
+	if n > known {
+		s.pause(s.m.limits.leavesOf.of(s.node), n-known)
+	}
+	return s.copy.Leaves(l)
+}
+
+// pause makes a node wait that sends more than it should: n of what a limit is for.
+func (s *session) pause(l *rate.Limiter, n int) {
+	d := l.ReserveN(time.Now(), n).Delay()
 	if d == 0 {
 		return
 	}

@@ -81,7 +81,7 @@ func rig(t *testing.T, opt Options) (s *session, client *websocket.Conn) {
 	m := metrics.New(func() metrics.State { return metrics.State{} })
 	log := slog.New(slog.DiscardHandler)
 	d := dispatch.New(nil, terms, m, log, dispatch.Options{})
-	mgr := New(nil, d, nil, key, "test", m, log, opt)
+	mgr := New(nil, d, nil, nil, key, "test", m, log, opt)
 	conns := make(chan *websocket.Conn, 1)
 	srv := httptest.NewServer(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
 		conn, err := mgr.upgrader.Upgrade(w, r, nil)
@@ -428,7 +428,7 @@ func TestFragments(t *testing.T) {
 
 func TestFloodsAreSlowedDown(t *testing.T) {
 	for name, flood := range map[string]func(*session, *wire.Logs){
-		"stray": func(s *session, _ *wire.Logs) { s.pause(s.stray) },
+		"stray": func(s *session, _ *wire.Logs) { s.pause(s.stray, 1) },
 		"logs": func(s *session, bad *wire.Logs) {
 			if err := s.logs(bad); !errors.Is(err, wire.ErrLogs) {
 				t.Errorf("logs: %v", err)

@@ -26,27 +26,39 @@ const (
 	tileGrace  = 25 * time.Hour // for a leaf that comes before its result: no job may take longer
 )
 
-// ReceiptLog is what is kept of a node's receipt log beside its full tiles.
-type ReceiptLog struct {
+// LogSummary says how far a node's receipt log is known.
+type LogSummary struct {
 	// Head is the newest one to which every leaf is here; nil for none.
 	Head *receiptlog.SignedHead `json:"head"`
-	// Edge is the log at Head, see [receiptlog.Log.Hashes].
-	Edge []evm.Hash `json:"edge"`
-	// Open has the tile of each level that is not full, as [Tile.Hashes].
-	Open [][]byte `json:"open"`
-	// From is the first leaf that is here, and Before the log up to there: of what
-	// came before only this is known.
-	From   uint64     `json:"from"`
-	Before []evm.Hash `json:"before"`
+	// From is the first leaf that is here: what came before cannot be proven.
+	From uint64 `json:"from"`
 	// Lost is the newest head of a copy that was lost. What is here now has not been
 	// shown to go on from it.
 	Lost *receiptlog.SignedHead `json:"lost,omitempty"`
 	// Conflict has the heads that cannot be of one log.
 	Conflict *Conflict `json:"conflict,omitempty"`
-	// LeftOut counts receipts that the network has and in whose place the log has
-	// another one.
-	LeftOut uint64 `json:"left_out,omitempty"`
+	// LeftOut counts receipts that the network has and that the log went on without.
+	LeftOut uint64 `json:"left_out"`
 	Stored  int64  `json:"stored"` // Unix milliseconds
+}
+
+// Size is how many leaves the log has.
+func (l *LogSummary) Size() uint64 {
+	if l.Head == nil {
+		return 0
+	}
+	return l.Head.Size
+}
+
+// ReceiptLog is what is kept of a node's receipt log beside its full tiles.
+type ReceiptLog struct {
+	LogSummary
+	// Edge is the log at Head, and Before the one at From, see
+	// [receiptlog.Log.Hashes].
+	Edge   []evm.Hash `json:"edge"`
+	Before []evm.Hash `json:"before"`
+	// Open has the tile of each level that is not full, as [Tile.Hashes].
+	Open [][]byte `json:"open"`
 }
 
 // Conflict is a head of a node, and a second one of a log that does not begin with
@@ -55,14 +67,6 @@ type Conflict struct {
 	First  receiptlog.SignedHead `json:"first"`
 	Second receiptlog.SignedHead `json:"second"`
 	Found  int64                 `json:"found"` // Unix milliseconds
-}
-
-// Size is how many leaves the log has.
-func (l *ReceiptLog) Size() uint64 {
-	if l.Head == nil {
-		return 0
-	}
-	return l.Head.Size
 }
 
 // Tile is 256 hashes of one level of a log's tree: level L has the roots of
@@ -132,31 +136,31 @@ func (s *Store) ReceiptLog(ctx context.Context, node evm.Address) (*ReceiptLog, 
 	return l, nil
 }
 
-// ReceiptLogs returns what is kept of all logs, by node.
-func (s *Store) ReceiptLogs(ctx context.Context) (map[evm.Address]*ReceiptLog, error) {
-	m, err := all[ReceiptLog](ctx, s.now.Load().receiptlogs)
+// ReceiptLogs returns how far each log is known, by node.
+func (s *Store) ReceiptLogs(ctx context.Context) (map[evm.Address]LogSummary, error) {
+	m, err := all[LogSummary](ctx, s.now.Load().receiptlogs)
 	if err != nil {
 		return nil, err
 	}
-	logs := make(map[evm.Address]*ReceiptLog, len(m))
+	logs := make(map[evm.Address]LogSummary, len(m))
 	for key, l := range m {
 		a, err := evm.ParseAddress("0x" + key)
 		if err != nil {
 			return nil, fmt.Errorf("receipt log under the name %.80q", key)
 		}
-		logs[a] = &l
+		logs[a] = l
 	}
 	return logs, nil
 }
 
-// Tile returns the hashes of a full tile, or [ErrNotFound].
-func (s *Store) Tile(ctx context.Context, node evm.Address, level int, index uint64) ([]byte, error) {
+// Tile returns the hashes of a full tile and when it was put, or [ErrNotFound].
+func (s *Store) Tile(ctx context.Context, node evm.Address, level int, index uint64) (hashes []byte, at time.Time, err error) {
 	m, err := s.now.Load().tiles.GetLastMsgForSubject(ctx, tileSubject(node, level, index))
 	if errors.Is(err, jetstream.ErrMsgNotFound) {
-		return nil, fmt.Errorf("tile %d of level %d of the receipt log of %s: %w", index, level, node, ErrNotFound)
+		return nil, at, fmt.Errorf("tile %d of level %d of the receipt log of %s: %w", index, level, node, ErrNotFound)
 	}
 	if err != nil {
-		return nil, fmt.Errorf("tile %d of level %d of the receipt log of %s: %w", index, level, node, err)
+		return nil, at, fmt.Errorf("tile %d of level %d of the receipt log of %s: %w", index, level, node, err)
 	}
-	return m.Data, nil
+	return m.Data, m.Time, nil
 }
