@@ -37,7 +37,15 @@ type Config struct {
 	Paths    Paths    `koanf:"paths"`
 	Runtime  Runtime  `koanf:"runtime"`
 	Models   Models   `koanf:"models"`
+	Replay   Replay   `koanf:"replay"`
 	Log      Log      `koanf:"log"`
+}
+
+// Replay says what is kept of jobs, so that the operator can run them again.
+type Replay struct {
+	// Keep is how many of the last jobs of each network are kept on this machine's
+	// disk, with prompt and answer; 0 for none.
+	Keep int `koanf:"keep"`
 }
 
 // Models says where models may come from, beside the sources that the network names.
@@ -181,8 +189,9 @@ type Network struct {
 // MaxNetworks is how many networks a node can take part in.
 const MaxNetworks = 8
 
-// maxPriority bounds priorities, so that what is written is what is compared.
-const maxPriority = 1000
+// maxNumber bounds priorities, so that what is written is what is compared, and
+// counts.
+const maxNumber = 1000
 
 // Identity says how the node's key is protected.
 type Identity struct {
@@ -342,8 +351,8 @@ func read(file string) (*koanf.Koanf, error) {
 				return nil, fmt.Errorf("%s: want a list of strings in quotes, got %v", key, v)
 			}
 		case reflect.Int:
-			if n, ok := v.(int64); !ok || n < 0 || n > maxPriority {
-				return nil, fmt.Errorf("%s: want a whole number from 0 to %d, got %v", key, maxPriority, v)
+			if n, ok := v.(int64); !ok || n < 0 || n > maxNumber {
+				return nil, fmt.Errorf("%s: want a whole number from 0 to %d, got %v", key, maxNumber, v)
 			}
 		default:
 			if _, ok := v.(string); !ok {

@@ -123,6 +123,7 @@ func TestErrorsNameFileAndKey(t *testing.T) {
 		{"priority no number", good, second("u", "priority = \"3\"\n"), "a.toml", "network.u.priority", "whole number"},
 		{"priority no whole number", good, second("u", "priority = 1.5\n"), "a.toml", "network.u.priority", "whole number"},
 		{"priority too high", good, second("u", "priority = 1001\n"), "a.toml", "network.u.priority", "0 to 1000"},
+		{"too many kept", good + "[replay]\nkeep = 1001\n", "", "agent.toml", "replay.keep", "0 to 1000"},
 		{"priority below zero", good, second("u", "priority = -1\n"), "a.toml", "network.u.priority", "0 to 1000"},
 		{"too many", good, many(8), "agent.toml", "network", "9 networks, at most 8"},
 		{"http", strings.Replace(good, "https", "http", 1), "", "agent.toml", "network.t.url", "want https://"},

@@ -233,7 +233,11 @@ func (p *Params) bridge(d driver) contract.Options {
 	o.StopGrace = r.StopTimeout.Duration()
 	// The agent's request to the engine is a little larger than the client's.
 	o.MaxBody = p.Config.Limits.RequestBytes + 64<<10
-	o.MaxInFlight = r.Settings.Slots
+	if r.Settings.Slots > 0 { // else the options are refused
+		// One beside the slots, for a request that has been given up and is not
+		// gone yet when the next one comes.
+		o.MaxInFlight = r.Settings.Slots + 1
+	}
 	o.Writable = []string{"/tmp", "/dev/shm"}
 	o.ReadOnly = []string{modelsDir, BridgeFile}
 	o.Devices = p.DeviceNodes

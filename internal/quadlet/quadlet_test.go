@@ -275,7 +275,7 @@ func TestCheckRefusesChanges(t *testing.T) {
 		{"--writable /tmp", "--writable /models"},
 		{"--read-only /models", "--read-only /etc"},
 		{"--engine http://127.0.0.1:8080", "--engine http://192.0.2.1:8080"},
-		{"--max-in-flight 2", "--max-in-flight 0"},
+		{"--max-in-flight 3", "--max-in-flight 0"},
 		{"Exec=--socket", "Exec=--sockets"},
 		{"/usr/bin/llama-server", "%h/llama-server"},
 		{"/usr/bin/llama-server", "$HOME/llama-server"},

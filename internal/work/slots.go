@@ -2,6 +2,7 @@ package work
 
 import (
 	"context"
+	"slices"
 	"sync"
 	"time"
 )
@@ -12,14 +13,18 @@ import (
 // there are as many slots as such networks, none is shut out by the others.
 // Without any other network in the last minute, one has them all.
 //
-// Its methods are safe for concurrent use and do not wait, but for Hold.
+// Its methods are safe for concurrent use and do not wait, but for Hold and Borrow.
 type Slots struct {
 	mu      sync.Mutex // guards what follows; workers' own are never taken under it
 	users   map[*Worker]*user
 	held    int           // by Hold
 	waiting int           // in Hold
+	loans   []*loan       // slots that Borrow has given, beside the taken ones
 	changed chan struct{} // closed and replaced when a slot is given back
 }
+
+// loan is a slot that is used until somebody wants it.
+type loan struct{ recall func() }
 
 // user is what is known of a worker.
 type user struct {
@@ -88,6 +93,7 @@ func (s *Slots) take(w *Worker, limit int, now time.Time) bool {
 	u := s.user(w)
 	u.busy++
 	u.last = now
+	s.recallLocked(limit)
 	return true
 }
 
@@ -113,14 +119,11 @@ func (s *Slots) Hold(ctx context.Context, limit int) (release func(), err error)
 	s.mu.Lock()
 	s.waiting++
 	for {
-		taken := s.held
-		for _, u := range s.users {
-			taken += u.busy
-		}
 		changed := s.changed
-		if taken < limit {
+		if s.takenLocked() < limit {
 			s.waiting--
 			s.held++
+			s.recallLocked(limit)
 			s.mu.Unlock()
 			return s.release, nil
 		}
@@ -134,6 +137,57 @@ func (s *Slots) Hold(ctx context.Context, limit int) (release func(), err error)
 			return nil, ctx.Err()
 		}
 		s.mu.Lock()
+	}
+}
+
+func (s *Slots) takenLocked() int {
+	taken := s.held
+	for _, u := range s.users {
+		taken += u.busy
+	}
+	return taken
+}
+
+// Borrow waits for one of limit slots that nobody wants, and returns what gives
+// it back. Jobs and Hold do not see that it is lent: where they leave none for it,
+// recall is called, once, under a lock of Slots' own. Until what uses it has
+// ended the engine then has one request more than slots. It fails with ctx.
+func (s *Slots) Borrow(ctx context.Context, limit int, recall func()) (giveBack func(), err error) {
+	l := &loan{recall}
+	for {
+		s.mu.Lock()
+		changed := s.changed
+		free := s.waiting == 0 && s.takenLocked()+len(s.loans) < limit
+		if free {
+			s.loans = append(s.loans, l)
+		}
+		s.mu.Unlock()
+		if free {
+			return func() { s.end(l) }, nil
+		}
+		select {
+		case <-changed:
+		case <-ctx.Done():
+			return nil, context.Cause(ctx)
+		}
+	}
+}
+
+func (s *Slots) end(l *loan) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if i := slices.Index(s.loans, l); i >= 0 { // else it was recalled
+		s.loans = slices.Delete(s.loans, i, i+1)
+	}
+	s.changedLocked()
+}
+
+// recallLocked recalls the loans that the taken slots leave no room for.
+func (s *Slots) recallLocked(limit int) {
+	for len(s.loans) > 0 && s.takenLocked()+len(s.loans) > limit {
+		l := s.loans[0]
+		s.loans = s.loans[1:]
+		l.recall()
 	}
 }
 

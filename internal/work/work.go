@@ -93,6 +93,9 @@ type Config struct {
 	// why the last one. It must not wait. The worker takes no jobs for it until
 	// it is made active anew. May be nil.
 	Suspect func(a *Active, why string)
+	// Keep is given each job with its answer, once that is safe and sent. It may
+	// take as long as a write. May be nil.
+	Keep func(j *wire.Job, r *wire.Result)
 	// Slots are the engine's, where other workers use it, too; nil for a worker
 	// that has it to itself. Crowded is told when another one has taken a slot or
 	// given one back. It must not wait. May be nil.
@@ -103,7 +106,7 @@ type Config struct {
 }
 
 // Worker runs jobs. Its methods are safe for concurrent use and do not wait for
-// engine, disk or network, but for Run, Idle and Drain.
+// engine, disk or network, but for Run, Idle, Drain and Replay.
 type Worker struct {
 	cfg   Config
 	fatal chan error // capacity 1: why Run must end
@@ -121,6 +124,7 @@ type Worker struct {
 	heard     bool                   // something came from the network since the last housekeeping
 	changed   chan struct{}          // closed and replaced when active, busy or delivered change
 	tally     tally
+	replays   map[*replay]struct{} // that are under way
 	tasks     sync.WaitGroup
 }
 
@@ -139,7 +143,7 @@ func New(cfg Config) *Worker {
 	if cfg.Slots == nil {
 		cfg.Slots = NewSlots()
 	}
-	return &Worker{cfg: cfg, fatal: make(chan error, 1), jobs: map[receipt.JobID]*job{}, changed: make(chan struct{})}
+	return &Worker{cfg: cfg, fatal: make(chan error, 1), jobs: map[receipt.JobID]*job{}, replays: map[*replay]struct{}{}, changed: make(chan struct{})}
 }
 
 // Why a job's context ended.
@@ -187,6 +191,7 @@ func (w *Worker) Run(ctx context.Context) error {
 		}
 		w.mu.Lock()
 		w.base, w.stopping = nil, true
+		w.endReplaysLocked()
 		w.mu.Unlock()
 		stop(errStopping)
 		w.tasks.Wait()
@@ -245,6 +250,7 @@ func (w *Worker) SetActive(a *Active) {
 	defer w.mu.Unlock()
 	w.active = a
 	w.cfg.Slots.serve(w, a != nil)
+	w.endReplaysLocked()
 	w.changedLocked()
 }
 
@@ -316,6 +322,7 @@ func (w *Worker) Idle(ctx context.Context) error {
 func (w *Worker) Drain(ctx context.Context) error {
 	w.mu.Lock()
 	w.stopping = true
+	w.endReplaysLocked()
 	w.changedLocked() // those that wait for a slot do not get one any more
 	w.mu.Unlock()
 	return w.wait(ctx, func() int { return w.delivered })
@@ -676,6 +683,9 @@ func (w *Worker) finish(k *job, res *wire.Result) (asGiven bool) {
 	w.mu.Unlock()
 	failpoint.Here("work.finish.durable")
 	w.send(res)
+	if w.cfg.Keep != nil && res.Code == "" {
+		w.cfg.Keep(k.Job, res)
+	}
 	return res == given
 }
 

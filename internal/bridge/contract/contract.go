@@ -77,9 +77,10 @@
 // What the bytes say is not looked at: an engine that answers garbage is alive
 // here, and the agent's to find.
 //
-// Two consequences for the caller: --max-in-flight must not exceed what the
-// engine works on at once (a request that waits in the engine's own queue
-// receives nothing), and answers that take long should be streamed.
+// Two consequences for the caller: it must not ask for more than the engine works
+// on at once (a request that waits in the engine's own queue receives nothing), so
+// that --max-in-flight is that and at most one more, for a request that comes before
+// one that was given up is gone; and answers that take long should be streamed.
 //
 // When the engine is hung the bridge stops its watchdog messages and says why
 // in STATUS= and in one line on stderr. systemd does the rest; where it does not,
