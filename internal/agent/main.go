@@ -259,7 +259,7 @@ func empty(cfg *config.Config, log *slog.Logger, version string) *Agent {
 		cfg: cfg, version: version, log: slog.New(r), memory: hardware.Available, slots: work.NewSlots(),
 		look: make(chan struct{}, 1), tasks: make(chan task), scrubbed: make(chan digest.Digest, maxScrubbed), scrubDone: make(chan struct{}, 1),
 	}
-	a.shared = shared{state: cfg.Paths.State, version: version, log: a.log, keeps: cfg.Log, spools: r.to, slots: a.slots}
+	a.shared = shared{state: cfg.Paths.State, version: version, log: a.log, keeps: cfg.Log, keepN: cfg.Replay.Keep, spools: r.to, slots: a.slots}
 	return a
 }
 

@@ -80,9 +80,12 @@ type membership struct {
 	version string // of the agent
 	log     *slog.Logger
 	keeps   config.Log // what is kept of it for the network
+	keepN   int        // how many jobs are kept for the operator
 
 	key     signer.Signer
 	store   *state.Store
+	kept    *state.Kept // the last jobs, for the operator
+	unkept  atomic.Bool // it was said that a job could not be kept
 	snaps   snapshots
 	session link
 	worker  *work.Worker
@@ -123,6 +126,7 @@ type shared struct {
 	version string
 	log     *slog.Logger
 	keeps   config.Log
+	keepN   int
 	spools  *spools
 	slots   *work.Slots
 }
@@ -130,7 +134,7 @@ type shared struct {
 // newMembership returns a membership without a world around it.
 func newMembership(net config.Network, on machine, shared shared) *membership {
 	return &membership{
-		net: net, dir: filepath.Join(shared.state, "networks", net.Name), on: on, slots: shared.slots, spools: shared.spools, log: shared.log.With("network", net.Name), keeps: shared.keeps, version: shared.version,
+		net: net, dir: filepath.Join(shared.state, "networks", net.Name), on: on, slots: shared.slots, spools: shared.spools, log: shared.log.With("network", net.Name), keeps: shared.keeps, keepN: shared.keepN, kept: new(state.Kept), version: shared.version,
 		update: make(chan struct{}, 1), beat: make(chan struct{}, 1), registered: make(chan struct{}), keep: make(chan struct{}, 1),
 		upload: make(chan struct{}, 1), uploadNow: make(chan chan<- error), logAcks: make(chan *wire.LogsAck, 4),
 		inbox: make(chan wire.Message, maxInbox), retell: make(chan struct{}, 1), halt: make(chan struct{}, maxLong),
@@ -368,6 +372,12 @@ func (m *membership) jobs(limit int) ([]control.Job, error) {
 	})
 	if err != nil && !errors.Is(err, errFull) {
 		return nil, fmt.Errorf("read the outbox: %w", err)
+	}
+	for _, id := range m.kept.IDs() {
+		if len(jobs) >= limit {
+			break
+		}
+		jobs = append(jobs, control.Job{ID: id.String(), Network: m.net.Name, State: "kept"})
 	}
 	return jobs, nil
 }

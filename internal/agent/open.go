@@ -38,6 +38,7 @@ func (m *membership) openStore() (err error) {
 	}
 	m.closers = append(m.closers, m.store.Close)
 	m.openSpool(m.dir)
+	m.openKept()
 	return nil
 }
 
@@ -87,7 +88,7 @@ func (m *membership) open() (err error) {
 func (m *membership) openWorker(now func() time.Time) {
 	m.worker = work.New(work.Config{
 		Store: m.store, Key: m.key, Send: m.session.Send, Log: m.log, Now: now,
-		Slots: m.slots, Crowded: m.others,
+		Slots: m.slots, Crowded: m.others, Keep: m.keepJob,
 		Suspect: func(active *work.Active, why string) { m.on.suspect(m, active, why) },
 	})
 	m.hold()

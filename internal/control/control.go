@@ -195,11 +195,12 @@ type Model struct {
 	Done    int64  `json:"done"` // of Bytes, while pending
 }
 
-// Job is one job the node has not forgotten yet.
+// Job is one job the node has not forgotten yet. One that is unacknowledged may be
+// kept, too.
 type Job struct {
 	ID      string    `json:"id"`
 	Network string    `json:"network"`
-	State   string    `json:"state"` // running, or unacknowledged
+	State   string    `json:"state"` // running, unacknowledged, or kept for a replay
 	Model   string    `json:"model,omitempty"`
 	Code    wire.Code `json:"code,omitempty"` // why it failed
 }
@@ -298,6 +299,9 @@ type Backend interface {
 	// Bundle returns a support archive, tar.gz, without secrets.
 	Bundle(ctx context.Context) ([]byte, error)
 	Bind(context.Context, BindRequest) (Binding, error)
+	// Replay runs a request again and compares the answers. It ends with ctx, and is
+	// [ErrRefused] where there is nothing to run, or nothing to run it with.
+	Replay(context.Context, ReplayRequest) (Replay, error)
 	// Takeover has the key's counts go on where no other holder of the key is; see
 	// package signer.
 	Takeover() error
@@ -390,6 +394,7 @@ func Serve(ctx context.Context, l net.Listener, b Backend) error {
 		reply(w, b.Status(), err)
 	})
 	serveDoctor(mux, b)
+	serveReplay(mux, b)
 	mux.HandleFunc("POST "+bindPath, func(w http.ResponseWriter, r *http.Request) {
 		// It asks the network. This fails on a closed connection only.
 		_ = http.NewResponseController(w).SetWriteDeadline(time.Now().Add(bindTimeout + 5*time.Second))
@@ -435,11 +440,11 @@ const (
 	maxBind     = 16 << 10         // bytes
 )
 
-// noBody refuses requests with a body: but for one no request here has anything
+// noBody refuses requests with a body: but for two no request here has anything
 // to say.
 func noBody(h http.Handler) http.Handler {
 	return http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
-		if r.ContentLength != 0 && r.URL.Path != bindPath {
+		if r.ContentLength != 0 && r.URL.Path != bindPath && r.URL.Path != replayPath {
 			http.Error(w, "requests have no body", http.StatusRequestEntityTooLarge)
 			return
 		}

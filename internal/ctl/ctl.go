@@ -12,6 +12,9 @@
 // once; then those of each network, with its name in network, by priority. The first one that is closed
 // answers "why no jobs". What an agent alone can tell is "unknown" without one.
 //
+// `replay --json` prints a [control.Replay]: verdict is "same", "different" or
+// "not_comparable".
+//
 // `doctor --json` prints a [control.Report]: checks in a fixed order with name,
 // result ("PASS", "FAIL" or "NOT MEASURED"), detail, remedy and, where something
 // was timed, ms.
@@ -20,7 +23,8 @@
 //
 //	0   done; status: no gate is closed; doctor: nothing has failed
 //	1   the command failed
-//	2   status: a gate is closed; doctor: a check has failed
+//	2   status: a gate is closed; doctor: a check has failed; replay: the answers differ
+//	3   replay: the answers cannot be compared
 //	64  the command line is wrong
 //	69  the agent does not run (doctor: 2, since that is what it has found)
 package ctl
@@ -50,11 +54,12 @@ import (
 
 // Exit codes, for scripts.
 const (
-	ExitOK     = 0
-	ExitFailed = 1 // the command failed
-	ExitClosed = 2 // status: a gate is closed; doctor: a check has failed
-	ExitUsage  = 64
-	ExitDown   = 69 // the agent does not run
+	ExitOK           = 0
+	ExitFailed       = 1 // the command failed
+	ExitClosed       = 2 // status: a gate is closed; doctor: a check has failed; replay: the answers differ
+	ExitIncomparable = 3 // replay: the answers cannot be compared
+	ExitUsage        = 64
+	ExitDown         = 69 // the agent does not run
 )
 
 // Account is the system account that the packaged agent runs as.
@@ -119,8 +124,9 @@ func (c *command) root(version string) *cobra.Command {
 		Long: `Look at and steer a Resultity node. Run it as root or as the node's own account;
 verify needs neither a node nor a network.
 
-Exit status: 0 done; 1 failed; 2 a gate is closed (status) or a check has failed
-(doctor); 64 wrong command line; 69 the agent does not run.`,
+Exit status: 0 done; 1 failed; 2 a gate is closed (status), a check has failed
+(doctor) or the answers differ (replay); 3 they cannot be compared; 64 wrong command
+line; 69 the agent does not run.`,
 		SilenceErrors: true, SilenceUsage: true,
 		// Without these cobra takes no command, and any other, for a call for help.
 		Args: func(cmd *cobra.Command, a []string) error {
@@ -158,7 +164,8 @@ Exit status: 0 done; 1 failed; 2 a gate is closed (status) or a check has failed
 	}
 	add("status", "Show the gates between this node and its jobs", cobra.NoArgs, c.status)
 	add("models", "Show the models and their states", cobra.NoArgs, c.models)
-	add("jobs", "Show running jobs and unacknowledged results", cobra.NoArgs, c.jobs)
+	add("jobs", "Show running jobs, unacknowledged results, and jobs kept for a replay", cobra.NoArgs, c.jobs)
+	root.AddCommand(c.replayCommand())
 	id := command("identity", "Show who this node is", cobra.NoArgs, c.identity)
 	id.AddCommand(command("takeover", "After the key was moved or restored on purpose: be the one whom the network believes", cobra.NoArgs, c.takeover))
 	root.AddCommand(id)

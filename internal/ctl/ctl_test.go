@@ -22,6 +22,7 @@ import (
 	"github.com/resultity/node/internal/control"
 	"github.com/resultity/node/internal/digest"
 	"github.com/resultity/node/internal/evm"
+	"github.com/resultity/node/internal/openai"
 	"github.com/resultity/node/internal/receipt"
 	"github.com/resultity/node/internal/wire"
 )
@@ -363,4 +364,23 @@ func TestOutputFails(t *testing.T) {
 	if err := <-done; err != nil {
 		t.Error(err)
 	}
+}
+
+// Replay does what the job's name says.
+func (n *node) Replay(_ context.Context, q control.ReplayRequest) (control.Replay, error) {
+	v := control.Replay{Job: q.Job, Network: "testnet", Model: "tiny", PromptTokens: 7, CompletionTokens: 3}
+	switch v.Verdict = openai.Same; q.Job {
+	case "":
+		v.Job = fmt.Sprintf("%s %s %s %d", bytes.TrimSpace(q.Request), bytes.TrimSpace(q.Response), bytes.TrimSpace(q.Receipt), q.TimeoutS)
+	case "different":
+		v.Comparison = openai.Comparison{Verdict: openai.Different, Difference: &openai.Difference{Part: openai.PartText, Offset: 12, Was: "20", Is: "21"}}
+		if q.Show {
+			v.Was, v.Is = "secret\n\x1b[31mwords", "secret"
+		}
+	case "incomparable":
+		v.Comparison = openai.Incomparable("it is by\nmodel \x1b[2J%q", "large")
+	case "gone":
+		return v, fmt.Errorf("%w: job gone is not kept", control.ErrRefused)
+	}
+	return v, nil
 }

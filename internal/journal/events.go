@@ -64,6 +64,7 @@ var (
 	JobDone            = event("7c1f2a2f6f8e4d6a9a4a5d1e0b7c3f1a", "job-done", "A job was finished", "Its result and receipt are stored and will be sent until the network acknowledges them.")
 	JobFailed          = event("7c1f2a2f6f8e4d6a9a4a5d1e0b7c3f1b", "job-failed", "A job failed", "The network was told, with code @RESULTITY_CODE@, and may give the job to another node.")
 	JobRefused         = event("7c1f2a2f6f8e4d6a9a4a5d1e0b7c3f1c", "job-refused", "A job was refused", "Code @RESULTITY_CODE@. A refused job leaves no trace on the node.")
+	JobReplayed        = event("083f8c5d087384bc12eac6f8dc4a9a8e", "job-replayed", "A request was run again for the operator", "The outcome, @RESULTITY_OUTCOME@, says whether the answer is the same as before. No receipt came of it. If it is different: an engine that computes in another order when it is busy may rightly answer otherwise; see `resultityctl replay --help`.")
 	Draining           = event("7c1f2a2f6f8e4d6a9a4a5d1e0b7c3f1d", "draining", "The node takes no new jobs", "Asked for by the operator; `resultityctl resume` ends it.")
 	Resumed            = event("7c1f2a2f6f8e4d6a9a4a5d1e0b7c3f1e", "resumed", "The node takes jobs again", "Asked for by the operator.")
 	StorageFailed      = event("7c1f2a2f6f8e4d6a9a4a5d1e0b7c3f1f", "storage-failed", "The store cannot be written", "The disk is full or read-only. New jobs are refused until it can be written again; nothing accepted is lost. Free some space: df -h on the state directory.")

@@ -320,6 +320,29 @@ func (r *Request) Sampled() bool {
 	return true
 }
 
+// Conditions are those under which a request is asked again.
+type Conditions struct {
+	Seed   bool // the seed that the engine was given is known, also where the request has none
+	Limits bool // the limits are those of then
+	Tokens int  // completion tokens that may be asked for now
+}
+
+// Incomparable says why a request that is asked again may rightly have another
+// answer than it had, or returns "".
+func (r *Request) Incomparable(was *Answer, c Conditions) string {
+	switch bounded := r.MaxTokens > 0 || r.Kind == wire.KindCompletion; {
+	case was.Kind != r.Kind || was.Model != r.Model:
+		return "the answer is of another API, or by another model, than the request asks for"
+	case r.Sampled() && !r.Seeded && !c.Seed:
+		return "its tokens were drawn at random (the temperature is not 0), with a seed that nobody knows any more"
+	case was.Usage != nil && was.Usage.CompletionTokens > uint64(r.Bound(c.Tokens)):
+		return fmt.Sprintf("the answer has %d tokens, and now it may have %d", was.Usage.CompletionTokens, r.Bound(c.Tokens))
+	case !bounded && !c.Limits && slices.ContainsFunc(was.choices, func(c choice) bool { return c.finish == "length" }):
+		return "the answer ended at a limit on tokens, which may have been another one then"
+	}
+	return ""
+}
+
 // Compare compares two answers to one request.
 func Compare(was, is *Answer) Comparison {
 	switch {

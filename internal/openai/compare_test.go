@@ -216,6 +216,40 @@ func TestSampled(t *testing.T) {
 	}
 }
 
+func TestIncomparable(t *testing.T) {
+	const open, seeded, greedy = `,"temperature":1`, `,"temperature":1,"seed":3`, `,"temperature":0`
+	for _, c := range []struct {
+		name, params, finish string
+		tokens               int
+		c                    Conditions
+		want                 string
+	}{
+		{"greedy", greedy, "stop", 3, Conditions{Tokens: 10}, ""},
+		{"sampled", open, "stop", 3, Conditions{Limits: true, Tokens: 10}, "random"},
+		{"by default", "", "stop", 3, Conditions{Limits: true, Tokens: 10}, "random"},
+		{"sampled with the client's seed", seeded, "stop", 3, Conditions{Tokens: 10}, ""},
+		{"sampled with the network's", open, "stop", 3, Conditions{Seed: true, Tokens: 10}, ""},
+		{"longer than it may be", greedy, "stop", 11, Conditions{Tokens: 10}, "now it may have 10"},
+		{"as long", greedy, "stop", 10, Conditions{Tokens: 10}, ""},
+		{"cut short", greedy, "length", 3, Conditions{Tokens: 10}, "limit on tokens"},
+		{"cut short by the same limit", greedy, "length", 3, Conditions{Limits: true, Tokens: 10}, ""},
+		{"cut short by its own limit", greedy + `,"max_tokens":3`, "length", 3, Conditions{Tokens: 10}, ""},
+	} {
+		r, err := Parse(wire.KindChat, []byte(`{"model":"tiny","messages":[{"role":"user","content":"x"}]`+c.params+`}`), Limits{1000, 20, 10})
+		if err != nil {
+			t.Fatal(err)
+		}
+		was := readAnswer(t, body(t, wire.KindChat, job, 1, false, false, c.finish, [2]int{7, c.tokens}, "x"))
+		if why := r.Incomparable(was, c.c); (why == "") != (c.want == "") || !strings.Contains(why, c.want) {
+			t.Errorf("%s: %q, want %q", c.name, why, c.want)
+		}
+		was.Model = "large"
+		if why := r.Incomparable(was, c.c); why == "" {
+			t.Errorf("%s: another model is compared", c.name)
+		}
+	}
+}
+
 func FuzzCompare(f *testing.F) {
 	f.Add([]byte(`{"object":"chat.completion","model":"m","choices":[{"index":0,"message":{"content":"a"},"finish_reason":"stop"}]}`), "a", "é")
 	f.Add([]byte("data: {\"object\":\"text_completion\",\"model\":\"m\",\"choices\":[{\"index\":0,\"text\":\"a\",\"finish_reason\":\"stop\"}]}\n\ndata: [DONE]\n\n"), "", "b")

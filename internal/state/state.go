@@ -49,6 +49,9 @@
 // last commit before a kill or a power cut. Open then drops that commit. To tell
 // the two apart would take a second sync for each commit. A store that was closed
 // has a mark as its last commit, so that nothing is lost with it.
+//
+// Apart from all this are the last jobs with their answers that an operator may
+// have kept to run them again, see [Kept].
 package state
 
 import (

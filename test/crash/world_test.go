@@ -90,6 +90,7 @@ func up(t *testing.T) *world {
 	must(t, w.AddNode(ctx, host.Config{Name: "node", Release: host.Trixie}))
 	w.node = w.Nodes[0]
 	must(t, w.node.CopyTo(w.tagged, agentProgram))
+	must(t, w.node.WriteFile("/etc/resultity/agent.toml.d/replay.toml", []byte("[replay]\nkeep = 2\n"), 0o644))
 	must(t, w.node.WriteFile("/etc/systemd/user/resultity-agent.service.d/crash.conf", []byte("[Service]\nExecStart=\nExecStart="+agentProgram+" run\n"+
 		"Environment=RESULTITY_FAILPOINT=%S/resultity/agent/failpoint RESULTITY_CLOCK_OFFSET_FILE=%S/resultity/agent/clock-offset\n"+
 		"RestartSec=20ms\nRestartSteps=0\nRestartMaxDelaySec=infinity\n"), 0o644))

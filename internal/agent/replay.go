@@ -1,0 +1,202 @@
+package agent
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"log/slog"
+	"path/filepath"
+	"slices"
+	"time"
+
+	"github.com/resultity/node/internal/control"
+	"github.com/resultity/node/internal/digest"
+	"github.com/resultity/node/internal/journal"
+	"github.com/resultity/node/internal/openai"
+	"github.com/resultity/node/internal/receipt"
+	"github.com/resultity/node/internal/state"
+	"github.com/resultity/node/internal/wire"
+	"github.com/resultity/node/internal/work"
+)
+
+// This file runs a request again for the operator, on the deployment that jobs
+// are let to, and compares the answers. The rules are:
+//
+//   - It is no job: no receipt comes of it, no job waits for it, and the network
+//     hears of it in the log only.
+//   - Only what can be the same is compared, and what cannot is said to be so.
+//   - Text of a request or an answer goes to whoever asked for it, nowhere else.
+
+// openKept opens what is kept of jobs for the operator. Nothing rests on it: the
+// node goes on without.
+func (m *membership) openKept() {
+	k, err := state.OpenKept(filepath.Join(m.dir, "replay"), m.keepN)
+	if err != nil {
+		m.log.Error("jobs are not kept for replay, or those of before could not be removed", journal.StorageFailed.Attr(), "error", err)
+		return
+	}
+	m.kept = k
+}
+
+// keepJob keeps a job and its answer.
+func (m *membership) keepJob(j *wire.Job, r *wire.Result) {
+	err := m.kept.Put(j, r)
+	if before := m.unkept.Swap(err != nil); err != nil && !before {
+		m.log.Warn("jobs are not kept for replay", journal.StorageFailed.Attr(), "error", err)
+	}
+}
+
+// past is an answer that was given, and what it was given to.
+type past struct {
+	job      *wire.Job
+	seeded   bool // job.Seed is what it was given with, where the request has none
+	response []byte
+	receipt  receipt.Receipt
+	chain    uint64
+}
+
+// Replay implements [control.Backend].
+func (a *Agent) Replay(ctx context.Context, q control.ReplayRequest) (control.Replay, error) {
+	members := slices.DeleteFunc(slices.Clone(a.members), func(m *membership) bool { return q.Network != "" && q.Network != m.net.Name })
+	if len(members) == 0 {
+		return control.Replay{}, fmt.Errorf("%w: this node is not in network %.80q", control.ErrRefused, q.Network)
+	}
+	if q.Job != "" {
+		m, p, err := recollect(members, q.Job)
+		if err != nil {
+			return control.Replay{}, err
+		}
+		return m.replay(ctx, p, q.Show)
+	}
+	p, err := handedOver(&q)
+	if err != nil {
+		return control.Replay{}, fmt.Errorf("%w: %w", control.ErrRefused, err)
+	}
+	for _, m := range members {
+		if now := m.worker.Active(); now != nil && now.Snapshot.Config().Network.ChainID == p.chain {
+			return m.replay(ctx, p, q.Show)
+		}
+	}
+	return control.Replay{}, fmt.Errorf("%w: the receipt is of chain %d, and no network of that chain has a runtime here now; resultityctl status says why", control.ErrRefused, p.chain)
+}
+
+// recollect finds a job that is kept.
+func recollect(members []*membership, job string) (*membership, *past, error) {
+	id, err := receipt.ParseJobID(job)
+	if err != nil {
+		return nil, nil, fmt.Errorf("%w: %w", control.ErrRefused, err)
+	}
+	for _, m := range members {
+		j, r, err := m.kept.Get(id)
+		switch {
+		case errors.Is(err, state.ErrNotKept):
+			if known, err := m.store.Lookup(id); err == nil && known == state.Running {
+				return nil, nil, fmt.Errorf("%w: job %s is still running", control.ErrRefused, id)
+			}
+			continue
+		case err != nil:
+			return nil, nil, err
+		}
+		return m, &past{job: j, seeded: true, response: r.Response, receipt: r.Receipt.Receipt(), chain: r.Receipt.ChainID()}, nil
+	}
+	return nil, nil, fmt.Errorf("%w: job %s is not kept: a node forgets a request once it has answered it, but for the last ones where replay.keep of agent.toml is not 0 (it is %d); who has the request, the response and the receipt can give all three as files", control.ErrRefused, id, members[0].keepN)
+}
+
+// handedOver checks that a request, a response and a receipt belong together.
+func handedOver(q *control.ReplayRequest) (*past, error) {
+	signed, err := receipt.Verify(q.Receipt)
+	if err != nil {
+		return nil, fmt.Errorf("the receipt: %w", err)
+	}
+	r := signed.Receipt()
+	switch {
+	case digest.Of(q.Request) != r.Measured.RequestHash:
+		return nil, errors.New("the request is not the one that the receipt is about: its SHA-256 is another one; it has to be the body of the HTTP request, byte for byte")
+	case digest.Of(q.Response) != r.Measured.ResponseHash:
+		return nil, errors.New("the response is not the one that the receipt is about: its SHA-256 is another one; it has to be the body of the HTTP response, byte for byte")
+	}
+	was, err := openai.ReadAnswer(q.Response)
+	if err != nil {
+		return nil, fmt.Errorf("the response: %w", err)
+	}
+	j := &wire.Job{ID: r.Job, Kind: was.Kind, Model: was.Model, Request: q.Request, Created: int64(r.Claimed.StartedAt / 1000)}
+	return &past{job: j, response: q.Response, receipt: r, chain: signed.ChainID()}, nil
+}
+
+// replay runs a request again and compares the answers.
+func (m *membership) replay(ctx context.Context, p *past, show bool) (control.Replay, error) {
+	v := control.Replay{Job: p.job.ID.String(), Network: m.net.Name, Model: p.job.Model}
+	now := m.worker.Active()
+	if now == nil {
+		return v, fmt.Errorf("%w: %w; resultityctl status says why", control.ErrRefused, work.ErrNoRuntime)
+	}
+	req, was, why := toCompare(now, p)
+	if why != "" {
+		v.Comparison = openai.Incomparable("%s", why)
+		m.sayReplayed(&v)
+		return v, nil
+	}
+	begin := time.Now()
+	res, err := m.worker.Replay(ctx, now, p.job, req)
+	v.TookMS = time.Since(begin).Milliseconds()
+	switch {
+	case ctx.Err() != nil:
+		return v, context.Cause(ctx)
+	case errors.Is(err, work.ErrNoRuntime):
+		return v, fmt.Errorf("%w: %w; resultityctl status says why", control.ErrRefused, err)
+	case err != nil:
+		return v, err
+	}
+	is, err := openai.ReadAnswer(res.Body)
+	if err != nil {
+		return v, fmt.Errorf("the new answer: %w", err)
+	}
+	is.Usage = &res.Usage
+	v.PromptTokens, v.CompletionTokens = res.Usage.PromptTokens, res.Usage.CompletionTokens
+	v.Comparison = openai.Compare(was, is)
+	if show {
+		v.Was, v.Is = openai.Excerpts(was, is, v.Difference)
+	}
+	m.sayReplayed(&v)
+	return v, nil
+}
+
+// toCompare reads what is to be compared, and says why it cannot be.
+func toCompare(now *work.Active, p *past) (req *openai.Request, was *openai.Answer, why string) {
+	c := now.Snapshot.Config()
+	switch r := &p.receipt; {
+	case p.job.Model != c.Runtime.Model:
+		return nil, nil, fmt.Sprintf("it is by model %.80q, and this node serves %.80q now", p.job.Model, c.Runtime.Model)
+	case r.Measured.ModelDigest != now.Model:
+		return nil, nil, fmt.Sprintf("the model's files were others then: %s, now %s", r.Measured.ModelDigest, now.Model)
+	case r.Measured.ImageDigest != now.Image:
+		return nil, nil, fmt.Sprintf("the engine's image was another one then: %s, now %s", r.Measured.ImageDigest, now.Image)
+	case now.Class.IsZero():
+		return nil, nil, "it is not known what this machine computes on, so that it is in no class"
+	case r.Claimed.ClassDigest != now.Class:
+		return nil, nil, fmt.Sprintf("it is of class %s, and this node is in class %s now: other hardware or engine settings may rightly answer otherwise", r.Claimed.ClassDigest.Short(), now.Class.Short())
+	}
+	was, err := openai.ReadAnswer(p.response)
+	if err != nil {
+		return nil, nil, "the response is " + err.Error()
+	}
+	if was.Usage == nil {
+		was.Usage = &openai.Usage{PromptTokens: p.receipt.Claimed.PromptTokens, CompletionTokens: p.receipt.Claimed.CompletionTokens}
+	}
+	l := &c.Limits
+	req, err = openai.Parse(p.job.Kind, p.job.Request, openai.Limits{RequestBytes: l.RequestBytes, Tokens: l.Tokens, Messages: l.Messages})
+	if err != nil { // it was taken once
+		return nil, nil, "the request is not within the limits of the configuration that is active now"
+	}
+	return req, was, req.Incomparable(was, openai.Conditions{Seed: p.seeded, Limits: p.receipt.Measured.ConfigDigest == now.Snapshot.Digest(), Tokens: l.Tokens})
+}
+
+// sayReplayed logs what came of a replay, without the reason: that may have words
+// of whoever asked.
+func (m *membership) sayReplayed(v *control.Replay) {
+	level := slog.LevelInfo
+	if v.Verdict == openai.Different {
+		level = slog.LevelWarn
+	}
+	m.log.Log(context.Background(), level, "job run again", journal.JobReplayed.Attr(), "job", v.Job, "model", v.Model, "outcome", v.Verdict, "took", time.Duration(v.TookMS)*time.Millisecond)
+}

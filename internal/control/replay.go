@@ -1,0 +1,111 @@
+package control
+
+import (
+	"bytes"
+	"context"
+	"encoding/json"
+	"fmt"
+	"net/http"
+	"sync"
+	"time"
+
+	"github.com/resultity/node/internal/openai"
+)
+
+// ReplayRequest asks for a request to be run again: that of a job which is kept,
+// or one that a client hands over, with the response and the receipt that it got.
+type ReplayRequest struct {
+	Network  string `json:"network,omitempty"` // the only one that is looked at; "" for all
+	Job      string `json:"job,omitempty"`
+	Request  []byte `json:"request,omitempty"`
+	Response []byte `json:"response,omitempty"`
+	Receipt  []byte `json:"receipt,omitempty"`
+	Show     bool   `json:"show,omitempty"`    // the answer may hold text of the answers
+	TimeoutS int    `json:"timeout,omitempty"` // seconds that it may take, waiting for a slot included; 0 for five minutes
+}
+
+// Replay is what came of it.
+type Replay struct {
+	Job     string `json:"job"`
+	Network string `json:"network"`
+	Model   string `json:"model"`
+	openai.Comparison
+	// Of the new answer; 0 where there is none.
+	PromptTokens     uint64 `json:"prompt_tokens"`
+	CompletionTokens uint64 `json:"completion_tokens"`
+	TookMS           int64  `json:"took_ms"`
+	// Was and Is are what both answers say where they part; only where that was
+	// asked for.
+	Was string `json:"was_text,omitempty"`
+	Is  string `json:"is_text,omitempty"`
+}
+
+const (
+	replayPath    = "/v1/replay"
+	replayTime    = 5 * time.Minute
+	maxReplayTime = 24 * time.Hour // no job may take longer
+	maxReplay     = 48 << 20       // bytes; two bodies of 16 MiB in base64, and a receipt
+	replayArrives = 30 * time.Second
+	replayBeyond  = 10 * time.Second
+)
+
+// Timeout is how long the replay may take.
+func (q *ReplayRequest) Timeout() time.Duration {
+	if q.TimeoutS <= 0 {
+		return replayTime
+	}
+	return min(time.Duration(min(q.TimeoutS, 1<<20))*time.Second, maxReplayTime)
+}
+
+var errReplays = fmt.Errorf("%w: another replay runs; wait until it is done", ErrRefused)
+
+// serveReplay adds the replay to mux: one at a time, which bounds memory, too.
+// Whoever hangs up ends it.
+func serveReplay(mux *http.ServeMux, b Backend) {
+	var running sync.Mutex
+	mux.HandleFunc("POST "+replayPath, func(w http.ResponseWriter, r *http.Request) {
+		if !running.TryLock() {
+			reply(w, nil, errReplays)
+			return
+		}
+		defer running.Unlock()
+		// These fail on a closed connection only.
+		c := http.NewResponseController(w)
+		_ = c.SetReadDeadline(time.Now().Add(replayArrives))
+		var q ReplayRequest
+		dec := json.NewDecoder(http.MaxBytesReader(w, r.Body, maxReplay))
+		dec.DisallowUnknownFields()
+		if err := dec.Decode(&q); err != nil {
+			reply(w, nil, fmt.Errorf("%w: %w", ErrRefused, err))
+			return
+		}
+		_ = c.SetReadDeadline(time.Time{})
+		_ = c.SetWriteDeadline(time.Now().Add(q.Timeout() + replayBeyond))
+		ctx, cancel := context.WithTimeoutCause(r.Context(), q.Timeout(), fmt.Errorf("%w: it was not done within %v: a replay waits until no job wants its slot; try again later, or with a longer --timeout", ErrRefused, q.Timeout()))
+		defer cancel()
+		v, err := b.Replay(ctx, q)
+		reply(w, v, err)
+	})
+}
+
+// Replay has the agent run a request again, and returns what came of it.
+func (c *Client) Replay(ctx context.Context, q ReplayRequest) (Replay, error) {
+	var v Replay
+	raw, err := json.Marshal(q)
+	if err != nil {
+		return v, err
+	}
+	if len(raw) > maxReplay {
+		return v, fmt.Errorf("request and response are too large for a replay: %d bytes in all, at most %d", len(raw), maxReplay)
+	}
+	long := *c.http
+	long.Timeout = q.Timeout() + replayArrives + 2*replayBeyond
+	status, answer, err := (&Client{&long}).ask(ctx, http.MethodPost, replayPath[len("/v1/"):], bytes.NewReader(raw))
+	if err != nil {
+		return v, err
+	}
+	if status != http.StatusOK {
+		return v, refusal(status, answer)
+	}
+	return v, json.Unmarshal(answer, &v)
+}

@@ -1,0 +1,90 @@
+package control
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"net/http"
+	"strings"
+	"testing"
+	"time"
+
+	"github.com/resultity/node/internal/openai"
+)
+
+// Replay says back what it was asked.
+func (n *node) Replay(ctx context.Context, q ReplayRequest) (Replay, error) {
+	if n.enter != nil {
+		close(n.enter)
+		<-ctx.Done()
+		close(n.leave)
+		return Replay{}, context.Cause(ctx)
+	}
+	v := Replay{Job: q.Job, Network: q.Network, Model: string(q.Request) + string(q.Response) + string(q.Receipt), TookMS: q.Timeout().Milliseconds()}
+	v.Comparison = openai.Comparison{Verdict: openai.Different, Difference: &openai.Difference{Part: openai.PartText, Offset: 3}}
+	if q.Show {
+		v.Was = "x"
+	}
+	return v, n.err
+}
+
+func TestReplay(t *testing.T) {
+	n := &node{}
+	path, _ := serve(t, n)
+	c := NewClient(path)
+	got, err := c.Replay(t.Context(), ReplayRequest{Job: "aa", Network: "testnet", TimeoutS: 7})
+	if err != nil || got.Job != "aa" || got.Network != "testnet" || got.TookMS != 7000 || got.Verdict != openai.Different || got.Difference.Offset != 3 || got.Was != "" {
+		t.Errorf("%+v, %v", got, err)
+	}
+	got, err = c.Replay(t.Context(), ReplayRequest{Request: []byte("r\x00\xff"), Response: []byte("s"), Receipt: []byte("t"), Show: true})
+	if err != nil || len(got.Model) < 5 || got.TookMS != replayTime.Milliseconds() || got.Was != "x" {
+		t.Errorf("%+v, %v", got, err)
+	}
+	n.err = fmt.Errorf("%w: it is not kept", ErrRefused)
+	if _, err := c.Replay(t.Context(), ReplayRequest{Job: "aa"}); !errors.Is(err, ErrRefused) || err.Error() != n.err.Error() {
+		t.Errorf("%v, want %v", err, n.err)
+	}
+	n.err = nil
+	for name, body := range map[string]string{"unknown": `{"x":1}`, "empty": "", "no object": `"aa"`, "huge": `{"job":"` + strings.Repeat("x", maxReplay) + `"}`} {
+		if status, raw, err := c.ask(t.Context(), http.MethodPost, "replay", strings.NewReader(body)); err == nil && status != http.StatusConflict {
+			t.Errorf("%s: %d %s", name, status, raw)
+		}
+	}
+	if _, err := c.Replay(t.Context(), ReplayRequest{Request: make([]byte, maxReplay)}); err == nil || !strings.Contains(err.Error(), "too large") {
+		t.Errorf("too large: %v", err)
+	}
+}
+
+// There is one at a time, it ends in time, and with whoever asked for it.
+func TestReplayEnds(t *testing.T) {
+	n := &node{enter: make(chan struct{}), leave: make(chan struct{})}
+	path, _ := serve(t, n)
+	c := NewClient(path)
+	ctx, cancel := context.WithCancel(t.Context())
+	done := make(chan error, 1)
+	go func() {
+		_, err := c.Replay(ctx, ReplayRequest{Job: "aa"})
+		done <- err
+	}()
+	<-n.enter
+	if _, err := c.Replay(t.Context(), ReplayRequest{Job: "bb"}); !errors.Is(err, ErrRefused) {
+		t.Errorf("a second one: %v", err)
+	}
+	cancel()
+	if err := <-done; !errors.Is(err, context.Canceled) {
+		t.Error(err)
+	}
+	<-n.leave // the agent has been told
+	for try := 0; ; try++ {
+		n.enter, n.leave = make(chan struct{}), make(chan struct{})
+		_, err := c.Replay(t.Context(), ReplayRequest{Job: "aa", TimeoutS: 1})
+		if try < 100 && errors.Is(err, ErrRefused) && strings.Contains(err.Error(), "another") {
+			time.Sleep(10 * time.Millisecond) // the first one is on its way out
+			continue
+		}
+		if !errors.Is(err, ErrRefused) || !strings.Contains(err.Error(), "within 1s") {
+			t.Errorf("%v", err)
+		}
+		break
+	}
+}
