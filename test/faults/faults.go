@@ -458,9 +458,10 @@ func readOnlyAtStart(store string) func(context.Context, *World) error {
 	}
 }
 
-// smallNetworkDisk gives the network a disk of its own.
+// smallNetworkDisk gives the network a disk of its own. What it has fits into half
+// of it, which is what the network gives results before it deletes the oldest.
 func smallNetworkDisk(ctx context.Context, w *World) error {
-	return w.moveNetwork(ctx, `mount -t tmpfs -o size=256m,mode=0700,uid=$(stat -c %u $1),gid=$(stat -c %g $1) tmpfs $1`)
+	return w.moveNetwork(ctx, `mount -t tmpfs -o size=$((256 + 4 * $(du -sm $1 | cut -f1)))m,mode=0700,uid=$(stat -c %u $1),gid=$(stat -c %g $1) tmpfs $1`)
 }
 
 // wholeNetworkDisk undoes smallNetworkDisk.
