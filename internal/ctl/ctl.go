@@ -50,6 +50,7 @@ import (
 	"github.com/resultity/node/internal/control"
 	"github.com/resultity/node/internal/preflight"
 	"github.com/resultity/node/internal/receipt"
+	"github.com/resultity/node/internal/receiptlog"
 )
 
 // Exit codes, for scripts.
@@ -116,6 +117,7 @@ type command struct {
 	json    bool
 	network string // the only one that is asked about; "" for all
 	bundle  string // doctor: where the support archive goes
+	proof   string // verify: the file of the proof; "" for none
 }
 
 func (c *command) root(version string) *cobra.Command {
@@ -175,7 +177,9 @@ line; 69 the agent does not run.`,
 	add("resume", "Take jobs again", cobra.NoArgs, func(ctx context.Context, _ []string) error { return c.order(ctx, "resume") })
 	add("restart", "Start the engine anew, also when the agent waits with that; running jobs are finished", cobra.NoArgs, c.restart)
 	root.AddCommand(c.bindCommand(), c.unbindCommand())
-	add("verify RECEIPT", "Check a receipt (a file, or - for standard input) without any network", cobra.ExactArgs(1), c.verify)
+	verify := command("verify RECEIPT", "Check a receipt (a file, or - for standard input) without any network", cobra.ExactArgs(1), c.verify)
+	verify.Flags().StringVar(&c.proof, "proof", "", "also check with this `file`, or -, that the receipt is in the log of its node")
+	root.AddCommand(verify)
 	return root
 }
 
@@ -348,17 +352,31 @@ func (c *command) takeover(ctx context.Context, _ []string) error {
 	return err
 }
 
-func (c *command) verify(_ context.Context, args []string) error {
+// read reads at most one byte more than most of a file, or of standard input.
+func (c *command) read(name string, most int64) ([]byte, error) {
 	in := c.In
-	if args[0] != "-" {
-		f, err := os.Open(args[0])
+	if name != "-" {
+		f, err := os.Open(name)
 		if err != nil {
-			return err
+			return nil, err
 		}
 		defer f.Close() // read only: nothing to lose
 		in = f
 	}
-	raw, err := io.ReadAll(io.LimitReader(in, receipt.MaxSize+1))
+	return io.ReadAll(io.LimitReader(in, most+1))
+}
+
+// verified is what verify has found good, as JSON, where there is a proof.
+type verified struct {
+	Receipt receipt.Signed        `json:"receipt"`
+	Proof   *receiptlog.Inclusion `json:"proof"`
+}
+
+func (c *command) verify(_ context.Context, args []string) error {
+	if args[0] == "-" && c.proof == "-" {
+		return fmt.Errorf("%w: the receipt and its proof cannot both come from standard input", errUsage)
+	}
+	raw, err := c.read(args[0], receipt.MaxSize)
 	if err != nil {
 		return err
 	}
@@ -366,10 +384,25 @@ func (c *command) verify(_ context.Context, args []string) error {
 	if err != nil {
 		return err
 	}
+	r := s.Receipt()
+	var p *receiptlog.Inclusion
+	if c.proof != "" {
+		if raw, err = c.read(c.proof, receiptlog.MaxInclusion); err != nil {
+			return err
+		}
+		if p, err = receiptlog.ParseInclusion(raw); err != nil {
+			return fmt.Errorf("the receipt is signed by node %s, but %s is no proof: %w", r.Node, c.proof, err)
+		}
+		if err := p.Check(r.Node, s.ChainID(), r.Hash(s.ChainID())); err != nil {
+			return fmt.Errorf("the receipt is signed by node %s, but %s does not show it in the node's log: %w", r.Node, c.proof, err)
+		}
+	}
+	if c.json && p != nil {
+		return c.show(verified{s, p}, nil)
+	}
 	if c.json {
 		return c.show(s, nil)
 	}
-	r := s.Receipt()
 	return c.show(s, func(w *tabwriter.Writer) {
 		fmt.Fprintf(w, "valid\tsigned by node %s\nchain\t%d\njob\t%s\nsequence\t%d\n", r.Node, s.ChainID(), r.Job, r.Sequence)
 		m := &r.Measured
@@ -380,5 +413,11 @@ func (c *command) verify(_ context.Context, args []string) error {
 		fmt.Fprintf(w, "\nClaimed by the node\t(said by its engine, hardware and clock; nobody else can check it)\n"+
 			"class\t%s\ntokens\t%d prompt, %d completion\ntime\t%s, %d ms\n",
 			k.ClassDigest, k.PromptTokens, k.CompletionTokens, time.UnixMilli(int64(k.StartedAt)).UTC().Format(time.RFC3339), int64(k.FinishedAt)-int64(k.StartedAt))
+		if p != nil {
+			h := &p.Head
+			fmt.Fprintf(w, "\nIn the node's log\t(which the node cannot change without signing two logs that contradict each other)\n"+
+				"network\t%s\nplace\t%d of %d receipts\nroot\t%s\nsigned\t%s\n",
+				h.Network, p.Index, h.Size, h.Root, time.UnixMilli(int64(h.Time)).UTC().Format(time.RFC3339))
+		}
 	})
 }

@@ -24,6 +24,7 @@ import (
 	"github.com/resultity/node/internal/evm"
 	"github.com/resultity/node/internal/openai"
 	"github.com/resultity/node/internal/receipt"
+	"github.com/resultity/node/internal/receiptlog"
 	"github.com/resultity/node/internal/wire"
 )
 
@@ -42,7 +43,9 @@ func TestMain(m *testing.M) {
 //	ctl-plain CODE ARGS      the same, without being told where the agent is
 //	for-each CODE ARGS -- C  ctl-plain with each command
 //	stale FILE               leaves a socket on which nobody listens
-//	receipt FILE             writes a signed receipt
+//	receipt FILE [stranger]  writes a signed receipt, each time another one; by another node
+//	prove RECEIPT TO [CHAIN] writes the proof that it is in the node's log
+//	bend FROM TO NAME        copies a file with a digit of the hexadecimal value of a name changed
 //	change FROM TO OLD NEW   copies a file with a text replaced once
 //	large FILE               writes more than any receipt has
 //	sign KEY FILE OUT        signs typed data with the key of that number
@@ -82,7 +85,28 @@ func TestScripts(t *testing.T) {
 				ts.Check(l.Close())
 			},
 			"receipt": func(ts *testscript.TestScript, _ bool, args []string) {
-				ts.Check(os.WriteFile(ts.MkAbs(args[0]), signed(ts), 0o600))
+				key := nodeKey()
+				if len(args) > 1 { // by another node
+					var err error
+					key, err = evm.NewKey()
+					ts.Check(err)
+				}
+				ts.Check(os.WriteFile(ts.MkAbs(args[0]), signed(ts, key), 0o600))
+			},
+			"prove": func(ts *testscript.TestScript, _ bool, args []string) {
+				chain := uint64(31337)
+				if len(args) > 2 { // of the head
+					var err error
+					chain, err = strconv.ParseUint(args[2], 10, 64)
+					ts.Check(err)
+				}
+				ts.Check(os.WriteFile(ts.MkAbs(args[1]), prove(ts, []byte(ts.ReadFile(args[0])), chain), 0o600))
+			},
+			"bend": func(ts *testscript.TestScript, _ bool, args []string) {
+				raw := []byte(ts.ReadFile(args[0]))
+				at := bytes.Index(raw, []byte(`"`+args[2]+`":`)) + len(args[2]) + 20
+				raw[at] = "10"[raw[at]&1]
+				ts.Check(os.WriteFile(ts.MkAbs(args[1]), raw, 0o600))
 			},
 			"change": func(ts *testscript.TestScript, _ bool, args []string) {
 				text := ts.ReadFile(args[0])
@@ -101,7 +125,7 @@ func TestScripts(t *testing.T) {
 				ts.Check(os.WriteFile(ts.MkAbs(args[2]), []byte(sig.String()+"\n"), 0o600))
 			},
 			"large": func(ts *testscript.TestScript, _ bool, args []string) {
-				ts.Check(os.WriteFile(ts.MkAbs(args[0]), append(signed(ts), bytes.Repeat([]byte(" "), receipt.MaxSize)...), 0o600))
+				ts.Check(os.WriteFile(ts.MkAbs(args[0]), append(signed(ts, nodeKey()), bytes.Repeat([]byte(" "), receipt.MaxSize)...), 0o600))
 			},
 		},
 	})
@@ -284,9 +308,7 @@ func (n *node) set(draining bool) {
 	n.status.Draining = draining
 }
 
-func signed(ts *testscript.TestScript) []byte {
-	key, err := evm.NewKey()
-	ts.Check(err)
+func signed(ts *testscript.TestScript, key *evm.Key) []byte {
 	r := receipt.Receipt{
 		Job: receipt.NewJobID(), Node: key.Address(),
 		Measured: receipt.Measured{
@@ -383,4 +405,32 @@ func (n *node) Replay(_ context.Context, q control.ReplayRequest) (control.Repla
 		return v, fmt.Errorf("%w: job gone is not kept", control.ErrRefused)
 	}
 	return v, nil
+}
+
+// nodeKey is of the node whose receipts the scripts have.
+var nodeKey = sync.OnceValue(func() *evm.Key {
+	k, err := evm.NewKey()
+	if err != nil {
+		panic(err)
+	}
+	return k
+})
+
+// prove makes a log with a receipt in it, and the proof of that.
+func prove(ts *testscript.TestScript, raw []byte, chain uint64) []byte {
+	s, err := receipt.Verify(raw)
+	ts.Check(err)
+	r := s.Receipt()
+	log, nodes := receiptlog.New(), map[receiptlog.NodeID]evm.Hash{}
+	for _, h := range []evm.Hash{evm.Keccak([]byte("before")), r.Hash(s.ChainID()), evm.Keccak([]byte("behind"))} {
+		log.Append(receiptlog.Leaf(h), func(id receiptlog.NodeID, h evm.Hash) { nodes[id] = h })
+	}
+	p, err := receiptlog.Prove(1, 3, func(id receiptlog.NodeID) (evm.Hash, error) { return nodes[id], nil })
+	ts.Check(err)
+	h := receiptlog.Head{Node: r.Node, Network: "testnet", Size: 3, Root: log.Root(), Time: 1_000_000_000_000}
+	head, err := h.Sign(chain, nodeKey())
+	ts.Check(err)
+	out, err := json.Marshal(receiptlog.Inclusion{Head: *head, Index: 1, Path: p.Path})
+	ts.Check(err)
+	return out
 }

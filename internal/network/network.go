@@ -10,7 +10,9 @@
 //	clients ──HTTPS──▶ gateway ──Work──▶ dispatch ──wire.Job──▶ nodes ──WebSocket──▶ agents
 //	        ◀─────────         ◀─Ticket─          ◀─wire.Result─      ◀─────────────
 //	                                       │
-//	                                     store (durable: jobs, results, nodes, accounts, tokens, keys, mail)
+//	                                     store (durable: jobs, results, nodes, accounts, tokens, keys, mail, receipt logs)
+//
+//	gateway ◀──proofs── mirror ◀──Leaves, heads── nodes; and with the store beneath it
 //
 //	publish ──TUF repository──▶ agents; and to this process, which serves under it
 //

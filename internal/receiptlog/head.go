@@ -2,7 +2,6 @@ package receiptlog
 
 import (
 	"encoding/json"
-	"errors"
 	"fmt"
 	"regexp"
 
@@ -91,20 +90,20 @@ type Inclusion struct {
 	Path  []evm.Hash `json:"path"`
 }
 
-// maxInclusion bounds the JSON of an inclusion, in bytes.
-const maxInclusion = 16 << 10
+// MaxInclusion bounds the JSON of an inclusion, in bytes.
+const MaxInclusion = 16 << 10
 
 // ParseInclusion reads one and checks the head's signature.
 func ParseInclusion(b []byte) (*Inclusion, error) {
-	if len(b) > maxInclusion {
-		return nil, fmt.Errorf("%w: %d bytes, at most %d", ErrProof, len(b), maxInclusion)
+	if len(b) > MaxInclusion {
+		return nil, fmt.Errorf("%w: %d bytes, at most %d", ErrProof, len(b), MaxInclusion)
 	}
 	i := new(Inclusion)
 	if err := json.Unmarshal(b, i); err != nil {
 		return nil, fmt.Errorf("%w: %w", ErrProof, err)
 	}
 	if err := i.Head.Verify(); err != nil {
-		return nil, errors.Join(ErrProof, err)
+		return nil, fmt.Errorf("%w: %w", ErrProof, err)
 	}
 	return i, nil
 }

@@ -140,7 +140,11 @@ func Prove(index, size uint64, node func(NodeID) (evm.Hash, error)) (*Proof, err
 
 // Check fails with [ErrProof] unless p shows that leaf is in the log with root.
 func (p *Proof) Check(leaf, root evm.Hash) error {
-	if err := proof.VerifyInclusion(hasher{}, p.Index, p.Size, leaf[:], raw(p.Path), root[:]); err != nil {
+	err := proof.VerifyInclusion(hasher{}, p.Index, p.Size, leaf[:], raw(p.Path), root[:])
+	if other, ok := errors.AsType[proof.RootMismatchError](err); ok {
+		err = fmt.Errorf("the path leads to root %s, not to %s", evm.Hash(other.CalculatedRoot), root)
+	}
+	if err != nil {
 		return fmt.Errorf("%w: receipt %d of %d: %w", ErrProof, p.Index, p.Size, err)
 	}
 	return nil

@@ -184,7 +184,7 @@ func TestInclusion(t *testing.T) {
 	for _, change := range [][2]string{
 		{`"size":3`, `"size":4`}, {`"testnet"`, `"mainnet"`}, {`"testnet"`, `"Testnet"`}, {`"time":1800000000000`, `"time":1800000000001`}, {`"chain_id":31337`, `"chain_id":31338`},
 		{l.Root().Hex(), receipts[0].Hex()}, {strings.ToLower(key.Address().Hex()), "0x0100000000000000000000000000000000000000"},
-		{`"size":3`, `"size":4398046511105`}, {`{`, `[`}, {`"index"`, strings.Repeat(" ", maxInclusion) + `"index"`},
+		{`"size":3`, `"size":4398046511105`}, {`{`, `[`}, {`"index"`, strings.Repeat(" ", MaxInclusion) + `"index"`},
 	} {
 		bad := strings.Replace(string(good), change[0], change[1], 1)
 		if bad == string(good) {
