@@ -143,6 +143,11 @@
 // disk that was set back; receipts within one start of it, so that none of them
 // waits for a disk. The connection stays open and an exchange is one write and one read.
 //
+// A node's receipts are leaves of a Merkle tree (receiptlog), which grows in the very
+// write that makes a result durable: no head is signed for what a crash could
+// take back, and no result is delivered that the tree lacks. Heads go with heartbeats,
+// leaves before them; the network's copy is what a replaced disk goes on from.
+//
 // Accepted jobs and results are in an append-only log of the agent's own (state): one
 // sync for all who commit at once, room for the failure of every accepted job set
 // aside ahead of time. A database syncs more often for each commit, and meets a full

@@ -105,6 +105,8 @@ type membership struct {
 	logAcks   chan *wire.LogsAck
 	dropped   atomic.Uint64 // log records that the network never got, since the start
 
+	receipts receipts // of the receipt log
+
 	orderBook *order.Book       // of the network's orders
 	inbox     chan wire.Message // orders, and what the network says of their answers
 	retell    chan struct{}     // capacity 1: tell the network every outcome that it has not acknowledged
@@ -136,7 +138,7 @@ func newMembership(net config.Network, on machine, shared shared) *membership {
 	return &membership{
 		net: net, dir: filepath.Join(shared.state, "networks", net.Name), on: on, slots: shared.slots, spools: shared.spools, log: shared.log.With("network", net.Name), keeps: shared.keeps, keepN: shared.keepN, kept: new(state.Kept), version: shared.version,
 		update: make(chan struct{}, 1), beat: make(chan struct{}, 1), registered: make(chan struct{}), keep: make(chan struct{}, 1),
-		upload: make(chan struct{}, 1), uploadNow: make(chan chan<- error), logAcks: make(chan *wire.LogsAck, 4),
+		upload: make(chan struct{}, 1), uploadNow: make(chan chan<- error), logAcks: make(chan *wire.LogsAck, 4), receipts: receipts{look: make(chan struct{}, 1)},
 		inbox: make(chan wire.Message, maxInbox), retell: make(chan struct{}, 1), halt: make(chan struct{}, maxLong),
 		board: board{network: net.Name, away: time.Now(), phase: stopped, models: map[digest.Digest]int64{}},
 	}
@@ -150,7 +152,7 @@ func (m *membership) run(ctx context.Context, end <-chan struct{}) error {
 	defer stop()
 	m.recall()
 	g, ctx := errgroup.WithContext(ctx)
-	for _, loop := range []func(context.Context) error{m.worker.Run, m.follow, m.heartbeats, m.bindings, m.orders, m.uploads} {
+	for _, loop := range []func(context.Context) error{m.worker.Run, m.follow, m.heartbeats, m.bindings, m.orders, m.uploads, m.showReceipts} {
 		g.Go(func() error { return loop(ctx) })
 	}
 	g.Go(func() error {
@@ -226,9 +228,10 @@ func (m *membership) heartbeats(ctx context.Context) error {
 			timer.Stop()
 		case <-timer.C:
 		}
-		if err := m.session.Send(m.heartbeat()); err != nil && !errors.Is(err, session.ErrNotConnected) {
+		if err := m.receipts.beatWith(m.heartbeat(), m.session.Send); err != nil && !errors.Is(err, session.ErrNotConnected) {
 			m.log.Debug("heartbeat not sent", "error", err)
 		}
+		poke(m.receipts.look)
 	}
 }
 
@@ -250,6 +253,7 @@ func (m *membership) heartbeat() *wire.Heartbeat {
 
 // Opened implements [session.Handler]: a session has been authenticated.
 func (m *membership) Opened() {
+	m.receipts.begin()
 	m.board.set(func(b *board) { b.connected, b.sessErr, b.word = true, nil, nil })
 	m.on.changed()
 	m.log.Info("session opened", journal.SessionOpened.Attr())
@@ -261,6 +265,7 @@ func (m *membership) Opened() {
 
 // Closed implements [session.Handler].
 func (m *membership) Closed(err error) {
+	m.receipts.begin()
 	var opened bool
 	var before error
 	m.board.set(func(b *board) {
@@ -299,6 +304,8 @@ func (m *membership) Message(msg wire.Message) {
 		poke(m.update)
 	case *wire.LogsAck:
 		m.logsStored(msg)
+	case *wire.LeavesAck:
+		m.receipts.heard(msg)
 	case *wire.Order, *wire.OrderAck:
 		m.post(msg)
 	case *wire.Bound:
@@ -321,7 +328,7 @@ func (m *membership) status() control.Network {
 	w := m.worker.Status()
 	n := control.Network{
 		Name: m.net.Name, Priority: m.net.Priority, Runtime: m.board.runtimeState(),
-		Slots: w.Slots, Busy: w.Busy, Taken: w.Taken, Outbox: w.Outbox, Draining: w.Draining, Drains: m.drains(w), Orders: m.lastOrders(), Logs: m.logs(),
+		Slots: w.Slots, Busy: w.Busy, Taken: w.Taken, Outbox: w.Outbox, Draining: w.Draining, Drains: m.drains(w), Orders: m.lastOrders(), Logs: m.logs(), ReceiptLog: m.receiptLog(),
 	}
 	if p := m.orderBook.Penalty(); p != nil {
 		n.Penalty = &control.Penalty{Reason: p.Reason, Until: time.UnixMilli(p.Until).UTC()}

@@ -87,7 +87,7 @@ func (m *membership) open() (err error) {
 // openWorker makes the worker, once there are a store, a key and a session.
 func (m *membership) openWorker(now func() time.Time) {
 	m.worker = work.New(work.Config{
-		Store: m.store, Key: m.key, Send: m.session.Send, Log: m.log, Now: now,
+		Store: m.store, Key: m.key, Send: m.deliver, Log: m.log, Now: now,
 		Slots: m.slots, Crowded: m.others, Keep: m.keepJob,
 		Suspect: func(active *work.Active, why string) { m.on.suspect(m, active, why) },
 	})

@@ -70,10 +70,13 @@ type Network struct {
 	Drains   []Drain           `json:"drains,omitempty"` // who has drained the node; all have to take it back
 	Logs     Logs              `json:"logs,omitzero"`
 	Penalty  *Penalty          `json:"penalty,omitempty"` // the network's, in force
-	Orders   []Order           `json:"orders,omitempty"`  // the network's last ones, oldest first
-	Done     int               `json:"done"`
-	Failed   int               `json:"failed"`
-	LastJob  *time.Time        `json:"lastJob,omitempty"`
+
+	ReceiptLog *ReceiptLog `json:"receiptLog,omitempty"` // absent before the first receipt
+
+	Orders  []Order    `json:"orders,omitempty"` // the network's last ones, oldest first
+	Done    int        `json:"done"`
+	Failed  int        `json:"failed"`
+	LastJob *time.Time `json:"lastJob,omitempty"`
 }
 
 // Of returns the node's part in a network, or nil.
@@ -90,6 +93,13 @@ func (s *Status) Of(network string) *Network {
 func (s *Status) Keep(network string) {
 	s.Gates = slices.DeleteFunc(s.Gates, func(g gate.Gate) bool { return g.Network != "" && g.Network != network })
 	s.Networks = slices.DeleteFunc(s.Networks, func(n Network) bool { return n.Name != network })
+}
+
+// ReceiptLog says how the log of the node's receipts is.
+type ReceiptLog struct {
+	Size  uint64 `json:"size"`  // receipts
+	Root  string `json:"root"`  // of the tree; 0x and 64 hexadecimal digits
+	Acked uint64 `json:"acked"` // of how many the network has it
 }
 
 // Logs says how far the upload of the node's log is. The numbers count records.

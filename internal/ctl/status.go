@@ -101,6 +101,9 @@ func showNetwork(w *tabwriter.Writer, n *control.Network, several bool) {
 		fmt.Fprintf(w, "; last one %s ago", ago(*n.LastJob))
 	}
 	fmt.Fprintln(w)
+	if l := n.ReceiptLog; l != nil {
+		fmt.Fprintf(w, "receipts\t%d in the log, of which the network has %d; root %s\n", l.Size, l.Acked, l.Root)
+	}
 	if l := n.Logs; l.Upload == "on" {
 		fmt.Fprintf(w, "log\tuploaded up to record %d; %d wait, %d were dropped\n", l.Uploaded, l.Waiting, l.Dropped)
 		if l.Error != "" {

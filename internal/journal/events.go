@@ -132,6 +132,13 @@ var (
 // LogsDropped is about the logs themselves.
 var LogsDropped = event("7c1f2a2f6f8e4d6a9a4a5d1e0b7c3f4a", "logs-dropped", "Log records never reached the network", "The spool is bounded, and @RESULTITY_COUNT@ of its records were overwritten before the network had them, since it was away for long or the disk was full. The journal still has them. The network knows the number.")
 
+// The log of the node's receipts.
+var (
+	ReceiptLogRestored = event("5e0c7a41d2b84f3c9a6e1b70f4d8a901", "receipt-log-restored", "The receipt log goes on from the network's copy", "This node's log of its receipts was shorter than the network's, or another one: its disk was replaced or set back. The network's copy of @RESULTITY_COUNT@ receipts has this node's signature, so the node goes on from that. If nobody replaced or restored this machine's disk, another machine may use its key.")
+	ReceiptLogRefused  = event("5e0c7a41d2b84f3c9a6e1b70f4d8a902", "receipt-log-refused", "The network's copy of the receipt log is not this node's", "What the network says it has of this node's log of receipts was not signed by this node, or does not lead to what was. The node shows it nothing of the log in this session; jobs go on, but none of their receipts can be proven to be in the log. Tell the network's operator.")
+	ReceiptLogBehind   = event("5e0c7a41d2b84f3c9a6e1b70f4d8a903", "receipt-log-behind", "The receipt log is behind what the key has signed", "The node's key has signed a log with more receipts than the @RESULTITY_COUNT@ that the node and the network have: the disk was replaced or set back before the network had the last ones. Jobs go on. New receipts can be proven once the log has become longer than the one that was signed, or, if this machine is the only one with the key, after `resultityctl identity takeover`.")
+)
+
 // The key, where another process holds it.
 var (
 	SignerReady      = event("7c1f2a2f6f8e4d6a9a4a5d1e0b7c3f80", "signer-ready", "The node's key is ready to sign", "resultity-signer holds the key of node @RESULTITY_NODE@ and signs what the agent states. This is its start number @RESULTITY_STARTS@.")

@@ -397,6 +397,9 @@
 // has covered when the session ends count as not sent. From its first receipt on, once
 // it has had a LeavesAck, a node has a head in each heartbeat, whose size is exactly
 // the end of what was sent. As long as there is nothing new it may be the same one.
+// One head is on its way at a time: the next leaves follow the network's word about
+// the last head. A network that has not all that the head has repeats what it has; the
+// node goes on from there.
 //
 // The network takes a head that is by the node, of this network and chain, of that
 // size, and whose root is that of its copy with the leaves. A head of another size or
@@ -411,11 +414,13 @@
 // it takes over the network's log and appends those of its receipts that the
 // network has never acknowledged, so that some may be in the log twice. A LeavesAck for which
 // that does not hold is answered by no leaves and no heads in this session, and
-// told to the operator. So is a size that the node cannot sign a head of: its key does
-// not sign a head smaller than its last.
+// told to the operator. A node's key signs no head smaller than its last one for the
+// network: a node that has lost what the network never had shows no leaves
+// until it has more.
 //
 // A network that has lost leaves which the node has no longer (it keeps the last
 // 65536 at least) gets the rest with [Leaves.Edge], the compact range at From; the
-// network goes on from that and can prove only what comes behind it. Edge is a violation unless From is
-// above the size in LeavesAck, and in all but the first Leaves of a session.
+// network goes on from that and can prove only what comes behind it. Edge is a violation
+// unless From is above the size in the last LeavesAck, and in all but the first Leaves
+// behind that.
 package wire

@@ -1,0 +1,274 @@
+package agent
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"sync"
+	"time"
+
+	"github.com/resultity/node/internal/control"
+	"github.com/resultity/node/internal/failpoint"
+	"github.com/resultity/node/internal/journal"
+	"github.com/resultity/node/internal/receiptlog"
+	"github.com/resultity/node/internal/session"
+	"github.com/resultity/node/internal/signer"
+	"github.com/resultity/node/internal/wire"
+)
+
+// This file brings the receipt log to the network: the leaves that it lacks, and
+// the head that heartbeats carry, which is at the end of them. Package wire
+// says what both sides owe one another ("Receipt log").
+//
+// One head is on its way at a time. So nothing piles up at a network whose disk is
+// slow or full, and its word tells how far it is.
+
+// headEvery is the least time between two heads: signing one costs the signer's
+// disk a write.
+const headEvery = time.Second
+
+// headRetry is after how long what has failed here is tried again.
+const headRetry = 10 * time.Second
+
+// receipts is what a session and the loop share.
+type receipts struct {
+	look chan struct{} // capacity 1: look whether the network has the whole log
+
+	mu      sync.Mutex // guards what follows, and the sending of leaves and heads; never held over disk or signer
+	session uint64     // rises when one begins, and when it ends
+	said    *wire.LeavesAck
+	head    *receiptlog.SignedHead // what the heartbeats of the session carry
+}
+
+// begin forgets what was said in the session before.
+func (r *receipts) begin() {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	r.session++
+	r.said, r.head = nil, nil
+}
+
+// heard takes the network's word. A later one counts for those before it.
+func (r *receipts) heard(a *wire.LeavesAck) {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	r.said = a
+	poke(r.look)
+}
+
+// beatWith sends a heartbeat with the head at which the network is, or will be.
+func (r *receipts) beatWith(h *wire.Heartbeat, send func(wire.Message) error) error {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	h.Head = r.head
+	return send(h)
+}
+
+// telling is how far the loop is in one session.
+type telling struct {
+	session uint64
+	known   bool                   // what the network has
+	has     uint64                 // leaves, the network, or will have
+	waits   bool                   // for the network's word about head
+	head    *receiptlog.SignedHead // at has; nil before the first
+	refused bool                   // what the network has is not ours: nothing more in this session
+	behind  uint64                 // size that the key has refused
+	last    time.Time              // when head was made
+}
+
+// deliver is the worker's way to the network.
+func (m *membership) deliver(msg wire.Message) error {
+	if r, ok := msg.(*wire.Result); ok && r.Receipt != nil {
+		poke(m.receipts.look) // the log has grown
+	}
+	return m.session.Send(msg)
+}
+
+// showReceipts tells the network of the log whenever that has grown.
+func (m *membership) showReceipts(ctx context.Context) error {
+	var t telling
+	for {
+		select {
+		case <-ctx.Done():
+			return nil
+		case <-m.receipts.look:
+		}
+		again, err := m.showMore(&t)
+		if err != nil && !errors.Is(err, session.ErrNotConnected) {
+			m.log.Warn("the network is not told of the receipt log; it is tried again", "error", err)
+			again = headRetry
+		}
+		if again == 0 {
+			continue
+		}
+		timer := time.NewTimer(again)
+		select {
+		case <-ctx.Done():
+			timer.Stop()
+			return nil
+		case <-timer.C:
+			poke(m.receipts.look)
+		}
+	}
+}
+
+// showMore does what there is to do. It returns after how long there is more, 0 for
+// when something happens.
+func (m *membership) showMore(t *telling) (again time.Duration, err error) {
+	r := &m.receipts
+	r.mu.Lock()
+	now, said := r.session, r.said
+	r.mu.Unlock()
+	if t.session != now {
+		*t = telling{session: now, last: t.last}
+	}
+	snap := m.board.snapshot()
+	if snap == nil || t.refused {
+		return 0, nil
+	}
+	if said != nil {
+		if err := m.hear(t, said); err != nil {
+			return 0, err
+		}
+		r.mu.Lock()
+		if r.said == said {
+			r.said = nil
+		}
+		r.mu.Unlock()
+	}
+	if t.refused || !t.known {
+		return 0, nil
+	}
+	if t.head != nil && t.head.Size == t.has {
+		if err := m.send(t, nil); err != nil {
+			return 0, err
+		}
+	}
+	if t.waits {
+		return 0, nil
+	}
+	is, chain := m.store.ReceiptLog(), snap.Config().Network.ChainID
+	switch {
+	case is.Size == 0, is.Size < t.has, is.Size == t.behind:
+		return 0, nil
+	case t.head != nil && t.head.Size == t.has && is.Size == t.has && t.head.ChainID == chain:
+		return 0, nil // it has everything
+	}
+	if wait := headEvery - time.Since(t.last); wait > 0 {
+		return wait, nil
+	}
+	var leaves []wire.Message
+	first := &wire.Leaves{From: t.has}
+	if t.has < is.First {
+		log := m.store.LogAt(is.First)
+		if log == nil {
+			return headEvery, nil // the log has moved on meanwhile
+		}
+		first.From, first.Edge = is.First, log.Hashes()
+	}
+	for at, next := first.From, first; at < is.Size; {
+		next.Leaves = m.store.Leaves(at, int(min(wire.MaxLeaves, is.Size-at)))
+		if next.Leaves == nil {
+			return headEvery, nil // likewise
+		}
+		leaves = append(leaves, next)
+		at += uint64(len(next.Leaves))
+		next = &wire.Leaves{From: at}
+	}
+	t.last = time.Now()
+	head, err := m.key.Head(chain, receiptlog.Head{Node: m.key.Address(), Network: m.net.Name, Size: is.Size, Root: is.Root, Time: uint64(t.last.UnixMilli())})
+	if errors.Is(err, signer.ErrBehind) {
+		m.log.Warn("no head of the receipt log", journal.ReceiptLogBehind.Attr(), "count", is.Size, "error", err)
+		t.behind = is.Size
+		return 0, nil
+	}
+	if err != nil {
+		return 0, fmt.Errorf("sign the head of the receipt log: %w", err)
+	}
+	failpoint.Here("agent.head.signed")
+	t.head = head
+	return 0, m.send(t, leaves)
+}
+
+// send has the session go on to t.head: with leaves, and with heartbeats that carry it.
+func (m *membership) send(t *telling, leaves []wire.Message) error {
+	r := &m.receipts
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	if r.session != t.session || r.head != nil && *r.head == *t.head && len(leaves) == 0 {
+		return nil
+	}
+	for _, l := range leaves {
+		if err := m.session.Send(l); err != nil {
+			return err
+		}
+	}
+	failpoint.Here("agent.leaves.sent")
+	t.waits = t.head.Size > t.has
+	t.has, r.head = t.head.Size, t.head
+	poke(m.beat)
+	return nil
+}
+
+// hear compares what the network has with the log, and brings the log to where it
+// was before this machine's disk was replaced or set back.
+func (m *membership) hear(t *telling, said *wire.LeavesAck) error {
+	t.known, t.waits, t.has = true, false, said.Size
+	h := said.Head
+	if h == nil || t.head != nil && *h == *t.head {
+		return m.acked(said.Size)
+	}
+	t.head = nil
+	theirs, err := receiptlog.Resume(said.Size, said.Edge)
+	if err == nil {
+		err = h.Verify()
+	}
+	switch {
+	case err != nil:
+	case h.Node != m.key.Address() || h.Network != m.net.Name:
+		err = fmt.Errorf("its head is of node %s in network %s", h.Node, h.Network)
+	case theirs.Root() != h.Root:
+		err = fmt.Errorf("its head of %d receipts is not that of its leaves", h.Size)
+	}
+	if err != nil {
+		t.refused = true
+		m.log.Error("the network's copy of the receipt log is not this node's", journal.ReceiptLogRefused.Attr(), "count", said.Size, "error", err)
+		return nil
+	}
+	is := m.store.ReceiptLog()
+	same := said.Size < is.First // cannot be known any more
+	if !same && said.Size <= is.Size {
+		root := is.Root
+		if said.Size < is.Size {
+			if log := m.store.LogAt(said.Size); log != nil {
+				root = log.Root()
+			}
+		}
+		same = root == h.Root
+	}
+	if !same {
+		if err := m.store.RestoreLog(theirs); err != nil {
+			return err
+		}
+		m.log.Warn("receipt log restored", journal.ReceiptLogRestored.Attr(), "count", said.Size)
+	}
+	t.head = h
+	return m.acked(said.Size)
+}
+
+// acked notes what the network has.
+func (m *membership) acked(size uint64) error {
+	if is := m.store.ReceiptLog(); size <= is.Acked || size > is.Size {
+		return nil
+	}
+	return m.store.AckLeaves(size)
+}
+
+// receiptLog is what status shows of the log.
+func (m *membership) receiptLog() *control.ReceiptLog {
+	is := m.store.ReceiptLog()
+	if is.Size == 0 {
+		return nil
+	}
+	return &control.ReceiptLog{Size: is.Size, Root: is.Root.Hex(), Acked: is.Acked}
+}

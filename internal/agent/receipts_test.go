@@ -1,0 +1,405 @@
+package agent
+
+import (
+	"slices"
+	"testing"
+	"testing/synctest"
+	"time"
+
+	"github.com/resultity/node/internal/deploy/deploytest"
+	"github.com/resultity/node/internal/evm"
+	"github.com/resultity/node/internal/journal"
+	"github.com/resultity/node/internal/receipt"
+	"github.com/resultity/node/internal/receiptlog"
+	"github.com/resultity/node/internal/signer"
+	"github.com/resultity/node/internal/snapshot"
+	"github.com/resultity/node/internal/wire"
+)
+
+// archive is a network's copy of a receipt log. It objects to whatever the protocol
+// does not allow.
+type archive struct {
+	t       *testing.T
+	network string
+	first   uint64 // index of leaves[0]
+	base    *receiptlog.Log
+	leaves  []evm.Hash
+	stored  int // of leaves
+	head    *receiptlog.SignedHead
+	deaf    bool // heads are not stored
+	got     int  // leaves that came since the session began
+	beats   int  // heartbeats that came with a head
+}
+
+func newArchive(t *testing.T, network string) *archive {
+	return &archive{t: t, network: network, base: receiptlog.New()}
+}
+
+func (a *archive) at(n int) *receiptlog.Log {
+	l := a.base.Clone()
+	for _, leaf := range a.leaves[:n] {
+		l.Append(leaf, nil)
+	}
+	return l
+}
+
+// say is what the network says that it has.
+func (a *archive) say() *wire.LeavesAck {
+	l := a.at(a.stored)
+	return &wire.LeavesAck{Size: l.Size(), Head: a.head, Edge: l.Hashes()}
+}
+
+// opens begins a session.
+func (a *archive) opens(p *party) {
+	p.drop()
+	a.leaves, a.got, a.beats = a.leaves[:a.stored], 0, 0
+	p.opened()
+	p.Message(a.say())
+	a.hears(p, 20*time.Second)
+}
+
+// hears has the network take what the node sends for a while, and answer.
+func (a *archive) hears(p *party, d time.Duration) {
+	a.t.Helper()
+	for end := time.Now().Add(d); time.Now().Before(end); pass(100 * time.Millisecond) {
+		for len(p.link.sent) > 0 {
+			switch m := (<-p.link.sent).(type) {
+			case *wire.Leaves:
+				if len(m.Edge) > 0 && a.stored == len(a.leaves) && m.From > a.at(a.stored).Size() {
+					l, err := receiptlog.Resume(m.From, m.Edge)
+					if err != nil {
+						a.t.Fatal(err)
+					}
+					a.first, a.base, a.leaves, a.stored = m.From, l, nil, 0
+				} else if len(m.Edge) > 0 {
+					a.t.Errorf("an edge before %d", m.From)
+				}
+				if have := a.first + uint64(len(a.leaves)); m.From != have {
+					a.t.Fatalf("leaves from %d on, and the network has %d", m.From, have)
+				}
+				a.leaves = append(a.leaves, m.Leaves...)
+				a.got += len(m.Leaves)
+			case *wire.Heartbeat:
+				if m.Head == nil {
+					continue
+				}
+				a.beats++
+				l := a.at(len(a.leaves))
+				if m.Head.Network != a.network || m.Head.Size != l.Size() || m.Head.Root != l.Root() || m.Head.Verify() != nil || m.Head.Node != nodeKey.Address() {
+					a.t.Fatalf("head %+v, and there are %d leaves, root %s; %v", m.Head, l.Size(), l.Root(), m.Head.Verify())
+				}
+				if a.head != nil && *m.Head == *a.head || a.deaf {
+					continue
+				}
+				a.head, a.stored = m.Head, len(a.leaves)
+				p.Message(a.say())
+			}
+		}
+	}
+}
+
+// earn makes a receipt durable, as the worker would, and returns its leaf.
+func (p *party) earn(t *testing.T, s *snapshot.Snapshot) evm.Hash {
+	t.Helper()
+	j := job(s)
+	if _, err := p.store.Accept(j); err != nil {
+		t.Fatal(err)
+	}
+	signed, err := p.key.Receipt(s.Config().Network.ChainID, receipt.Receipt{Job: j.ID, Node: p.key.Address()})
+	if err != nil {
+		t.Fatal(err)
+	}
+	r := &wire.Result{Job: j.ID, Response: []byte("x"), Receipt: &signed}
+	if err := p.store.Finish(r); err != nil {
+		t.Fatal(err)
+	}
+	if err := p.deliver(r); err != nil {
+		t.Log(err) // it is in the store
+	}
+	stated := signed.Receipt()
+	return receiptlog.Leaf(stated.Hash(signed.ChainID()))
+}
+
+// has checks what the network has in the end.
+func (a *archive) has(leaves ...evm.Hash) {
+	a.t.Helper()
+	if !slices.Equal(a.leaves[:a.stored], leaves) {
+		a.t.Errorf("the network has %d leaves from %d on, want %d, or others", a.stored, a.first, len(leaves))
+	}
+}
+
+// logged runs a test with agents on one machine's disk after another.
+func logged(t *testing.T, test func(t *testing.T, start func(dir string) (*fixture, *snapshot.Snapshot, func()), dirs []string)) {
+	t.Helper()
+	n, m, dirs := deploytest.NewNetwork(t), deploytest.New(t), []string{t.TempDir(), t.TempDir()}
+	synctest.Test(t, func(t *testing.T) {
+		s := n.Publish(nil)
+		test(t, func(dir string) (*fixture, *snapshot.Snapshot, func()) {
+			f := build(t, dir, m)
+			f.tuf.serve(s, nil)
+			stop := f.run()
+			pass(5 * time.Second)
+			return f, s, stop
+		}, dirs)
+	})
+}
+
+// The network gets every leaf once and in order, and a head for all of them; what
+// it has already is not sent again, over sessions and restarts.
+func TestReceiptLogIsShown(t *testing.T) {
+	logged(t, func(t *testing.T, start func(string) (*fixture, *snapshot.Snapshot, func()), dirs []string) {
+		a := newArchive(t, "testnet")
+		f, s, stop := start(dirs[0])
+		a.opens(f.party)
+		if a.beats != 0 || f.status().ReceiptLog != nil {
+			t.Errorf("%d heads of an empty log", a.beats)
+		}
+		var leaves []evm.Hash
+		for range 3 {
+			leaves = append(leaves, f.earn(t, s))
+		}
+		a.hears(f.party, 3*time.Second)
+		a.has(leaves...)
+		beats, first := a.beats, *a.head
+		a.hears(f.party, time.Minute)
+		if a.beats < beats+3 || *a.head != first || a.got != 3 {
+			t.Errorf("%d heartbeats with a head in a minute, %d leaves", a.beats-beats, a.got)
+		}
+		if l := f.status().ReceiptLog; l == nil || l.Size != 3 || l.Acked != 3 || l.Root != first.Root.Hex() {
+			t.Errorf("status %+v", l)
+		}
+		// Without a session, and in the next one.
+		f.Closed(errBroken)
+		leaves = append(leaves, f.earn(t, s), f.earn(t, s))
+		pass(time.Minute)
+		a.opens(f.party)
+		a.has(leaves...)
+		if a.got != 2 {
+			t.Errorf("%d leaves, want the last two", a.got)
+		}
+		stop()
+		f, _, stop = start(dirs[0])
+		defer func() { stop() }()
+		before := *a.head
+		a.opens(f.party)
+		if a.got != 0 || *a.head != before || a.beats == 0 {
+			t.Errorf("after a restart %d leaves, %d heads, and a new one: %v", a.got, a.beats, *a.head != before)
+		}
+		leaves = append(leaves, f.earn(t, s))
+		a.hears(f.party, 3*time.Second)
+		a.has(leaves...)
+		if n := f.book.count(journal.ReceiptLogRestored) + f.book.count(journal.ReceiptLogRefused) + f.book.count(journal.ReceiptLogBehind); n > 0 {
+			t.Errorf("the operator is bothered:\n%s", f.book)
+		}
+	})
+}
+
+// A network that takes its time gets one head after the other, not all at once.
+func TestReceiptLogWaits(t *testing.T) {
+	logged(t, func(t *testing.T, start func(string) (*fixture, *snapshot.Snapshot, func()), dirs []string) {
+		a := newArchive(t, "testnet")
+		f, s, stop := start(dirs[0])
+		defer stop()
+		a.opens(f.party)
+		leaves := []evm.Hash{f.earn(t, s)}
+		a.deaf = true
+		a.hears(f.party, 3*time.Second)
+		for range 5 {
+			leaves = append(leaves, f.earn(t, s))
+			a.hears(f.party, 10*time.Second)
+		}
+		if a.got != 1 || a.beats < 4 {
+			t.Errorf("%d leaves and %d heads for a network that stores none", a.got, a.beats)
+		}
+		// It has dropped them, and says so.
+		a.deaf, a.leaves = false, nil
+		f.Message(a.say())
+		a.hears(f.party, 10*time.Second)
+		a.has(leaves...)
+	})
+}
+
+// A node whose disk was replaced goes on from the network's copy, with what it has
+// done since behind it.
+func TestReceiptLogOfAReplacedDisk(t *testing.T) {
+	logged(t, func(t *testing.T, start func(string) (*fixture, *snapshot.Snapshot, func()), dirs []string) {
+		a := newArchive(t, "testnet")
+		f, s, stop := start(dirs[0])
+		a.opens(f.party)
+		var leaves []evm.Hash
+		for range 5 {
+			leaves = append(leaves, f.earn(t, s))
+		}
+		a.hears(f.party, 5*time.Second)
+		stop()
+
+		f, _, stop = start(dirs[1])
+		defer func() { stop() }()
+		leaves = append(leaves, f.earn(t, s), f.earn(t, s)) // before the network can be reached
+		a.opens(f.party)
+		a.has(leaves...)
+		leaves = append(leaves, f.earn(t, s))
+		a.hears(f.party, 5*time.Second)
+		a.has(leaves...)
+		if a.got != 3 || f.book.count(journal.ReceiptLogRestored) != 1 {
+			t.Errorf("%d leaves\n%s", a.got, f.book)
+		}
+		stop()
+		// The old disk is put back: it has the first five, and two of its own since.
+		f, _, stop = start(dirs[0])
+		leaves = append(leaves, f.earn(t, s), f.earn(t, s))
+		a.opens(f.party)
+		a.has(leaves...)
+		if a.got != 2 || f.book.count(journal.ReceiptLogRestored) != 1 {
+			t.Errorf("%d leaves\n%s", a.got, f.book)
+		}
+	})
+}
+
+// A network that has lost its copy gets what there is.
+func TestReceiptLogOfAForgetfulNetwork(t *testing.T) {
+	logged(t, func(t *testing.T, start func(string) (*fixture, *snapshot.Snapshot, func()), dirs []string) {
+		a := newArchive(t, "testnet")
+		f, s, stop := start(dirs[0])
+		defer func() { stop() }()
+		a.opens(f.party)
+		var leaves []evm.Hash
+		for range 4 {
+			leaves = append(leaves, f.earn(t, s))
+		}
+		a.hears(f.party, 5*time.Second)
+		old := *a
+		leaves = append(leaves, f.earn(t, s))
+		a.hears(f.party, 5*time.Second)
+		for name, copy := range map[string]archive{"an older copy": old, "none": *newArchive(t, "testnet")} {
+			f.Closed(errBroken)
+			b := &copy
+			b.leaves = slices.Clone(b.leaves)
+			b.opens(f.party)
+			b.has(leaves...)
+			if f.book.count(journal.ReceiptLogRestored) > 0 {
+				t.Errorf("%s: %s", name, f.book)
+			}
+		}
+		// One whose disk was replaced meanwhile has only what came since.
+		stop()
+		f, _, stop = start(dirs[1])
+		b := newArchive(t, "testnet")
+		b.leaves, b.stored = leaves, len(leaves)
+		l := b.at(len(leaves))
+		h := receiptlog.Head{Node: nodeKey.Address(), Network: "testnet", Size: l.Size(), Root: l.Root()}
+		var err error
+		if b.head, err = h.Sign(31337, nodeKey); err != nil {
+			t.Fatal(err)
+		}
+		b.opens(f.party)
+		since := f.earn(t, s)
+		b.hears(f.party, 5*time.Second)
+		b.has(append(leaves, since)...)
+		f.Closed(errBroken)
+		c := newArchive(t, "testnet")
+		c.opens(f.party)
+		c.has(since)
+		if c.first != uint64(len(leaves)) || c.at(1).Root() != b.at(len(leaves)+1).Root() {
+			t.Errorf("the rest begins at %d, want %d, or leads to another root", c.first, len(leaves))
+		}
+	})
+}
+
+// What the network says of a log that is not this node's has no effect but to be
+// told.
+func TestReceiptLogIsNotTheNetworks(t *testing.T) {
+	sign := func(l *receiptlog.Log, key *evm.Key, network string) *receiptlog.SignedHead {
+		h := receiptlog.Head{Node: key.Address(), Network: network, Size: l.Size(), Root: l.Root()}
+		signed, err := h.Sign(31337, key)
+		if err != nil {
+			t.Fatal(err)
+		}
+		return signed
+	}
+	other := receiptlog.New()
+	for i := range 6 {
+		other.Append(receiptlog.Leaf(evm.Hash{byte(i)}), nil)
+	}
+	bent := sign(other, nodeKey, "testnet")
+	bent.Time++
+	elsewhere := other.Hashes()
+	elsewhere[0][3] ^= 1
+	for name, said := range map[string]*wire.LeavesAck{
+		"another node's head":     {Size: 6, Head: sign(other, newKey(), "testnet"), Edge: other.Hashes()},
+		"another network's head":  {Size: 6, Head: sign(other, nodeKey, "mainnet"), Edge: other.Hashes()},
+		"a changed head":          {Size: 6, Head: bent, Edge: other.Hashes()},
+		"an edge of another log":  {Size: 6, Head: sign(other, nodeKey, "testnet"), Edge: elsewhere},
+		"an edge of another size": {Size: 6, Head: sign(other, nodeKey, "testnet"), Edge: other.Hashes()[:1]},
+	} {
+		t.Run(name, func(t *testing.T) {
+			logged(t, func(t *testing.T, start func(string) (*fixture, *snapshot.Snapshot, func()), dirs []string) {
+				a := newArchive(t, "testnet")
+				f, s, stop := start(dirs[0])
+				defer stop()
+				leaves := []evm.Hash{f.earn(t, s)}
+				f.opened()
+				f.Message(said)
+				a.hears(f.party, time.Minute)
+				if a.got != 0 || a.beats != 0 || f.book.count(journal.ReceiptLogRefused) != 1 {
+					t.Errorf("%d leaves and %d heads\n%s", a.got, a.beats, f.book)
+				}
+				if is := f.store.ReceiptLog(); is.Size != 1 || is.Root != leaves[0] {
+					t.Errorf("the log is %+v now", is)
+				}
+				// The next session is another one.
+				f.Closed(errBroken)
+				a.opens(f.party)
+				a.has(leaves...)
+			})
+		})
+	}
+}
+
+// A key that has signed a larger log signs nothing until there is more: the node
+// works all the while.
+func TestReceiptLogBehindItsKey(t *testing.T) {
+	key := signer.NewLocal(nodeKey, nil)
+	if _, err := key.Head(31337, receiptlog.Head{Node: nodeKey.Address(), Network: "testnet", Size: 3, Root: evm.Hash{1}}); err != nil {
+		t.Fatal(err)
+	}
+	logged(t, func(t *testing.T, start func(string) (*fixture, *snapshot.Snapshot, func()), dirs []string) {
+		a := newArchive(t, "testnet")
+		f, s, stop := start(dirs[0])
+		defer stop()
+		f.membership.key = key
+		a.opens(f.party)
+		var leaves []evm.Hash
+		for range 3 {
+			leaves = append(leaves, f.earn(t, s))
+			a.hears(f.party, 30*time.Second)
+		}
+		if a.got != 0 || a.beats != 0 || f.book.count(journal.ReceiptLogBehind) == 0 {
+			t.Errorf("%d leaves and %d heads\n%s", a.got, a.beats, f.book)
+		}
+		if n := f.book.count(journal.ReceiptLogBehind); n > 3 {
+			t.Errorf("it is said %d times", n)
+		}
+		leaves = append(leaves, f.earn(t, s))
+		a.hears(f.party, 5*time.Second)
+		a.has(leaves...)
+	})
+}
+
+// Each network has a log of its own.
+func TestTwoNetworksHaveTwoLogs(t *testing.T) {
+	inTwo(t, nil, func(t *testing.T, w *duo, sa, sb *snapshot.Snapshot) {
+		a, b := newArchive(t, "mainnet"), newArchive(t, "testnet")
+		a.opens(w.a)
+		b.opens(w.b)
+		ofA := []evm.Hash{w.a.earn(t, sa), w.a.earn(t, sa)}
+		ofB := []evm.Hash{w.b.earn(t, sb)}
+		a.hears(w.a, 5*time.Second)
+		b.hears(w.b, 5*time.Second)
+		a.has(ofA...)
+		b.has(ofB...)
+		if a.head.ChainID != 1 || b.head.ChainID != 31337 {
+			t.Errorf("heads for chains %d and %d", a.head.ChainID, b.head.ChainID)
+		}
+	})
+}
