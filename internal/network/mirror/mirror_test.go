@@ -102,15 +102,14 @@ func (d *disk) change(t *testing.T, node evm.Address, f func(*store.ReceiptLog))
 
 // prover is a node with a log, and the network's mirror of it.
 type prover struct {
-	t     *testing.T
-	key   *evm.Key
-	disk  *disk
-	m     *Mirror
-	s     *Session
-	log   *receiptlog.Log
-	all   []evm.Hash
-	made  []time.Time  // each of them
-	edges [][]evm.Hash // before each leaf, and at the end
+	t    *testing.T
+	key  *evm.Key
+	disk *disk
+	m    *Mirror
+	s    *Session
+	log  *receiptlog.Log
+	all  []evm.Hash
+	made []time.Time // each of them
 
 	mu   sync.Mutex
 	acks []*wire.LeavesAck
@@ -123,7 +122,7 @@ func newProver(t *testing.T) *prover {
 	if err != nil {
 		t.Fatal(err)
 	}
-	p := &prover{t: t, key: key, disk: newDisk(), log: receiptlog.New(), edges: [][]evm.Hash{{}}}
+	p := &prover{t: t, key: key, disk: newDisk(), log: receiptlog.New()}
 	p.restart()
 	return p
 }
@@ -177,7 +176,15 @@ func (p *prover) add(leaf evm.Hash) {
 	p.log.Append(leaf, nil)
 	p.all = append(p.all, leaf)
 	p.made = append(p.made, time.Now())
-	p.edges = append(p.edges, p.log.Hashes())
+}
+
+// edge is the log before a leaf.
+func (p *prover) edge(n int) []evm.Hash {
+	l := receiptlog.New()
+	for _, leaf := range p.all[:n] {
+		l.Append(leaf, nil)
+	}
+	return l.Hashes()
 }
 
 // send sends the leaves from a place on, as a node does.
@@ -330,7 +337,7 @@ func TestHostileWords(t *testing.T) {
 	p.grow(10)
 	for what, f := range map[string]func() error{
 		"a leaf of zeros":  func() error { _, err := p.leaves(0, make([]evm.Hash, 1), nil); return err },
-		"another's edge":   func() error { _, err := p.leaves(5, p.all, p.edges[7]); return err },
+		"another's edge":   func() error { _, err := p.leaves(5, p.all, p.edge(7)); return err },
 		"an absurd size":   func() error { return p.s.Beat(p.sign(func(h *receiptlog.Head) { h.Size = 1 << 62 })) },
 		"another network":  func() error { return p.s.Beat(p.sign(func(h *receiptlog.Head) { h.Network = "mainnet" })) },
 		"a bent signature": func() error { h := p.sign(nil); h.Size--; return p.s.Beat(h) },
@@ -359,7 +366,7 @@ func TestHostileWords(t *testing.T) {
 			if _, err := p.leaves(0, p.all[:2], nil); err != nil {
 				t.Fatal(err)
 			}
-			_, err := p.leaves(5, p.all[5:], p.edges[5])
+			_, err := p.leaves(5, p.all[5:], p.edge(5))
 			return err
 		},
 		"a first head that is not of its leaves": func() error {
@@ -425,7 +432,7 @@ func TestContradiction(t *testing.T) {
 		},
 		"a log with a receipt taken out": func(p *prover) *receiptlog.SignedHead {
 			all := p.all
-			p.log, p.all, p.edges = receiptlog.New(), nil, [][]evm.Hash{{}}
+			p.log, p.all, p.made = receiptlog.New(), nil, nil
 			for i, leaf := range all {
 				if i != 17 {
 					p.add(leaf)
@@ -497,7 +504,7 @@ func TestLostCopy(t *testing.T) {
 			t.Fatalf("told %+v", a)
 		}
 		p.grow(900)
-		p.send(from, p.edges[from])
+		p.send(from, p.edge(from))
 		p.beat(p.sign(nil))
 		for i := range p.all {
 			if far := i < from-3 || i > from+3; far && i%31 > 0 {
@@ -548,7 +555,7 @@ func TestDamagedCopy(t *testing.T) {
 				t.Fatalf("the node is told %+v", a)
 			}
 			p.grow(100)
-			p.send(600, p.edges[600])
+			p.send(600, p.edge(600))
 			p.beat(p.sign(nil))
 			p.mustProve(600, 699, 799)
 			l, err := p.disk.ReceiptLog(t.Context(), p.key.Address())
@@ -562,7 +569,7 @@ func TestDamagedCopy(t *testing.T) {
 			p = begin(t, damage)
 			p.join()
 			p.all[650][0] ^= 1
-			forked, err := receiptlog.Resume(600, p.edges[600])
+			forked, err := receiptlog.Resume(600, p.edge(600))
 			if err != nil {
 				t.Fatal(err)
 			}
@@ -570,7 +577,7 @@ func TestDamagedCopy(t *testing.T) {
 				forked.Append(leaf, nil)
 			}
 			p.log = forked
-			p.send(600, p.edges[600])
+			p.send(600, p.edge(600))
 			p.beat(p.sign(nil))
 			if p.out == "" {
 				t.Error("a log that was changed where the copy was damaged is taken")
@@ -592,7 +599,7 @@ func TestDamagedCopy(t *testing.T) {
 		if a, _ := p.join(); a.Size != 0 {
 			t.Fatalf("the node is told %+v", a)
 		}
-		p.send(512, p.edges[512])
+		p.send(512, p.edge(512))
 		p.beat(p.sign(nil))
 		p.mustProve(512, 709)
 	})
@@ -616,10 +623,10 @@ func TestDamagedCopy(t *testing.T) {
 		p.sync()
 		lost := *p.last().Head
 		p.grow(500)
-		_, err := p.leaves(100, p.all[100:], p.edges[100])
+		_, err := p.leaves(100, p.all[100:], p.edge(100))
 		is(t, "an edge where there is no gap", err, ErrInvalid)
 		p.join()
-		p.send(400, p.edges[400])
+		p.send(400, p.edge(400))
 		p.beat(p.sign(nil))
 		p.mustProve(400, 599)
 		if l, err := p.disk.ReceiptLog(t.Context(), p.key.Address()); err != nil || l.Lost == nil || *l.Lost != lost {

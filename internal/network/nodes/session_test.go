@@ -3,6 +3,7 @@ package nodes
 import (
 	"bufio"
 	"bytes"
+	"context"
 	"errors"
 	"fmt"
 	"log/slog"
@@ -25,7 +26,9 @@ import (
 	"github.com/resultity/node/internal/evm"
 	"github.com/resultity/node/internal/network/dispatch"
 	"github.com/resultity/node/internal/network/metrics"
+	"github.com/resultity/node/internal/network/mirror"
 	"github.com/resultity/node/internal/network/nodetest"
+	"github.com/resultity/node/internal/network/store"
 	"github.com/resultity/node/internal/receipt"
 	"github.com/resultity/node/internal/wire"
 )
@@ -427,7 +430,14 @@ func TestFragments(t *testing.T) {
 }
 
 func TestFloodsAreSlowedDown(t *testing.T) {
+	leaf := uint64(0)
 	for name, flood := range map[string]func(*session, *wire.Logs){
+		"leaves of no result": func(s *session, _ *wire.Logs) {
+			if _, err := s.leaves(&wire.Leaves{From: leaf, Leaves: []evm.Hash{{1}}}); err != nil {
+				t.Errorf("leaves: %v", err)
+			}
+			leaf++
+		},
 		"stray": func(s *session, _ *wire.Logs) { s.pause(s.stray, 1) },
 		"logs": func(s *session, bad *wire.Logs) {
 			if err := s.logs(bad); !errors.Is(err, wire.ErrLogs) {
@@ -450,6 +460,11 @@ func TestFloodsAreSlowedDown(t *testing.T) {
 			}
 			s.stray = rate.NewLimiter(rate.Every(time.Hour), 2)
 			s.m.limits.logsOf = newLimiters[evm.Address](rate.Every(time.Hour), 2)
+			s.m.limits.leavesOf = newLimiters[evm.Address](rate.Every(time.Hour), 2)
+			logs := mirror.New(noLogs{}, nil, s.m.metrics, s.log, nil)
+			if s.copy, _, err = logs.Join(t.Context(), s.node, func(*wire.LeavesAck) {}, nil); err != nil {
+				t.Fatal(err)
+			}
 			for range 2 {
 				flood(s, bad)
 			}
@@ -466,6 +481,45 @@ func TestFloodsAreSlowedDown(t *testing.T) {
 			s.m.remove(s)
 		})
 	}
+}
+
+// noLogs has no receipt log of any node.
+type noLogs struct{}
+
+func (noLogs) ReceiptLog(context.Context, evm.Address) (*store.ReceiptLog, error) {
+	return nil, store.ErrNotFound
+}
+func (noLogs) PutReceiptLog(context.Context, evm.Address, *store.ReceiptLog, []store.Tile) error {
+	return errors.New("nothing is kept")
+}
+func (noLogs) Tile(context.Context, evm.Address, int, uint64) ([]byte, time.Time, error) {
+	return nil, time.Time{}, store.ErrNotFound
+}
+
+// Leaves of receipts that the network has seen are not slowed down.
+func TestOwedLeavesAreFast(t *testing.T) {
+	s, _ := rig(t, Options{})
+	s.m.limits.leavesOf = newLimiters[evm.Address](rate.Every(time.Hour), 1)
+	logs := mirror.New(noLogs{}, nil, s.m.metrics, s.log, nil)
+	var err error
+	if s.copy, _, err = logs.Join(t.Context(), s.node, func(*wire.LeavesAck) {}, nil); err != nil {
+		t.Fatal(err)
+	}
+	key, err := evm.NewKey()
+	if err != nil {
+		t.Fatal(err)
+	}
+	signed, err := (&receipt.Receipt{Node: key.Address()}).Sign(1, key)
+	if err != nil {
+		t.Fatal(err)
+	}
+	for i := range uint64(8) {
+		s.owe(&signed)
+		if news, err := s.leaves(&wire.Leaves{From: i, Leaves: []evm.Hash{{1}}}); !news || err != nil {
+			t.Fatal(news, err)
+		}
+	}
+	s.m.remove(s)
 }
 
 // Nodes have places of their own; those who wait to say hello take none.
