@@ -32,6 +32,7 @@ type partial struct {
 	f    *os.File
 	list *chunk.List
 	want digest.Digest
+	seal *verityHash // of what was hashed; nil where files are not sealed
 
 	mu      sync.Mutex // guards what follows
 	arrived *sync.Cond // of mu: have or ended has changed
@@ -52,14 +53,27 @@ func (s *Store) fetch(ctx context.Context, f *snapshot.File, report func(int64))
 	if err != nil {
 		return err
 	}
-	defer p.close()
+	if s.canSeal(p.f) {
+		p.seal = newVerityHash()
+	}
+	err = p.fill(ctx, f, report)
+	p.close() // nobody may have a file open for writing that is sealed
+	failpoint.Here("model.file.closed")
+	if err != nil || p.seal == nil {
+		return err
+	}
+	return s.seal(ctx, f.SHA256, p.seal.sum())
+}
+
+// fill brings what is missing and gives the file its final name.
+func (p *partial) fill(ctx context.Context, f *snapshot.File, report func(int64)) error {
 	if err := p.salvage(ctx); err != nil {
 		return err
 	}
 	sum := make(chan error, 1)
 	go func() { sum <- p.sum(ctx) }()
 	missing := p.missing()
-	err = s.fetcher.Fetch(ctx, &fetch.File{Path: f.Path, SHA256: f.SHA256, List: list, Sources: f.Sources}, missing, p.put,
+	err := p.s.fetcher.Fetch(ctx, &fetch.File{Path: f.Path, SHA256: f.SHA256, List: p.list, Sources: f.Sources}, missing, p.put,
 		func(int) { report(p.here()) })
 	p.mu.Lock()
 	p.ended = true
@@ -328,6 +342,10 @@ func (p *partial) writeOut(i, how int) error {
 // the end, it says nothing.
 func (p *partial) sum(ctx context.Context) error {
 	h, buf := sha256.New(), make([]byte, 1<<20)
+	to := io.Writer(h)
+	if p.seal != nil {
+		to = io.MultiWriter(h, p.seal)
+	}
 	for i := range p.list.Len() {
 		p.mu.Lock()
 		for !p.have[i] && !p.ended {
@@ -342,7 +360,7 @@ func (p *partial) sum(ctx context.Context) error {
 			return err // nothing was found out
 		}
 		off, n := p.list.Range(i)
-		if _, err := io.CopyBuffer(h, struct{ io.Reader }{io.NewSectionReader(p.f, off, int64(n))}, buf); err != nil {
+		if _, err := io.CopyBuffer(to, struct{ io.Reader }{io.NewSectionReader(p.f, off, int64(n))}, buf); err != nil {
 			return p.local(err)
 		}
 	}

@@ -5,6 +5,7 @@
 //	blobs/<sha256>                  a verified file, mode 0444
 //	blobs/<sha256>.unverified       the chunks of it that have arrived, each at its place
 //	blobs/<sha256>.chunks           the hashes of its chunks, where the configuration has only their root
+//	blobs/<sha256>.verity           what the kernel calls it, where it is sealed (see verity.go)
 //	blobs/<sha256>.quarantined      what a scrub found damaged; its good chunks are used again
 //	trees/<model digest>/<path>     hard links to blobs, to be mounted read-only
 //
@@ -62,6 +63,7 @@ type Store struct {
 	root    *os.Root
 	fetcher *fetch.Fetcher
 	log     *slog.Logger
+	seals   seals
 	margin  int64 // bytes of the file system that are never used
 
 	locks keyed // by blob or tree name: who works on it
@@ -92,7 +94,7 @@ func Open(dir string, fetcher *fetch.Fetcher, log *slog.Logger) (*Store, error) 
 			return nil, fmt.Errorf("model store: %w", err)
 		}
 	}
-	return &Store{dir: dir, root: root, fetcher: fetcher, log: log, margin: defaultMargin, busy: map[string]int{}}, nil
+	return &Store{dir: dir, root: root, fetcher: fetcher, log: log, seals: fsVerity{}, margin: defaultMargin, busy: map[string]int{}}, nil
 }
 
 // Close releases the directory. No method may be running or called afterwards.
@@ -232,7 +234,13 @@ func (s *Store) recheck(ctx context.Context, d digest.Digest) error {
 		return err
 	}
 	defer unlock()
-	err = s.rehash(ctx, d)
+	return s.inspect(ctx, d)
+}
+
+// inspect is [Store.recheck] for who has the blob's lock.
+func (s *Store) inspect(ctx context.Context, d digest.Digest) error {
+	name := path.Join(blobs, d.Hex())
+	err := s.rehash(ctx, d)
 	unreadable := errors.Is(err, unix.EIO)
 	if !unreadable && !errors.Is(err, digest.ErrMismatch) {
 		return err
@@ -278,7 +286,7 @@ func (s *Store) Retain(keep []*snapshot.Model) error {
 				continue
 			case "."+suffix == building && s.busy[stem] > 0:
 				continue
-			case "."+suffix == hashes && wanted[stem]:
+			case ("."+suffix == hashes || "."+suffix == sealed) && wanted[stem]:
 				continue
 			case ("."+suffix == unverified || "."+suffix == quarantined) && wanted[stem]:
 				// The rest of a file that a restart interrupted, or what a repair
@@ -347,7 +355,11 @@ func (s *Store) ensureBlob(ctx context.Context, f *snapshot.File, report func(in
 	case err != nil:
 		return err
 	case st.Mode().IsRegular() && st.Size() == f.Size:
-		return nil
+		if err := s.unbroken(ctx, f.SHA256); !errors.Is(err, digest.ErrMismatch) {
+			return err
+		}
+		s.log.ErrorContext(ctx, "model file is damaged on disk", "file", f.Path, "sha256", f.SHA256.Hex())
+		return s.fetch(ctx, f, report)
 	}
 	// A length that is not the configuration's: damage here, or a mistake there.
 	switch err := s.rehash(ctx, f.SHA256); {
