@@ -33,11 +33,11 @@ func mark(ctx context.Context, t *testing.T, n *stack.Node) string {
 }
 
 // told waits until a node has logged an event after a place in its journal, and
-// returns the errors that it has logged with it.
+// returns what it has logged, with the errors.
 func told(ctx context.Context, t *testing.T, n *stack.Node, since string, e *journal.Event) string {
 	t.Helper()
 	for {
-		out, err := n.Output(ctx, "journalctl", "--no-pager", "-o", "cat", "--output-fields=RESULTITY_ERROR", "--after-cursor", since, "MESSAGE_ID="+e.ID)
+		out, err := n.Output(ctx, "journalctl", "--no-pager", "-o", "cat", "--output-fields=MESSAGE", "--after-cursor", since, "MESSAGE_ID="+e.ID)
 		if err == nil && len(bytes.TrimSpace(out)) > 0 {
 			return string(out)
 		}

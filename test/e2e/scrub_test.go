@@ -78,4 +78,46 @@ func TestScrubMendsDamage(t *testing.T) {
 	}
 }
 
+// TestScrubFindsAnAlteredImage changes a file of the image whose container runs.
+func TestScrubFindsAnAlteredImage(t *testing.T) {
+	n := s.Nodes[0]
+	ctx, cancel := context.WithTimeout(t.Context(), 2*time.Minute)
+	defer cancel()
+	if err := n.WaitRoutable(ctx); err != nil {
+		t.Fatal(err)
+	}
+	scrub := func() {
+		t.Helper()
+		if err := n.UserCtl(ctx, "start", "--wait", "resultity-scrub.service"); err != nil {
+			t.Fatalf("%v\n%s", err, n.Journal(ctx, 40))
+		}
+	}
+	since := mark(ctx, t, n)
+	scrub()
+	told(ctx, t, n, since, journal.ImageChecked)
+	for what, want := range map[string]string{"IOSchedulingClass": "idle", "Nice": "10"} {
+		if got, err := n.Property(ctx, "resultity-podman.service", what); err != nil || got != want && got != "3" {
+			t.Errorf("%s of Podman's service is %q, %v", what, got, err)
+		}
+	}
+	before, err := n.Property(ctx, stack.Runtime, "InvocationID")
+	if err != nil {
+		t.Fatal(err)
+	}
+	since = mark(ctx, t, n)
+	asAccount(ctx, t, n, `f=$(find ~/.local/share/containers/storage/overlay/*/diff -type f ! -perm /111 ! -name '*.so*' -size +0 | head -n 1)
+		test -n "$f"
+		t=$(stat -c %y "$f"); printf '\377' | dd of="$f" conv=notrunc bs=1 status=none; touch -d "$t" "$f"`)
+	began := time.Now()
+	scrub()
+	if why := told(ctx, t, n, since, journal.ImageAltered); !strings.Contains(why, "file integrity checksum failed") {
+		t.Errorf("not for what was done: %s", why)
+	}
+	active(ctx, t, s.Image)
+	if now, err := n.Property(ctx, stack.Runtime, "InvocationID"); err != nil || now == before {
+		t.Errorf("the runtime went on: %v", err)
+	}
+	t.Logf("found, pulled again and back after %v", time.Since(began).Round(time.Millisecond))
+}
+
 func isClosed(st *control.Status) bool { return st.Closed() != (*gate.Gate)(nil) }
