@@ -126,8 +126,9 @@ func (m *membership) showMore(t *telling) (again time.Duration, err error) {
 	if snap == nil || t.refused {
 		return 0, nil
 	}
+	chain := snap.Config().Network.ChainID
 	if said != nil {
-		if err := m.hear(t, said); err != nil {
+		if err := m.hear(t, said, chain); err != nil {
 			return 0, err
 		}
 		r.mu.Lock()
@@ -147,11 +148,11 @@ func (m *membership) showMore(t *telling) (again time.Duration, err error) {
 	if t.waits {
 		return 0, nil
 	}
-	is, chain := m.store.ReceiptLog(), snap.Config().Network.ChainID
+	is := m.store.ReceiptLog()
 	switch {
 	case is.Size == 0, is.Size < t.has, is.Size == t.behind:
 		return 0, nil
-	case t.head != nil && t.head.Size == t.has && is.Size == t.has && t.head.ChainID == chain:
+	case t.head != nil && t.head.Size == t.has && is.Size == t.has:
 		return 0, nil // it has everything
 	}
 	if wait := headEvery - time.Since(t.last); wait > 0 {
@@ -212,7 +213,7 @@ func (m *membership) send(t *telling, leaves []wire.Message) error {
 
 // hear compares what the network has with the log, and brings the log to where it
 // was before this machine's disk was replaced or set back.
-func (m *membership) hear(t *telling, said *wire.LeavesAck) error {
+func (m *membership) hear(t *telling, said *wire.LeavesAck, chain uint64) error {
 	t.known, t.waits, t.has = true, false, said.Size
 	h := said.Head
 	if h == nil || t.head != nil && *h == *t.head {
@@ -252,7 +253,9 @@ func (m *membership) hear(t *telling, said *wire.LeavesAck) error {
 		}
 		m.log.Warn("receipt log restored", journal.ReceiptLogRestored.Attr(), "count", said.Size)
 	}
-	t.head = h
+	if h.ChainID == chain {
+		t.head = h
+	}
 	return m.acked(said.Size)
 }
 

@@ -36,6 +36,29 @@ func freshNode(ctx context.Context, w *world) error {
 	if out, err := w.node.Output(ctx, "rm", "-rf", w.node.State+"/agent/identity", w.node.State+"/agent/networks", w.node.State+"/agent/generations"); err != nil {
 		return fmt.Errorf("%w: %s", err, out)
 	}
+	w.load.unlogged()
+	if err := w.node.UserCtl(ctx, "start", "--no-block", w.node.Agent); err != nil {
+		return err
+	}
+	w.untilJobs(ctx)
+	return nil
+}
+
+// replaceStore takes the node's store away, and with it its receipt log, as when its
+// disk was replaced and the key restored. The network has seen the log before.
+func replaceStore(ctx context.Context, w *world) error {
+	if err := w.load.waitAnswer(ctx); err != nil {
+		return err
+	}
+	pause(ctx, 3*time.Second) // a head has come
+	if err := w.node.UserCtl(ctx, "stop", w.node.Agent); err != nil {
+		return err
+	}
+	out, err := w.node.Output(ctx, "sh", "-c", `rm -rf "$0"/agent/networks/*/jobs`, w.node.State)
+	if err != nil {
+		return fmt.Errorf("%w: %s", err, out)
+	}
+	w.load.unlogged()
 	if err := w.node.UserCtl(ctx, "start", "--no-block", w.node.Agent); err != nil {
 		return err
 	}

@@ -12,6 +12,8 @@ import (
 	"time"
 
 	"github.com/resultity/node/internal/control"
+	"github.com/resultity/node/internal/receipt"
+	"github.com/resultity/node/internal/receiptlog"
 )
 
 // scenarios say what passes which points, by the beginning of their names. The first
@@ -23,6 +25,7 @@ var scenarios = []struct {
 	// The agent.
 	{`identity\.|signer\.counters|session\.register|state\.(registration|dir)`, freshNode},
 	{`state\.spare`, freshLog},
+	{`state\.restore`, replaceStore},
 	{`session\.bind`, bind},
 	{`state\.(segment|clean|retire)`, largeJobs},
 	{`signer\.count\.|state\.(close|open)|session\.frame\.\w+ \*wire\.(Hello|Bye)`, restartAgent},
@@ -30,6 +33,7 @@ var scenarios = []struct {
 	{`session\.frame\.\w+ \*wire\.OrderDone|order\.`, ordered("resume")},
 	{`session\.frame\.\w+ \*wire\.Logs|spool\.mark`, ordered("logs")},
 	{`state\.|work\.|session\.frame|spool\.record`, nothing},
+	{`agent\.(head|leaves)`, nothing},
 	{`agent\.(drain|resume)`, drain},
 	{`tuf\.|generation\.|image\.|systemd\.|model\.(origin|part|file|tree|hashes)`, publish},
 	{`model\.damage`, damage},
@@ -157,15 +161,45 @@ func (w *world) missing(t *testing.T) int {
 	}
 }
 
-// checkReceipts asks for the receipt of every answer once more.
+// checkReceipts asks for the receipt of every answer once more. Those since the
+// node's store was last taken away are in its log: no death has cost it one, or had
+// the node contradict itself.
 func (w *world) checkReceipts(t *testing.T) {
 	t.Helper()
-	for id := range w.load.answers {
-		res, _, err := w.Do(t.Context(), "GET", "/v1/receipts/"+id, nil)
+	proven := 0
+	for id, logged := range w.load.answers {
+		res, raw, err := w.Do(t.Context(), "GET", "/v1/receipts/"+id, nil)
 		if err != nil || res.StatusCode != 200 {
 			t.Errorf("receipt %s is lost: %v %v", id, res, err)
+			continue
 		}
+		if !logged {
+			continue
+		}
+		signed, err := receipt.Verify(raw)
+		if err != nil {
+			t.Errorf("receipt %s: %v", id, err)
+			continue
+		}
+		stated := signed.Receipt()
+		w.wait(t.Context(), 20*time.Second, func() bool {
+			res, raw, err = w.Do(t.Context(), "GET", "/v1/receipts/"+id+"/proof", nil)
+			return err != nil || res.StatusCode == 200
+		})
+		var i *receiptlog.Inclusion
+		if err == nil {
+			i, err = receiptlog.ParseInclusion(raw)
+		}
+		if err == nil {
+			err = i.Check(stated.Node, signed.ChainID(), stated.Hash(signed.ChainID()))
+		}
+		if err != nil {
+			t.Errorf("receipt %s is not in its node's log: %v %s", id, err, tail(raw, 300))
+			continue
+		}
+		proven++
 	}
+	t.Logf("%d of %d receipts are proven to be in the log", proven, len(w.load.answers))
 }
 
 // die has a program killed at a point and looks at what comes after.

@@ -270,14 +270,14 @@ type load struct {
 
 	asking sync.RWMutex // read-locked by each client that waits for an answer
 
-	mu       sync.Mutex // guards what follows
-	answers  map[string]bool
-	refused  int           // with an error, or not taken at all
-	broken   int           // ended in the middle
-	err      error         // what must never be
-	lastBad  error         // of refused or broken
-	changed  chan struct{} // closed and replaced with every answer
-	lastSent time.Time     // when the request was sent that was answered last
+	mu       sync.Mutex      // guards what follows
+	answers  map[string]bool // true for those that must be in the node's log
+	refused  int             // with an error, or not taken at all
+	broken   int             // ended in the middle
+	err      error           // what must never be
+	lastBad  error           // of refused or broken
+	changed  chan struct{}   // closed and replaced with every answer
+	lastSent time.Time       // when the request was sent that was answered last
 }
 
 func newLoad(w *world) *load {
@@ -353,10 +353,20 @@ func (l *load) quiet() (resume func()) {
 func (l *load) note(id string) {
 	l.mu.Lock()
 	defer l.mu.Unlock()
-	if l.answers[id] {
+	if _, twice := l.answers[id]; twice {
 		l.err = errors.Join(l.err, fmt.Errorf("job %s was answered twice", id))
 	}
 	l.answers[id] = true
+}
+
+// unlogged says that the node's log is gone: who knows which of the answers so far
+// the network had seen in it.
+func (l *load) unlogged() {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	for id := range l.answers {
+		l.answers[id] = false
+	}
 }
 
 // count returns how many answers there have been.
