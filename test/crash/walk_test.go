@@ -162,8 +162,8 @@ func (w *world) missing(t *testing.T) int {
 }
 
 // checkReceipts asks for the receipt of every answer once more. Those since the
-// node's store was last taken away are in its log: no death has cost it one, or had
-// the node contradict itself.
+// node's store was last taken away are in its log, as far as a few hundred of them
+// can tell: no death has cost it one, or had the node contradict itself.
 func (w *world) checkReceipts(t *testing.T) {
 	t.Helper()
 	proven := 0
@@ -173,7 +173,7 @@ func (w *world) checkReceipts(t *testing.T) {
 			t.Errorf("receipt %s is lost: %v %v", id, res, err)
 			continue
 		}
-		if !logged {
+		if !logged || proven == 300 {
 			continue
 		}
 		signed, err := receipt.Verify(raw)
@@ -199,7 +199,7 @@ func (w *world) checkReceipts(t *testing.T) {
 		}
 		proven++
 	}
-	t.Logf("%d of %d receipts are proven to be in the log", proven, len(w.load.answers))
+	t.Logf("%d of %d receipts were looked for in the log, and are there", proven, len(w.load.answers))
 }
 
 // die has a program killed at a point and looks at what comes after.
