@@ -52,7 +52,7 @@ func (u *updater) suspected(ctx context.Context, why string) {
 	u.log.Warn("the engine is suspect and gets no more jobs", journal.RuntimeSuspect.Attr(), "reason", why, "times", u.doubts)
 	var err error
 	if u.doubts == 1 {
-		err = u.judge(ctx, dep, nil)
+		err = u.judge(ctx, dep, nil, byDoubt)
 	} else if err = u.idle(ctx); err == nil {
 		err = u.discard(ctx, dep, &deploy.Error{Step: deploy.StepValidate, Err: fmt.Errorf("%w: %s", errSuspect, why)})
 	}

@@ -60,6 +60,8 @@ type board struct {
 	pinned   int                     // generation that the operator has gone back to; 0 for none
 	models   map[digest.Digest]int64 // verified bytes, by model of snap
 
+	validated validated // also by the loop of validations
+
 	// Written by the session.
 	connected bool
 	away      time.Time // while it is not connected: since
@@ -193,6 +195,14 @@ func (b *board) serves(s *snapshot.Snapshot) bool {
 	return b.served(s)
 }
 
+// servesAs reports whether the active deployment is this one, and not another
+// of the same snapshot.
+func (b *board) servesAs(d *deploy.Deployment) bool {
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	return b.active == d
+}
+
 // served reports whether the active deployment is that of s. The caller holds
 // the lock.
 func (b *board) served(s *snapshot.Snapshot) bool {
@@ -273,7 +283,11 @@ func (b *board) class() *wire.Class {
 	if d.IsZero() {
 		return nil
 	}
-	return &wire.Class{Digest: d, Hardware: h}
+	c := &wire.Class{Digest: d, Hardware: h}
+	if b.validated.printOf == b.active {
+		c.Fingerprint = b.validated.print
+	}
+	return c
 }
 
 // gates walks from the registration to jobs. Every closed gate says what opens it.

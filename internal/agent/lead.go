@@ -256,7 +256,7 @@ func (u *updater) share(ctx context.Context, v *generation.View) {
 		case m.board.serves(s):
 		case !st.again.due(): // status says what failed
 		default:
-			u.join(ctx, v, m, s)
+			u.join(ctx, v, m, s, byInstallation)
 		}
 	}
 }
@@ -269,7 +269,7 @@ func (u *updater) prepareAlone(ctx context.Context, v *generation.View, s *snaps
 }
 
 // join lets a network's jobs to the runtime that another one has brought up.
-func (u *updater) join(ctx context.Context, v *generation.View, m *membership, s *snapshot.Snapshot) {
+func (u *updater) join(ctx context.Context, v *generation.View, m *membership, s *snapshot.Snapshot, cause string) {
 	p, lead := u.plans[s.Digest()], u.plans[u.active.Snapshot().Digest()]
 	if p == nil || p.stale || lead == nil {
 		if !m.board.runs() {
@@ -292,8 +292,13 @@ func (u *updater) join(ctx context.Context, v *generation.View, m *membership, s
 		st.again.failed()
 		return
 	}
+	alone := u.slots.Alone(1)
 	dep, err := u.deployer.Share(ctx, u.active, p.plan)
+	quiet := alone()
 	release()
+	if stepOf(err) == deploy.StepValidate && ctx.Err() == nil {
+		m.validated(cause, nil, digest.Digest{}, err)
+	}
 	if err != nil {
 		if ctx.Err() == nil {
 			u.wait(m)
@@ -303,6 +308,11 @@ func (u *updater) join(ctx context.Context, v *generation.View, m *membership, s
 		return
 	}
 	st.again = backoff{}
+	print := dep.Fingerprint()
+	if !quiet {
+		print = digest.Digest{}
+	}
+	m.validated(cause, dep, print, nil)
 	u.admit(m, dep, active)
 	m.log.Info("the network takes part in the runtime", journal.RuntimeShared.Attr(), "version", s.Version(), "with", u.owner().net.Name)
 }

@@ -65,6 +65,8 @@ type machine interface {
 	// What the network orders; each returns when it is done.
 	restart(ctx context.Context, m *membership) error
 	revalidate(ctx context.Context, m *membership, dep *deploy.Deployment) error
+	// recheck validates on schedule what serves.
+	recheck(ctx context.Context, m *membership, dep *deploy.Deployment) error
 	release(ctx context.Context, m *membership) error
 	// ending is told of a membership that ends because its network wants it to.
 	ending(m *membership)
@@ -117,6 +119,7 @@ type membership struct {
 	board      board
 	door       door
 	update     chan struct{} // capacity 1: ask the network for a newer configuration, then look
+	recheck    chan struct{} // capacity 1: the time of the next validation may be another one
 	beat       chan struct{} // capacity 1: tell the network how things are
 	keep       chan struct{} // capacity 1: write down whose node this is
 	registered chan struct{} // closed once the network knows the node
@@ -137,7 +140,7 @@ type shared struct {
 func newMembership(net config.Network, on machine, shared shared) *membership {
 	return &membership{
 		net: net, dir: filepath.Join(shared.state, "networks", net.Name), on: on, slots: shared.slots, spools: shared.spools, log: shared.log.With("network", net.Name), keeps: shared.keeps, keepN: shared.keepN, kept: new(state.Kept), version: shared.version,
-		update: make(chan struct{}, 1), beat: make(chan struct{}, 1), registered: make(chan struct{}), keep: make(chan struct{}, 1),
+		update: make(chan struct{}, 1), beat: make(chan struct{}, 1), recheck: make(chan struct{}, 1), registered: make(chan struct{}), keep: make(chan struct{}, 1),
 		upload: make(chan struct{}, 1), uploadNow: make(chan chan<- error), logAcks: make(chan *wire.LogsAck, 4), receipts: receipts{look: make(chan struct{}, 1)},
 		inbox: make(chan wire.Message, maxInbox), retell: make(chan struct{}, 1), halt: make(chan struct{}, maxLong),
 		board: board{network: net.Name, away: time.Now(), phase: stopped, models: map[digest.Digest]int64{}},
@@ -152,7 +155,7 @@ func (m *membership) run(ctx context.Context, end <-chan struct{}) error {
 	defer stop()
 	m.recall()
 	g, ctx := errgroup.WithContext(ctx)
-	for _, loop := range []func(context.Context) error{m.worker.Run, m.follow, m.heartbeats, m.bindings, m.orders, m.uploads, m.showReceipts} {
+	for _, loop := range []func(context.Context) error{m.worker.Run, m.follow, m.heartbeats, m.bindings, m.orders, m.uploads, m.showReceipts, m.validations} {
 		g.Go(func() error { return loop(ctx) })
 	}
 	g.Go(func() error {
@@ -333,7 +336,7 @@ func (m *membership) status() control.Network {
 	if p := m.orderBook.Penalty(); p != nil {
 		n.Penalty = &control.Penalty{Reason: p.Reason, Until: time.UnixMilli(p.Until).UTC()}
 	}
-	n.Class = m.board.class()
+	n.Class, n.Validation = m.board.class(), m.board.validation()
 	ended := m.worker.Ended()
 	n.Done, n.Failed = ended.Done, ended.Failed
 	if !ended.Last.IsZero() {

@@ -21,6 +21,9 @@ var (
 	metricRestarts   = prometheus.NewDesc("resultity_runtime_restarts", "Restarts of the runtime by systemd since it was started.", nil, nil)
 	metricCurrent    = prometheus.NewDesc("resultity_generation_current", "Number of the current generation, 0 for none.", nil, nil)
 	metricGeneration = prometheus.NewDesc("resultity_generation_state", "1 for the state that a generation is in.", []string{"generation", "state"}, nil)
+	metricChecks     = prometheus.NewDesc("resultity_validations_total", "Validations since the agent's start by why they were made, and whether the answers were as expected.", []string{"network", "cause", "result"}, nil)
+	metricChecked    = prometheus.NewDesc("resultity_validation_timestamp_seconds", "Unix time of the last validation.", []string{"network"}, nil)
+	metricPassed     = prometheus.NewDesc("resultity_validation_passed", "1 where the last validation found the answers as expected.", []string{"network"}, nil)
 	metricPhase      = prometheus.NewDesc("resultity_generation_phase_seconds", "How long a phase of the last switch to a generation took.", []string{"generation", "phase"}, nil)
 	metricGivenBytes = prometheus.NewDesc("resultity_models_given_bytes_total", "Bytes of models given to neighbours.", nil, nil)
 	metricGiven      = prometheus.NewDesc("resultity_models_given_answers_total", "Requests of neighbours that were given a file or a part of one.", nil, nil)
@@ -33,7 +36,7 @@ type collector struct{ *Agent }
 
 // Describe implements [prometheus.Collector].
 func (c collector) Describe(out chan<- *prometheus.Desc) {
-	for _, d := range []*prometheus.Desc{metricInfo, metricGate, metricSlots, metricBusy, metricOutbox, metricRuntime, metricRestarts, metricCurrent, metricGeneration, metricPhase, metricGivenBytes, metricGiven, metricGivenNot, metricNeighbours} {
+	for _, d := range []*prometheus.Desc{metricInfo, metricGate, metricSlots, metricBusy, metricOutbox, metricRuntime, metricRestarts, metricCurrent, metricGeneration, metricPhase, metricGivenBytes, metricGiven, metricGivenNot, metricNeighbours, metricChecks, metricChecked, metricPassed} {
 		out <- d
 	}
 }
@@ -58,6 +61,22 @@ func (c collector) Collect(out chan<- prometheus.Metric) {
 		gauge(metricBusy, float64(n.Busy), n.Name)
 		gauge(metricOutbox, float64(n.Outbox), n.Name)
 		gauge(metricRuntime, 1, n.Name, n.Runtime.State)
+	}
+	for _, m := range c.members {
+		counts := m.board.validationCounts()
+		for _, cause := range causes { // also those that there were none of
+			for result, n := range map[string]uint64{"passed": counts[cause].good, "failed": counts[cause].bad} {
+				out <- prometheus.MustNewConstMetric(metricChecks, prometheus.CounterValue, float64(n), m.net.Name, cause, result)
+			}
+		}
+		if v := m.board.validation(); v != nil {
+			passed := 0.0
+			if v.Passed {
+				passed = 1
+			}
+			gauge(metricChecked, float64(v.At.Unix()), m.net.Name)
+			gauge(metricPassed, passed, m.net.Name)
+		}
 	}
 	gauge(metricRestarts, float64(s.Runtime.Restarts))
 	if c.share != nil {

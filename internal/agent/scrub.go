@@ -91,7 +91,7 @@ func (a *Agent) watchImage(ctx context.Context) error {
 			if u.active == nil || u.active.Snapshot().Config().Runtime.Image != ref {
 				return nil
 			}
-			return u.judge(ctx, u.active, damage)
+			return u.judge(ctx, u.active, damage, byDoubt)
 		})
 		if err != nil && ctx.Err() == nil {
 			a.log.Warn("a damaged image is replaced", "image", ref, "error", err)
@@ -162,7 +162,7 @@ func (u *updater) mend(ctx context.Context, file digest.Digest, damage error) er
 		poke(u.look)
 		return nil
 	}
-	return u.judge(ctx, u.active, damage)
+	return u.judge(ctx, u.active, damage, byDoubt)
 }
 
 // uses reports whether a file is of one of the models that s has on disk.

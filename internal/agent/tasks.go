@@ -65,17 +65,7 @@ func (a *Agent) revalidate(ctx context.Context, m *membership, dep *deploy.Deplo
 	case damage != nil && !errors.Is(damage, digest.ErrMismatch) && !errors.Is(damage, model.ErrIncomplete) && !errors.Is(damage, image.ErrAltered):
 		return fmt.Errorf("the files could not be read, and nothing is known to be wrong with them: the node goes on: %w", damage)
 	}
-	return a.inUpdates(ctx, func(u *updater, ctx context.Context) error {
-		switch owner := u.owner(); {
-		case owner == nil || m == owner:
-			return u.judge(ctx, dep, damage)
-		case !m.board.serves(dep.Snapshot()):
-			return errReplaced
-		case damage != nil: // it is the machine's own finding, and the files are everybody's
-			return u.judge(ctx, u.active, damage)
-		}
-		return u.rejoin(ctx, m, dep)
-	})
+	return a.validateAgain(ctx, m, dep, damage, byOrder)
 }
 
 var errReplaced = errors.New("the runtime was replaced meanwhile, and validated with that")
@@ -83,7 +73,7 @@ var errReplaced = errors.New("the runtime was replaced meanwhile, and validated 
 // judge takes dep out of service if its files are damaged or its answers wrong.
 // The runtime is stopped then, since it may hold what is no longer in the store,
 // and brought up again by the ordinary steps, which fetch and validate all anew.
-func (u *updater) judge(ctx context.Context, dep *deploy.Deployment, damage error) error {
+func (u *updater) judge(ctx context.Context, dep *deploy.Deployment, damage error, cause string) error {
 	if u.active != dep {
 		return errReplaced
 	}
@@ -102,7 +92,17 @@ func (u *updater) judge(ctx context.Context, dep *deploy.Deployment, damage erro
 			return err
 		}
 		u.setActive(nil, validating)
-		if _, err = u.deployer.Validate(ctx, dep); err == nil {
+		alone := u.slots.Alone(0)
+		var print digest.Digest
+		print, err = u.deployer.Validate(ctx, dep)
+		if ctx.Err() != nil {
+			return ctx.Err()
+		}
+		if !alone() {
+			print = digest.Digest{}
+		}
+		u.memberOf(dep.Snapshot()).validated(cause, dep, print, err)
+		if err == nil {
 			u.setActive(dep, active)
 			return nil
 		}
@@ -206,14 +206,14 @@ func (u *updater) forsake(ctx context.Context, m *membership) error {
 }
 
 // rejoin validates a network's part in what another one runs.
-func (u *updater) rejoin(ctx context.Context, m *membership, dep *deploy.Deployment) error {
+func (u *updater) rejoin(ctx context.Context, m *membership, dep *deploy.Deployment, cause string) error {
 	if err := u.quiet(ctx, m); err != nil {
 		return err
 	}
 	u.admit(m, nil, validating)
 	u.standing[m].again = backoff{}
 	v := u.gens.View()
-	u.join(ctx, &v, m, dep.Snapshot())
+	u.join(ctx, &v, m, dep.Snapshot(), cause)
 	if !m.board.runs() {
 		return m.board.why()
 	}

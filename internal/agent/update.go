@@ -665,6 +665,7 @@ func (u *updater) bringUp(ctx context.Context, p *staged) {
 	u.down, u.build = false, backoff{}
 	u.good = snap.Digest()
 	u.admitted = time.Now()
+	u.memberOf(snap).validated(byInstallation, dep, dep.Fingerprint(), nil)
 	u.setActive(dep, active)
 	c := snap.Config()
 	u.log.Info("runtime active", journal.RuntimeActive.Attr(), "model", c.Runtime.Model, "image", c.Runtime.Image, "version", snap.Version(), "generation", p.number, "network", c.Network.Name)
@@ -736,6 +737,9 @@ func (u *updater) failed(ctx context.Context, p *staged, trial bool, err error, 
 	}
 	u.setActive(nil, failed)
 	snap := p.plan.Snapshot()
+	if stepOf(err) == deploy.StepValidate {
+		u.memberOf(snap).validated(byInstallation, nil, digest.Digest{}, err)
+	}
 	u.report(snap, err)
 	p.stale = true
 	u.down = true
@@ -850,6 +854,7 @@ func (u *updater) admit(m *membership, d *deploy.Deployment, phase string) {
 		m.door.open(m.worker, d, &work.Active{Snapshot: d.Snapshot(), Image: d.Image(), Model: d.Model(), Class: class, Engine: u.engine})
 	}
 	poke(m.beat)
+	poke(m.recheck)
 }
 
 // report makes a failure known: to the operator at once, to status until it is
@@ -863,6 +868,14 @@ func (u *updater) report(snap *snapshot.Snapshot, err error) {
 	if m.board.fail(snap, e) { // say it once, not at every try
 		m.log.Error("deployment failed", eventOf(err).Attr(), "version", snap.Version(), "step", e.Step, "error", err)
 	}
+}
+
+// stepOf returns the step that has failed, "" where none has.
+func stepOf(err error) deploy.Step {
+	if e, ok := errors.AsType[*deploy.Error](err); ok {
+		return e.Step
+	}
+	return ""
 }
 
 // eventOf says in the catalog's terms why a deployment failed.

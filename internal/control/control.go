@@ -57,19 +57,20 @@ type Status struct {
 
 // Network is the node's part in one network.
 type Network struct {
-	Name     string            `json:"name"`
-	Priority int               `json:"priority"`
-	Snapshot *Snapshot         `json:"snapshot,omitempty"`
-	Runtime  wire.RuntimeState `json:"runtime"`         // as the network is told: standby where it is another network's
-	Class    *wire.Class       `json:"class,omitempty"` // determinism class of the runtime
-	Slots    int               `json:"slots"`
-	Busy     int               `json:"busy"`  // with jobs of this network
-	Taken    int               `json:"taken"` // slots that others use, or that are kept for them
-	Outbox   int               `json:"outbox"`
-	Draining bool              `json:"draining"`
-	Drains   []Drain           `json:"drains,omitempty"` // who has drained the node; all have to take it back
-	Logs     Logs              `json:"logs,omitzero"`
-	Penalty  *Penalty          `json:"penalty,omitempty"` // the network's, in force
+	Name       string            `json:"name"`
+	Priority   int               `json:"priority"`
+	Snapshot   *Snapshot         `json:"snapshot,omitempty"`
+	Runtime    wire.RuntimeState `json:"runtime"`              // as the network is told: standby where it is another network's
+	Class      *wire.Class       `json:"class,omitempty"`      // determinism class of the runtime
+	Validation *Validation       `json:"validation,omitempty"` // the last one since the agent's start
+	Slots      int               `json:"slots"`
+	Busy       int               `json:"busy"`  // with jobs of this network
+	Taken      int               `json:"taken"` // slots that others use, or that are kept for them
+	Outbox     int               `json:"outbox"`
+	Draining   bool              `json:"draining"`
+	Drains     []Drain           `json:"drains,omitempty"` // who has drained the node; all have to take it back
+	Logs       Logs              `json:"logs,omitzero"`
+	Penalty    *Penalty          `json:"penalty,omitempty"` // the network's, in force
 
 	ReceiptLog *ReceiptLog `json:"receiptLog,omitempty"` // absent before the first receipt
 
@@ -109,6 +110,15 @@ type Logs struct {
 	Uploaded uint64 `json:"uploaded"`        // position up to which it has everything there is
 	Dropped  uint64 `json:"dropped"`         // that it never got, since the agent's start
 	Error    string `json:"error,omitempty"` // why nothing is kept at the moment
+}
+
+// Validation is how a runtime has answered the golden requests.
+type Validation struct {
+	At     time.Time  `json:"at"`    // its end
+	Cause  string     `json:"cause"` // installation, schedule, order or doubt
+	Passed bool       `json:"passed"`
+	Error  string     `json:"error,omitempty"` // why not
+	Next   *time.Time `json:"next,omitempty"`  // on schedule, while something serves
 }
 
 // Drain is somebody's word that the node takes no new jobs.

@@ -92,6 +92,17 @@ func showNetwork(w *tabwriter.Writer, n *control.Network, several bool) {
 	if n.Class != nil {
 		fmt.Fprintf(w, "class\t%s, %s\n", n.Class.Digest.Short(), &n.Class.Hardware)
 	}
+	if v := n.Validation; v != nil {
+		result := "passed"
+		if !v.Passed {
+			result = "FAILED"
+		}
+		fmt.Fprintf(w, "validation\t%s %s ago (%s)", result, ago(v.At), v.Cause)
+		if v.Next != nil {
+			fmt.Fprintf(w, "; the next in %s", span(time.Until(*v.Next)))
+		}
+		fmt.Fprintln(w)
+	}
 	fmt.Fprintf(w, "jobs\t%d of %d slots busy", n.Busy, n.Slots)
 	if n.Taken > 0 {
 		fmt.Fprintf(w, ", %d with or for other networks", n.Taken)
@@ -189,8 +200,11 @@ func why(w *tabwriter.Writer, closed *gate.Gate, jobs bool, network string) {
 }
 
 // ago is how long something is past, for people.
-func ago(t time.Time) string {
-	d := max(0, time.Since(t))
+func ago(t time.Time) string { return span(time.Since(t)) }
+
+// span is a length of time for people.
+func span(d time.Duration) string {
+	d = max(0, d)
 	switch {
 	case d < time.Minute:
 		return fmt.Sprintf("%d s", d/time.Second)

@@ -233,7 +233,10 @@
 // request. Package determinism says byte for byte how its digest is made; hardware
 // is the part of it that is the machine's, as it is hashed. A node that cannot name
 // something of its machine which changes an engine's arithmetic has no class, and
-// its answers are compared with nobody's. hardware lists at most 64 features and 64
+// its answers are compared with nobody's. fingerprint is that of the node's answers
+// to the golden requests of the heartbeat's configuration, as the same package says:
+// a network compares those of one class and configuration, and points out a node whose
+// answers differ from the others'. hardware lists at most 64 features and 64
 // GPUs; each text in it is printable ASCII without quotes and backslashes, of at most
 // 128 bytes.
 //

@@ -126,6 +126,11 @@ type Heartbeat struct {
 type Class struct {
 	Digest   digest.Digest        `json:"digest"`
 	Hardware determinism.Hardware `json:"hardware"` // what of the class is the machine's
+
+	// Fingerprint is that of the answers to the configuration's golden requests, in
+	// the last validation during which the engine had nothing else to do; absent
+	// before there was one.
+	Fingerprint digest.Digest `json:"fingerprint,omitzero"`
 }
 
 // Failed says why a node is not on a configuration that it has.

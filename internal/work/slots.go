@@ -18,8 +18,10 @@ type Slots struct {
 	mu      sync.Mutex // guards what follows; workers' own are never taken under it
 	users   map[*Worker]*user
 	held    int           // by Hold
+	turns   uint64        // slots that were taken or lent ever
 	waiting int           // in Hold
 	loans   []*loan       // slots that Borrow has given, beside the taken ones
+	lent    int           // of Borrow that have not been given back, recalled ones too
 	changed chan struct{} // closed and replaced when a slot is given back
 }
 
@@ -93,6 +95,7 @@ func (s *Slots) take(w *Worker, limit int, now time.Time) bool {
 	u := s.user(w)
 	u.busy++
 	u.last = now
+	s.turns++
 	s.recallLocked(limit)
 	return true
 }
@@ -123,8 +126,13 @@ func (s *Slots) Hold(ctx context.Context, limit int) (release func(), err error)
 		if s.takenLocked() < limit {
 			s.waiting--
 			s.held++
+			s.turns++
 			s.recallLocked(limit)
+			others := s.othersLocked(nil)
 			s.mu.Unlock()
+			for _, o := range others {
+				o.crowded()
+			}
 			return s.release, nil
 		}
 		s.mu.Unlock()
@@ -160,6 +168,8 @@ func (s *Slots) Borrow(ctx context.Context, limit int, recall func()) (giveBack 
 		free := s.waiting == 0 && s.takenLocked()+len(s.loans) < limit
 		if free {
 			s.loans = append(s.loans, l)
+			s.lent++
+			s.turns++
 		}
 		s.mu.Unlock()
 		if free {
@@ -176,6 +186,7 @@ func (s *Slots) Borrow(ctx context.Context, limit int, recall func()) (giveBack 
 func (s *Slots) end(l *loan) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
+	s.lent--
 	if i := slices.Index(s.loans, l); i >= 0 { // else it was recalled
 		s.loans = slices.Delete(s.loans, i, i+1)
 	}
@@ -188,6 +199,19 @@ func (s *Slots) recallLocked(limit int) {
 		l := s.loans[0]
 		s.loans = s.loans[1:]
 		l.recall()
+	}
+}
+
+// Alone begins to watch for company. The caller has own slots by Hold; still reports
+// whether nobody else has used one, from the call of Alone until then.
+func (s *Slots) Alone(own int) (still func() bool) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	first, turns := s.takenLocked()+s.lent <= own, s.turns
+	return func() bool {
+		s.mu.Lock()
+		defer s.mu.Unlock()
+		return first && s.turns == turns
 	}
 }
 

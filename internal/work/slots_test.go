@@ -86,3 +86,54 @@ func TestHold(t *testing.T) {
 		}
 	})
 }
+
+// Company is whoever else has had a slot meanwhile, jobs or not.
+func TestAlone(t *testing.T) {
+	s := NewSlots()
+	w := New(Config{Slots: s})
+	now := time.Now()
+	if still := s.Alone(0); !still() {
+		t.Error("not alone with nobody")
+	}
+	release, err := s.Hold(t.Context(), 2)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if s.Alone(0)() {
+		t.Error("alone beside one who holds a slot")
+	}
+	still := s.Alone(1)
+	if !still() {
+		t.Error("not alone with oneself")
+	}
+	if !s.take(w, 2, now) {
+		t.Fatal("no slot")
+	}
+	if still() || s.Alone(1)() {
+		t.Error("alone beside a job")
+	}
+	s.give(w, now)
+	if still() {
+		t.Error("alone beside a job that has come and gone")
+	}
+	if !s.Alone(1)() {
+		t.Error("not alone after it")
+	}
+	still = s.Alone(1)
+	back, err := s.Borrow(t.Context(), 2, func() {})
+	if err != nil {
+		t.Fatal(err)
+	}
+	if !s.take(w, 2, now) { // which recalls it; its user has not ended yet
+		t.Fatal("no slot")
+	}
+	s.give(w, now)
+	if still() || s.Alone(1)() {
+		t.Error("alone beside a recalled loan")
+	}
+	back()
+	if !s.Alone(1)() {
+		t.Error("not alone after it was given back")
+	}
+	release()
+}
