@@ -180,9 +180,8 @@ func toCompare(now *work.Active, p *past) (req *openai.Request, was *openai.Answ
 	if err != nil {
 		return nil, nil, "the response is " + err.Error()
 	}
-	if was.Usage == nil {
-		was.Usage = &openai.Usage{PromptTokens: p.receipt.Claimed.PromptTokens, CompletionTokens: p.receipt.Claimed.CompletionTokens}
-	}
+	// What is paid for is what the receipt says.
+	was.Usage = &openai.Usage{PromptTokens: p.receipt.Claimed.PromptTokens, CompletionTokens: p.receipt.Claimed.CompletionTokens}
 	l := &c.Limits
 	req, err = openai.Parse(p.job.Kind, p.job.Request, openai.Limits{RequestBytes: l.RequestBytes, Tokens: l.Tokens, Messages: l.Messages})
 	if err != nil { // it was taken once

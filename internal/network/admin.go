@@ -24,6 +24,7 @@ import (
 	"github.com/resultity/node/internal/network/dispatch"
 	"github.com/resultity/node/internal/network/orders"
 	"github.com/resultity/node/internal/network/store"
+	"github.com/resultity/node/internal/receipt"
 	"github.com/resultity/node/internal/wire"
 )
 
@@ -87,8 +88,19 @@ type (
 		Accounts []Account      `json:"accounts,omitempty"`
 		IDs      []wire.OrderID `json:"ids,omitempty"`
 		Orders   []OrderState   `json:"orders,omitempty"`
+		Replay   *Replay        `json:"replay,omitempty"`
+		Replays  []Replay       `json:"replays,omitempty"`
 	}
 )
+
+// answer sends a reply, and what is wrong beside it.
+func answer(w http.ResponseWriter, reply adminReply, err error) {
+	if err != nil {
+		reply.Error = err.Error()
+		w.WriteHeader(http.StatusUnprocessableEntity)
+	}
+	_ = json.NewEncoder(w).Encode(reply) // who has gone needs no answer
+}
 
 func (s *service) adminHandler() http.Handler {
 	mux := http.NewServeMux()
@@ -96,11 +108,7 @@ func (s *service) adminHandler() http.Handler {
 		mux.HandleFunc(pattern, func(w http.ResponseWriter, r *http.Request) {
 			r.Body = http.MaxBytesReader(w, r.Body, 64<<10)
 			reply, err := f(r)
-			if err != nil {
-				reply.Error = err.Error()
-				w.WriteHeader(http.StatusUnprocessableEntity)
-			}
-			_ = json.NewEncoder(w).Encode(reply) // who has gone needs no answer
+			answer(w, reply, err)
 		})
 	}
 	own := storeAdmin{s.store}
@@ -154,6 +162,7 @@ func (s *service) adminHandler() http.Handler {
 		return reply, err
 	})
 	s.adminOrders(handle)
+	s.adminReplays(mux, handle)
 	mux.HandleFunc("GET /logs", s.serveLogs)
 	handle("POST /reload", func(r *http.Request) (adminReply, error) { return adminReply{}, s.reload(r.Context()) })
 	return mux
@@ -239,6 +248,11 @@ type Admin interface {
 	WaitOrders(ctx context.Context, ids []wire.OrderID) error
 	// Orders returns all orders that are kept, in the order of their issue.
 	Orders(ctx context.Context) ([]OrderState, error)
+	// Replay gives a finished job to a second node and compares the answers. There may
+	// be a replay beside an error: then it could not be written down.
+	Replay(ctx context.Context, id receipt.JobID, q ReplayQuery) (*Replay, error)
+	// Replays returns what came of replays, in the order of their ends.
+	Replays(context.Context) ([]Replay, error)
 	// Logs passes the records of nodes' logs that are chosen to f.
 	Logs(ctx context.Context, q LogQuery, f func(LogLine) error) error
 	Close()

@@ -58,6 +58,10 @@ type Config struct {
 	// MaxResultsBytes bounds the results that are kept for clients that ask for
 	// receipts; the oldest go first.
 	MaxResultsBytes int64 `koanf:"max_results_bytes"`
+	// KeepRequestsBytes bounds the requests of finished jobs that are kept for replays,
+	// as long as their results at most; the oldest go first. With 0 none are, and those
+	// that are there are deleted.
+	KeepRequestsBytes int64 `koanf:"keep_requests_bytes"`
 	// MinFreeBytes must be free on the disk of the store, or no new requests are
 	// taken; a tenth of a small disk.
 	MinFreeBytes int64 `koanf:"min_free_bytes"`
@@ -202,6 +206,9 @@ func (c *Config) check() error {
 		if v < 1 {
 			return bad(key, "is %d, want at least 1", v)
 		}
+	}
+	if c.KeepRequestsBytes < 0 {
+		return bad("keep_requests_bytes", "is %d, want 0 for none, or more", c.KeepRequestsBytes)
 	}
 	if _, err := parseProxies(c.TrustedProxies); err != nil {
 		return bad("trusted_proxies", "%v", err)

@@ -180,7 +180,7 @@ func listen(key, address string) (net.Listener, error) {
 func (s *service) begin(ctx context.Context, snap *snapshot.Snapshot) error {
 	// A request is written down in base64 with a little beside it, and deleted
 	// some time after its end.
-	want := store.Limits{Jobs: 64<<20 + 4*s.cfg.MaxQueuedBytes, Results: s.cfg.MaxResultsBytes, Free: s.cfg.MinFreeBytes}
+	want := store.Limits{Jobs: 64<<20 + 4*s.cfg.MaxQueuedBytes, Results: s.cfg.MaxResultsBytes, Requests: s.cfg.KeepRequestsBytes, Free: s.cfg.MinFreeBytes}
 	limits, err := s.store.SetLimits(ctx, want)
 	if err != nil {
 		return err

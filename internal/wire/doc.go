@@ -275,6 +275,11 @@
 // any other code it tries another node. A failed result has no receipt, and once
 // acknowledged the job may come again.
 //
+// A network may give the request of a finished job out again, to any node of the same
+// determinism class, to compare the answers. That is another job, with an id,
+// Created and Deadline of its own and with the same Request and Seed: a node cannot
+// tell it from others.
+//
 // How a stream is cut into chunks means nothing; a node joins those that wait.
 // Chunk.Offset is the place of its bytes in the response body, so that a
 // stream can go on from another node or from the result: bytes that were

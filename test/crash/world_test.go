@@ -143,7 +143,7 @@ func (w *world) startNetwork(t *testing.T, program string) {
 		"/etc/smtpd.conf":                  smtpd,
 		"/etc/systemd/system/mail.service": "[Service]\nExecStart=/usr/sbin/smtpd -d -f /etc/smtpd.conf\n",
 		"/etc/resultity-network/network.toml": fmt.Sprintf("listen = \":8443\"\nmetrics_listen = \":9464\"\ntls_cert = \"/etc/resultity-network/tls.crt\"\ntls_key = \"/etc/resultity-network/tls.key\"\n"+
-			"smtp = %q\nsmtp_from = \"The demo <codes@net>\"\nsmtp_ca = \"/etc/resultity-network/ca.pem\"\n", net.JoinHostPort(w.Net.Addr().String(), "25")),
+			"keep_requests_bytes = 1048576\nsmtp = %q\nsmtp_from = \"The demo <codes@net>\"\nsmtp_ca = \"/etc/resultity-network/ca.pem\"\n", net.JoinHostPort(w.Net.Addr().String(), "25")),
 		"/etc/systemd/system/" + networkUnit + ".d/crash.conf": "[Service]\nExecStart=\nExecStart=" + networkProgram +
 			" serve\nEnvironment=RESULTITY_FAILPOINT=" + networkPoint + "\nRestartSec=20ms\nRestartSteps=0\n",
 	} {

@@ -28,9 +28,10 @@ import (
 // Exit statuses beside 0 and 1. The unit sets RestartPreventExitStatus=78, since
 // a start that fails so would fail again.
 const (
-	exitDue    = 2
-	exitUsage  = 64
-	exitConfig = 78
+	exitDue          = 2 // also where answers differ
+	exitIncomparable = 3
+	exitUsage        = 64
+	exitConfig       = 78
 )
 
 var (
@@ -54,8 +55,10 @@ func Main(ctx context.Context, args []string, stdout, stderr io.Writer, version 
 		return exitConfig
 	case errors.Is(err, errUsage):
 		return exitUsage
-	case errors.Is(err, errDue):
+	case errors.Is(err, errDue), errors.Is(err, errDiffers):
 		return exitDue
+	case errors.Is(err, errIncomparable):
+		return exitIncomparable
 	}
 	return 1
 }
@@ -68,11 +71,12 @@ func root(version string) *cobra.Command {
 
 Every command but version, root key, root show and root sign works on one
 network's directory, --dir, where root acts as the directory's owner. Those about
-tokens, keys, nodes, accounts, orders and logs ask the service while it runs, and
+tokens, keys, nodes, accounts, orders, jobs and logs ask the service while it runs, and
 open its store when it does not.
 
-Exit status: 0 done; 1 failed; 2 something runs out soon (check); 64 wrong command
-line; 78 wrong configuration.`,
+Exit status: 0 done; 1 failed; 2 something runs out soon (check), or answers differ
+(jobs replay); 3 they cannot be compared; 64 wrong command line; 78 wrong
+configuration.`,
 		Version:       version,
 		SilenceUsage:  true,
 		SilenceErrors: true,
@@ -89,7 +93,7 @@ line; 78 wrong configuration.`,
 	}
 	cmd.SetFlagErrorFunc(func(_ *cobra.Command, err error) error { return fmt.Errorf("%w: %w", errUsage, err) })
 	cmd.CompletionOptions.HiddenDefaultCmd = true
-	cmd.AddCommand(initCommand(), modelCommand(), publishCommand(), rootCommand(), checkCommand(), serveCommand(), tokenCommand(), apikeyCommand(), nodesCommand(), accountsCommand(), orderCommand(), ordersCommand(), logsCommand(), versionCommand(version))
+	cmd.AddCommand(initCommand(), modelCommand(), publishCommand(), rootCommand(), checkCommand(), serveCommand(), tokenCommand(), apikeyCommand(), nodesCommand(), accountsCommand(), orderCommand(), ordersCommand(), jobsCommand(), logsCommand(), versionCommand(version))
 	return cmd
 }
 

@@ -23,6 +23,7 @@ type jobStore interface {
 	PutJob(context.Context, *store.Job) error
 	DeleteJob(ctx context.Context, seq uint64) error
 	JobDone(seq uint64)
+	KeepRequest(context.Context, *store.Job) error // of a job whose result is stored; does nothing where none are kept
 	PutResult(context.Context, *receipt.Signed, []byte) error
 	Result(context.Context, receipt.JobID) (*store.Result, error)
 	Accepting() error // why no job can be written down, or nil; does not wait
@@ -295,6 +296,7 @@ func (d *Dispatcher) Restore(ctx context.Context, jobs []*store.Job, lookup func
 				return err
 			}
 			d.store.JobDone(rec.Seq) // stored, and then the service ended
+			d.keepRequest(ctx, rec)
 			continue
 		}
 		under, err := lookup(ctx, rec.Config)
@@ -337,7 +339,9 @@ func (d *Dispatcher) Close() {
 		j.timer.stop()
 		if j.result == nil && !j.finished {
 			j.end(nil, &Failure{Outcome: Closing, Message: "the service is stopping"})
-			d.metrics.Jobs.WithLabelValues(string(Closing)).Inc()
+			if j.only == nil {
+				d.metrics.Jobs.WithLabelValues(string(Closing)).Inc()
+			}
 		}
 	}
 	d.mu.Unlock()
@@ -380,6 +384,12 @@ func (d *Dispatcher) pump() {
 // while there are such, be they free or not, else, after a pause, one that no
 // longer has it.
 func (d *Dispatcher) pick(j *job, now time.Time) *node {
+	if j.only != nil {
+		if now.Before(j.notBefore) || j.only.index < 0 || j.only.running[j.spec.ID] != nil {
+			return nil
+		}
+		return j.only
+	}
 	if len(j.tried) == 0 {
 		if now.Before(j.notBefore) {
 			return nil
@@ -409,8 +419,11 @@ func (d *Dispatcher) pick(j *job, now time.Time) *node {
 	return second
 }
 
-// others counts the routable nodes that have not had a job.
+// others counts the routable nodes that have not had a job and could.
 func (d *Dispatcher) others(j *job) int {
+	if j.only != nil {
+		return 0
+	}
 	others := d.routable
 	for a := range j.tried {
 		if n := d.nodes[a]; n != nil && n.routable {
@@ -551,8 +564,10 @@ func (d *Dispatcher) finish(j *job, outcome Outcome) {
 		d.refresh(r.node)
 	}
 	j.runners = nil
-	d.metrics.Jobs.WithLabelValues(string(outcome)).Inc()
-	d.metrics.JobSeconds.WithLabelValues(string(outcome)).Observe(j.took.Seconds())
+	if j.only == nil { // nobody's job
+		d.metrics.Jobs.WithLabelValues(string(outcome)).Inc()
+		d.metrics.JobSeconds.WithLabelValues(string(outcome)).Observe(j.took.Seconds())
+	}
 	if j.record == written {
 		d.forget(j)
 	}
@@ -593,6 +608,9 @@ func (d *Dispatcher) arm(j *job) {
 		if d.mayGiveUp(j) {
 			earlier(d.noneAt.Add(d.opt.NoNodeWait))
 		}
+		if j.only != nil {
+			earlier(time.Now().Add(d.opt.NoNodeWait)) // is it there at all?
+		}
 	}
 	for _, r := range j.runners {
 		if !r.lost {
@@ -624,6 +642,10 @@ func (d *Dispatcher) wake(j *job) {
 	}
 	if j.place != nil && d.mayGiveUp(j) && !now.Before(d.noneAt.Add(d.opt.NoNodeWait)) {
 		d.fail(j, &Failure{Outcome: NoNode, Message: "no node is ready to serve the model"})
+		return
+	}
+	if j.place != nil && j.only != nil && !j.only.routable {
+		d.fail(j, notThere)
 		return
 	}
 	for _, r := range slices.Clone(j.runners) { // lose may change the list

@@ -34,6 +34,7 @@ type memory struct {
 	seq     uint64
 	jobs    map[uint64]*store.Job
 	results map[receipt.JobID]*store.Result
+	kept    []receipt.JobID // whose requests are
 
 	putJob    func() error // called before a job is written
 	putResult func() error // called before a result is written
@@ -55,6 +56,16 @@ func (m *memory) PutJob(_ context.Context, j *store.Job) error {
 }
 
 func (m *memory) Accepting() error { return m.full }
+
+func (m *memory) KeepRequest(_ context.Context, j *store.Job) error {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	if m.results[j.ID] == nil {
+		m.t.Errorf("job %s is kept before its result", j.ID)
+	}
+	m.kept = append(m.kept, j.ID)
+	return nil
+}
 
 func (m *memory) DeleteJob(_ context.Context, seq uint64) error { m.JobDone(seq); return nil }
 

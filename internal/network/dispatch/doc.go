@@ -57,6 +57,13 @@
 // request was checked before: it takes a second one that says the same, or that
 // there is no second one. The client reads our words for it, not the node's.
 //
+// # Replays
+//
+// The operator may have a job given out again, to another node that should compute
+// the same, see [Replay]. It waits for a slot of that node like any other job, goes
+// to no other one, and does not take part in what is said above of records and
+// clients: after a crash it has never been.
+//
 // # Streams
 //
 // Bytes go to the client as they come, from whichever node is furthest ahead;

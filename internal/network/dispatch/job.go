@@ -68,6 +68,7 @@ type job struct {
 	start    time.Time
 	deadline time.Time
 	stall    time.Duration
+	only     *node         // that gets it, for a replay; nil for any
 	done     chan struct{} // closed when finished
 	more     chan struct{} // has an element when a stream may have grown
 	lost     chan struct{} // closed when the job could not be written down

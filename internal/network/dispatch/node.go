@@ -326,7 +326,7 @@ func (m *Member) Chunk(c *wire.Chunk) (known bool, err error) {
 		d.diverge(j, r)
 		return true, nil
 	}
-	if first && len(j.body) > 0 {
+	if first && len(j.body) > 0 && j.only == nil {
 		d.metrics.FirstByte.Observe(time.Since(j.start).Seconds())
 	}
 	return true, nil
@@ -429,7 +429,11 @@ func (m *Member) valid(j *job, res *wire.Result) (news bool) {
 	j.timer.stop()
 	d.queue.remove(j)
 	d.bytes += int64(len(res.Response))
-	d.wg.Go(func() { d.storeResult(j) })
+	d.wg.Go(func() {
+		if d.storeResult(j) && j.only == nil {
+			d.keepRequest(context.Background(), j.spec)
+		}
+	})
 	d.answer(j)
 	if r != nil {
 		d.detach(r)
@@ -439,8 +443,8 @@ func (m *Member) valid(j *job, res *wire.Result) (news bool) {
 }
 
 // storeResult makes the result that counts durable, then acknowledges it. Until
-// then it is kept in memory, and by the node.
-func (d *Dispatcher) storeResult(j *job) {
+// then it is kept in memory, and by the node. It reports whether it is durable.
+func (d *Dispatcher) storeResult(j *job) (durable bool) {
 	res := j.result
 	for try := 0; ; try++ {
 		start := time.Now()
@@ -450,13 +454,13 @@ func (d *Dispatcher) storeResult(j *job) {
 			break
 		}
 		if !d.keep(j, try, err) {
-			return
+			return false
 		}
 		select {
 		case <-time.After(storeRetries[min(try, len(storeRetries)-1)]):
 		case <-j.lost: // a client waits for the outcome of the next try
 		case <-d.closing:
-			return // the node sends it again after the next start
+			return false // the node sends it again after the next start
 		}
 	}
 	rc := res.Receipt.Receipt()
@@ -474,6 +478,7 @@ func (d *Dispatcher) storeResult(j *job) {
 		}
 		w.ack(verdict, res.Job)
 	}
+	return true
 }
 
 // keep handles a result that could not be stored. It reports whether it is kept

@@ -22,6 +22,7 @@ type Metrics struct {
 	Results       *prometheus.CounterVec   // results from nodes; verdict
 	Dispatches    prometheus.Counter       // job frames handed to sessions
 	Reassignments *prometheus.CounterVec   // jobs taken from a node; reason
+	Replays       *prometheus.CounterVec   // jobs given out again to compare; verdict
 	FramesRefused *prometheus.CounterVec   // ended a session; reason
 	Sessions      *prometheus.CounterVec   // ended sessions; reason
 	Registrations *prometheus.CounterVec   // outcome
@@ -66,6 +67,7 @@ func New(state func() State) *Metrics {
 		Jobs:          counter("jobs_total", "Finished jobs by outcome.", "outcome"),
 		Results:       counter("results_total", "Results received from nodes by verdict.", "verdict"),
 		Reassignments: counter("reassignments_total", "Jobs taken from a node by reason.", "reason"),
+		Replays:       counter("replays_total", "Jobs that the operator had given out again, by what comparing the answers came to.", "verdict"),
 		FramesRefused: counter("frames_refused_total", "Frames that ended a session by reason.", "reason"),
 		Sessions:      counter("sessions_ended_total", "Ended sessions by reason.", "reason"),
 		Registrations: counter("registrations_total", "Registration requests by outcome.", "outcome"),
@@ -83,7 +85,7 @@ func New(state func() State) *Metrics {
 		LeftOut:       prometheus.NewCounter(prometheus.CounterOpts{Namespace: "resultity", Name: "receipts_left_out_total", Help: "Receipts that the log of their node has gone on without."}),
 		LogsDamaged:   prometheus.NewCounter(prometheus.CounterOpts{Namespace: "resultity", Name: "receipt_log_damaged_total", Help: "How often a copy of a receipt log was found to be damaged in the store."}),
 	}
-	m.registry.MustRegister(m.Jobs, m.Results, m.Dispatches, m.Reassignments, m.FramesRefused, m.Sessions, m.Registrations, m.Bindings, m.Mails,
+	m.registry.MustRegister(m.Jobs, m.Results, m.Dispatches, m.Reassignments, m.Replays, m.FramesRefused, m.Sessions, m.Registrations, m.Bindings, m.Mails,
 		m.Requests, m.JobSeconds, m.FirstByte, m.Crowded, m.Discarded, m.StoreSeconds, m.Heads, m.Leaves, m.LeftOut, m.LogsDamaged, gauges{state},
 		collectors.NewGoCollector(), collectors.NewProcessCollector(collectors.ProcessCollectorOpts{}))
 	return m

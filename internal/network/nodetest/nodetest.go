@@ -96,6 +96,7 @@ type Node struct {
 	TLS    *tls.Config
 	Config *snapshot.Config
 	Digest digest.Digest // of the published bytes
+	Class  *wire.Class   // as it says of itself; nil for none
 }
 
 // New makes a node with a fresh key.
@@ -280,6 +281,7 @@ func (n *Node) Heartbeat() *wire.Heartbeat {
 		Models:  []wire.ModelState{{Name: m.Name, Version: m.Version, Digest: m.Digest(), State: "active"}},
 		Runtime: wire.RuntimeState{State: "active", Engine: "llamacpp", Image: n.Config.Runtime.Image.Digest()},
 		Slots:   n.Config.Runtime.Settings.Slots,
+		Class:   n.Class,
 	}
 }
 
@@ -404,6 +406,9 @@ func (n *Node) Result(t testing.TB, j *wire.Job, response []byte, change func(*r
 		},
 		Claimed:  receipt.Claimed{ClassDigest: receipt.Unknown, PromptTokens: 7, CompletionTokens: 3, StartedAt: now, FinishedAt: now},
 		Sequence: counter.Add(1),
+	}
+	if n.Class != nil {
+		r.Claimed.ClassDigest = n.Class.Digest
 	}
 	if change != nil {
 		change(&r)

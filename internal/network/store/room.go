@@ -32,6 +32,8 @@ type room struct {
 	mu    sync.Mutex // guards what follows
 	keep  int64      // bytes that must be free for new jobs and logs
 	state State
+
+	requests int64 // bytes of requests that are kept; 0 for none
 }
 
 // writesShare is which part of that must be free for anything to be written.

@@ -1,7 +1,7 @@
 // Package store owns all that the network service must not forget: jobs that
 // are not finished, results, nodes and their bindings, enrolment tokens, API
-// keys, accounts, mail to be sent, published configurations and copies of nodes'
-// receipt logs, in an embedded NATS JetStream.
+// keys, accounts, mail to be sent, published configurations, copies of nodes'
+// receipt logs, and replays, in an embedded NATS JetStream.
 //
 // The rule it keeps: a call that returns without an error is on disk. JetStream
 // is told to sync every write before it acknowledges one, and nothing here is
@@ -87,6 +87,7 @@ type db struct {
 	js     jetstream.JetStream
 
 	jobs, results, logs, tiles           jetstream.Stream
+	requests, replays                    jetstream.Stream
 	nodes, tokens, keys, published       jetstream.KeyValue
 	accounts, mails, orders, receiptlogs jetstream.KeyValue
 
@@ -99,16 +100,19 @@ type db struct {
 type Limits struct {
 	Jobs    int64 // records of jobs; beyond it no new one is taken: [ErrFull]
 	Results int64 // results; beyond it the oldest go, however young
-	Free    int64 // what must be free on the disk; with less no new job is taken: [ErrNoRoom]
+	// Requests is for requests of jobs that are finished; beyond it the oldest go.
+	// With 0 none are kept, and those that are there go.
+	Requests int64
+	Free     int64 // what must be free on the disk; with less no new job is taken: [ErrNoRoom]
 }
 
 // DefaultLimits are those of a new store.
 var DefaultLimits = Limits{Jobs: 1 << 30, Results: 8 << 30, Free: 256 << 20}
 
 // within returns the limits, but no more than an eighth of a file system for
-// jobs, half of it for results, and a tenth of it free.
+// jobs, another one for requests, half of it for results, and a tenth of it free.
 func (l Limits) within(space int64) Limits {
-	return Limits{Jobs: min(l.Jobs, space/8), Results: min(l.Results, space/2), Free: min(l.Free, space/10)}
+	return Limits{Jobs: min(l.Jobs, space/8), Results: min(l.Results, space/2), Requests: min(l.Requests, space/8), Free: min(l.Free, space/10)}
 }
 
 // Open opens the store in dir, making it when it is not there. One process at
@@ -218,6 +222,21 @@ func (d *db) open(ctx context.Context, space int64) (err error) {
 			Discard:           jetstream.DiscardOld,
 			AllowDirect:       true,
 		}},
+		{&d.requests, jetstream.StreamConfig{
+			Name: "REQUESTS", Description: "finished jobs that may be given out again, by id", Subjects: []string{"requests.*"},
+			MaxMsgSize:        maxMessage,
+			MaxBytes:          leastRequest,
+			MaxMsgsPerSubject: 1,
+			Discard:           jetstream.DiscardOld,
+			AllowDirect:       true,
+		}},
+		{&d.replays, jetstream.StreamConfig{
+			Name: "REPLAYS", Description: "what came of giving jobs out again, by id", Subjects: []string{"replays.*"},
+			MaxAge: replayAge, MaxMsgsPerSubject: replayEach, MaxMsgSize: maxVerdict,
+			MaxBytes:    min(maxReplays, space/32),
+			Discard:     jetstream.DiscardOld,
+			AllowDirect: true,
+		}},
 		{&d.logs, jetstream.StreamConfig{
 			Name: "LOGS", Description: "logs of nodes, by node", Subjects: []string{"logs.*"},
 			MaxAge: logAge, MaxMsgsPerSubject: logBatches, MaxMsgSize: 1 << 20,
@@ -324,9 +343,10 @@ func (s *Store) change(ctx context.Context, which func(*db) jetstream.Stream, wh
 	return nil
 }
 
-func jobsOf(d *db) jetstream.Stream    { return d.jobs }
-func resultsOf(d *db) jetstream.Stream { return d.results }
-func tilesOf(d *db) jetstream.Stream   { return d.tiles }
+func jobsOf(d *db) jetstream.Stream     { return d.jobs }
+func resultsOf(d *db) jetstream.Stream  { return d.results }
+func requestsOf(d *db) jetstream.Stream { return d.requests }
+func tilesOf(d *db) jetstream.Stream    { return d.tiles }
 
 // SetLimits sets how much is stored, as far as the file system allows: it
 // returns what is in force. Results beyond their limit go at once.
@@ -338,14 +358,16 @@ func (s *Store) SetLimits(ctx context.Context, l Limits) (Limits, error) {
 	return l, errors.Join(
 		s.change(ctx, jobsOf, func(c *jetstream.StreamConfig) { c.MaxBytes = l.Jobs }),
 		s.change(ctx, resultsOf, func(c *jetstream.StreamConfig) { c.MaxBytes = l.Results }),
+		s.setRequests(ctx, l.Requests),
 	)
 }
 
 // SetResultTTL sets how long results are kept, counted from when each was stored,
-// and with them what proves that their receipts are in the nodes' logs.
+// and with them their requests, if those are kept, and what proves that their receipts are in the nodes' logs.
 func (s *Store) SetResultTTL(ctx context.Context, ttl time.Duration) error {
 	return errors.Join(
 		s.change(ctx, resultsOf, func(c *jetstream.StreamConfig) { c.MaxAge = ttl }),
+		s.change(ctx, requestsOf, func(c *jetstream.StreamConfig) { c.MaxAge = ttl }),
 		s.change(ctx, tilesOf, func(c *jetstream.StreamConfig) { c.MaxAge = ttl + tileGrace }),
 	)
 }

@@ -1,0 +1,223 @@
+package network
+
+import (
+	"bytes"
+	"context"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"net/http"
+	"time"
+
+	"github.com/resultity/node/internal/digest"
+	"github.com/resultity/node/internal/evm"
+	"github.com/resultity/node/internal/network/dispatch"
+	"github.com/resultity/node/internal/network/store"
+	"github.com/resultity/node/internal/openai"
+	"github.com/resultity/node/internal/receipt"
+)
+
+// Replay is what came of giving a job out again. It holds no text. The receipts
+// show who has signed what: a dispute needs them, and whatever node is at fault
+// cannot take its own back.
+type Replay struct {
+	Job    receipt.JobID `json:"job"`
+	Replay receipt.JobID `json:"replay,omitzero"` // the id under which it was given out again
+	At     time.Time     `json:"at"`
+	Class  digest.Digest `json:"class"` // determinism class of both nodes
+	openai.Comparison
+	First  *receipt.Signed `json:"first"`
+	Second *receipt.Signed `json:"second,omitempty"` // nil where nobody was asked
+}
+
+// ReplayQuery says how a job is to be given out again.
+type ReplayQuery struct {
+	Node    *evm.Address `json:"node,omitempty"`    // of the class, also the first one; nil for another one than the first
+	Request []byte       `json:"request,omitempty"` // the client's, where the network has not kept it
+}
+
+// maxReplayQuery bounds it as JSON, in bytes.
+const maxReplayQuery = 32 << 20
+
+// replay gives a finished job out again and compares the answers.
+func (s *service) replay(ctx context.Context, id receipt.JobID, q ReplayQuery) (*Replay, error) {
+	first, err := s.store.Result(ctx, id)
+	if errors.Is(err, store.ErrNotFound) {
+		return nil, fmt.Errorf("job %s has no result here: it is not finished, has failed, or its result is older than this network keeps them", id)
+	}
+	if err != nil {
+		return nil, err
+	}
+	v := &Replay{Job: id, At: time.Now().UTC(), Class: first.Receipt.Receipt().Claimed.ClassDigest, First: first.Receipt}
+	was, err := claimed(first)
+	if err != nil {
+		v.Comparison = openai.Incomparable("the first response is %v", err)
+		return s.replayed(v), nil
+	}
+	r, err := s.requestOf(ctx, first, q.Request)
+	if err != nil {
+		return nil, err
+	}
+	r.Node = q.Node
+	if why := s.incomparable(r, first.Receipt, was); why != "" {
+		v.Comparison = openai.Incomparable("%s", why)
+		return s.replayed(v), nil
+	}
+	t, node, err := s.dispatch.SubmitReplay(*r)
+	if err != nil {
+		return nil, err
+	}
+	s.log.Info("job given out again", "job", id, "replay", t.ID(), "node", node)
+	if _, err := t.Wait(ctx); err != nil {
+		t.Cancel()
+		if f, ok := dispatch.AsFailure(err); ok {
+			return nil, fmt.Errorf("node %s did not answer: %w (%s)", node, err, f.Outcome)
+		}
+		return nil, err
+	}
+	ctx = context.WithoutCancel(ctx) // it is done; now it is written down
+	second, err := s.store.Result(ctx, t.ID())
+	if err != nil {
+		return nil, err
+	}
+	v.Replay, v.Second = t.ID(), second.Receipt
+	v.Comparison = compare(was, first, second)
+	raw, err := json.Marshal(v)
+	if err == nil {
+		err = s.store.PutReplay(ctx, id, raw)
+	}
+	return s.replayed(v), err
+}
+
+// claimed reads a stored response, with the token counts of its receipt: those are
+// what a node is paid for.
+func claimed(r *store.Result) (*openai.Answer, error) {
+	a, err := openai.ReadAnswer(r.Response)
+	if err == nil {
+		c := r.Receipt.Receipt().Claimed
+		a.Usage = &openai.Usage{PromptTokens: c.PromptTokens, CompletionTokens: c.CompletionTokens}
+	}
+	return a, err
+}
+
+// requestOf finds the request of a result: what was kept, or what the operator has
+// from the client. The receipt says whether it is the right one.
+func (s *service) requestOf(ctx context.Context, first *store.Result, given []byte) (*dispatch.Replay, error) {
+	rc := first.Receipt.Receipt()
+	r := &dispatch.Replay{Request: given, Class: rc.Claimed.ClassDigest, First: rc.Node}
+	kept, err := s.store.Request(ctx, rc.Job)
+	switch {
+	case err == nil:
+		r.Request, r.Seed = kept.Request, &kept.Seed
+	case !errors.Is(err, store.ErrNotFound):
+		return nil, err
+	case given == nil:
+		return nil, fmt.Errorf("the request of job %s is not kept: keep_requests_bytes of network.toml is %d; with --request FILE the client's can be given out", rc.Job, s.cfg.KeepRequestsBytes)
+	}
+	if given != nil && !bytes.Equal(given, r.Request) || digest.Of(r.Request) != rc.Measured.RequestHash {
+		return nil, fmt.Errorf("this is not the request of job %s: its SHA-256 is not the one in the receipt, %s; it has to be the body of the HTTP request, byte for byte", rc.Job, rc.Measured.RequestHash)
+	}
+	return r, nil
+}
+
+// incomparable completes r, or says why another answer than the first could be
+// right.
+func (s *service) incomparable(r *dispatch.Replay, first *receipt.Signed, was *openai.Answer) string {
+	t, rc := s.dispatch.Terms(), first.Receipt()
+	c := t.Config
+	switch {
+	case r.Class.IsZero() || r.Class == receipt.Unknown:
+		return "the first node could not say in which class it was"
+	case was.Model != c.Runtime.Model || rc.Measured.ModelDigest != t.Model:
+		return fmt.Sprintf("the first answer is by model %.80q of %s, and the network serves %q of %s now", was.Model, rc.Measured.ModelDigest, c.Runtime.Model, t.Model)
+	case rc.Measured.ImageDigest != c.Runtime.Image.Digest():
+		return fmt.Sprintf("the image of the runtime was %s then, and is %s now", rc.Measured.ImageDigest, c.Runtime.Image.Digest())
+	}
+	req, err := openai.Parse(was.Kind, r.Request, openai.Limits{RequestBytes: c.Limits.RequestBytes, Tokens: c.Limits.Tokens, Messages: c.Limits.Messages})
+	if err != nil {
+		return "the request is not within the limits of the configuration that is published now"
+	}
+	r.Kind, r.Model, r.Stream = req.Kind, req.Model, req.Stream
+	return req.Incomparable(was, openai.Conditions{Seed: r.Seed != nil, Limits: rc.Measured.ConfigDigest == t.Digest, Tokens: c.Limits.Tokens})
+}
+
+// compare holds the second result against the first.
+func compare(was *openai.Answer, first, second *store.Result) openai.Comparison {
+	a, b := first.Receipt.Receipt(), second.Receipt.Receipt()
+	if a.Claimed.ClassDigest != b.Claimed.ClassDigest {
+		return openai.Incomparable("node %s has answered in another class than it said before, %s", b.Node, b.Claimed.ClassDigest)
+	}
+	is, err := claimed(second)
+	if err != nil { // an honest node signs no such thing
+		return openai.Comparison{Verdict: openai.Different, Reason: "the second response is " + err.Error()}
+	}
+	return openai.Compare(was, is)
+}
+
+// replayed says what came of it.
+func (s *service) replayed(v *Replay) *Replay {
+	s.metrics.Replays.WithLabelValues(string(v.Verdict)).Inc()
+	attrs := []any{"job", v.Job, "verdict", v.Verdict, "class", v.Class, "first", v.First.Receipt().Node}
+	if v.Second == nil {
+		s.log.Info("job cannot be compared", append(attrs, "why", v.Reason)...)
+		return v
+	}
+	attrs = append(attrs, "second", v.Second.Receipt().Node, "replay", v.Replay)
+	if v.Verdict == openai.Same {
+		s.log.Info("two nodes give one answer", attrs...)
+	} else {
+		s.log.Warn("two nodes give different answers, or cannot be compared", append(attrs, "difference", v.Difference, "why", v.Reason)...)
+	}
+	return v
+}
+
+func (s *service) adminReplays(mux *http.ServeMux, handle func(string, func(*http.Request) (adminReply, error))) {
+	// It has a larger body than the others.
+	mux.HandleFunc("POST /jobs/{id}/replay", func(w http.ResponseWriter, r *http.Request) {
+		var reply adminReply
+		id, err := receipt.ParseJobID(r.PathValue("id"))
+		var q ReplayQuery
+		if err == nil {
+			err = decode(http.MaxBytesReader(w, r.Body, maxReplayQuery), &q)
+		}
+		if err == nil {
+			reply.Replay, err = s.replay(r.Context(), id, q)
+		}
+		answer(w, reply, err)
+	})
+	handle("GET /replays", func(r *http.Request) (reply adminReply, err error) {
+		reply.Replays, err = storeAdmin{s.store}.Replays(r.Context())
+		return reply, err
+	})
+}
+
+// Replay gives a finished job out again and compares the answers.
+func (c *adminClient) Replay(ctx context.Context, id receipt.JobID, q ReplayQuery) (*Replay, error) {
+	patient := adminClient{c.http}
+	patient.http.Timeout = 0 // as long as the job may take
+	r, err := patient.call(ctx, http.MethodPost, "/jobs/"+id.String()+"/replay", q)
+	return r.Replay, err
+}
+
+// Replays returns what came of replays, in the order of their ends.
+func (c *adminClient) Replays(ctx context.Context) ([]Replay, error) {
+	r, err := c.call(ctx, http.MethodGet, "/replays", struct{}{})
+	return r.Replays, err
+}
+
+func (a storeAdmin) Replay(context.Context, receipt.JobID, ReplayQuery) (*Replay, error) {
+	return nil, fmt.Errorf("%w: jobs are given out by the running service; start it (resultity-network serve)", ErrConfig)
+}
+
+func (a storeAdmin) Replays(ctx context.Context) ([]Replay, error) {
+	list := []Replay{}
+	err := a.store.Replays(ctx, func(raw []byte) error {
+		var v Replay
+		if err := json.Unmarshal(raw, &v); err != nil {
+			return fmt.Errorf("stored replay: %w", err)
+		}
+		list = append(list, v)
+		return nil
+	})
+	return list, err
+}
