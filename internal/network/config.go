@@ -51,6 +51,8 @@ type Config struct {
 	// MaxQueued and MaxQueuedBytes bound the requests that wait for a node.
 	MaxQueued      int   `koanf:"max_queued"`
 	MaxQueuedBytes int64 `koanf:"max_queued_bytes"`
+	// NodeWait is how long a request waits where no node is ready.
+	NodeWait time.Duration `koanf:"node_wait"`
 	// MaxUploadBytes bounds the requests that are still arriving.
 	MaxUploadBytes int64 `koanf:"max_upload_bytes"`
 	// KeyShare is how much of these three one API key may hold, in percent.
@@ -98,7 +100,7 @@ type Config struct {
 func Defaults() Config {
 	return Config{
 		Dir: "/var/lib/resultity-network", Listen: "127.0.0.1:8443", MetricsListen: "127.0.0.1:9464", TrustedProxies: []string{},
-		MaxQueued: 1024, MaxQueuedBytes: 256 << 20, MaxUploadBytes: 256 << 20, KeyShare: 50,
+		MaxQueued: 1024, MaxQueuedBytes: 256 << 20, NodeWait: 5 * time.Second, MaxUploadBytes: 256 << 20, KeyShare: 50,
 		MaxResultsBytes: store.DefaultLimits.Results, MinFreeBytes: store.DefaultLimits.Free, MaxSessions: 16384, MaxConnections: 32768, MaxArrivingBytes: 768 << 20, Drain: 10 * time.Second,
 		Registration: "token", SMTPSecurity: string(mail.StartTLS), LogLevel: "info",
 	}
@@ -218,6 +220,9 @@ func (c *Config) check() error {
 	}
 	if c.Registration != "token" && c.Registration != "open" {
 		return bad("registration", "%q: want token or open", c.Registration)
+	}
+	if c.NodeWait < time.Second || c.NodeWait > 10*time.Minute {
+		return bad("node_wait", "is %v, want 1s to 10m", c.NodeWait)
 	}
 	if c.Drain < 0 || c.Drain > 10*time.Minute {
 		return bad("drain", "is %v, want 0s to 10m", c.Drain)

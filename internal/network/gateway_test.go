@@ -135,7 +135,9 @@ func TestModelsAndNodes(t *testing.T) {
 
 func TestNoNodeAtAll(t *testing.T) {
 	t.Parallel() // it waits more than it works
-	n := start(t, nil)
+	n := setUp(t, nil)
+	n.tweak = func(c *network.Config) { c.NodeWait = time.Second }
+	n.serve()
 	r := n.answer(n.ask(chat))
 	if r.status != 503 || r.code() != "no_node" || r.header.Get("Retry-After") == "" {
 		t.Fatalf("%d %s", r.status, r.body)

@@ -576,6 +576,7 @@ func TestConfigErrors(t *testing.T) {
 		{"trusted_proxies: \"10.0.0.1\": want a network", []string{"serve", "--dir", n.dir, "--config", file(`trusted_proxies = ["10.0.0.1"]`)}},
 		{"max_queued: is 0", []string{"serve", "--dir", n.dir, "--config", file(`max_queued = 0`)}},
 		{"key_share: is 101", []string{"serve", "--dir", n.dir, "--config", file(`key_share = 101`)}},
+		{"node_wait: is 0s", []string{"serve", "--dir", n.dir, "--config", file(`node_wait = "0s"`)}},
 		{"drain: want a duration in quotes", []string{"serve", "--config", file(`drain = 10`)}},
 		{"drain: want a duration", []string{"serve", "--config", file(`drain = "soon"`)}},
 		{"dir: want a text in quotes", []string{"serve", "--config", file(`dir = 1`)}},

@@ -207,7 +207,7 @@ func (s *service) begin(ctx context.Context, snap *snapshot.Snapshot) error {
 		return m
 	})
 	s.dispatch = dispatch.New(s.store, terms, s.metrics, s.log, dispatch.Options{
-		MaxQueued: s.cfg.MaxQueued, MaxBytes: s.cfg.MaxQueuedBytes, Share: s.cfg.KeyShare,
+		MaxQueued: s.cfg.MaxQueued, MaxBytes: s.cfg.MaxQueuedBytes, Share: s.cfg.KeyShare, NoNodeWait: s.cfg.NodeWait,
 	})
 	jobs, err := s.store.Jobs(ctx, func(seq uint64, err error) {
 		s.log.Error("job in the store cannot be read and is passed over", "seq", seq, "error", err)

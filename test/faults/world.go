@@ -64,6 +64,13 @@ func New(ctx context.Context, progress io.Writer) (_ *World, err error) {
 	if w.Stack, err = stack.Up(ctx, stack.Options{Host: host.Options{Progress: progress}}); err != nil {
 		return nil, err
 	}
+	// Both nodes change their configuration at once, and may be slow at it.
+	if err := w.onNet(ctx, `echo 'node_wait = "30s"' >>/etc/resultity-network/network.toml; systemctl restart resultity-network`); err != nil {
+		return nil, err
+	}
+	if err := w.waitHealth(ctx, 200); err != nil {
+		return nil, err
+	}
 	ref, err := w.PushEngine(ctx, w.Reg, "faulty", program)
 	if err != nil {
 		return nil, err
