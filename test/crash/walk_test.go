@@ -36,8 +36,8 @@ var scenarios = []struct {
 	{`agent\.(head|leaves)`, nothing},
 	{`agent\.(drain|resume)`, drain},
 	{`tuf\.|generation\.|image\.|systemd\.|model\.(origin|part|file|tree|hashes)`, publish},
+	{`model\.damage\.begin`, scrub},
 	{`model\.damage`, damage},
-	{`model\.distrust`, scrub},
 	{`model\.length`, shorten},
 
 	// The network service.

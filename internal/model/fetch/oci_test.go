@@ -8,6 +8,7 @@ import (
 	"net/http"
 	"net/http/httptest"
 	"strings"
+	"sync/atomic"
 	"testing"
 
 	"github.com/google/go-containerregistry/pkg/name"
@@ -55,12 +56,12 @@ func artifact(t *testing.T, srv *httptest.Server, rt http.RoundTripper, layer ty
 type login struct {
 	http.Handler
 	host   *string
-	tokens int
+	tokens atomic.Int64
 }
 
 func (l *login) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 	if r.URL.Path == "/token" {
-		l.tokens++
+		l.tokens.Add(1)
 		fmt.Fprint(w, `{"token":"anonymous"}`)
 		return
 	}
@@ -83,11 +84,11 @@ func TestArtifacts(t *testing.T) {
 	rt := modeltest.Transport(srv)
 	for _, layer := range []types.MediaType{"application/octet-stream", "application/vnd.docker.ai.gguf.v3", "application/vnd.cnai.model.weight.v1.raw"} {
 		source := artifact(t, srv, rt, layer, other, b)
-		before := l.tokens
+		before := l.tokens.Load()
 		if _, err := fetch(t.Context(), open(rt), b, nil, source); err != nil {
 			t.Errorf("%s: %v", layer, err)
 		}
-		if l.tokens == before {
+		if l.tokens.Load() == before {
 			t.Error("it was let in without a token")
 		}
 	}
