@@ -6,7 +6,7 @@ export CGO_ENABLED := 0
 PROGRAMS := resultity-agent resultity-bridge resultity-signer resultityctl resultity-network
 BUILD    := go build -ldflags '-s -w'
 
-.PHONY: all build test attack fuzz lint bench soak demo demo-down clean
+.PHONY: all build test attack fuzz fuzz-short lint bench soak demo demo-down clean
 all: build
 
 build: $(PROGRAMS:%=build/bin/%)
@@ -60,6 +60,10 @@ attack:
 # was found before.
 fuzz:
 	go run ./test/fuzz $(if $(FOR),-for $(FOR))
+
+# As many inputs for each on every machine: for CI, with what it has built already.
+fuzz-short:
+	go run ./test/fuzz -blind -for 2000x
 
 demo: build
 	go run ./test/demo $(if $(KEEP),-keep)

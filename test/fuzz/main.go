@@ -1,6 +1,10 @@
 // Command fuzz runs every fuzz target of the repository, one after the other.
 //
-//	fuzz [-for 5m] [-run REGEXP]
+//	fuzz [-for 5m | -for 2000x] [-blind] [-run REGEXP]
+//
+// Each gets a time, or, which takes as much work on every machine, a number of inputs.
+// With -blind inputs are changed without a look at what they reach, which is a quick
+// run for CI: to see that, everything would have to be built a second time.
 //
 // It finds them with `go test -list`, and prints a line for each. What a target
 // found stays in the package's testdata/fuzz, as input of the next `go test`; the
@@ -18,7 +22,9 @@ import (
 	"os"
 	"os/exec"
 	"os/signal"
+	"path/filepath"
 	"regexp"
+	"strconv"
 	"strings"
 	"syscall"
 	"time"
@@ -27,12 +33,14 @@ import (
 const module = "github.com/resultity/node/"
 
 func main() {
-	each := flag.Duration("for", 5*time.Minute, "how long each target runs")
+	var each budget = "5m"
+	flag.Var(&each, "for", "how long each target runs, or how many inputs it tries, such as 2000x")
 	only := flag.String("run", "", "run only targets whose `package name` matches this expression")
+	blind := flag.Bool("blind", false, "do not build everything anew to see what an input reaches")
 	flag.Parse()
 	ctx, stop := signal.NotifyContext(context.Background(), os.Interrupt, syscall.SIGTERM)
 	defer stop()
-	failed, err := fuzz(ctx, *each, *only)
+	failed, err := fuzz(ctx, each, *blind, *only)
 	if err != nil {
 		fmt.Fprintln(os.Stderr, "fuzz:", err)
 	}
@@ -41,7 +49,24 @@ func main() {
 	}
 }
 
-func fuzz(ctx context.Context, each time.Duration, only string) (failed bool, err error) {
+// budget is what each target gets, as -fuzztime has it.
+type budget string
+
+func (b *budget) String() string { return string(*b) }
+
+func (b *budget) Set(s string) error {
+	if n, ok := strings.CutSuffix(s, "x"); ok {
+		if v, err := strconv.ParseUint(n, 10, 31); err != nil || v == 0 {
+			return errors.New("want a number of inputs, such as 2000x")
+		}
+	} else if d, err := time.ParseDuration(s); err != nil || d <= 0 {
+		return errors.New("want a time such as 5m, or a number of inputs such as 2000x")
+	}
+	*b = budget(s)
+	return nil
+}
+
+func fuzz(ctx context.Context, each budget, blind bool, only string) (failed bool, err error) {
 	match, err := regexp.Compile(only)
 	if err != nil {
 		return false, err
@@ -50,6 +75,14 @@ func fuzz(ctx context.Context, each time.Duration, only string) (failed bool, er
 	if err != nil {
 		return false, err
 	}
+	// What is found blindly is not worth keeping, but for failures.
+	tmp := ""
+	if blind {
+		if tmp, err = os.MkdirTemp("", "fuzz"); err != nil {
+			return false, err
+		}
+		defer os.RemoveAll(tmp) // what stays is in a directory for what may
+	}
 	n, bad := 0, 0
 	for _, t := range all {
 		name := t.pkg + " " + t.name
@@ -57,7 +90,7 @@ func fuzz(ctx context.Context, each time.Duration, only string) (failed bool, er
 			continue
 		}
 		n++
-		said, err := t.run(ctx, each)
+		said, err := t.run(ctx, each, tmp)
 		if ctx.Err() != nil {
 			return true, ctx.Err()
 		}
@@ -71,7 +104,7 @@ func fuzz(ctx context.Context, each time.Duration, only string) (failed bool, er
 	if n == 0 {
 		return false, errors.New("there is no such target")
 	}
-	fmt.Printf("fuzz: %d targets for %v each, %d failed\n", n, each, bad)
+	fmt.Printf("fuzz: %d targets for %s each, %d failed\n", n, each, bad)
 	return bad > 0, nil
 }
 
@@ -116,10 +149,28 @@ func targets(ctx context.Context) (list []target, err error) {
 	}
 }
 
-func (t target) run(ctx context.Context, each time.Duration) (said string, err error) {
-	cmd := exec.CommandContext(ctx, "go", "test", "-run=^$", "-fuzz=^"+t.name+"$", "-fuzztime="+each.String(), "-fuzzminimizetime=2s", "./"+t.pkg)
+// run fuzzes one target; blindly, if there is a directory for that.
+func (t target) run(ctx context.Context, each budget, blind string) (said string, err error) {
+	args := []string{"-run=^$", "-fuzz=^" + t.name + "$", "-fuzztime=" + string(each), "-fuzzminimizetime=2s"}
+	if blind == "" {
+		return command(ctx, "", "go", append(append([]string{"test", "-vet=off"}, args...), "./"+t.pkg)...)
+	}
+	program := filepath.Join(blind, strings.ReplaceAll(t.pkg, "/", "_"))
+	if _, err := os.Stat(program); err != nil {
+		if said, err := command(ctx, "", "go", "test", "-vet=off", "-c", "-o", program, "./"+t.pkg); err != nil {
+			return said, err
+		}
+	}
+	for i := range args {
+		args[i] = "-test." + args[i][1:]
+	}
+	return command(ctx, t.pkg, program, append(args, "-test.fuzzcachedir="+filepath.Join(blind, "corpus"))...)
+}
+
+func command(ctx context.Context, dir, name string, args ...string) (said string, err error) {
+	cmd := exec.CommandContext(ctx, name, args...)
 	// Some targets write files and wait for the disk, which fuzzing need not.
-	cmd.Env = append(os.Environ(), "GOTMPDIR="+os.TempDir(), "TMPDIR=/dev/shm")
+	cmd.Dir, cmd.Env = dir, append(os.Environ(), "GOTMPDIR="+os.TempDir(), "TMPDIR=/dev/shm")
 	cmd.Cancel = func() error { return cmd.Process.Signal(os.Interrupt) }
 	cmd.WaitDelay = 30 * time.Second
 	out, err := cmd.CombinedOutput()

@@ -2,6 +2,15 @@ package main
 
 import "testing"
 
+func TestBudget(t *testing.T) {
+	for text, ok := range map[string]bool{"5m": true, "2000x": true, "0x": false, "x": false, "-1s": false, "2000": false, "": false} {
+		var b budget
+		if err := b.Set(text); (err == nil) != ok || ok && string(b) != text {
+			t.Errorf("%q: %q, %v", text, b, err)
+		}
+	}
+}
+
 func TestEndIsNoFinding(t *testing.T) {
 	for text, want := range map[string]bool{
 		"fuzz: elapsed: 21s\n--- FAIL: FuzzX (21.04s)\n    context deadline exceeded\nFAIL\nexit status 1\n":                     true,
