@@ -183,7 +183,11 @@ func TestSignRefusesAnotherNodesReceipt(t *testing.T) {
 }
 
 func FuzzVerify(f *testing.F) {
-	key, r := sample(f)
+	key, err := evm.ParseKey(strings.Repeat("1", 64)) // the same in each process that fuzzes
+	if err != nil {
+		f.Fatal(err)
+	}
+	r := Receipt{Job: JobID{1}, Node: key.Address(), Sequence: 1<<32 + 1, Measured: Measured{RequestHash: digest.Of(nil)}, Claimed: Claimed{PromptTokens: 3}}
 	s, err := r.Sign(1, key)
 	if err != nil {
 		f.Fatal(err)

@@ -2,8 +2,10 @@ package signature
 
 import (
 	"bytes"
+	"encoding/json"
 	"errors"
 	"maps"
+	"os"
 	"testing"
 
 	"github.com/resultity/node/internal/digest"
@@ -81,14 +83,40 @@ func TestVerify(t *testing.T) {
 	}
 }
 
+// Nothing passes but what the key has signed. Key and signature are files, so that
+// each process that fuzzes has the same.
 func FuzzVerify(f *testing.F) {
-	key := modeltest.NewKey()
-	f.Add(key.Bundle(modeltest.Statement(model)))
+	read := func(name string) []byte {
+		raw, err := os.ReadFile("testdata/" + name)
+		if err != nil {
+			f.Fatal(err)
+		}
+		return raw
+	}
+	genuine, keys := read("bundle.json"), []string{string(read("key.pem"))}
+	if err := Verify(genuine, keys, model); err != nil {
+		f.Fatal(err)
+	}
+	payload := func(raw []byte) []byte {
+		var b struct {
+			DSSE struct {
+				Payload []byte `json:"payload"`
+			} `json:"dsseEnvelope"`
+		}
+		_ = json.Unmarshal(raw, &b) // what cannot be read has none
+		return b.DSSE.Payload
+	}
+	if len(payload(genuine)) == 0 {
+		f.Fatal("no payload")
+	}
+	f.Add(genuine)
 	f.Add([]byte(`{"mediaType":"application/vnd.dev.sigstore.bundle.v0.3+json","dsseEnvelope":null}`))
-	other := modeltest.NewKey().PEM()
 	f.Fuzz(func(t *testing.T, raw []byte) {
-		if Verify(raw, []string{other}, model) == nil {
+		if Verify(raw, keys, model) == nil && !bytes.Equal(payload(raw), payload(genuine)) {
 			t.Error("took what nobody has signed")
+		}
+		if Verify(raw, keys, map[string]digest.Digest{"config.json": of("x")}) == nil {
+			t.Error("took it for other files")
 		}
 	})
 }
