@@ -2,6 +2,7 @@ package session
 
 import (
 	"errors"
+	"fmt"
 	"net"
 	"os"
 	"sync/atomic"
@@ -14,6 +15,7 @@ import (
 type liveConn struct {
 	net.Conn
 	live        bool // set before a second goroutine uses it
+	early       int  // bytes that have arrived before
 	read, write time.Duration
 	moved       atomic.Int64 // when a fragment of a large message went out, Unix nanoseconds
 }
@@ -27,6 +29,12 @@ const (
 	// would only stand in the way of the next ping.
 	unsent = 64 << 10
 )
+
+// maxEarly bounds what the network may say, in bytes, before there is a session: a
+// TLS handshake and the head of a reply.
+const maxEarly = 256 << 10
+
+var errEarly = fmt.Errorf("%w: its reply is too large", ErrProtocol)
 
 // tune has the kernel tell what no deadline of ours can: that what was sent is
 // not even acknowledged.
@@ -57,8 +65,13 @@ const (
 // Read waits for as long as there are signs of life: bytes that arrive, or a
 // large message that moves on and holds up the answer to our pings.
 func (c *liveConn) Read(b []byte) (int, error) {
-	if !c.live {
-		return c.Conn.Read(b)
+	if !c.live { // the library takes a head of any length
+		if c.early >= maxEarly {
+			return 0, errEarly
+		}
+		n, err := c.Conn.Read(b[:min(len(b), maxEarly-c.early)])
+		c.early += n
+		return n, err
 	}
 	for end := time.Now().Add(c.read); ; {
 		if err := c.Conn.SetReadDeadline(end); err != nil {

@@ -78,10 +78,13 @@ func (s *Session) dial(ctx context.Context) (*link, *wire.Session, error) {
 	if !keep() {
 		return nil, nil, ctx.Err()
 	}
-	conn.SetReadLimit(wire.MaxFrame)
+	conn.SetReadLimit(maxWelcome)
 	raw.live = true
 	return newLink(conn, raw), agreed, nil
 }
+
+// maxWelcome bounds the network's first frame, in bytes: its sender is not known yet.
+const maxWelcome = 16 << 10
 
 // checkReply looks at what the WebSocket library lets pass in a 101 reply.
 func (s *Session) checkReply(conn *websocket.Conn, resp *http.Response, own *wire.Secret) (*wire.Session, error) {

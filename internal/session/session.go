@@ -290,6 +290,7 @@ func (s *Session) once(ctx context.Context) (lasted time.Duration, err error) {
 		return 0, s.refuse(l, errOrder)
 	}
 	late.Stop()
+	l.conn.SetReadLimit(wire.MaxFrame)
 	l.open(opener.Signer())
 
 	start := time.Now()

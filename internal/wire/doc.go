@@ -167,7 +167,7 @@
 // before checking.
 //
 // The first frame of a node is at most 16 KiB and due within 10 seconds of the
-// 101 reply, Welcome within 10 seconds of Hello. WebSocket pings carry no
+// 101 reply, Welcome, of at most 16 KiB, within 10 seconds of Hello. WebSocket pings carry no
 // meaning but life: a node sends one every 5 seconds and ends a session that is
 // silent for 15, a network every 15 seconds and 45. Both answer pings. A
 // network ends the session (1008) of a node that leaves 1024 messages or 64 MiB unread,
