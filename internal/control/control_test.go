@@ -130,7 +130,7 @@ func (n *node) set(draining bool) {
 }
 
 // serve serves n until the returned function is called.
-func serve(t *testing.T, n Backend) (path string, stop func()) {
+func serve(t testing.TB, n Backend) (path string, stop func()) {
 	t.Helper()
 	dir := t.TempDir()
 	l, err := Listen(dir)

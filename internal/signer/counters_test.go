@@ -1,9 +1,12 @@
 package signer
 
 import (
+	"encoding/binary"
 	"errors"
+	"hash/crc32"
 	"os"
 	"path/filepath"
+	"reflect"
 	"strings"
 	"testing"
 	"time"
@@ -232,4 +235,33 @@ func TestCountersOnABadDisk(t *testing.T) {
 	if c.now.Networks["testnet"] != 1 {
 		t.Error("the count has risen all the same")
 	}
+}
+
+// A slot that is taken is one that could have been written; anything else is none.
+func FuzzSlot(f *testing.F) {
+	f.Add(uint64(1), []byte(`{"start":3,"networks":{"testnet":7}}`))
+	f.Add(uint64(1<<63), []byte(`{"networks":null}`))
+	f.Add(uint64(0), []byte(`{}`))
+	f.Fuzz(func(t *testing.T, turn uint64, body []byte) {
+		raw := make([]byte, slotSize)
+		copy(raw, body)
+		parseSlot(raw) // it returns
+		body = body[:min(len(body), slotSize-slotHeader)]
+		b := make([]byte, slotSize)
+		binary.BigEndian.PutUint64(b, turn)
+		binary.BigEndian.PutUint32(b[8:], uint32(len(body)))
+		copy(b[slotHeader:], body)
+		binary.BigEndian.PutUint32(b[12:], crc32.ChecksumIEEE(append(b[:12:12], body...)))
+		got, v, ok := parseSlot(b)
+		if !ok {
+			return
+		}
+		again, err := formatSlot(got, v)
+		if err != nil || got != turn || turn == 0 {
+			t.Fatalf("turn %d of %d, %v", got, turn, err)
+		}
+		if _, back, ok := parseSlot(again); !ok || !reflect.DeepEqual(back, v) {
+			t.Fatalf("%+v became %+v", v, back)
+		}
+	})
 }
