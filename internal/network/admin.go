@@ -21,6 +21,7 @@ import (
 
 	"github.com/resultity/node/internal/evm"
 	"github.com/resultity/node/internal/failpoint"
+	"github.com/resultity/node/internal/network/classes"
 	"github.com/resultity/node/internal/network/dispatch"
 	"github.com/resultity/node/internal/network/orders"
 	"github.com/resultity/node/internal/network/store"
@@ -187,6 +188,7 @@ func (s *service) live(nodes []NodeInfo) {
 		if n.Connected && n.Heartbeat != nil {
 			nodes[i].Class = n.Heartbeat.Class
 		}
+		nodes[i].Answers = s.nodes.Classes().Verdict(nodes[i].Address)
 	}
 }
 
@@ -268,9 +270,10 @@ type NodeInfo struct {
 	Since      int64             `json:"since,omitempty"`  // Unix milliseconds
 	Cloned     int64             `json:"cloned,omitempty"` // Unix milliseconds: when its key was last seen to be held twice
 	History    []store.BindEvent `json:"history,omitempty"`
-	Connected  bool              `json:"connected"`       // as the running service has it
-	Class      *wire.Class       `json:"class,omitempty"` // of the node's runtime, as it says
-	Log        *NodeLog          `json:"log,omitempty"`   // of its receipts
+	Connected  bool              `json:"connected"`         // as the running service has it
+	Class      *wire.Class       `json:"class,omitempty"`   // of the node's runtime, as it says
+	Answers    classes.Verdict   `json:"answers,omitempty"` // golden ones, beside those of its class
+	Log        *NodeLog          `json:"log,omitempty"`     // of its receipts
 }
 
 // NodeLog is what is known of the receipt log of a node.

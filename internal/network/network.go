@@ -204,6 +204,7 @@ func (s *service) begin(ctx context.Context, snap *snapshot.Snapshot) error {
 		for _, e := range *s.expiries.Load() {
 			m.MetadataExpires[e.Role] = e.Expires
 		}
+		m.Odd, m.Disputed = s.nodes.Classes().Count()
 		return m
 	})
 	s.dispatch = dispatch.New(s.store, terms, s.metrics, s.log, dispatch.Options{

@@ -4,6 +4,8 @@ import (
 	"bytes"
 	"encoding/json"
 	"net/http"
+	"slices"
+	"strings"
 	"sync"
 	"testing"
 	"time"
@@ -14,6 +16,7 @@ import (
 	"github.com/resultity/node/internal/digest"
 	"github.com/resultity/node/internal/evm"
 	"github.com/resultity/node/internal/network"
+	"github.com/resultity/node/internal/network/classes"
 	"github.com/resultity/node/internal/network/nodetest"
 	"github.com/resultity/node/internal/receipt"
 	"github.com/resultity/node/internal/wire"
@@ -43,6 +46,56 @@ func TestClassIsListed(t *testing.T) {
 		all, err := admin.Nodes(t.Context())
 		return err == nil && len(all) == 1 && !all[0].Connected && all[0].Class == nil
 	})
+}
+
+// Of three nodes of a class, the one that gives other golden answers is pointed
+// out, and gets jobs all the same.
+func TestOddNodeIsPointedOut(t *testing.T) {
+	n := setUp(t, nil)
+	said := make(chan string, 16)
+	n.logs.on = func(line []byte) {
+		if bytes.Contains(line, []byte("other golden answers than most")) {
+			said <- string(line)
+		}
+	}
+	n.serve()
+	admin, err := network.OpenAdmin(t.Context(), n.dir, n.log())
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer admin.Close()
+	say := func(s *nodetest.Session, answers string) {
+		b := s.Node.Heartbeat()
+		b.Class = &wire.Class{Digest: digest.Of([]byte("class")), Hardware: determinism.Hardware{Arch: "amd64", GPUs: []string{"NVIDIA L4"}, Driver: "nvidia 550.54.14"}, Fingerprint: digest.Of([]byte(answers))}
+		s.Send(b)
+	}
+	var sessions []*nodetest.Session
+	for _, answers := range []string{"wrong", "right", "right"} {
+		s := n.node().Ready(t)
+		say(s, answers)
+		sessions = append(sessions, s)
+	}
+	verdicts := func() (list []classes.Verdict) {
+		for _, s := range sessions {
+			i, err := admin.Node(t.Context(), s.Node.Key.Address())
+			if err != nil {
+				t.Fatal(err)
+			}
+			list = append(list, i.Answers)
+		}
+		return list
+	}
+	n.until("the odd one is pointed out", func() bool {
+		return slices.Equal(verdicts(), []classes.Verdict{classes.Odd, classes.Same, classes.Same})
+	})
+	n.until("it is in the metrics", func() bool {
+		return n.metric(`resultity_nodes{state="odd"}`) == 1 && n.metric(`resultity_nodes{state="routable"}`) == 3
+	})
+	if line := <-said; !strings.Contains(strings.ToLower(line), strings.ToLower(sessions[0].Node.Key.Address().Hex())) || len(said) != 0 {
+		t.Errorf("the log says %s, and %d times more", line, len(said))
+	}
+	say(sessions[0], "right")
+	n.until("nobody is", func() bool { return !slices.Contains(verdicts(), classes.Odd) })
 }
 
 func TestRegistration(t *testing.T) {

@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"io"
 	"strconv"
+	"strings"
 	"text/tabwriter"
 	"time"
 
@@ -13,6 +14,7 @@ import (
 
 	"github.com/resultity/node/internal/evm"
 	"github.com/resultity/node/internal/network"
+	"github.com/resultity/node/internal/network/classes"
 	"github.com/resultity/node/internal/wire"
 )
 
@@ -21,9 +23,9 @@ func nodesCommand() *cobra.Command {
 	list := adminCommand("list", "List the registered nodes", 0, func(cmd *cobra.Command, a network.Admin, _ []string) (any, func(io.Writer), error) {
 		nodes, err := a.Nodes(cmd.Context())
 		return nodes, func(w io.Writer) {
-			fmt.Fprintln(w, "NODE\tACCOUNT\tMETHOD\tBOUND\tREGISTERED\tCLONED KEY\tCLASS\tRECEIPT LOG")
+			fmt.Fprintln(w, "NODE\tACCOUNT\tMETHOD\tBOUND\tREGISTERED\tCLONED KEY\tCLASS\tANSWERS\tRECEIPT LOG")
 			for _, n := range nodes {
-				fmt.Fprintf(w, "%s\t%s\t%s\t%s\t%s\t%s\t%s\t%s\n", n.Address.Hex(), cmp.Or(n.Account, "(none)"), n.Method, when(n.Since), when(n.Registered), when(n.Cloned), class(n.Class), logState(n.Log))
+				fmt.Fprintf(w, "%s\t%s\t%s\t%s\t%s\t%s\t%s\t%s\t%s\n", n.Address.Hex(), cmp.Or(n.Account, "(none)"), n.Method, when(n.Since), when(n.Registered), when(n.Cloned), class(n.Class), goldenAnswers(n), logState(n.Log))
 			}
 		}, err
 	})
@@ -39,7 +41,15 @@ func nodesCommand() *cobra.Command {
 				fmt.Fprintf(w, "cloned key\tseen %s: two machines have signed as this node, or one was set back\n", when(n.Cloned))
 			}
 			if c := n.Class; c != nil {
-				fmt.Fprintf(w, "class\t%s\nhardware\t%s\n", c.Digest, &c.Hardware)
+				fmt.Fprintf(w, "class\t%s\nhardware\t%s\nfingerprint\t%s\n", c.Digest, &c.Hardware, cmp.Or(c.Fingerprint.String(), "(none yet)"))
+			}
+			switch n.Answers {
+			case classes.Odd:
+				fmt.Fprintln(w, "golden answers\tother ones than most nodes of its class: look at this machine")
+			case classes.Disputed:
+				fmt.Fprintln(w, "golden answers\tthe nodes of its class give several, and none is of most")
+			case classes.Same:
+				fmt.Fprintln(w, "golden answers\tthose of its class")
 			}
 			showLog(w, n.Log)
 			if n.Account != "" {
@@ -128,6 +138,21 @@ func adminCommand(use, short string, args int, run func(*cobra.Command, network.
 		})
 	}
 	return cmd
+}
+
+// goldenAnswers prints a node's fingerprint in a table, and whether it is its class's.
+func goldenAnswers(n network.NodeInfo) string {
+	s := ""
+	if n.Class != nil && !n.Class.Fingerprint.IsZero() {
+		s = n.Class.Fingerprint.Short()
+	}
+	switch n.Answers {
+	case classes.Odd:
+		s += " ODD"
+	case classes.Disputed:
+		s += " disputed"
+	}
+	return strings.TrimSpace(s)
 }
 
 // class prints a node's determinism class in a table.

@@ -50,6 +50,7 @@ type State struct {
 	StoreAccepting                       bool
 	StoreReopened                        int
 	Unlogged, Overdue                    int // receipts that are not in their node's log
+	Odd, Disputed                        int // nodes whose golden answers are not those of their class
 }
 
 // New makes the collectors. state is called for each collection.
@@ -100,7 +101,7 @@ func (m *Metrics) Handler() http.Handler {
 type gauges struct{ state func() State }
 
 var (
-	nodesDesc    = prometheus.NewDesc("resultity_nodes", "Nodes by state; routable ones are connected too.", []string{"state"}, nil)
+	nodesDesc    = prometheus.NewDesc("resultity_nodes", "Nodes by state; routable ones are connected too. odd: most of at least three nodes of its determinism class give other golden answers. disputed: its class gives several, and none is of most.", []string{"state"}, nil)
 	jobsDesc     = prometheus.NewDesc("resultity_jobs", "Unfinished jobs by state.", []string{"state"}, nil)
 	versionDesc  = prometheus.NewDesc("resultity_config_version", "Version of the active configuration.", nil, nil)
 	freeDesc     = prometheus.NewDesc("resultity_store_free_bytes", "Bytes free on the file system of the store.", nil, nil)
@@ -124,6 +125,8 @@ func (g gauges) Collect(ch chan<- prometheus.Metric) {
 	}
 	put(nodesDesc, float64(s.Connected), "connected")
 	put(nodesDesc, float64(s.Routable), "routable")
+	put(nodesDesc, float64(s.Odd), "odd")
+	put(nodesDesc, float64(s.Disputed), "disputed")
 	put(jobsDesc, float64(s.Queued), "queued")
 	put(jobsDesc, float64(s.Running), "running")
 	put(unloggedDesc, float64(s.Unlogged), "waiting")

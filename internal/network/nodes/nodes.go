@@ -33,6 +33,7 @@ import (
 
 	"github.com/resultity/node/internal/evm"
 	"github.com/resultity/node/internal/failpoint"
+	"github.com/resultity/node/internal/network/classes"
 	"github.com/resultity/node/internal/network/dispatch"
 	"github.com/resultity/node/internal/network/metrics"
 	"github.com/resultity/node/internal/network/mirror"
@@ -93,6 +94,7 @@ type Manager struct {
 	large    *places // likewise
 	codes    Codes
 	counts   *counts
+	classes  *classes.Book
 
 	// joining is held for reading from the look at a node's binding until dispatch
 	// knows it, and for writing while dispatch is told of a change: so none is missed.
@@ -134,7 +136,7 @@ func New(r registry, d *dispatch.Dispatcher, o desk, logs *mirror.Mirror, key *e
 			// Nodes are no browsers; a page that makes one connect is up to no good.
 			CheckOrigin: func(r *http.Request) bool { return r.Header.Get("Origin") == "" },
 		},
-		limits: newLimits(), medium: newPlaces(opt.MaxArriving / 3 / mediumFrame), large: newPlaces(opt.MaxArriving * 2 / 3 / wire.MaxFrame), codes: NewCodes(key), counts: newCounts(),
+		limits: newLimits(), medium: newPlaces(opt.MaxArriving / 3 / mediumFrame), large: newPlaces(opt.MaxArriving * 2 / 3 / wire.MaxFrame), codes: NewCodes(key), counts: newCounts(), classes: classes.New(),
 		sessions: map[*session]struct{}{}, current: map[evm.Address]*session{},
 		waiting: list.New(), waitsOf: map[netip.Prefix]int{},
 	}
@@ -151,6 +153,17 @@ func (m *Manager) Run(ctx context.Context) error {
 	m.mu.Unlock()
 	m.wg.Wait()
 	return nil
+}
+
+// Classes says which nodes answer otherwise than the others of their class.
+func (m *Manager) Classes() *classes.Book { return m.classes }
+
+// compare takes note of a node's fingerprint and points out who is the odd one. That
+// is for people to look at: nobody is stopped by it.
+func (m *Manager) compare(node evm.Address, beat *wire.Heartbeat) {
+	for _, odd := range m.classes.Take(node, beat, time.Now()) {
+		m.log.Warn("a node gives other golden answers than most of its determinism class", "node", odd, "config", beat.Config, "class", beat.Class.Digest)
+	}
 }
 
 // ServeRegister answers POST /node/v1/register.

@@ -482,6 +482,9 @@ func (s *session) handle(member *dispatch.Member, msg wire.Message) error {
 		if err = member.Heartbeat(v); err == nil {
 			err = s.copy.Beat(v.Head)
 		}
+		if err == nil {
+			s.m.compare(s.node, v)
+		}
 	case *wire.Accept:
 		expected = member.Accepted(v.Job)
 	case *wire.Refuse:
