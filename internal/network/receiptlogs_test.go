@@ -259,7 +259,7 @@ func TestHostileLog(t *testing.T) {
 func TestAlteredLog(t *testing.T) {
 	n := start(t, nil)
 	l := newLogged(t, n)
-	id, _ := l.job()
+	id, signed := l.job()
 	l.show()
 	n.stop()
 	alter(t, n.dir, l.Node.Key.Address(), func(r *store.ReceiptLog) { r.Open[0][7] ^= 1 })
@@ -273,6 +273,10 @@ func TestAlteredLog(t *testing.T) {
 	l.Node.URL = n.url
 	l.sent = 0
 	l.begin(l.Node) // which is asked for its log once more
+	stated := signed.Receipt()
+	l.log, l.wait = receiptlog.New(), []evm.Hash{receiptlog.Leaf(stated.Hash(signed.ChainID()))}
+	l.show()
+	n.proven(id, signed)
 }
 
 // alter changes what a stopped network has of a node's log.
