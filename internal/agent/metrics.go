@@ -17,6 +17,8 @@ var (
 	metricSlots      = prometheus.NewDesc("resultity_slots", "Jobs that the node can run at once for a network.", []string{"network"}, nil)
 	metricBusy       = prometheus.NewDesc("resultity_jobs_running", "Jobs of a network that run.", []string{"network"}, nil)
 	metricOutbox     = prometheus.NewDesc("resultity_results_unacknowledged", "Results that a network has not acknowledged.", []string{"network"}, nil)
+	metricLog        = prometheus.NewDesc("resultity_receipt_log_size", "Receipts in the log of a network.", []string{"network"}, nil)
+	metricLogAcked   = prometheus.NewDesc("resultity_receipt_log_acknowledged", "Receipts of the log that the network has; what is missing for long can be proven to nobody.", []string{"network"}, nil)
 	metricRuntime    = prometheus.NewDesc("resultity_runtime_state", "1 for the state that the runtime is in as a network is told.", []string{"network", "state"}, nil)
 	metricRestarts   = prometheus.NewDesc("resultity_runtime_restarts", "Restarts of the runtime by systemd since it was started.", nil, nil)
 	metricCurrent    = prometheus.NewDesc("resultity_generation_current", "Number of the current generation, 0 for none.", nil, nil)
@@ -36,7 +38,7 @@ type collector struct{ *Agent }
 
 // Describe implements [prometheus.Collector].
 func (c collector) Describe(out chan<- *prometheus.Desc) {
-	for _, d := range []*prometheus.Desc{metricInfo, metricGate, metricSlots, metricBusy, metricOutbox, metricRuntime, metricRestarts, metricCurrent, metricGeneration, metricPhase, metricGivenBytes, metricGiven, metricGivenNot, metricNeighbours, metricChecks, metricChecked, metricPassed} {
+	for _, d := range []*prometheus.Desc{metricInfo, metricGate, metricSlots, metricBusy, metricOutbox, metricLog, metricLogAcked, metricRuntime, metricRestarts, metricCurrent, metricGeneration, metricPhase, metricGivenBytes, metricGiven, metricGivenNot, metricNeighbours, metricChecks, metricChecked, metricPassed} {
 		out <- d
 	}
 }
@@ -60,6 +62,10 @@ func (c collector) Collect(out chan<- prometheus.Metric) {
 		gauge(metricSlots, float64(n.Slots-n.Taken), n.Name)
 		gauge(metricBusy, float64(n.Busy), n.Name)
 		gauge(metricOutbox, float64(n.Outbox), n.Name)
+		if l := n.ReceiptLog; l != nil {
+			gauge(metricLog, float64(l.Size), n.Name)
+			gauge(metricLogAcked, float64(l.Acked), n.Name)
+		}
 		gauge(metricRuntime, 1, n.Name, n.Runtime.State)
 	}
 	for _, m := range c.members {
