@@ -23,8 +23,9 @@ import (
 // One head is on its way at a time. So nothing piles up at a network whose disk is
 // slow or full, and its word tells how far it is.
 
-// headEvery is the least time between two heads: signing one costs the signer's
-// disk a write.
+// headEvery is the least time between two heads, and between two words of the network
+// that are heard: signing a head costs the signer's disk a write, and comparing logs
+// hashes as many leaves as there are.
 const headEvery = time.Second
 
 // headRetry is after how long what has failed here is tried again.
@@ -74,6 +75,7 @@ type telling struct {
 	refused bool                   // what the network has is not ours: nothing more in this session
 	behind  uint64                 // size that the key has refused
 	last    time.Time              // when head was made
+	heard   time.Time              // when the network was
 }
 
 // deliver is the worker's way to the network.
@@ -128,6 +130,10 @@ func (m *membership) showMore(t *telling) (again time.Duration, err error) {
 	}
 	chain := snap.Config().Network.ChainID
 	if said != nil {
+		if wait := headEvery - time.Since(t.heard); t.known && wait > 0 {
+			return wait, nil
+		}
+		t.heard = time.Now()
 		if err := m.hear(t, said, chain); err != nil {
 			return 0, err
 		}
@@ -231,14 +237,9 @@ func (m *membership) hear(t *telling, said *wire.LeavesAck, chain uint64) error 
 	case theirs.Root() != h.Root:
 		err = fmt.Errorf("its head of %d receipts is not that of its leaves", h.Size)
 	}
-	if err != nil {
-		t.refused = true
-		m.log.Error("the network's copy of the receipt log is not this node's", journal.ReceiptLogRefused.Attr(), "count", said.Size, "error", err)
-		return nil
-	}
 	is := m.store.ReceiptLog()
 	same := said.Size < is.First // cannot be known any more
-	if !same && said.Size <= is.Size {
+	if err == nil && !same && said.Size <= is.Size {
 		root := is.Root
 		if said.Size < is.Size {
 			if log := m.store.LogAt(said.Size); log != nil {
@@ -246,6 +247,16 @@ func (m *membership) hear(t *telling, said *wire.LeavesAck, chain uint64) error 
 			}
 		}
 		same = root == h.Root
+	}
+	if err == nil && !same && said.Size <= is.Acked {
+		// An older state of this machine may have signed it. To go on from that would
+		// take back what the network has acknowledged since.
+		err = fmt.Errorf("it is another log, and no longer than the %d receipts that the network has acknowledged of this one", is.Acked)
+	}
+	if err != nil {
+		t.refused = true
+		m.log.Error("the network's copy of the receipt log is not this node's", journal.ReceiptLogRefused.Attr(), "count", said.Size, "error", err)
+		return nil
 	}
 	if !same {
 		if err := m.store.RestoreLog(theirs); err != nil {

@@ -1,7 +1,10 @@
 package agent
 
 import (
+	"net/http"
+	"net/http/httptest"
 	"slices"
+	"strings"
 	"testing"
 	"testing/synctest"
 	"time"
@@ -167,6 +170,13 @@ func TestReceiptLogIsShown(t *testing.T) {
 		}
 		if l := f.status().ReceiptLog; l == nil || l.Size != 3 || l.Acked != 3 || l.Root != first.Root.Hex() {
 			t.Errorf("status %+v", l)
+		}
+		w := httptest.NewRecorder()
+		f.Metrics().ServeHTTP(w, httptest.NewRequest(http.MethodGet, "/metrics", nil))
+		for _, want := range []string{`resultity_receipt_log_size{network="testnet"} 3`, `resultity_receipt_log_acknowledged{network="testnet"} 3`} {
+			if !strings.Contains(w.Body.String(), want) {
+				t.Errorf("metrics without %s", want)
+			}
 		}
 		// Without a session, and in the next one.
 		f.Closed(errBroken)
@@ -354,6 +364,39 @@ func TestReceiptLogIsNotTheNetworks(t *testing.T) {
 			})
 		})
 	}
+}
+
+// A network takes nothing back by showing the node a log that an older state of its
+// machine has signed.
+func TestReceiptLogIsNotTakenBack(t *testing.T) {
+	logged(t, func(t *testing.T, start func(string) (*fixture, *snapshot.Snapshot, func()), dirs []string) {
+		a := newArchive(t, "testnet")
+		f, s, stop := start(dirs[0])
+		defer stop()
+		a.opens(f.party)
+		var leaves []evm.Hash
+		for range 4 {
+			leaves = append(leaves, f.earn(t, s))
+		}
+		a.hears(f.party, 5*time.Second)
+		is := f.store.ReceiptLog()
+		fork := newArchive(t, "testnet")
+		fork.leaves, fork.stored = []evm.Hash{leaves[0], leaves[2], leaves[1], leaves[3]}, 4
+		h := receiptlog.Head{Node: nodeKey.Address(), Network: "testnet", Size: 4, Root: fork.at(4).Root()}
+		var err error
+		if fork.head, err = h.Sign(31337, nodeKey); err != nil {
+			t.Fatal(err)
+		}
+		f.Closed(errBroken)
+		fork.opens(f.party)
+		if now := f.store.ReceiptLog(); now != is || fork.beats > 0 || f.book.count(journal.ReceiptLogRefused) != 1 {
+			t.Errorf("log %+v, was %+v; %d heads\n%s", now, is, fork.beats, f.book)
+		}
+		f.Closed(errBroken)
+		leaves = append(leaves, f.earn(t, s))
+		a.opens(f.party)
+		a.has(leaves...)
+	})
 }
 
 // A key that has signed a larger log signs nothing until there is more: the node

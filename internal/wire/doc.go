@@ -416,15 +416,15 @@
 // leaves nor head, keeps both heads as evidence, and gives the node no jobs, for the
 // reason that [Status] says.
 //
-// The node goes on from what the network has if its own log has the same root at
-// that size. If it has not, or is shorter, and the head in LeavesAck has its own
-// signature and the edge gives the head's root, then its disk was replaced or set back:
-// it takes over the network's log and appends those of its receipts that the
-// network has never acknowledged, so that some may be in the log twice. A LeavesAck for which
-// that does not hold is answered by no leaves and no heads in this session, and
-// told to the operator. A node's key signs no head smaller than its last one for the
-// network: a node that has lost what the network never had shows no leaves
-// until it has more.
+// The node goes on from what the network has if its own log has the same root at that
+// size. If it has not, or is shorter, and the head in LeavesAck has its own signature
+// and the edge gives the head's root, then its disk was replaced or set back: it takes
+// over the network's log and appends those of its receipts that the network has never
+// acknowledged, so that some may be in the log twice. A LeavesAck for which that does
+// not hold, or which has another log of no more receipts than the network has
+// acknowledged, is answered by no leaves and no heads in this session, and told to the
+// operator. A node's key signs no head smaller than its last one for the network: a node
+// that has lost what the network never had shows no leaves until it has more.
 //
 // A network that has lost leaves which the node has no longer (it keeps the last
 // 65536 at least) gets the rest with [Leaves.Edge], the compact range at From; the
