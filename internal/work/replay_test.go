@@ -5,6 +5,7 @@ import (
 	"errors"
 	"fmt"
 	"strings"
+	"sync"
 	"testing"
 	"time"
 
@@ -74,15 +75,27 @@ func TestReplay(t *testing.T) {
 // back, and begins anew when there is one.
 func TestReplayGivesWay(t *testing.T) {
 	bubble(t, func(t *testing.T) {
+		var mu sync.Mutex // guards what follows
 		running, most, begun := 0, 0, 0
+		counts := func() (int, int) {
+			mu.Lock()
+			defer mu.Unlock()
+			return begun, running
+		}
 		release := make(chan struct{})
 		n := newNode(t, func(ctx context.Context, j runtime.Job, _ func([]byte) error) (runtime.Result, error) {
+			mu.Lock()
 			running++
 			most = max(most, running)
-			defer func() { running-- }()
 			if strings.HasPrefix(j.ID.String(), "00") { // the replay's
 				begun++
 			}
+			mu.Unlock()
+			defer func() {
+				mu.Lock()
+				defer mu.Unlock()
+				running--
+			}()
 			select {
 			case <-ctx.Done():
 				return runtime.Result{}, fmt.Errorf("engine: answer: %w", context.Cause(ctx))
@@ -94,31 +107,31 @@ func TestReplayGivesWay(t *testing.T) {
 		old := n.job(false)
 		old.ID = receipt.JobID{0, 1}
 		done := n.replay(t.Context(), old)
-		if begun != 1 {
+		if begun, _ := counts(); begun != 1 {
 			t.Fatal("it did not begin")
 		}
 		n.status(Status{Slots: 2}) // its slot counts as free
 		n.worker.Job(n.job(false))
 		n.expect("accept")
-		if begun != 1 || running != 2 {
+		if begun, running := counts(); begun != 1 || running != 2 {
 			t.Fatalf("begun %d times, %d run: there was a slot for each", begun, running)
 		}
 		n.worker.Job(n.job(false)) // wants the replay's
 		n.expect("accept")
-		if running != 2 {
+		if _, running := counts(); running != 2 {
 			t.Fatalf("%d run in two slots", running)
 		}
 		n.worker.Job(n.job(false))
 		n.refused(wire.CodeBusy) // as without any replay
 		time.Sleep(10 * wantedPause)
-		if begun != 1 {
+		if begun, _ := counts(); begun != 1 {
 			t.Fatal("it began anew without a slot")
 		}
 		release <- struct{}{}
 		n.expect("result")
 		time.Sleep(2 * wantedPause)
 		synctest.Wait()
-		if begun != 2 || running != 2 {
+		if begun, running := counts(); begun != 2 || running != 2 {
 			t.Fatalf("begun %d times, %d run", begun, running)
 		}
 		close(release)
@@ -144,11 +157,11 @@ func TestReplayGivesWayToHold(t *testing.T) {
 			t.Fatal(err)
 		}
 		synctest.Wait()
-		n.worker.mu.Lock()
+		n.worker.cfg.Slots.mu.Lock()
 		if len(n.worker.cfg.Slots.loans) != 0 {
 			t.Error("its slot was not recalled")
 		}
-		n.worker.mu.Unlock()
+		n.worker.cfg.Slots.mu.Unlock()
 		release()
 		cancel()
 		if got := <-done; !errors.Is(got.err, context.Canceled) {

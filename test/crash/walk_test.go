@@ -41,7 +41,7 @@ var scenarios = []struct {
 	{`model\.length`, shorten},
 
 	// The network service.
-	{`store\.(job|jobs|result|receiptlog)\.|nodes\.frame\.\w+ \*wire\.(Job|Ack|LeavesAck)$|gateway\.`, nothing},
+	{`store\.(job|jobs|request|result|receiptlog)\.|nodes\.frame\.\w+ \*wire\.(Job|Ack|LeavesAck)$|gateway\.`, nothing},
 	{`nodes\.count|nodes\.frame\.\w+ \*wire\.(Welcome|Bound|Status)`, restartAgent},
 	{`nodes\.frame\.\w+ \*wire\.Cancel|store\.deletion`, leave},
 	{`nodes\.frame\.\w+ \*wire\.Update|store\.config`, publish},
