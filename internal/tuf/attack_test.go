@@ -8,6 +8,7 @@ import (
 	"math"
 	"net/http"
 	"os"
+	"path/filepath"
 	"slices"
 	"strings"
 	"testing"
@@ -600,13 +601,30 @@ func (n *network) rootsWithoutEnd(t *testing.T, pause time.Duration) {
 // the node has the last good configuration, and unless keys were stolen, not a
 // byte on its disk is another; and when the attack ends, so does its effect.
 func TestAttacks(t *testing.T) {
+	// Each begins at the same time of its bubble, with a copy of one network: to make
+	// one takes as long as an attack.
+	dir := filepath.Join(t.TempDir(), "first")
+	synctest.Test(t, func(t *testing.T) { networkIn(t, dir) })
 	for _, a := range attacks {
-		t.Run(a.name, func(t *testing.T) { synctest.Test(t, a.run) })
+		t.Run(a.name, func(t *testing.T) {
+			synctest.Test(t, func(t *testing.T) {
+				mine := filepath.Join(t.TempDir(), "network")
+				if err := os.CopyFS(mine, os.DirFS(dir)); err != nil {
+					t.Fatal(err)
+				}
+				n := networkOf(mine)
+				for _, key := range n.keyFiles("root-1", "root-2", "root-3", "targets", "snapshot", "timestamp") {
+					if err := os.Chmod(key, 0o600); err != nil {
+						t.Fatal(err)
+					}
+				}
+				a.run(t, n)
+			})
+		})
 	}
 }
 
-func (a *attack) run(t *testing.T) {
-	n := newNetwork(t)
+func (a *attack) run(t *testing.T, n *network) {
 	n.old = n.file(t, "metadata/timestamp.json")
 	n.publish(t, 2)
 	c := n.informed(t)

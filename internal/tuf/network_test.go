@@ -79,7 +79,17 @@ func config(t testing.TB, version int) []byte {
 // newNetwork has published version 1 of the configuration.
 func newNetwork(t testing.TB) *network {
 	t.Helper()
-	n := &network{dir: t.TempDir(), overlay: map[string][]byte{}, signed: map[string][]byte{}}
+	return networkIn(t, t.TempDir())
+}
+
+// networkOf is the network that is in a directory.
+func networkOf(dir string) *network {
+	return &network{dir: dir, overlay: map[string][]byte{}, signed: map[string][]byte{}}
+}
+
+func networkIn(t testing.TB, dir string) *network {
+	t.Helper()
+	n := networkOf(dir)
 	if err := publish.Init(n.dir, publish.Options{}); err != nil {
 		t.Fatal(err)
 	}
