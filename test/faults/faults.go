@@ -111,12 +111,25 @@ type sight struct {
 	agent   string // invocation
 }
 
-// look is for when the clients are quiet. A result is counted when it is stored,
-// which may be after its answer: it waits until as many are counted as want says,
-// or until no more come.
+// look is for when the clients are quiet. A job may be done after its client has
+// gone, and a result is counted when it is stored, which may be after its answer: it
+// waits until no job is unfinished, and then until as many results are counted as
+// want says, or until no more come.
 func (w *World) look(ctx context.Context, want int) (s sight, err error) {
 	if s.agent, err = w.A.Property(ctx, w.A.Agent, "InvocationID"); err != nil {
 		return s, err
+	}
+	for {
+		n, err := w.Unfinished(ctx)
+		if err != nil {
+			return s, err
+		}
+		if n == 0 {
+			break
+		}
+		if err := pause(ctx, 20*time.Millisecond); err != nil {
+			return s, fmt.Errorf("%d jobs are unfinished: %w", n, err)
+		}
 	}
 	for same := time.Now(); ; {
 		n, err := w.Counted(ctx)

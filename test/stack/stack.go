@@ -600,32 +600,60 @@ func (s *Stack) Do(ctx context.Context, method, path string, body any) (*http.Re
 	return res, raw, err
 }
 
-var counted = regexp.MustCompile(`(?m)^resultity_results_total\{verdict="counted"\} (\d+)$`)
+var (
+	counted    = regexp.MustCompile(`(?m)^resultity_results_total\{verdict="counted"\} (\d+)$`)
+	unfinished = regexp.MustCompile(`(?m)^resultity_jobs\{state="\w+"\} (\d+)$`)
+)
 
 // Counted returns how many results the network has counted since its service began.
 // A result is counted when it is stored, which may be after its answer.
 func (s *Stack) Counted(ctx context.Context) (int, error) {
-	req, err := http.NewRequestWithContext(ctx, http.MethodGet, "http://"+net.JoinHostPort(s.net.Addr().String(), s.net.metricsPort)+"/metrics", nil)
+	raw, err := s.metrics(ctx)
 	if err != nil {
 		return 0, err
-	}
-	res, err := s.HTTP.Do(req)
-	if err != nil {
-		return 0, err
-	}
-	defer res.Body.Close() // read to its end below
-	raw, err := io.ReadAll(io.LimitReader(res.Body, 1<<20))
-	if err != nil {
-		return 0, err
-	}
-	if res.StatusCode != http.StatusOK {
-		return 0, fmt.Errorf("metrics: %s", res.Status)
 	}
 	m := counted.FindSubmatch(raw)
 	if m == nil {
 		return 0, nil // none yet
 	}
 	return strconv.Atoi(string(m[1]))
+}
+
+// Unfinished returns how many jobs the network has that wait or that nodes work on,
+// those too whose clients have gone.
+func (s *Stack) Unfinished(ctx context.Context) (sum int, err error) {
+	raw, err := s.metrics(ctx)
+	if err != nil {
+		return 0, err
+	}
+	for _, m := range unfinished.FindAllSubmatch(raw, -1) {
+		n, err := strconv.Atoi(string(m[1]))
+		if err != nil {
+			return 0, err
+		}
+		sum += n
+	}
+	return sum, nil
+}
+
+func (s *Stack) metrics(ctx context.Context) ([]byte, error) {
+	req, err := http.NewRequestWithContext(ctx, http.MethodGet, "http://"+net.JoinHostPort(s.net.Addr().String(), s.net.metricsPort)+"/metrics", nil)
+	if err != nil {
+		return nil, err
+	}
+	res, err := s.HTTP.Do(req)
+	if err != nil {
+		return nil, err
+	}
+	defer res.Body.Close() // read to its end below
+	raw, err := io.ReadAll(io.LimitReader(res.Body, 1<<20))
+	if err != nil {
+		return nil, err
+	}
+	if res.StatusCode != http.StatusOK {
+		return nil, fmt.Errorf("metrics: %s", res.Status)
+	}
+	return raw, nil
 }
 
 // Open sends an API request; the caller reads and closes the body.
