@@ -147,6 +147,9 @@ func Launch() int {
 	if err == nil {
 		var failed error
 		_, err = sandbox.Confine(l.Order, func() {
+			if failed = sandbox.Bound(); failed != nil {
+				return
+			}
 			if l.Resign {
 				if failed = sandbox.Resign(); failed != nil {
 					return

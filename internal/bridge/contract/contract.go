@@ -57,6 +57,9 @@
 // engine can change files below the --writable paths alone, which leaves out the
 // socket's directory, and cannot signal the bridge; [Sandbox] says whether.
 //
+// Each of the engine's processes may have 65536 descriptors open, and there may be
+// 4096 of them with their threads, where nothing else allows fewer.
+//
 // The engine has a user and a mount namespace of its own, without capabilities, in
 // which the directories of --socket and of NOTIFY_SOCKET are covered: it could feed
 // the watchdog in the bridge's place, or keep systemd busy. Where no such namespaces

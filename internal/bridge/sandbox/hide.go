@@ -60,3 +60,30 @@ func Resign() error {
 	}
 	return nil
 }
+
+// What a process of the engine may have open, and how many of them and of their
+// threads there may be. The unit cannot say it: Podman does not start a container
+// whose limits are above the host's own.
+const (
+	maxDescriptors = 65536
+	maxProcesses   = 4096
+
+	rlimitNproc = 6
+)
+
+// Bound lowers the limits of this process, and of what it executes, where they are
+// higher. The kernel counts the processes of a user; nobody else has the engine's id.
+func Bound() error {
+	for resource, most := range map[int]uint64{syscall.RLIMIT_NOFILE: maxDescriptors, rlimitNproc: maxProcesses} {
+		var r syscall.Rlimit
+		if err := syscall.Getrlimit(resource, &r); err != nil {
+			return fmt.Errorf("limit %d: %w", resource, err)
+		}
+		r.Max = min(r.Max, most)
+		r.Cur = min(r.Cur, r.Max)
+		if err := syscall.Setrlimit(resource, &r); err != nil {
+			return fmt.Errorf("limit %d: %w", resource, err)
+		}
+	}
+	return nil
+}
