@@ -2,15 +2,23 @@ package bridge
 
 import (
 	"bytes"
+	"context"
 	"crypto/rand"
 	"encoding/json"
+	"errors"
 	"net"
+	"slices"
 	"strings"
+	"syscall"
 	"testing"
 	"time"
 
 	"github.com/resultity/node/internal/bridge/contract"
 	"github.com/resultity/node/internal/bridge/internal/sealtest"
+	"github.com/resultity/node/internal/openai"
+	agentruntime "github.com/resultity/node/internal/runtime"
+	"github.com/resultity/node/internal/wire"
+	"github.com/resultity/node/test/bench/instant"
 	"github.com/resultity/node/test/hostile"
 )
 
@@ -56,6 +64,76 @@ func TestHostileEngineThatSeesTheSockets(t *testing.T) {
 	}
 }
 
+// A hostile engine answers in every way that is none. The agent's client, behind the
+// bridge, takes none of it for an answer, and neither of them grows.
+func TestHostileAnswers(t *testing.T) {
+	t.Parallel()
+	o := testOptions()
+	o.Stall = time.Second
+	o.Command = []string{sealtest.Binary, asHostile, "--host", o.Engine.Addr().String(), "--port", "8080"}
+	n := start(t, o)
+	n.hear("READY=1")
+	client := agentruntime.New(n.socket(), func(int, uint32) error { return nil })
+	t.Cleanup(client.Close)
+	const tokens = 8
+	ask := func(prompt string, patience time.Duration) (text, code string) {
+		ctx, cancel := context.WithTimeout(t.Context(), patience)
+		defer cancel()
+		body, err := json.Marshal(map[string]any{"model": "tiny", "max_tokens": tokens, "messages": []map[string]string{{"role": "user", "content": prompt}}})
+		if err != nil {
+			t.Fatal(err)
+		}
+		req, err := openai.Parse(wire.KindChat, body, openai.Limits{RequestBytes: 1 << 20, Tokens: tokens, Messages: 1})
+		if err != nil {
+			t.Fatal(err)
+		}
+		res, err := client.Run(ctx, agentruntime.Job{Request: req, Model: "tiny", Tokens: tokens, ResponseBytes: 1 << 20}, nil)
+		var refusal *openai.Error
+		var output *openai.OutputError
+		switch {
+		case ctx.Err() != nil:
+			return "", "deadline"
+		case errors.As(err, &refusal) && refusal.Code == openai.CodeContextLength:
+			return "", "context_length"
+		case errors.As(err, &refusal):
+			return "", "bad_request"
+		case errors.As(err, &output):
+			return "", "engine_output"
+		case err != nil:
+			return "", "engine_failed"
+		}
+		text, _ = instant.Read(res.Body, false)
+		return text, ""
+	}
+	n.kill(syscall.SIGUSR1)
+	n.logUntil("armed: true")
+	before := n.resident()
+	for _, m := range hostile.Misdeeds {
+		t.Run(strings.ReplaceAll(m.Name, " ", "_"), func(t *testing.T) {
+			patience, want := time.Minute, m.Want
+			if m.Ends {
+				patience, want = 3*time.Second, []string{"deadline"} // here nobody ends it
+			} else if slices.Contains(want, "deadline") {
+				patience = time.Second
+			}
+			text, code := ask(m.Prompt(), patience)
+			t.Logf("expected: %q; got: %q", want, code)
+			if !slices.Contains(want, code) || code == "" && text != instant.Text(tokens) {
+				t.Errorf("not so: %.100q", text)
+			}
+			if m.Ends {
+				n.hear("STATUS=hung: ")
+			}
+			if text, code := ask("words", time.Minute); text != instant.Text(tokens) {
+				t.Errorf("the next one: %s %.100q", code, text)
+			}
+		})
+	}
+	if after := n.resident(); after > before+16<<20 {
+		t.Errorf("the bridge grew from %d to %d KiB", before>>10, after>>10)
+	}
+}
+
 // hostileEngine has a hostile engine try everything in a container.
 func hostileEngine(t *testing.T, flaws ...sealtest.Flaw) (*node, []hostile.Row) {
 	t.Helper()
@@ -91,8 +169,8 @@ func hostileEngine(t *testing.T, flaws ...sealtest.Flaw) (*node, []hostile.Row) 
 	if err := json.NewDecoder(resp.Body).Decode(&answer); err != nil || len(answer.Choices) != 1 {
 		t.Fatalf("%+v, %v", answer, err)
 	}
-	var rows []hostile.Row
-	if err := json.Unmarshal([]byte(answer.Choices[0].Text), &rows); err != nil || len(rows) < 40 {
+	rows, err := hostile.Read(answer.Choices[0].Text)
+	if err != nil || len(rows) < 40 {
 		t.Fatalf("%d attempts, %v", len(rows), err)
 	}
 	return n, rows

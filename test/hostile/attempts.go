@@ -115,8 +115,8 @@ func (t *attempt) row(a answers) Row {
 // attempts are all of them, in their order.
 func attempts() []attempt { return slices.Concat(network, processes, kernel, files, bounds) }
 
-// Try makes all attempts. It takes a few seconds.
-func Try(w Where) (rows []Row) {
+// Try makes all attempts, and tells of each. It takes a few seconds.
+func Try(w Where, tell func(Row)) {
 	for _, t := range attempts() {
 		if t.unit && !w.Unit {
 			continue
@@ -129,9 +129,16 @@ func Try(w Where) (rows []Row) {
 			}()
 			return t.do(w)
 		}()
-		rows = append(rows, t.row(a))
+		tell(t.row(a))
 	}
-	return rows
+}
+
+// Names are those of all attempts, in their order.
+func Names() (names []string) {
+	for _, t := range attempts() {
+		names = append(names, t.name)
+	}
+	return names
 }
 
 var (

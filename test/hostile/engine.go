@@ -8,11 +8,13 @@
 package hostile
 
 import (
+	"bytes"
 	"encoding/json"
 	"fmt"
 	"io"
 	"log"
 	"net/http"
+	"net/http/httptest"
 	"os"
 	"os/signal"
 	"strings"
@@ -23,28 +25,29 @@ import (
 	"github.com/resultity/node/test/bench/instant"
 )
 
-// Main runs the engine with the command line of a llama-server. After a SIGUSR1
-// it does misdeeds when it is asked to, until a SIGUSR2.
+// Main runs the engine with the command line of a llama-server. It does misdeeds
+// when it is asked to from a SIGUSR1 on, until a SIGUSR2.
 func Main(args []string) {
-	if asChild(args, os.Stdout) {
+	if Again(args) {
 		return
 	}
 	log.SetFlags(0)
 	log.Print("this is an engine for tests of hostility: no model, known words")
-	var armed atomic.Bool
+	e := &engine{good: instant.Handler()}
 	signals := make(chan os.Signal, 1)
 	signal.Notify(signals, syscall.SIGUSR1, syscall.SIGUSR2)
 	go func() {
 		for s := range signals {
-			armed.Store(s == syscall.SIGUSR1)
+			e.armed.Store(s == syscall.SIGUSR1)
+			log.Print("armed: ", s == syscall.SIGUSR1)
 		}
 	}()
-	s := &http.Server{Addr: instant.Address(args[1:]), ReadHeaderTimeout: 10 * time.Second, Handler: &engine{good: instant.Handler(), armed: &armed}}
+	s := &http.Server{Addr: instant.Address(args[1:]), ReadHeaderTimeout: 10 * time.Second, Handler: e}
 	log.Fatal(s.ListenAndServe())
 }
 
 // Ask returns the prompt that has the engine try everything. The answer is the
-// JSON of a list of [Row].
+// JSON of each [Row], one a line.
 func Ask(w Where) string {
 	b, err := json.Marshal(w)
 	if err != nil {
@@ -53,17 +56,33 @@ func Ask(w Where) string {
 	return askTry + string(b)
 }
 
-const askTry = "try "
+// Read reads the answer to [Ask].
+func Read(text string) (rows []Row, err error) {
+	for dec := json.NewDecoder(strings.NewReader(text)); dec.More(); {
+		var r Row
+		if err := dec.Decode(&r); err != nil {
+			return rows, err
+		}
+		rows = append(rows, r)
+	}
+	return rows, nil
+}
+
+const (
+	askTry     = "try "
+	askMisdeed = "misdeed "
+)
 
 type engine struct {
 	good  http.Handler
-	armed *atomic.Bool
+	armed atomic.Bool
 }
 
 const maxBody = 1 << 20
 
 // ServeHTTP implements [http.Handler].
 func (e *engine) ServeHTTP(w http.ResponseWriter, r *http.Request) {
+	bad := func() { http.Error(w, `{"error":{"type":"invalid_request_error"}}`, http.StatusBadRequest) }
 	raw, err := io.ReadAll(io.LimitReader(r.Body, maxBody))
 	var q struct {
 		Stream   bool
@@ -74,52 +93,85 @@ func (e *engine) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 		err = json.Unmarshal(raw, &q)
 	}
 	if err != nil {
-		http.Error(w, `{"error":{"type":"invalid_request_error"}}`, http.StatusBadRequest)
+		bad()
 		return
 	}
 	chat := len(q.Messages) > 0
 	if chat {
 		q.Prompt = q.Messages[len(q.Messages)-1].Content
 	}
+	r.Body = io.NopCloser(bytes.NewReader(raw))
 	if where, ok := strings.CutPrefix(q.Prompt, askTry); ok {
 		var at Where
 		if err := json.Unmarshal([]byte(where), &at); err != nil {
-			http.Error(w, `{"error":{"type":"invalid_request_error"}}`, http.StatusBadRequest)
+			bad()
 			return
 		}
-		text, err := json.Marshal(Try(at))
-		if err != nil {
-			panic(err) // strings
-		}
-		say(w, string(text), chat, q.Stream)
+		report(w, at, chat, q.Stream)
 		return
 	}
-	r.Body = io.NopCloser(strings.NewReader(string(raw)))
+	if name, ok := strings.CutPrefix(q.Prompt, askMisdeed); ok && e.armed.Load() {
+		for _, m := range Misdeeds {
+			if m.Name == name {
+				e.misbehave(w, r, m)
+				return
+			}
+		}
+	}
 	e.good.ServeHTTP(w, r)
 }
 
-// say answers a text as one token.
-func say(w http.ResponseWriter, text string, chat, stream bool) {
-	form, object := `"text":%q`, "text_completion"
+// report tries everything and says each row as one token.
+func report(w http.ResponseWriter, at Where, chat, stream bool) {
+	object, form := "text_completion", `"text":%s`
 	switch {
 	case chat && stream:
-		form, object = `"delta":{"content":%s}`, "chat.completion.chunk"
+		object, form = "chat.completion.chunk", `"delta":{"content":%s}`
 	case chat:
-		form, object = `"message":{"role":"assistant","content":%s}`, "chat.completion"
-	default:
-		form = `"text":%s`
+		object, form = "chat.completion", `"message":{"role":"assistant","content":%s}`
 	}
-	quoted, err := json.Marshal(text)
-	if err != nil {
-		panic(err) // a string
+	choice := func(text, finish string) string {
+		quoted, err := json.Marshal(text)
+		if err != nil {
+			panic(err) // a string
+		}
+		return fmt.Sprintf(`{"index":0,`+form+`,"finish_reason":%s}`, quoted, finish)
 	}
-	choice := fmt.Sprintf(`{"index":0,`+form+`,"finish_reason":"stop"}`, quoted)
-	const usage = `"usage":{"prompt_tokens":1,"completion_tokens":1,"total_tokens":2}`
+	var all strings.Builder
+	n := 0
+	if stream {
+		w.Header().Set("Content-Type", "text/event-stream")
+	}
+	Try(at, func(r Row) {
+		line, err := json.Marshal(r)
+		if err != nil {
+			panic(err) // strings
+		}
+		n++
+		if !stream {
+			all.Write(append(line, '\n'))
+			return
+		}
+		fmt.Fprintf(w, "data: {\"object\":%q,\"choices\":[%s]}\n\n", object, choice(string(line)+"\n", "null"))
+		_ = http.NewResponseController(w).Flush() // the next write tells
+	})
+	usage := fmt.Sprintf(`"usage":{"prompt_tokens":1,"completion_tokens":%d,"total_tokens":%d}`, n, n+1)
 	if !stream {
 		w.Header().Set("Content-Type", "application/json")
-		fmt.Fprintf(w, `{"object":%q,"choices":[%s],%s}`, object, choice, usage)
+		fmt.Fprintf(w, `{"object":%q,"choices":[%s],%s}`, object, choice(all.String(), `"stop"`), usage)
 		return
 	}
-	w.Header().Set("Content-Type", "text/event-stream")
-	fmt.Fprintf(w, "data: {\"object\":%q,\"choices\":[%s]}\n\ndata: {\"object\":%[1]q,\"choices\":[],%[3]s}\n\ndata: [DONE]\n\n", object, choice, usage)
+	fmt.Fprintf(w, "data: {\"object\":%q,\"choices\":[%s]}\n\ndata: {\"object\":%[1]q,\"choices\":[],%[3]s}\n\ndata: [DONE]\n\n", object, choice("", `"stop"`), usage)
+}
+
+// misbehave has a misdeed done on the connection itself.
+func (e *engine) misbehave(w http.ResponseWriter, r *http.Request, m Misdeed) {
+	good := httptest.NewRecorder()
+	e.good.ServeHTTP(good, r)
+	c, _, err := w.(http.Hijacker).Hijack()
+	if err != nil {
+		panic(err) // it is HTTP/1.1
+	}
+	defer c.Close()
+	m.do(c, good.Body.String())
 }

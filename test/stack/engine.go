@@ -6,6 +6,7 @@ import (
 	"context"
 	"errors"
 
+	v1 "github.com/google/go-containerregistry/pkg/v1"
 	"github.com/google/go-containerregistry/pkg/v1/mutate"
 	"github.com/google/go-containerregistry/pkg/v1/static"
 	"github.com/google/go-containerregistry/pkg/v1/types"
@@ -16,8 +17,8 @@ import (
 
 // PushEngine makes an image with the program in the place where a unit of
 // llama.cpp has its own, pushes it under a name to the stack's registry, or the
-// way to it that is given, and signs it.
-func (s *Stack) PushEngine(ctx context.Context, to *oci.Registry, name string, program []byte) (snapshot.ImageRef, error) {
+// way to it that is given, and signs it. Each of changes is made to the image before.
+func (s *Stack) PushEngine(ctx context.Context, to *oci.Registry, name string, program []byte, changes ...func(v1.Image) (v1.Image, error)) (snapshot.ImageRef, error) {
 	img, err := oci.Single(name+"-engine", program)
 	if err != nil {
 		return snapshot.ImageRef{}, err
@@ -35,6 +36,11 @@ func (s *Stack) PushEngine(ctx context.Context, to *oci.Registry, name string, p
 	}
 	if img, err = mutate.AppendLayers(img, static.NewLayer(layer.Bytes(), types.OCIUncompressedLayer)); err != nil {
 		return snapshot.ImageRef{}, err
+	}
+	for _, change := range changes {
+		if img, err = change(img); err != nil {
+			return snapshot.ImageRef{}, err
+		}
 	}
 	pushed, err := to.Push(ctx, "resultity/"+name, img)
 	if err != nil {
