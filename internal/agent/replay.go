@@ -4,11 +4,14 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"io/fs"
 	"log/slog"
+	"os"
 	"path/filepath"
 	"slices"
 	"time"
 
+	"github.com/resultity/node/internal/config"
 	"github.com/resultity/node/internal/control"
 	"github.com/resultity/node/internal/digest"
 	"github.com/resultity/node/internal/journal"
@@ -27,15 +30,35 @@ import (
 //   - Only what can be the same is compared, and what cannot is said to be so.
 //   - Text of a request or an answer goes to whoever asked for it, nowhere else.
 
+// keptDir is below a membership's directory.
+const keptDir = "replay"
+
 // openKept opens what is kept of jobs for the operator. Nothing rests on it: the
 // node goes on without.
 func (m *membership) openKept() {
-	k, err := state.OpenKept(filepath.Join(m.dir, "replay"), m.keepN)
+	k, err := state.OpenKept(filepath.Join(m.dir, keptDir), m.keepN)
 	if err != nil {
 		m.log.Error("jobs are not kept for replay, or those of before could not be removed", journal.StorageFailed.Attr(), "error", err)
 		return
 	}
 	m.kept = k
+}
+
+// forgetKept removes what was kept of jobs of networks that the node has left.
+func (a *Agent) forgetKept() {
+	dir := filepath.Join(a.cfg.Paths.State, "networks")
+	entries, err := os.ReadDir(dir)
+	if errors.Is(err, fs.ErrNotExist) {
+		return
+	}
+	for _, e := range entries {
+		if !slices.ContainsFunc(a.cfg.Networks, func(n config.Network) bool { return n.Name == e.Name() }) {
+			err = errors.Join(err, os.RemoveAll(filepath.Join(dir, e.Name(), keptDir)))
+		}
+	}
+	if err != nil {
+		a.log.Error("jobs kept for replay in a network that the node has left could not be removed", journal.StorageFailed.Attr(), "error", err)
+	}
 }
 
 // keepJob keeps a job and its answer.

@@ -276,3 +276,30 @@ func TestReplayRefused(t *testing.T) {
 		}
 	})
 }
+
+// A network that the node has left keeps nothing on its disk.
+func TestForgetKept(t *testing.T) {
+	f := build(t, t.TempDir(), deploytest.New(t))
+	f.forgetKept() // there is nothing
+	left := filepath.Join(f.cfg.Paths.State, "networks", "left")
+	for _, dir := range []string{filepath.Join(left, keptDir), filepath.Join(left, "jobs"), filepath.Join(f.party.dir, keptDir)} {
+		if err := os.MkdirAll(dir, 0o700); err != nil {
+			t.Fatal(err)
+		}
+		if err := os.WriteFile(filepath.Join(dir, "x"), []byte("SECRET"), 0o600); err != nil {
+			t.Fatal(err)
+		}
+	}
+	f.forgetKept()
+	if _, err := os.Lstat(filepath.Join(left, keptDir)); !errors.Is(err, fs.ErrNotExist) {
+		t.Errorf("it is there: %v", err)
+	}
+	for _, dir := range []string{filepath.Join(left, "jobs"), filepath.Join(f.party.dir, keptDir)} {
+		if _, err := os.Lstat(filepath.Join(dir, "x")); err != nil {
+			t.Error(err)
+		}
+	}
+	if err := f.Close(); err != nil {
+		t.Error(err)
+	}
+}
