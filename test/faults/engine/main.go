@@ -6,12 +6,14 @@
 //	SIGUSR2   garbage: answers are not what the API promises
 //	SIGHUP    ramble: answers have no end
 //	SIGWINCH  mute: nothing is answered at all
+//	SIGIO     wrong: answers are as the API promises, of other words
 //	SIGPWR    leak: takes memory until there is none
 //
 // Only a new process forgets what it was told.
 package main
 
 import (
+	"bytes"
 	"fmt"
 	"log"
 	"net/http"
@@ -31,7 +33,7 @@ func main() {
 	var told atomic.Value // syscall.Signal
 	told.Store(syscall.Signal(0))
 	signals := make(chan os.Signal, 1)
-	signal.Notify(signals, syscall.SIGUSR1, syscall.SIGUSR2, syscall.SIGHUP, syscall.SIGWINCH, syscall.SIGPWR)
+	signal.Notify(signals, syscall.SIGUSR1, syscall.SIGUSR2, syscall.SIGHUP, syscall.SIGWINCH, syscall.SIGIO, syscall.SIGPWR)
 	go func() {
 		s := (<-signals).(syscall.Signal)
 		log.Print("told: ", s)
@@ -91,10 +93,26 @@ func (f *faulty) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 				return
 			}
 		}
+	case told == syscall.SIGIO:
+		f.good.ServeHTTP(wrong{w}, r)
 	default:
 		// A stream that runs when the signal comes hangs, too.
 		f.good.ServeHTTP(&hanging{ResponseWriter: w, told: f.told, gone: r.Context().Done()}, r)
 	}
+}
+
+// wrong is a response with another first word.
+type wrong struct{ http.ResponseWriter }
+
+// Unwrap is for [http.ResponseController].
+func (w wrong) Unwrap() http.ResponseWriter { return w.ResponseWriter }
+
+// Write implements [http.ResponseWriter].
+func (w wrong) Write(p []byte) (int, error) {
+	if _, err := w.ResponseWriter.Write(bytes.ReplaceAll(p, []byte(instant.Token(0)), []byte("wrong"))); err != nil {
+		return 0, err
+	}
+	return len(p), nil
 }
 
 // hanging is a response that stops when the engine was told to hang.
