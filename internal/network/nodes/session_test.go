@@ -361,6 +361,11 @@ func TestLargeFramesWait(t *testing.T) {
 // as may be expected, stays. As long as nobody waits there is no haste.
 func TestSlowFramesGiveWay(t *testing.T) {
 	const n = 3
+	why := func(s *session) string { // it ended; "" for not
+		s.mu.Lock()
+		defer s.mu.Unlock()
+		return s.why
+	}
 	s, _ := rig(t, Options{})
 	defer s.m.remove(s)
 	synctest.Test(t, func(t *testing.T) {
@@ -389,22 +394,22 @@ func TestSlowFramesGiveWay(t *testing.T) {
 			}()
 		}
 		time.Sleep(p.look + 1)
-		for i, want := range []bool{true, false, false} {
-			if sessions[i].ended != want {
-				t.Errorf("session %d is ended: %v", i, sessions[i].ended)
+		for i, want := range []string{"late", "", ""} {
+			if got := why(sessions[i]); got != want {
+				t.Errorf("session %d is ended: %q", i, got)
 			}
 		}
 		p.leave(stays[0])
 		(<-given).whole.Store(true)
 		time.Sleep(time.Hour) // the other one sends nothing more, and is near what it has to be
 		synctest.Wait()
-		if sessions[1].ended {
+		if why(sessions[1]) != "" {
 			t.Error("ended though it was fast enough")
 		}
 		time.Sleep(time.Hour)
 		synctest.Wait()
-		if !sessions[1].ended || sessions[1].why != "late" || sessions[2].ended {
-			t.Errorf("ended are %v and %v", sessions[1].ended, sessions[2].ended)
+		if a, b := why(sessions[1]), why(sessions[2]); a != "late" || b != "" {
+			t.Errorf("ended are %q and %q", a, b)
 		}
 		p.leave(stays[1])
 		<-given
