@@ -166,6 +166,12 @@
 // sides. Leaving texts out by rule would fail with the first careless error; a list
 // fails the other way.
 //
+// The network keeps whole copies of its nodes' receipt logs, not heads alone: a proof
+// for a client must not depend on the node, which may have gone. It believes its own
+// copy as little as the node: what is stored leads to a head that the node has signed,
+// and a proof is checked before it is given out. Receipts that are in no log are
+// counted, since only the network knows of all of them.
+//
 // SHA-256 names all content (it has hardware support and a command on every
 // machine); Keccak-256 appears only where EVM signatures need it.
 package internal

@@ -411,7 +411,9 @@
 //
 // The network takes a head that is by the node, of this network and chain, of that
 // size, and whose root is that of its copy with the leaves. A head of another size or
-// by another key, a gap, an edge in the wrong place: a protocol violation. A head of
+// by another key, a gap, an edge in the wrong place: a protocol violation. Where it has
+// no room for leaves, or finds that it has lost its copy, it ends the session with 1013,
+// and the next one begins from what it has. A head of
 // the node with another root contradicts the one that the network has: it takes neither
 // leaves nor head, keeps both heads as evidence, and gives the node no jobs, for the
 // reason that [Status] says.

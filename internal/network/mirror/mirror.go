@@ -62,6 +62,10 @@ const (
 	maxExpected = 4096
 )
 
+// atOnce is how many copies may use the disk at once: jobs and their results come
+// first, and a node waits for the word about its last head before it sends the next.
+const atOnce = 4
+
 // patience is after how many heartbeats a receipt must be in the log, and surrender
 // after how many it is not waited for any more if the log has grown meanwhile.
 const (
@@ -102,6 +106,7 @@ type Mirror struct {
 
 	wg       sync.WaitGroup // work of copies
 	unsigned atomic.Int64   // leaves in memory
+	turns    chan struct{}  // has an element for each copy that uses the disk
 
 	mu     sync.Mutex // guards copies, for the length of a map operation
 	copies map[evm.Address]*logCopy
@@ -109,7 +114,7 @@ type Mirror struct {
 
 // New makes a mirror.
 func New(r records, terms func() Terms, m *metrics.Metrics, log *slog.Logger, out func(evm.Address, string)) *Mirror {
-	return &Mirror{records: r, terms: terms, metrics: m, log: log, out: out, copies: map[evm.Address]*logCopy{}}
+	return &Mirror{records: r, terms: terms, metrics: m, log: log, out: out, turns: make(chan struct{}, atOnce), copies: map[evm.Address]*logCopy{}}
 }
 
 // Close waits for what is being written. Sessions must have ended.
@@ -483,6 +488,8 @@ func (c *logCopy) work() {
 func (c *logCopy) unlocked(f func()) {
 	c.mu.Unlock()
 	defer c.mu.Lock()
+	c.m.turns <- struct{}{}
+	defer func() { <-c.m.turns }()
 	f()
 }
 
