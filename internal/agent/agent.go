@@ -44,6 +44,7 @@ import (
 	"github.com/resultity/node/internal/model/share"
 	"github.com/resultity/node/internal/podman"
 	"github.com/resultity/node/internal/runtime"
+	"github.com/resultity/node/internal/sandbox/record"
 	"github.com/resultity/node/internal/signer"
 	"github.com/resultity/node/internal/snapshot"
 	"github.com/resultity/node/internal/systemd"
@@ -59,6 +60,7 @@ type (
 		Apply(ctx context.Context, p *deploy.Plan, begin func(phase string)) (*deploy.Deployment, error)
 		Clean(ctx context.Context, keep ...*snapshot.Snapshot) error
 		Validate(ctx context.Context, d *deploy.Deployment) (digest.Digest, error)
+		Inspect(ctx context.Context, d *deploy.Deployment) (record.Views, error)
 		Trusted(ctx context.Context, s *snapshot.Snapshot) error
 		Share(ctx context.Context, d *deploy.Deployment, p *deploy.Plan) (*deploy.Deployment, error)
 	}
@@ -137,7 +139,7 @@ func (a *Agent) Run(ctx context.Context) error {
 	work, stop := context.WithCancel(context.WithoutCancel(ctx))
 	defer stop()
 	g, work := errgroup.WithContext(work)
-	for _, loop := range []func(context.Context) error{a.updates, a.watchRuntime, a.watchGates, a.mendDamage, a.watchImage, a.shareModels} {
+	for _, loop := range []func(context.Context) error{a.updates, a.watchRuntime, a.watchSandbox, a.watchGates, a.mendDamage, a.watchImage, a.shareModels} {
 		g.Go(func() error { return loop(work) })
 	}
 	g.Go(func() error { return control.Serve(work, listener, a) })

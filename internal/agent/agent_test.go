@@ -317,6 +317,9 @@ func (f *fixture) joined(n config.Network) *party {
 		f.t.Fatal(err)
 	}
 	p.closers = append(p.closers, p.store.Close)
+	if err := p.openRecords(dir); err != nil {
+		f.t.Fatal(err)
+	}
 	if err := p.openBook(filepath.Join(dir, "orders.json")); err != nil {
 		f.t.Fatal(err)
 	}

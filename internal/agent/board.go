@@ -64,6 +64,7 @@ type board struct {
 
 	// Written by the session.
 	connected bool
+	looked    time.Time // at the sandbox, and found it as it should be; zero for never
 	away      time.Time // while it is not connected: since
 	sessErr   error
 	word      *wire.Status // the network's own word
@@ -554,6 +555,10 @@ func remedyOfStep(e *deploy.Error) string {
 		return "the detail names what this machine lacks; the agent keeps trying"
 	case e.Step == deploy.StepStart:
 		return "sudo journalctl _SYSTEMD_USER_UNIT=resultity-runtime.service has the engine's own words"
+	case errors.Is(e, deploy.ErrUnrecorded):
+		return "systemctl status resultity-signer.service, and df on the state directory; the agent keeps trying"
+	case errors.Is(e, deploy.ErrDrifted):
+		return "find who has changed the running container, the detail says what: sudo journalctl --since -1h; the runtime is started anew"
 	case e.Step == deploy.StepSandbox:
 		return "remove what loosens the sandbox, such as a drop-in of resultity-runtime.service, and restart the agent"
 	}

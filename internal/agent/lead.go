@@ -296,6 +296,9 @@ func (u *updater) join(ctx context.Context, v *generation.View, m *membership, s
 	dep, err := u.deployer.Share(ctx, u.active, p.plan)
 	quiet := alone()
 	release()
+	if err == nil {
+		err = u.attest(ctx, m, dep)
+	}
 	if stepOf(err) == deploy.StepValidate && ctx.Err() == nil {
 		m.validated(cause, nil, digest.Digest{}, err)
 	}

@@ -19,6 +19,7 @@ import (
 	"github.com/resultity/node/internal/digest"
 	"github.com/resultity/node/internal/journal"
 	"github.com/resultity/node/internal/order"
+	"github.com/resultity/node/internal/sandbox/book"
 	"github.com/resultity/node/internal/session"
 	"github.com/resultity/node/internal/signer"
 	"github.com/resultity/node/internal/snapshot"
@@ -109,6 +110,9 @@ type membership struct {
 
 	receipts receipts // of the receipt log
 
+	records    *book.Book // of the runtime's sandbox
+	recordAcks chan digest.Digest
+
 	orderBook *order.Book       // of the network's orders
 	inbox     chan wire.Message // orders, and what the network says of their answers
 	retell    chan struct{}     // capacity 1: tell the network every outcome that it has not acknowledged
@@ -141,7 +145,7 @@ func newMembership(net config.Network, on machine, shared shared) *membership {
 	return &membership{
 		net: net, dir: filepath.Join(shared.state, "networks", net.Name), on: on, slots: shared.slots, spools: shared.spools, log: shared.log.With("network", net.Name), keeps: shared.keeps, keepN: shared.keepN, kept: new(state.Kept), version: shared.version,
 		update: make(chan struct{}, 1), beat: make(chan struct{}, 1), recheck: make(chan struct{}, 1), registered: make(chan struct{}), keep: make(chan struct{}, 1),
-		upload: make(chan struct{}, 1), uploadNow: make(chan chan<- error), logAcks: make(chan *wire.LogsAck, 4), receipts: receipts{look: make(chan struct{}, 1)},
+		upload: make(chan struct{}, 1), uploadNow: make(chan chan<- error), logAcks: make(chan *wire.LogsAck, 4), recordAcks: make(chan digest.Digest, book.Most), receipts: receipts{look: make(chan struct{}, 1)},
 		inbox: make(chan wire.Message, maxInbox), retell: make(chan struct{}, 1), halt: make(chan struct{}, maxLong),
 		board: board{network: net.Name, away: time.Now(), phase: stopped, models: map[digest.Digest]int64{}},
 	}
@@ -155,7 +159,7 @@ func (m *membership) run(ctx context.Context, end <-chan struct{}) error {
 	defer stop()
 	m.recall()
 	g, ctx := errgroup.WithContext(ctx)
-	for _, loop := range []func(context.Context) error{m.worker.Run, m.follow, m.heartbeats, m.bindings, m.orders, m.uploads, m.showReceipts, m.validations} {
+	for _, loop := range []func(context.Context) error{m.worker.Run, m.follow, m.heartbeats, m.bindings, m.orders, m.uploads, m.showReceipts, m.keepRecords, m.validations} {
 		g.Go(func() error { return loop(ctx) })
 	}
 	g.Go(func() error {
@@ -260,6 +264,7 @@ func (m *membership) Opened() {
 	m.board.set(func(b *board) { b.connected, b.sessErr, b.word = true, nil, nil })
 	m.on.changed()
 	m.log.Info("session opened", journal.SessionOpened.Attr())
+	m.sendRecords(m.records.Records()) // before the results
 	m.worker.Connected()
 	poke(m.retell)
 	poke(m.upload)
@@ -309,6 +314,8 @@ func (m *membership) Message(msg wire.Message) {
 		m.logsStored(msg)
 	case *wire.LeavesAck:
 		m.receipts.heard(msg)
+	case *wire.SandboxAck:
+		m.recordStored(msg)
 	case *wire.Order, *wire.OrderAck:
 		m.post(msg)
 	case *wire.Bound:
@@ -331,7 +338,7 @@ func (m *membership) status() control.Network {
 	w := m.worker.Status()
 	n := control.Network{
 		Name: m.net.Name, Priority: m.net.Priority, Runtime: m.board.runtimeState(),
-		Slots: w.Slots, Busy: w.Busy, Taken: w.Taken, Outbox: w.Outbox, Draining: w.Draining, Drains: m.drains(w), Orders: m.lastOrders(), Logs: m.logs(), ReceiptLog: m.receiptLog(),
+		Slots: w.Slots, Busy: w.Busy, Taken: w.Taken, Outbox: w.Outbox, Draining: w.Draining, Drains: m.drains(w), Orders: m.lastOrders(), Logs: m.logs(), ReceiptLog: m.receiptLog(), Sandbox: m.recorded(),
 	}
 	if p := m.orderBook.Penalty(); p != nil {
 		n.Penalty = &control.Penalty{Reason: p.Reason, Until: time.UnixMilli(p.Until).UTC()}

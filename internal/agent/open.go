@@ -51,6 +51,9 @@ func (m *membership) open() (err error) {
 	if err := m.sameNode(m.dir); err != nil {
 		return err
 	}
+	if err := m.openRecords(m.dir); err != nil {
+		return err
+	}
 	if err := m.openBook(filepath.Join(m.dir, "orders.json")); err != nil {
 		return err
 	}

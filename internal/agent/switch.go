@@ -123,6 +123,13 @@ func (d *door) serves() *snapshot.Snapshot {
 	return d.dep.Snapshot()
 }
 
+// serving returns the deployment that the door is of, or nil.
+func (d *door) serving() *deploy.Deployment {
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	return d.dep
+}
+
 // doubted returns why the engine is suspect, "" when it is not.
 func (d *door) doubted() string {
 	d.mu.Lock()

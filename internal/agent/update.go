@@ -77,6 +77,7 @@ type updater struct {
 
 	admitted time.Time // when a runtime was given jobs last
 	doubts   int       // times in a row that the engine was suspect
+	drifts   int       // times in a row that its sandbox has changed
 	storms   int       // times in a row that the unit has used up its starts
 	storm    string    // its last start then
 	looked   bool      // at the unit
@@ -657,6 +658,9 @@ func (u *updater) bringUp(ctx context.Context, p *staged) {
 		dep, err = u.deployer.Apply(actx, p.plan, clock.begin)
 		cancel()
 	}
+	if err == nil {
+		err = u.attest(ctx, u.memberOf(snap), dep)
+	}
 	if err != nil {
 		u.failed(ctx, p, trial, err, clock.end())
 		return
@@ -679,6 +683,21 @@ func (u *updater) bringUp(ctx context.Context, p *staged) {
 		u.passed(p.number, phases)
 	}
 	u.untidy, u.tidy = true, backoff{}
+}
+
+// attest records the sandbox of a runtime that has come up. One that has changed
+// since an agent before this one has looked is stopped.
+func (u *updater) attest(ctx context.Context, m *membership, dep *deploy.Deployment) error {
+	views := dep.Views()
+	err := m.attest(dep, &views)
+	switch {
+	case err == nil:
+		m.board.set(func(b *board) { b.looked = time.Now().UTC() })
+		return nil
+	case errors.Is(err, sandbox.ErrNotSealed):
+		err = errors.Join(err, u.units.Stop(ctx, quadlet.ServiceName))
+	}
+	return &deploy.Error{Step: deploy.StepSandbox, Err: err}
 }
 
 // idle gives out no more jobs and waits until those that run have ended, or the
@@ -851,7 +870,7 @@ func (u *updater) admit(m *membership, d *deploy.Deployment, phase string) {
 		m.door.open(m.worker, nil, nil)
 	} else {
 		class, _ := d.Class()
-		m.door.open(m.worker, d, &work.Active{Snapshot: d.Snapshot(), Image: d.Image(), Model: d.Model(), Class: class, Engine: u.engine})
+		m.door.open(m.worker, d, &work.Active{Snapshot: d.Snapshot(), Image: d.Image(), Model: d.Model(), Class: class, Sandbox: m.inForce, Engine: u.engine})
 	}
 	poke(m.beat)
 	poke(m.recheck)
@@ -893,6 +912,8 @@ func eventOf(err error) *journal.Event {
 		return journal.ModelRefused
 	case e.Step == deploy.StepModel:
 		return journal.ModelFailed
+	case errors.Is(err, deploy.ErrDrifted):
+		return journal.SandboxDrifted
 	case errors.Is(err, sandbox.ErrNotSealed), errors.Is(err, quadlet.ErrUnsealed):
 		return journal.SandboxRefused
 	case errors.Is(err, deploy.ErrDevice):

@@ -21,6 +21,7 @@ import (
 	"slices"
 	"strconv"
 	"strings"
+	"time"
 
 	"github.com/go-viper/mapstructure/v2"
 	"github.com/knadh/koanf/parsers/toml/v2"
@@ -114,6 +115,27 @@ type Runtime struct {
 	// together: bytes, with K, M, G or T. "" is what the kernel says, which it does for
 	// AMD's alone.
 	DeviceMemory string `koanf:"device_memory"`
+	// LookEvery is how often its sandbox is looked at: a number with s or m, from 1s
+	// to 60m. "" is a minute.
+	LookEvery string `koanf:"look_every"`
+}
+
+// Look returns how often the sandbox is looked at.
+func (r Runtime) Look() time.Duration {
+	if r.LookEvery == "" {
+		return time.Minute
+	}
+	d, _ := time.ParseDuration(r.LookEvery) // checked by Load
+	return d
+}
+
+var lookPattern = regexp.MustCompile(`^[1-9][0-9]{0,3}[sm]$`)
+
+func checkLook(s string) error {
+	if d, err := time.ParseDuration(s); s != "" && (err != nil || !lookPattern.MatchString(s) || d > time.Hour) {
+		return fmt.Errorf("%.40q: want a time like \"30s\" or \"5m\", from 1s to 60m", s)
+	}
+	return nil
 }
 
 const (
@@ -167,6 +189,9 @@ func (r Runtime) check() (key string, err error) {
 	}
 	if _, ok := size(r.DeviceMemory); !ok && r.DeviceMemory != "" {
 		return "device_memory", fmt.Errorf("%.40q: want bytes like \"24G\"", r.DeviceMemory)
+	}
+	if err := checkLook(r.LookEvery); err != nil {
+		return "look_every", err
 	}
 	return "", nil
 }

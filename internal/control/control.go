@@ -70,6 +70,7 @@ type Network struct {
 	Draining   bool              `json:"draining"`
 	Drains     []Drain           `json:"drains,omitempty"` // who has drained the node; all have to take it back
 	Logs       Logs              `json:"logs,omitzero"`
+	Sandbox    *Sandbox          `json:"sandbox,omitempty"` // none before the runtime's first start
 	Penalty    *Penalty          `json:"penalty,omitempty"` // the network's, in force
 
 	ReceiptLog *ReceiptLog `json:"receiptLog,omitempty"` // absent before the first receipt
@@ -101,6 +102,14 @@ type ReceiptLog struct {
 	Size  uint64 `json:"size"`  // receipts
 	Root  string `json:"root"`  // of the tree; 0x and 64 hexadecimal digits
 	Acked uint64 `json:"acked"` // of how many the network has it
+}
+
+// Sandbox says what is on record of the runtime's sandbox.
+type Sandbox struct {
+	Record  digest.Digest `json:"record"` // which receipts name
+	Made    time.Time     `json:"made"`
+	Looked  time.Time     `json:"looked,omitzero"` // last, and found nothing else
+	Waiting int           `json:"waiting"`         // records that the network may not have
 }
 
 // Logs says how far the upload of the node's log is. The numbers count records.

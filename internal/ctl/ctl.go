@@ -51,6 +51,7 @@ import (
 	"github.com/resultity/node/internal/preflight"
 	"github.com/resultity/node/internal/receipt"
 	"github.com/resultity/node/internal/receiptlog"
+	"github.com/resultity/node/internal/sandbox/record"
 )
 
 // Exit codes, for scripts.
@@ -118,6 +119,7 @@ type command struct {
 	network string // the only one that is asked about; "" for all
 	bundle  string // doctor: where the support archive goes
 	proof   string // verify: the file of the proof; "" for none
+	sandbox string // verify: the file of the sandbox's record; "" for none
 }
 
 func (c *command) root(version string) *cobra.Command {
@@ -179,6 +181,7 @@ line; 69 the agent does not run.`,
 	root.AddCommand(c.bindCommand(), c.unbindCommand())
 	verify := command("verify RECEIPT", "Check a receipt (a file, or - for standard input) without any network", cobra.ExactArgs(1), c.verify)
 	verify.Flags().StringVar(&c.proof, "proof", "", "also check with this `file`, or -, that the receipt is in the log of its node")
+	verify.Flags().StringVar(&c.sandbox, "sandbox", "", "also check this `file`, or -: the record of the sandbox that the receipt names")
 	root.AddCommand(verify)
 	return root
 }
@@ -366,15 +369,23 @@ func (c *command) read(name string, most int64) ([]byte, error) {
 	return io.ReadAll(io.LimitReader(in, most+1))
 }
 
-// verified is what verify has found good, as JSON, where there is a proof.
+// verified is what verify has found good, as JSON, where there is more than a
+// receipt.
 type verified struct {
 	Receipt receipt.Signed        `json:"receipt"`
-	Proof   *receiptlog.Inclusion `json:"proof"`
+	Proof   *receiptlog.Inclusion `json:"proof,omitempty"`
+	Sandbox *record.Signed        `json:"sandbox,omitempty"`
 }
 
 func (c *command) verify(_ context.Context, args []string) error {
-	if args[0] == "-" && c.proof == "-" {
-		return fmt.Errorf("%w: the receipt and its proof cannot both come from standard input", errUsage)
+	fromIn := 0
+	for _, name := range []string{args[0], c.proof, c.sandbox} {
+		if name == "-" {
+			fromIn++
+		}
+	}
+	if fromIn > 1 {
+		return fmt.Errorf("%w: only one file can come from standard input", errUsage)
 	}
 	raw, err := c.read(args[0], receipt.MaxSize)
 	if err != nil {
@@ -397,8 +408,20 @@ func (c *command) verify(_ context.Context, args []string) error {
 			return fmt.Errorf("the receipt is signed by node %s, but %s does not show it in the node's log: %w", r.Node, c.proof, err)
 		}
 	}
-	if c.json && p != nil {
-		return c.show(verified{s, p}, nil)
+	var look *record.Signed
+	if c.sandbox != "" {
+		if raw, err = c.read(c.sandbox, record.MaxSigned); err != nil {
+			return err
+		}
+		if look, err = record.Open(raw); err == nil {
+			err = belongs(&r, look)
+		}
+		if err != nil {
+			return fmt.Errorf("the receipt is signed by node %s, but not so %s: %w", r.Node, c.sandbox, err)
+		}
+	}
+	if c.json && (p != nil || look != nil) {
+		return c.show(verified{s, p, look}, nil)
 	}
 	if c.json {
 		return c.show(s, nil)
@@ -418,6 +441,9 @@ func (c *command) verify(_ context.Context, args []string) error {
 			fmt.Fprintf(w, "\nIn the node's log\t(which the node cannot change without signing two logs that contradict each other)\n"+
 				"network\t%s\nplace\t%d of %d receipts\nroot\t%s\nsigned\t%s\n",
 				h.Network, p.Index, h.Size, h.Root, time.UnixMilli(int64(h.Time)).UTC().Format(time.RFC3339))
+		}
+		if look != nil {
+			showSandbox(w, look.Record())
 		}
 	})
 }

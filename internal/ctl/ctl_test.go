@@ -108,6 +108,7 @@ func TestScripts(t *testing.T) {
 				raw[at] = "10"[raw[at]&1]
 				ts.Check(os.WriteFile(ts.MkAbs(args[1]), raw, 0o600))
 			},
+			"sandbox": writeSandbox,
 			"change": func(ts *testscript.TestScript, _ bool, args []string) {
 				text := ts.ReadFile(args[0])
 				if strings.Count(text, args[2]) != 1 {

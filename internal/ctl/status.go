@@ -103,6 +103,13 @@ func showNetwork(w *tabwriter.Writer, n *control.Network, several bool) {
 		}
 		fmt.Fprintln(w)
 	}
+	if n.Sandbox != nil {
+		fmt.Fprintf(w, "sandbox\t%s, made %s", n.Sandbox.Record.Short(), n.Sandbox.Made.Format(time.RFC3339))
+		if !n.Sandbox.Looked.IsZero() {
+			fmt.Fprintf(w, ", looked at again %s", n.Sandbox.Looked.Format(time.RFC3339))
+		}
+		fmt.Fprintln(w)
+	}
 	fmt.Fprintf(w, "jobs\t%d of %d slots busy", n.Busy, n.Slots)
 	if n.Taken > 0 {
 		fmt.Fprintf(w, ", %d with or for other networks", n.Taken)

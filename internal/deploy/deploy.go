@@ -29,6 +29,7 @@ import (
 	"github.com/resultity/node/internal/podman"
 	"github.com/resultity/node/internal/quadlet"
 	"github.com/resultity/node/internal/sandbox"
+	"github.com/resultity/node/internal/sandbox/record"
 	"github.com/resultity/node/internal/snapshot"
 	"github.com/resultity/node/internal/systemd"
 )
@@ -72,7 +73,7 @@ func (e *Error) Machine() bool {
 	switch {
 	case errors.Is(e, model.ErrRefused), errors.Is(e, image.ErrKeys), errors.Is(e, image.ErrPlatform):
 		return false
-	case e.Step == StepMachine, e.Step == StepImage, e.Step == StepModel,
+	case e.Step == StepMachine, e.Step == StepImage, e.Step == StepModel, errors.Is(e, ErrUnrecorded),
 		errors.Is(e, syscall.ENOSPC), errors.Is(e, syscall.EDQUOT), errors.Is(e, syscall.EROFS), errors.Is(e, syscall.EIO),
 		errors.Is(e, podman.ErrUnavailable), errors.Is(e, systemd.ErrLost):
 		return true
@@ -178,6 +179,7 @@ type Deployment struct {
 	class      digest.Digest // of the machine that it runs on, too; zero for none
 	hardware   determinism.Hardware
 	print      digest.Digest // fingerprint of its answers
+	seal       *seal         // as it was at first
 }
 
 // Snapshot returns the configuration that the runtime serves.
@@ -200,6 +202,13 @@ func (d *Deployment) Fingerprint() digest.Digest { return d.print }
 
 // Socket returns where the engine answers.
 func (d *Deployment) Socket() string { return d.socket }
+
+// Start names the start of the unit: systemd's invocation id.
+func (d *Deployment) Start() string { return d.invocation }
+
+// Views returns the sandbox as it was found before anything was asked of the
+// runtime. The caller must not change what they refer to.
+func (d *Deployment) Views() record.Views { return d.seal.views }
 
 // Current reports whether state is still the start of the unit that was
 // validated: not down, and not a restart that nobody has looked at.
@@ -390,7 +399,7 @@ func (d *Deployer) apply(ctx context.Context, p *Plan, begin func(phase string))
 	engine := d.Engine(dep.socket)
 	defer engine.Close()
 	begin(PhaseSeal)
-	if err := d.checkSealed(ctx, p, engine); err != nil {
+	if dep.seal, err = d.checkSealed(ctx, p, engine); err != nil {
 		return nil, fails(StepSandbox, err)
 	}
 	begin(PhaseValidate)
@@ -450,12 +459,13 @@ func (d *Deployer) Share(ctx context.Context, dep *Deployment, p *Plan) (*Deploy
 	if p.unit.Digest != dep.unit {
 		return nil, fails(StepUnit, ErrOtherUnit)
 	}
-	shared := &Deployment{snapshot: p.snapshot, unit: dep.unit, invocation: dep.invocation, socket: dep.socket, class: dep.class, hardware: dep.hardware}
+	shared := *dep
+	shared.snapshot = p.snapshot
 	var err error
-	if shared.print, err = d.Validate(ctx, shared); err != nil {
+	if shared.print, err = d.Validate(ctx, &shared); err != nil {
 		return nil, err
 	}
-	return shared, nil
+	return &shared, nil
 }
 
 // log returns the log with the name of the network whose configuration it is

@@ -10,12 +10,12 @@ import (
 	"slices"
 	"strings"
 
-	"github.com/resultity/node/internal/bridge/contract"
 	"github.com/resultity/node/internal/journal"
 	"github.com/resultity/node/internal/podman"
 	"github.com/resultity/node/internal/quadlet"
 	"github.com/resultity/node/internal/runtime"
 	"github.com/resultity/node/internal/sandbox"
+	"github.com/resultity/node/internal/sandbox/record"
 )
 
 // checkSealed compares what was ordered with what there is: as Podman says, as
@@ -26,60 +26,36 @@ import (
 // nobody of them, and they are programs that run outside of the container, which
 // whoever may write that file can run anyway. What they bring into the container
 // is in the bridge's record as any other mount.
-func (d *Deployer) checkSealed(ctx context.Context, p *Plan, engine Engine) error {
+func (d *Deployer) checkSealed(ctx context.Context, p *Plan, engine Engine) (*seal, error) {
 	ctx, cancel := context.WithTimeout(ctx, lookTimeout)
 	defer cancel()
 	order, err := p.unit.Order()
 	if err != nil {
-		return err
+		return nil, err
 	}
 	devices := p.snapshot.Config().Runtime.Devices
 	others, err := d.Mounts(devices)
 	if err != nil {
-		return err
+		return nil, err
 	}
 	c, err := d.Containers.Container(ctx, quadlet.ContainerName)
 	if err != nil {
-		return err
+		return nil, err
 	}
 	image, _, err := d.Containers.Image(ctx, order.Image)
 	if err != nil {
-		return err
+		return nil, err
 	}
 	bad, err := d.env(ctx, order, devices, c.Env)
 	if err != nil {
-		return err
+		return nil, err
 	}
 	// Of an index, Podman names what it took from it, or the index.
 	if order.Image.Digest() != c.ImageDigest {
 		order.Image = order.Image.At(d.Images.Manifest(order.Image))
 	}
 	if bad = append(differences(order, image, c), bad...); len(bad) > 0 {
-		return fmt.Errorf("%w: %s", sandbox.ErrNotSealed, strings.Join(bad, "; "))
-	}
-	out, err := d.Look(c.PID)
-	if err != nil {
-		return err
-	}
-	if order.Memory > 0 {
-		got, err := d.Ceiling(c.PID)
-		if err != nil {
-			return err
-		}
-		if got <= 0 || got > order.Memory { // that of a slice above may be lower
-			return fmt.Errorf("%w: its memory ceiling is %d bytes (0: none), want at most %d; see systemctl --user cat %s", sandbox.ErrNotSealed, got, order.Memory, quadlet.ServiceName)
-		}
-	}
-	raw, err := engine.Sandbox(ctx)
-	if errors.Is(err, runtime.ErrForeign) {
-		return fmt.Errorf("%w: %w", sandbox.ErrNotSealed, err)
-	}
-	if err != nil {
-		return err
-	}
-	var in contract.Sandbox
-	if err := json.Unmarshal(raw, &in); err != nil {
-		return fmt.Errorf("%w: the bridge's record cannot be read: %w", sandbox.ErrNotSealed, err)
+		return nil, fmt.Errorf("%w: %s", sandbox.ErrNotSealed, strings.Join(bad, "; "))
 	}
 	mounts := make(map[string]bool)
 	for _, m := range order.Mounts {
@@ -88,11 +64,106 @@ func (d *Deployer) checkSealed(ctx context.Context, p *Plan, engine Engine) erro
 	for place := range order.Tmpfs {
 		mounts[place] = false
 	}
-	if err := sandbox.Check(out, &in, sandbox.Order{Mounts: mounts, Others: slices.Concat(others, order.Bridge.Devices)}, os.Getuid()); err != nil {
-		return err
+	s := &seal{pid: c.PID, memory: order.Memory, order: sandbox.Order{Mounts: mounts, Others: slices.Concat(others, order.Bridge.Devices)}}
+	if s.views, err = d.look(ctx, s, engine); err != nil {
+		return nil, err
 	}
-	if in.Landlock == 0 && !in.Hidden {
+	if in := &s.views.Inside; in.Landlock == 0 && !in.Hidden {
 		d.Log.Warn("the engine can fill the runtime directory: this kernel has no Landlock", journal.LandlockMissing.Attr())
+	}
+	return s, nil
+}
+
+// seal is what a container was found to be, and what it was compared with.
+type seal struct {
+	pid    int
+	memory int64 // ceiling that was ordered, 0 for none
+	order  sandbox.Order
+	views  record.Views
+}
+
+// look compares what the kernel says from outside, and the bridge from inside,
+// with the rules.
+func (d *Deployer) look(ctx context.Context, s *seal, engine Engine) (v record.Views, err error) {
+	out, err := d.Look(s.pid)
+	if err != nil {
+		return v, err
+	}
+	memory := int64(0)
+	if s.memory > 0 {
+		if memory, err = d.Ceiling(s.pid); err != nil {
+			return v, err
+		}
+		if memory <= 0 || memory > s.memory { // that of a slice above may be lower
+			return v, fmt.Errorf("%w: its memory ceiling is %d bytes (0: none), want at most %d; see systemctl --user cat %s", sandbox.ErrNotSealed, memory, s.memory, quadlet.ServiceName)
+		}
+	}
+	raw, err := engine.Sandbox(ctx)
+	if errors.Is(err, runtime.ErrForeign) {
+		return v, fmt.Errorf("%w: %w", sandbox.ErrNotSealed, err)
+	}
+	if err != nil {
+		return v, err
+	}
+	if err := json.Unmarshal(raw, &v.Inside); err != nil {
+		return v, fmt.Errorf("%w: the bridge's record cannot be read: %w", sandbox.ErrNotSealed, err)
+	}
+	v.Outside = out.Record(memory)
+	return v, sandbox.Check(out, &v.Inside, s.order, os.Getuid())
+}
+
+// Errors of looks at a runtime that was sealed.
+var (
+	// ErrDrifted says that the sandbox has changed since the runtime's start. It
+	// comes with [sandbox.ErrNotSealed].
+	ErrDrifted = errors.New("the sandbox has changed under the runtime")
+
+	// ErrEnded says that the start of the runtime which was to be looked at is over.
+	ErrEnded = errors.New("that start of the runtime is over")
+
+	// ErrUnrecorded says that the record of a sandbox could not be signed or
+	// written down. Without one there are no receipts.
+	ErrUnrecorded = errors.New("the sandbox could not be recorded")
+)
+
+// Inspect looks at a deployment's sandbox again, from both sides. One that is
+// not as the rules say, or not as it was at first, is [ErrDrifted]. Podman is not
+// asked: what it says of a container does not change, and it sleeps when nobody
+// asks. May be called beside everything else.
+func (d *Deployer) Inspect(ctx context.Context, dep *Deployment) (record.Views, error) {
+	ctx, cancel := context.WithTimeout(ctx, lookTimeout)
+	defer cancel()
+	if err := d.goesOn(ctx, dep); err != nil {
+		return record.Views{}, err
+	}
+	engine := d.Engine(dep.socket)
+	defer engine.Close()
+	v, err := d.look(ctx, dep.seal, engine)
+	if err == nil {
+		err = Drift(&dep.seal.views, &v)
+	}
+	if gone := d.goesOn(ctx, dep); gone != nil {
+		return v, gone // and whose state this was nobody knows
+	}
+	if errors.Is(err, sandbox.ErrNotSealed) && !errors.Is(err, ErrDrifted) {
+		err = fmt.Errorf("%w: %w", ErrDrifted, err)
+	}
+	return v, err
+}
+
+// goesOn fails if the start of the runtime that dep is of is over.
+func (d *Deployer) goesOn(ctx context.Context, dep *Deployment) error {
+	state, err := d.Units.State(ctx, quadlet.ServiceName)
+	if err == nil && !dep.Current(state) {
+		err = ErrEnded
+	}
+	return err
+}
+
+// Drift compares two looks at one start of a runtime.
+func Drift(was, is *record.Views) error {
+	if list := record.Drift(was, is); len(list) > 0 {
+		return fmt.Errorf("%w: %w: %s", ErrDrifted, sandbox.ErrNotSealed, strings.Join(list, "; "))
 	}
 	return nil
 }

@@ -5,6 +5,7 @@ import (
 	"errors"
 	"fmt"
 	"log/slog"
+	"reflect"
 	"slices"
 	"strings"
 	"testing"
@@ -168,5 +169,54 @@ func TestKernelWithoutLandlockIsSaid(t *testing.T) {
 		if said := slices.Contains(logged, journal.LandlockMissing.Name); said != (version == 0) {
 			t.Errorf("Landlock %d: logged %q", version, logged)
 		}
+	}
+}
+
+// A look at a runtime that goes on finds what has changed, by the rules or not.
+func TestInspect(t *testing.T) {
+	for name, tt := range map[string]struct {
+		change func(*Locked)
+		want   string
+	}{
+		"an interface":   {func(m *Locked) { m.Outside(func(o *sandbox.Outside) { o.Interfaces = []string{"lo", "eth0"} }) }, "eth0"},
+		"a capability":   {func(m *Locked) { m.Outside(func(o *sandbox.Outside) { o.Caps = []string{"CapEff"} }) }, "CapEff"},
+		"a mount":        {func(m *Locked) { m.Record(func(s *contract.Sandbox) { s.Mounts[0].Point = "/host" }) }, "/host"},
+		"a check":        {func(m *Locked) { m.Record(func(s *contract.Sandbox) { s.Checks[0].OK = false }) }, "user"},
+		"another cgroup": {func(m *Locked) { m.Outside(func(o *sandbox.Outside) { o.Cgroup = "/" }) }, "cgroup"},
+		"another user":   {func(m *Locked) { m.Outside(func(o *sandbox.Outside) { o.UIDs = []int{7, 7, 7, 7} }) }, "uids"},
+		"another label":  {func(m *Locked) { m.Record(func(s *contract.Sandbox) { s.Label = "unconfined" }) }, "label"},
+		"a device": {func(m *Locked) {
+			m.Record(func(s *contract.Sandbox) { s.Devices = []contract.Device{{Path: "/dev/x"}} })
+		}, "devices"},
+		"another engine's pid": {func(m *Locked) { m.Record(func(s *contract.Sandbox) { s.UID++ }) }, "uid"},
+	} {
+		t.Run(name, func(t *testing.T) {
+			m, s := New(t), NewNetwork(t).Publish(nil)
+			d := m.Deployer()
+			dep := up(t, d, s)
+			was := m.Calls()
+			if v, err := d.Inspect(t.Context(), dep); err != nil || !reflect.DeepEqual(v, dep.Views()) {
+				t.Fatalf("%+v, %v, want %+v", v, err, dep.Views())
+			}
+			if calls := m.Calls(); slices.Contains(calls, Container) {
+				t.Errorf("Podman was asked: %q after %q", calls, was)
+			}
+			m.Do(tt.change)
+			_, err := d.Inspect(t.Context(), dep)
+			if !errors.Is(err, deploy.ErrDrifted) || !errors.Is(err, sandbox.ErrNotSealed) || !strings.Contains(err.Error(), tt.want) {
+				t.Errorf("%v, want ErrDrifted with %q", err, tt.want)
+			}
+		})
+	}
+	m, s := New(t), NewNetwork(t).Publish(nil)
+	d := m.Deployer()
+	dep := up(t, d, s)
+	m.Fail(Record, &Fault{Err: errBroken})
+	if _, err := d.Inspect(t.Context(), dep); !errors.Is(err, errBroken) || errors.Is(err, sandbox.ErrNotSealed) {
+		t.Errorf("no answer: %v", err)
+	}
+	m.Do(func(m *Locked) { m.End("exit-code", 1, "") })
+	if _, err := d.Inspect(t.Context(), dep); !errors.Is(err, deploy.ErrEnded) {
+		t.Errorf("it ended: %v", err)
 	}
 }

@@ -19,6 +19,7 @@ import (
 	"strings"
 
 	"github.com/resultity/node/internal/bridge/contract"
+	"github.com/resultity/node/internal/sandbox/record"
 )
 
 // ErrNotSealed says that the effective state of the container differs from the
@@ -34,10 +35,19 @@ type Outside struct {
 	Seccomp    int // 2: filtered
 	Interfaces []string
 	Routes     []string // interfaces other than lo that something is routed over
+	Cgroup     string   // path in the unified hierarchy, "" without one
 
 	// Namespaces are those of the process as far as the agent may see them, and
 	// Own the agent's: "net" to "net:[4026532000]", and so on.
 	Namespaces, Own map[string]string
+}
+
+// Record is what a record holds of it, with the ceiling of its memory.
+func (o *Outside) Record(memory int64) record.Outside {
+	return record.Outside{
+		UIDs: o.UIDs, Capabilities: o.Caps, NoNewPrivs: o.NoNewPrivs, Seccomp: o.Seccomp, Interfaces: o.Interfaces, Routes: o.Routes,
+		Namespaces: o.Namespaces, Cgroup: o.Cgroup, Memory: memory,
+	}
 }
 
 // Order is what the record's mounts are compared with.
@@ -103,6 +113,9 @@ func Look(proc string, pid int) (*Outside, error) {
 	if o.Routes, err = routes(dir); err != nil {
 		return nil, err
 	}
+	if o.Cgroup, err = cgroup(dir); err != nil {
+		return nil, err
+	}
 	o.Namespaces, o.Own = make(map[string]string), make(map[string]string)
 	for _, ns := range namespaces {
 		if o.Own[ns], err = os.Readlink(filepath.Join(proc, "self/ns", ns)); err != nil {
@@ -152,6 +165,17 @@ func routes(dir string) ([]string, error) {
 		return nil, err
 	}
 	return over, nil
+}
+
+// cgroup returns the path in the unified hierarchy.
+func cgroup(dir string) (group string, err error) {
+	err = lines(filepath.Join(dir, "cgroup"), func(line string) error {
+		if g, ok := strings.CutPrefix(line, "0::"); ok {
+			group = path.Clean(g)
+		}
+		return nil
+	})
+	return group, err
 }
 
 // maxProc bounds what is read of one file of /proc, in bytes.
@@ -279,13 +303,7 @@ func mode(readOnly bool) string {
 // Ceiling returns the lowest memory.max that process pid is under, in bytes, 0
 // for none. proc is /proc, groups where the unified hierarchy is mounted.
 func Ceiling(proc, groups string, pid int) (lowest int64, err error) {
-	group := ""
-	err = lines(filepath.Join(proc, strconv.Itoa(pid), "cgroup"), func(line string) error {
-		if g, ok := strings.CutPrefix(line, "0::"); ok {
-			group = path.Clean(g)
-		}
-		return nil
-	})
+	group, err := cgroup(filepath.Join(proc, strconv.Itoa(pid)))
 	if err != nil {
 		return 0, err
 	}

@@ -22,7 +22,7 @@ const (
 
 func look(t *testing.T, status, dev string) (*Outside, error) {
 	t.Helper()
-	return lookAt(t, map[string]string{"7/status": status, "7/net/dev": dev, "7/net/route": route, "7/net/ipv6_route": route6})
+	return lookAt(t, map[string]string{"7/status": status, "7/net/dev": dev, "7/net/route": route, "7/net/ipv6_route": route6, "7/cgroup": "0::/user.slice/runtime\n"})
 }
 
 func lookAt(t *testing.T, files map[string]string) (*Outside, error) {
@@ -138,7 +138,7 @@ func TestARouteIsRefused(t *testing.T) {
 		{route + "sit0\t00000000\t00000000\n", route6},
 		{route, route6 + strings.Replace(route6, "lo", "sit0", 1)},
 	} {
-		o, err := lookAt(t, map[string]string{"7/status": status, "7/net/dev": dev, "7/net/route": c[0], "7/net/ipv6_route": c[1]})
+		o, err := lookAt(t, map[string]string{"7/status": status, "7/net/dev": dev, "7/net/route": c[0], "7/net/ipv6_route": c[1], "7/cgroup": "0::/\n"})
 		if err != nil {
 			t.Fatal(err)
 		}

@@ -13,6 +13,7 @@ import (
 	"github.com/resultity/node/internal/evm"
 	"github.com/resultity/node/internal/receipt"
 	"github.com/resultity/node/internal/receiptlog"
+	"github.com/resultity/node/internal/sandbox/record"
 	"github.com/resultity/node/internal/wire"
 )
 
@@ -81,8 +82,8 @@ func (c *Client) ask(k kind, body func(b []byte) ([]byte, error)) ([]byte, error
 			return nil, err
 		}
 	}
-	if len(c.out) > maxRequest {
-		return nil, fmt.Errorf("%w: %s of %d bytes, at most %d", ErrMalformed, k, len(c.out), maxRequest)
+	if len(c.out) > k.most() {
+		return nil, fmt.Errorf("%w: %s of %d bytes, at most %d", ErrMalformed, k, len(c.out), k.most())
 	}
 	return c.retry(func() ([]byte, error) {
 		if c.conn == nil {
@@ -197,6 +198,22 @@ func (c *Client) Logs(l wire.LogBatch, data []byte) (*wire.Logs, error) {
 		return nil, err
 	}
 	return wire.NewLogs(b[copy(sig[:], b):], sig, data), nil
+}
+
+// Sandbox implements [Signer].
+func (c *Client) Sandbox(r *record.Record) (*record.Signed, error) {
+	body, err := r.Encode()
+	if err != nil {
+		return nil, err
+	}
+	b, err := c.ask(kindSandbox, func(b []byte) ([]byte, error) { return append(b, body...), nil })
+	if err == nil && len(b) != len(evm.Signature{}) {
+		err = fmt.Errorf("%w: the signature of a sandbox record with %d bytes", ErrFailed, len(b))
+	}
+	if err != nil {
+		return nil, err
+	}
+	return record.With(body, evm.Signature(b))
 }
 
 // Receipt implements [Signer].

@@ -14,6 +14,7 @@ import (
 	"github.com/resultity/node/internal/evm"
 	"github.com/resultity/node/internal/receipt"
 	"github.com/resultity/node/internal/receiptlog"
+	"github.com/resultity/node/internal/sandbox/record"
 	"github.com/resultity/node/internal/wire"
 )
 
@@ -30,12 +31,13 @@ const (
 	kindLogs         kind = 'l' // wire.LogBatch
 	kindReceipt      kind = 'c' // chain and receipt, see encodeReceipt
 	kindHead         kind = 'm' // headRequest
+	kindSandbox      kind = 's' // record.Record, in its one spelling
 	kindTakeover     kind = 't' // counts go on elsewhere
 )
 
 var kindNames = map[kind]string{
 	kindHello: "hello", kindRegistration: "registration", kindBinding: "binding",
-	kindLogs: "logs", kindReceipt: "receipt", kindHead: "head", kindTakeover: "takeover",
+	kindLogs: "logs", kindReceipt: "receipt", kindHead: "head", kindSandbox: "sandbox record", kindTakeover: "takeover",
 }
 
 func (k kind) String() string {
@@ -46,9 +48,18 @@ func (k kind) String() string {
 }
 
 const (
-	maxRequest = 16 << 10 // bytes
-	maxReply   = 32 << 10 // bytes
+	maxRequest = 1 + record.MaxSize // bytes, of a sandbox record
+	maxOther   = 16 << 10           // bytes, of all others
+	maxReply   = 32 << 10           // bytes
 )
+
+// most is how large a request may be, in bytes.
+func (k kind) most() int {
+	if k == kindSandbox {
+		return maxRequest
+	}
+	return maxOther
+}
 
 // Errors with which a signer refuses. They mean the same on both sides of the
 // socket.
@@ -179,8 +190,11 @@ func decodeReceipt(b []byte) (chainID uint64, r receipt.Receipt, err error) {
 
 // answer does what one request asks for.
 func (l *Local) answer(req []byte) ([]byte, error) {
-	if len(req) == 0 || len(req) > maxRequest {
-		return nil, fmt.Errorf("%w: %d bytes, at most %d", ErrMalformed, len(req), maxRequest)
+	if len(req) == 0 {
+		return nil, fmt.Errorf("%w: it is empty", ErrMalformed)
+	}
+	if most := kind(req[0]).most(); len(req) > most {
+		return nil, fmt.Errorf("%w: %d bytes, at most %d", ErrMalformed, len(req), most)
 	}
 	body := req[1:]
 	switch k := kind(req[0]); k {
@@ -243,6 +257,20 @@ func (l *Local) answer(req []byte) ([]byte, error) {
 			return nil, err
 		}
 		return s.Signature[:], nil
+	case kindSandbox:
+		r, err := record.Parse(body)
+		if err != nil {
+			return nil, fmt.Errorf("%w: %w", ErrMalformed, err)
+		}
+		if err := l.about(r.Node, r.Network); err != nil {
+			return nil, err
+		}
+		s, err := l.Sandbox(r)
+		if err != nil {
+			return nil, err
+		}
+		sig := s.Signature()
+		return sig[:], nil
 	default:
 		return nil, fmt.Errorf("%w: %s", ErrMalformed, k)
 	}

@@ -10,16 +10,19 @@ import (
 	"net"
 	"os"
 	"path/filepath"
+	"reflect"
 	"strings"
 	"sync"
 	"testing"
 	"time"
 
+	"github.com/resultity/node/internal/bridge/contract"
 	"github.com/resultity/node/internal/digest"
 	"github.com/resultity/node/internal/evm"
 	"github.com/resultity/node/internal/journal"
 	"github.com/resultity/node/internal/receipt"
 	"github.com/resultity/node/internal/receiptlog"
+	"github.com/resultity/node/internal/sandbox/record"
 	"github.com/resultity/node/internal/wire"
 )
 
@@ -100,6 +103,23 @@ func (s *service) receipt() receipt.Receipt {
 	}
 }
 
+func sandboxRecord(node evm.Address) *record.Record {
+	return &record.Record{
+		Version: record.Version, Node: node, Network: "testnet", Time: 1, Start: strings.Repeat("a", 32), Config: digest.Of([]byte("c")), Image: digest.Of([]byte("i")),
+		Views: record.Views{Inside: contract.Sandbox{Version: contract.Version, OK: true, Checks: []contract.Check{{Name: "x", OK: true}}, Label: strings.Repeat("x", maxOther)}},
+	}
+}
+
+// encoded is a request for a record's signature.
+func encoded(t *testing.T, r *record.Record) []byte {
+	t.Helper()
+	b, err := r.Encode()
+	if err != nil {
+		t.Fatal(err)
+	}
+	return append([]byte{byte(kindSandbox)}, b...)
+}
+
 // What the client makes is what the key itself would have made.
 func TestEveryStatement(t *testing.T) {
 	s := newService(t)
@@ -129,6 +149,18 @@ func TestEveryStatement(t *testing.T) {
 	got.Sequence = 0
 	if got != r {
 		t.Errorf("signed %+v, want %+v", got, r)
+	}
+
+	look := sandboxRecord(s.key.Address())
+	sealed, err := c.Sandbox(look)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if raw, err = json.Marshal(sealed); err != nil {
+		t.Fatal(err)
+	}
+	if again, err := record.Open(raw); err != nil || !reflect.DeepEqual(again.Record(), look) {
+		t.Errorf("signed %+v (%v), want %+v", again, err, look)
 	}
 
 	own, theirs := wire.NewSecret(), wire.NewSecret()
@@ -251,7 +283,9 @@ func TestRefusals(t *testing.T) {
 		want   error
 	}{
 		"unknown kind":               {[]byte{'x'}, ErrMalformed},
-		"a hash":                     {append([]byte{'s'}, make([]byte, 32)...), ErrMalformed},
+		"a hash":                     {append([]byte{byte(kindSandbox)}, make([]byte, 32)...), ErrMalformed},
+		"another's sandbox record":   {encoded(t, sandboxRecord(other)), ErrNode},
+		"a spelling of one's own":    {append(encoded(t, sandboxRecord(s.key.Address())), ' '), ErrMalformed},
 		"garbage":                    {bytes.Repeat([]byte{0xff}, 300), ErrMalformed},
 		"too large":                  {append([]byte{byte(kindRegistration)}, make([]byte, maxRequest)...), ErrMalformed},
 		"half a receipt":             {good[:len(good)/2], ErrMalformed},
@@ -309,6 +343,11 @@ func TestAllowed(t *testing.T) {
 	}
 	if _, err := l.Receipt(1, r); !errors.Is(err, ErrTerms) {
 		t.Errorf("receipt for another chain: %v", err)
+	}
+	elsewhere := sandboxRecord(l.Address())
+	elsewhere.Network = "mainnet"
+	if _, err := l.answer(encoded(t, elsewhere)); !errors.Is(err, ErrTerms) {
+		t.Errorf("sandbox record for another network: %v", err)
 	}
 	if _, err := l.Hello(wire.Terms{Network: "testnet"}, wire.Hello{}, time.Now()); err != nil {
 		t.Error(err)

@@ -13,6 +13,7 @@ import (
 	"github.com/resultity/node/internal/evm"
 	"github.com/resultity/node/internal/receipt"
 	"github.com/resultity/node/internal/receiptlog"
+	"github.com/resultity/node/internal/sandbox/record"
 	"github.com/resultity/node/internal/wire"
 )
 
@@ -33,6 +34,8 @@ type Signer interface {
 	// Head signs a head of the node's receipt log for a chain. It fails with
 	// [ErrBehind] for one that goes back behind a head that was signed before.
 	Head(chainID uint64, h receiptlog.Head) (*receiptlog.SignedHead, error)
+	// Sandbox signs a record of the runtime's sandbox.
+	Sandbox(r *record.Record) (*record.Signed, error)
 	// Takeover has the counts go on where no other holder of the key is, for
 	// whoever has moved or restored it.
 	Takeover() error
@@ -78,6 +81,9 @@ func (l *Local) Binding(r *wire.BindRequest) ([]byte, error) { return wire.SealB
 func (l *Local) Logs(b wire.LogBatch, data []byte) (*wire.Logs, error) {
 	return wire.SealLogs(l.key, b, data)
 }
+
+// Sandbox implements [Signer].
+func (l *Local) Sandbox(r *record.Record) (*record.Signed, error) { return r.Sign(l.key) }
 
 // Receipt implements [Signer].
 func (l *Local) Receipt(chainID uint64, r receipt.Receipt) (receipt.Signed, error) {

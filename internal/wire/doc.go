@@ -200,9 +200,9 @@
 // one printable line of at most 512 bytes; a receiver cuts what is not.
 //
 // From the node: [Hello], [Heartbeat], [Accept], [Refuse], [Chunk], [Result],
-// [Bye], [OrderDone], [Logs], [Leaves]. From the network: [Welcome], [Bound],
-// [Status], [Job], [Cancel], [Ack], [Update], [Order], [OrderAck], [LogsAck],
-// [LeavesAck].
+// [Bye], [OrderDone], [Logs], [Leaves], [Sandbox]. From the network: [Welcome],
+// [Bound], [Status], [Job], [Cancel], [Ack], [Update], [Order], [OrderAck],
+// [LogsAck], [LeavesAck], [SandboxAck].
 //
 //	Hello       first; the digest of the verified snapshot, if there is one, and Count, see below
 //	Welcome     first; Session is session in hexadecimal digits, for logs
@@ -334,6 +334,43 @@
 // [LogField] may be in a record, within their lengths, and a record with the
 // field job has neither error nor reason. A batch that breaks this, or is signed by
 // another key, is a protocol violation.
+//
+// # Sandbox
+//
+// A [Sandbox] holds a record of the container that a node works in, package
+// sandbox/record, signed by the node over
+//
+//	keccak("resultity.v1 sandbox\n" ‖ record)
+//
+// The record is the JSON of [record.Record], at most 48 KiB, in the one spelling
+// that Go's encoding/json gives it: fields in their order, names of maps sorted,
+// no white space, <, > and & as \u003c, \u003e and \u0026. It holds what the bridge,
+// the container's first process, has found inside, and what the agent sees from
+// outside. Both are the node's own word: whoever owns the machine can make up both.
+// There is none of a sandbox that is not sealed.
+//
+// A node looks before it takes jobs from a start of its runtime, and then at an
+// interval of its operator's, a minute where nothing else is said, at least every hour. It makes
+// a record after the first look, and after one by which the last is an hour old
+// while it has a session. A look that finds another state than the first ends the
+// runtime and makes no record. What a receipt names as sandboxDigest is SHA-256 of
+// the record's bytes that was the newest when the job began.
+//
+//	node                                      network
+//	  writes it down (synced)
+//	  Sandbox ────────────────────────────────▶ checks, writes it down (synced)
+//	  ◀──────────────────────────── SandboxAck
+//	  a job begins, and its receipt names it
+//
+// A node sends a record before the first result that names it, and again at the
+// beginning of each session, behind Hello, until it is acknowledged; the newest in any case.
+// The network refuses one that is malformed, by another node or for another network,
+// or whose time is ahead of its own by more than the clock window: a protocol violation.
+// A result with a digest that the network has no record of is accepted all the
+// same, counted and logged: the client has its answer, and sees that there is no
+// record when it asks for one. A node that has a session but no acknowledgement for
+// 30 seconds sends the record again. GET /v1/sandbox/DIGEST answers clients, for as long as there may
+// be a receipt with it, with the JSON of [record.Signed]: the record as it was signed.
 //
 // # Response bodies
 //

@@ -248,47 +248,51 @@ type Bye struct {
 
 // Type and direction of each message.
 
-func (*Hello) Type() Type     { return "hello" }
-func (*Welcome) Type() Type   { return "welcome" }
-func (*Heartbeat) Type() Type { return "heartbeat" }
-func (*Status) Type() Type    { return "status" }
-func (*Job) Type() Type       { return "job" }
-func (*Accept) Type() Type    { return "accept" }
-func (*Refuse) Type() Type    { return "refuse" }
-func (*Chunk) Type() Type     { return "chunk" }
-func (*Result) Type() Type    { return "result" }
-func (*Ack) Type() Type       { return "ack" }
-func (*Cancel) Type() Type    { return "cancel" }
-func (*Update) Type() Type    { return "update" }
-func (*Bye) Type() Type       { return "bye" }
-func (*Order) Type() Type     { return "order" }
-func (*OrderDone) Type() Type { return "orderdone" }
-func (*OrderAck) Type() Type  { return "orderack" }
-func (*Logs) Type() Type      { return "logs" }
-func (*LogsAck) Type() Type   { return "logsack" }
-func (*Leaves) Type() Type    { return "leaves" }
-func (*LeavesAck) Type() Type { return "leavesack" }
+func (*Hello) Type() Type      { return "hello" }
+func (*Welcome) Type() Type    { return "welcome" }
+func (*Heartbeat) Type() Type  { return "heartbeat" }
+func (*Status) Type() Type     { return "status" }
+func (*Job) Type() Type        { return "job" }
+func (*Accept) Type() Type     { return "accept" }
+func (*Refuse) Type() Type     { return "refuse" }
+func (*Chunk) Type() Type      { return "chunk" }
+func (*Result) Type() Type     { return "result" }
+func (*Ack) Type() Type        { return "ack" }
+func (*Cancel) Type() Type     { return "cancel" }
+func (*Update) Type() Type     { return "update" }
+func (*Bye) Type() Type        { return "bye" }
+func (*Order) Type() Type      { return "order" }
+func (*OrderDone) Type() Type  { return "orderdone" }
+func (*OrderAck) Type() Type   { return "orderack" }
+func (*Logs) Type() Type       { return "logs" }
+func (*LogsAck) Type() Type    { return "logsack" }
+func (*Leaves) Type() Type     { return "leaves" }
+func (*LeavesAck) Type() Type  { return "leavesack" }
+func (*Sandbox) Type() Type    { return "sandbox" }
+func (*SandboxAck) Type() Type { return "sandboxack" }
 
-func (*Hello) direction() Direction     { return ToNetwork }
-func (*Welcome) direction() Direction   { return ToNode }
-func (*Heartbeat) direction() Direction { return ToNetwork }
-func (*Status) direction() Direction    { return ToNode }
-func (*Job) direction() Direction       { return ToNode }
-func (*Accept) direction() Direction    { return ToNetwork }
-func (*Refuse) direction() Direction    { return ToNetwork }
-func (*Chunk) direction() Direction     { return ToNetwork }
-func (*Result) direction() Direction    { return ToNetwork }
-func (*Ack) direction() Direction       { return ToNode }
-func (*Cancel) direction() Direction    { return ToNode }
-func (*Update) direction() Direction    { return ToNode }
-func (*Bye) direction() Direction       { return ToNetwork }
-func (*Order) direction() Direction     { return ToNode }
-func (*OrderDone) direction() Direction { return ToNetwork }
-func (*OrderAck) direction() Direction  { return ToNode }
-func (*Logs) direction() Direction      { return ToNetwork }
-func (*LogsAck) direction() Direction   { return ToNode }
-func (*Leaves) direction() Direction    { return ToNetwork }
-func (*LeavesAck) direction() Direction { return ToNode }
+func (*Hello) direction() Direction      { return ToNetwork }
+func (*Welcome) direction() Direction    { return ToNode }
+func (*Heartbeat) direction() Direction  { return ToNetwork }
+func (*Status) direction() Direction     { return ToNode }
+func (*Job) direction() Direction        { return ToNode }
+func (*Accept) direction() Direction     { return ToNetwork }
+func (*Refuse) direction() Direction     { return ToNetwork }
+func (*Chunk) direction() Direction      { return ToNetwork }
+func (*Result) direction() Direction     { return ToNetwork }
+func (*Ack) direction() Direction        { return ToNode }
+func (*Cancel) direction() Direction     { return ToNode }
+func (*Update) direction() Direction     { return ToNode }
+func (*Bye) direction() Direction        { return ToNetwork }
+func (*Order) direction() Direction      { return ToNode }
+func (*OrderDone) direction() Direction  { return ToNetwork }
+func (*OrderAck) direction() Direction   { return ToNode }
+func (*Logs) direction() Direction       { return ToNetwork }
+func (*LogsAck) direction() Direction    { return ToNode }
+func (*Leaves) direction() Direction     { return ToNetwork }
+func (*LeavesAck) direction() Direction  { return ToNode }
+func (*Sandbox) direction() Direction    { return ToNetwork }
+func (*SandboxAck) direction() Direction { return ToNode }
 
 // messages makes an empty value of each type; the one list of them.
 var messages = func() map[Type]func() Message {
@@ -301,6 +305,7 @@ var messages = func() map[Type]func() Message {
 		func() Message { return new(Bye) }, func() Message { return new(Order) }, func() Message { return new(OrderDone) },
 		func() Message { return new(OrderAck) }, func() Message { return new(Logs) }, func() Message { return new(LogsAck) },
 		func() Message { return new(Bound) }, func() Message { return new(Leaves) }, func() Message { return new(LeavesAck) },
+		func() Message { return new(Sandbox) }, func() Message { return new(SandboxAck) },
 	} {
 		m[f().Type()] = f
 	}

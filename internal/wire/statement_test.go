@@ -86,7 +86,7 @@ func TestOrderDoneIsBounded(t *testing.T) {
 	}
 }
 
-func record(n uint64, fields map[string]string) LogRecord {
+func logRecord(n uint64, fields map[string]string) LogRecord {
 	return LogRecord{Position: n, Time: 1, Level: "INFO", Event: "job-done", Message: "job done", Fields: fields}
 }
 
@@ -108,7 +108,7 @@ func pack(t *testing.T, limit int, records ...LogRecord) (*LogBatch, []byte) {
 
 func TestLogs(t *testing.T) {
 	key := newKey(t)
-	b, data := pack(t, 1<<16, record(1, map[string]string{"job": "ab"}), record(4, map[string]string{"error": "no /dev/null on host x"}))
+	b, data := pack(t, 1<<16, logRecord(1, map[string]string{"job": "ab"}), logRecord(4, map[string]string{"error": "no /dev/null on host x"}))
 	b.Node = key.Address()
 	l, err := SealLogs(key, *b, data)
 	if err != nil {
@@ -165,15 +165,15 @@ func TestLogs(t *testing.T) {
 
 func TestLogsHoldOnlyWhatMayLeave(t *testing.T) {
 	for name, r := range map[string]LogRecord{
-		"text":           record(1, map[string]string{"prompt": "secret"}),
-		"unknown":        record(1, map[string]string{"path": "/home"}),
-		"long field":     record(1, map[string]string{"model": strings.Repeat("m", 129)}),
-		"control":        record(1, map[string]string{"model": "\x1b[2J"}),
-		"job with error": record(1, map[string]string{"job": "ab", "error": "secret"}),
+		"text":           logRecord(1, map[string]string{"prompt": "secret"}),
+		"unknown":        logRecord(1, map[string]string{"path": "/home"}),
+		"long field":     logRecord(1, map[string]string{"model": strings.Repeat("m", 129)}),
+		"control":        logRecord(1, map[string]string{"model": "\x1b[2J"}),
+		"job with error": logRecord(1, map[string]string{"job": "ab", "error": "secret"}),
 		"debug":          {Position: 1, Level: "DEBUG", Message: "x"},
 		"long message":   {Position: 1, Level: "INFO", Message: strings.Repeat("x", 201)},
 		"event":          {Position: 1, Level: "INFO", Event: "Secret words", Message: "x"},
-		"behind":         record(2, nil),
+		"behind":         logRecord(2, nil),
 	} {
 		b, data := pack(t, 1<<16, r)
 		b.Last = 1
@@ -181,7 +181,7 @@ func TestLogsHoldOnlyWhatMayLeave(t *testing.T) {
 			t.Errorf("%s: %v", name, err)
 		}
 	}
-	b, data := pack(t, 1<<16, record(1, nil), record(2, nil))
+	b, data := pack(t, 1<<16, logRecord(1, nil), logRecord(2, nil))
 	b.Count = 1
 	if _, err := b.Unpack(data); !errors.Is(err, ErrLogs) {
 		t.Errorf("more records than said: %v", err)

@@ -120,7 +120,7 @@ func newPeers(b *testing.B) *peers {
 	c := config()
 	c.Runtime.Settings.Slots = 16
 	c.Limits.Tokens = 1000
-	active := &Active{Snapshot: verified(b, c), Image: digest.Of([]byte("image")), Model: digest.Of([]byte("model"))}
+	active := &Active{Snapshot: verified(b, c), Image: digest.Of([]byte("image")), Model: digest.Of([]byte("model")), Sandbox: inRecord}
 	dir := b.TempDir()
 	key, err := evm.NewKey()
 	if err != nil {

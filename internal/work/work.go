@@ -64,9 +64,10 @@ type (
 // while it is active.
 type Active struct {
 	Snapshot *snapshot.Snapshot
-	Image    digest.Digest // manifest of the runtime's image
-	Model    digest.Digest // manifest of the model's files
-	Class    digest.Digest // determinism class of the deployment; zero for none
+	Image    digest.Digest        // manifest of the runtime's image
+	Model    digest.Digest        // manifest of the model's files
+	Class    digest.Digest        // determinism class of the deployment; zero for none
+	Sandbox  func() digest.Digest // record of the runtime's sandbox, as it is now
 	Engine   engine
 
 	failures int // of the engine, in a row. Guarded by Worker.mu
@@ -390,7 +391,7 @@ func (w *Worker) take(ctx context.Context, k *job, a *Active) {
 	}
 	// The engine begins before the job is written down, which takes as long as a
 	// fast engine's answer. Nobody hears of it before.
-	started := w.cfg.Now()
+	began := w.begin(a)
 	res, err := w.ask(ctx, k, a, req, func() error {
 		if r = w.writeDown(k); r != nil {
 			return errors.New("not written down")
@@ -407,8 +408,16 @@ func (w *Worker) take(ctx context.Context, k *job, a *Active) {
 		w.answerKnown(ctx, k.Job, *r)
 		return
 	}
-	w.conclude(ctx, k, a, started, res, err)
+	w.conclude(ctx, k, a, began, res, err)
 }
+
+// beginning is when and where the engine began with a job.
+type beginning struct {
+	at      time.Time
+	sandbox digest.Digest
+}
+
+func (w *Worker) begin(a *Active) beginning { return beginning{w.cfg.Now(), a.Sandbox()} }
 
 // writeDown makes the job durable.
 func (w *Worker) writeDown(k *job) *refusal {
@@ -497,15 +506,15 @@ func (w *Worker) rerun(ctx context.Context, k *job, a *Active) {
 		k.stream = &stream{job: k.ID, send: w.cfg.Send}
 		w.mu.Unlock()
 	}
-	started := w.cfg.Now()
+	began := w.begin(a)
 	res, err := w.ask(ctx, k, a, req, nil)
-	w.conclude(ctx, k, a, started, res, err)
+	w.conclude(ctx, k, a, began, res, err)
 }
 
 // conclude makes the result of an accepted job of what the engine has said.
-func (w *Worker) conclude(ctx context.Context, k *job, a *Active, started time.Time, res runtime.Result, err error) {
+func (w *Worker) conclude(ctx context.Context, k *job, a *Active, began beginning, res runtime.Result, err error) {
 	c := a.Snapshot.Config()
-	finished := w.cfg.Now()
+	started, finished := began.at, w.cfg.Now()
 	if err == nil {
 		err = check(c, k, res, started)
 	}
@@ -522,7 +531,7 @@ func (w *Worker) conclude(ctx context.Context, k *job, a *Active, started time.T
 	r := receipt.Receipt{
 		Job: k.ID, Node: w.cfg.Key.Address(),
 		Measured: receipt.Measured{
-			ConfigDigest: a.Snapshot.Digest(), ImageDigest: a.Image, ModelDigest: a.Model, SandboxDigest: receipt.Unknown,
+			ConfigDigest: a.Snapshot.Digest(), ImageDigest: a.Image, ModelDigest: a.Model, SandboxDigest: began.sandbox,
 			RequestHash: digest.Of(k.Request), ResponseHash: digest.Of(res.Body),
 		},
 		Claimed: receipt.Claimed{

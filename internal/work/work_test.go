@@ -149,6 +149,9 @@ func (s script) Run(ctx context.Context, j runtime.Job, emit func([]byte) error)
 
 var usage = openai.Usage{PromptTokens: 3, CompletionTokens: 4}
 
+// inRecord is the record of the sandbox.
+func inRecord() digest.Digest { return digest.Of([]byte("sandbox")) }
+
 // say answers at once, in three pieces if it is a stream.
 func say(body string) script {
 	return func(_ context.Context, _ runtime.Job, emit func([]byte) error) (runtime.Result, error) {
@@ -197,7 +200,7 @@ func newNode(t testing.TB, e script) *node {
 	}
 	n := &node{t: t, path: filepath.Join(t.TempDir(), "jobs"), key: key, log: new(bytes.Buffer), now: time.Now}
 	n.open()
-	n.active = &Active{Snapshot: verified(t, config()), Image: digest.Of([]byte("image")), Model: digest.Of([]byte("model")), Class: digest.Of([]byte("class")), Engine: e}
+	n.active = &Active{Snapshot: verified(t, config()), Image: digest.Of([]byte("image")), Model: digest.Of([]byte("model")), Class: digest.Of([]byte("class")), Sandbox: inRecord, Engine: e}
 	t.Cleanup(func() {
 		_ = n.state.Close()
 		if s := n.log.String(); strings.Contains(s, prompt) || strings.Contains(s, answer) {
@@ -241,7 +244,7 @@ func (n *node) begin(a *Active) (stop func() error) {
 
 // anew is a deployment that has been validated once more.
 func anew(a *Active) *Active {
-	return &Active{Snapshot: a.Snapshot, Image: a.Image, Model: a.Model, Class: a.Class, Engine: a.Engine}
+	return &Active{Snapshot: a.Snapshot, Image: a.Image, Model: a.Model, Class: a.Class, Sandbox: a.Sandbox, Engine: a.Engine}
 }
 
 func (n *node) send(m wire.Message) error {
@@ -329,7 +332,7 @@ func (n *node) answered(j *wire.Job, m wire.Message, body string) {
 	want := receipt.Receipt{
 		Job: j.ID, Node: n.key.Address(),
 		Measured: receipt.Measured{
-			ConfigDigest: j.Config, ImageDigest: n.active.Image, ModelDigest: n.active.Model, SandboxDigest: receipt.Unknown,
+			ConfigDigest: j.Config, ImageDigest: n.active.Image, ModelDigest: n.active.Model, SandboxDigest: inRecord(),
 			RequestHash: digest.Of(j.Request), ResponseHash: digest.Of([]byte(body)),
 		},
 		Claimed: receipt.Claimed{
@@ -1132,7 +1135,7 @@ func TestTerms(t *testing.T) {
 		n.expect("accept")
 		c := config()
 		c.Limits.Tokens++
-		n.worker.SetActive(&Active{Snapshot: verified(t, c), Image: digest.Of([]byte("x")), Model: digest.Of([]byte("y")), Engine: script(hang)})
+		n.worker.SetActive(&Active{Snapshot: verified(t, c), Image: digest.Of([]byte("x")), Model: digest.Of([]byte("y")), Sandbox: inRecord, Engine: script(hang)})
 		close(goOn)
 		n.answered(j, n.expect("result")[0], answer)
 		n.worker.Job(n.job(false))
@@ -1272,7 +1275,7 @@ func TestRestartIntoAnotherConfiguration(t *testing.T) {
 		n.start()
 		c := config()
 		c.Limits.Tokens++
-		n.worker.SetActive(&Active{Snapshot: verified(t, c), Engine: say(answer)})
+		n.worker.SetActive(&Active{Snapshot: verified(t, c), Sandbox: inRecord, Engine: say(answer)})
 		n.failed(wire.CodeConfig)
 		n.status(Status{Slots: 2, Outbox: 1})
 	})

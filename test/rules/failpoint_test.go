@@ -23,6 +23,7 @@ var bare = map[string]string{
 	"network/store.Store.voidJob":      "of a job whose writing failed; a test of store stops it half-way",
 	"network/store.Store.setRequests":  "deletes what nothing rests on",
 	"network/store.Store.PutReplay":    "one write, on which nothing rests; whoever asked is told behind it",
+	"network/store.Store.bound":        "deletes what is too much; the next record of the node has it done again",
 	"network/store.tryWrite":           "what it writes means nothing",
 	"spool.Spool.run":                  "a record of the log may be lost, and is counted then",
 	"spool.Spool.Close":                "likewise",

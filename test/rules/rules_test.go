@@ -57,11 +57,12 @@ var levels = [][]string{
 	{"failpoint"}, // everywhere
 	{"digest", "durable", "evm", "gate", "journal", "plainhttp", "version"}, // leaves
 	{"chunk"},
-	{"receipt", "receiptlog", "binding", "determinism"}, // pure: no I/O, no clock
-	{"wire", "snapshot", "bridge/contract"},             //
-	{"openai", "quadlet", "config", "chain"},            //
+	{"receipt", "receiptlog", "binding", "determinism", "bridge/contract"}, // pure: no I/O, no clock
+	{"sandbox/record"},                       //
+	{"wire", "snapshot"},                     //
+	{"openai", "quadlet", "config", "chain"}, //
 	{"model/fetch", "model/share", "model/format", "model/signature"},
-	{"identity", "signer", "tuf", "session", "image", "model", "podman", "systemd", "runtime", "state", "generation", "order", "spool", "preflight", "support"}, // edges
+	{"identity", "signer", "tuf", "session", "image", "model", "podman", "systemd", "runtime", "state", "generation", "order", "spool", "preflight", "support", "sandbox/book"}, // edges
 	{"control", "sandbox", "hardware"},
 	{"work", "deploy"}, // order
 	{"agent", "ctl", "signer/cli"},
@@ -110,7 +111,7 @@ func TestImportDirection(t *testing.T) {
 }
 
 // Packages that decide without looking at the world.
-var pure = []string{"chunk", "receipt", "receiptlog", "binding", "determinism", "wire", "snapshot", "openai", "bridge/contract", "quadlet", "chain"}
+var pure = []string{"chunk", "sandbox/record", "receipt", "receiptlog", "binding", "determinism", "wire", "snapshot", "openai", "bridge/contract", "quadlet", "chain"}
 
 func TestPurePackagesStayPure(t *testing.T) {
 	bad := map[string]string{"os": "files", "net": "network", "os/exec": "programs", "log": "logging", "log/slog": "logging"}

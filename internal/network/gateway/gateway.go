@@ -13,7 +13,7 @@
 //
 //	400  what the request asks for cannot be had; code and param say what
 //	401  invalid_api_key
-//	404  model_not_found, receipt_not_found, unknown_url; receipt_not_proven, with Retry-After
+//	404  model_not_found, receipt_not_found, sandbox_not_found, unknown_url; receipt_not_proven, with Retry-After
 //	405  method_not_allowed
 //	413  request_too_large
 //	415  invalid_content_type
@@ -24,7 +24,9 @@
 //
 // GET /v1/receipts/{id} returns the receipt of a response, and .../proof what shows
 // that it is in its node's log (see receiptlog.Inclusion), once the node has said so:
-// within a heartbeat or two. GET /v1/nodes returns the
+// within a heartbeat or two. GET /v1/sandbox/{digest} returns the record of the
+// sandbox that a receipt names (64 hexadecimal digits, with or without 0x or sha256:
+// before them) as its node has signed it. GET /v1/nodes returns the
 // registered nodes and what is known about each, but not whose they are: that is
 // the operator's to see (resultity-network nodes).
 package gateway
@@ -42,6 +44,7 @@ import (
 	"strings"
 	"time"
 
+	"github.com/resultity/node/internal/digest"
 	"github.com/resultity/node/internal/evm"
 	"github.com/resultity/node/internal/failpoint"
 	"github.com/resultity/node/internal/network/dispatch"
@@ -51,6 +54,7 @@ import (
 	"github.com/resultity/node/internal/openai"
 	"github.com/resultity/node/internal/receipt"
 	"github.com/resultity/node/internal/receiptlog"
+	"github.com/resultity/node/internal/sandbox/record"
 	"github.com/resultity/node/internal/wire"
 )
 
@@ -76,6 +80,7 @@ type records interface {
 	Client(key string) (store.Client, bool)
 	Result(context.Context, receipt.JobID) (*store.Result, error)
 	Nodes(context.Context) ([]store.Node, error)
+	Sandbox(context.Context, digest.Digest) (*record.Signed, error)
 }
 
 // prover makes proofs from what the network has of nodes' logs.
@@ -115,6 +120,7 @@ func New(r records, d *dispatch.Dispatcher, p prover, m *metrics.Metrics, log *s
 		{"GET", "/v1/models/{id}", g.model},
 		{"GET", "/v1/receipts/{id}", g.receipt},
 		{"GET", "/v1/receipts/{id}/proof", g.proof},
+		{"GET", "/v1/sandbox/{digest}", g.sandbox},
 		{"GET", "/v1/nodes", g.nodes},
 	} {
 		g.mux.Handle(route.method+" "+route.path, g.counted(route.path, g.authenticated(route.handle)))
@@ -424,6 +430,32 @@ func (g *Gateway) model(w http.ResponseWriter, r *http.Request, _ store.Client) 
 		return
 	}
 	g.write(w, m)
+}
+
+// sandbox answers with the record that receipts name by its digest. Who has the
+// digest has a receipt, or the record.
+func (g *Gateway) sandbox(w http.ResponseWriter, r *http.Request, _ store.Client) {
+	text := strings.TrimPrefix(strings.TrimPrefix(r.PathValue("digest"), "0x"), "sha256:")
+	d, err := digest.ParseHex(text)
+	if err != nil {
+		err = store.ErrNotFound
+	}
+	var found *record.Signed
+	if err == nil {
+		found, err = g.records.Sandbox(r.Context(), d)
+	}
+	switch {
+	case errors.Is(err, store.ErrNotFound):
+		openai.WriteError(w, &openai.Error{
+			Status: http.StatusNotFound, Type: openai.TypeInvalidRequest, Code: "sandbox_not_found", Param: "digest",
+			Message: "No such record: its node has not sent it, or it is older than this network keeps receipts.",
+		})
+	case err != nil:
+		g.log.Error("record of a sandbox could not be read", "digest", d, "error", err)
+		openai.WriteError(w, &openai.Error{Status: http.StatusInternalServerError, Type: openai.TypeServer, Code: "storage", Message: "The record could not be read."})
+	default:
+		g.write(w, found)
+	}
 }
 
 func (g *Gateway) receipt(w http.ResponseWriter, r *http.Request, _ store.Client) {

@@ -38,6 +38,10 @@ const logsRate, logsBurst = 0.5, 16
 // those of sessions before, and those that a network asks for which has lost them.
 const leavesRate, leavesBurst = 100, 2 * wire.MaxPending
 
+// A node makes a record of its sandbox in an hour, and sends a few again with each
+// session.
+const recordsRate, recordsBurst = 0.1, 256
+
 // maxKeys bounds what limiters remember; it is twice as many, to be exact.
 const maxKeys = 8192
 
@@ -55,8 +59,9 @@ type limits struct {
 	nodesOf *limiters[netip.Prefix] // new ones, without a token
 	nodes   *rate.Limiter
 
-	logsOf   *limiters[evm.Address] // in all of its sessions
-	leavesOf *limiters[evm.Address] // likewise
+	logsOf    *limiters[evm.Address] // in all of its sessions
+	leavesOf  *limiters[evm.Address] // likewise
+	recordsOf *limiters[evm.Address] // of its sandbox, likewise
 }
 
 func newLimits() limits {
@@ -65,8 +70,9 @@ func newLimits() limits {
 		requestsOf: newLimiters[evm.Address](hourly(perNodeRequests)), codesOf: newLimiters[evm.Address](hourly(perNodeCodes)),
 		codesTo: newLimiters[string](hourly(perAddress)), codesSource: newLimiters[netip.Prefix](hourly(perSource)), codes: rate.NewLimiter(hourly(perNetwork)),
 		nodesOf: newLimiters[netip.Prefix](hourly(perSourceNodes)), nodes: rate.NewLimiter(hourly(perNetworkNodes)),
-		logsOf:   newLimiters[evm.Address](logsRate, logsBurst),
-		leavesOf: newLimiters[evm.Address](leavesRate, leavesBurst),
+		logsOf:    newLimiters[evm.Address](logsRate, logsBurst),
+		leavesOf:  newLimiters[evm.Address](leavesRate, leavesBurst),
+		recordsOf: newLimiters[evm.Address](recordsRate, recordsBurst),
 	}
 }
 

@@ -31,6 +31,7 @@ import (
 
 	"github.com/gorilla/websocket"
 
+	"github.com/resultity/node/internal/digest"
 	"github.com/resultity/node/internal/evm"
 	"github.com/resultity/node/internal/failpoint"
 	"github.com/resultity/node/internal/network/classes"
@@ -38,6 +39,7 @@ import (
 	"github.com/resultity/node/internal/network/metrics"
 	"github.com/resultity/node/internal/network/mirror"
 	"github.com/resultity/node/internal/network/store"
+	"github.com/resultity/node/internal/sandbox/record"
 	"github.com/resultity/node/internal/wire"
 )
 
@@ -45,6 +47,8 @@ import (
 type registry interface {
 	Node(context.Context, evm.Address) (store.Node, error)
 	PutLogs(context.Context, *wire.LogBatch, *wire.Logs) (position uint64, err error)
+	PutSandbox(context.Context, *record.Signed) error
+	Sandbox(context.Context, digest.Digest) (*record.Signed, error)
 	Register(ctx context.Context, n store.Node, token string, now time.Time) (store.Node, error)
 	RegisterUnbound(ctx context.Context, n store.Node, now time.Time) (store.Node, error)
 	UpdateNode(context.Context, evm.Address, func(*store.Node) error) (store.Node, error)

@@ -18,12 +18,15 @@ import (
 	"github.com/gorilla/websocket"
 	"golang.org/x/time/rate"
 
+	"github.com/resultity/node/internal/digest"
 	"github.com/resultity/node/internal/evm"
 	"github.com/resultity/node/internal/failpoint"
 	"github.com/resultity/node/internal/network/dispatch"
 	"github.com/resultity/node/internal/network/mirror"
+	"github.com/resultity/node/internal/network/store"
 	"github.com/resultity/node/internal/receipt"
 	"github.com/resultity/node/internal/receiptlog"
+	"github.com/resultity/node/internal/sandbox/record"
 	"github.com/resultity/node/internal/wire"
 )
 
@@ -73,7 +76,8 @@ type session struct {
 	stay  *stay           // that place
 	due   time.Time       // when the frame that has it must be here
 
-	writing chan struct{} // has an element while a batch of logs is being written
+	writing chan struct{}              // has an element while a batch of logs, or a record, is being written
+	known   map[digest.Digest]struct{} // records of the sandbox; the reader's
 
 	stop chan struct{} // closed when the session is to end
 	work chan struct{} // has an element when the queue may have grown
@@ -98,6 +102,7 @@ func newSession(m *Manager, node evm.Address, counted uint64, agreed *wire.Sessi
 		opener:  wire.NewOpener(func(a evm.Address) bool { return a == node }, agreed, wire.ToNetwork, window),
 		stray:   rate.NewLimiter(20, 200),
 		writing: make(chan struct{}, 1),
+		known:   map[digest.Digest]struct{}{},
 		stop:    make(chan struct{}), work: make(chan struct{}, 1),
 	}
 }
@@ -258,6 +263,7 @@ var refusals = []struct {
 	{dispatch.ErrInvalid, "invalid", true},
 	{wire.ErrLogs, "logs", true},
 	{mirror.ErrInvalid, "receiptlog", true},
+	{errSandbox, "sandbox", true},
 }
 
 var (
@@ -266,6 +272,7 @@ var (
 	errBye       = errors.New("bye")
 	errOver      = errors.New("the session is over")
 	errCloned    = errors.New("cloned key")
+	errSandbox   = errors.New("a record of another sandbox")
 )
 
 // blame ends the session for err and reports whether that is the node's fault,
@@ -494,6 +501,7 @@ func (s *session) handle(member *dispatch.Member, msg wire.Message) error {
 	case *wire.Result:
 		if expected, err = member.Result(v); expected && err == nil && v.Receipt != nil {
 			s.owe(v.Receipt)
+			s.named(v.Receipt)
 		}
 		if v.Code != "" { // the job may come again, behind the acknowledgement
 			s.sendAcks()
@@ -504,6 +512,8 @@ func (s *session) handle(member *dispatch.Member, msg wire.Message) error {
 		err = s.logs(v)
 	case *wire.Leaves:
 		expected, err = s.leaves(v)
+	case *wire.Sandbox:
+		err = s.sandbox(v.Sandbox)
 	case *wire.Bye:
 		return errBye
 	default:
@@ -575,6 +585,66 @@ func (s *session) leaves(l *wire.Leaves) (expected bool, err error) {
 		s.pause(s.m.limits.leavesOf.of(s.node), n-known)
 	}
 	return s.copy.Leaves(l)
+}
+
+// sandbox takes a record of the node's sandbox. It counts as known at once, since the
+// node may send results right behind it, and is written beside.
+func (s *session) sandbox(r *record.Signed) error {
+	network := s.m.dispatch.Terms().Config.Network
+	is := r.Record()
+	at := time.UnixMilli(is.Time)
+	switch {
+	case is.Node != s.node || is.Network != network.Name:
+		return fmt.Errorf("%w: of node %s of network %.64q", errSandbox, is.Node, is.Network)
+	case at.After(failpoint.Now().Add(network.ClockWindow.Duration())):
+		return fmt.Errorf("%w: its time is %s, ahead of the clock", errSandbox, at.UTC().Format(time.RFC3339))
+	}
+	s.pause(s.m.limits.recordsOf.of(s.node), 1)
+	s.know(r.Digest())
+	s.writing <- struct{}{}
+	go func() {
+		defer func() { <-s.writing }()
+		if err := s.m.registry.PutSandbox(context.Background(), r); err != nil { // the node sends it again
+			s.log.Error("record of the node's sandbox is not stored", "error", err)
+			return
+		}
+		s.Send(&wire.SandboxAck{Digest: r.Digest()})
+	}()
+	return nil
+}
+
+// maxKnown bounds the records that a session remembers.
+const maxKnown = 256
+
+func (s *session) know(d digest.Digest) {
+	if len(s.known) >= maxKnown {
+		clear(s.known) // they are asked for again
+	}
+	s.known[d] = struct{}{}
+}
+
+// named looks whether there is the record that a receipt names. The result counts
+// in any case: its client has nothing of a refusal. A record that has come in
+// another session is asked for beside.
+func (s *session) named(r *receipt.Signed) {
+	rc := r.Receipt()
+	d := rc.Measured.SandboxDigest
+	if _, ok := s.known[d]; ok {
+		return
+	}
+	s.know(d) // it is said once
+	s.writing <- struct{}{}
+	go func() {
+		defer func() { <-s.writing }()
+		_, err := s.m.registry.Sandbox(context.Background(), d)
+		switch {
+		case errors.Is(err, store.ErrNotFound):
+			s.m.metrics.Unrecorded.Inc()
+			s.log.Warn("receipts name a sandbox that there is no record of", "digest", d, "job", rc.Job)
+		case err != nil:
+			s.log.Error("record of the node's sandbox could not be looked for", "error", err)
+		}
+	}()
 }
 
 // pause makes a node wait that sends more than it should: n of what a limit is for.

@@ -88,6 +88,7 @@ type db struct {
 
 	jobs, results, logs, tiles           jetstream.Stream
 	requests, replays                    jetstream.Stream
+	sandboxes                            jetstream.Stream
 	nodes, tokens, keys, published       jetstream.KeyValue
 	accounts, mails, orders, receiptlogs jetstream.KeyValue
 
@@ -251,6 +252,13 @@ func (d *db) open(ctx context.Context, space int64) (err error) {
 			Discard:     jetstream.DiscardOld,
 			AllowDirect: true,
 		}},
+		{&d.sandboxes, jetstream.StreamConfig{
+			Name: "SANDBOXES", Description: "records of nodes' sandboxes, by node and digest", Subjects: []string{"sandboxes.*.*"},
+			MaxMsgsPerSubject: 1, MaxMsgSize: 256 << 10,
+			MaxBytes:    min(maxSandboxes, space/16),
+			Discard:     jetstream.DiscardOld,
+			AllowDirect: true,
+		}},
 	} {
 		if *str.to, err = d.stream(ctx, str.cfg); err != nil {
 			return err
@@ -343,10 +351,11 @@ func (s *Store) change(ctx context.Context, which func(*db) jetstream.Stream, wh
 	return nil
 }
 
-func jobsOf(d *db) jetstream.Stream     { return d.jobs }
-func resultsOf(d *db) jetstream.Stream  { return d.results }
-func requestsOf(d *db) jetstream.Stream { return d.requests }
-func tilesOf(d *db) jetstream.Stream    { return d.tiles }
+func jobsOf(d *db) jetstream.Stream      { return d.jobs }
+func resultsOf(d *db) jetstream.Stream   { return d.results }
+func requestsOf(d *db) jetstream.Stream  { return d.requests }
+func tilesOf(d *db) jetstream.Stream     { return d.tiles }
+func sandboxesIn(d *db) jetstream.Stream { return d.sandboxes }
 
 // SetLimits sets how much is stored, as far as the file system allows: it
 // returns what is in force. Results beyond their limit go at once.
@@ -363,12 +372,14 @@ func (s *Store) SetLimits(ctx context.Context, l Limits) (Limits, error) {
 }
 
 // SetResultTTL sets how long results are kept, counted from when each was stored,
-// and with them their requests, if those are kept, and what proves that their receipts are in the nodes' logs.
+// and with them their requests, if those are kept, what proves that their receipts
+// are in the nodes' logs, and the records of sandboxes that these name.
 func (s *Store) SetResultTTL(ctx context.Context, ttl time.Duration) error {
 	return errors.Join(
 		s.change(ctx, resultsOf, func(c *jetstream.StreamConfig) { c.MaxAge = ttl }),
 		s.change(ctx, requestsOf, func(c *jetstream.StreamConfig) { c.MaxAge = ttl }),
 		s.change(ctx, tilesOf, func(c *jetstream.StreamConfig) { c.MaxAge = ttl + tileGrace }),
+		s.change(ctx, sandboxesIn, func(c *jetstream.StreamConfig) { c.MaxAge = ttl + sandboxGrace }),
 	)
 }
 
