@@ -255,6 +255,9 @@ func again(what string) answers {
 			return one(unix.ErrnoName(syscall.Errno(n)))
 		}
 	}
+	if bytes.Contains(out, []byte("pthread_create failed: Resource temporarily unavailable")) { // the same, with cgo
+		return one("EAGAIN")
+	}
 	if err == nil {
 		return one(worked + ": " + strings.TrimSpace(string(out)))
 	}
