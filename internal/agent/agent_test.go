@@ -350,7 +350,7 @@ func (f *fixture) run() (stop func()) {
 	loops := []func(context.Context) error{f.updates, f.watchRuntime, f.watchGates, f.mendDamage, f.watchImage}
 	for _, m := range f.members {
 		m.recall()
-		loops = append(loops, m.worker.Run, m.follow, m.heartbeats, m.orders, m.showReceipts, m.validations, m.keepRecords)
+		loops = append(loops, m.worker.Run, m.follow, m.heartbeats, m.orders, m.showReceipts, m.validations)
 	}
 	var wg sync.WaitGroup
 	for _, loop := range loops {
