@@ -85,14 +85,14 @@ func Open(o Options) (key *evm.Key, created bool, err error) {
 		key, err := create(name, pass)
 		return key, err == nil, err
 	}
-	k, err := keystore.DecryptKey(raw, pass)
+	key, err = ParseKeystore(raw, pass)
 	if errors.Is(err, keystore.ErrDecrypt) {
 		return nil, false, fmt.Errorf("%w: the passphrase does not open %s; put the right one in place (identity.passphrase, or the credential %s), or move the identity directory, and networks/NAME beside it, away to become a new node", ErrRefused, name, CredentialName)
 	}
 	if err != nil {
-		return nil, false, fmt.Errorf("%w: %s is not a keystore file: %w; restore it from a backup", ErrRefused, name, err)
+		return nil, false, fmt.Errorf("%w: %s is not a keystore file that can be opened: %w; restore it from a backup", ErrRefused, name, err)
 	}
-	return evm.FromECDSA(k.PrivateKey), false, nil
+	return key, false, nil
 }
 
 func create(name, pass string) (*evm.Key, error) {

@@ -87,7 +87,7 @@ func TestRefused(t *testing.T) {
 			return os.WriteFile(filepath.Join(d, passphraseFile), nil, 0o600)
 		}},
 		{"lost passphrase", "is missing", func(t *testing.T, d string) error { return os.Remove(filepath.Join(d, passphraseFile)) }},
-		{"truncated key", "not a keystore file", func(t *testing.T, d string) error { return os.Truncate(filepath.Join(d, keyFile), 10) }},
+		{"truncated key", "not a keystore file that", func(t *testing.T, d string) error { return os.Truncate(filepath.Join(d, keyFile), 10) }},
 		{"huge key", "more than", func(t *testing.T, d string) error { return os.Truncate(filepath.Join(d, keyFile), 1<<30) }},
 		{"a directory instead", "not a regular file", func(t *testing.T, d string) error {
 			if err := os.Remove(filepath.Join(d, keyFile)); err != nil {

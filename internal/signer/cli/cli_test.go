@@ -15,6 +15,7 @@ import (
 	"testing"
 
 	"github.com/ethereum/go-ethereum/accounts/keystore"
+	"github.com/google/uuid"
 
 	"github.com/resultity/node/internal/evm"
 	"github.com/resultity/node/internal/identity"
@@ -402,5 +403,35 @@ func TestRotate(t *testing.T) {
 	}
 	if err := c.rotate(t.Context()); err != nil {
 		t.Errorf("given again: %v", err)
+	}
+}
+
+// A backup says itself what it costs to open. One that would take all the memory is
+// refused before it is tried, and changes nothing.
+func TestImportOfACostlyFile(t *testing.T) {
+	c, _ := machine(t)
+	key, err := evm.NewKey()
+	if err != nil {
+		t.Fatal(err)
+	}
+	const pass = "long enough to keep"
+	raw, err := keystore.EncryptKey(&keystore.Key{Id: uuid.New(), Address: key.Address(), PrivateKey: key.ECDSA()}, pass, 4096, 1)
+	if err != nil {
+		t.Fatal(err)
+	}
+	c.passphrase = filepath.Join(t.TempDir(), "pass")
+	name := filepath.Join(t.TempDir(), "backup.json")
+	costly := bytes.Replace(raw, []byte(`"n":4096`), []byte(`"n":4194304`), 1)
+	if bytes.Equal(costly, raw) {
+		t.Fatalf("another form: %s", raw)
+	}
+	if err := errors.Join(os.WriteFile(c.passphrase, []byte(pass), 0o600), os.WriteFile(name, costly, 0o600)); err != nil {
+		t.Fatal(err)
+	}
+	if err := c.importKey(t.Context(), name); err == nil || !strings.Contains(err.Error(), name) || !strings.Contains(err.Error(), "4096 MiB") {
+		t.Errorf("%v", err)
+	}
+	if _, err := c.key(t.Context()); !errors.Is(err, errNoKey) {
+		t.Errorf("a key is there: %v", err)
 	}
 }

@@ -448,11 +448,10 @@ func (c *command) importKey(ctx context.Context, name string) error {
 	if err != nil || len(raw) > maxBackup {
 		return errors.Join(err, fmt.Errorf("%s is no keystore file", name))
 	}
-	k, err := keystore.DecryptKey(raw, pass)
+	key, err := identity.ParseKeystore(raw, pass)
 	if err != nil {
 		return fmt.Errorf("%s: %w", name, err)
 	}
-	key := evm.FromECDSA(k.PrivateKey)
 	var rest struct {
 		Counts *signer.Counts `json:"resultity"`
 	}
