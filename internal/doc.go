@@ -85,7 +85,8 @@
 //
 // Imports go downward only; test/rules holds the list and fails otherwise.
 //
-//	leaves  failpoint; digest, durable, evm, gate, journal, plainhttp, version;
+//	leaves  failpoint; digest, durable, evm, gate, journal, plainhttp, spelling,
+//	        version;
 //	        chunk
 //	pure    receipt, receiptlog, binding, determinism; wire, snapshot, bridge/contract;       no I/O, no clock
 //	        openai, quadlet, chain

@@ -16,13 +16,13 @@ import (
 	"errors"
 	"fmt"
 	"io"
-	"reflect"
 	"slices"
 	"strconv"
 	"strings"
 
 	"github.com/resultity/node/internal/digest"
 	"github.com/resultity/node/internal/evm"
+	"github.com/resultity/node/internal/spelling"
 )
 
 // JobID names one job for ever, across nodes, retries and restarts: 16 random
@@ -353,7 +353,7 @@ func read(b []byte) (Signed, error) {
 	if _, err := dec.Token(); err != io.EOF {
 		return Signed{}, errors.New("something follows the receipt")
 	}
-	if err := oneSpelling(b, &j); err != nil {
+	if err := spelling.Check(b, &j); err != nil {
 		return Signed{}, err
 	}
 	t := &j.TypedData
@@ -383,40 +383,6 @@ func read(b []byte) (Signed, error) {
 		p.err = fmt.Errorf("envelope names node %s, message names %s", node, s.receipt.Node)
 	}
 	return s, p.err
-}
-
-// oneSpelling fails unless every reader of b sees what was decoded into j. Go's
-// decoder takes names in any case and the last of several; others take them
-// exactly, or the first. Decoded without Go's tolerance, b must be the same tree
-// as j, and not larger: a repeated name would make it so.
-func oneSpelling(b []byte, j *signedJSON) error {
-	printed, err := json.Marshal(j)
-	if err != nil {
-		return err
-	}
-	var compact bytes.Buffer
-	if err := json.Compact(&compact, b); err != nil {
-		return err
-	}
-	if bytes.Equal(compact.Bytes(), printed) { // as we print it ourselves, which is the rule
-		return nil
-	}
-	got, want := tree(compact.Bytes()), tree(printed)
-	if compact.Len() != len(printed) || !reflect.DeepEqual(got, want) {
-		return errors.New("a field is repeated, missing, or spelt in another way")
-	}
-	return nil
-}
-
-// tree decodes without types, numbers as they are written.
-func tree(b []byte) any {
-	var v any
-	dec := json.NewDecoder(bytes.NewReader(b))
-	dec.UseNumber()
-	if err := dec.Decode(&v); err != nil {
-		return err
-	}
-	return v
 }
 
 func (s *Signed) check() error {

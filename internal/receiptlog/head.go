@@ -6,6 +6,7 @@ import (
 	"regexp"
 
 	"github.com/resultity/node/internal/evm"
+	"github.com/resultity/node/internal/spelling"
 )
 
 // Head states what the log of a node in one network is at one time.
@@ -93,13 +94,17 @@ type Inclusion struct {
 // MaxInclusion bounds the JSON of an inclusion, in bytes.
 const MaxInclusion = 16 << 10
 
-// ParseInclusion reads one and checks the head's signature.
+// ParseInclusion reads one and checks the head's signature. It refuses what another
+// reader may understand in another way, as package receipt does.
 func ParseInclusion(b []byte) (*Inclusion, error) {
 	if len(b) > MaxInclusion {
 		return nil, fmt.Errorf("%w: %d bytes, at most %d", ErrProof, len(b), MaxInclusion)
 	}
 	i := new(Inclusion)
 	if err := json.Unmarshal(b, i); err != nil {
+		return nil, fmt.Errorf("%w: %w", ErrProof, err)
+	}
+	if err := spelling.Check(b, i); err != nil {
 		return nil, fmt.Errorf("%w: %w", ErrProof, err)
 	}
 	if err := i.Head.Verify(); err != nil {

@@ -185,6 +185,9 @@ func TestInclusion(t *testing.T) {
 		{`"size":3`, `"size":4`}, {`"testnet"`, `"mainnet"`}, {`"testnet"`, `"Testnet"`}, {`"time":1800000000000`, `"time":1800000000001`}, {`"chain_id":31337`, `"chain_id":31338`},
 		{l.Root().Hex(), receipts[0].Hex()}, {strings.ToLower(key.Address().Hex()), "0x0100000000000000000000000000000000000000"},
 		{`"size":3`, `"size":4398046511105`}, {`{`, `[`}, {`"index"`, strings.Repeat(" ", MaxInclusion) + `"index"`},
+		// What other readers may understand in another way.
+		{`"index":1`, `"index":0,"index":1`}, {`"index":1`, `"index":1,"Index":1`}, {`"index"`, `"Index"`}, {`"index":1`, `"index":1,"job":"x"`},
+		{`"size":3`, `"size":4,"size":3`}, {`"size":3`, `"size":3,"edge":[]`}, {`0x`, `0X`}, {`}`, `}}`},
 	} {
 		bad := strings.Replace(string(good), change[0], change[1], 1)
 		if bad == string(good) {

@@ -55,7 +55,7 @@ func list(t *testing.T) []pkg {
 // own, so that edges (network, Podman, systemd, engine, disk) never meet.
 var levels = [][]string{
 	{"failpoint"}, // everywhere
-	{"digest", "durable", "evm", "gate", "journal", "plainhttp", "version"}, // leaves
+	{"digest", "durable", "evm", "gate", "journal", "plainhttp", "spelling", "version"}, // leaves
 	{"chunk"},
 	{"receipt", "receiptlog", "binding", "determinism", "bridge/contract"}, // pure: no I/O, no clock
 	{"sandbox/record"},                       //
@@ -111,7 +111,7 @@ func TestImportDirection(t *testing.T) {
 }
 
 // Packages that decide without looking at the world.
-var pure = []string{"chunk", "sandbox/record", "receipt", "receiptlog", "binding", "determinism", "wire", "snapshot", "openai", "bridge/contract", "quadlet", "chain"}
+var pure = []string{"chunk", "sandbox/record", "spelling", "receipt", "receiptlog", "binding", "determinism", "wire", "snapshot", "openai", "bridge/contract", "quadlet", "chain"}
 
 func TestPurePackagesStayPure(t *testing.T) {
 	bad := map[string]string{"os": "files", "net": "network", "os/exec": "programs", "log": "logging", "log/slog": "logging"}
