@@ -311,8 +311,18 @@ func TestPublishBehindTheBack(t *testing.T) {
 		t.Fatal(err)
 	}
 	n.until("the service is unwell", func() bool { return n.get("/healthz").status == http.StatusServiceUnavailable })
+	n.tellsStrangersLittle()
 	if v := n.metric("resultity_config_version"); v != 2 {
 		t.Errorf("version %v is active", v)
+	}
+}
+
+// tellsStrangersLittle looks at what a service that is unwell says of itself in public.
+func (n *testNetwork) tellsStrangersLittle() {
+	n.t.Helper()
+	r := n.get("/healthz")
+	if r.status == http.StatusServiceUnavailable && (bytes.ContainsAny(r.body, "/%") || bytes.Contains(r.body, []byte("0x")) || !bytes.Contains(r.body, []byte("log"))) {
+		n.t.Errorf("%s", r.body)
 	}
 }
 
@@ -353,6 +363,7 @@ func TestPublishInPieces(t *testing.T) {
 	}
 	copied("metadata/timestamp.json")
 	n.until("the service is unwell", func() bool { return n.get("/healthz").status == http.StatusServiceUnavailable })
+	n.tellsStrangersLittle()
 	for _, dir := range []string{"targets", "metadata"} {
 		files, err := os.ReadDir(filepath.Join(elsewhere, "repository", dir))
 		if err != nil {
@@ -924,6 +935,7 @@ func TestDiskTakesNoWrites(t *testing.T) {
 		r := n.get("/healthz")
 		return r.status == http.StatusServiceUnavailable && bytes.Contains(r.body, []byte("cannot write"))
 	})
+	n.tellsStrangersLittle()
 	if v := n.metric("resultity_store_accepting"); v != 0 {
 		t.Errorf("the metric says %v", v)
 	}

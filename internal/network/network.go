@@ -366,17 +366,20 @@ func (s *service) mail(ctx context.Context, m store.Mail) error {
 }
 
 // healthz answers whether this process can do its work. Having no nodes is no
-// fault of its own.
+// fault of its own. It is public: files, disks and keys are for the log, which has
+// had all of it from whoever met it.
 func (s *service) healthz(w http.ResponseWriter, _ *http.Request) {
-	err := s.unwell()
-	if err == nil {
-		err = s.store.Accepting()
+	why := ""
+	switch t := s.dispatch.Terms(); {
+	case s.unwell() != nil:
+		why = "the published configuration was not taken over"
+	case s.store.Accepting() != nil:
+		why = "no requests are taken: the store cannot write"
+	case time.Now().After(t.Expires):
+		why = "the signature of the configuration expired at " + t.Expires.UTC().Format(time.RFC3339)
 	}
-	if t := s.dispatch.Terms(); err == nil && time.Now().After(t.Expires) {
-		err = fmt.Errorf("the signature of the configuration expired at %s", t.Expires.UTC().Format(time.RFC3339))
-	}
-	if err != nil {
-		http.Error(w, err.Error(), http.StatusServiceUnavailable)
+	if why != "" {
+		http.Error(w, why+"; the log says more", http.StatusServiceUnavailable)
 		return
 	}
 	_, _ = w.Write([]byte("ok\n")) // who has gone needs no answer
