@@ -23,9 +23,10 @@ import (
 // One head is on its way at a time. So nothing piles up at a network whose disk is
 // slow or full, and its word tells how far it is.
 
-// headEvery is the least time between two heads, and between two words of the network
-// that are heard: signing a head costs the signer's disk a write, and comparing logs
-// hashes as many leaves as there are.
+// headEvery is the least time between two words of the network that are heard, since
+// comparing logs hashes as many leaves as there are; and between two heads, where the
+// heartbeats that carry them are not further apart: a head costs the signer's disk a
+// write, and the network's.
 const headEvery = time.Second
 
 // headRetry is after how long what has failed here is tried again.
@@ -161,7 +162,7 @@ func (m *membership) showMore(t *telling) (again time.Duration, err error) {
 	case t.head != nil && t.head.Size == t.has && is.Size == t.has:
 		return 0, nil // it has everything
 	}
-	if wait := headEvery - time.Since(t.last); wait > 0 {
+	if wait := max(headEvery, snap.Config().Network.Heartbeat.Duration()) - time.Since(t.last); wait > 0 {
 		return wait, nil
 	}
 	var leaves []wire.Message

@@ -437,8 +437,8 @@ func TestTwoNetworksHaveTwoLogs(t *testing.T) {
 		b.opens(w.b)
 		ofA := []evm.Hash{w.a.earn(t, sa), w.a.earn(t, sa)}
 		ofB := []evm.Hash{w.b.earn(t, sb)}
-		a.hears(w.a, 5*time.Second)
-		b.hears(w.b, 5*time.Second)
+		a.hears(w.a, 30*time.Second)
+		b.hears(w.b, 30*time.Second)
 		a.has(ofA...)
 		b.has(ofB...)
 		if a.head.ChainID != 1 || b.head.ChainID != 31337 {
