@@ -198,13 +198,15 @@ func (v *view) tile(level int, index uint64) (t tile, err error) {
 	return t, nil
 }
 
+// A log has receipts in the order in which they were made, so that the leaf of one is
+// not far from the tile that was put when its result came. What is in none of these
+// is not in the log.
 const (
-	// early is how long before its result a leaf may have come, and is found quickly
-	// still.
-	early = 10 * time.Minute
-	// far is in how many tiles a leaf is looked for. A log has receipts in the order
-	// in which they were made, and a node keeps half as many leaves: what is not there
-	// is not in the log.
+	// behind is in how many of the tiles before that it is looked for. Leaves come
+	// before their results where many wait, over sessions and for any time, and a node
+	// lets 10000 wait.
+	behind = 64
+	// far is in how many from that on: a node keeps half as many leaves.
 	far = 512
 )
 
@@ -229,25 +231,41 @@ func (v *view) find(leaf evm.Hash, at time.Time) (index uint64, err error) {
 		return index, err
 	}
 	// Tiles are put in their order, and the oldest go first.
-	low, high := v.log.From>>tileBits, last
+	first := v.log.From >> tileBits
+	low, high := first, last
 	for low < high {
 		mid := low + (high-low)/2
 		t, err := v.tile(0, mid)
 		if err != nil && !errors.Is(err, errNotHere) {
 			return 0, err
 		}
-		if err != nil || t.at.Before(at.Add(-early)) {
+		if err != nil || t.at.Before(at) {
 			low = mid + 1
 		} else {
 			high = mid
 		}
 	}
-	for n := low; n < min(last, low+far); n++ {
-		if ok, err := has(n); ok || err != nil && !errors.Is(err, errNotHere) {
-			return index, err
+	missing := errNotHere
+	for away := range uint64(far) { // the nearest first
+		var near []uint64
+		if n := low + away; n < last {
+			near = append(near, n)
+		}
+		if away < behind && low > first+away {
+			near = append(near, low-1-away)
+		}
+		for _, n := range near {
+			switch ok, err := has(n); {
+			case ok:
+				return index, nil
+			case errors.Is(err, store.ErrDamaged):
+				missing = err
+			case err != nil && !errors.Is(err, errNotHere):
+				return 0, err
+			}
 		}
 	}
-	return 0, errNotHere
+	return 0, missing
 }
 
 // whole fails with [store.ErrDamaged] if the leaves of a tile are not those that the

@@ -615,6 +615,8 @@ func TestDamagedCopy(t *testing.T) {
 			}
 		}
 		p.mustProve(255, 512)
+		p.made[0], p.made[512] = time.Time{}, time.Now() // on both sides of it
+		p.mustProve(0, 512)
 	})
 	t.Run("a gap", func(t *testing.T) {
 		p := newProver(t)
@@ -676,6 +678,35 @@ func TestReplacedSession(t *testing.T) {
 	old.Leave()
 	p.sync()
 	p.mustProve(9)
+}
+
+// A node whose results wait shows their leaves long before the results come.
+func TestResultsLongAfterTheirLeaves(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		p := newProver(t)
+		p.join()
+		for range 4 {
+			p.grow(3000)
+			p.sync()
+			time.Sleep(time.Hour)
+		}
+		p.s.Leave()
+		time.Sleep(24 * time.Hour)
+		p.join()
+		p.s.Result(p.all[2000], receipt.JobID{1})
+		p.s.Result(p.all[11_999], receipt.JobID{2})
+		for range 3 {
+			time.Sleep(heartbeat)
+			p.beat(p.last().Head)
+		}
+		if got := p.m.States()[p.key.Address()]; got != (State{}) {
+			t.Errorf("what is in the log is said not to be: %+v", got)
+		}
+		for i := range p.made {
+			p.made[i] = time.Now()
+		}
+		p.mustProve(2000, 2047, 2048, 9000, 11_999)
+	})
 }
 
 // Receipts that the network has are looked for in the log, in whichever order they
