@@ -99,8 +99,14 @@ func (s *Server) Serve(ctx context.Context, ln *net.UnixListener) error {
 	}
 }
 
+// refused notes what was not signed. A head that goes back is no sign of a caller
+// that is wrong: an agent whose disk was replaced asks for it, and says so itself.
 func (s *Server) refused(l *rate.Limiter, uid uint32, what string, err error) {
-	if l.Allow() {
+	switch {
+	case !l.Allow():
+	case errors.Is(err, ErrBehind):
+		s.Log.Info("head of a smaller receipt log is not signed", "uid", uid, "error", err)
+	default:
 		s.Log.Warn("signature refused", journal.SignatureRefused.Attr(), "uid", uid, "kind", what, "error", err)
 	}
 }

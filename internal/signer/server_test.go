@@ -219,6 +219,10 @@ func TestEveryStatement(t *testing.T) {
 	if err := c.Takeover(); err != nil {
 		t.Error(err)
 	}
+	s.stop()
+	if log := s.log.String(); !strings.Contains(log, "is not signed") || strings.Contains(log, "signature-refused") {
+		t.Errorf("of a node whose disk was replaced it says: %s", log)
+	}
 }
 
 // raw is a caller that says what it likes.
