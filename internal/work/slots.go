@@ -141,7 +141,12 @@ func (s *Slots) Hold(ctx context.Context, limit int) (release func(), err error)
 		case <-ctx.Done():
 			s.mu.Lock()
 			s.waiting--
+			s.changedLocked() // who waits behind it may have looked at what was given back for it
+			others := s.othersLocked(nil)
 			s.mu.Unlock()
+			for _, o := range others {
+				o.crowded()
+			}
 			return nil, ctx.Err()
 		}
 		s.mu.Lock()

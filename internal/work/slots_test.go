@@ -1,6 +1,7 @@
 package work
 
 import (
+	"context"
 	"testing"
 	"testing/synctest"
 	"time"
@@ -85,6 +86,43 @@ func TestHold(t *testing.T) {
 			t.Error("it was not given back")
 		}
 	})
+}
+
+// A slot that is given back as the one who waits for it gives up is not forgotten by
+// whoever waits behind him.
+func TestHoldGivesUp(t *testing.T) {
+	for range 200 { // of two that wake at once either may come first
+		synctest.Test(t, func(t *testing.T) {
+			s, a := NewSlots(), new(Worker)
+			if !s.take(a, 1, time.Now()) {
+				t.Fatal("no slot")
+			}
+			ctx, cancel := context.WithCancel(t.Context())
+			defer cancel()
+			go func() {
+				if _, err := s.Hold(ctx, 1); err == nil {
+					t.Error("it has given up, and has a slot")
+				}
+			}()
+			synctest.Wait()
+			lent := false
+			go func() {
+				if _, err := s.Borrow(t.Context(), 1, func() {}); err == nil {
+					lent = true
+				}
+			}()
+			synctest.Wait()
+			s.mu.Lock()
+			cancel()
+			s.users[a].busy-- // as give
+			s.changedLocked()
+			s.mu.Unlock()
+			synctest.Wait()
+			if !lent {
+				t.Fatal("a slot is free, and nobody is told")
+			}
+		})
+	}
 }
 
 // Company is whoever else has had a slot meanwhile, jobs or not.
