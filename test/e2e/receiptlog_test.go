@@ -99,25 +99,36 @@ func (v *proven) verify(t *testing.T, proof []byte) (string, error) {
 	return string(out), err
 }
 
+// alone has all receipts be of one node, until the test ends.
+func alone(t *testing.T, n *stack.Node) {
+	t.Helper()
+	for _, other := range s.Nodes {
+		if other == n {
+			continue
+		}
+		if _, err := other.Ctl(t.Context(), "drain"); err != nil {
+			t.Fatal(err)
+		}
+		t.Cleanup(func() {
+			ctx, cancel := context.WithTimeout(context.WithoutCancel(t.Context()), time.Minute)
+			defer cancel()
+			if _, err := other.Ctl(ctx, "resume"); err != nil {
+				t.Error(err)
+			}
+			if err := other.WaitRoutable(ctx); err != nil {
+				t.Error(err)
+			}
+		})
+	}
+}
+
 // A receipt is in its node's log, which the network proves and anybody checks, a
 // contract included. The log goes on over restarts of both, and what the network's
 // disk has lost of it the node shows again.
 func TestReceiptLog(t *testing.T) {
 	ctx := t.Context()
 	n := s.Nodes[0]
-	for _, other := range s.Nodes[1:] { // so that all receipts are of one node
-		if _, err := other.Ctl(ctx, "drain"); err != nil {
-			t.Fatal(err)
-		}
-		defer func() {
-			if _, err := other.Ctl(context.WithoutCancel(ctx), "resume"); err != nil {
-				t.Error(err)
-			}
-			if err := other.WaitRoutable(context.WithoutCancel(ctx)); err != nil {
-				t.Error(err)
-			}
-		}()
-	}
+	alone(t, n)
 	status, err := n.Status(ctx)
 	if err != nil {
 		t.Fatal(err)
