@@ -58,7 +58,12 @@ func showSandbox(w *tabwriter.Writer, r *record.Record) {
 	line("interfaces", "%s", listOf(in.Interfaces, func(i contract.Interface) string { return strings.Join(append([]string{i.Name}, i.Addresses...), " ") }))
 	line("routes out", "%s", list(out.Routes))
 	line("namespaces", "%s", list(slices.Sorted(maps.Values(in.Namespaces))))
-	line("cgroup", "%s, memory at most %d bytes", out.Cgroup, out.Memory)
+	ceiling := "no ceiling"
+	if out.Memory > 0 {
+		ceiling = fmt.Sprintf("at most %d bytes", out.Memory)
+	}
+	line("cgroup", "%s", out.Cgroup)
+	line("memory", "%s", ceiling)
 	line("devices", "%s", listOf(in.Devices, func(d contract.Device) string { return fmt.Sprintf("%s (%d:%d)", d.Path, d.Major, d.Minor) }))
 	for _, m := range in.Mounts {
 		mode := "writable"
