@@ -244,10 +244,12 @@ func TestFrameViolations(t *testing.T) {
 		}
 		return frame
 	}
-	// sealed makes the third frame, after hello and heartbeat, by the given sealer.
+	// sealed makes the fourth frame, after hello, sandbox and heartbeat, by the given
+	// sealer.
 	sealed := func(k *wire.Sealer, m wire.Message) []byte {
-		seal(k, m)
-		seal(k, m)
+		for range 3 {
+			seal(k, m)
+		}
 		return seal(k, m)
 	}
 	elsewhere := n.node().Ready(t)
@@ -301,10 +303,7 @@ func TestFrameViolations(t *testing.T) {
 		}, "too_large", websocket.CloseMessageTooBig},
 		"absurd heartbeat": {func(s *nodetest.Session) { s.Send(&wire.Heartbeat{Slots: -1}) }, "invalid", websocket.ClosePolicyViolation},
 		"unsigned receipt": {func(s *nodetest.Session) {
-			k := later(s, 0)
-			seal(k, ping)
-			seal(k, ping)
-			s.SendRaw(seal(k, falseResult{s.Node.Result(t, &wire.Job{ID: receipt.NewJobID(), Kind: wire.KindChat, Model: nodetest.Model}, []byte("{}"), nil)}))
+			s.SendRaw(sealed(later(s, 0), falseResult{s.Node.Result(t, &wire.Job{ID: receipt.NewJobID(), Kind: wire.KindChat, Model: nodetest.Model}, []byte("{}"), nil)}))
 		}, "malformed", websocket.ClosePolicyViolation},
 	} {
 		t.Run(name, func(t *testing.T) {

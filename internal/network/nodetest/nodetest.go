@@ -26,10 +26,12 @@ import (
 
 	"github.com/gorilla/websocket"
 
+	"github.com/resultity/node/internal/bridge/contract"
 	"github.com/resultity/node/internal/chunk"
 	"github.com/resultity/node/internal/digest"
 	"github.com/resultity/node/internal/evm"
 	"github.com/resultity/node/internal/receipt"
+	"github.com/resultity/node/internal/sandbox/record"
 	"github.com/resultity/node/internal/snapshot"
 	"github.com/resultity/node/internal/wire"
 )
@@ -97,6 +99,10 @@ type Node struct {
 	Config *snapshot.Config
 	Digest digest.Digest // of the published bytes
 	Class  *wire.Class   // as it says of itself; nil for none
+
+	// Sandbox is the record that its sessions begin with and its receipts name; nil
+	// for none.
+	Sandbox *record.Signed
 }
 
 // New makes a node with a fresh key.
@@ -110,7 +116,31 @@ func New(t testing.TB, url string, config []byte) *Node {
 	if err != nil {
 		t.Fatal(err)
 	}
-	return &Node{Key: k, URL: url, Config: c, Digest: digest.Of(config)}
+	n := &Node{Key: k, URL: url, Config: c, Digest: digest.Of(config)}
+	n.Sandbox = n.Record(t, nil)
+	return n
+}
+
+// Record signs a record of the node's sandbox. change, if not nil, may falsify it
+// before that.
+func (n *Node) Record(t testing.TB, change func(*record.Record)) *record.Signed {
+	t.Helper()
+	r := &record.Record{
+		Version: record.Version, Node: n.Key.Address(), Network: n.Config.Network.Name, Time: time.Now().UnixMilli(), Start: strings.Repeat("0a", 16),
+		Config: n.Digest, Image: n.Config.Runtime.Image.Digest(),
+		Views: record.Views{
+			Inside:  contract.Sandbox{Version: contract.Version, OK: true, UID: 1000, GID: 1000, Checks: []contract.Check{{Name: "user", Got: "1000", OK: true}}},
+			Outside: record.Outside{UIDs: []int{100999, 100999, 100999, 100999}, NoNewPrivs: true, Seccomp: 2, Interfaces: []string{"lo"}},
+		},
+	}
+	if change != nil {
+		change(r)
+	}
+	signed, err := r.Sign(n.Key)
+	if err != nil {
+		t.Fatal(err)
+	}
+	return signed
 }
 
 // Registration is what an honest node sends.
@@ -204,6 +234,7 @@ type Session struct {
 	Agreed *wire.Session
 	sealer *wire.Sealer
 	opener *wire.Opener
+	began  digest.Digest // the record that it began with, until that is acknowledged
 }
 
 // counter gives the counts of hellos and the sequences of receipts.
@@ -246,7 +277,7 @@ func (n *Node) Dial(t testing.TB, h http.Header, own *wire.Secret) (*Session, in
 	return s, res.StatusCode, nil
 }
 
-// Connect opens a session and says hello.
+// Connect opens a session, says hello and sends the record of the sandbox.
 func (n *Node) Connect(t testing.TB) *Session {
 	t.Helper()
 	own := wire.NewSecret()
@@ -256,6 +287,10 @@ func (n *Node) Connect(t testing.TB) *Session {
 	}
 	s.Send(&wire.Hello{Agent: "nodetest", Config: n.Digest, Count: counter.Add(1)})
 	Expect[*wire.Welcome](s)
+	if n.Sandbox != nil {
+		s.Send(&wire.Sandbox{Sandbox: n.Sandbox})
+		s.began = n.Sandbox.Digest()
+	}
 	return s
 }
 
@@ -330,14 +365,22 @@ func (s *Session) SendRaw(frame []byte) {
 	}
 }
 
-// Receive returns the next message.
+// Receive returns the next message. That the record has come which the session began
+// with is passed over.
 func (s *Session) Receive() (wire.Message, error) {
-	_ = s.Conn.SetReadDeadline(time.Now().Add(Patience))
-	_, frame, err := s.Conn.ReadMessage()
-	if err != nil {
-		return nil, err
+	for {
+		_ = s.Conn.SetReadDeadline(time.Now().Add(Patience))
+		_, frame, err := s.Conn.ReadMessage()
+		if err != nil {
+			return nil, err
+		}
+		m, err := s.opener.Open(frame, time.Now())
+		if a, ok := m.(*wire.SandboxAck); ok && err == nil && a.Digest == s.began {
+			s.began = digest.Digest{}
+			continue
+		}
+		return m, err
 	}
-	return s.opener.Open(frame, time.Now())
 }
 
 // Expect returns the next message of type M. Bound, Status, Update and LeavesAck
@@ -409,6 +452,9 @@ func (n *Node) Result(t testing.TB, j *wire.Job, response []byte, change func(*r
 	}
 	if n.Class != nil {
 		r.Claimed.ClassDigest = n.Class.Digest
+	}
+	if n.Sandbox != nil {
+		r.Measured.SandboxDigest = n.Sandbox.Digest()
 	}
 	if change != nil {
 		change(&r)
