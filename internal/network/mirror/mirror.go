@@ -58,6 +58,9 @@ const (
 	// and maxAllUnsigned how many of all.
 	maxUnsigned    = 2 * wire.MaxPending
 	maxAllUnsigned = 4 << 20
+	// few is how many a node may have even then: nodes that send many and no head keep
+	// nobody else from showing what comes of jobs.
+	few = 256
 	// maxExpected is how many receipts of a node are looked for in its log.
 	maxExpected = 4096
 )
@@ -341,7 +344,7 @@ func (s *Session) Leaves(l *wire.Leaves) (news bool, err error) {
 		return false, nil
 	}
 	leaves = leaves[have-from:]
-	if len(c.leaves)+len(leaves) > maxUnsigned || c.m.unsigned.Load() > maxAllUnsigned {
+	if n := len(c.leaves) + len(leaves); n > maxUnsigned || n > few && c.m.unsigned.Load() > maxAllUnsigned {
 		return false, ErrCrowded
 	}
 	c.m.unsigned.Add(int64(len(leaves)))

@@ -415,6 +415,25 @@ func TestHostileWords(t *testing.T) {
 	}
 }
 
+// Others that have filled the room for leaves keep a node only from sending many.
+func TestNoRoom(t *testing.T) {
+	p := newProver(t)
+	p.join()
+	p.m.unsigned.Store(maxAllUnsigned + 1)
+	for range 3 {
+		p.grow(few)
+		p.sync()
+	}
+	p.mustProve(0, 3*few-1)
+	p.grow(few + 1)
+	_, err := p.leaves(3*few, p.all[3*few:], nil)
+	is(t, "many leaves", err, ErrCrowded)
+	p.m.unsigned.Store(0)
+	p.join()
+	p.sync()
+	p.mustProve(4 * few)
+}
+
 // Two heads that cannot be of one log are kept, whatever the second one is, and the
 // node is out in later sessions, too.
 func TestContradiction(t *testing.T) {
