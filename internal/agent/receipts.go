@@ -222,6 +222,9 @@ func (m *membership) send(t *telling, leaves []wire.Message) error {
 // was before this machine's disk was replaced or set back.
 func (m *membership) hear(t *telling, said *wire.LeavesAck, chain uint64) error {
 	t.known, t.waits, t.has = true, false, said.Size
+	if t.head != nil && said.Size < t.head.Size {
+		t.last = time.Time{} // it has dropped some; the head of heartbeats is to be right again soon
+	}
 	h := said.Head
 	if h == nil || t.head != nil && *h == *t.head {
 		return m.acked(said.Size)

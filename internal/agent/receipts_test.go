@@ -161,7 +161,7 @@ func TestReceiptLogIsShown(t *testing.T) {
 		for range 3 {
 			leaves = append(leaves, f.earn(t, s))
 		}
-		a.hears(f.party, 3*time.Second)
+		a.hears(f.party, 30*time.Second)
 		a.has(leaves...)
 		beats, first := a.beats, *a.head
 		a.hears(f.party, time.Minute)
@@ -196,7 +196,7 @@ func TestReceiptLogIsShown(t *testing.T) {
 			t.Errorf("after a restart %d leaves, %d heads, and a new one: %v", a.got, a.beats, *a.head != before)
 		}
 		leaves = append(leaves, f.earn(t, s))
-		a.hears(f.party, 3*time.Second)
+		a.hears(f.party, 30*time.Second)
 		a.has(leaves...)
 		if n := f.book.count(journal.ReceiptLogRestored) + f.book.count(journal.ReceiptLogRefused) + f.book.count(journal.ReceiptLogBehind); n > 0 {
 			t.Errorf("the operator is bothered:\n%s", f.book)
@@ -213,7 +213,7 @@ func TestReceiptLogWaits(t *testing.T) {
 		a.opens(f.party)
 		leaves := []evm.Hash{f.earn(t, s)}
 		a.deaf = true
-		a.hears(f.party, 3*time.Second)
+		a.hears(f.party, 30*time.Second)
 		for range 5 {
 			leaves = append(leaves, f.earn(t, s))
 			a.hears(f.party, 10*time.Second)
@@ -222,6 +222,7 @@ func TestReceiptLogWaits(t *testing.T) {
 			t.Errorf("%d leaves and %d heads for a network that stores none", a.got, a.beats)
 		}
 		// It has dropped them, and says so.
+		f.party.drop() // what is on its way
 		a.deaf, a.leaves = false, nil
 		f.Message(a.say())
 		a.hears(f.party, 10*time.Second)
@@ -240,7 +241,7 @@ func TestReceiptLogOfAReplacedDisk(t *testing.T) {
 		for range 5 {
 			leaves = append(leaves, f.earn(t, s))
 		}
-		a.hears(f.party, 5*time.Second)
+		a.hears(f.party, 30*time.Second)
 		stop()
 
 		f, _, stop = start(dirs[1])
@@ -249,7 +250,7 @@ func TestReceiptLogOfAReplacedDisk(t *testing.T) {
 		a.opens(f.party)
 		a.has(leaves...)
 		leaves = append(leaves, f.earn(t, s))
-		a.hears(f.party, 5*time.Second)
+		a.hears(f.party, 30*time.Second)
 		a.has(leaves...)
 		if a.got != 3 || f.book.count(journal.ReceiptLogRestored) != 1 {
 			t.Errorf("%d leaves\n%s", a.got, f.book)
@@ -277,10 +278,10 @@ func TestReceiptLogOfAForgetfulNetwork(t *testing.T) {
 		for range 4 {
 			leaves = append(leaves, f.earn(t, s))
 		}
-		a.hears(f.party, 5*time.Second)
+		a.hears(f.party, 30*time.Second)
 		old := *a
 		leaves = append(leaves, f.earn(t, s))
-		a.hears(f.party, 5*time.Second)
+		a.hears(f.party, 30*time.Second)
 		for name, copy := range map[string]archive{"an older copy": old, "none": *newArchive(t, "testnet")} {
 			f.Closed(errBroken)
 			b := &copy
@@ -304,7 +305,7 @@ func TestReceiptLogOfAForgetfulNetwork(t *testing.T) {
 		}
 		b.opens(f.party)
 		since := f.earn(t, s)
-		b.hears(f.party, 5*time.Second)
+		b.hears(f.party, 30*time.Second)
 		b.has(append(leaves, since)...)
 		f.Closed(errBroken)
 		c := newArchive(t, "testnet")
@@ -378,7 +379,7 @@ func TestReceiptLogIsNotTakenBack(t *testing.T) {
 		for range 4 {
 			leaves = append(leaves, f.earn(t, s))
 		}
-		a.hears(f.party, 5*time.Second)
+		a.hears(f.party, 30*time.Second)
 		is := f.store.ReceiptLog()
 		fork := newArchive(t, "testnet")
 		fork.leaves, fork.stored = []evm.Hash{leaves[0], leaves[2], leaves[1], leaves[3]}, 4
@@ -424,7 +425,7 @@ func TestReceiptLogBehindItsKey(t *testing.T) {
 			t.Errorf("it is said %d times", n)
 		}
 		leaves = append(leaves, f.earn(t, s))
-		a.hears(f.party, 5*time.Second)
+		a.hears(f.party, 30*time.Second)
 		a.has(leaves...)
 	})
 }
