@@ -33,50 +33,59 @@ const quorum = 3
 // something else with each heartbeat fills no log.
 const quiet = 10 * time.Minute
 
+// A node that has gone stops counting after a while, which is looked at now and then.
+const (
+	remember = 24 * time.Hour
+	every    = time.Hour
+)
+
 // group is what has to be the same for fingerprints to be compared.
 type group struct{ config, class digest.Digest }
 
 type entry struct {
 	group
 	print digest.Digest
+	at    time.Time // of the node's last heartbeat
 }
 
 // tally is what is known of a group.
 type tally struct {
 	nodes map[evm.Address]struct{}
 	count map[digest.Digest]int // of nodes, by fingerprint
+	most  digest.Digest         // that more than half have, or none
 }
 
-// majority returns the fingerprint that more than half have, or none.
-func (t *tally) majority() digest.Digest {
+// settle finds the majority anew. There may be as many fingerprints as nodes, so it
+// is done once for each change, and not for each verdict.
+func (t *tally) settle() {
+	t.most = digest.Digest{}
 	for p, n := range t.count {
 		if 2*n > len(t.nodes) {
-			return p
+			t.most = p
 		}
 	}
-	return digest.Digest{}
 }
 
 func (t *tally) verdict(print digest.Digest) Verdict {
-	most := t.majority()
 	switch {
 	case len(t.nodes) < 2:
 		return Unknown
-	case print == most:
+	case print == t.most:
 		return Same
-	case most.IsZero() || len(t.nodes) < quorum:
+	case t.most.IsZero() || len(t.nodes) < quorum:
 		return Disputed
 	}
 	return Odd
 }
 
-// Book remembers what each node has said last, also one that has gone, until it
-// says something else. Its methods are safe for concurrent use.
+// Book remembers what each node has said last until it says something else, and of
+// one that has gone for a day. Its methods are safe for concurrent use.
 type Book struct {
 	mu     sync.Mutex // guards what follows
 	of     map[evm.Address]entry
 	groups map[group]*tally
 	said   map[evm.Address]time.Time // when a node was pointed out last
+	swept  time.Time
 }
 
 // New returns an empty book.
@@ -91,7 +100,8 @@ func New() *Book {
 func (b *Book) Take(node evm.Address, beat *wire.Heartbeat, now time.Time) (odd []evm.Address) {
 	b.mu.Lock()
 	defer b.mu.Unlock()
-	for _, n := range b.take(node, beat) {
+	b.sweep(now)
+	for _, n := range b.take(node, beat, now) {
 		if at, said := b.said[n]; !said || now.Sub(at) >= quiet {
 			b.said[n] = now
 			odd = append(odd, n)
@@ -100,17 +110,41 @@ func (b *Book) Take(node evm.Address, beat *wire.Heartbeat, now time.Time) (odd 
 	return odd
 }
 
-func (b *Book) take(node evm.Address, beat *wire.Heartbeat) (odd []evm.Address) {
+// sweep forgets nodes that have gone. The caller holds the lock.
+func (b *Book) sweep(now time.Time) {
+	if now.Sub(b.swept) < every {
+		return
+	}
+	b.swept = now
+	for n, e := range b.of {
+		if now.Sub(e.at) >= remember {
+			b.remove(n, e)
+		}
+	}
+	for n, at := range b.said {
+		if now.Sub(at) >= quiet {
+			delete(b.said, n)
+		}
+	}
+}
+
+func (b *Book) take(node evm.Address, beat *wire.Heartbeat, at time.Time) (odd []evm.Address) {
 	was, known := b.of[node]
 	c := beat.Class
 	if c == nil || c.Fingerprint.IsZero() {
-		if known && (beat.Config != was.config || c != nil && c.Digest != was.class) {
+		switch {
+		case !known:
+		case beat.Config != was.config || c != nil && c.Digest != was.class:
 			b.remove(node, was)
+		default: // what it has said stands
+			was.at = at
+			b.of[node] = was
 		}
 		return nil
 	}
-	now := entry{group{beat.Config, c.Digest}, c.Fingerprint}
-	if known && now == was {
+	now := entry{group{beat.Config, c.Digest}, c.Fingerprint, at}
+	if known && now.group == was.group && now.print == was.print {
+		b.of[node] = now
 		return nil
 	}
 	if known {
@@ -118,17 +152,18 @@ func (b *Book) take(node evm.Address, beat *wire.Heartbeat) (odd []evm.Address) 
 	}
 	t := b.groups[now.group]
 	if t == nil {
-		t = &tally{map[evm.Address]struct{}{}, map[digest.Digest]int{}}
+		t = &tally{nodes: map[evm.Address]struct{}{}, count: map[digest.Digest]int{}}
 		b.groups[now.group] = t
 	}
-	before, few := t.majority(), len(t.nodes)+1 <= quorum
+	before, few := t.most, len(t.nodes)+1 <= quorum
 	t.nodes[node] = struct{}{}
 	t.count[now.print]++
+	t.settle()
 	b.of[node] = now
 	if t.verdict(now.print) == Odd {
 		odd = append(odd, node)
 	}
-	if t.majority() != before || few { // else it changes nothing for the others
+	if t.most != before || few { // else it changes nothing for the others
 		for n := range t.nodes {
 			if n != node && t.verdict(b.of[n].print) == Odd {
 				odd = append(odd, n)
@@ -146,6 +181,7 @@ func (b *Book) remove(node evm.Address, e entry) {
 	if t.count[e.print]--; t.count[e.print] == 0 {
 		delete(t.count, e.print)
 	}
+	t.settle()
 	if len(t.nodes) == 0 {
 		delete(b.groups, e.group)
 	}

@@ -1,6 +1,7 @@
 package classes
 
 import (
+	"fmt"
 	"slices"
 	"testing"
 	"time"
@@ -108,5 +109,49 @@ func TestQuiet(t *testing.T) {
 	}
 	if said != 2 {
 		t.Errorf("pointed out %d times within 1000 seconds", said)
+	}
+}
+
+// A node that has gone is not counted for ever; one that goes on saying the same is.
+func TestGone(t *testing.T) {
+	b, now := New(), time.Now()
+	for i := range byte(3) {
+		b.Take(node(i), beat("c", "k", "x"), now)
+	}
+	b.Take(node(3), beat("c", "k", "y"), now)
+	beats := []*wire.Heartbeat{beat("c", "k", "x"), beat("c", "", ""), beat("c", "k", "")}
+	for until := now.Add(remember + every); now.Before(until); now = now.Add(time.Minute) {
+		if odd, _ := b.Count(); now.Before(until.Add(-2*every)) && odd != 1 {
+			t.Fatalf("%d odd, %v before it is forgotten", odd, until.Sub(now))
+		}
+		for i, h := range beats {
+			b.Take(node(byte(i)), h, now)
+		}
+	}
+	if odd, disputed := b.Count(); odd+disputed != 0 || len(b.of) != 3 || len(b.said) != 0 {
+		t.Errorf("%d odd, %d disputed; left: %v, %v", odd, disputed, b.of, b.said)
+	}
+	for i := range byte(3) {
+		if v := b.Verdict(node(i)); v != Same {
+			t.Errorf("node %d is %q", i, v)
+		}
+	}
+}
+
+// Ten thousand nodes of which each says something else, and one that makes and
+// unmakes a majority, cost no more than a look at each.
+func BenchmarkCrowd(b *testing.B) {
+	book, now := New(), time.Now()
+	address := func(i int) evm.Address { return evm.Address{18: byte(i >> 8), 19: byte(i)} }
+	for i := range 10_000 {
+		print := "x"
+		if i >= 5_000 {
+			print = fmt.Sprint(i)
+		}
+		book.Take(address(i), beat("c", "k", print), now)
+	}
+	for i := 0; b.Loop(); i++ {
+		book.Take(address(20_000), beat("c", "k", []string{"x", "z"}[i%2]), now)
+		book.Count()
 	}
 }
