@@ -118,7 +118,7 @@ contract ResultityReceipts {
         checkHead(h, signature);
         Head storage before = heads[h.node][h.network];
         if (h.size < before.size) revert Outdated(before.size);
-        if (h.size == before.size && before.time != 0) {
+        if (h.size == before.size && before.node != address(0)) {
             if (h.root == before.root) revert AlreadyRecorded();
             emit Contradiction(h.node, h.size, before.root, h.root);
             return;

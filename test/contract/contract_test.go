@@ -278,4 +278,13 @@ func TestHead(t *testing.T) {
 	if _, events := accept(t, c, "recordHead", OfHead(fork), signed(fork, chainID)); !slices.Equal(events, []string{"Contradiction"}) {
 		t.Errorf("another log of the same size: events %v", events)
 	}
+	timeless := h
+	timeless.Network, timeless.Time = "othernet", 0 // the time is what the node likes
+	if _, events := accept(t, c, "recordHead", OfHead(timeless), signed(timeless, chainID)); !slices.Equal(events, []string{"HeadRecorded"}) {
+		t.Errorf("a log at no time: events %v", events)
+	}
+	timeless.Root[0] ^= 1
+	if _, events := accept(t, c, "recordHead", OfHead(timeless), signed(timeless, chainID)); !slices.Equal(events, []string{"Contradiction"}) {
+		t.Errorf("another log of the same size, both at no time: events %v", events)
+	}
 }
