@@ -189,10 +189,10 @@ func New(ctx context.Context, cfg *config.Config, env func(string) string, log *
 	if err := a.lock(); err != nil {
 		return a, err
 	}
+	a.forgetKept()
 	if err := a.each((*membership).openStore); err != nil {
 		return a, err
 	}
-	a.forgetKept()
 	if err := a.openIdentity(env); err != nil {
 		return a, err
 	}

@@ -44,7 +44,8 @@ func (m *membership) openKept() {
 	m.kept = k
 }
 
-// forgetKept removes what was kept of jobs of networks that the node has left.
+// forgetKept removes what was kept of jobs of networks that the node has left, and where
+// none are to be kept any more that of all, also of one that cannot be opened now.
 func (a *Agent) forgetKept() {
 	dir := filepath.Join(a.cfg.Paths.State, "networks")
 	entries, err := os.ReadDir(dir)
@@ -52,12 +53,12 @@ func (a *Agent) forgetKept() {
 		return
 	}
 	for _, e := range entries {
-		if !slices.ContainsFunc(a.cfg.Networks, func(n config.Network) bool { return n.Name == e.Name() }) {
+		if a.cfg.Replay.Keep == 0 || !slices.ContainsFunc(a.cfg.Networks, func(n config.Network) bool { return n.Name == e.Name() }) {
 			err = errors.Join(err, os.RemoveAll(filepath.Join(dir, e.Name(), keptDir)))
 		}
 	}
 	if err != nil {
-		a.log.Error("jobs kept for replay in a network that the node has left could not be removed", journal.StorageFailed.Attr(), "error", err)
+		a.log.Error("jobs kept for replay before could not be removed", journal.StorageFailed.Attr(), "error", err)
 	}
 }
 
@@ -156,7 +157,7 @@ func (m *membership) replay(ctx context.Context, p *past, show bool) (control.Re
 	req, was, why := toCompare(now, p)
 	if why != "" {
 		v.Comparison = openai.Incomparable("%s", why)
-		m.sayReplayed(&v)
+		m.sayReplayed(&v, now)
 		return v, nil
 	}
 	begin := time.Now()
@@ -180,7 +181,7 @@ func (m *membership) replay(ctx context.Context, p *past, show bool) (control.Re
 	if show {
 		v.Was, v.Is = openai.Excerpts(was, is, v.Difference)
 	}
-	m.sayReplayed(&v)
+	m.sayReplayed(&v, now)
 	return v, nil
 }
 
@@ -213,12 +214,12 @@ func toCompare(now *work.Active, p *past) (req *openai.Request, was *openai.Answ
 	return req, was, req.Incomparable(was, openai.Conditions{Seed: p.seeded, Limits: p.receipt.Measured.ConfigDigest == now.Snapshot.Digest(), Tokens: l.Tokens})
 }
 
-// sayReplayed logs what came of a replay, without the reason: that may have words
-// of whoever asked.
-func (m *membership) sayReplayed(v *control.Replay) {
+// sayReplayed logs what came of a replay, with neither the reason nor the model that
+// the answer names: those may be words of whoever made the files that were handed over.
+func (m *membership) sayReplayed(v *control.Replay, now *work.Active) {
 	level := slog.LevelInfo
 	if v.Verdict == openai.Different {
 		level = slog.LevelWarn
 	}
-	m.log.Log(context.Background(), level, "job run again", journal.JobReplayed.Attr(), "job", v.Job, "model", v.Model, "outcome", v.Verdict, "took", time.Duration(v.TookMS)*time.Millisecond)
+	m.log.Log(context.Background(), level, "job run again", journal.JobReplayed.Attr(), "job", v.Job, "model", now.Snapshot.Config().Runtime.Model, "outcome", v.Verdict, "took", time.Duration(v.TookMS)*time.Millisecond)
 }

@@ -211,6 +211,19 @@ func TestReplayNotComparable(t *testing.T) {
 			}
 		}
 		incomparable(control.ReplayRequest{Request: j.Request, Response: r.Response, Receipt: signed}, "seed")
+		// The model that an answer names may be any words, with a receipt by anybody.
+		words := strings.Replace(string(r.Response), `"model":"`+j.Model+`"`, `"model":"SECRET words"`, 1)
+		rc := r.Receipt.Receipt()
+		rc.Measured.ResponseHash = digest.Of([]byte(words))
+		lie, err := rc.Sign(r.Receipt.ChainID(), nodeKey)
+		if err != nil {
+			t.Fatal(err)
+		}
+		raw, err := json.Marshal(lie)
+		if err != nil {
+			t.Fatal(err)
+		}
+		incomparable(control.ReplayRequest{Request: j.Request, Response: []byte(words), Receipt: raw}, "SECRET words")
 		kept := control.ReplayRequest{Job: j.ID.String()}
 		if v, err := f.again(t, kept, oldAnswer); err != nil || v.Verdict != openai.Same { // its seed is known here
 			t.Errorf("%+v, %v", v, err)
@@ -280,6 +293,7 @@ func TestReplayRefused(t *testing.T) {
 // A network that the node has left keeps nothing on its disk.
 func TestForgetKept(t *testing.T) {
 	f := build(t, t.TempDir(), deploytest.New(t))
+	f.cfg.Replay.Keep = 1
 	f.forgetKept() // there is nothing
 	left := filepath.Join(f.cfg.Paths.State, "networks", "left")
 	for _, dir := range []string{filepath.Join(left, keptDir), filepath.Join(left, "jobs"), filepath.Join(f.party.dir, keptDir)} {
@@ -298,6 +312,11 @@ func TestForgetKept(t *testing.T) {
 		if _, err := os.Lstat(filepath.Join(dir, "x")); err != nil {
 			t.Error(err)
 		}
+	}
+	f.cfg.Replay.Keep = 0 // also of a network that cannot be opened
+	f.forgetKept()
+	if _, err := os.Lstat(filepath.Join(f.party.dir, keptDir)); !errors.Is(err, fs.ErrNotExist) {
+		t.Errorf("none are to be kept, and it is there: %v", err)
 	}
 	if err := f.Close(); err != nil {
 		t.Error(err)
