@@ -30,6 +30,7 @@ import (
 	"github.com/resultity/node/internal/network/nodetest"
 	"github.com/resultity/node/internal/network/store"
 	"github.com/resultity/node/internal/receipt"
+	"github.com/resultity/node/internal/sandbox/record"
 	"github.com/resultity/node/internal/wire"
 )
 
@@ -436,6 +437,11 @@ func TestFragments(t *testing.T) {
 
 func TestFloodsAreSlowedDown(t *testing.T) {
 	leaf := uint64(0)
+	key, err := evm.NewKey()
+	if err != nil {
+		t.Fatal(err)
+	}
+	node := &nodetest.Node{Key: key, Config: nodetest.Config(t, evm.Address{1}), Digest: digest.Of([]byte("x"))}
 	for name, flood := range map[string]func(*session, *wire.Logs){
 		"leaves of no result": func(s *session, _ *wire.Logs) {
 			if _, err := s.leaves(&wire.Leaves{From: leaf, Leaves: []evm.Hash{{1}}}); err != nil {
@@ -449,14 +455,15 @@ func TestFloodsAreSlowedDown(t *testing.T) {
 				t.Errorf("logs: %v", err)
 			}
 		},
+		"records": func(s *session, _ *wire.Logs) {
+			if err := s.sandbox(node.Record(t, nil)); err != nil {
+				t.Errorf("record: %v", err)
+			}
+		},
 	} {
 		t.Run(name, func(t *testing.T) {
 			s, _ := rig(t, Options{})
-			key, err := evm.NewKey()
-			if err != nil {
-				t.Fatal(err)
-			}
-			s.node = key.Address()
+			s.node, s.m.registry = key.Address(), noRecords{}
 			bad, err := wire.SealLogs(key, wire.LogBatch{
 				Network: s.m.dispatch.Terms().Config.Network.Name, Node: s.node, Spool: strings.Repeat("0", 32), Last: 1, Count: 1,
 			}, []byte("no gzip"))
@@ -466,6 +473,7 @@ func TestFloodsAreSlowedDown(t *testing.T) {
 			s.stray = rate.NewLimiter(rate.Every(time.Hour), 2)
 			s.m.limits.logsOf = newLimiters[evm.Address](rate.Every(time.Hour), 2)
 			s.m.limits.leavesOf = newLimiters[evm.Address](rate.Every(time.Hour), 2)
+			s.m.limits.recordsOf = newLimiters[evm.Address](rate.Every(time.Hour), 2)
 			logs := mirror.New(noLogs{}, nil, s.m.metrics, s.log, nil)
 			if s.copy, _, err = logs.Join(t.Context(), s.node, func(*wire.LeavesAck) {}, nil); err != nil {
 				t.Fatal(err)
@@ -487,6 +495,11 @@ func TestFloodsAreSlowedDown(t *testing.T) {
 		})
 	}
 }
+
+// noRecords keeps no record of a sandbox, and is asked for nothing else.
+type noRecords struct{ registry }
+
+func (noRecords) PutSandbox(context.Context, *record.Signed) error { return nil }
 
 // noLogs has no receipt log of any node.
 type noLogs struct{}
