@@ -576,6 +576,10 @@ func (c *logCopy) again(why error) error {
 	c.log.Error("copy of the node's receipt log was changed by somebody else", "error", why)
 	c.next, c.older, c.asked = nil, nil, nil
 	c.forget()
+	if c.session != nil { // its next head would be one of leaves that are forgotten
+		c.session.over("the network has lost what it had of the receipt log")
+		c.session = nil
+	}
 	ctx, cancel := context.WithTimeout(context.Background(), opTimeout)
 	defer cancel()
 	lost, conflict := c.stored.Head, c.stored.Conflict
@@ -587,10 +591,6 @@ func (c *logCopy) again(why error) error {
 	}
 	if conflict != nil {
 		c.stored.Conflict = conflict
-	}
-	if c.session != nil {
-		c.session.over("the network has lost what it had of the receipt log")
-		c.session = nil
 	}
 	return nil
 }

@@ -31,6 +31,7 @@ const (
 type disk struct {
 	mu    sync.Mutex
 	fail  error
+	reads int // one more than succeed before all fail; 0 for no end
 	puts  int
 	logs  map[evm.Address][]byte
 	tiles map[string]tile
@@ -45,6 +46,10 @@ func name(node evm.Address, level int, index uint64) string {
 func (d *disk) ReceiptLog(_ context.Context, node evm.Address) (*store.ReceiptLog, error) {
 	d.mu.Lock()
 	defer d.mu.Unlock()
+	if d.reads == 1 {
+		return nil, errors.New("no answer")
+	}
+	d.reads = max(0, d.reads-1)
 	raw, ok := d.logs[node]
 	if !ok {
 		return nil, store.ErrNotFound
@@ -615,6 +620,27 @@ func TestDamagedCopy(t *testing.T) {
 		if p.over == "" {
 			t.Fatal("the session goes on")
 		}
+		if a, _ := p.join(); a.Size != 0 {
+			t.Fatalf("the node is told %+v", a)
+		}
+		p.send(512, p.edge(512))
+		p.beat(p.sign(nil))
+		p.mustProve(512, 709)
+	})
+	t.Run("while it runs, and then cannot be read", func(t *testing.T) {
+		p := newProver(t)
+		p.join()
+		p.grow(700)
+		p.sync()
+		p.disk.change(t, p.key.Address(), func(l *store.ReceiptLog) { l.Open[0][40] ^= 1 })
+		p.disk.reads = 2
+		p.grow(10)
+		p.send(700, nil)
+		p.beat(p.sign(nil))
+		if p.over == "" {
+			t.Fatal("the session goes on, and would end with a violation")
+		}
+		p.disk.reads = 0
 		if a, _ := p.join(); a.Size != 0 {
 			t.Fatalf("the node is told %+v", a)
 		}
