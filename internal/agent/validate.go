@@ -139,7 +139,8 @@ var errCrowded = errors.New("the engine's slots were all taken, for as long as a
 // recheck implements machine. The golden requests are put to the engine beside
 // jobs, in a slot as a job has. Answers that are wrong then are asked for once more
 // while it does nothing else: only those are the engine's fault, and not that of
-// the company which the requests had in a batch.
+// the company which the requests had in a batch. Of a network that has a part in
+// another one's runtime only its own jobs are waited for: it cannot stop the other's.
 func (a *Agent) recheck(ctx context.Context, m *membership, dep *deploy.Deployment) error {
 	var d deployer
 	err := a.inUpdates(ctx, func(u *updater, _ context.Context) error {
@@ -185,8 +186,9 @@ func (a *Agent) recheck(ctx context.Context, m *membership, dep *deploy.Deployme
 	return a.validateAgain(ctx, m, dep, nil, bySchedule)
 }
 
-// validateAgain validates a deployment that serves, while its engine does nothing
-// else; damage says that its files are not what they were.
+// validateAgain validates a deployment that serves, without jobs of its network, and
+// while its engine does nothing else at all if the network leads; damage says that its
+// files are not what they were.
 func (a *Agent) validateAgain(ctx context.Context, m *membership, dep *deploy.Deployment, damage error, cause string) error {
 	return a.inUpdates(ctx, func(u *updater, ctx context.Context) error {
 		switch owner := u.owner(); {
