@@ -12,6 +12,7 @@ import (
 	"time"
 
 	"github.com/resultity/node/internal/control"
+	"github.com/resultity/node/internal/digest"
 	"github.com/resultity/node/internal/receipt"
 	"github.com/resultity/node/internal/receiptlog"
 )
@@ -163,10 +164,11 @@ func (w *world) missing(t *testing.T) int {
 
 // checkReceipts asks for the receipt of every answer once more. Those since the
 // node's store was last taken away are in its log, as far as a few hundred of them
-// can tell: no death has cost it one, or had the node contradict itself.
+// can tell: no death has cost it one, or had the node contradict itself. And the
+// network has the records of the sandboxes that they name.
 func (w *world) checkReceipts(t *testing.T) {
 	t.Helper()
-	proven := 0
+	proven, recorded := 0, map[digest.Digest]bool{}
 	for id, logged := range w.load.answers {
 		res, raw, err := w.Do(t.Context(), "GET", "/v1/receipts/"+id, nil)
 		if err != nil || res.StatusCode != 200 {
@@ -182,6 +184,16 @@ func (w *world) checkReceipts(t *testing.T) {
 			continue
 		}
 		stated := signed.Receipt()
+		if d := stated.Measured.SandboxDigest; !recorded[d] {
+			recorded[d] = true
+			w.wait(t.Context(), 20*time.Second, func() bool {
+				res, raw, err = w.Do(t.Context(), "GET", "/v1/sandbox/"+d.Hex(), nil)
+				return err != nil || res.StatusCode == 200
+			})
+			if err != nil || res.StatusCode != 200 {
+				t.Errorf("receipt %s names sandbox %s, whose record is lost: %v %s", id, d, err, tail(raw, 300))
+			}
+		}
 		w.wait(t.Context(), 20*time.Second, func() bool {
 			res, raw, err = w.Do(t.Context(), "GET", "/v1/receipts/"+id+"/proof", nil)
 			return err != nil || res.StatusCode == 200
@@ -199,7 +211,7 @@ func (w *world) checkReceipts(t *testing.T) {
 		}
 		proven++
 	}
-	t.Logf("%d of %d receipts were looked for in the log, and are there", proven, len(w.load.answers))
+	t.Logf("%d of %d receipts were looked for in the log, and are there; they name %d records of the sandbox", proven, len(w.load.answers), len(recorded))
 }
 
 // die has a program killed at a point and looks at what comes after.
