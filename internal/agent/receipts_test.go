@@ -10,6 +10,7 @@ import (
 	"time"
 
 	"github.com/resultity/node/internal/deploy/deploytest"
+	"github.com/resultity/node/internal/digest"
 	"github.com/resultity/node/internal/evm"
 	"github.com/resultity/node/internal/journal"
 	"github.com/resultity/node/internal/receipt"
@@ -108,7 +109,12 @@ func (p *party) earn(t *testing.T, s *snapshot.Snapshot) evm.Hash {
 	if _, err := p.store.Accept(j); err != nil {
 		t.Fatal(err)
 	}
-	signed, err := p.key.Receipt(s.Config().Network.ChainID, receipt.Receipt{Job: j.ID, Node: p.key.Address()})
+	d := digest.Of([]byte("x"))
+	signed, err := p.key.Receipt(s.Config().Network.ChainID, receipt.Receipt{
+		Job: j.ID, Node: p.key.Address(),
+		Measured: receipt.Measured{ConfigDigest: s.Digest(), ImageDigest: d, ModelDigest: d, SandboxDigest: p.inForce(), RequestHash: d, ResponseHash: d},
+		Claimed:  receipt.Claimed{ClassDigest: receipt.Unknown},
+	})
 	if err != nil {
 		t.Fatal(err)
 	}
