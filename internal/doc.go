@@ -55,10 +55,11 @@
 // ([work.Slots]). Everything that a node signs is bound to one network's name,
 // by itself or by the digest of a configuration that holds it.
 //
-// Three small things pass beside them, each signed on its own so that it can be
+// Four small things pass beside them, each signed on its own so that it can be
 // shown to others later: orders of the network's operator (order, and the memory of
-// which were carried out), the binding to an account (binding), and the node's log
-// on its way to the network (spool).
+// which were carried out), the binding to an account (binding), the node's log
+// on its way to the network (spool), and what the sandbox was seen to be
+// (sandbox/record, and sandbox/book until the network has it).
 //
 // # Level-triggered and crash-only
 //
@@ -88,12 +89,13 @@
 //	leaves  failpoint; digest, durable, evm, gate, journal, plainhttp, spelling,
 //	        version;
 //	        chunk
-//	pure    receipt, receiptlog, binding, determinism; wire, snapshot, bridge/contract;       no I/O, no clock
-//	        openai, quadlet, chain
+//	pure    receipt, receiptlog, binding, determinism, bridge/contract;          no I/O, no clock
+//	        sandbox/record; wire, snapshot; openai, quadlet, chain
 //	        config                                                               reads its files, no more
 //	edges   model/fetch, model/share, model/format, model/signature;             one thing outside each
 //	        identity, signer, tuf, session, image, model, podman, systemd,
-//	        runtime, state, generation, order, spool, preflight, support;
+//	        runtime, state, generation, order, spool, preflight, support,
+//	        sandbox/book;
 //	        control, sandbox, hardware
 //	order   work, deploy
 //	top     agent, ctl, signer/cli
@@ -122,6 +124,16 @@
 // it can, it gives the engine a mount namespace in which systemd's socket and the
 // agent's are not to be seen: the engine has the bridge's user id, and neither filter
 // nor Landlock looks at the path that a socket is connected to.
+//
+// What the bridge saw of the sandbox from inside, and the agent from outside, is one
+// signed record for each start of the runtime, and another one after each hour.
+// Receipts name it by its digest: it is a hundred times their size. A record is on
+// the node's disk before a receipt names it, and stays there until the network has it;
+// the network counts receipts that name one it lacks, and takes them, since their
+// clients would have nothing of a refusal. The agent looks again every minute. A sandbox that has changed, which takes
+// root or the agent's account, ends the runtime at once: its jobs could be answered by
+// whoever is in there, so they are other nodes'. Nothing hinders that somebody from
+// lying in the next record; that is what signatures of the hardware would be for.
 //
 // The runtime outlives the agent: an upgrade or a crash of the agent does not
 // unload the model. A restarted agent finds the unit unchanged, looks at its
