@@ -127,7 +127,7 @@
 //
 // What the bridge saw of the sandbox from inside, and the agent from outside, is one
 // signed record for each start of the runtime, and another one after each hour.
-// Receipts name it by its digest: it is a hundred times their size. A record is on
+// Receipts name it by its digest, as it is kilobytes of text. A record is on
 // the node's disk before a receipt names it, and stays there until the network has it;
 // the network counts receipts that name one it lacks, and takes them, since their
 // clients would have nothing of a refusal. The agent looks again every minute. A sandbox that has changed, which takes
