@@ -125,15 +125,16 @@
 // agent's are not to be seen: the engine has the bridge's user id, and neither filter
 // nor Landlock looks at the path that a socket is connected to.
 //
-// What the bridge saw of the sandbox from inside, and the agent from outside, is one
-// signed record for each start of the runtime, and another one after each hour.
-// Receipts name it by its digest, as it is kilobytes of text. A record is on
-// the node's disk before a receipt names it, and stays there until the network has it;
-// the network counts receipts that name one it lacks, and takes them, since their
-// clients would have nothing of a refusal. The agent looks again every minute. A sandbox that has changed, which takes
-// root or the agent's account, ends the runtime at once: its jobs could be answered by
-// whoever is in there, so they are other nodes'. Nothing hinders that somebody from
-// lying in the next record; that is what signatures of the hardware would be for.
+// What the bridge saw of the sandbox from inside, and the agent from outside, is
+// one signed record for each start of the runtime, and another one after each
+// hour. Receipts name it by its digest, as it is kilobytes of text. A record is on
+// the node's disk before a receipt names it, and stays there until the network has
+// it; the network counts receipts that name one it lacks, and takes them, since
+// their clients would have nothing of a refusal. The agent looks again every
+// minute. A sandbox that has changed, which takes root or the agent's account,
+// ends the runtime at once: its jobs could be answered by whoever is in there, so
+// they are other nodes'. Nothing hinders that somebody from lying in the next
+// record; that is what signatures of the hardware would be for.
 //
 // The runtime outlives the agent: an upgrade or a crash of the agent does not
 // unload the model. A restarted agent finds the unit unchanged, looks at its
