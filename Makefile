@@ -46,7 +46,7 @@ build/bin/resultity-network: export CGO_ENABLED := 1
 
 test:
 	CGO_ENABLED=1 go test -race -timeout 20m $$(go list ./internal/... ./cmd/...)
-	go test -count=1 -timeout 30m ./test/... ./packaging/...
+	go test -count=1 -timeout 45m ./test/... ./packaging/...
 
 lint:
 	.ci/lint
