@@ -413,11 +413,12 @@ func (w *Worker) take(ctx context.Context, k *job, a *Active) {
 
 // beginning is when and where the engine began with a job.
 type beginning struct {
-	at      time.Time
+	at      time.Time // by the clock of receipts
+	since   time.Time // for how long it took, whatever that clock has been set to since
 	sandbox digest.Digest
 }
 
-func (w *Worker) begin(a *Active) beginning { return beginning{w.cfg.Now(), a.Sandbox()} }
+func (w *Worker) begin(a *Active) beginning { return beginning{w.cfg.Now(), time.Now(), a.Sandbox()} }
 
 // writeDown makes the job durable.
 func (w *Worker) writeDown(k *job) *refusal {
@@ -514,7 +515,10 @@ func (w *Worker) rerun(ctx context.Context, k *job, a *Active) {
 // conclude makes the result of an accepted job of what the engine has said.
 func (w *Worker) conclude(ctx context.Context, k *job, a *Active, began beginning, res runtime.Result, err error) {
 	c := a.Snapshot.Config()
-	started, finished := began.at, w.cfg.Now()
+	// Not the clock's time now: it may have jumped meanwhile, and the network takes no
+	// receipt for a time to come.
+	started, took := began.at, time.Since(began.since)
+	finished := started.Add(took)
 	if err == nil {
 		err = check(c, k, res, started)
 	}
@@ -522,7 +526,7 @@ func (w *Worker) conclude(ctx context.Context, k *job, a *Active, began beginnin
 	if err != nil {
 		code, message = classify(ctx, err)
 	}
-	w.judge(ctx, a, code, message, finished.Sub(started))
+	w.judge(ctx, a, code, message, took)
 	w.release(k)
 	if err != nil {
 		w.fail(ctx, k, code, message, err)
@@ -537,7 +541,7 @@ func (w *Worker) conclude(ctx context.Context, k *job, a *Active, began beginnin
 		Claimed: receipt.Claimed{
 			ClassDigest: cmp.Or(a.Class, receipt.Unknown), PromptTokens: res.Usage.PromptTokens, CompletionTokens: res.Usage.CompletionTokens,
 			// The clock may have been set while the engine worked.
-			StartedAt: uint64(started.UnixMilli()), FinishedAt: uint64(max(finished.UnixMilli(), started.UnixMilli())),
+			StartedAt: uint64(started.UnixMilli()), FinishedAt: uint64(finished.UnixMilli()),
 		},
 	}
 	signed, err := w.cfg.Key.Receipt(c.Network.ChainID, r)
@@ -547,7 +551,7 @@ func (w *Worker) conclude(ctx context.Context, k *job, a *Active, began beginnin
 	}
 	if w.finish(k, &wire.Result{Job: k.ID, Response: res.Body, Receipt: &signed}) { // the network does not wait for our log
 		w.cfg.Log.Info("job done", journal.JobDone.Attr(), "job", k.ID, "model", k.Model,
-			"prompt_tokens", res.Usage.PromptTokens, "completion_tokens", res.Usage.CompletionTokens, "took", finished.Sub(started).Round(time.Microsecond))
+			"prompt_tokens", res.Usage.PromptTokens, "completion_tokens", res.Usage.CompletionTokens, "took", took.Round(time.Microsecond))
 	}
 }
 

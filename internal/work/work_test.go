@@ -1387,22 +1387,32 @@ func TestKilledBeforeTheAck(t *testing.T) {
 	})
 }
 
-// A clock that is set back while the engine works makes no receipt that ends
-// before it begins.
-func TestTheClockIsSetBack(t *testing.T) {
-	bubble(t, func(t *testing.T) {
-		n := newNode(t, say(answer))
-		var back atomic.Int64
-		n.active.Engine = script(func(ctx context.Context, j runtime.Job, emit func([]byte) error) (runtime.Result, error) {
-			back.Store(int64(time.Hour))
-			return say(answer)(ctx, j, emit)
+// A clock that is set while the engine works makes no receipt that ends before it
+// begins, or in a time to come, which the network would count as a violation.
+func TestTheClockIsSet(t *testing.T) {
+	for _, by := range []time.Duration{time.Hour, -time.Hour} {
+		bubble(t, func(t *testing.T) {
+			n := newNode(t, say(answer))
+			var ahead atomic.Int64
+			n.active.Engine = script(func(ctx context.Context, j runtime.Job, emit func([]byte) error) (runtime.Result, error) {
+				ahead.Store(int64(by))
+				time.Sleep(3 * time.Second)
+				return say(answer)(ctx, j, emit)
+			})
+			n.now = func() time.Time { return time.Now().Add(time.Duration(ahead.Load())) }
+			n.begin(n.active)
+			begun := uint64(time.Now().UnixMilli())
+			j := n.job(false)
+			n.worker.Job(j)
+			n.expect("accept")
+			time.Sleep(3 * time.Second)
+			m := n.expect("result")[0]
+			n.answered(j, m, answer)
+			if got := m.(*wire.Result).Receipt.Receipt().Claimed; got.StartedAt != begun || got.FinishedAt != begun+3000 {
+				t.Errorf("clock set by %v: from %d to %d, want %d and three seconds", by, got.StartedAt, got.FinishedAt, begun)
+			}
 		})
-		n.now = func() time.Time { return time.Now().Add(-time.Duration(back.Load())) }
-		n.begin(n.active)
-		j := n.job(false)
-		n.worker.Job(j)
-		n.answered(j, n.expect("accept", "result")[1], answer)
-	})
+	}
 }
 
 func TestASessionBeforeRun(t *testing.T) {
