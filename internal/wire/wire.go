@@ -6,6 +6,7 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"strconv"
 
 	"github.com/resultity/node/internal/evm"
 )
@@ -79,7 +80,7 @@ func malformed(err error) error {
 	if err == nil {
 		return nil
 	}
-	return fmt.Errorf("%w: %.200q", ErrMalformed, err.Error())
+	return fmt.Errorf("%w: %.300s", ErrMalformed, strconv.QuoteToASCII(err.Error()))
 }
 
 // SealRegistration signs the body of a registration request or reply.
