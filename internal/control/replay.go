@@ -79,6 +79,7 @@ func serveReplay(mux *http.ServeMux, b Backend) {
 			reply(w, nil, fmt.Errorf("%w: %w", ErrRefused, err))
 			return
 		}
+		// They fail on a closed connection only, and then so does the answer.
 		_ = c.SetReadDeadline(time.Time{})
 		_ = c.SetWriteDeadline(time.Now().Add(q.Timeout() + replayBeyond))
 		ctx, cancel := context.WithTimeoutCause(r.Context(), q.Timeout(), fmt.Errorf("%w: it was not done within %v: a replay waits until no job wants its slot; try again later, or with a longer --timeout", ErrRefused, q.Timeout()))

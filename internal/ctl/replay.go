@@ -4,7 +4,6 @@ import (
 	"context"
 	"fmt"
 	"io"
-	"os"
 	"strings"
 	"text/tabwriter"
 	"time"
@@ -79,26 +78,13 @@ Exit status: 0 the same; 2 different; 3 not comparable; others as usual.`,
 			if from.name == "" {
 				continue
 			}
-			if *from.to, err = readBounded(from.name, from.most); err != nil {
+			if *from.to, err = readFile(from.name, from.most); err != nil {
 				return err
 			}
 		}
 		return c.replay(cmd.Context(), q)
 	}
 	return cmd
-}
-
-func readBounded(name string, most int64) ([]byte, error) {
-	f, err := os.Open(name)
-	if err != nil {
-		return nil, err
-	}
-	defer f.Close() // read only: nothing to lose
-	b, err := io.ReadAll(io.LimitReader(f, most+1))
-	if err == nil && int64(len(b)) > most {
-		err = fmt.Errorf("%s: more than %d bytes", name, most)
-	}
-	return b, err
 }
 
 func (c *command) replay(ctx context.Context, q control.ReplayRequest) error {
