@@ -128,6 +128,7 @@ func (s *Slots) Hold(ctx context.Context, limit int) (release func(), err error)
 			s.held++
 			s.turns++
 			s.recallLocked(limit)
+			s.changedLocked() // Borrow leaves what is given back to who waits here, and there may be more of it
 			others := s.othersLocked(nil)
 			s.mu.Unlock()
 			for _, o := range others {

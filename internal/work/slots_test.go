@@ -125,6 +125,41 @@ func TestHoldGivesUp(t *testing.T) {
 	}
 }
 
+// Of two slots that are given back at once, one is Hold's, and the other is lent.
+func TestHoldLeavesOne(t *testing.T) {
+	for range 200 { // of two that wake at once either may come first
+		synctest.Test(t, func(t *testing.T) {
+			s, a := NewSlots(), new(Worker)
+			for range 2 {
+				if !s.take(a, 2, time.Now()) {
+					t.Fatal("no slot")
+				}
+			}
+			held, lent := false, false
+			ctx, cancel := context.WithCancel(t.Context())
+			defer cancel()
+			go func() {
+				_, err := s.Borrow(ctx, 2, func() {})
+				lent = err == nil
+			}()
+			synctest.Wait()
+			go func() {
+				_, err := s.Hold(t.Context(), 2)
+				held = err == nil
+			}()
+			synctest.Wait()
+			s.mu.Lock()
+			s.users[a].busy -= 2 // as give, twice
+			s.changedLocked()
+			s.mu.Unlock()
+			synctest.Wait()
+			if !held || !lent {
+				t.Fatalf("two slots are free: held %v, lent %v", held, lent)
+			}
+		})
+	}
+}
+
 // Company is whoever else has had a slot meanwhile, jobs or not.
 func TestAlone(t *testing.T) {
 	s := NewSlots()
