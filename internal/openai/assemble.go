@@ -21,20 +21,19 @@ type Reason string
 
 // The reasons.
 const (
-	ReasonNoStream    Reason = "not_a_stream"         // no event stream, or one that breaks its form
-	ReasonJSON        Reason = "not_json"             // an event is not JSON, or not UTF-8
-	ReasonObject      Reason = "wrong_object"         // an event of another API
-	ReasonChoices     Reason = "wrong_choices"        // no choice, several, or one that was not asked for
-	ReasonDelta       Reason = "wrong_delta"          // a choice without its text, or with what is no text
-	ReasonFinish      Reason = "wrong_finish_reason"  // one that the API does not have
-	ReasonUnfinished  Reason = "no_finish_reason"     // ended without one
-	ReasonAfterFinish Reason = "text_after_finish"    // went on after it
-	ReasonUsage       Reason = "wrong_usage"          // tokens that do not add up, or too early
-	ReasonNoUsage     Reason = "no_usage"             // ended without it
-	ReasonAfterDone   Reason = "data_after_done"      // went on after [DONE]
-	ReasonNotDone     Reason = "no_done"              // ended without [DONE]
-	ReasonTooLarge    Reason = "response_too_large"   // over the network's limit
-	ReasonEngineError Reason = "engine_reports_error" // an error in place of output
+	ReasonNoStream    Reason = "not_a_stream"        // no event stream, or one that breaks its form
+	ReasonJSON        Reason = "not_json"            // an event is not JSON, or not UTF-8
+	ReasonObject      Reason = "wrong_object"        // an event of another API
+	ReasonChoices     Reason = "wrong_choices"       // no choice, several, or one that was not asked for
+	ReasonDelta       Reason = "wrong_delta"         // a choice without its text, or with what is no text
+	ReasonFinish      Reason = "wrong_finish_reason" // one that the API does not have
+	ReasonUnfinished  Reason = "no_finish_reason"    // ended without one
+	ReasonAfterFinish Reason = "text_after_finish"   // went on after it
+	ReasonUsage       Reason = "wrong_usage"         // tokens that do not add up, or too early
+	ReasonNoUsage     Reason = "no_usage"            // ended without it
+	ReasonAfterDone   Reason = "data_after_done"     // went on after [DONE]
+	ReasonNotDone     Reason = "no_done"             // ended without [DONE]
+	ReasonTooLarge    Reason = "response_too_large"  // over the network's limit
 )
 
 // OutputError says that an engine's output is not what its API promises. It
@@ -46,6 +45,19 @@ type OutputError struct {
 
 func (e *OutputError) Error() string {
 	return fmt.Sprintf("engine output: %s: %s", e.Reason, e.Detail)
+}
+
+// ReportedError says that an engine has sent an error in place of output, which its
+// API lets it do.
+type ReportedError struct {
+	Code string // a number, or ""; the engine's words may quote the prompt
+}
+
+func (e *ReportedError) Error() string {
+	if e.Code == "" {
+		return "the engine reports an error without a code"
+	}
+	return "the engine reports an error " + e.Code
 }
 
 func output(r Reason, format string, args ...any) error {
@@ -110,7 +122,8 @@ func NewAssembler(kind wire.Kind, id receipt.JobID, model string, created int64,
 // Event takes the data of one event of the engine's stream, [DONE] included.
 // It returns what the event adds to our own stream: nil when it adds nothing,
 // and always for a plain response. The bytes stay valid and must not be changed.
-// Any error is an [*OutputError], and all further calls return it too.
+// Any error is an [*OutputError] or a [*ReportedError], and all further calls
+// return it too.
 func (a *Assembler) Event(data []byte) ([]byte, error) {
 	if a.err != nil {
 		return nil, a.err
@@ -131,6 +144,9 @@ func (a *Assembler) Event(data []byte) ([]byte, error) {
 // Pieces returns how many pieces of text there have been. None has less than a
 // token, so that an answer without end shows before it has filled its bounds.
 func (a *Assembler) Pieces() int { return a.pieces }
+
+// Done reports whether [DONE] has come: nothing may follow.
+func (a *Assembler) Done() bool { return a.done }
 
 // Finish ends the response after the engine's stream has ended, and returns
 // all of it. It is to be called once.
@@ -181,7 +197,7 @@ func (a *Assembler) event(data []byte) error {
 		switch {
 		case isNull(v):
 		case string(name) == "error":
-			return output(ReasonEngineError, "the engine reports an error %s", errorCode(v))
+			return &ReportedError{errorCode(v)}
 		case string(name) == "object":
 			e.object = v
 		case string(name) == "choices":
@@ -451,16 +467,15 @@ func (a *Assembler) closePlain() {
 	a.body = append(a.usage.append(b), '}')
 }
 
-// errorCode shows a number or a word of an error object. Its message may quote
-// the prompt and stays where it is.
+// errorCode returns the number in an error object, "" where there is none.
 func errorCode(v []byte) string {
 	if v[0] != '{' {
-		return "without a code"
+		return ""
 	}
 	for name, v := range members(v) {
 		if string(name) == "code" && len(v) <= 40 && typeName(v) == "a number" {
 			return string(v)
 		}
 	}
-	return "without a code"
+	return ""
 }

@@ -218,8 +218,6 @@ func TestBadOutput(t *testing.T) {
 		{"no done", ReasonNotDone, []string{first, hello, finish, usage}},
 		{"data after done", ReasonAfterDone, []string{first, hello, finish, usage, done, hello}},
 		{"done twice", ReasonAfterDone, []string{first, hello, finish, usage, done, done}},
-		{"error", ReasonEngineError, []string{first, hello, `{"error":{"code":500,"message":"secret words","type":"server_error"}}`}},
-		{"error of vLLM", ReasonEngineError, []string{first, `{"error":"secret words"}`}},
 		{"too large", ReasonTooLarge, []string{first, chunk(`[{"index":0,"delta":{"content":"` + strings.Repeat("secret ", 1<<10) + `"}}]`)}},
 		{"too large by thoughts", ReasonTooLarge, []string{first, chunk(`[{"index":0,"delta":{"reasoning":"` + strings.Repeat("secret ", 1<<10) + `"}}]`)}},
 	} {
@@ -246,6 +244,26 @@ func TestBadOutput(t *testing.T) {
 			if _, again := a.Event([]byte(hello)); final != nil && again != final {
 				t.Errorf("%s: the error did not stay, then %v", tt.name, again)
 			}
+		}
+	}
+}
+
+// An engine may say that it cannot go on: that is no break of its API.
+func TestReportedError(t *testing.T) {
+	for event, want := range map[string]string{
+		`{"error":{"code":500,"message":"secret words","type":"server_error"}}`: "500",
+		`{"error":"secret words"}`:                    "", // vLLM
+		`{"error":{"code":"secret"}}`:                 "",
+		`{"choices":[],"error":{"message":"secret"}}`: "",
+	} {
+		a := NewAssembler(wire.KindChat, job, "m", 1, true, true, 4<<10)
+		_, err := a.Event([]byte(event))
+		reported, ok := errors.AsType[*ReportedError](err)
+		if !ok || reported.Code != want || strings.Contains(err.Error(), "secret") {
+			t.Errorf("%s: %v", event, err)
+		}
+		if _, _, final := a.Finish(); final != err {
+			t.Errorf("%s: Event said %v, Finish %v", event, err, final)
 		}
 	}
 }
@@ -366,7 +384,8 @@ func FuzzAssembler(f *testing.F) {
 			body, _, err := a.Finish()
 			if err != nil {
 				var bad *OutputError
-				if !errors.As(err, &bad) {
+				var reported *ReportedError
+				if !errors.As(err, &bad) && !errors.As(err, &reported) {
 					t.Fatalf("error of type %T", err)
 				}
 				continue

@@ -126,7 +126,7 @@ type Result struct {
 // error stay emitted. A nil emit is for who wants only the whole.
 //
 // When ctx ends, the connection is closed, so that the engine stops, and the
-// error wraps [context.Cause]. Other errors are: [*openai.Error], the engine
+// error wraps [context.Cause], unless the answer was whole by then. Other errors are: [*openai.Error], the engine
 // refuses the request and any engine would; [*openai.OutputError], its output
 // breaks the API; [*EngineError], it failed.
 func (c *Client) Run(ctx context.Context, j Job, emit func([]byte) error) (Result, error) {
@@ -144,6 +144,8 @@ var paths = map[wire.Kind]string{
 }
 
 func (c *Client) run(ctx context.Context, j Job, emit func([]byte) error) (Result, error) {
+	ctx, cut := context.WithCancel(ctx) // which closes the connection
+	defer cut()
 	asked, err := c.ask(ctx, j)
 	if j.Sent != nil {
 		if err := j.Sent(); err != nil {
@@ -171,7 +173,7 @@ func (c *Client) run(ctx context.Context, j Job, emit func([]byte) error) (Resul
 	}
 	a := openai.NewAssembler(j.Request.Kind, j.ID, j.Model, j.Created, j.Request.Stream, j.Request.IncludeUsage, j.ResponseBytes)
 	most := j.Request.Bound(j.Tokens)
-	if err := pump(resp.Body, a, most, emit); err != nil {
+	if err := pump(ctx, cut, resp.Body, a, most, emit); err != nil {
 		return Result{}, err
 	}
 	body, usage, err := a.Finish()
@@ -192,13 +194,23 @@ var pieces = sync.Pool{New: func() any { return new([pieceSize]byte) }}
 
 const pieceSize = 32 << 10 // bytes
 
+// What an engine may still send, and how long, when it has said [DONE]: the answer
+// is whole, and waits for nothing more. A connection that has come to its end by then
+// is used again.
+const (
+	tailPatience = 250 * time.Millisecond
+	maxTail      = 4 << 10 // bytes
+)
+
 // pump moves the engine's stream, of at most so many tokens, through a until it
-// ends.
-func pump(r io.Reader, a *openai.Assembler, tokens int, emit func([]byte) error) error {
+// ends, or until a has all and ctx has ended. Cut ends ctx.
+func pump(ctx context.Context, cut context.CancelFunc, r io.Reader, a *openai.Assembler, tokens int, emit func([]byte) error) error {
 	var (
 		p       parser
 		pending []byte // of our stream, not emitted yet
 		buf     = pieces.Get().(*[pieceSize]byte)
+		late    *time.Timer // runs when a has all
+		tail    int         // bytes since then
 	)
 	defer pieces.Put(buf)
 	event := func(data []byte) error {
@@ -220,15 +232,21 @@ func pump(r io.Reader, a *openai.Assembler, tokens int, emit func([]byte) error)
 		pending = pending[:0]
 		switch {
 		case err != nil:
-			var bad *openai.OutputError
-			if errors.As(err, &bad) && bad.Reason == openai.ReasonEngineError {
-				return &EngineError{Op: "answer", Err: err}
+			if reported, ok := errors.AsType[*openai.ReportedError](err); ok {
+				return &EngineError{Op: "answer", Err: reported}
 			}
 			return err
-		case readErr == io.EOF:
+		case readErr == io.EOF, a.Done() && ctx.Err() != nil:
 			return nil
 		case readErr != nil:
 			return &EngineError{Op: "answer", Err: quiet(readErr)}
+		case late != nil:
+			if tail += n; tail > maxTail {
+				return nil
+			}
+		case a.Done():
+			late = time.AfterFunc(tailPatience, cut)
+			defer late.Stop()
 		}
 	}
 }

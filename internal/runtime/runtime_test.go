@@ -284,7 +284,7 @@ func TestForms(t *testing.T) {
 	} {
 		for cut := range len(s) + 1 {
 			a := openai.NewAssembler(wire.KindChat, receipt.JobID{1}, "m", 5, true, false, 1<<20)
-			if err := pump(io.MultiReader(strings.NewReader(s[:cut]), strings.NewReader(s[cut:])), a, 10, nil); err != nil {
+			if err := pump(t.Context(), func() {}, io.MultiReader(strings.NewReader(s[:cut]), strings.NewReader(s[cut:])), a, 10, nil); err != nil {
 				t.Fatalf("%s, cut at %d: %v", name, cut, err)
 			}
 			body, _, err := a.Finish()
@@ -425,6 +425,66 @@ func TestDeadline(t *testing.T) {
 	defer cancel()
 	if _, err := c.Run(ctx, job(t, true), func([]byte) error { return nil }); !errors.Is(err, context.DeadlineExceeded) {
 		t.Errorf("got %v", err)
+	}
+}
+
+// What follows the end mark is not waited for.
+func TestAfterTheEndMark(t *testing.T) {
+	for name, more := range map[string]func(write func(string) error, gone <-chan struct{}){
+		"nothing": func(_ func(string) error, gone <-chan struct{}) { <-gone },
+		"lines without end": func(write func(string) error, gone <-chan struct{}) {
+			for write(": x\n\n") == nil {
+			}
+			<-gone
+		},
+		"a little": func(write func(string) error, _ <-chan struct{}) { _ = write("x: y\n\n") },
+	} {
+		for _, stream := range []bool{false, true} {
+			t.Run(fmt.Sprint(name, " ", stream), func(t *testing.T) {
+				served := make(chan struct{})
+				c := serve(t, func(w http.ResponseWriter, r *http.Request) {
+					defer close(served)
+					eventStream(w)
+					write := func(s string) error {
+						_, err := io.WriteString(w, s)
+						return errors.Join(err, http.NewResponseController(w).Flush())
+					}
+					_ = write(role + chunk("a") + end)
+					more(write, r.Context().Done())
+				})
+				ctx, cancel := context.WithTimeout(t.Context(), 10*time.Second)
+				defer cancel()
+				res, err := c.Run(ctx, job(t, stream), func([]byte) error { return nil })
+				if err != nil || string(res.Body) != want(t, stream, role+chunk("a")+end) {
+					t.Errorf("%v, %q", err, res.Body)
+				}
+				<-served // the connection was closed, where it had to be
+			})
+		}
+	}
+}
+
+// An answer that is whole when its time is up is an answer.
+func TestTheEndMarkCameInTime(t *testing.T) {
+	done := make(chan struct{})
+	c := serve(t, func(w http.ResponseWriter, r *http.Request) {
+		eventStream(w)
+		_, _ = io.WriteString(w, role+chunk("a")+end)
+		_ = http.NewResponseController(w).Flush()
+		<-r.Context().Done()
+	})
+	ctx, cancel := context.WithCancel(t.Context())
+	defer cancel()
+	res, err := c.Run(ctx, job(t, true), func(b []byte) error {
+		if strings.HasSuffix(string(b), "[DONE]\n\n") {
+			close(done)
+			cancel()
+		}
+		return nil
+	})
+	<-done
+	if err != nil || string(res.Body) != want(t, true, role+chunk("a")+end) {
+		t.Errorf("%v, %q", err, res.Body)
 	}
 }
 

@@ -40,7 +40,7 @@ const (
 	CodeDraining     Code = "draining"        // takes no new jobs
 	CodeNotReady     Code = "not_ready"       // no active deployment
 	CodeConfig       Code = "config_mismatch" // accepted under another configuration
-	CodeEngine       Code = "engine_failed"   // the engine ended, hung or refused
+	CodeEngine       Code = "engine_failed"   // the engine ended, hung, or answered with an error
 	CodeOutput       Code = "engine_output"   // the engine's output is not what its API promises
 	CodeCancelled    Code = "cancelled"       // the network asked for it
 	CodeStorage      Code = "storage"         // could not be written down

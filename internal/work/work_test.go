@@ -674,6 +674,11 @@ func TestWhatTheEngineMayDo(t *testing.T) {
 			return runtime.Result{}, err
 		}
 	}
+	reports := func(_ context.Context, j runtime.Job, _ func([]byte) error) (runtime.Result, error) {
+		a := openai.NewAssembler(j.Request.Kind, j.ID, j.Model, j.Created, false, false, j.ResponseBytes)
+		_, err := a.Event([]byte(`{"error":{"code":500,"message":"` + engineWords + `"}}`))
+		return runtime.Result{}, &runtime.EngineError{Op: "answer", Err: err}
+	}
 	counts := func(u openai.Usage) script {
 		return func(context.Context, runtime.Job, func([]byte) error) (runtime.Result, error) {
 			return runtime.Result{Body: []byte(answer), Usage: u}, nil
@@ -690,6 +695,7 @@ func TestWhatTheEngineMayDo(t *testing.T) {
 		{"it refuses", fails(&openai.Error{Status: 400, Code: "refused_by_engine", Message: engineWords}), wire.CodeBadRequest},
 		{"the prompt is too long for it", fails(&openai.Error{Status: 400, Code: openai.CodeContextLength, Message: engineWords}), wire.CodeContext},
 		{"it breaks its API", fails(&openai.OutputError{Reason: openai.ReasonJSON, Detail: engineWords}), wire.CodeOutput},
+		{"it reports an error", reports, wire.CodeEngine},
 		{"anything else", fails(errors.New("strange")), wire.CodeEngine},
 		{"it says nothing", say(""), wire.CodeOutput},
 		{"it says too much", say(strings.Repeat("a", 200<<10+1)), wire.CodeOutput},
