@@ -92,6 +92,16 @@ type choice struct {
 	finish         string
 }
 
+// Only returns what an answer of one choice says: its text, what the model says
+// before that, and why it ended. ok is false where there are several choices.
+func (a *Answer) Only() (text, reasoning, finish string, ok bool) {
+	if len(a.choices) != 1 {
+		return "", "", "", false
+	}
+	c := &a.choices[0]
+	return string(c.text), string(c.thoughts), c.finish, true
+}
+
 // maxChoices bounds the choices of an answer. Ours have one.
 const maxChoices = 16
 

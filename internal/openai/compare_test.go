@@ -284,3 +284,20 @@ func FuzzCompare(f *testing.F) {
 		}
 	})
 }
+
+func TestOnly(t *testing.T) {
+	one, err := ReadAnswer([]byte(`{"object":"chat.completion","model":"m","choices":[{"index":0,"message":{"role":"assistant","content":"words","reasoning_content":"thought"},"finish_reason":"length"}]}`))
+	if err != nil {
+		t.Fatal(err)
+	}
+	if text, reasoning, finish, ok := one.Only(); text != "words" || reasoning != "thought" || finish != "length" || !ok {
+		t.Errorf("%q, %q, %q, %v", text, reasoning, finish, ok)
+	}
+	two, err := ReadAnswer([]byte(`{"object":"text_completion","model":"m","choices":[{"index":0,"text":"a","finish_reason":"stop"},{"index":1,"text":"b","finish_reason":"stop"}]}`))
+	if err != nil {
+		t.Fatal(err)
+	}
+	if text, _, _, ok := two.Only(); ok || text != "" {
+		t.Errorf("%q of two choices", text)
+	}
+}

@@ -349,22 +349,15 @@ func (c *Client) golden(ctx context.Context, g *snapshot.Golden, model string) (
 	if err != nil {
 		return got, "", err
 	}
-	var answer struct {
-		Choices []struct {
-			Text    string // of a completion
-			Message struct {
-				Content   string
-				Reasoning string `json:"reasoning_content"`
-			}
-			Finish string `json:"finish_reason"`
-		}
-	}
-	if err := json.Unmarshal(res.Body, &answer); err != nil || len(answer.Choices) != 1 {
+	answer, err := openai.ReadAnswer(res.Body)
+	if err != nil {
 		return got, "", fmt.Errorf("read our own answer: %w", err)
 	}
-	choice := &answer.Choices[0]
-	text = choice.Text + choice.Message.Content // one of them is there
-	return determinism.NewAnswer(g.Name, text, choice.Message.Reasoning, choice.Finish, res.Usage.PromptTokens, res.Usage.CompletionTokens), text, nil
+	text, reasoning, finish, ok := answer.Only()
+	if !ok {
+		return got, "", errors.New("read our own answer: it has several choices")
+	}
+	return determinism.NewAnswer(g.Name, text, reasoning, finish, res.Usage.PromptTokens, res.Usage.CompletionTokens), text, nil
 }
 
 // Health asks whether the engine says that it can work.
