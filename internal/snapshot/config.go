@@ -357,6 +357,9 @@ func (r *Runtime) check(models map[string]*Model) error {
 	case r.Image == ImageRef{}:
 		return errors.New("image is missing")
 	}
+	if err := between(len(r.Devices), "number of devices", 0, 16); err != nil {
+		return err
+	}
 	for _, d := range r.Devices {
 		if err := named(d, "devices", devicePattern); err != nil {
 			return err
@@ -364,7 +367,6 @@ func (r *Runtime) check(models map[string]*Model) error {
 	}
 	s := &r.Settings
 	return first(
-		between(len(r.Devices), "number of devices", 0, 16),
 		between(s.Context, "settings.context", 16, 1<<24),
 		between(s.Slots, "settings.slots", 1, 1024),
 		between(s.Threads, "settings.threads", 0, 1024),

@@ -183,6 +183,7 @@ func TestParseRefuses(t *testing.T) {
 		{"image_trust: keys[0]", key + key, []any{"image_trust", "keys", 0}},
 		{"image_trust: keys[0]", strings.ReplaceAll(key, "PUBLIC", "PRIVATE"), []any{"image_trust", "keys", 0}},
 		{"image_trust: keys[0]", "-----BEGIN PUBLIC KEY-----\nAAAA\n-----END PUBLIC KEY-----\n", []any{"image_trust", "keys", 0}},
+		{"image_trust: keys[0]: bytes of a key", key + strings.Repeat("\n", 4<<10), []any{"image_trust", "keys", 0}},
 		{"image_trust: keys[0]: ed25519.PublicKey: want an ECDSA key", ed25519, []any{"image_trust", "keys", 0}},
 		{"image_trust: number of revoked", many(65, key), []any{"image_trust", "revoked"}},
 		{"image_trust: revoked[0]: want one PEM block", []any{"x"}, []any{"image_trust", "revoked"}},
@@ -224,7 +225,7 @@ func TestParseRefuses(t *testing.T) {
 		{"models[0]: files[0]: source", "https://:443/f", []any{"models", 0, "files", 0, "sources", 0}},
 		{"models[0]: files[0]: source", "https://user:pw@h/f", []any{"models", 0, "files", 0, "sources", 0}},
 		{"models[0]: files[0]: source", "https://h/f#", []any{"models", 0, "files", 0, "sources", 0}},
-		{"models[0]: files[0]: source", "https://h/" + strings.Repeat("f", 2048), []any{"models", 0, "files", 0, "sources", 0}},
+		{"models[0]: files[0]: bytes of a source", "https://h/" + strings.Repeat("f", 2048), []any{"models", 0, "files", 0, "sources", 0}},
 		{"models[0]: files[0]: source", "https://h/\n", []any{"models", 0, "files", 0, "sources", 0}},
 
 		{"models[1].files[1].chunks.root: digest", "", []any{"models", 1, "files", 1, "chunks", "root"}},

@@ -77,6 +77,7 @@ const (
 	maxAnswers  = 16
 	maxPattern  = 512
 	maxProgram  = 1000 // instructions of a pattern
+	maxPrograms = 4000 // of all: each is tried on all the garbage whenever a snapshot is opened
 	minShare    = 10   // percent
 	minShared   = 16   // of an answer that must be the same
 	minDistinct = 4    // characters in it
@@ -131,29 +132,59 @@ func common(a, b string) int {
 // share returns percent of the bytes of s, rounded up.
 func share(s string, percent int) int { return (len(s)*percent + 99) / 100 }
 
+// program returns how many instructions the pattern stands for, which is what it
+// costs to match it for each byte of an answer: a short pattern can repeat much. They
+// are counted before any of them is made.
+func (g *Golden) program() (int, error) {
+	if err := between(len(g.Pattern), "bytes of pattern", 0, maxPattern); err != nil || g.Pattern == "" {
+		return 0, err
+	}
+	p, err := syntax.Parse(g.Pattern, syntax.Perl) // by itself: no bracket of it may close ours in compile
+	if err != nil {
+		return 0, fmt.Errorf("pattern: %w", err)
+	}
+	n := instructions(p)
+	if n > maxProgram {
+		return 0, fmt.Errorf("pattern: it stands for %d instructions of RE2, at most %d: repeat less in it", n, maxProgram)
+	}
+	return n, nil
+}
+
 // compile returns the pattern for the whole of an answer.
 func (g *Golden) compile() (*regexp.Regexp, error) {
-	if _, err := regexp.Compile(g.Pattern); err != nil { // by itself: no bracket of it may close ours
-		return nil, fmt.Errorf("pattern: %w", err)
+	if _, err := g.program(); err != nil {
+		return nil, err
 	}
-	whole := `\A(?:` + g.Pattern + `)\z`
-	p, err := regexp.Compile(whole)
+	p, err := regexp.Compile(`\A(?:` + g.Pattern + `)\z`)
 	if err != nil {
 		return nil, fmt.Errorf("pattern: %w", err)
-	}
-	// A short pattern can repeat much, and what it costs is the size of this for each byte.
-	parsed, err := syntax.Parse(whole, syntax.Perl)
-	if err != nil {
-		return nil, fmt.Errorf("pattern: %w", err)
-	}
-	prog, err := syntax.Compile(parsed.Simplify())
-	if err != nil {
-		return nil, fmt.Errorf("pattern: %w", err)
-	}
-	if n := len(prog.Inst); n > maxProgram {
-		return nil, fmt.Errorf("pattern: it stands for %d instructions of RE2, at most %d: repeat less in it", n, maxProgram)
 	}
 	return p, nil
+}
+
+// instructions returns how many instructions an expression is compiled to, within a
+// few, or more. The parser lets through no repetition that could make it overflow.
+func instructions(re *syntax.Regexp) int {
+	n := 0
+	for _, sub := range re.Sub {
+		n += instructions(sub)
+	}
+	switch re.Op {
+	case syntax.OpLiteral:
+		n = len(re.Rune)
+	case syntax.OpCapture, syntax.OpStar:
+		n += 2
+	case syntax.OpAlternate:
+		n += len(re.Sub)
+	case syntax.OpRepeat:
+		if re.Max < 0 { // x{2,} is xx+
+			return max(re.Min, 1)*n + 2
+		}
+		return re.Max*n + re.Max - re.Min + 1 // x{1,3} is x(x(x)?)?
+	default:
+		n++
+	}
+	return max(n, 1)
 }
 
 // garbage is what broken engines answer: nothing, one character or word for ever,
@@ -182,9 +213,16 @@ func (v *Validation) check(l *Limits) error {
 	); err != nil {
 		return err
 	}
-	names := map[string]bool{}
+	names, programs := map[string]bool{}, 0
 	for i := range v.Golden {
 		g := &v.Golden[i]
+		n, err := g.program()
+		if programs += n; err == nil && programs > maxPrograms {
+			err = fmt.Errorf("pattern: it and those before it stand for %d instructions of RE2, at most %d: repeat less in them", programs, maxPrograms)
+		}
+		if err != nil {
+			return fmt.Errorf("golden[%d]: %w", i, err)
+		}
 		if names[g.Name] {
 			return fmt.Errorf("golden[%d]: a second %q", i, g.Name)
 		}

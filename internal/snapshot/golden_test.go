@@ -1,6 +1,9 @@
 package snapshot
 
 import (
+	"regexp/syntax"
+	"runtime"
+	"strconv"
 	"strings"
 	"testing"
 	"time"
@@ -74,6 +77,50 @@ func TestPatternIsBounded(t *testing.T) {
 	}
 	if took := time.Since(begun); took > 20*time.Second {
 		t.Errorf("it took %v (%v)", took, err)
+	}
+}
+
+// What a pattern stands for is known before it is made: a few bytes may stand for
+// much.
+func TestPatternIsCountedFirst(t *testing.T) {
+	g := Golden{Name: "x", Prompt: "x", Pattern: strings.Repeat(".{1000}", 73), Tokens: 1, Timeout: 1}
+	var before, after runtime.MemStats
+	runtime.ReadMemStats(&before)
+	err := g.check(&Limits{Tokens: 10})
+	runtime.ReadMemStats(&after)
+	if err == nil || !strings.Contains(err.Error(), "it stands for 73") {
+		t.Errorf("%v", err)
+	}
+	if n := after.TotalAlloc - before.TotalAlloc; n > 1<<20 {
+		t.Errorf("%d bytes were made of it", n)
+	}
+	for _, s := range []string{"a", "abc", "a?", "a*", "a+", "(a|b)", "(?:a|bc|[d-f])", "a{7}", "a{2,}", "a{0,9}", "(a|b){3,5}", "((a?){10}){10}", `(?i)(\pL?){24}`, "", "^$", "()", "(|a)*"} {
+		p, err := syntax.Parse(s, syntax.Perl)
+		if err != nil {
+			t.Fatal(err)
+		}
+		prog, err := syntax.Compile(p.Simplify())
+		if err != nil {
+			t.Fatal(err)
+		}
+		if got, is := instructions(p), len(prog.Inst)-2; got < is || got > 2*is+2 { // of which two are nobody's
+			t.Errorf("%q: %d, it is %d", s, got, is)
+		}
+	}
+}
+
+// All patterns together are bounded, too.
+func TestPatternsAreBounded(t *testing.T) {
+	v := Validation{}
+	for i := range 5 {
+		v.Golden = append(v.Golden, Golden{Name: "n" + strconv.Itoa(i), Prompt: "x", Pattern: "seven (apples|pears){60}", Tokens: 1, Timeout: 1})
+	}
+	if err := v.check(&Limits{Tokens: 10}); err == nil || !strings.Contains(err.Error(), "golden[4]: pattern: it and those before it stand for") {
+		t.Error(err)
+	}
+	v.Golden = v.Golden[:4]
+	if err := v.check(&Limits{Tokens: 10}); err != nil {
+		t.Error(err)
 	}
 }
 

@@ -321,9 +321,15 @@ func checkSource(s string) error {
 	return nil
 }
 
+// maxURL bounds a URL, in bytes.
+const maxURL = 2048
+
 func checkURL(s string) error {
+	if err := between(len(s), "bytes of a source", 1, maxURL); err != nil {
+		return err
+	}
 	u, err := url.Parse(s)
-	if err != nil || u.Scheme != "https" || u.Hostname() == "" || u.User != nil || strings.Contains(s, "#") || len(s) > 2048 {
+	if err != nil || u.Scheme != "https" || u.Hostname() == "" || u.User != nil || strings.Contains(s, "#") {
 		return fmt.Errorf("source %.200q: want an https URL without user or fragment, or oci://host/path@sha256:…", s)
 	}
 	return nil

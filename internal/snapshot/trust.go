@@ -45,8 +45,10 @@ var ErrOneLock = errors.New("podman's policy cannot ask for it, and an image has
 // Bounds of an image trust.
 const (
 	maxImageKeys   = 16
+	maxImageKey    = 4 << 10 // bytes of one, in PEM
+	maxIssuer      = 512     // bytes
 	maxRevoked     = 64
-	maxTrustedRoot = 64 << 10
+	maxTrustedRoot = 64 << 10 // bytes
 	maxAuthorities = 16
 )
 
@@ -96,7 +98,10 @@ func (k *Keyless) check() error {
 	if err := named(k.Email, "email", emailPattern); err != nil {
 		return err
 	}
-	if u, err := url.Parse(k.Issuer); err != nil || u.Scheme != "https" || u.Hostname() == "" || u.User != nil || u.Fragment != "" || len(k.Issuer) > 512 {
+	if err := between(len(k.Issuer), "bytes of issuer", 1, maxIssuer); err != nil {
+		return err
+	}
+	if u, err := url.Parse(k.Issuer); err != nil || u.Scheme != "https" || u.Hostname() == "" || u.User != nil || u.Fragment != "" {
 		return fmt.Errorf("issuer %.200q: want an https URL", k.Issuer)
 	}
 	if _, _, err := k.Authorities(); err != nil {
@@ -195,6 +200,9 @@ func keyBytes(k string) []byte {
 }
 
 func checkKey(s string) error {
+	if err := between(len(s), "bytes of a key", 1, maxImageKey); err != nil {
+		return err
+	}
 	// Decode skips whatever stands before a block.
 	b, rest := pem.Decode([]byte(s))
 	if b == nil || b.Type != "PUBLIC KEY" || len(bytes.TrimSpace(rest)) != 0 || !strings.HasPrefix(s, "-----BEGIN") {
