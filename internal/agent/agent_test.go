@@ -710,9 +710,33 @@ func TestSessionNews(t *testing.T) {
 	if got := f.book.count(journal.SessionClosed); got != 1 {
 		t.Errorf("a failure that repeats was logged %d times", got)
 	}
-	f.Closed(fmt.Errorf("x: %w", wire.ErrClock))
-	if f.book.count(journal.ClockWrong) != 1 {
-		t.Errorf("the clock was not named:\n%s", f.book)
+	for _, c := range []struct {
+		err   error
+		event *journal.Event
+		word  string
+	}{
+		{wire.ErrClock, journal.ClockWrong, "clock"},
+		{&session.StatusError{Status: 400, Err: wire.ErrClock}, journal.ClockWrong, "clock"},
+		{session.ErrCloned, journal.KeyCloned, "cloned"},
+		{session.ErrNotRegistered, journal.SessionRefused, "not_registered"},
+		{session.ErrWrongNetwork, journal.SessionRefused, "wrong_network"},
+		{session.ErrProtocol, journal.SessionRefused, "protocol"},
+		{session.ErrBlamed, journal.SessionRefused, "blamed"},
+		{&session.StatusError{Status: 400}, journal.SessionRefused, "refused"},
+		{&session.StatusError{Status: 503}, journal.SessionClosed, "lost"},
+		{session.ErrSilent, journal.SessionClosed, "lost"},
+		{wire.ErrRevoked, journal.SessionClosed, "lost"},
+		{wire.ErrTooLarge, journal.FrameRefused, "too_large"},
+		{wire.ErrSigner, journal.FrameRefused, "signer"},
+		{wire.ErrTag, journal.FrameRefused, "tag"},
+		{wire.ErrSequence, journal.FrameRefused, "sequence"},
+		{wire.ErrMalformed, journal.FrameRefused, "malformed"},
+	} {
+		before := f.book.count(c.event)
+		f.Closed(fmt.Errorf("x: %w", c.err))
+		if f.book.count(c.event) != before+1 || !strings.Contains(f.book.String(), "reason="+c.word+` error="x: `+c.err.Error()) {
+			t.Errorf("%v: no event %s with reason %s:\n%s", c.err, c.event.Name, c.word, f.book)
+		}
 	}
 	f.Opened()
 	f.Message(&wire.Status{Reason: "no heartbeat"})

@@ -6,7 +6,9 @@ import (
 	"fmt"
 	"io"
 	"io/fs"
+	"net/http"
 	"os"
+	"slices"
 	"strings"
 	"time"
 
@@ -149,7 +151,7 @@ func (m *membership) register(ctx context.Context, snap *snapshot.Snapshot) erro
 		var before error
 		m.board.set(func(b *board) { before, b.regErr = b.regErr, err })
 		if !sameError(before, err) {
-			m.log.Warn("not registered", journal.RegisterRefused.Attr(), "error", err)
+			m.log.Warn("not registered", registrationEvent(err).Attr(), "error", err)
 		}
 		return err
 	}
@@ -159,6 +161,19 @@ func (m *membership) register(ctx context.Context, snap *snapshot.Snapshot) erro
 	})
 	close(m.registered)
 	return nil
+}
+
+// registrationEvent says in the catalog's terms why the node is not registered.
+func registrationEvent(err error) *journal.Event {
+	status, answered := errors.AsType[*session.StatusError](err)
+	switch {
+	case errors.Is(err, wire.ErrClock):
+		return journal.ClockWrong
+	case answered && status.Status < http.StatusInternalServerError,
+		slices.ContainsFunc(registrationCauses, func(c cause) bool { return errors.Is(err, c.is) }):
+		return journal.RegisterRefused
+	}
+	return journal.RegisterFailed
 }
 
 // registerTimeout bounds the talk of a registration.

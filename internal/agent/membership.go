@@ -286,16 +286,26 @@ func (m *membership) Closed(err error) {
 	if opened {
 		m.on.changed()
 	}
-	event := journal.SessionClosed
-	if errors.Is(err, wire.ErrClock) {
-		event = journal.ClockWrong
-	}
-	if errors.Is(err, session.ErrCloned) {
-		event = journal.KeyCloned
-	}
 	if opened || !sameError(before, err) { // say it once, not at every try
-		m.log.Warn("session closed", event.Attr(), "error", err)
+		event, reason := sessionEvent(err)
+		m.log.Warn("session closed", event.Attr(), "reason", reason, "error", err)
 	}
+}
+
+// sessionEvent says in the catalog's terms why there is no session.
+func sessionEvent(err error) (event *journal.Event, reason string) {
+	reason, byNode := session.Refusal(err)
+	switch {
+	case errors.Is(err, wire.ErrClock): // whoever has noticed it
+		return journal.ClockWrong, "clock"
+	case errors.Is(err, session.ErrCloned):
+		return journal.KeyCloned, reason
+	case reason == "":
+		return journal.SessionClosed, "lost"
+	case byNode:
+		return journal.FrameRefused, reason
+	}
+	return journal.SessionRefused, reason
 }
 
 // Message implements [session.Handler]. It must not block: what takes time

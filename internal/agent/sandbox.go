@@ -191,7 +191,11 @@ func (a *Agent) watchSandbox(ctx context.Context) error {
 		}
 		if !errors.Is(err, sandbox.ErrNotSealed) && failed < mayFail {
 			if ctx.Err() == nil {
-				a.log.Warn("the sandbox could not be looked at, or not recorded; it is tried again", "error", err)
+				attrs := []any{"error", err}
+				if errors.Is(err, deploy.ErrUnrecorded) {
+					attrs = append(attrs, journal.SandboxUnrecorded.Attr())
+				}
+				a.log.Warn("the sandbox could not be looked at, or not recorded; it is tried again", attrs...)
 			}
 			continue
 		}

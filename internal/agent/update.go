@@ -914,6 +914,8 @@ func eventOf(err error) *journal.Event {
 		return journal.ModelFailed
 	case errors.Is(err, deploy.ErrDrifted):
 		return journal.SandboxDrifted
+	case errors.Is(err, deploy.ErrUnrecorded):
+		return journal.SandboxUnrecorded
 	case errors.Is(err, sandbox.ErrNotSealed), errors.Is(err, quadlet.ErrUnsealed):
 		return journal.SandboxRefused
 	case errors.Is(err, deploy.ErrDevice):

@@ -773,6 +773,9 @@ func TestRegistration(t *testing.T) {
 			pass(10 * time.Minute)
 			closed(t, f, err.Error(), remedy)
 		}
+		if a, b, c := f.book.count(journal.RegisterRefused), f.book.count(journal.RegisterFailed), f.book.count(journal.ClockWrong); a != 5 || b != 1 || c != 1 {
+			t.Errorf("logged as refused %d times, as failed %d, as the clock's fault %d\n%s", a, b, c, f.book)
+		}
 		f.refuse(nil)
 		pass(10 * time.Minute)
 		if !f.isRegistered() || f.enrols[len(f.enrols)-1].Body.Token != "secret" {
@@ -907,6 +910,10 @@ func TestEventsOfErrors(t *testing.T) {
 		{&deploy.Error{Step: deploy.StepStart, Err: &systemd.JobError{}}, journal.RuntimeFailed},
 		{&deploy.Error{Step: deploy.StepMachine, Err: fmt.Errorf("%w: x", deploy.ErrDevice)}, journal.DeviceRefused},
 		{&deploy.Error{Step: deploy.StepMachine, Err: &deploy.MemoryError{}}, journal.MemoryRefused},
+		{&deploy.Error{Step: deploy.StepSandbox, Err: fmt.Errorf("x: %w", sandbox.ErrNotSealed)}, journal.SandboxRefused},
+		{&deploy.Error{Step: deploy.StepSandbox, Err: fmt.Errorf("x: %w", deploy.ErrDrifted)}, journal.SandboxDrifted},
+		{&deploy.Error{Step: deploy.StepSandbox, Err: fmt.Errorf("x: %w", deploy.ErrUnrecorded)}, journal.SandboxUnrecorded},
+		{&deploy.Error{Step: deploy.StepValidate, Err: errBroken}, journal.ValidationFailed},
 		{&deploy.Error{Step: deploy.StepImage, Err: fmt.Errorf("x: %w", image.ErrOtherDigest)}, journal.ImageDigest},
 	} {
 		if got := eventOf(c.err); got != c.want {

@@ -3,6 +3,7 @@ package deploy
 import (
 	"github.com/resultity/node/internal/determinism"
 	"github.com/resultity/node/internal/hardware"
+	"github.com/resultity/node/internal/journal"
 	"github.com/resultity/node/internal/quadlet"
 	"github.com/resultity/node/internal/snapshot"
 )
@@ -46,7 +47,7 @@ func (d *Deployer) classify(dep *Deployment) {
 		dep.class, err = c.Digest()
 	}
 	if err != nil {
-		d.log(dep.snapshot.Config()).Warn("the runtime is in no determinism class", "error", err)
+		d.log(dep.snapshot.Config()).Warn("the runtime is in no determinism class", journal.ClassUnknown.Attr(), "error", err)
 		return
 	}
 	dep.hardware = c.Hardware

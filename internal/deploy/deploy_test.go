@@ -1,12 +1,15 @@
 package deploy_test
 
 import (
+	"bytes"
 	"context"
 	"errors"
 	"fmt"
+	"log/slog"
 	"os"
 	"path/filepath"
 	"slices"
+	"strings"
 	"syscall"
 	"testing"
 	"testing/synctest"
@@ -19,6 +22,7 @@ import (
 	"github.com/resultity/node/internal/digest"
 	"github.com/resultity/node/internal/hardware"
 	"github.com/resultity/node/internal/image"
+	"github.com/resultity/node/internal/journal"
 	"github.com/resultity/node/internal/model"
 	"github.com/resultity/node/internal/podman"
 	"github.com/resultity/node/internal/quadlet"
@@ -100,8 +104,13 @@ func TestClass(t *testing.T) {
 		t.Error("another machine is of the same class")
 	}
 	m.Do(func(l *Locked) { l.Compute(determinism.Hardware{}, hardware.ErrUnknown) })
+	var said bytes.Buffer
+	d.Log = slog.New(journal.Text(&said, slog.LevelInfo))
 	if c := class(one); !c.IsZero() {
 		t.Errorf("a machine without a name is of class %s", c)
+	}
+	if !strings.Contains(said.String(), "event="+journal.ClassUnknown.Name) || !strings.Contains(said.String(), hardware.ErrUnknown.Error()) {
+		t.Errorf("the log does not say that there is no class:\n%s", &said)
 	}
 }
 

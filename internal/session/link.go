@@ -294,6 +294,9 @@ func (l *link) why(err error) error {
 		if closed.Code == wire.CloseCloned {
 			return fmt.Errorf("%w: %w", ErrCloned, text)
 		}
+		if closed.Code == websocket.ClosePolicyViolation || closed.Code == websocket.CloseMessageTooBig {
+			return fmt.Errorf("%w: %w", ErrBlamed, text)
+		}
 		return text
 	case errors.Is(err, os.ErrDeadlineExceeded), errors.As(err, &timeout) && timeout.Timeout():
 		return fmt.Errorf("%w: %w", ErrSilent, err)

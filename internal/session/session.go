@@ -22,6 +22,7 @@ import (
 	"log/slog"
 	"maps"
 	"math/rand/v2"
+	"net/http"
 	"sync"
 	"time"
 
@@ -49,6 +50,9 @@ var (
 
 	// ErrCloned says that the network has seen a later hello of this key.
 	ErrCloned = errors.New("cloned key: another machine has used this node's key, or this one was set back to an older state")
+
+	// ErrBlamed says that the network has ended the session for a frame of ours.
+	ErrBlamed = errors.New("the network does not take what this node sends")
 
 	// ErrSilent says that nothing was heard of the network for too long.
 	ErrSilent = errors.New("the network has gone silent")
@@ -339,6 +343,31 @@ var kinds = []struct {
 	{wire.ErrMalformed, "malformed", websocket.ClosePolicyViolation},
 	{errNotBinary, "malformed", websocket.ClosePolicyViolation},
 	{errOrder, "order", websocket.ClosePolicyViolation},
+}
+
+// Refusal names in one word what was refused when a session ended, or did not begin:
+// by this node, a frame of the network's, or else by the network, this node. An end
+// that nobody has refused anything at has no word.
+func Refusal(err error) (word string, byNode bool) {
+	for _, no := range []struct {
+		err  error
+		word string
+	}{
+		{ErrCloned, "cloned"}, {ErrNotRegistered, "not_registered"}, {ErrWrongNetwork, "wrong_network"}, {ErrProtocol, "protocol"}, {ErrBlamed, "blamed"},
+	} {
+		if errors.Is(err, no.err) {
+			return no.word, false
+		}
+	}
+	if s, ok := errors.AsType[*StatusError](err); ok && s.Status < http.StatusInternalServerError {
+		return "refused", false
+	}
+	for _, k := range kinds {
+		if errors.Is(err, k.err) && k.err != wire.ErrRevoked { // that is what keys are replaced for
+			return k.name, true
+		}
+	}
+	return "", false
 }
 
 // read returns the next message that has been checked.

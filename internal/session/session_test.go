@@ -473,8 +473,12 @@ func TestFramesAreRefused(t *testing.T) {
 			run(t, s)
 			for range 2 { // and it comes back
 				get(t, h.opened)
-				if err := get(t, h.closed); !errors.Is(err, c.want) {
+				err := get(t, h.closed)
+				if !errors.Is(err, c.want) {
 					t.Errorf("Closed(%v), want %v", err, c.want)
+				}
+				if word, byNode := Refusal(err); word != c.kind || !byNode {
+					t.Errorf("Refusal(%v) = %s, %v, want %s by the node", err, word, byNode, c.kind)
 				}
 				if got := get(t, codes); got != c.code {
 					t.Errorf("the network was told %d, want %d", got, c.code)
@@ -489,6 +493,40 @@ func TestFramesAreRefused(t *testing.T) {
 				}
 			}
 		})
+	}
+}
+
+// Who refused what is said in a word, also where it was the network.
+func TestRefusalOfTheNetwork(t *testing.T) {
+	for code, want := range map[int]string{
+		websocket.ClosePolicyViolation: "blamed", websocket.CloseMessageTooBig: "blamed", wire.CloseCloned: "cloned",
+		websocket.CloseGoingAway: "", websocket.CloseTryAgainLater: "", websocket.CloseNormalClosure: "",
+	} {
+		n := newNetwork(t, func(p *peer) {
+			p.welcome()
+			_ = p.conn.WriteControl(websocket.CloseMessage, websocket.FormatCloseMessage(code, "why"), time.Now().Add(wait))
+			p.end()
+		})
+		h := newRecorder()
+		stop := run(t, New(config(n), h))
+		err := get(t, h.closed)
+		if word, byNode := Refusal(err); word != want || byNode || !strings.Contains(err.Error(), "why") {
+			t.Errorf("closed with %d: Refusal(%v) = %q, %v, want %q by the network", code, err, word, byNode, want)
+		}
+		stop()
+	}
+	for err, want := range map[error]string{
+		refused(&http.Response{StatusCode: 403, Body: http.NoBody}): "not_registered",
+		refused(&http.Response{StatusCode: 409, Body: http.NoBody}): "wrong_network",
+		refused(&http.Response{StatusCode: 404, Body: http.NoBody}): "protocol",
+		refused(&http.Response{StatusCode: 400, Body: http.NoBody}): "refused",
+		refused(&http.Response{StatusCode: 503, Body: http.NoBody}): "",
+		wire.ErrRevoked: "", // that is what keys are replaced for
+		ErrSilent:       "",
+	} {
+		if word, byNode := Refusal(err); word != want || byNode {
+			t.Errorf("Refusal(%v) = %q, %v, want %q", err, word, byNode, want)
+		}
 	}
 }
 
