@@ -441,6 +441,14 @@ func (c *command) verify(_ context.Context, args []string) error {
 			fmt.Fprintf(w, "\nIn the node's log\t(which the node cannot change without signing two logs that contradict each other)\n"+
 				"network\t%s\nplace\t%d of %d receipts\nroot\t%s\nsigned\t%s\n",
 				h.Network, p.Index, h.Size, h.Root, time.UnixMilli(int64(h.Time)).UTC().Format(time.RFC3339))
+			if r := p.Reset; r != nil {
+				by, err := r.Verify()
+				if err != nil {
+					panic(err) // else it would not have been parsed
+				}
+				fmt.Fprintf(w, "began anew\t%s, for %q\n\tby the word of key %s: look whether that is the network's; what the node signed before is another log\n",
+					time.UnixMilli(int64(r.Era)).UTC().Format(time.RFC3339), r.Reason, by)
+			}
 		}
 		if look != nil {
 			showSandbox(w, look.Record())

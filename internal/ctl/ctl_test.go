@@ -100,7 +100,10 @@ func TestScripts(t *testing.T) {
 					chain, err = strconv.ParseUint(args[2], 10, 64)
 					ts.Check(err)
 				}
-				ts.Check(os.WriteFile(ts.MkAbs(args[1]), prove(ts, []byte(ts.ReadFile(args[0])), chain), 0o600))
+				ts.Check(os.WriteFile(ts.MkAbs(args[1]), prove(ts, []byte(ts.ReadFile(args[0])), chain, 0), 0o600))
+			},
+			"prove-anew": func(ts *testscript.TestScript, _ bool, args []string) {
+				ts.Check(os.WriteFile(ts.MkAbs(args[1]), prove(ts, []byte(ts.ReadFile(args[0])), 31337, 1_700_000_000_000), 0o600))
 			},
 			"bend": func(ts *testscript.TestScript, _ bool, args []string) {
 				raw := []byte(ts.ReadFile(args[0]))
@@ -417,8 +420,8 @@ var nodeKey = sync.OnceValue(func() *evm.Key {
 	return k
 })
 
-// prove makes a log with a receipt in it, and the proof of that.
-func prove(ts *testscript.TestScript, raw []byte, chain uint64) []byte {
+// prove makes a log of an era with a receipt in it, and the proof of that.
+func prove(ts *testscript.TestScript, raw []byte, chain, era uint64) []byte {
 	s, err := receipt.Verify(raw)
 	ts.Check(err)
 	r := s.Receipt()
@@ -428,10 +431,16 @@ func prove(ts *testscript.TestScript, raw []byte, chain uint64) []byte {
 	}
 	p, err := receiptlog.Prove(1, 3, func(id receiptlog.NodeID) (evm.Hash, error) { return nodes[id], nil })
 	ts.Check(err)
-	h := receiptlog.Head{Node: r.Node, Network: "testnet", Size: 3, Root: log.Root(), Time: 1_000_000_000_000}
+	h := receiptlog.Head{Node: r.Node, Network: "testnet", Era: era, Size: 3, Root: log.Root(), Time: 1_000_000_000_000}
 	head, err := h.Sign(chain, nodeKey())
 	ts.Check(err)
-	out, err := json.Marshal(receiptlog.Inclusion{Head: *head, Index: 1, Path: p.Path})
+	i := receiptlog.Inclusion{Head: *head, Index: 1, Path: p.Path}
+	if era > 0 {
+		word := receiptlog.Reset{Node: r.Node, Network: "testnet", Era: era, Reason: "two disks were lost"}
+		i.Reset, err = word.Sign(chain, nodeKey()) // whose key it is, is not known here
+		ts.Check(err)
+	}
+	out, err := json.Marshal(i)
 	ts.Check(err)
 	return out
 }

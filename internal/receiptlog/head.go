@@ -13,6 +13,7 @@ import (
 type Head struct {
 	Node    evm.Address `json:"node"`
 	Network string      `json:"network"` // its name: networks may share a chain, and logs of one node in two of them contradict nothing
+	Era     uint64      `json:"era"`     // since when the log is this one, see [Reset]; 0 for the first. Logs of two eras contradict nothing
 	Size    uint64      `json:"size"`    // receipts
 	Root    evm.Hash    `json:"root"`
 	Time    uint64      `json:"time"` // Unix milliseconds, by the node's clock
@@ -25,14 +26,14 @@ var headTypeHash = evm.TypeHash(headType, HeadFields())
 // HeadFields returns the members of a head's EIP-712 type, ReceiptLogHead.
 func HeadFields() []evm.Field {
 	return []evm.Field{
-		{Name: "node", Type: "address"}, {Name: "network", Type: "string"}, {Name: "size", Type: "uint64"}, {Name: "root", Type: "bytes32"}, {Name: "time", Type: "uint64"},
+		{Name: "node", Type: "address"}, {Name: "network", Type: "string"}, {Name: "era", Type: "uint64"}, {Name: "size", Type: "uint64"}, {Name: "root", Type: "bytes32"}, {Name: "time", Type: "uint64"},
 	}
 }
 
 // Hash returns the EIP-712 hash that the node signs for a chain.
 func (h *Head) Hash(chainID uint64) evm.Hash {
 	network := evm.Keccak([]byte(h.Network))
-	return evm.TypedHash(chainID, headTypeHash, evm.AddressWord(h.Node), network[:], evm.Word(h.Size), h.Root[:], evm.Word(h.Time))
+	return evm.TypedHash(chainID, headTypeHash, evm.AddressWord(h.Node), network[:], evm.Word(h.Era), evm.Word(h.Size), h.Root[:], evm.Word(h.Time))
 }
 
 // Sign makes the signed form. The key must be h.Node's.
@@ -57,6 +58,10 @@ type SignedHead struct {
 
 var networkPattern = regexp.MustCompile(`^[a-z0-9][a-z0-9._-]{0,63}$`)
 
+// maxTime is the last millisecond of the year 9999: what is later cannot be
+// printed as a date.
+const maxTime = 253402300799999
+
 // Bound refuses a head that no log can have. It does not look at the signature.
 func (h *Head) Bound() error {
 	switch {
@@ -64,6 +69,8 @@ func (h *Head) Bound() error {
 		return fmt.Errorf("head of a log in network %.80q", h.Network)
 	case h.Size > MaxSize:
 		return fmt.Errorf("head of a log of %d receipts, at most %d", h.Size, uint64(MaxSize))
+	case h.Time > maxTime || h.Era > maxTime:
+		return fmt.Errorf("head of %d milliseconds, in an era of %d; no clock shows more than %d", h.Time, h.Era, uint64(maxTime))
 	}
 	return nil
 }
@@ -89,12 +96,16 @@ type Inclusion struct {
 	Head  SignedHead `json:"head"`
 	Index uint64     `json:"index"`
 	Path  []evm.Hash `json:"path"`
+	// Reset is the network's word for the head's era, nil in the first. It shows that
+	// the era is not the node's own idea.
+	Reset *SignedReset `json:"reset,omitempty"`
 }
 
 // MaxInclusion bounds the JSON of an inclusion, in bytes.
 const MaxInclusion = 16 << 10
 
-// ParseInclusion reads one and checks the head's signature. It refuses what another
+// ParseInclusion reads one and checks the head's signature, and that of the reset
+// where there is one: by whom that is, [SignedReset.Verify] tells. It refuses what another
 // reader may understand in another way, as package receipt does.
 func ParseInclusion(b []byte) (*Inclusion, error) {
 	if len(b) > MaxInclusion {
@@ -109,6 +120,17 @@ func ParseInclusion(b []byte) (*Inclusion, error) {
 	}
 	if err := i.Head.Verify(); err != nil {
 		return nil, fmt.Errorf("%w: %w", ErrProof, err)
+	}
+	switch r := i.Reset; {
+	case r == nil && i.Head.Era != 0:
+		return nil, fmt.Errorf("%w: the head is of a log that began anew, and the network's word for that is not there", ErrProof)
+	case r == nil:
+	case r.Node != i.Head.Node || r.Network != i.Head.Network || r.Era != i.Head.Era:
+		return nil, fmt.Errorf("%w: the reset is not that of the head's log", ErrProof)
+	default:
+		if _, err := r.Verify(); err != nil {
+			return nil, fmt.Errorf("%w: %w", ErrProof, err)
+		}
 	}
 	return i, nil
 }

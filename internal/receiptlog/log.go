@@ -10,6 +10,11 @@
 // is 0x00 and the EIP-712 hash of a receipt, an inner node 0x01 and its two
 // children. A node has one log for each network.
 //
+// Who has lost a log cannot go on with it. So the network's operator may have a
+// node's log begin anew, in another era, for which there is the network's signed
+// word ([Reset]). Each head names its era, and each proof of a later one has the
+// word with it: the rule holds within an era, and nobody takes one for another.
+//
 // How a log gets from its node to its network is in package wire ("Receipt log").
 // The contract in packaging/contracts takes heads and proofs, too.
 package receiptlog
@@ -166,8 +171,8 @@ func ProveGrowth(from, to uint64, node func(NodeID) (evm.Hash, error)) ([]evm.Ha
 // CheckGrowth fails with [ErrProof] unless path shows that the log of head new
 // begins with that of head old.
 func CheckGrowth(old, new Head, path []evm.Hash) error {
-	if old.Node != new.Node || old.Network != new.Network {
-		return fmt.Errorf("%w: heads of %s in %.64q and of %s in %.64q", ErrProof, old.Node, old.Network, new.Node, new.Network)
+	if old.Node != new.Node || old.Network != new.Network || old.Era != new.Era {
+		return fmt.Errorf("%w: heads of %s in %.64q, era %d, and of %s in %.64q, era %d", ErrProof, old.Node, old.Network, old.Era, new.Node, new.Network, new.Era)
 	}
 	if err := proof.VerifyConsistency(hasher{}, old.Size, new.Size, raw(path), old.Root[:], new.Root[:]); err != nil {
 		return fmt.Errorf("%w: that %d receipts begin with %d: %w", ErrProof, new.Size, old.Size, err)

@@ -48,7 +48,8 @@ const (
 // them waits for the disk. Safe for concurrent use.
 //
 // A head that is larger than the last one is taken without a proof that it begins
-// with that: the agent makes the log. A node whose disk was
+// with that, and one of a later era without the network's word for it: the agent makes
+// the log, and who checks a proof looks for both. A node whose disk was
 // replaced goes on from its network's copy of the log. Should that lack
 // what the last head had, it has no heads until the log is larger, or until the
 // operator takes the key over, which forgets them; it works all the while.
@@ -80,8 +81,14 @@ type Counts struct {
 
 // Log is what a head has stated.
 type Log struct {
+	Era  uint64   `json:"era"`
 	Size uint64   `json:"size"`
 	Root evm.Hash `json:"root"`
+}
+
+// behind reports whether a log comes behind another one: it is longer, or of a later era.
+func (l Log) behind(last Log) bool {
+	return l.Era > last.Era || l.Era == last.Era && l.Size > last.Size
 }
 
 const slotSize = 4096
@@ -277,13 +284,13 @@ func (c *Counters) head(chain uint64, h *receiptlog.Head) error {
 	if err := c.admit(chain); err != nil {
 		return err
 	}
-	next, is := c.now.clone(), Log{h.Size, h.Root}
+	next, is := c.now.clone(), Log{h.Era, h.Size, h.Root}
 	last, known := next.Heads[h.Network]
 	switch {
 	case known && is == last:
 		return nil
-	case known && is.Size <= last.Size:
-		return fmt.Errorf("%w: of %d receipts, and is asked for %d", ErrBehind, last.Size, is.Size)
+	case known && !is.behind(last):
+		return fmt.Errorf("%w: of %d receipts in era %d, and is asked for %d in era %d", ErrBehind, last.Size, last.Era, is.Size, is.Era)
 	}
 	if next.Heads == nil {
 		next.Heads = map[string]Log{}
@@ -364,7 +371,7 @@ func (v Counts) Above(other Counts) Counts {
 		if v.Heads == nil {
 			v.Heads = map[string]Log{}
 		}
-		if v.Heads[name].Size < l.Size {
+		if l.behind(v.Heads[name]) {
 			v.Heads[name] = l
 		}
 	}

@@ -144,14 +144,26 @@ func TestHeadsNeverGoBack(t *testing.T) {
 		}
 		c = openCounters(t, name)
 	}
+	anew := func(era, size uint64) error {
+		return openCounters(t, name).head(31337, &receiptlog.Head{Node: node, Network: "testnet", Era: era, Size: size})
+	}
+	for i, want := range []struct {
+		era, size uint64
+		err       error
+	}{{7, 2, nil}, {0, 7, ErrBehind}, {6, 9, ErrBehind}, {7, 1, ErrBehind}, {7, 3, nil}, {8, 0, nil}} {
+		if err := anew(want.era, want.size); !errors.Is(err, want.err) {
+			t.Errorf("%d: head of %d in era %d: %v, want %v", i, want.size, want.era, err, want.err)
+		}
+	}
+	c = openCounters(t, name)
 	if err := c.Takeover(); err != nil {
 		t.Fatal(err)
 	}
 	if err := say(openCounters(t, name), "testnet", 1, "c"); err != nil {
 		t.Errorf("after a takeover: %v", err)
 	}
-	larger := Counts{Heads: map[string]Log{"testnet": {Size: 9}}}
-	for _, v := range []Counts{larger.Above(Counts{Heads: map[string]Log{"testnet": {Size: 8}}}), Counts{}.Above(larger)} {
+	larger := Counts{Heads: map[string]Log{"testnet": {Era: 1, Size: 9}}}
+	for _, v := range []Counts{larger.Above(Counts{Heads: map[string]Log{"testnet": {Era: 1, Size: 8}}}), Counts{}.Above(larger), larger.Above(Counts{Heads: map[string]Log{"testnet": {Size: 10}}})} {
 		if v.Heads["testnet"].Size != 9 {
 			t.Errorf("merged counts have the head of %d receipts", v.Heads["testnet"].Size)
 		}
@@ -163,7 +175,7 @@ func TestCountsFit(t *testing.T) {
 	v := Counts{Node: node, Starts: 1<<64 - 1, Networks: map[string]uint64{}, Heads: map[string]Log{}}
 	for i := range maxNetworks {
 		name := strings.Repeat(string(rune('a'+i)), 64)
-		v.Networks[name], v.Heads[name] = 1<<64-1, Log{receiptlog.MaxSize, evm.Keccak()}
+		v.Networks[name], v.Heads[name] = 1<<64-1, Log{253402300799999, receiptlog.MaxSize, evm.Keccak()}
 	}
 	for i := range maxChains {
 		v.Chains = append(v.Chains, 1<<64-1-uint64(i))

@@ -75,8 +75,8 @@ var (
 	ErrFailed = errors.New("the signer has failed")
 
 	// ErrBehind says that a head of a receipt log goes back behind one that was
-	// signed before: the key states no smaller log, and no other one of the same
-	// size.
+	// signed before: the key states no smaller log of one era, no other one of the same
+	// size, and none of an earlier era.
 	ErrBehind = errors.New("the key has signed a head of a larger receipt log")
 
 	// ErrCaller says that the signer is not there for this account.

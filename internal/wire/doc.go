@@ -419,10 +419,21 @@
 // result is written down, in the order of that, and once; a failed result has none. The node states
 // what its log is by a head, EIP-712 with the domain of receipts:
 //
-//	ReceiptLogHead(address node,string network,uint64 size,bytes32 root,uint64 time)
+//	ReceiptLogHead(address node,string network,uint64 era,uint64 size,bytes32 root,uint64 time)
 //
-// Whoever has two heads of a node for one network can be shown that the larger
-// log begins with the smaller one, or holds the node's contradiction. A log has
+// Whoever has two heads of a node for one network and era can be shown that the larger
+// log begins with the smaller one, or holds the node's contradiction. era is 0 until the
+// network's operator has the log begin anew, since somebody has lost what cannot be made
+// again; it is a time then, in Unix milliseconds, by the network's clock. The network's
+// word for it is EIP-712, by a message key, with the domain of receipts:
+//
+//	ReceiptLogReset(address node,string network,uint64 era,uint64 before,bytes32 first,bytes32 second,string reason)
+//
+// before is the era that ends, below era. first is the EIP-712 hash of the newest head of
+// that which the network knows, second of one that contradicts it; zero for none. Both
+// heads stand in it, with the node's signatures; reason is one printable line of at most
+// 512 bytes. A log of a later era is another one. Who checks a proof under a head whose era is
+// not 0 must have the word for that era with it: else the node has made it up. A log has
 // at most 2^42 receipts. The compact range of a size, "edge", is the roots of
 // the full subtrees that its first leaves fall into, the largest first: one for each bit
 // that is set in the size. It is enough to append, and gives the root.

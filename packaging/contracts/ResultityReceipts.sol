@@ -36,17 +36,20 @@ contract ResultityReceipts {
     }
 
     /// The log of a node's receipts in one network at one time: one root for any
-    /// number of them. The network is the Keccak-256 of its name.
+    /// number of them. The network is the Keccak-256 of its name. The era is 0 until
+    /// the network's operator has the log begin anew: each is a log of its own, and that
+    /// the network has begun it is not checked here.
     struct Head {
         address node;
         bytes32 network;
+        uint64 era;
         uint64 size;
         bytes32 root;
         uint64 time;
     }
 
     event ReceiptRecorded(address indexed node, bytes16 indexed job, bytes32 digest);
-    event HeadRecorded(address indexed node, bytes32 indexed network, uint64 size, bytes32 root);
+    event HeadRecorded(address indexed node, bytes32 indexed network, uint64 indexed era, uint64 size, bytes32 root);
     /// One key has signed two receipts with one sequence, or two logs of one size.
     event Contradiction(address indexed node, uint64 indexed number, bytes32 first, bytes32 second);
 
@@ -70,7 +73,7 @@ contract ResultityReceipts {
     bytes32 private constant CLAIMED_TYPE = keccak256(
         "Claimed(bytes32 classDigest,uint64 promptTokens,uint64 completionTokens,uint64 startedAt,uint64 finishedAt)"
     );
-    bytes32 private constant HEAD_TYPE = keccak256("ReceiptLogHead(address node,string network,uint64 size,bytes32 root,uint64 time)");
+    bytes32 private constant HEAD_TYPE = keccak256("ReceiptLogHead(address node,string network,uint64 era,uint64 size,bytes32 root,uint64 time)");
 
     /// The upper half of the curve's order is refused (EIP-2): a statement has one
     /// signature, not two.
@@ -78,8 +81,8 @@ contract ResultityReceipts {
 
     /// The receipts that are recorded: node, sequence, digest.
     mapping(address => mapping(uint64 => bytes32)) public receipts;
-    /// The largest log of each node in each network that is recorded.
-    mapping(address => mapping(bytes32 => Head)) public heads;
+    /// The largest log of each node in each network that is recorded, by era.
+    mapping(address => mapping(bytes32 => mapping(uint64 => Head))) public heads;
 
     /// @return digest The EIP-712 hash of the receipt.
     /// @dev Members of the inner structs are one word long, so that their ABI encoding
@@ -116,25 +119,25 @@ contract ResultityReceipts {
     /// has the receipts can.
     function recordHead(Head calldata h, bytes calldata signature) external {
         checkHead(h, signature);
-        Head storage before = heads[h.node][h.network];
+        Head storage before = heads[h.node][h.network][h.era];
         if (h.size < before.size) revert Outdated(before.size);
         if (h.size == before.size && before.node != address(0)) {
             if (h.root == before.root) revert AlreadyRecorded();
             emit Contradiction(h.node, h.size, before.root, h.root);
             return;
         }
-        heads[h.node][h.network] = h;
-        emit HeadRecorded(h.node, h.network, h.size, h.root);
+        heads[h.node][h.network][h.era] = h;
+        emit HeadRecorded(h.node, h.network, h.era, h.size, h.root);
     }
 
     /// Whether a receipt, given by its digest, is in the recorded log of a node:
     /// RFC 9162, section 2.1.3.2, with Keccak-256.
-    function included(address node, bytes32 network, bytes32 digest, uint64 index, bytes32[] calldata path)
+    function included(address node, bytes32 network, uint64 era, bytes32 digest, uint64 index, bytes32[] calldata path)
         external
         view
         returns (bool)
     {
-        Head storage h = heads[node][network];
+        Head storage h = heads[node][network][era];
         if (index >= h.size) return false;
         uint64 place = index;
         uint64 last = h.size - 1;

@@ -78,5 +78,5 @@ func gas(ctx context.Context, b *bench, t *table) error {
 	for i, h := range p.Path {
 		path[i] = h
 	}
-	return call("prove one of them", "included", key.Address(), evm.Keccak([]byte("testnet")), digests[12345], uint64(12345), path)
+	return call("prove one of them", "included", key.Address(), evm.Keccak([]byte("testnet")), uint64(0), digests[12345], uint64(12345), path)
 }

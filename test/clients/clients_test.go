@@ -49,7 +49,7 @@ func TestEthersVerifiesHead(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	h := receiptlog.Head{Node: key.Address(), Network: "testnet", Size: 1 << 40, Root: evm.Keccak([]byte("root")), Time: 1_800_000_000_000}
+	h := receiptlog.Head{Node: key.Address(), Network: "testnet", Era: 1_700_000_000_000, Size: 1 << 40, Root: evm.Keccak([]byte("root")), Time: 1_800_000_000_000}
 	s, err := h.Sign(31337, key)
 	if err != nil {
 		t.Fatal(err)
@@ -60,7 +60,7 @@ func TestEthersVerifiesHead(t *testing.T) {
 			"types":       map[string]any{"EIP712Domain": evm.DomainFields(), "ReceiptLogHead": receiptlog.HeadFields()},
 			"primaryType": "ReceiptLogHead",
 			"domain":      map[string]any{"name": evm.DomainName, "version": evm.DomainVersion, "chainId": 31337},
-			"message":     map[string]string{"node": key.Address().Hex(), "network": h.Network, "size": fmt.Sprint(h.Size), "root": h.Root.Hex(), "time": fmt.Sprint(h.Time)},
+			"message":     map[string]string{"node": key.Address().Hex(), "network": h.Network, "era": fmt.Sprint(h.Era), "size": fmt.Sprint(h.Size), "root": h.Root.Hex(), "time": fmt.Sprint(h.Time)},
 		},
 	})
 	if err != nil {

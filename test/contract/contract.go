@@ -194,6 +194,7 @@ func Of(r receipt.Receipt) Receipt {
 type Head struct {
 	Node    evm.Address
 	Network [32]byte
+	Era     uint64
 	Size    uint64
 	Root    [32]byte
 	Time    uint64
@@ -201,5 +202,5 @@ type Head struct {
 
 // OfHead returns a head in the contract's form.
 func OfHead(h receiptlog.Head) Head {
-	return Head{h.Node, evm.Keccak([]byte(h.Network)), h.Size, h.Root, h.Time}
+	return Head{h.Node, evm.Keccak([]byte(h.Network)), h.Era, h.Size, h.Root, h.Time}
 }

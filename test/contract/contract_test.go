@@ -218,7 +218,7 @@ func TestHead(t *testing.T) {
 				t.Fatal(err)
 			}
 			in := func(digest evm.Hash, at uint64, path [][32]byte) bool {
-				values, _, _, err := c.Call("included", key.Address(), evm.Keccak([]byte("testnet")), digest, at, path)
+				values, _, _, err := c.Call("included", key.Address(), evm.Keccak([]byte("testnet")), uint64(0), digest, at, path)
 				if err != nil {
 					t.Fatal(err)
 				}
@@ -277,6 +277,11 @@ func TestHead(t *testing.T) {
 	fork.Root[0] ^= 1
 	if _, events := accept(t, c, "recordHead", OfHead(fork), signed(fork, chainID)); !slices.Equal(events, []string{"Contradiction"}) {
 		t.Errorf("another log of the same size: events %v", events)
+	}
+	anew := h
+	anew.Era, anew.Size = 1_800_000_000_000, 1
+	if _, events := accept(t, c, "recordHead", OfHead(anew), signed(anew, chainID)); !slices.Equal(events, []string{"HeadRecorded"}) {
+		t.Errorf("a log that began anew: events %v", events)
 	}
 	timeless := h
 	timeless.Network, timeless.Time = "othernet", 0 // the time is what the node likes

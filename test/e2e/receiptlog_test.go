@@ -170,7 +170,7 @@ func TestReceiptLog(t *testing.T) {
 			path[i] = x
 		}
 		r := v.signed.Receipt()
-		values, _, _, err := c.Call("included", r.Node, contract.OfHead(h.Head).Network, r.Hash(v.signed.ChainID()), v.proof.Index, path)
+		values, _, _, err := c.Call("included", r.Node, contract.OfHead(h.Head).Network, h.Era, r.Hash(v.signed.ChainID()), v.proof.Index, path)
 		if err != nil || !values[0].(bool) {
 			t.Errorf("the contract does not take the proof: %v, %v", values, err)
 		}
