@@ -19,6 +19,7 @@ import (
 	agentruntime "github.com/resultity/node/internal/runtime"
 	"github.com/resultity/node/internal/wire"
 	"github.com/resultity/node/test/bench/instant"
+	"github.com/resultity/node/test/chat"
 	"github.com/resultity/node/test/hostile"
 )
 
@@ -102,7 +103,9 @@ func TestHostileAnswers(t *testing.T) {
 		case err != nil:
 			return "", "engine_failed"
 		}
-		text, _ = instant.Read(res.Body, false)
+		if text, err = chat.Text(res.Body, false); err != nil {
+			t.Error(err)
+		}
 		return text, ""
 	}
 	n.kill(syscall.SIGUSR1)

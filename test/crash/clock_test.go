@@ -1,19 +1,15 @@
 package crash
 
 import (
-	"bytes"
 	"context"
 	"fmt"
-	"io"
-	"net/http"
 	"strings"
 	"testing"
 	"time"
 
 	"github.com/resultity/node/internal/control"
-	"github.com/resultity/node/internal/receipt"
 	"github.com/resultity/node/test/bench/instant"
-	"github.com/resultity/node/test/model"
+	"github.com/resultity/node/test/chat"
 )
 
 // The clock of a node jumps by an hour, while a job runs. The network does not
@@ -61,29 +57,8 @@ func (w *world) clock(t *testing.T) {
 func (w *world) slowly(ctx context.Context) <-chan error {
 	answer := make(chan error, 1)
 	go func() {
-		answer <- func() error {
-			res, err := w.Open(ctx, http.MethodPost, "/v1/chat/completions", map[string]any{
-				"model": model.Name, "stream": true, "temperature": 0, "max_tokens": 40,
-				"messages": []map[string]string{{"role": "user", "content": instant.Pace(100 * time.Millisecond)}},
-			})
-			if err != nil {
-				return err
-			}
-			defer res.Body.Close() // read to its end below
-			raw, err := io.ReadAll(io.LimitReader(res.Body, 1<<20))
-			if err != nil || res.StatusCode != http.StatusOK || !bytes.HasSuffix(raw, []byte("data: [DONE]\n\n")) {
-				return fmt.Errorf("%s, %w: %s", res.Status, err, tail(raw, 300))
-			}
-			id := res.Header.Get("Resultity-Receipt")
-			_, proof, err := w.Do(ctx, http.MethodGet, "/v1/receipts/"+id, nil)
-			if err == nil {
-				_, err = receipt.Verify(proof)
-			}
-			if err == nil {
-				w.load.note(id)
-			}
-			return err
-		}()
+		_, err := w.load.Ask(ctx, chat.Request{Prompt: instant.Pace(100 * time.Millisecond), Tokens: 40, Stream: true})
+		answer <- err
 	}()
 	return answer
 }

@@ -4,7 +4,6 @@ import (
 	"context"
 	"errors"
 	"fmt"
-	"net/http"
 	"path"
 	"regexp"
 	"slices"
@@ -14,7 +13,7 @@ import (
 
 	"github.com/resultity/node/internal/snapshot"
 	"github.com/resultity/node/test/bench/instant"
-	"github.com/resultity/node/test/model"
+	"github.com/resultity/node/test/chat"
 )
 
 // scenario makes a program pass points. It is repeated until the point is
@@ -36,7 +35,7 @@ func freshNode(ctx context.Context, w *world) error {
 	if out, err := w.node.Output(ctx, "rm", "-rf", w.node.State+"/agent/identity", w.node.State+"/agent/networks", w.node.State+"/agent/generations"); err != nil {
 		return fmt.Errorf("%w: %s", err, out)
 	}
-	w.load.unlogged()
+	w.logged = time.Now()
 	if err := w.node.UserCtl(ctx, "start", "--no-block", w.node.Agent); err != nil {
 		return err
 	}
@@ -47,7 +46,7 @@ func freshNode(ctx context.Context, w *world) error {
 // replaceStore takes the node's store away, and with it its receipt log, as when its
 // disk was replaced and the key restored. The network has seen the log before.
 func replaceStore(ctx context.Context, w *world) error {
-	if err := w.load.waitAnswer(ctx); err != nil {
+	if err := w.load.WaitAnswer(ctx, ""); err != nil {
 		return err
 	}
 	pause(ctx, 3*time.Second) // a head has come
@@ -58,7 +57,7 @@ func replaceStore(ctx context.Context, w *world) error {
 	if err != nil {
 		return fmt.Errorf("%w: %s", err, out)
 	}
-	w.load.unlogged()
+	w.logged = time.Now()
 	if err := w.node.UserCtl(ctx, "start", "--no-block", w.node.Agent); err != nil {
 		return err
 	}
@@ -164,16 +163,12 @@ func bindByMail(ctx context.Context, w *world) error {
 
 // largeJobs fill the agent's log, so that it is continued and cleaned up.
 func largeJobs(ctx context.Context, w *world) error {
-	prompt := strings.Repeat("x ", 100<<10)
+	large := ask
+	large.Prompt = strings.Repeat("x ", 100<<10)
 	var wg sync.WaitGroup
 	errs := make([]error, 12)
 	for i := range errs {
-		wg.Go(func() {
-			var id string
-			if id, _, errs[i] = w.ask(ctx, false, prompt); errs[i] == nil {
-				w.load.note(id)
-			}
-		})
+		wg.Go(func() { _, errs[i] = w.load.Ask(ctx, large) })
 	}
 	wg.Wait()
 	return errors.Join(errs...)
@@ -197,11 +192,7 @@ func refuse(ctx context.Context, w *world) error {
 	for i := range errs {
 		wg.Go(func() {
 			for range 20 {
-				id, _, err := w.ask(ctx, false, "x")
-				if err == nil {
-					w.load.note(id)
-				}
-				errs[i] = err
+				_, errs[i] = w.load.Ask(ctx, ask)
 			}
 		})
 	}
@@ -221,16 +212,16 @@ func drain(ctx context.Context, w *world) error {
 func leave(ctx context.Context, w *world) error {
 	ctx, cancel := context.WithCancel(ctx)
 	defer cancel()
-	res, err := w.Open(ctx, http.MethodPost, "/v1/chat/completions", map[string]any{
-		"model": model.Name, "stream": true, "temperature": 0, "max_tokens": 500,
-		"messages": []map[string]string{{"role": "user", "content": instant.Pace(50 * time.Millisecond)}},
-	})
-	if err != nil {
-		return err
+	begun := false
+	_, err := w.Ask(ctx, chat.Request{Prompt: instant.Pace(50 * time.Millisecond), Tokens: 500, Stream: true, Begun: func() error {
+		begun = true
+		cancel()
+		return ctx.Err()
+	}})
+	if begun {
+		return nil
 	}
-	_, err = res.Body.Read(make([]byte, 1))
-	cancel()
-	return errors.Join(err, res.Body.Close())
+	return err
 }
 
 // blob is the only file of the model that is served: the one that came last. A

@@ -5,6 +5,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"net/http"
 	"os"
 	"regexp"
 	"strings"
@@ -13,7 +14,6 @@ import (
 
 	"github.com/resultity/node/internal/control"
 	"github.com/resultity/node/internal/digest"
-	"github.com/resultity/node/internal/receipt"
 	"github.com/resultity/node/internal/receiptlog"
 )
 
@@ -110,14 +110,16 @@ func (w *world) walk(t *testing.T) {
 			if now := w.missing(t); now != missing {
 				t.Errorf("clients have got %d answers more than the network has counted results", now-missing)
 			}
-			if w.load.broken > 0 {
-				t.Errorf("%d answers were cut short by deaths of the agent, the last: %v", w.load.broken, w.load.lastBad)
+			must(t, w.fault())
+			if w.tally.Broken > 0 {
+				t.Errorf("answers were cut short by deaths of the agent: %s", &w.tally)
 			}
 		}
 	}
-	w.load.stop()
-	t.Logf("%d answers, %d requests refused, %d cut short; the last of those: %v", w.load.count(), w.load.refused, w.load.broken, w.load.lastBad)
-	must(t, w.load.fault())
+	w.load.Stop()
+	err = w.fault()
+	t.Logf("clients: %s", &w.tally)
+	must(t, err)
 	w.checkReceipts(t)
 }
 
@@ -150,12 +152,12 @@ func (w *world) checkPrograms(t *testing.T, points []Point) {
 // it was started, has counted results. Before the load began, nobody listened.
 func (w *world) missing(t *testing.T) int {
 	t.Helper()
-	defer w.load.quiet()()
+	defer w.load.Quiet()()
 	for last := -1; ; {
 		n, err := w.Counted(t.Context())
 		must(t, err)
 		if n == last {
-			return w.load.count() - n
+			return len(w.load.Answers(time.Time{})) - n
 		}
 		last = n
 		pause(t.Context(), 300*time.Millisecond)
@@ -168,22 +170,21 @@ func (w *world) missing(t *testing.T) int {
 // network has the records of the sandboxes that they name.
 func (w *world) checkReceipts(t *testing.T) {
 	t.Helper()
-	proven, recorded := 0, map[digest.Digest]bool{}
-	for id, logged := range w.load.answers {
-		res, raw, err := w.Do(t.Context(), "GET", "/v1/receipts/"+id, nil)
-		if err != nil || res.StatusCode != 200 {
-			t.Errorf("receipt %s is lost: %v %v", id, res, err)
-			continue
-		}
-		if !logged || proven == 300 {
-			continue
-		}
-		signed, err := receipt.Verify(raw)
+	all, lost, err := w.load.Recheck(t.Context(), time.Time{})
+	if err != nil {
+		t.Errorf("%d of %d receipts are lost, the first: %v", lost, all, err)
+	}
+	logged := w.load.Answers(w.logged)
+	logged = logged[:min(300, len(logged))]
+	recorded := map[digest.Digest]bool{}
+	for _, id := range logged {
+		raw, signed, err := w.Receipt(t.Context(), id)
 		if err != nil {
-			t.Errorf("receipt %s: %v", id, err)
+			t.Error(err)
 			continue
 		}
 		stated := signed.Receipt()
+		var res *http.Response
 		if d := stated.Measured.SandboxDigest; !recorded[d] {
 			recorded[d] = true
 			w.wait(t.Context(), 20*time.Second, func() bool {
@@ -207,11 +208,9 @@ func (w *world) checkReceipts(t *testing.T) {
 		}
 		if err != nil {
 			t.Errorf("receipt %s is not in its node's log: %v %s", id, err, tail(raw, 300))
-			continue
 		}
-		proven++
 	}
-	t.Logf("%d of %d receipts were looked for in the log, and are there; they name %d records of the sandbox", proven, len(w.load.answers), len(recorded))
+	t.Logf("%d of %d receipts were looked for in the log; they name %d records of the sandbox", len(logged), all, len(recorded))
 }
 
 // die has a program killed at a point and looks at what comes after.

@@ -7,24 +7,21 @@ import (
 	"crypto/rand"
 	"errors"
 	"fmt"
-	"io"
 	"net"
-	"net/http"
 	"os"
 	"os/exec"
 	"path"
 	"path/filepath"
 	"strings"
-	"sync"
 	"testing"
 	"time"
 
 	"github.com/resultity/node/internal/chunk"
 	"github.com/resultity/node/internal/control"
 	"github.com/resultity/node/internal/digest"
-	"github.com/resultity/node/internal/receipt"
 	"github.com/resultity/node/internal/snapshot"
 	"github.com/resultity/node/test/bench/instant"
+	"github.com/resultity/node/test/chat"
 	"github.com/resultity/node/test/host"
 	"github.com/resultity/node/test/model"
 	"github.com/resultity/node/test/stack"
@@ -40,6 +37,9 @@ const (
 	tokens = 8 // of each answer
 )
 
+// ask is what clients ask for.
+var ask = chat.Request{Prompt: "x", Tokens: tokens, Want: instant.Text(tokens)}
+
 // world is a network with one node, both with fail points, and clients that ask
 // without pause.
 type world struct {
@@ -48,12 +48,14 @@ type world struct {
 	engine []byte // program
 	plain  string // the agent's program as it is shipped
 	tagged string // and with fail points
-	load   *load
+	load   *chat.Crowd
+	tally  chat.Tally // of load, as far as it was taken
 
 	address string        // the node's id; learnt when key is
 	key     []byte        // the node's keystore file; nil until there is one
 	images  int           // engines pushed so far
 	image   digest.Digest // that was published last
+	logged  time.Time     // since when receipts are in the node's log: it was taken away before
 
 	reached func() bool // the point at which to die
 	other   bool        // it was a command that died, not a service
@@ -100,8 +102,8 @@ func up(t *testing.T) *world {
 	if err := w.node.WaitRoutable(ctx); err != nil {
 		t.Fatalf("%v\n%s", err, w.node.Journal(ctx, 100))
 	}
-	w.load = newLoad(w)
-	t.Cleanup(func() { w.load.stop() })
+	w.load = w.Crowd(ctx, 2, 20*time.Millisecond, ask)
+	t.Cleanup(w.load.Stop)
 	must(t, w.recovered(ctx))
 	return w
 }
@@ -222,7 +224,7 @@ func (w *world) recovered(ctx context.Context) error {
 	}); err != nil {
 		return err
 	}
-	if err := w.load.waitAnswer(ctx); err != nil {
+	if err := w.load.WaitAnswer(ctx, ""); err != nil {
 		return err
 	}
 	key, err := w.node.ReadFile(w.keyFile())
@@ -240,7 +242,14 @@ func (w *world) recovered(ctx context.Context) error {
 	if !bytes.Equal(key, w.key) || s.Node != w.address {
 		return fmt.Errorf("node %s has become %s, or its key another", w.address, s.Node)
 	}
-	return errors.Join(w.checkModels(ctx), w.load.fault())
+	return errors.Join(w.checkModels(ctx), w.fault())
+}
+
+// fault returns what must never be with answers, since it was last asked.
+func (w *world) fault() error {
+	now := w.load.Take()
+	w.tally.Add(&now)
+	return now.Fault()
 }
 
 // checkModels compares every model file with its name.
@@ -262,42 +271,6 @@ func (w *world) checkModels(ctx context.Context) error {
 	return nil
 }
 
-// load is clients that ask without pause, plain and streamed by turns, and check
-// every answer and its receipt.
-type load struct {
-	w    *world
-	stop func()
-
-	asking sync.RWMutex // read-locked by each client that waits for an answer
-
-	mu       sync.Mutex      // guards what follows
-	answers  map[string]bool // true for those that must be in the node's log
-	refused  int             // with an error, or not taken at all
-	broken   int             // ended in the middle
-	err      error           // what must never be
-	lastBad  error           // of refused or broken
-	changed  chan struct{}   // closed and replaced with every answer
-	lastSent time.Time       // when the request was sent that was answered last
-}
-
-func newLoad(w *world) *load {
-	ctx, cancel := context.WithCancel(context.Background())
-	l := &load{w: w, answers: map[string]bool{}, changed: make(chan struct{})}
-	var wg sync.WaitGroup
-	for i := range 2 {
-		wg.Go(func() {
-			for n := i; ctx.Err() == nil; n++ {
-				l.asking.RLock()
-				l.once(ctx, n%2 == 0)
-				l.asking.RUnlock()
-				pause(ctx, 20*time.Millisecond)
-			}
-		})
-	}
-	l.stop = func() { cancel(); wg.Wait() }
-	return l
-}
-
 // wait waits until ok holds, at most for so long.
 func (w *world) wait(ctx context.Context, most time.Duration, ok func() bool) {
 	for end := time.Now().Add(most); ctx.Err() == nil && time.Now().Before(end) && !ok(); {
@@ -309,145 +282,5 @@ func pause(ctx context.Context, d time.Duration) {
 	select {
 	case <-ctx.Done():
 	case <-time.After(d):
-	}
-}
-
-// once asks once.
-func (l *load) once(ctx context.Context, stream bool) {
-	begin := time.Now()
-	id, status, err := l.w.ask(ctx, stream, "x")
-	if err == nil {
-		l.note(id)
-	}
-	if ctx.Err() != nil {
-		return // it may have been cut short by that
-	}
-	l.mu.Lock()
-	defer l.mu.Unlock()
-	switch {
-	case err == nil:
-		if begin.After(l.lastSent) {
-			l.lastSent = begin
-		}
-		close(l.changed)
-		l.changed = make(chan struct{})
-	case errors.Is(err, errWrong):
-		l.err = errors.Join(l.err, err)
-	case status == http.StatusOK:
-		l.broken++
-		l.lastBad = err
-	default:
-		l.refused++
-		l.lastBad = err
-	}
-}
-
-// quiet waits until every client has its answer, and keeps them from asking again
-// until resume is called.
-func (l *load) quiet() (resume func()) {
-	l.asking.Lock()
-	return l.asking.Unlock
-}
-
-// note counts an answer.
-func (l *load) note(id string) {
-	l.mu.Lock()
-	defer l.mu.Unlock()
-	if _, twice := l.answers[id]; twice {
-		l.err = errors.Join(l.err, fmt.Errorf("job %s was answered twice", id))
-	}
-	l.answers[id] = true
-}
-
-// unlogged says that the node's log is gone: who knows which of the answers so far
-// the network had seen in it.
-func (l *load) unlogged() {
-	l.mu.Lock()
-	defer l.mu.Unlock()
-	for id := range l.answers {
-		l.answers[id] = false
-	}
-}
-
-// count returns how many answers there have been.
-func (l *load) count() int {
-	l.mu.Lock()
-	defer l.mu.Unlock()
-	return len(l.answers)
-}
-
-// fault returns what must never be, once.
-func (l *load) fault() error {
-	l.mu.Lock()
-	defer l.mu.Unlock()
-	err := l.err
-	l.err = nil
-	return err
-}
-
-// waitAnswer waits until a request that is sent after now is answered.
-func (l *load) waitAnswer(ctx context.Context) error {
-	now := time.Now()
-	for {
-		l.mu.Lock()
-		at, changed, bad := l.lastSent, l.changed, l.lastBad
-		l.mu.Unlock()
-		if at.After(now) {
-			return nil
-		}
-		select {
-		case <-changed:
-		case <-ctx.Done():
-			return fmt.Errorf("no answer (%w); the last failure: %v", ctx.Err(), bad)
-		}
-	}
-}
-
-var errWrong = errors.New("wrong answer")
-
-// ask asks once and returns the receipt's id, which has been checked, and the
-// status.
-func (w *world) ask(ctx context.Context, stream bool, prompt string) (id string, status int, err error) {
-	ctx, cancel := context.WithTimeout(ctx, 90*time.Second)
-	defer cancel()
-	res, err := w.Open(ctx, http.MethodPost, "/v1/chat/completions", map[string]any{
-		"model": model.Name, "stream": stream, "temperature": 0, "max_tokens": tokens,
-		"messages": []map[string]string{{"role": "user", "content": prompt}},
-	})
-	if err != nil {
-		return "", 0, err
-	}
-	defer res.Body.Close() // read to its end below
-	raw, err := io.ReadAll(io.LimitReader(res.Body, 1<<20))
-	if err == nil && res.StatusCode != http.StatusOK {
-		err = fmt.Errorf("%s: %.300s", res.Status, raw)
-	}
-	if err != nil {
-		return "", res.StatusCode, err
-	}
-	text, whole := instant.Read(raw, stream)
-	switch {
-	case !whole:
-		return "", res.StatusCode, fmt.Errorf("cut short: %.300s", raw[max(0, len(raw)-300):])
-	case text != instant.Text(tokens):
-		return "", res.StatusCode, fmt.Errorf("%w: %.300q", errWrong, raw)
-	}
-	id = res.Header.Get("Resultity-Receipt")
-	// The network may be down just now, or wait for the node to tell it once more
-	// what it had answered from memory: the receipt has to be there all the same.
-	for end := time.Now().Add(30 * time.Second); ; pause(ctx, 50*time.Millisecond) {
-		again, proof, err := w.Do(ctx, http.MethodGet, "/v1/receipts/"+id, nil)
-		switch {
-		case err == nil && again.StatusCode == http.StatusOK:
-			signed, err := receipt.Verify(proof)
-			if err != nil || signed.Receipt().Measured.ResponseHash != digest.Of(raw) {
-				err = fmt.Errorf("%w: receipt %s is not for the bytes that came (%v)", errWrong, id, err)
-			}
-			return id, res.StatusCode, err
-		case ctx.Err() != nil:
-			return id, 0, ctx.Err()
-		case time.Now().After(end):
-			return id, res.StatusCode, fmt.Errorf("%w: no receipt %s: %v %s", errWrong, id, err, proof)
-		}
 	}
 }

@@ -323,7 +323,7 @@ func (d *demo) networkCut(ctx context.Context) error {
 				return "", err
 			}
 			who, err := address(ctx, b)
-			if err == nil && got.signed.Receipt().Node.Hex() != who {
+			if err == nil && got.Receipt.Receipt().Node.Hex() != who {
 				err = errTooFast // the receipt is by the node that was cut off
 			}
 			return "the client saw one whole answer", err

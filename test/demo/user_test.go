@@ -13,6 +13,7 @@ import (
 	"time"
 
 	"github.com/resultity/node/internal/receipt"
+	"github.com/resultity/node/test/chat"
 	"github.com/resultity/node/test/host"
 	"github.com/resultity/node/test/model"
 	"github.com/resultity/node/test/stack"
@@ -92,12 +93,9 @@ func (u *account) keptAndDown() {
 		u.Fatalf("kept: exit status %d:\n%s\n%s", code, out, u.journal())
 	}
 	p := model.Prompts()[0]
-	body, err := json.Marshal(request(p, false))
-	if err != nil {
-		u.Fatal(err)
-	}
-	answer := u.run("sh", "-c", `. build/demo/env && curl -sS --cacert "$RESULTITY_CA" -H "Authorization: Bearer $RESULTITY_API_KEY" -H "Content-Type: application/json" -d "$0" "$RESULTITY_API/v1/chat/completions"`, string(body))
-	if got, err := text([]byte(answer), false); err != nil || got != p.Answer {
+	r := request(p)
+	answer := u.run("sh", "-c", `. build/demo/env && curl -sS --cacert "$RESULTITY_CA" -H "Authorization: Bearer $RESULTITY_API_KEY" -H "Content-Type: application/json" -d "$0" "$RESULTITY_API/v1/chat/completions"`, string(r.JSON()))
+	if got, err := chat.Text([]byte(answer), false); err != nil || got != p.Answer {
 		u.Errorf("the kept network answered %q (%v), want %q", got, err, p.Answer)
 	}
 	if out, code := u.demoWith([]string{odd}, "-down"); code != 0 || out != "demo: down\n" {
@@ -163,7 +161,7 @@ func (u *account) outputs() {
 		}
 		return raw
 	}
-	if got, err := text(read("answer.json"), false); err != nil || got != model.Prompts()[0].Answer {
+	if got, err := chat.Text(read("answer.json"), false); err != nil || got != model.Prompts()[0].Answer {
 		u.Errorf("answer.json says %q (%v)", got, err)
 	}
 	if _, err := receipt.Verify(read("receipt.json")); err != nil {

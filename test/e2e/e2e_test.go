@@ -14,6 +14,7 @@ import (
 	"time"
 
 	"github.com/resultity/node/internal/control"
+	"github.com/resultity/node/test/chat"
 	"github.com/resultity/node/test/clients"
 	"github.com/resultity/node/test/host"
 	"github.com/resultity/node/test/model"
@@ -121,11 +122,8 @@ func TestCatalogExplains(t *testing.T) {
 // No text of a request or an answer is in any log of the nodes or the network.
 func TestLogsHoldNoText(t *testing.T) {
 	const secret = "Spell the word marzipan."
-	res, body, err := s.Do(t.Context(), "POST", "/v1/chat/completions", map[string]any{
-		"model": model.Name, "temperature": 0, "max_tokens": 40, "messages": []map[string]string{{"role": "user", "content": secret}},
-	})
-	if err != nil || res.StatusCode != 200 {
-		t.Fatalf("%v %v: %s", res, err, body)
+	if _, err := s.Ask(t.Context(), chat.Request{Prompt: secret, Tokens: 40}); err != nil {
+		t.Fatal(err)
 	}
 	for _, h := range append([]*host.Host{s.Net}, s.Nodes[0].Host, s.Nodes[1].Host) {
 		out, err := h.Output(t.Context(), "journalctl", "--no-pager", "-o", "export")

@@ -5,7 +5,7 @@ import (
 	"bytes"
 	"context"
 	"encoding/binary"
-	"encoding/json"
+	"errors"
 	"fmt"
 	"os"
 	"path/filepath"
@@ -23,6 +23,7 @@ import (
 	"github.com/resultity/node/internal/journal"
 	"github.com/resultity/node/internal/snapshot"
 	"github.com/resultity/node/test/bench/instant"
+	"github.com/resultity/node/test/chat"
 	"github.com/resultity/node/test/hostile"
 	"github.com/resultity/node/test/stack"
 )
@@ -143,50 +144,22 @@ func withRights(img v1.Image, program []byte) (v1.Image, error) {
 // answered, and what else there is to say.
 func (h *hostileTest) ask(ctx context.Context, t *testing.T, prompt string, tokens int, stream bool) (text, node, other string) {
 	t.Helper()
-	res, raw, err := s.Do(ctx, "POST", "/v1/chat/completions", map[string]any{
-		"model": h.model(), "max_tokens": tokens, "stream": stream, "messages": []map[string]string{{"role": "user", "content": prompt}},
-	})
+	a, err := s.Ask(ctx, chat.Request{Prompt: prompt, Tokens: tokens, Stream: stream})
+	var refused *chat.Refusal
 	switch {
-	case err != nil && res == nil:
-		t.Fatal(err)
-	case err != nil:
+	case errors.Is(err, chat.ErrBroken):
 		return "", "", "broken off"
-	case res.StatusCode != 200:
-		var e struct {
-			Error struct{ Code, Message string }
-		}
-		if err := json.Unmarshal(raw, &e); err != nil || e.Error.Code == "" {
-			t.Fatalf("status %d, %q", res.StatusCode, raw)
-		}
-		return "", "", fmt.Sprintf("%d %s", res.StatusCode, e.Error.Code)
+	case errors.As(err, &refused) && refused.Code != "":
+		return "", "", fmt.Sprintf("%d %s", refused.Status, refused.Code)
+	case err != nil:
+		t.Fatal(err)
 	}
-	for name := range res.Header {
+	for name := range a.Header {
 		if !slices.Contains([]string{"Content-Type", "Content-Length", "Date", "Cache-Control", "X-Accel-Buffering", "X-Request-Id", "Resultity-Receipt"}, name) {
 			t.Errorf("a client was sent the header %s", name)
 		}
 	}
-	text, whole := instant.Read(raw, stream)
-	if !whole {
-		return "", "", "broken off"
-	}
-	var r struct{ Node string }
-	for {
-		got, raw, err := s.Do(ctx, "GET", "/v1/receipts/"+res.Header.Get("Resultity-Receipt"), nil)
-		if err != nil {
-			t.Fatal(err)
-		}
-		if got.StatusCode == 200 {
-			if err := json.Unmarshal(raw, &r); err != nil {
-				t.Fatal(err)
-			}
-			return text, r.Node, ""
-		}
-		select {
-		case <-ctx.Done():
-			t.Fatalf("receipt: %d %s", got.StatusCode, raw)
-		case <-time.After(20 * time.Millisecond): // it may be stored behind the answer
-		}
-	}
+	return a.Text, a.Receipt.Receipt().Node.Hex(), ""
 }
 
 func (h *hostileTest) model() string { return "tiny-chat" }

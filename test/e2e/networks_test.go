@@ -5,9 +5,7 @@ import (
 	"context"
 	"encoding/json"
 	"fmt"
-	"io"
 	"net"
-	"net/http"
 	"strings"
 	"testing"
 	"time"
@@ -18,14 +16,15 @@ import (
 	"github.com/resultity/node/internal/receipt"
 	"github.com/resultity/node/internal/snapshot"
 	"github.com/resultity/node/internal/wire"
+	"github.com/resultity/node/test/chat"
 	"github.com/resultity/node/test/model"
 )
 
 // side is a network service of the tests.
 type side struct {
-	name     string
-	chain    uint64
-	api, key string
+	chat.Client
+	name  string
+	chain uint64
 }
 
 // secondNetwork begins another network on the network's host: a service of its
@@ -34,7 +33,7 @@ type side struct {
 func secondNetwork(t *testing.T) (two side, publish func(change func(*snapshot.Config))) {
 	t.Helper()
 	const dir = "/var/lib/second-network"
-	two = side{name: "second", chain: 4242, api: "https://" + net.JoinHostPort(s.Net.Addr().String(), "8444")}
+	two = side{name: "second", chain: 4242, Client: chat.Client{API: "https://" + net.JoinHostPort(s.Net.Addr().String(), "8444"), HTTP: s.HTTP}}
 	run := func(args ...string) string {
 		return on(t, append([]string{"resultity-network"}, append(args, "--dir", dir)...)...)
 	}
@@ -83,7 +82,7 @@ func secondNetwork(t *testing.T) (two side, publish func(change func(*snapshot.C
 	if err != nil {
 		t.Fatal(err)
 	}
-	two.key = strings.TrimSpace(string(raw))
+	two.APIKey = strings.TrimSpace(string(raw))
 	root, err := s.Net.ReadFile(dir + "/repository/metadata/1.root.json")
 	if err != nil {
 		t.Fatal(err)
@@ -91,7 +90,7 @@ func secondNetwork(t *testing.T) (two side, publish func(change func(*snapshot.C
 	n := s.Nodes[0]
 	for name, data := range map[string]string{
 		"second-root.json": string(root), "second-token": token,
-		"agent.toml.d/60-second.toml": fmt.Sprintf("[network.second]\nurl = %q\nroot = \"/etc/resultity/second-root.json\"\nca = \"/etc/resultity/ca.pem\"\nenrolment_token = \"/etc/resultity/second-token\"\n", two.api),
+		"agent.toml.d/60-second.toml": fmt.Sprintf("[network.second]\nurl = %q\nroot = \"/etc/resultity/second-root.json\"\nca = \"/etc/resultity/ca.pem\"\nenrolment_token = \"/etc/resultity/second-token\"\n", two.API),
 	} {
 		if err := n.WriteFile("/etc/resultity/"+name, []byte(data), 0o644); err != nil {
 			t.Fatal(err)
@@ -103,41 +102,12 @@ func secondNetwork(t *testing.T) (two side, publish func(change func(*snapshot.C
 // ask has a network answer one request, and returns its receipt.
 func (n side) ask(ctx context.Context, node string) (receipt.Signed, error) {
 	p := model.Prompts()[0]
-	body, err := json.Marshal(map[string]any{"model": model.Name, "temperature": 0, "max_tokens": 64, "messages": []map[string]string{{"role": "user", "content": p.User}}})
+	a, err := n.Ask(ctx, chat.Request{Prompt: p.User, Tokens: 64, Want: p.Answer})
 	if err != nil {
-		return receipt.Signed{}, err
+		return receipt.Signed{}, fmt.Errorf("%s: %w", n.name, err)
 	}
-	do := func(method, path string, body io.Reader) (*http.Response, []byte, error) {
-		req, err := http.NewRequestWithContext(ctx, method, n.api+path, body)
-		if err != nil {
-			return nil, nil, err
-		}
-		req.Header.Set("Authorization", "Bearer "+n.key)
-		req.Header.Set("Content-Type", "application/json")
-		res, err := s.HTTP.Do(req)
-		if err != nil {
-			return nil, nil, err
-		}
-		defer res.Body.Close() // read to its end
-		raw, err := io.ReadAll(io.LimitReader(res.Body, 1<<20))
-		if err == nil && res.StatusCode != http.StatusOK {
-			err = fmt.Errorf("%s: %s %s: %s: %s", n.name, method, path, res.Status, raw)
-		}
-		return res, raw, err
-	}
-	res, answer, err := do(http.MethodPost, "/v1/chat/completions", bytes.NewReader(body))
-	if err != nil {
-		return receipt.Signed{}, err
-	}
-	if !bytes.Contains(answer, []byte(p.Answer)) {
-		return receipt.Signed{}, fmt.Errorf("%s answered %s", n.name, answer)
-	}
-	_, raw, err := do(http.MethodGet, "/v1/receipts/"+res.Header.Get("Resultity-Receipt"), nil)
-	if err != nil {
-		return receipt.Signed{}, err
-	}
-	r, err := receipt.Verify(raw)
-	if err == nil && (r.ChainID() != n.chain || node != "" && r.Receipt().Node.Hex() != node) {
+	r := a.Receipt
+	if r.ChainID() != n.chain || node != "" && r.Receipt().Node.Hex() != node {
 		err = fmt.Errorf("%s: a receipt of chain %d by %s", n.name, r.ChainID(), r.Receipt().Node.Hex())
 	}
 	return r, err
@@ -205,7 +175,7 @@ func TestTwoNetworks(t *testing.T) {
 	}
 	defer func() { _, _ = other.Ctl(context.WithoutCancel(ctx), "resume") }()
 	restart()
-	demo := side{name: "demo", chain: 31337, api: s.API, key: s.APIKey}
+	demo := side{name: "demo", chain: 31337, Client: s.Client}
 	state("demo", "active")
 	state("second", "active")
 	st, err := n.Status(ctx)
@@ -251,7 +221,7 @@ func TestTwoNetworks(t *testing.T) {
 	if now, err := n.Property(ctx, "resultity-runtime.service", "InvocationID"); err != nil || now != start {
 		t.Errorf("the runtime was started again (%v)", err)
 	}
-	if out := on(t, "curl", "-sSk", "-H", "Authorization: Bearer "+two.key, "https://localhost:8444/v1/nodes"); !strings.Contains(out, "standby") {
+	if out := on(t, "curl", "-sSk", "-H", "Authorization: Bearer "+two.APIKey, "https://localhost:8444/v1/nodes"); !strings.Contains(out, "standby") {
 		t.Errorf("the second network does not say it: %s", out)
 	}
 	if out, _ := n.Output(ctx, "resultityctl", "status", "--network", "second"); !strings.Contains(string(out), "serves demo") {

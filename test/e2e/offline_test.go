@@ -3,13 +3,13 @@ package e2e
 import (
 	"context"
 	"encoding/json"
-	"net/http"
 	"slices"
 	"strings"
 	"testing"
 	"time"
 
 	"github.com/resultity/node/internal/control"
+	"github.com/resultity/node/test/chat"
 	"github.com/resultity/node/test/model"
 	"github.com/resultity/node/test/stack"
 )
@@ -61,9 +61,7 @@ func TestNetworkGoesAway(t *testing.T) {
 	defer hangUp()
 	for range 2 {
 		go func() {
-			_, _, _ = s.Do(gone, http.MethodPost, "/v1/chat/completions", map[string]any{ // nobody hears the answer
-				"model": model.Name, "messages": []any{map[string]string{"role": "user", "content": model.Prompts()[0].User}}, "max_tokens": 64,
-			})
+			_, _ = s.Ask(gone, chat.Request{Prompt: model.Prompts()[0].User, Tokens: 64}) // nobody hears the answer
 		}()
 	}
 	wait("two jobs", func(st *control.Status) bool { return st.Busy == 2 })
@@ -93,9 +91,8 @@ func TestNetworkGoesAway(t *testing.T) {
 	back = true
 	wait("the acknowledgements", func(st *control.Status) bool { return st.Outbox == 0 })
 	for _, id := range kept {
-		res, body, err := s.Do(ctx, http.MethodGet, "/v1/receipts/"+id, nil)
-		if err != nil || res.StatusCode != http.StatusOK {
-			t.Errorf("receipt %s: %v %s", id, err, body)
+		if _, _, err := s.Receipt(ctx, id); err != nil {
+			t.Error(err)
 		}
 		out := ok(n.Output(ctx, "sh", "-c", "journalctl -q --no-pager -o cat RESULTITY_JOB="+id+" | grep -c 'job done'"))
 		if strings.TrimSpace(string(out)) != "1" {

@@ -9,7 +9,7 @@ import (
 	"github.com/resultity/node/internal/gate"
 	"github.com/resultity/node/internal/network"
 	"github.com/resultity/node/internal/wire"
-	"github.com/resultity/node/test/model"
+	"github.com/resultity/node/test/chat"
 	"github.com/resultity/node/test/stack"
 )
 
@@ -72,11 +72,8 @@ func TestOrders(t *testing.T) {
 	// Jobs, whose text must be nowhere in what is uploaded.
 	const secret = "Spell the word saxifrage."
 	for range 4 { // both nodes get some
-		res, body, err := s.Do(ctx, "POST", "/v1/chat/completions", map[string]any{
-			"model": model.Name, "temperature": 0, "max_tokens": 20, "messages": []map[string]string{{"role": "user", "content": secret}},
-		})
-		if err != nil || res.StatusCode != 200 {
-			t.Fatalf("%v %v: %s", res, err, body)
+		if _, err := s.Ask(ctx, chat.Request{Prompt: secret, Tokens: 20}); err != nil {
+			t.Fatal(err)
 		}
 	}
 	order("logs")

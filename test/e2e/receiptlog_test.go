@@ -17,6 +17,7 @@ import (
 	"github.com/resultity/node/internal/network/store"
 	"github.com/resultity/node/internal/receipt"
 	"github.com/resultity/node/internal/receiptlog"
+	"github.com/resultity/node/test/chat"
 	"github.com/resultity/node/test/contract"
 	"github.com/resultity/node/test/model"
 	"github.com/resultity/node/test/stack"
@@ -34,25 +35,17 @@ type proven struct {
 // askProven has a request answered and waits for the proof of its receipt.
 func askProven(t *testing.T) *proven {
 	t.Helper()
-	p := model.Prompts()[0]
-	ask := map[string]any{
-		"model": model.Name, "temperature": 0, "max_tokens": 8, "messages": []map[string]string{{"role": "user", "content": p.User}},
-	}
-	res, body, err := s.Do(t.Context(), http.MethodPost, "/v1/chat/completions", ask)
-	for end := time.Now().Add(time.Minute); err == nil && res.StatusCode == http.StatusServiceUnavailable && time.Now().Before(end); {
+	ask := chat.Request{Prompt: model.Prompts()[0].User, Tokens: 8}
+	a, err := s.Ask(t.Context(), ask)
+	var refused *chat.Refusal
+	for end := time.Now().Add(time.Minute); errors.As(err, &refused) && refused.Status == http.StatusServiceUnavailable && time.Now().Before(end); {
 		time.Sleep(200 * time.Millisecond) // the node has to come back to a network that was restarted
-		res, body, err = s.Do(t.Context(), http.MethodPost, "/v1/chat/completions", ask)
+		a, err = s.Ask(t.Context(), ask)
 	}
-	if err != nil || res.StatusCode != http.StatusOK {
-		t.Fatalf("%v %v: %s", res, err, body)
-	}
-	v := &proven{id: res.Header.Get("Resultity-Receipt")}
-	if res, v.rawReceipt, err = s.Do(t.Context(), http.MethodGet, "/v1/receipts/"+v.id, nil); err != nil || res.StatusCode != http.StatusOK {
-		t.Fatalf("%v %v: %s", res, err, v.rawReceipt)
-	}
-	if v.signed, err = receipt.Verify(v.rawReceipt); err != nil {
+	if err != nil {
 		t.Fatal(err)
 	}
+	v := &proven{id: a.Receipt.Receipt().Job.String(), rawReceipt: a.RawReceipt, signed: a.Receipt}
 	v.prove(t)
 	return v
 }

@@ -2,13 +2,12 @@ package e2e
 
 import (
 	"context"
-	"encoding/json"
 	"path"
 	"strings"
 	"testing"
 	"time"
 
-	"github.com/resultity/node/internal/receipt"
+	"github.com/resultity/node/test/chat"
 	"github.com/resultity/node/test/model"
 )
 
@@ -34,34 +33,22 @@ func TestReplay(t *testing.T) {
 	ok(nil, keeper.WriteFile(dropIn, []byte("[replay]\nkeep = 1\n"), 0o644))
 	restart()
 
-	p := model.Prompts()[0]
-	request := ok(json.Marshal(map[string]any{
-		"model": model.Name, "temperature": 0, "max_tokens": 60, "messages": []map[string]string{{"role": "user", "content": p.User}},
-	}))
-	var signed receipt.Signed
-	var response, raw []byte
+	var a *chat.Answer
 	for try := 0; ; try++ { // until the one that keeps jobs gets it
-		res, body, err := s.Do(ctx, "POST", "/v1/chat/completions", json.RawMessage(request))
-		if err != nil || res.StatusCode != 200 {
-			t.Fatalf("%v %v: %s", res, err, body)
-		}
-		response = body
-		if res, raw, err = s.Do(ctx, "GET", "/v1/receipts/"+res.Header.Get("Resultity-Receipt"), nil); err != nil || res.StatusCode != 200 {
-			t.Fatalf("%v %v: %s", res, err, raw)
-		}
-		if signed, err = receipt.Verify(raw); err != nil {
+		var err error
+		if a, err = s.Ask(ctx, chat.Request{Prompt: model.Prompts()[0].User, Tokens: 60}); err != nil {
 			t.Fatal(err)
 		}
 		st, err := keeper.Status(ctx)
 		ok(nil, err)
-		if strings.EqualFold(st.Node, signed.Receipt().Node.Hex()) {
+		if strings.EqualFold(st.Node, a.Receipt.Receipt().Node.Hex()) {
 			break
 		}
 		if try == 20 {
 			t.Fatal("it gets no job")
 		}
 	}
-	r := signed.Receipt()
+	r := a.Receipt.Receipt()
 	same := func(out []byte, err error) {
 		t.Helper()
 		if ok(out, err); !strings.HasPrefix(string(out), "SAME") {
@@ -70,7 +57,7 @@ func TestReplay(t *testing.T) {
 	}
 	same(keeper.Ctl(ctx, "replay", r.Job.String()))
 	for _, n := range s.Nodes {
-		for name, text := range map[string][]byte{"request": request, "response": response, "receipt": raw} {
+		for name, text := range map[string][]byte{"request": a.Request, "response": a.Body, "receipt": a.RawReceipt} {
 			ok(nil, n.WriteFile("/root/replay/"+name, text, 0o600))
 		}
 		same(n.Ctl(ctx, "replay", "--request", "/root/replay/request", "--response", "/root/replay/response", "--receipt", "/root/replay/receipt"))
@@ -78,7 +65,7 @@ func TestReplay(t *testing.T) {
 
 	// The network asks the other node, whose hardware and settings are the same. The
 	// command may act as the account of its directory, which has to read the file.
-	ok(nil, s.Net.WriteFile("/root/replay/request", request, 0o600))
+	ok(nil, s.Net.WriteFile("/root/replay/request", a.Request, 0o600))
 	out := ok(s.Network(ctx, "jobs", "replay", r.Job.String(), "--request", "/root/replay/request"))
 	if !strings.HasPrefix(string(out), "SAME") || strings.Count(string(out), " signed, as job ") != 2 {
 		t.Errorf("%s", out)

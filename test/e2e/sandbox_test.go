@@ -15,6 +15,7 @@ import (
 	"github.com/resultity/node/internal/journal"
 	"github.com/resultity/node/internal/receipt"
 	"github.com/resultity/node/internal/sandbox/record"
+	"github.com/resultity/node/test/chat"
 	"github.com/resultity/node/test/model"
 	"github.com/resultity/node/test/stack"
 )
@@ -30,27 +31,16 @@ type attested struct {
 // askAttested has a request answered and fetches both.
 func askAttested(ctx context.Context, t *testing.T) *attested {
 	t.Helper()
-	get := func(path string) []byte {
-		t.Helper()
-		res, body, err := s.Do(ctx, http.MethodGet, path, nil)
-		if err != nil || res.StatusCode != http.StatusOK {
-			t.Fatalf("%s: %v %v: %s", path, res, err, body)
-		}
-		return body
-	}
-	res, body, err := s.Do(ctx, http.MethodPost, "/v1/chat/completions", map[string]any{
-		"model": model.Name, "temperature": 0, "max_tokens": 8, "messages": []map[string]string{{"role": "user", "content": model.Prompts()[0].User}},
-	})
-	if err != nil || res.StatusCode != http.StatusOK {
-		t.Fatalf("%v %v: %s", res, err, body)
-	}
-	a := &attested{rawReceipt: get("/v1/receipts/" + res.Header.Get("Resultity-Receipt"))}
-	signed, err := receipt.Verify(a.rawReceipt)
+	answer, err := s.Ask(ctx, chat.Request{Prompt: model.Prompts()[0].User, Tokens: 8})
 	if err != nil {
 		t.Fatal(err)
 	}
-	a.receipt = signed.Receipt()
-	a.rawRecord = get("/v1/sandbox/" + a.receipt.Measured.SandboxDigest.Hex())
+	a := &attested{rawReceipt: answer.RawReceipt, receipt: answer.Receipt.Receipt()}
+	res, raw, err := s.Do(ctx, http.MethodGet, "/v1/sandbox/"+a.receipt.Measured.SandboxDigest.Hex(), nil)
+	if err != nil || res.StatusCode != http.StatusOK {
+		t.Fatalf("%v %v: %s", res, err, raw)
+	}
+	a.rawRecord = raw
 	if a.record, err = record.Open(a.rawRecord); err != nil {
 		t.Fatal(err)
 	}

@@ -3,9 +3,7 @@ package e2e
 import (
 	"bytes"
 	"encoding/hex"
-	"encoding/json"
 	"fmt"
-	"net/http"
 	"os"
 	"path/filepath"
 	"regexp"
@@ -17,6 +15,7 @@ import (
 
 	"github.com/resultity/node/internal/control"
 	"github.com/resultity/node/internal/gate"
+	"github.com/resultity/node/test/chat"
 	"github.com/resultity/node/test/model"
 	"github.com/resultity/node/test/stack"
 )
@@ -148,11 +147,6 @@ func outside(t *testing.T, n *stack.Node, pid string) string {
 
 // A signer that is killed again and again while jobs run loses none of them.
 func TestSignerIsKilled(t *testing.T) {
-	p := model.Prompts()[0]
-	body, err := json.Marshal(map[string]any{"model": model.Name, "messages": []map[string]string{{"role": "user", "content": p.User}}, "max_tokens": 16})
-	if err != nil {
-		t.Fatal(err)
-	}
 	done := make(chan struct{})
 	var wg sync.WaitGroup
 	answers := make(chan string, 4)
@@ -166,26 +160,12 @@ func TestSignerIsKilled(t *testing.T) {
 					return
 				default:
 				}
-				req, err := http.NewRequestWithContext(t.Context(), http.MethodPost, s.API+"/v1/chat/completions", bytes.NewReader(body))
+				a, err := s.Ask(t.Context(), chat.Request{Prompt: model.Prompts()[0].User, Tokens: 16})
 				if err != nil {
 					t.Error(err)
 					return
 				}
-				req.Header.Set("Authorization", "Bearer "+s.APIKey)
-				req.Header.Set("Content-Type", "application/json")
-				res, err := s.HTTP.Do(req)
-				if err != nil {
-					t.Error(err)
-					return
-				}
-				raw := new(bytes.Buffer)
-				_, err = raw.ReadFrom(res.Body)
-				_ = res.Body.Close()
-				if err != nil || res.StatusCode != http.StatusOK {
-					t.Errorf("status %d, %v: %s", res.StatusCode, err, raw)
-					return
-				}
-				answers <- raw.String()
+				answers <- a.Receipt.Receipt().Job.String()
 			}
 		})
 	}

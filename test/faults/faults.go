@@ -15,6 +15,7 @@ import (
 	"github.com/resultity/node/internal/control"
 	"github.com/resultity/node/internal/gate"
 	"github.com/resultity/node/internal/snapshot"
+	"github.com/resultity/node/test/chat"
 	"github.com/resultity/node/test/host"
 	"github.com/resultity/node/test/stack"
 )
@@ -37,7 +38,7 @@ type Outcome struct {
 	Fault    string
 	Broken   time.Duration // for so long
 	Recovery time.Duration // from then until A had answered a new request
-	Clients  Tally         // of that time
+	Clients  chat.Tally    // of that time
 }
 
 // patience is for a recovery.
@@ -57,7 +58,8 @@ func (w *World) Run(ctx context.Context, f *Fault) (o Outcome, err error) {
 	}
 	resume := w.Load.Quiet()
 	before, err := w.look(ctx, -1)
-	w.Load.Take()
+	between := w.Load.Take()
+	quiet := time.Now()
 	resume()
 	if err != nil {
 		return o, fmt.Errorf("before it: %w", err)
@@ -82,13 +84,13 @@ func (w *World) Run(ctx context.Context, f *Fault) (o Outcome, err error) {
 	if err != nil {
 		return o, fmt.Errorf("after it: %w", err)
 	}
-	var errs []error
+	errs := []error{between.Fault()}
 	c := &o.Clients
 	failed := c.Sent - c.Answered
 	if f.Streams {
 		failed -= c.Broken
 	}
-	if c.Wrong > 0 || !f.Network && failed > 0 {
+	if c.Fault() != nil || !f.Network && failed+c.Late > 0 {
 		errs = append(errs, fmt.Errorf("clients: %s", c))
 	}
 	if counted := after.counted - before.counted; !f.Network && counted != o.Clients.Answered {
@@ -97,10 +99,8 @@ func (w *World) Run(ctx context.Context, f *Fault) (o Outcome, err error) {
 	if (after.agent != before.agent) != f.Agent {
 		errs = append(errs, fmt.Errorf("the agent was invocation %s and is %s", before.agent, after.agent))
 	}
-	if n, err := w.Load.Answers(rctx); err != nil {
-		errs = append(errs, err)
-	} else if n < o.Clients.Answered {
-		errs = append(errs, fmt.Errorf("%d answers have receipts, of %d", n, o.Clients.Answered))
+	if all, lost, err := w.Load.Recheck(rctx, quiet); err != nil {
+		errs = append(errs, fmt.Errorf("%d of %d receipts are lost, the first: %w", lost, all, err))
 	}
 	return o, errors.Join(append(errs, w.Check(rctx))...)
 }
@@ -530,12 +530,10 @@ func (w *World) saysFull(ctx context.Context) error {
 	if err := w.waitHealth(ctx, http.StatusServiceUnavailable); err != nil {
 		return err
 	}
-	res, raw, err := w.Do(ctx, http.MethodPost, "/v1/chat/completions", request(false))
-	if err != nil {
-		return err
-	}
-	if res.StatusCode != http.StatusServiceUnavailable || res.Header.Get("Retry-After") == "" || !strings.Contains(string(raw), `"code":"storage"`) {
-		return fmt.Errorf("with a full disk the network answers %s, Retry-After %q: %s", res.Status, res.Header.Get("Retry-After"), raw)
+	_, err := w.Ask(ctx, ask)
+	var refused *chat.Refusal
+	if !errors.As(err, &refused) || refused.Status != http.StatusServiceUnavailable || refused.RetryAfter == "" || refused.Code != "storage" {
+		return fmt.Errorf("with a full disk the network answers %+v", err)
 	}
 	// The answer may be faster than the journal.
 	if err := w.onNet(ctx, `timeout 20 sh -c 'until journalctl -q _PID=$(systemctl show -P MainPID resultity-network) | grep -q "enlarge it"; do sleep 0.1; done'`); err != nil {

@@ -12,9 +12,9 @@ import (
 	"time"
 
 	"github.com/resultity/node/internal/control"
-	"github.com/resultity/node/internal/receipt"
 	"github.com/resultity/node/internal/snapshot"
 	"github.com/resultity/node/test/bench/instant"
+	"github.com/resultity/node/test/chat"
 	"github.com/resultity/node/test/host"
 	"github.com/resultity/node/test/stack"
 )
@@ -25,7 +25,7 @@ import (
 type World struct {
 	*stack.Stack
 	A, B  *stack.Node
-	Load  *Load
+	Load  *chat.Crowd
 	Proxy *Proxy
 	Site  *Site
 
@@ -37,8 +37,14 @@ type World struct {
 // proxyName is what A calls the network.
 const proxyName = "proxy.test"
 
-// tokens of each answer.
-const tokens = 8
+// What clients do.
+const (
+	clients = 3
+	pace    = 40 * time.Millisecond
+	tokens  = 8 // of each answer
+)
+
+var ask = chat.Request{Prompt: "x", Tokens: tokens, Want: instant.Text(tokens)}
 
 // New brings a world up. Progress, if not nil, is told in lines what happens.
 func New(ctx context.Context, progress io.Writer) (_ *World, err error) {
@@ -111,7 +117,7 @@ func New(ctx context.Context, progress io.Writer) (_ *World, err error) {
 		return nil, err
 	}
 	w.address = s.Node
-	w.Load = newLoad(w.Stack)
+	w.Load = w.Crowd(ctx, clients, pace, ask)
 	return w, nil
 }
 
@@ -203,7 +209,7 @@ func (w *World) WaitRecovered(ctx context.Context) error {
 	if err := w.A.WaitRoutable(ctx); err != nil {
 		return err
 	}
-	return w.Load.WaitAnswerOf(ctx, w.address)
+	return w.Load.WaitAnswer(ctx, w.address)
 }
 
 // Check looks at what must be true at any time when nothing is broken.
@@ -239,30 +245,6 @@ func (w *World) checkModels(ctx context.Context) error {
 		return errors.New("no model file was found to check")
 	}
 	return nil
-}
-
-// Balance returns how many answers that clients have got are not to be found at
-// the network any more, and how many jobs were answered twice. Clients are quiet
-// from then on.
-func (w *World) Balance(ctx context.Context) (lost, twice int, err error) {
-	w.Load.Stop()
-	w.Load.mu.Lock()
-	all, twice := w.Load.all, w.Load.twice
-	w.Load.mu.Unlock()
-	for id := range all {
-		res, raw, err := w.Do(ctx, "GET", "/v1/receipts/"+id, nil)
-		switch {
-		case err != nil:
-			return lost, twice, err
-		case res.StatusCode != 200:
-			lost++
-		default:
-			if _, err := receipt.Verify(raw); err != nil {
-				return lost, twice, fmt.Errorf("receipt %s: %w", id, err)
-			}
-		}
-	}
-	return lost, twice, nil
 }
 
 // pause is for faults that last a while.

@@ -33,6 +33,7 @@ import (
 	"github.com/resultity/node/internal/snapshot"
 	"github.com/resultity/node/packaging/images"
 	"github.com/resultity/node/packaging/images/llamacpp"
+	"github.com/resultity/node/test/chat"
 	"github.com/resultity/node/test/host"
 	"github.com/resultity/node/test/model"
 	"github.com/resultity/node/test/oci"
@@ -70,16 +71,15 @@ type Options struct {
 
 // Stack is a running system. Its methods may be called concurrently.
 type Stack struct {
-	Lab    *host.Lab  // nil where there are no test hosts
-	Net    *host.Host // the network's host; nil where there are no test hosts
-	Nodes  []*Node
-	API    string // https://address:port
-	APIKey string
-	CA     []byte // PEM
-	HTTP   *http.Client
-	Image  snapshot.ImageRef
-	Key    *oci.Key
-	Reg    *oci.Registry
+	chat.Client // of the network
+
+	Lab   *host.Lab  // nil where there are no test hosts
+	Net   *host.Host // the network's host; nil where there are no test hosts
+	Nodes []*Node
+	CA    []byte // PEM
+	Image snapshot.ImageRef
+	Key   *oci.Key
+	Reg   *oci.Registry
 
 	ca    *authority
 	local *local // nil on test hosts
@@ -589,17 +589,6 @@ func (s *Stack) WaitRoutable(ctx context.Context) error {
 	return nil
 }
 
-// Do sends an API request and returns the answer with its body read.
-func (s *Stack) Do(ctx context.Context, method, path string, body any) (*http.Response, []byte, error) {
-	res, err := s.Open(ctx, method, path, body)
-	if err != nil {
-		return nil, nil, err
-	}
-	defer res.Body.Close() // read to its end below
-	raw, err := io.ReadAll(io.LimitReader(res.Body, 32<<20))
-	return res, raw, err
-}
-
 var (
 	counted    = regexp.MustCompile(`(?m)^resultity_results_total\{verdict="counted"\} (\d+)$`)
 	unfinished = regexp.MustCompile(`(?m)^resultity_jobs\{state="\w+"\} (\d+)$`)
@@ -654,25 +643,6 @@ func (s *Stack) metrics(ctx context.Context) ([]byte, error) {
 		return nil, fmt.Errorf("metrics: %s", res.Status)
 	}
 	return raw, nil
-}
-
-// Open sends an API request; the caller reads and closes the body.
-func (s *Stack) Open(ctx context.Context, method, path string, body any) (*http.Response, error) {
-	var r io.Reader
-	if body != nil {
-		raw, err := json.Marshal(body)
-		if err != nil {
-			return nil, err
-		}
-		r = bytes.NewReader(raw)
-	}
-	req, err := http.NewRequestWithContext(ctx, method, s.API+path, r)
-	if err != nil {
-		return nil, err
-	}
-	req.Header.Set("Authorization", "Bearer "+s.APIKey)
-	req.Header.Set("Content-Type", "application/json")
-	return s.HTTP.Do(req)
 }
 
 // BuildProgram builds one of the tests' own programs to the file out.

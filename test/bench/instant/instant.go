@@ -10,8 +10,6 @@
 package instant
 
 import (
-	"bufio"
-	"bytes"
 	"encoding/json"
 	"fmt"
 	"net"
@@ -51,33 +49,6 @@ func Address(args []string) string {
 		}
 	}
 	return net.JoinHostPort(option["--host"], option["--port"])
-}
-
-// Read returns the text of an answer of the API, and whether it is whole: a
-// stream has its end.
-func Read(raw []byte, stream bool) (text string, whole bool) {
-	type event struct {
-		Choices []struct{ Message, Delta struct{ Content string } }
-	}
-	var e event
-	if !stream {
-		if json.Unmarshal(raw, &e) != nil || len(e.Choices) != 1 {
-			return "", true
-		}
-		return e.Choices[0].Message.Content, true
-	}
-	var b strings.Builder
-	for lines := bufio.NewScanner(bytes.NewReader(raw)); lines.Scan(); {
-		data, ok := strings.CutPrefix(lines.Text(), "data: ")
-		if data == "[DONE]" {
-			return b.String(), true
-		}
-		e = event{}
-		if ok && json.Unmarshal([]byte(data), &e) == nil && len(e.Choices) > 0 {
-			b.WriteString(e.Choices[0].Delta.Content)
-		}
-	}
-	return b.String(), false
 }
 
 // maxBody and maxTokens bound what a caller may ask for.

@@ -27,8 +27,8 @@ import (
 	"time"
 
 	"github.com/resultity/node/internal/digest"
-	"github.com/resultity/node/internal/receipt"
 	"github.com/resultity/node/test/bench/instant"
+	"github.com/resultity/node/test/chat"
 )
 
 // Spec is what a run consists of.
@@ -201,7 +201,7 @@ func (r *runner) ask(ctx context.Context, o *Op, body []byte) (a answer, err err
 		text, err = a.stream(in, o, begin)
 	} else if _, err = io.Copy(io.Discard, in); err == nil {
 		a.total = micros(time.Since(begin))
-		text, err = content(raw.Bytes())
+		text, err = chat.Text(raw.Bytes(), false)
 	}
 	switch {
 	case err != nil:
@@ -218,17 +218,6 @@ type event struct {
 	Choices []struct {
 		Message, Delta struct{ Content string }
 	}
-}
-
-func content(raw []byte) (string, error) {
-	var e event
-	if err := json.Unmarshal(raw, &e); err != nil {
-		return "", err
-	}
-	if len(e.Choices) != 1 {
-		return "", fmt.Errorf("%d choices", len(e.Choices))
-	}
-	return e.Choices[0].Message.Content, nil
 }
 
 // stream reads and times an event stream.
@@ -276,24 +265,8 @@ func (a *answer) stream(r io.Reader, o *Op, begin time.Time) (string, error) {
 
 // checkReceipt proves that the bytes are those that the node signed.
 func (r *runner) checkReceipt(ctx context.Context, id string, request, response []byte) error {
-	req, err := http.NewRequestWithContext(ctx, http.MethodGet, r.spec.API+"/v1/receipts/"+id, nil)
-	if err != nil {
-		return err
-	}
-	req.Header.Set("Authorization", "Bearer "+r.spec.Key)
-	res, err := r.api.Do(req)
-	if err != nil {
-		return err
-	}
-	defer res.Body.Close() // read to its end below
-	raw, err := io.ReadAll(io.LimitReader(res.Body, receipt.MaxSize+1))
-	if err != nil {
-		return err
-	}
-	if res.StatusCode != http.StatusOK {
-		return fmt.Errorf("receipt: %s", res.Status)
-	}
-	s, err := receipt.Verify(raw)
+	c := chat.Client{API: r.spec.API, APIKey: r.spec.Key, HTTP: r.api}
+	_, s, err := c.Receipt(ctx, id)
 	if err != nil {
 		return err
 	}

@@ -21,6 +21,7 @@ import (
 	"text/tabwriter"
 	"time"
 
+	"github.com/resultity/node/test/chat"
 	"github.com/resultity/node/test/faults"
 )
 
@@ -45,7 +46,7 @@ func run(ctx context.Context, length time.Duration, seed uint64) (err error) {
 	}
 	defer func() { err = errors.Join(err, w.Close()) }()
 	order := rand.New(rand.NewPCG(seed, 0))
-	var all faults.Tally
+	var all chat.Tally
 	took := map[string][]time.Duration{}
 	var errs []error
 	for end := time.Now().Add(length); time.Now().Before(end) && ctx.Err() == nil; {
@@ -73,10 +74,13 @@ func run(ctx context.Context, length time.Duration, seed uint64) (err error) {
 	if err := t.Flush(); err != nil {
 		return err
 	}
-	lost, twice, err := w.Balance(ctx)
-	fmt.Printf("\n%s\n%d lost, %d answered twice\n", &all, lost, twice)
-	if lost > 0 || twice > 0 {
-		errs = append(errs, fmt.Errorf("%d lost, %d answered twice", lost, twice))
+	w.Load.Stop()
+	last := w.Load.Take()
+	all.Add(&last)
+	_, lost, err := w.Load.Recheck(ctx, time.Time{})
+	if err != nil {
+		err = fmt.Errorf("%d receipts are lost, the first: %w", lost, err)
 	}
+	fmt.Printf("\n%s\n%d lost, %d answered twice\n", &all, lost, all.Twice)
 	return errors.Join(append(errs, err, ctx.Err())...)
 }
