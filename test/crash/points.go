@@ -104,11 +104,11 @@ func functions(dir string, files []*ast.File) (list []function) {
 			}
 			fn := function{dir: dir, name: decl.Name.Name}
 			if decl.Recv != nil {
-				fn.name = written(decl.Recv.List[0].Type) + "." + fn.name
+				fn.name = Spelled(decl.Recv.List[0].Type) + "." + fn.name
 			}
 			ast.Inspect(decl.Body, func(n ast.Node) bool {
 				if c, ok := n.(*ast.CallExpr); ok {
-					k := call{name: written(c.Fun), args: len(c.Args), pos: c.Pos()}
+					k := call{name: Spelled(c.Fun), args: len(c.Args), pos: c.Pos()}
 					if len(c.Args) > 0 {
 						if lit, ok := c.Args[0].(*ast.BasicLit); ok && lit.Kind == token.STRING {
 							k.lit, _ = strconv.Unquote(lit.Value) // the parser has read it
@@ -125,17 +125,20 @@ func functions(dir string, files []*ast.File) (list []function) {
 	return list
 }
 
-// written is an expression as it is written, as far as it is made of names.
-func written(e ast.Expr) string {
+// Spelled is an expression as it is written, as far as it is made of names: those of
+// calls have no arguments, generic ones no types.
+func Spelled(e ast.Expr) string {
 	switch e := e.(type) {
 	case *ast.Ident:
 		return e.Name
 	case *ast.SelectorExpr:
-		return written(e.X) + "." + e.Sel.Name
+		return Spelled(e.X) + "." + e.Sel.Name
 	case *ast.StarExpr:
-		return written(e.X)
+		return Spelled(e.X)
 	case *ast.CallExpr:
-		return written(e.Fun) + "()"
+		return Spelled(e.Fun) + "()"
+	case *ast.IndexExpr:
+		return Spelled(e.X)
 	}
 	return "_"
 }
@@ -208,8 +211,8 @@ func sent(files map[string][]*ast.File, dir string) (types []string) {
 			if !ok || decl.Name.Name != "direction" || decl.Recv == nil {
 				continue
 			}
-			if r, ok := decl.Body.List[0].(*ast.ReturnStmt); ok && written(r.Results[0]) == own {
-				types = append(types, written(decl.Recv.List[0].Type))
+			if r, ok := decl.Body.List[0].(*ast.ReturnStmt); ok && Spelled(r.Results[0]) == own {
+				types = append(types, Spelled(decl.Recv.List[0].Type))
 			}
 		}
 	}

@@ -12,6 +12,8 @@ import (
 	"slices"
 	"strings"
 	"testing"
+
+	"github.com/resultity/node/test/crash"
 )
 
 // decodes are calls that take bytes apart.
@@ -105,7 +107,7 @@ func parsers(t *testing.T) (list []string) {
 			}
 			found := false
 			ast.Inspect(fn.Body, func(n ast.Node) bool {
-				if c, ok := n.(*ast.CallExpr); ok && decodes.MatchString(spelled(c.Fun)) {
+				if c, ok := n.(*ast.CallExpr); ok && decodes.MatchString(crash.Spelled(c.Fun)) {
 					found = true
 				}
 				return !found
@@ -115,7 +117,7 @@ func parsers(t *testing.T) (list []string) {
 			}
 			name := fn.Name.Name
 			if fn.Recv != nil {
-				name = spelled(fn.Recv.List[0].Type) + "." + name
+				name = crash.Spelled(fn.Recv.List[0].Type) + "." + name
 			}
 			list = append(list, filepath.ToSlash(pkg)+" "+name)
 		}
@@ -126,19 +128,4 @@ func parsers(t *testing.T) (list []string) {
 	}
 	slices.Sort(list)
 	return slices.Compact(list)
-}
-
-// spelled is an expression as it is written, as far as it is made of names.
-func spelled(e ast.Expr) string {
-	switch e := e.(type) {
-	case *ast.Ident:
-		return e.Name
-	case *ast.SelectorExpr:
-		return spelled(e.X) + "." + e.Sel.Name
-	case *ast.StarExpr:
-		return spelled(e.X)
-	case *ast.IndexExpr:
-		return spelled(e.X)
-	}
-	return "_"
 }
