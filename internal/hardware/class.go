@@ -34,7 +34,7 @@ var ErrUnknown = errors.New("this machine is in no determinism class")
 func Class(root string, c Computes) (determinism.Hardware, error) {
 	h := determinism.Hardware{Arch: runtime.GOARCH}
 	if c.CPU {
-		if err := readCPU(filepath.Join(root, "proc/cpuinfo"), &h); err != nil {
+		if err := cpus(filepath.Join(root, "proc/cpuinfo"), &h); err != nil {
 			return determinism.Hardware{}, fmt.Errorf("%w: CPU: %w", ErrUnknown, err)
 		}
 		if c.Threads {
@@ -63,30 +63,45 @@ func Class(root string, c Computes) (determinism.Hardware, error) {
 	return h, nil
 }
 
-// Bounds of the kernel's files, in bytes: what is longer is cut, or no answer.
+// Bounds of the kernel's files, in bytes.
 const (
-	maxCPUInfo = 4 << 20 // of machines with a thousand CPUs
-	maxSmall   = 4 << 10
+	maxCPUInfo = 64 << 20 // half of it is of 8192 CPUs; what is longer is no answer
+	maxSmall   = 4 << 10  // what is longer is cut
 )
 
-// readCPU reads the models of the CPUs, of which there may be several kinds, and
-// the features that all of them have.
-func readCPU(file string, h *determinism.Hardware) error {
+// maxKinds bounds the kinds of CPU in one machine: as many as are named in full.
+const maxKinds = 8
+
+var (
+	errLong  = fmt.Errorf("the kernel says more than %d bytes of the CPUs", maxCPUInfo)
+	errKinds = fmt.Errorf("there are more than %d kinds", maxKinds)
+)
+
+func cpus(file string, h *determinism.Hardware) error {
 	f, err := os.Open(file)
 	if err != nil {
 		return err
 	}
 	defer f.Close() // read only: nothing to lose
+	return readCPU(f, h)
+}
+
+// readCPU reads the models of the CPUs, of which there may be several kinds, and
+// the features that all of them have. Nothing of that is the order's in which the
+// kernel lists them.
+func readCPU(r io.Reader, h *determinism.Hardware) error {
 	var models []string
 	var features []string
-	first := true
+	first, last := true, ""
 	of := map[string]string{} // of the CPU that is being read
 	end := func() {
-		if m := cpuModel(of); m != "" && !slices.Contains(models, m) && len(models) < 8 {
+		if m := cpuModel(of); m != "" && !slices.Contains(models, m) && len(models) <= maxKinds {
 			models = append(models, m)
 		}
-		words := strings.Fields(of["flags"] + " " + of["features"]) // as x86 and the others say it
-		if len(words) > 0 {
+		flags := of["flags"] + " " + of["features"] // as x86 and the others say it
+		if flags != last && strings.TrimSpace(flags) != "" {
+			last = flags
+			words := strings.Fields(flags)
 			have := slices.DeleteFunc(slices.Clone(determinism.Features), func(s string) bool { return !slices.Contains(words, s) })
 			if first {
 				features, first = have, false
@@ -96,7 +111,8 @@ func readCPU(file string, h *determinism.Hardware) error {
 		}
 		clear(of)
 	}
-	s := bufio.NewScanner(io.LimitReader(f, maxCPUInfo))
+	whole := &io.LimitedReader{R: r, N: maxCPUInfo + 1}
+	s := bufio.NewScanner(whole)
 	s.Buffer(nil, 64<<10)
 	for s.Scan() {
 		k, v, ok := strings.Cut(s.Text(), ":")
@@ -112,8 +128,13 @@ func readCPU(file string, h *determinism.Hardware) error {
 		return err
 	}
 	end()
-	if len(models) == 0 {
-		return fmt.Errorf("%s names no model", file)
+	switch {
+	case whole.N == 0:
+		return errLong
+	case len(models) == 0:
+		return errors.New("the kernel names no model")
+	case len(models) > maxKinds:
+		return errKinds
 	}
 	slices.Sort(models)
 	slices.Sort(features)

@@ -2,8 +2,10 @@ package hardware
 
 import (
 	"errors"
+	"fmt"
 	"os"
 	"path/filepath"
+	"reflect"
 	"runtime"
 	"slices"
 	"strings"
@@ -118,6 +120,72 @@ func TestNoClass(t *testing.T) {
 		if got, err := Class(kernel(t, c.files), c.computes); !errors.Is(err, ErrUnknown) {
 			t.Errorf("%s: %+v, %v", name, got, err)
 		}
+	}
+}
+
+// A machine's class is of all its CPUs, however many and in whatever order.
+func TestClassOfManyCPUs(t *testing.T) {
+	x86 := func(flags string) string {
+		return "processor : 0\nvendor_id : GenuineIntel\ncpu family : 6\nmodel : 167\nmodel name : Xeon\nflags : " + flags + "\n\n"
+	}
+	arm := func(part, features string) string {
+		return "processor : 0\nBogoMIPS : 50.00\nFeatures : " + features + "\nCPU implementer : 0x41\nCPU architecture: 8\nCPU variant : 0x1\nCPU part : " + part + "\nCPU revision : 1\n\n"
+	}
+	class := func(text string) determinism.Hardware {
+		t.Helper()
+		h, err := Class(kernel(t, cpuinfo(text)), Computes{CPU: true})
+		if err != nil {
+			t.Fatal(err)
+		}
+		return h
+	}
+	// Wherever the text would be cut, there are flags.
+	many := x86(strings.Repeat("other ", 500) + "avx avx2 fma")
+	one := class(many)
+	if got := class(strings.Repeat(many, 4096)); !reflect.DeepEqual(got, one) {
+		t.Errorf("4096 CPUs are %+v, and one of them %+v", got, one)
+	}
+	if got := class(strings.Repeat(many, 4095) + x86("avx")); !slices.Equal(got.Features, []string{"avx"}) {
+		t.Errorf("the last CPU has avx alone, and all of them %q", got.Features)
+	}
+	cores := []string{arm("0xd46", "asimd asimddp i8mm"), arm("0xd4d", "asimd asimddp"), arm("0xd4e", "asimd asimddp i8mm bf16")}
+	want := determinism.Hardware{Arch: runtime.GOARCH, CPU: "0x41 0xd46 0x1, 0x41 0xd4d 0x1, 0x41 0xd4e 0x1", Features: []string{"asimd", "asimddp"}}
+	for _, order := range [][]int{{0, 1, 2}, {0, 2, 1}, {1, 0, 2}, {1, 2, 0}, {2, 0, 1}, {2, 1, 0}, {2, 2, 1, 0, 1}} {
+		text := ""
+		for _, i := range order {
+			text += cores[i]
+		}
+		if got := class(text); !reflect.DeepEqual(got, want) {
+			t.Errorf("in the order %v: %+v, want %+v", order, got, want)
+		}
+	}
+	// With more kinds than are named, which of them are would be the order's to say.
+	text := ""
+	for i := range maxKinds + 1 {
+		text += arm(fmt.Sprintf("0xd%02x", i), "asimd")
+	}
+	if got, err := Class(kernel(t, cpuinfo(text)), Computes{CPU: true}); !errors.Is(err, ErrUnknown) {
+		t.Errorf("%d kinds: %+v, %v", maxKinds+1, got, err)
+	}
+}
+
+// endless is a file that says a text again and again.
+type endless struct {
+	text string
+	at   int
+}
+
+func (e *endless) Read(p []byte) (int, error) {
+	n := copy(p, e.text[e.at:])
+	e.at = (e.at + n) % len(e.text)
+	return n, nil
+}
+
+// A file that is too long is not half read.
+func TestEndlessCPUs(t *testing.T) {
+	var h determinism.Hardware
+	if err := readCPU(&endless{text: "model name : x\nflags : " + strings.Repeat("avx ", 8000) + "\n\n"}, &h); !errors.Is(err, errLong) {
+		t.Errorf("%+v, %v", h, err)
 	}
 }
 
