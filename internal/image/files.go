@@ -37,17 +37,26 @@ func (i *Images) deny() error {
 	return err
 }
 
+// repository returns what Podman calls ref's repository: by its long name,
+// docker.io/library/….
+func repository(ref snapshot.ImageRef) (reference.Named, error) {
+	return reference.ParseNormalizedNamed(ref.Repository())
+}
+
+// requirements are what Podman asks of the images of one repository.
+type requirements struct {
+	registry string
+	signed   podmanpolicy.PolicyRequirement
+}
+
 // allow writes Podman's part of the trust in ref: its repository, with what t
-// asks for, and nothing else. The policy comes last, since without the files before
-// it refuses too much, never too little.
+// asks for, beside those that others work on, and nothing else. The policy comes
+// last, since without the files before it refuses too much, never too little.
 func (i *Images) allow(ref snapshot.ImageRef, t *snapshot.ImageTrust) error {
-	named, err := reference.ParseNormalizedNamed(ref.Repository())
+	named, err := repository(ref)
 	if err != nil {
 		return err
 	}
-	// Podman looks a repository up by its long name: docker.io/library/….
-	scope := named.Name()
-
 	signed, err := requirement(t)
 	if err != nil {
 		return err
@@ -56,18 +65,31 @@ func (i *Images) allow(ref snapshot.ImageRef, t *snapshot.ImageTrust) error {
 	if err != nil {
 		return err
 	}
-	p.Transports["docker"] = podmanpolicy.PolicyTransportScopes{scope: {signed}}
+	i.mu.Lock()
+	defer i.mu.Unlock()
+	for name := range i.open {
+		if i.busy[name] == nil {
+			delete(i.open, name)
+		}
+	}
+	i.open[named.Name()] = &requirements{reference.Domain(named), signed}
+	scopes, attachments, hosts := podmanpolicy.PolicyTransportScopes{}, map[string]any{}, map[string]bool{}
+	for name, r := range i.open {
+		scopes[name] = podmanpolicy.PolicyRequirements{r.signed}
+		attachments[name] = map[string]any{"use-sigstore-attachments": true}
+		hosts[r.registry] = true
+	}
+	p.Transports["docker"] = scopes
 	policyJSON, err := json.MarshalIndent(p, "", "  ")
 	if err != nil {
 		return err
 	}
 	// JSON is YAML. Without this file Podman would not look for signatures.
-	attachments := map[string]any{"docker": map[string]any{scope: map[string]any{"use-sigstore-attachments": true}}}
-	registries, err := json.MarshalIndent(attachments, "", "  ")
+	registries, err := json.MarshalIndent(map[string]any{"docker": attachments}, "", "  ")
 	if err != nil {
 		return err
 	}
-	if err := i.trustRegistry(reference.Domain(named)); err != nil {
+	if err := i.trustRegistries(hosts); err != nil {
 		return err
 	}
 	if err := i.write(registriesFile, registries); err != nil {
@@ -102,15 +124,15 @@ func (i *Images) CheckPolicy() (written bool, err error) {
 	return true, err
 }
 
-// trustRegistry writes the private authority for this registry, or removes what
-// an earlier configuration has left.
-func (i *Images) trustRegistry(host string) error {
+// trustRegistries writes the private authority for these registries, and removes
+// what an earlier configuration has left.
+func (i *Images) trustRegistries(hosts map[string]bool) error {
 	entries, err := os.ReadDir(filepath.Join(i.dir, certsDir))
 	if err != nil && !errors.Is(err, fs.ErrNotExist) {
 		return err
 	}
 	for _, e := range entries {
-		if e.Name() != host || len(i.ca) == 0 {
+		if !hosts[e.Name()] || len(i.ca) == 0 {
 			if err := os.RemoveAll(filepath.Join(i.dir, certsDir, e.Name())); err != nil {
 				return err
 			}
@@ -119,7 +141,12 @@ func (i *Images) trustRegistry(host string) error {
 	if len(i.ca) == 0 {
 		return nil
 	}
-	return i.write(filepath.Join(certsDir, host, "ca.crt"), i.ca)
+	for host := range hosts {
+		if err := i.write(filepath.Join(certsDir, host, "ca.crt"), i.ca); err != nil {
+			return err
+		}
+	}
+	return nil
 }
 
 // write replaces a file, unless it has this content.

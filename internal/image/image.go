@@ -88,8 +88,9 @@ const (
 	checkTimeout = 15 * time.Minute
 )
 
-// Images is the trusted way to images. Its methods may be called concurrently,
-// but do their work one after the other.
+// Images is the trusted way to images. Its methods may be called concurrently.
+// Those that bring or remove images of one repository wait for each other; no other
+// repository's registry is waited for.
 type Images struct {
 	podman    podman
 	transport http.RoundTripper
@@ -97,8 +98,11 @@ type Images struct {
 	ca        []byte
 	log       *slog.Logger
 	stall     time.Duration
+	reading   chan struct{} // one place, for who has Podman read its store
 
-	mu sync.Mutex // held for a whole call: guards the files in dir
+	mu   sync.Mutex               // guards what follows, and Podman's files in dir; held for no longer than those take to write
+	busy map[string]chan struct{} // repositories that somebody works on, until the channel is closed
+	open map[string]*requirements // those that the policy names
 
 	policyMu sync.Mutex // guards policy, also over the file; never held over anything else
 	policy   []byte     // what the policy's file has to be; nil before it was written
@@ -116,7 +120,10 @@ func New(transport http.RoundTripper, p podman, policyDir string, ca []byte, log
 	if transport == nil {
 		transport = http.DefaultTransport
 	}
-	i := &Images{podman: p, transport: transport, dir: policyDir, ca: ca, log: log, stall: stallTimeout}
+	i := &Images{
+		podman: p, transport: transport, dir: policyDir, ca: ca, log: log, stall: stallTimeout,
+		reading: make(chan struct{}, 1), busy: map[string]chan struct{}{}, open: map[string]*requirements{},
+	}
 	// Without a file here Podman would use the machine's policy, which lets
 	// everything in. It reads the files anew for each pull.
 	if err := i.deny(); err != nil {
@@ -128,7 +135,8 @@ func New(transport http.RoundTripper, p podman, policyDir string, ca []byte, log
 // Ensure makes sure that ref is in Podman's store and may be used: signed by
 // somebody whom own trusts, the configuration that asks for it, and whom now, the
 // newest one, trusts still; and stored with this very digest. Podman's policy
-// names ref's repository afterwards and nothing else.
+// names ref's repository afterwards, and beside it only those of other calls that
+// are under way.
 //
 // Where ref is an index, its signature vouches for the image of this platform,
 // which is noted, and has to be the stored one. Podman looks for a signature of
@@ -138,12 +146,15 @@ func New(transport http.RoundTripper, p podman, policyDir string, ca []byte, log
 // without the registry a stored image goes on as long as the keys do. An image
 // that is not trusted is one of the errors above; anything else may pass.
 func (i *Images) Ensure(ctx context.Context, ref snapshot.ImageRef, own, now *snapshot.ImageTrust) error {
-	i.mu.Lock()
-	defer i.mu.Unlock()
 	t, still, err := under(own, now)
 	if err != nil {
 		return fmt.Errorf("image %s: %w", ref, err)
 	}
+	done, err := i.turn(ctx, ref)
+	if err != nil {
+		return fmt.Errorf("image %s: %w", ref, err)
+	}
+	defer done()
 	if err := i.allow(ref, still); err != nil {
 		return fmt.Errorf("image %s: policy: %w", ref, err)
 	}
@@ -158,8 +169,9 @@ func (i *Images) Ensure(ctx context.Context, ref snapshot.ImageRef, own, now *sn
 	}
 	rec.add(sig)
 	rec.Manifest = manifest
-	if !known {
-		// An image that somebody had here before is not ours to remove.
+	if !known || rec.Foreign {
+		// An image that somebody had here before is not ours to remove. Once he
+		// has removed it himself, it is ours that takes its place.
 		_, _, err := i.podman.Image(ctx, ref)
 		rec.Foreign = err == nil
 	}
@@ -196,11 +208,46 @@ func (i *Images) stored(ctx context.Context, ref snapshot.ImageRef, manifest dig
 	return err
 }
 
+// turn waits until nobody else works on ref's repository.
+func (i *Images) turn(ctx context.Context, ref snapshot.ImageRef) (done func(), err error) {
+	for {
+		done, wait, err := i.tryTurn(ref)
+		if err != nil || wait == nil {
+			return done, err
+		}
+		select {
+		case <-wait:
+		case <-ctx.Done():
+			return nil, context.Cause(ctx)
+		}
+	}
+}
+
+// tryTurn is [Images.turn] for who does not wait: it returns what is closed when it
+// may be tried again, where somebody else has the turn.
+func (i *Images) tryTurn(ref snapshot.ImageRef) (done func(), wait <-chan struct{}, err error) {
+	named, err := repository(ref)
+	if err != nil {
+		return nil, nil, err
+	}
+	i.mu.Lock()
+	defer i.mu.Unlock()
+	if c := i.busy[named.Name()]; c != nil {
+		return nil, c, nil
+	}
+	c := make(chan struct{})
+	i.busy[named.Name()] = c
+	return func() {
+		i.mu.Lock()
+		defer i.mu.Unlock()
+		delete(i.busy, named.Name())
+		close(c)
+	}, nil, nil
+}
+
 // Manifest returns what ref came to on this machine: its own digest, or that of
 // the image for this platform if ref is an index.
 func (i *Images) Manifest(ref snapshot.ImageRef) digest.Digest {
-	i.mu.Lock()
-	defer i.mu.Unlock()
 	if rec, known := i.record(ref); known {
 		return rec.Manifest
 	}
@@ -211,8 +258,6 @@ func (i *Images) Manifest(ref snapshot.ImageRef) digest.Digest {
 // configuration that brought it, and does not count now. It asks nobody, and is
 // nil where nothing is known of the image.
 func (i *Images) Trusted(ctx context.Context, ref snapshot.ImageRef, own, now *snapshot.ImageTrust) error {
-	i.mu.Lock()
-	defer i.mu.Unlock()
 	rec, known := i.record(ref)
 	if !known {
 		return nil
@@ -228,17 +273,23 @@ func (i *Images) Trusted(ctx context.Context, ref snapshot.ImageRef, own, now *s
 }
 
 // Verify compares every byte and every name of the stored image with what was
-// pulled, and removes one that differs, so that the next Ensure fetches it again:
-// [ErrAltered]. Other errors say that it could not be read.
+// pulled: [ErrAltered] where one differs. An image that Ensure has brought is removed
+// then, so that the next Ensure fetches it again. One that somebody had here before is
+// his to remove. Other errors say that it could not be read.
 //
 // Podman does that, for the whole of its store and at the disk's speed: 800 MB
-// took 2 to 4 s. It is not for each start of a runtime, and meanwhile nothing
-// else is started. What it compares with lies in the same store, so that it finds
+// took 2 to 4 s. It is not for each start of a runtime, and meanwhile Podman begins
+// nothing else; what is asked of Images goes on, as far as it needs no more of Podman
+// than a look. What it compares with lies in the same store, so that it finds
 // a bad disk, a lost write, and whoever did not know that, but not whoever could
 // change the agent as well.
 func (i *Images) Verify(ctx context.Context, ref snapshot.ImageRef) error {
-	i.mu.Lock()
-	defer i.mu.Unlock()
+	select {
+	case i.reading <- struct{}{}:
+		defer func() { <-i.reading }()
+	case <-ctx.Done():
+		return fmt.Errorf("image %s: %w", ref, context.Cause(ctx))
+	}
 	damage, err := i.podman.Damage(ctx, ref)
 	if err != nil {
 		return fmt.Errorf("image %s: %w", ref, err)
@@ -247,6 +298,14 @@ func (i *Images) Verify(ctx context.Context, ref snapshot.ImageRef) error {
 		return nil
 	}
 	err = fmt.Errorf("image %s: %w: %s", ref, ErrAltered, strings.Join(damage[:min(len(damage), 5)], "; "))
+	done, turnErr := i.turn(ctx, ref)
+	if turnErr != nil {
+		return errors.Join(err, turnErr)
+	}
+	defer done()
+	if rec, known := i.record(ref); !known || rec.Foreign {
+		return fmt.Errorf("%w (it was here before this agent, which does not remove it: podman system check --repair does, or podman image rm --force, by the account that the agent runs as)", err)
+	}
 	if _, removeErr := i.podman.RemoveImages(ctx, []snapshot.ImageRef{ref}, nil); removeErr != nil {
 		err = errors.Join(err, fmt.Errorf("and it was not removed: podman system check --repair does it: %w", removeErr))
 	}
@@ -254,10 +313,9 @@ func (i *Images) Verify(ctx context.Context, ref snapshot.ImageRef) error {
 }
 
 // Retain removes the images that Ensure has brought and that are not in keep.
-// Images of the machine's user are never touched.
+// Images of the machine's user are never touched. It waits for nobody: where an
+// image of the same repository is being brought, the error says so.
 func (i *Images) Retain(ctx context.Context, keep ...snapshot.ImageRef) error {
-	i.mu.Lock()
-	defer i.mu.Unlock()
 	wanted := map[snapshot.ImageRef]bool{}
 	for _, ref := range keep {
 		wanted[ref] = true
@@ -267,14 +325,28 @@ func (i *Images) Retain(ctx context.Context, keep ...snapshot.ImageRef) error {
 		return fmt.Errorf("images: %w", err)
 	}
 	var pulled []snapshot.ImageRef
+	turns := map[string]bool{} // that this call has
 	for _, rec := range recs {
-		switch {
-		case wanted[rec.Image]:
-		case rec.Foreign:
-			err = errors.Join(err, i.forget(rec.Image))
-		default:
-			pulled = append(pulled, rec.Image)
+		if wanted[rec.Image] {
+			continue
 		}
+		if !turns[rec.Image.Repository()] {
+			done, wait, turnErr := i.tryTurn(rec.Image)
+			if turnErr == nil && wait != nil {
+				turnErr = errors.New("one of its repository is being brought")
+			}
+			if turnErr != nil {
+				err = errors.Join(err, fmt.Errorf("%s not removed: %w", rec.Image, turnErr))
+				continue
+			}
+			defer done() // after the removal
+			turns[rec.Image.Repository()] = true
+		}
+		if rec.Foreign {
+			err = errors.Join(err, i.forget(rec.Image))
+			continue
+		}
+		pulled = append(pulled, rec.Image)
 	}
 	if len(pulled) == 0 {
 		return err

@@ -19,6 +19,7 @@ import (
 	"path/filepath"
 	"slices"
 	"strings"
+	"sync"
 	"testing"
 	"time"
 
@@ -128,15 +129,29 @@ var errPolicy = errors.New("refused by policy")
 type standIn struct {
 	t      *testing.T
 	dir    string
+	mu     sync.Mutex // guards what follows
 	stored map[snapshot.ImageRef]bool
 	pulls  int
 
 	loses  bool // say that a pull went well, and store nothing
 	damage []string
-	index  snapshot.ImageRef // an index, whose images are all called stored with it
+	begun  chan string                    // is told of what begins to wait; nil where nothing does
+	slow   map[snapshot.ImageRef]chan any // pulls that wait
+	reads  chan any                       // what Damage waits for; nil for nothing
+	index  snapshot.ImageRef              // an index, whose images are all called stored with it
 }
 
 func (p *standIn) Pull(ctx context.Context, ref snapshot.ImageRef, _ io.Writer) error {
+	if c := p.slow[ref]; c != nil {
+		p.begun <- "pull"
+		select {
+		case <-c:
+		case <-ctx.Done():
+			return ctx.Err()
+		}
+	}
+	p.mu.Lock()
+	defer p.mu.Unlock()
 	p.pulls++
 	if err := p.allowed(ctx, ref); err != nil {
 		return err
@@ -197,6 +212,8 @@ func (p *standIn) allowed(ctx context.Context, ref snapshot.ImageRef) error {
 }
 
 func (p *standIn) Image(_ context.Context, ref snapshot.ImageRef) (string, int64, error) {
+	p.mu.Lock()
+	defer p.mu.Unlock()
 	// What an index came to is stored under its own digest as well.
 	for other, ok := range p.stored {
 		if ok && other.Repository() == ref.Repository() && (other == ref || p.index == other) {
@@ -207,10 +224,16 @@ func (p *standIn) Image(_ context.Context, ref snapshot.ImageRef) (string, int64
 }
 
 func (p *standIn) Damage(context.Context, snapshot.ImageRef) ([]string, error) {
+	if p.reads != nil {
+		p.begun <- "damage"
+		<-p.reads
+	}
 	return p.damage, nil
 }
 
 func (p *standIn) RemoveImages(_ context.Context, pulled, keep []snapshot.ImageRef) (gone []snapshot.ImageRef, err error) {
+	p.mu.Lock()
+	defer p.mu.Unlock()
 	for _, ref := range pulled {
 		if slices.Contains(keep, ref) {
 			p.t.Errorf("asked to remove %s, which is kept", ref)
@@ -262,6 +285,116 @@ func TestEnsure(t *testing.T) {
 	w.must(os.WriteFile(file, raw, 0o600))
 	if err := ensure(t, w.open(), ref, pub); err == nil {
 		t.Error("believes a changed record")
+	}
+}
+
+// A damaged image of the agent's own is fetched again. Somebody else's is his, until
+// he has removed it.
+func TestVerify(t *testing.T) {
+	for _, foreign := range []bool{false, true} {
+		w := newWorld(t)
+		k, pub := newKey(t)
+		d, ref := w.push("net/runtime", "a")
+		w.must(w.reg.Sign(t.Context(), d, k))
+		w.pod.stored[ref] = foreign
+		w.must(ensure(t, w.img, ref, pub))
+		w.must(w.img.Verify(t.Context(), ref))
+		w.pod.damage = []string{"layer x: content incorrect digest"}
+		err := w.img.Verify(t.Context(), ref)
+		if !errors.Is(err, ErrAltered) || w.pod.stored[ref] != foreign {
+			t.Errorf("foreign %v: %v, stored %v", foreign, err, w.pod.stored[ref])
+		}
+		if !foreign {
+			continue
+		}
+		if !strings.Contains(err.Error(), "podman image rm") {
+			t.Errorf("nobody is told what to do: %v", err)
+		}
+		w.pod.stored[ref] = false
+		w.must(ensure(t, w.img, ref, pub))
+		if err := w.img.Verify(t.Context(), ref); !errors.Is(err, ErrAltered) || w.pod.stored[ref] {
+			t.Errorf("brought anew: %v, stored %v", err, w.pod.stored[ref])
+		}
+	}
+	w := newWorld(t)
+	_, ref := w.push("net/runtime", "a")
+	w.pod.stored[ref], w.pod.damage = true, []string{"x"}
+	if err := w.img.Verify(t.Context(), ref); !errors.Is(err, ErrAltered) || !w.pod.stored[ref] {
+		t.Errorf("of nobody knows whom: %v, stored %v", err, w.pod.stored[ref])
+	}
+}
+
+// Reading a large image takes minutes, and a slow registry longer. Nobody else waits.
+func TestNobodyWaits(t *testing.T) {
+	w := newWorld(t)
+	ctx, cancel := context.WithTimeout(t.Context(), time.Minute)
+	defer cancel()
+	k, pub := newKey(t)
+	trust := &snapshot.ImageTrust{Keys: []string{pub}}
+	d, a := w.push("one/runtime", "a")
+	w.must(w.reg.Sign(ctx, d, k))
+	d, b := w.push("two/runtime", "b")
+	w.must(w.reg.Sign(ctx, d, k))
+	w.pod.begun = make(chan string)
+	w.pod.slow = map[snapshot.ImageRef]chan any{a: make(chan any)}
+	var wait sync.WaitGroup
+	defer wait.Wait()
+
+	pctx, giveUp := context.WithCancel(ctx)
+	defer giveUp()
+	wait.Go(func() {
+		if err := w.img.Ensure(ctx, a, trust, trust); err != nil {
+			t.Errorf("the slow one: %v", err)
+		}
+	})
+	<-w.pod.begun
+	if err := w.img.Ensure(ctx, b, trust, trust); err != nil {
+		t.Fatalf("beside a slow pull: %v", err)
+	}
+	for ref, repo := range map[snapshot.ImageRef]string{a: "one/runtime", b: "two/runtime"} {
+		raw, err := os.ReadFile(filepath.Join(w.dir, policyFile))
+		w.must(err)
+		if !strings.Contains(string(raw), repo) {
+			t.Errorf("the policy does not name %s: %s", ref, raw)
+		}
+	}
+	// The same repository's next image waits, and no longer than it wants.
+	second := make(chan error, 1)
+	wait.Go(func() { second <- w.img.Ensure(pctx, a, trust, trust) })
+	giveUp()
+	if err := <-second; !errors.Is(err, context.Canceled) {
+		t.Errorf("who gave up: %v", err)
+	}
+	if err := w.img.Retain(ctx, b); err == nil || !strings.Contains(err.Error(), "being brought") {
+		t.Errorf("what is being brought is removed: %v", err)
+	}
+	w.pod.reads = make(chan any)
+	wait.Go(func() {
+		if err := w.img.Verify(ctx, b); err != nil {
+			t.Errorf("the slow reader: %v", err)
+		}
+	})
+	<-w.pod.begun
+	if got := w.img.Manifest(b); got != b.Digest() {
+		t.Errorf("%s is %s", b, got)
+	}
+	if err := w.img.Trusted(ctx, b, trust, trust); err != nil {
+		t.Error(err)
+	}
+	if err := w.img.Ensure(ctx, b, trust, trust); err != nil {
+		t.Error(err)
+	}
+	if err := w.img.Verify(pctx, b); !errors.Is(err, context.Canceled) {
+		t.Errorf("a second reader who gave up: %v", err)
+	}
+	close(w.pod.reads)
+	close(w.pod.slow[a])
+	wait.Wait()
+	w.must(w.img.Ensure(ctx, b, trust, trust))
+	raw, err := os.ReadFile(filepath.Join(w.dir, policyFile))
+	w.must(err)
+	if strings.Contains(string(raw), "one/runtime") {
+		t.Errorf("the policy still names what nobody works on: %s", raw)
 	}
 }
 
