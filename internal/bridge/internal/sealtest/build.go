@@ -56,6 +56,9 @@ func build(text string) error {
 		y.do("chdir", syscall.Fchdir(outside))
 	}
 	if y.has(InheritedFile) {
+		if outside == 9 { // which dup3 refuses
+			outside, _ = syscall.Dup(outside) // it fails below
+		}
 		y.do("dup", syscall.Dup3(outside, 9, 0))
 	}
 	// The race detector waits a second at each exit by default.
