@@ -114,12 +114,13 @@ func TestImageAltered(t *testing.T) {
 		defer cancel()
 		since := mark(ctx, t, n)
 		asAccount(ctx, t, n, "systemctl --user stop resultity-agent.service "+stack.Runtime+`
-			f=$(ls ~/.local/share/containers/storage/overlay/*/diff/usr/bin/llama-server)
+			trap 'systemctl --user start resultity-agent.service' EXIT
+			# Other images of the tests have a link there.
+			f=$(find ~/.local/share/containers/storage/overlay/*/diff/usr/bin -name llama-server -type f)
 			test -n "$f"
-			for i in $f; do t=$(stat -c %y $i); printf X | dd of=$i conv=notrunc bs=1 seek=4096 status=none; touch -d "$t" $i; done
-			systemctl --user start resultity-agent.service`)
+			for i in $f; do t=$(stat -c %y $i); printf X | dd of=$i conv=notrunc bs=1 seek=4096 status=none; touch -d "$t" $i; done`)
 		why := told(ctx, t, n, since, journal.ImageAltered)
-		t.Logf("%s", why)
+		t.Logf("expected: %s: file integrity checksum failed; got: %s", journal.ImageAltered.Name, strings.TrimSpace(why))
 		if !strings.Contains(why, "file integrity checksum failed") {
 			t.Errorf("not for what was done: %s", why)
 		}
@@ -156,13 +157,15 @@ func TestKeyRevoked(t *testing.T) {
 		t.Fatal(err)
 	}
 	defer func() { // the other tests sign with the key of before
+		ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), time.Minute)
+		defer cancel()
 		if err := s.Publish(ctx, func(c *snapshot.Config) { c.ImageTrust = before }); err != nil {
 			t.Fatal(err)
 		}
 		active(ctx, t, s.Image)
 	}()
 	for n, since := range places {
-		t.Logf("%s", told(ctx, t, n, since, journal.ImageRevoked))
+		t.Logf("%s: expected: %s; got: %s", n.Name(), journal.ImageRevoked.Name, strings.TrimSpace(told(ctx, t, n, since, journal.ImageRevoked)))
 		asAccount(ctx, t, n, "systemctl --user start "+stack.Runtime+" || true") // somebody means well
 		for {
 			state, err := n.Property(ctx, stack.Runtime, "ActiveState")
