@@ -70,7 +70,9 @@ func TestEngineThatAnswersGarbage(t *testing.T) {
 			pass(wait/2 - time.Second)
 			last[*wire.Heartbeat](f.party)
 			f.serves(nil)
-			if g := f.gate("validation"); g.State == gate.Open || !strings.Contains(g.Detail, "job after job") || !strings.Contains(g.Detail, "engine_output") {
+			g := f.gate("validation")
+			t.Logf("out of service for %v: expected: engine_output; got: %s", wait, g.Detail)
+			if g.State == gate.Open || !strings.Contains(g.Detail, "job after job") || !strings.Contains(g.Detail, "engine_output") {
 				t.Errorf("%+v", g)
 			}
 			for end := time.Now().Add(wait + 2*time.Second); f.worker.Status().Slots == 0 && time.Now().Before(end); {

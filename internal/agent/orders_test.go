@@ -155,10 +155,12 @@ func TestOrdersSurviveARestart(t *testing.T) {
 
 func TestOrdersRefused(t *testing.T) {
 	serving(t, func(t *testing.T, f *fixture) {
-		for _, o := range []*wire.Order{f.order(newKey(), wire.OrderDrain), f.order(networkKey, "dance"), {ID: wire.NewOrderID()}} {
-			if d := f.obey(o); d == nil || d.Outcome != wire.OutcomeRefused || d.Message == "" {
-				t.Errorf("%+v", d)
+		for what, o := range map[string]*wire.Order{"of another key": f.order(newKey(), wire.OrderDrain), "of no known kind": f.order(networkKey, "dance"), "unsigned": {ID: wire.NewOrderID()}} {
+			d := f.obey(o)
+			if d == nil || d.Outcome != wire.OutcomeRefused || d.Message == "" {
+				t.Fatalf("%s: %+v", what, d)
 			}
+			t.Logf("%s: expected: %s; got: %s: %s", what, wire.OutcomeRefused, d.Outcome, d.Message)
 		}
 		if f.worker.Status().Draining || f.book.count(journal.OrderRefused) != 3 || len(f.Status().Networks[0].Orders) != 0 {
 			t.Errorf("a refused order had an effect\n%s", f.book)

@@ -162,7 +162,9 @@ func TestCheckRefuses(t *testing.T) {
 		"for ever":          {resigned(func(s *Statement) { s.ExpiresAt = 1<<63 - 1 }), "more than"},
 		"nobody's":          {resigned(func(s *Statement) { s.Owner = evm.Address{} }), "no owner"},
 	} {
-		if err := c.signed.CheckTerms(terms); !errors.Is(err, ErrInvalid) || !strings.Contains(err.Error(), c.says) {
+		err := c.signed.CheckTerms(terms)
+		t.Logf("%s: expected: %s; got: %v", name, c.says, err)
+		if !errors.Is(err, ErrInvalid) || !strings.Contains(err.Error(), c.says) {
 			t.Errorf("%s: %v, want %q", name, err, c.says)
 		}
 	}
@@ -173,7 +175,9 @@ func TestCheckRefuses(t *testing.T) {
 	} {
 		bad := good
 		change(&bad.Statement)
-		if err := bad.Check(31337); !errors.Is(err, ErrInvalid) {
+		err := bad.Check(31337)
+		t.Logf("field %d changed: expected: %v; got: %v", i, ErrInvalid, err)
+		if !errors.Is(err, ErrInvalid) {
 			t.Errorf("change %d: %v", i, err)
 		}
 	}

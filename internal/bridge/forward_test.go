@@ -10,12 +10,14 @@ import (
 	"fmt"
 	"io"
 	"log"
+	"maps"
 	"math/rand/v2"
 	"net"
 	"net/http"
 	"os"
 	"path/filepath"
 	"runtime"
+	"slices"
 	"strings"
 	"sync"
 	"sync/atomic"
@@ -231,6 +233,7 @@ func TestForwardsOnlyWhatIsAllowed(t *testing.T) {
 	} {
 		method, target, _ := strings.Cut(refused, " ")
 		status, body := s.target(t, method, target)
+		t.Logf("%s: expected: 404; got: %d %s", refused, status, strings.TrimSpace(body))
 		if status != 404 || method != "HEAD" && !strings.Contains(body, `"code":"not_found"`) {
 			t.Errorf("%s: %d %q, want 404", refused, status, body)
 		}
@@ -276,6 +279,7 @@ func TestForwardsOnlyTheHeadersThatMatter(t *testing.T) {
 	}
 	resp.Body.Close()
 	got := <-s.engine.seen
+	t.Logf("to the engine: expected: Accept, Content-Length, Content-Type; got: %q", slices.Sorted(maps.Keys(got)))
 	if got.Get("Content-Type") != "application/json; charset=utf-8" || got.Get("Accept") != "text/event-stream" || got.Get("Content-Length") == "" || len(got) != 3 {
 		t.Errorf("the engine saw %v", got)
 	}
@@ -284,6 +288,7 @@ func TestForwardsOnlyTheHeadersThatMatter(t *testing.T) {
 		t.Fatal(err)
 	}
 	resp.Body.Close()
+	t.Logf("to the caller: expected: Content-Length, Content-Type, Date; got: %q", slices.Sorted(maps.Keys(resp.Header)))
 	if resp.Header.Get("Content-Type") != "application/json" || resp.Header.Get("X-Engine") != "" || resp.Header.Get("Date") == "" || len(resp.Header) != 3 {
 		t.Errorf("the caller saw %v", resp.Header)
 	}
@@ -433,6 +438,7 @@ func TestEngineThatMisbehavesIsNoAnswer(t *testing.T) {
 	} {
 		resp, body := s.read(t, order)
 		wantError(t, resp, body, http.StatusBadGateway, "engine_failed")
+		t.Logf("%.60q: expected: 502 engine_failed; got: %d %s", order, resp.StatusCode, strings.TrimSpace(body))
 		failed++
 	}
 	for _, order := range []string{
@@ -442,13 +448,14 @@ func TestEngineThatMisbehavesIsNoAnswer(t *testing.T) {
 		"raw HTTP/1.1 200 OK\r\nContent-Type: text/event-stream\r\nTransfer-Encoding: chunked\r\n\r\n9\r\ndata: x\n\n\r\n0\r\n",
 	} {
 		resp, err := s.post(t, t.Context(), "/v1/completions", prompt(order))
+		var b []byte
 		if err == nil {
-			var b []byte
 			b, err = io.ReadAll(resp.Body)
 			resp.Body.Close()
-			if err == nil {
-				t.Errorf("%q: a neat end after %q", order, b)
-			}
+		}
+		t.Logf("%.90q: expected: no neat end; got: %q, %v", order, b, err)
+		if err == nil {
+			t.Errorf("%q: a neat end after %q", order, b)
 		}
 		failed++
 	}
@@ -509,6 +516,7 @@ func TestBodyIsBounded(t *testing.T) {
 			}
 			text, _ := io.ReadAll(resp.Body)
 			resp.Body.Close()
+			t.Logf("%d bytes of at most %d, chunked %t: expected: %d; got: %d %s", size, limit, chunked, want, resp.StatusCode, text)
 			if resp.StatusCode != want {
 				t.Errorf("%d bytes, chunked %v: %d %s, want %d", size, chunked, resp.StatusCode, text, want)
 			}
@@ -532,6 +540,7 @@ func TestHeadersAreBounded(t *testing.T) {
 			t.Fatal(err)
 		}
 		resp.Body.Close()
+		t.Logf("%d bytes: expected: %d; got: %d", pad, want, resp.StatusCode)
 		if resp.StatusCode != want {
 			t.Errorf("%d bytes: %d, want %d", pad, resp.StatusCode, want)
 		}

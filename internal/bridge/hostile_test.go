@@ -60,6 +60,7 @@ func TestHostileEngineThatSeesTheSockets(t *testing.T) {
 	n.hear("WATCHDOG=1") // the engine's
 	n.hear("STATUS=hung: something else is in the place of the socket")
 	n.end(contract.ExitInternal)
+	t.Logf("expected: the bridge ends itself with status %d; got: it, %s", contract.ExitInternal, lastLine(n.log()))
 	if log := n.log(); !strings.Contains(log, "systemd does not end it") {
 		t.Errorf("it is not said:\n%s", log)
 	}

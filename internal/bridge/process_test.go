@@ -216,6 +216,12 @@ func (n *node) hear(what string) (message string, before []string) {
 	}
 }
 
+// lastLine is that of a text.
+func lastLine(text string) string {
+	text = strings.TrimSpace(text)
+	return text[strings.LastIndexByte(text, '\n')+1:]
+}
+
 // end waits for the bridge to end, which must be with a code.
 func (n *node) end(want int) {
 	n.t.Helper()
@@ -424,6 +430,7 @@ func TestBridgeRefusesItsCommandLine(t *testing.T) {
 		n := startArgs(t, "", tt.args)
 		n.end(contract.ExitConfig)
 		n.hear("STATUS=command line: ")
+		t.Logf("%q: expected: exit status %d, %s; got: it, %s", tt.args, contract.ExitConfig, tt.want, lastLine(n.log()))
 		if !strings.Contains(n.log(), tt.want) {
 			t.Errorf("log %q, want %q in it", n.log(), tt.want)
 		}
@@ -465,6 +472,7 @@ func TestBridgeRefusesToStart(t *testing.T) {
 			n := startIn(t, dir, "", args, tt.flaw...)
 			n.end(tt.code)
 			n.hear(tt.want)
+			t.Logf("expected: exit status %d, %s; got: it, %s", tt.code, tt.want, lastLine(n.log()))
 			if log := n.log(); !strings.Contains(log, tt.want) {
 				t.Errorf("log %q, want %q in it", log, tt.want)
 			}
@@ -551,6 +559,7 @@ func TestEngineThatEndsEndsTheBridge(t *testing.T) {
 func wantSilence(n *node, why string, revive func()) {
 	n.t.Helper()
 	hung, _ := n.hear("STATUS=hung: ")
+	n.t.Logf("expected: hung: %s; got: %s", why, lastLine(hung))
 	if !strings.Contains(hung, why) {
 		n.t.Errorf("says %q, want %q in it", hung, why)
 	}
@@ -633,7 +642,9 @@ func TestReplacedSocketIsNoSignOfLife(t *testing.T) {
 	if err := os.Remove(n.socket()); err != nil {
 		t.Fatal(err)
 	}
-	n.hear("STATUS=hung: something else is in the place of the socket")
+	const want = "STATUS=hung: something else is in the place of the socket"
+	got, _ := n.hear(want)
+	t.Logf("expected: %s; got: %s", want, lastLine(got))
 }
 
 func TestStopWaitsForRequests(t *testing.T) {

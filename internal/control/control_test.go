@@ -315,7 +315,9 @@ func TestDenied(t *testing.T) {
 	c := &Client{&http.Client{Transport: &http.Transport{DialContext: func(context.Context, string, string) (net.Conn, error) {
 		return nil, &net.OpError{Op: "dial", Net: "unix", Err: os.NewSyscallError("connect", syscall.EACCES)}
 	}}}}
-	if err := c.Get(t.Context(), "status", new(Status)); !errors.Is(err, ErrDenied) || errors.Is(err, ErrNotRunning) {
+	err := c.Get(t.Context(), "status", new(Status))
+	t.Logf("expected: %v; got: %v", ErrDenied, err)
+	if !errors.Is(err, ErrDenied) || errors.Is(err, ErrNotRunning) {
 		t.Error(err)
 	}
 }
@@ -353,7 +355,10 @@ func TestOddRequests(t *testing.T) {
 		"DELETE /v1/status HTTP/1.1\r\nHost: a\r\n\r\n": "405",
 		"GET / HTTP/1.1\r\nHost: a\r\n\r\n":             "404",
 	} {
-		if got := raw(t, path, text); !strings.Contains(got, want) {
+		got := raw(t, path, text)
+		line, _, _ := strings.Cut(got, "\r")
+		t.Logf("%.60q: expected: %s; got: %s", text, want, line)
+		if !strings.Contains(got, want) {
 			t.Errorf("%.60q: %q, want %s", text, got, want)
 		}
 	}
@@ -381,7 +386,9 @@ func TestSlowClient(t *testing.T) {
 	}
 	begin := time.Now()
 	stop()
-	if took := time.Since(begin); took > 8*goodbye {
+	took := time.Since(begin)
+	t.Logf("20 that say half of a request: expected: the end after %v; got: after %v", goodbye, took.Round(time.Millisecond))
+	if took > 8*goodbye {
 		t.Errorf("the end took %v", took)
 	}
 }

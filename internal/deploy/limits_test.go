@@ -31,6 +31,7 @@ func TestOnlyAllowedDevicesAreGiven(t *testing.T) {
 		d.Allowed = c.allowed
 		s := n.Publish(map[string]any{"runtime.devices": []any{"nvidia.com/gpu=0"}})
 		_, err := d.Stage(t.Context(), s)
+		t.Logf("allowed %q: expected: %s; got: %v", c.allowed, map[bool]string{true: "<nil>", false: deploy.ErrDevice.Error()}[c.ok], err)
 		if c.ok && err != nil || !c.ok && (!errors.Is(err, deploy.ErrDevice) || !strings.Contains(err.Error(), "nvidia.com/gpu=0")) {
 			t.Errorf("%q: %v", c.allowed, err)
 		}

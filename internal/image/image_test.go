@@ -469,6 +469,7 @@ func TestRefused(t *testing.T) {
 			d, ref := w.push("net/runtime", "bad")
 			w.must(c.sign(w, d))
 			err := ensure(t, w.img, ref, pub)
+			t.Logf("expected: %v; got: %v", c.want, err)
 			if !errors.Is(err, c.want) {
 				t.Errorf("error %v, want %v", err, c.want)
 			}
@@ -476,7 +477,9 @@ func TestRefused(t *testing.T) {
 				t.Error("pulled before it was trusted")
 			}
 			// The other lock, alone.
-			if err := w.pod.allowed(t.Context(), ref); !errors.Is(err, errPolicy) {
+			err = w.pod.allowed(t.Context(), ref)
+			t.Logf("by Podman's policy: expected: %v; got: %v", errPolicy, err)
+			if !errors.Is(err, errPolicy) {
 				t.Errorf("Podman would take it: %v", err)
 			}
 			// Nothing but the signature is wrong with either of them.
@@ -502,7 +505,9 @@ func TestRefused(t *testing.T) {
 			t.Fatal(err)
 		}
 		_, wrong := w.push("net/runtime", "b")
-		if err := a[0].check(t.Context(), wrong, ks); !errors.Is(err, ErrOtherDigest) {
+		err = a[0].check(t.Context(), wrong, ks)
+		t.Logf("of another image: expected: %v; got: %v", ErrOtherDigest, err)
+		if !errors.Is(err, ErrOtherDigest) {
 			t.Errorf("of another image: %v", err)
 		}
 		// Signed by the right key about the right image, but an inventory of it.
@@ -510,7 +515,9 @@ func TestRefused(t *testing.T) {
 			raw, key := statement(t, d, kind)
 			by, err := keySigner(key)
 			w.must(err)
-			if err := checkBundle(raw, ref, by); !errors.Is(err, want) {
+			err = checkBundle(raw, ref, by)
+			t.Logf("%s: expected: %v; got: %v", kind, want, err)
+			if !errors.Is(err, want) {
 				t.Errorf("statement %s: %v, want %v", kind, err, want)
 			}
 		}
@@ -532,7 +539,9 @@ func TestRefused(t *testing.T) {
 			a := &attached{Payload: body, Signature: base64.StdEncoding.EncodeToString(sig)}
 			by, err := keySigner(key)
 			w.must(err)
-			if err := a.check(t.Context(), ref, []*signer{by}); !errors.Is(err, want) {
+			err = a.check(t.Context(), ref, []*signer{by})
+			t.Logf("%s: expected: %v; got: %v", kind, want, err)
+			if !errors.Is(err, want) {
 				t.Errorf("payload of type %s: %v, want %v", kind, err, want)
 			}
 		}
@@ -551,8 +560,12 @@ func TestRefused(t *testing.T) {
 		for n := range a[0].Payload {
 			bad := &attached{Payload: bytes.Clone(a[0].Payload), Signature: a[0].Signature}
 			bad.Payload[n] ^= 1
-			if err := bad.check(t.Context(), ref, ks); !errors.Is(err, ErrWrongKey) {
+			err := bad.check(t.Context(), ref, ks)
+			if !errors.Is(err, ErrWrongKey) {
 				t.Fatalf("byte %d: %v", n, err)
+			}
+			if n == 0 {
+				t.Logf("expected: %v, %d times; got: %v", ErrWrongKey, len(a[0].Payload), err)
 			}
 		}
 	})
@@ -560,7 +573,9 @@ func TestRefused(t *testing.T) {
 		w := newWorld(t)
 		_, ref := w.push("net/runtime", "a")
 		for _, keys := range [][]string{nil, {""}, {"x"}, {pub, "x"}} {
-			if err := ensure(t, w.img, ref, keys...); !errors.Is(err, ErrKeys) {
+			err := ensure(t, w.img, ref, keys...)
+			t.Logf("%d keys: expected: %v; got: %v", len(keys), ErrKeys, err)
+			if !errors.Is(err, ErrKeys) {
 				t.Errorf("%q: %v", keys, err)
 			}
 		}
@@ -735,6 +750,7 @@ func TestHostileRegistry(t *testing.T) {
 				t.Fatal(err)
 			}
 			err = ensure(t, i, ref, pub)
+			t.Logf("expected: it could not be asked, and no word about the image; got: %v", err)
 			if err == nil || pod.pulls != 0 {
 				t.Fatalf("error %v, %d pulls", err, pod.pulls)
 			}
@@ -770,7 +786,9 @@ func TestRegistryHangs(t *testing.T) {
 			t.Fatal(err)
 		}
 		i.stall = 50 * time.Millisecond
-		if err := ensure(t, i, ref, pub); !errors.Is(err, errStalled) {
+		err = ensure(t, i, ref, pub)
+		t.Logf("%s: expected: %v; got: %v", what, errStalled, err)
+		if !errors.Is(err, errStalled) {
 			t.Errorf("%s: %v", what, err)
 		}
 	}

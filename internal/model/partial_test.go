@@ -198,7 +198,9 @@ func TestChunksAndSumDisagree(t *testing.T) {
 	m := modelOf(fileOf("f", b, srv.URL))
 	m.Files[0].SHA256 = digest.Of(other)
 	s := open(t, t.TempDir(), srv)
-	if _, err := s.Ensure(t.Context(), m, nil); !errors.Is(err, digest.ErrMismatch) {
+	_, err := s.Ensure(t.Context(), m, nil)
+	t.Logf("expected: %v; got: %v", digest.ErrMismatch, err)
+	if !errors.Is(err, digest.ErrMismatch) {
 		t.Errorf("error %v", err)
 	}
 	if got := listing(t, s.dir); len(got) != 0 {

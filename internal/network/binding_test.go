@@ -59,6 +59,7 @@ func (b *binder) good(req wire.BindRequest) wire.BindReply {
 func (b *binder) refused(what string, req wire.BindRequest, status int, says string) {
 	b.t.Helper()
 	got, reply, text := b.ask(req)
+	b.t.Logf("%s: expected: %d %s; got: %d %s", what, status, says, got, text)
 	if got != status || !strings.Contains(text, says) {
 		b.t.Errorf("%s: %d %q %+v, want %d and %q", what, got, text, reply.Bound, status, says)
 	}
@@ -224,12 +225,15 @@ func TestBindingRefusals(t *testing.T) {
 		t.Fatal(err)
 	}
 	for name, raw := range map[string]string{"registration": string(body), "empty": "", "garbage": strings.Repeat("x", 200), "huge": strings.Repeat("x", 1<<20)} {
-		if r := n.do(t.Context(), "POST", wire.BindPath, raw); r.err != nil || r.status < 400 || r.status > 401 {
+		r := n.do(t.Context(), "POST", wire.BindPath, raw)
+		t.Logf("%s: expected: 400 or 401; got: %d %s", name, r.status, strings.TrimSpace(string(r.body)))
+		if r.err != nil || r.status < 400 || r.status > 401 {
 			t.Errorf("%s: %d %v", name, r.status, r.err)
 		}
 	}
 	for range 100 {
 		if status, _, _ := v.ask(wire.BindRequest{Step: wire.BindBegin}); status == http.StatusTooManyRequests {
+			t.Logf("100 requests of a node: expected: %d; got: %d", http.StatusTooManyRequests, status)
 			return
 		}
 	}
@@ -515,6 +519,7 @@ func TestOpenRegistrationIsBounded(t *testing.T) {
 			t.Fatalf("node %d: %d %v", i, status, err)
 		}
 		if status == http.StatusTooManyRequests {
+			t.Logf("expected: %d after at most 1000 nodes; got: %d after %d", http.StatusTooManyRequests, status, i)
 			break
 		}
 	}

@@ -63,7 +63,9 @@ func TestConnectionsAreBounded(t *testing.T) {
 		{"a proxy and this machine are none", "198.51.100.1:1 127.0.0.1:1 127.0.0.1:2 127.0.0.1:3", "198.51.100.1:1 127.0.0.1:1 127.0.0.1:2"},
 		{"all are eight", "192.0.2.3:1 127.0.0.1:4", ""},
 	} {
-		if got := accepted(step.from); got != step.want {
+		got := accepted(step.from)
+		t.Logf("%s: expected: room for %q; got: for %q", step.name, step.want, got)
+		if got != step.want {
 			t.Errorf("%s: %q, want %q", step.name, got, step.want)
 		}
 	}

@@ -6,6 +6,7 @@ import (
 	"encoding/json"
 	"io"
 	"net/http"
+	"strconv"
 	"strings"
 	"testing"
 	"time"
@@ -42,6 +43,7 @@ func TestRequestErrors(t *testing.T) {
 		"unknown receipt": {"GET", "/v1/receipts/00000000000000000000000000000001", "", nil, 404, "receipt_not_found"},
 	} {
 		r := n.do(t.Context(), tc.method, tc.path, tc.body, tc.header...)
+		t.Logf("%s: expected: %d %s; got: %d %s", name, tc.status, tc.code, r.status, r.code())
 		if r.err != nil || r.status != tc.status || r.code() != tc.code {
 			t.Errorf("%s: %d %s %v, want %d %s", name, r.status, r.body, r.err, tc.status, tc.code)
 		}
@@ -154,6 +156,7 @@ func TestQueueFull(t *testing.T) {
 	second := n.ask(chat)
 	n.until("the second one waits", func() bool { return n.metric(`resultity_jobs{state="queued"}`) == 1 })
 	r := n.answer(n.ask(chat))
+	t.Logf("expected: 429 queue_full; got: %d %s, again after %s s", r.status, r.code(), r.header.Get("Retry-After"))
 	if r.status != 429 || r.code() != "queue_full" || r.header.Get("Retry-After") == "" {
 		t.Fatalf("%d %s", r.status, r.body)
 	}
@@ -199,16 +202,19 @@ func TestSlowUploads(t *testing.T) {
 		}()
 		return w, ch
 	}
+	var said string
 	slow := chat + strings.Repeat(" ", 1900-len(chat))
 	w, first := begin(n.apiKey, int64(len(slow)))
 	if _, err := io.WriteString(w, slow[:10]); err != nil {
 		t.Fatal(err)
 	}
 	full := func(r reply) bool {
+		said = strconv.Itoa(r.status) + " " + r.code()
 		return r.status == http.StatusTooManyRequests && r.code() == "uploads_full" && r.header.Get("Retry-After") != ""
 	}
 	blank := strings.Repeat(" ", len(slow)) // read to its end, it is refused for what it is
 	n.until("the first one is being read", func() bool { return full(n.answer(n.ask(blank))) })
+	t.Logf("a second one of the same client: expected: 429 uploads_full; got: %s", said)
 	// One of unknown length counts as the largest.
 	if r := n.do(t.Context(), http.MethodPost, "/v1/chat/completions", "", "Content-Type", "text/plain"); r.status != http.StatusUnsupportedMediaType {
 		t.Errorf("an empty one: %d %s", r.status, r.body)
@@ -220,6 +226,7 @@ func TestSlowUploads(t *testing.T) {
 	if r := n.answer(second); !full(r) {
 		t.Errorf("of unknown length: %d %s", r.status, r.body)
 	}
+	t.Logf("one of unknown length: expected: 429 uploads_full; got: %s", said)
 	_ = w2.Close() // nobody reads it any more
 	w3, third := begin(other, int64(len(slow)))
 	for _, w := range []*io.PipeWriter{w3, w} {
@@ -315,7 +322,9 @@ func TestNodeFailures(t *testing.T) {
 				s.Send(&wire.Result{Job: j.ID, Code: tc.code, Message: "why"})
 				nodetest.Expect[*wire.Ack](s)
 			}
-			if r := n.answer(ch); r.status != tc.status || r.code() != tc.want {
+			r := n.answer(ch)
+			t.Logf("%s, stream %t: expected: %d %s; got: %d %s", tc.code, body == chatStream, tc.status, tc.want, r.status, r.code())
+			if r.status != tc.status || r.code() != tc.want {
 				t.Errorf("%s: %d %s", tc.code, r.status, r.body)
 			}
 		}

@@ -178,7 +178,9 @@ func TestLogsAreChecked(t *testing.T) {
 			s := n.node().Connect(t)
 			before := n.metric(`resultity_frames_refused_total{reason="logs"}`)
 			s.Send(forge(s.Node))
-			if code := s.Closed(); code != websocket.ClosePolicyViolation {
+			code := s.Closed()
+			t.Logf("expected: closed with %d; got: %d", websocket.ClosePolicyViolation, code)
+			if code != websocket.ClosePolicyViolation {
 				t.Errorf("closed with %d", code)
 			}
 			n.until("the refusal is counted", func() bool {

@@ -185,6 +185,7 @@ func TestTokenRace(t *testing.T) {
 	for _, s := range status {
 		count[s]++
 	}
+	t.Logf("12 at once with a token for 2: expected: 2 times 200, 10 times 403; got: %v", count)
 	if count[http.StatusOK] != 2 || count[http.StatusForbidden] != 10 {
 		t.Fatalf("statuses %v", count)
 	}
@@ -219,12 +220,19 @@ func TestSessionRefused(t *testing.T) {
 	} {
 		h := tc.node.Headers(own)
 		tc.change(h)
-		if _, status, err := tc.node.Dial(t, h, own); err == nil || status != tc.status {
+		_, status, err := tc.node.Dial(t, h, own)
+		t.Logf("%s: expected: %d; got: %d, %v", name, tc.status, status, err)
+		if err == nil || status != tc.status {
 			t.Errorf("%s: status %d, want %d; %v", name, status, tc.status, err)
 		}
 	}
 	d := websocket.Dialer{Subprotocols: []string{"other"}}
-	if _, res, err := d.Dial("ws"+n.url[4:]+wire.SessionPath, v.Headers(own)); err == nil || res.StatusCode != http.StatusBadRequest {
+	_, res, err := d.Dial("ws"+n.url[4:]+wire.SessionPath, v.Headers(own))
+	if res == nil {
+		t.Fatal(err)
+	}
+	t.Logf("other subprotocol: expected: %d; got: %d, %v", http.StatusBadRequest, res.StatusCode, err)
+	if err == nil || res.StatusCode != http.StatusBadRequest {
 		t.Errorf("other subprotocol: %v", err)
 	}
 }
@@ -369,12 +377,16 @@ func TestBeforeHello(t *testing.T) {
 	}
 	s := dial()
 	s.Send(v.Heartbeat())
-	if code := s.Closed(); code != websocket.ClosePolicyViolation {
+	code := s.Closed()
+	t.Logf("a heartbeat: expected: closed with %d; got: %d", websocket.ClosePolicyViolation, code)
+	if code != websocket.ClosePolicyViolation {
 		t.Errorf("heartbeat before hello: closed with %d", code)
 	}
 	s = dial()
 	s.SendRaw(make([]byte, 20<<10))
-	if code := s.Closed(); code != websocket.CloseMessageTooBig {
+	code = s.Closed()
+	t.Logf("a large hello: expected: closed with %d; got: %d", websocket.CloseMessageTooBig, code)
+	if code != websocket.CloseMessageTooBig {
 		t.Errorf("large hello: closed with %d", code)
 	}
 	// Somebody who knows the address and not the key cannot throw the node out.
@@ -388,7 +400,9 @@ func TestBeforeHello(t *testing.T) {
 		t.Fatal(err)
 	}
 	s.SendRaw(frame)
-	if code := s.Closed(); code != websocket.ClosePolicyViolation {
+	code = s.Closed()
+	t.Logf("the hello of another key: expected: closed with %d; got: %d", websocket.ClosePolicyViolation, code)
+	if code != websocket.ClosePolicyViolation {
 		t.Errorf("hello of another key: closed with %d", code)
 	}
 	ch := n.ask(chat)
@@ -415,7 +429,9 @@ func TestClonedKey(t *testing.T) {
 	good := hello(1 << 40) // above what the harness has used
 	nodetest.Expect[*wire.Welcome](good)
 	for _, count := range []uint64{0, 1, 1 << 40} {
-		if code := hello(count).Closed(); code != wire.CloseCloned {
+		code := hello(count).Closed()
+		t.Logf("count %d: expected: closed with %d; got: %d", count, wire.CloseCloned, code)
+		if code != wire.CloseCloned {
 			t.Errorf("hello %d: closed with %d", count, code)
 		}
 	}
@@ -440,7 +456,9 @@ func TestClonedKey(t *testing.T) {
 	n.stop()
 	n.serve()
 	v.URL = n.url
-	if code := hello(1 << 40).Closed(); code != wire.CloseCloned {
+	code := hello(1 << 40).Closed()
+	t.Logf("after a restart: expected: closed with %d; got: %d", wire.CloseCloned, code)
+	if code != wire.CloseCloned {
 		t.Errorf("after a restart: closed with %d", code)
 	}
 	nodetest.Expect[*wire.Welcome](hello(1<<40 + 1))
@@ -467,12 +485,16 @@ func TestStrangersDoNotKeepNodesOut(t *testing.T) {
 		}
 	}
 	s := v.Ready(t)
-	if code := first.Closed(); code != websocket.CloseTryAgainLater {
+	code := first.Closed()
+	t.Logf("the first of 100 strangers: expected: closed with %d; got: %d", websocket.CloseTryAgainLater, code)
+	if code != websocket.CloseTryAgainLater {
 		t.Errorf("the first stranger: closed with %d", code)
 	}
 	ch := n.ask(chat)
 	s.Finish(s.Take(), "fine")
-	if r := n.answer(ch); r.status != http.StatusOK {
+	r := n.answer(ch)
+	t.Logf("a client of the node that comes then: expected: 200; got: %d", r.status)
+	if r.status != http.StatusOK {
 		t.Fatalf("%d %s", r.status, r.body)
 	}
 }

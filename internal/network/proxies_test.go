@@ -37,7 +37,9 @@ func TestProxies(t *testing.T) {
 		{"pipe", []string{"203.0.113.9"}, "pipe"},
 	} {
 		r := &http.Request{RemoteAddr: tc.remote, Header: http.Header{"X-Forwarded-For": tc.header}}
-		if got := p.client(r); got != tc.want {
+		got := p.client(r)
+		t.Logf("%s says %q: expected: %s; got: %s", tc.remote, tc.header, tc.want, got)
+		if got != tc.want {
 			t.Errorf("%s %q: %s, want %s", tc.remote, tc.header, got, tc.want)
 		}
 	}

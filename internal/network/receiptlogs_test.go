@@ -183,7 +183,13 @@ func TestContradictingLog(t *testing.T) {
 	l.log = receiptlog.New()
 	l.log.Append(evm.Hash{1}, nil)
 	l.Send(l.head())
-	until(l, func(s *wire.Status) bool { return strings.Contains(s.Reason, "does not go on") })
+	until(l, func(s *wire.Status) bool {
+		if !strings.Contains(s.Reason, "does not go on") {
+			return false
+		}
+		t.Logf("expected: no jobs, for it does not go on from what was shown; got: routable %t, %s", s.Routable, s.Reason)
+		return true
+	})
 	for range 2 {
 		l.begin(l.Node)
 		until(l, func(s *wire.Status) bool { return !s.Routable && strings.Contains(s.Reason, "does not go on") })
@@ -244,7 +250,9 @@ func TestHostileLog(t *testing.T) {
 		t.Run(what, func(t *testing.T) {
 			l := newLogged(t, n)
 			say(l)
-			if code := l.Closed(); code != 1008 {
+			code := l.Closed()
+			t.Logf("expected: closed with 1008; got: %d", code)
+			if code != 1008 {
 				t.Errorf("closed with %d", code)
 			}
 		})
@@ -264,7 +272,9 @@ func TestAlteredLog(t *testing.T) {
 	n.stop()
 	alter(t, n.dir, l.Node.Key.Address(), func(r *store.ReceiptLog) { r.Open[0][7] ^= 1 })
 	n.serve()
-	if r := n.proof(id); r.status != http.StatusInternalServerError || r.code() != "log_damaged" {
+	r := n.proof(id)
+	t.Logf("expected: 500 log_damaged; got: %d %s", r.status, r.code())
+	if r.status != http.StatusInternalServerError || r.code() != "log_damaged" {
 		t.Errorf("the proof from an altered log: %d %s", r.status, r.body)
 	}
 	if got := n.metric("resultity_receipt_log_damaged_total"); got != 1 {

@@ -234,6 +234,7 @@ func TestBadOutput(t *testing.T) {
 			if err != nil && final != err {
 				t.Errorf("%s: Event said %v, Finish %v", tt.name, err, final)
 			}
+			t.Logf("%s, stream %t: expected: %s; got: %v", tt.name, stream, tt.want, final)
 			var bad *OutputError
 			if !errors.As(final, &bad) || bad.Reason != tt.want || body != nil {
 				t.Errorf("%s: got %v, want %s", tt.name, final, tt.want)
@@ -279,6 +280,7 @@ func TestBadCompletion(t *testing.T) {
 	} {
 		a := NewAssembler(wire.KindCompletion, job, "m", 1, true, true, 4<<10)
 		_, err := a.Event([]byte(tt.event))
+		t.Logf("%.60s: expected: %s; got: %v", tt.event, tt.want, err)
 		var bad *OutputError
 		if !errors.As(err, &bad) || bad.Reason != tt.want {
 			t.Errorf("%s: got %v, want %s", tt.event, err, tt.want)
@@ -305,7 +307,9 @@ func TestPlainLimit(t *testing.T) {
 	if _, err := run(int64(len(body))); err != nil {
 		t.Error(err)
 	}
-	if _, err := run(int64(len(body)) - 1); err == nil {
+	_, err = run(int64(len(body)) - 1)
+	t.Logf("a byte over the limit: expected: %s; got: %v", ReasonTooLarge, err)
+	if bad := (*OutputError)(nil); !errors.As(err, &bad) || bad.Reason != ReasonTooLarge {
 		t.Error("a byte over the limit was let through")
 	}
 }

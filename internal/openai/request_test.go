@@ -258,6 +258,7 @@ func refused(t *testing.T, kind wire.Kind, body string, status int, code, param 
 		t.Errorf("%.200s: got %v, want code %s", body, err, code)
 		return
 	}
+	t.Logf("%.60q: expected: %s %s; got: %s %s", body, code, param, e.Code, e.Message)
 	if e.Status != status || e.Code != code || e.Param != param || e.Type != TypeInvalidRequest {
 		t.Errorf("%.200s:\ngot %d %s %q (%s), want %d %s %q", body, e.Status, e.Code, e.Param, e.Message, status, code, param)
 	}
@@ -285,7 +286,9 @@ func TestControlToken(t *testing.T) {
 		"<|":                                  "",
 		"":                                    "",
 	} {
-		if got := ControlToken([]byte(text)); string(got) != want {
+		got := ControlToken([]byte(text))
+		t.Logf("%.40q: expected: %q; got: %q", text, want, got)
+		if string(got) != want {
 			t.Errorf("%q: got %q, want %q", text, got, want)
 		}
 	}

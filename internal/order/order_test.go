@@ -109,6 +109,7 @@ func TestRefusals(t *testing.T) {
 		"overtaken":         {change(func(d *wire.Directive) { d.Kind = wire.OrderResume; d.Issued -= 2 }), "later order"},
 	} {
 		_, known, err := b.Begin(c.order, w.trusted)
+		t.Logf("%s: expected: %s; got: %v", name, c.want, err)
 		var r *Refusal
 		if known || !errors.As(err, &r) || !strings.Contains(r.Reason, c.want) {
 			t.Errorf("%s: known %v, %v, want a refusal with %q", name, known, err, c.want)
@@ -137,6 +138,7 @@ func TestOnceOverRestarts(t *testing.T) {
 	if !known || err != nil || e.Outcome != wire.OutcomeFailed {
 		t.Fatalf("after a restart: %+v %v %v", e, known, err)
 	}
+	t.Logf("the same order after a restart: expected: known, %s; got: known %t, %s", wire.OutcomeFailed, known, e.Outcome)
 	if u := b.Untold(); len(u) != 1 || u[0].ID != d.ID || u[0].Check() != nil {
 		t.Fatalf("untold %+v", u)
 	}
@@ -153,7 +155,9 @@ func TestOnceOverRestarts(t *testing.T) {
 	if n := len(b.Last(10)); n != 1 {
 		t.Errorf("%d orders are remembered, want the new one", n)
 	}
-	if _, known, err := b.Begin(o, w.trusted); known || !errors.As(err, new(*Refusal)) {
+	_, known, err = b.Begin(o, w.trusted)
+	t.Logf("when it has been forgotten: expected: refused as expired; got: %v", err)
+	if known || !errors.As(err, new(*Refusal)) || !strings.Contains(err.Error(), "expired") {
 		t.Errorf("replayed after it was forgotten: %v %v", known, err)
 	}
 }
@@ -184,6 +188,7 @@ func TestFlood(t *testing.T) {
 		w.carryOut(b, w.directive(wire.OrderPenalty))
 	}
 	_, _, err := b.Begin(w.order(w.key, w.directive(wire.OrderDrain)), w.trusted)
+	t.Logf("one more than %d: expected: a refusal; got: %v", maxEntries, err)
 	if !errors.As(err, new(*Refusal)) {
 		t.Fatalf("one too many: %v", err)
 	}
@@ -205,7 +210,9 @@ func TestDamagedMemory(t *testing.T) {
 		if err := os.WriteFile(w.path, raw, 0o600); err != nil {
 			t.Fatal(err)
 		}
-		if _, err := Open(w.path, "testnet", w.node.Address(), time.Now); !errors.Is(err, ErrCorrupt) {
+		_, err := Open(w.path, "testnet", w.node.Address(), time.Now)
+		t.Logf("%s: expected: %v; got: %v", name, ErrCorrupt, err)
+		if !errors.Is(err, ErrCorrupt) {
 			t.Errorf("%s: %v", name, err)
 		}
 	}

@@ -315,7 +315,9 @@ func TestCheckRefusesAdditions(t *testing.T) {
 		if changed == text {
 			changed = text + "\n[" + group + "]\n" + line + "\n"
 		}
-		if err := Check(remake(changed)); !errors.Is(err, ErrUnsealed) {
+		err := Check(remake(changed))
+		t.Logf("[%s] %s: expected: %v; got: %v", group, line, ErrUnsealed, err)
+		if !errors.Is(err, ErrUnsealed) {
 			t.Errorf("with %q in [%s]: got %v", line, group, err)
 		}
 	}

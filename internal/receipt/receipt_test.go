@@ -106,7 +106,9 @@ func TestVerifyRefusesEveryChange(t *testing.T) {
 		if err != nil {
 			t.Fatal(err)
 		}
-		if _, err := Verify(bad); !errors.Is(err, ErrInvalid) {
+		_, err = Verify(bad)
+		t.Logf("%s changed: expected: %v; got: %v", path, ErrInvalid, err)
+		if !errors.Is(err, ErrInvalid) {
 			t.Errorf("%s changed: Verify = %v, want ErrInvalid", path, err)
 		}
 		changed++
@@ -125,7 +127,9 @@ func TestVerifyRefusesEveryChange(t *testing.T) {
 		"a value in two escapes": bytes.Replace(raw, []byte(`"primaryType":"Receipt"`), []byte(`"primaryType":"\u0052eceipt"`), 1),
 		"unknown field":          bytes.Replace(raw, []byte(`"node"`), []byte(`"x":1,"node"`), 1), "huge": bytes.Repeat([]byte(" "), MaxSize+1),
 	} {
-		if _, err := Verify(bad); !errors.Is(err, ErrInvalid) {
+		_, err := Verify(bad)
+		t.Logf("%s: expected: %v; got: %v", name, ErrInvalid, err)
+		if !errors.Is(err, ErrInvalid) {
 			t.Errorf("%s: Verify = %v, want ErrInvalid", name, err)
 		}
 	}
@@ -177,7 +181,9 @@ func agree(t *testing.T, b []byte) {
 func TestSignRefusesAnotherNodesReceipt(t *testing.T) {
 	_, r := sample(t)
 	other, _ := sample(t)
-	if _, err := r.Sign(1, other); err == nil {
+	_, err := r.Sign(1, other)
+	t.Logf("expected: an error about another node; got: %v", err)
+	if err == nil {
 		t.Fatal("signed a receipt that names another node")
 	}
 }

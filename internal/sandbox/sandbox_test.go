@@ -116,7 +116,9 @@ func TestEachDifferenceIsRefused(t *testing.T) {
 		if c.inside != nil {
 			c.inside(in)
 		}
-		if err := Check(o, in, order(), 993); !errors.Is(err, ErrNotSealed) || !strings.Contains(err.Error(), c.want) {
+		err = Check(o, in, order(), 993)
+		t.Logf("%s: expected: %s; got: %v", c.name, c.want, err)
+		if !errors.Is(err, ErrNotSealed) || !strings.Contains(err.Error(), c.want) {
 			t.Errorf("%s: %v, want ErrNotSealed with %q", c.name, err, c.want)
 		}
 	}
@@ -134,7 +136,7 @@ func TestFallbackDevicesAreFine(t *testing.T) {
 }
 
 func TestARouteIsRefused(t *testing.T) {
-	for _, c := range [][2]string{
+	for i, c := range [][2]string{
 		{route + "sit0\t00000000\t00000000\n", route6},
 		{route, route6 + strings.Replace(route6, "lo", "sit0", 1)},
 	} {
@@ -142,7 +144,9 @@ func TestARouteIsRefused(t *testing.T) {
 		if err != nil {
 			t.Fatal(err)
 		}
-		if err := Check(o, sealed(), order(), 993); !errors.Is(err, ErrNotSealed) || !strings.Contains(err.Error(), "sit0") {
+		err = Check(o, sealed(), order(), 993)
+		t.Logf("of IPv%d: expected: %v: sit0; got: %v", 4+2*i, ErrNotSealed, err)
+		if !errors.Is(err, ErrNotSealed) || !strings.Contains(err.Error(), "sit0") {
 			t.Errorf("%v, want ErrNotSealed with sit0", err)
 		}
 	}
@@ -150,7 +154,9 @@ func TestARouteIsRefused(t *testing.T) {
 
 func TestLookRefusesGarbage(t *testing.T) {
 	for _, s := range []string{"", "Uid:\tx\n", "Uid:\t1 1\n", "Seccomp:\tx\n"} {
-		if o, err := look(t, s, dev); err == nil {
+		o, err := look(t, s, dev)
+		t.Logf("status %q: expected: an error; got: %v", s, err)
+		if err == nil {
 			t.Errorf("status %q: %+v, want an error", s, o)
 		}
 	}

@@ -83,12 +83,13 @@ func TestMemoryUnderAFlood(t *testing.T) {
 			s := New(cfg, h)
 			s.patience.act = time.Hour
 			stop := run(t, s)
+			var ended error
 			peak, end := before, time.Now().Add(longest)
 			for over := false; !over; {
 				select {
 				case err := <-h.closed:
 					over = true
-					t.Log(err)
+					ended = err
 				case <-time.After(5 * time.Millisecond): // between two looks
 				}
 				peak = max(peak, heap())
@@ -100,7 +101,7 @@ func TestMemoryUnderAFlood(t *testing.T) {
 			if grown := peak - before; grown > c.most {
 				t.Errorf("%d MiB, at most %d", grown>>20, c.most>>20)
 			} else {
-				t.Logf("%d MiB in %d messages", grown>>20, h.messages.Load())
+				t.Logf("expected: at most %d MiB; got: %d MiB in %d messages, and %v", c.most>>20, grown>>20, h.messages.Load(), ended)
 			}
 		})
 	}

@@ -128,7 +128,9 @@ var errAny = fmt.Errorf("any error")
 func TestRegisterNeedsHTTPS(t *testing.T) {
 	srv := httptest.NewServer(http.NotFoundHandler())
 	defer srv.Close()
-	if _, err := Register(t.Context(), registration(srv.URL, srv.Client())); err == nil || !strings.Contains(err.Error(), "https://") {
+	_, err := Register(t.Context(), registration(srv.URL, srv.Client()))
+	t.Logf("expected: an error that names https://; got: %v", err)
+	if err == nil || !strings.Contains(err.Error(), "https://") {
 		t.Errorf("Register over plain HTTP = %v, want a refusal", err)
 	}
 }

@@ -358,8 +358,11 @@ func TestHandshakeIsRefused(t *testing.T) {
 			}
 			h := newRecorder()
 			run(t, New(config(n), h))
-			for range 2 {
+			for try := range 2 {
 				err := get(t, h.closed)
+				if try == 0 {
+					t.Logf("expected: %v, and in its text %q; got: %v", c.want, c.text, err)
+				}
 				if c.want != nil && !errors.Is(err, c.want) || !strings.Contains(err.Error(), c.text) || len(err.Error()) > 2000 {
 					t.Errorf("Closed(%v), want %v and %q", err, c.want, c.text)
 				}
@@ -471,9 +474,12 @@ func TestFramesAreRefused(t *testing.T) {
 			h := newRecorder()
 			s := New(config(n), h)
 			run(t, s)
-			for range 2 { // and it comes back
+			for try := range 2 { // and it comes back
 				get(t, h.opened)
 				err := get(t, h.closed)
+				if try == 0 {
+					t.Logf("expected: %v; got: %v", c.want, err)
+				}
 				if !errors.Is(err, c.want) {
 					t.Errorf("Closed(%v), want %v", err, c.want)
 				}
@@ -1132,7 +1138,9 @@ func TestUntrustedTLS(t *testing.T) {
 	cfg.TLS = nil
 	h := newRecorder()
 	run(t, New(cfg, h))
-	if err := get(t, h.closed); !strings.Contains(err.Error(), "certificate") {
+	err := get(t, h.closed)
+	t.Logf("expected: an error about the certificate; got: %v", err)
+	if !strings.Contains(err.Error(), "certificate") {
 		t.Errorf("Closed(%v), want an error about the certificate", err)
 	}
 }
@@ -1147,7 +1155,9 @@ func TestOldTLS(t *testing.T) {
 	defer n.Close()
 	h := newRecorder()
 	run(t, New(config(n), h))
-	if err := get(t, h.closed); !strings.Contains(err.Error(), "protocol version") {
+	err := get(t, h.closed)
+	t.Logf("expected: an error about the version of TLS; got: %v", err)
+	if !strings.Contains(err.Error(), "protocol version") {
 		t.Errorf("Closed(%v), want an error about the version of TLS", err)
 	}
 }

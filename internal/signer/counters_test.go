@@ -49,6 +49,7 @@ func TestCountersNeverGoBack(t *testing.T) {
 			if got <= last || got&(1<<32-1) != uint64(i+1) {
 				t.Fatalf("sequence %x after %x, receipt %d of its start", got, last, i+1)
 			}
+			t.Logf("start %d, receipt %d: expected: more than %x; got: %x", start+1, i+1, last, got)
 			last = got
 			if other := next(t, func() (uint64, error) { return c.receipt(1) }); other != got {
 				t.Errorf("sequence %x on one chain and %x on the other: receipts are counted apart", got, other)
@@ -104,13 +105,17 @@ func TestCountersRefused(t *testing.T) {
 		if err := os.WriteFile(name, harm(raw), 0o600); err != nil {
 			t.Fatal(err)
 		}
-		if _, err := OpenCounters(name, node); !errors.Is(err, ErrCounters) {
+		_, err = OpenCounters(name, node)
+		t.Logf("%s: expected: %v; got: %v", what, ErrCounters, err)
+		if !errors.Is(err, ErrCounters) {
 			t.Errorf("%s: %v, want a refusal", what, err)
 		}
 	}
 	name := filepath.Join(t.TempDir(), "counters")
 	openCounters(t, name)
-	if _, err := OpenCounters(name, evm.Address{2}); !errors.Is(err, ErrCounters) || !strings.Contains(err.Error(), "belong to node") {
+	_, err := OpenCounters(name, evm.Address{2})
+	t.Logf("of another key: expected: %v; got: %v", ErrCounters, err)
+	if !errors.Is(err, ErrCounters) || !strings.Contains(err.Error(), "belong to node") {
 		t.Errorf("of another key: %v", err)
 	}
 }

@@ -321,6 +321,7 @@ func TestRefusals(t *testing.T) {
 			t.Errorf("%s: %v", what, err)
 			continue
 		}
+		t.Logf("%s: expected: %v; got: %v", what, c.want, decodeError(replies[0]))
 		if got := replies[0]; len(got) == 0 || got[0] == 0 || !errors.Is(decodeError(got), c.want) {
 			t.Errorf("%s: %.200q, want %v", what, got, c.want)
 		}
@@ -345,12 +346,16 @@ func TestAllowed(t *testing.T) {
 	if _, err := l.Receipt(31337, r); err != nil {
 		t.Error(err)
 	}
-	if _, err := l.Receipt(1, r); !errors.Is(err, ErrTerms) {
+	_, err := l.Receipt(1, r)
+	t.Logf("a receipt for another chain: expected: %v; got: %v", ErrTerms, err)
+	if !errors.Is(err, ErrTerms) {
 		t.Errorf("receipt for another chain: %v", err)
 	}
 	elsewhere := sandboxRecord(l.Address())
 	elsewhere.Network = "mainnet"
-	if _, err := l.answer(encoded(t, elsewhere)); !errors.Is(err, ErrTerms) {
+	_, err = l.answer(encoded(t, elsewhere))
+	t.Logf("a sandbox record for another network: expected: %v; got: %v", ErrTerms, err)
+	if !errors.Is(err, ErrTerms) {
 		t.Errorf("sandbox record for another network: %v", err)
 	}
 	if _, err := l.Hello(wire.Terms{Network: "testnet"}, wire.Hello{}, time.Now()); err != nil {
@@ -360,14 +365,20 @@ func TestAllowed(t *testing.T) {
 	if _, err := l.Head(31337, h); err != nil {
 		t.Error(err)
 	}
-	if _, err := l.Head(1, h); !errors.Is(err, ErrTerms) {
+	_, err = l.Head(1, h)
+	t.Logf("a head for another chain: expected: %v; got: %v", ErrTerms, err)
+	if !errors.Is(err, ErrTerms) {
 		t.Errorf("head for another chain: %v", err)
 	}
 	h.Network = "mainnet"
-	if _, err := l.Head(31337, h); !errors.Is(err, ErrTerms) {
+	_, err = l.Head(31337, h)
+	t.Logf("a head for another network: expected: %v; got: %v", ErrTerms, err)
+	if !errors.Is(err, ErrTerms) {
 		t.Errorf("head for another network: %v", err)
 	}
-	if _, err := l.Hello(wire.Terms{Network: "mainnet"}, wire.Hello{}, time.Now()); !errors.Is(err, ErrTerms) {
+	_, err = l.Hello(wire.Terms{Network: "mainnet"}, wire.Hello{}, time.Now())
+	t.Logf("a hello to another network: expected: %v; got: %v", ErrTerms, err)
+	if !errors.Is(err, ErrTerms) {
 		t.Errorf("hello to another network: %v", err)
 	}
 }
@@ -376,7 +387,9 @@ func TestOtherUID(t *testing.T) {
 	s := newService(t)
 	s.uids = func(uid uint32) bool { return uid == uint32(os.Getuid())+1 }
 	s.start()
-	if _, err := dial(s.socket(), time.Second); !errors.Is(err, ErrCaller) {
+	_, err := dial(s.socket(), time.Second)
+	t.Logf("expected: %v; got: %v", ErrCaller, err)
+	if !errors.Is(err, ErrCaller) {
 		t.Errorf("%v, want a refusal", err)
 	}
 }
@@ -396,7 +409,9 @@ func TestManyConnections(t *testing.T) {
 		}
 		held = append(held, c)
 	}
-	if _, err := dial(s.socket(), 100*time.Millisecond); !errors.Is(err, ErrCrowded) {
+	_, err := dial(s.socket(), 100*time.Millisecond)
+	t.Logf("one more than %d: expected: %v; got: %v", maxConns, ErrCrowded, err)
+	if !errors.Is(err, ErrCrowded) {
 		t.Errorf("one more: %v", err)
 	}
 	for _, c := range held {

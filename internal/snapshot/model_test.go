@@ -2,6 +2,7 @@ package snapshot
 
 import (
 	"bytes"
+	"cmp"
 	"errors"
 	"reflect"
 	"strings"
@@ -65,6 +66,7 @@ func TestFilesOfModels(t *testing.T) {
 				m.Files = append(m.Files, f)
 			}
 			err := m.check()
+			t.Logf("expected: %s; got: %v", cmp.Or(c.want, "<nil>"), err)
 			if (err == nil) != (c.want == "") || err != nil && !strings.Contains(err.Error(), c.want) {
 				t.Errorf("got %v, want %q", err, c.want)
 			}

@@ -77,6 +77,9 @@ func TestOnlyWhatMayLeave(t *testing.T) {
 	if len(got) != 4 {
 		t.Fatalf("%d records", len(got))
 	}
+	for i, want := range []string{"no prompt", "no words of an engine", "no fields of a group", "a bounded error"} {
+		t.Logf("%s: expected: %s; got: %.150v", got[i].Message, want, got[i].Fields)
+	}
 	if r := got[0]; r.Event != "job-done" || r.Level != "INFO" || r.Message != "job done" || fmt.Sprint(r.Fields) != "map[job:ab model:tiny network:testnet took:3s]" {
 		t.Errorf("%+v", r)
 	}
@@ -298,8 +301,9 @@ func TestDamage(t *testing.T) {
 			s = reopen(t, s)
 			_, records := next(t, s, 64<<10)
 			if len(records) == 0 || records[len(records)-1].Message != "after" {
-				t.Errorf("what is logged afterwards is lost: %+v", records)
+				t.Fatalf("what is logged afterwards is lost: %+v", records)
 			}
+			t.Logf("expected: what is logged afterwards is kept; got: %d records, the last %q", len(records), records[len(records)-1].Message)
 			for _, r := range records {
 				if r.Fields["prompt"] != "" {
 					t.Errorf("%+v", r)

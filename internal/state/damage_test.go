@@ -114,7 +114,7 @@ func TestDamage(t *testing.T) {
 			b[at] ^= bit
 		}
 	}
-	t.Logf("%d flips found, %d where nothing is", refused, opened)
+	t.Logf("flipped bits: expected: all found where something is; got: %d found, %d where nothing is", refused, opened)
 	if refused < 1000 {
 		t.Errorf("only %d flips were found", refused)
 	}
@@ -126,6 +126,7 @@ func TestDamage(t *testing.T) {
 			}
 		}
 		s, err := modelLoad(image(rest), Bounds{})
+		t.Logf("%s is missing: expected: %s; got: %v", name, map[bool]string{true: ErrCorrupt.Error(), false: "<nil>, as after a crash that left none"}[i < len(names)-1], err)
 		if i < len(names)-1 && !errors.Is(err, ErrCorrupt) {
 			t.Errorf("%s is missing: %v, want ErrCorrupt (%v)", name, err, s)
 		}
@@ -134,7 +135,9 @@ func TestDamage(t *testing.T) {
 		cut := image(good)
 		f := cut.names[names[0]]
 		f.now = f.now[:n]
-		if _, err := modelLoad(cut, Bounds{}); !errors.Is(err, ErrCorrupt) {
+		_, err := modelLoad(cut, Bounds{})
+		t.Logf("cut to %d bytes: expected: %v; got: %v", n, ErrCorrupt, err)
+		if !errors.Is(err, ErrCorrupt) {
 			t.Errorf("cut to %d: %v, want ErrCorrupt", n, err)
 		}
 	}

@@ -430,14 +430,18 @@ func TestTheFileIsPrivateAndLocked(t *testing.T) {
 
 func TestOpenRefuses(t *testing.T) {
 	dir := t.TempDir()
-	if _, err := Open(filepath.Join(dir, "no", "jobs"), Bounds{}, now); !errors.Is(err, os.ErrNotExist) {
+	_, err := Open(filepath.Join(dir, "no", "jobs"), Bounds{}, now)
+	t.Logf("no directory: expected: %v; got: %v", os.ErrNotExist, err)
+	if !errors.Is(err, os.ErrNotExist) {
 		t.Errorf("no directory: %v, want ErrNotExist", err)
 	}
 	path := newPath(t)
 	if err := os.WriteFile(path, []byte("x"), 0o600); err != nil {
 		t.Fatal(err)
 	}
-	if _, err := Open(path, Bounds{}, now); !errors.Is(err, ErrCorrupt) {
+	_, err = Open(path, Bounds{}, now)
+	t.Logf("a file: expected: %v; got: %v", ErrCorrupt, err)
+	if !errors.Is(err, ErrCorrupt) {
 		t.Errorf("a file: %v, want ErrCorrupt", err)
 	}
 	path = newPath(t)
@@ -452,14 +456,18 @@ func TestOpenRefuses(t *testing.T) {
 	if err := os.WriteFile(name, b, 0o600); err != nil {
 		t.Fatal(err)
 	}
-	if _, err := Open(path, Bounds{}, now); !errors.Is(err, ErrCorrupt) {
+	_, err = Open(path, Bounds{}, now)
+	t.Logf("a flipped version: expected: %v; got: %v", ErrCorrupt, err)
+	if !errors.Is(err, ErrCorrupt) {
 		t.Errorf("a flipped version: %v, want ErrCorrupt", err)
 	}
 	binary.BigEndian.PutUint32(b[at+4:], crc32.Checksum(b[:at+4], castagnoli))
 	if err := os.WriteFile(name, b, 0o600); err != nil {
 		t.Fatal(err)
 	}
-	if _, err := Open(path, Bounds{}, now); !errors.Is(err, ErrFormat) || errors.Is(err, ErrCorrupt) {
+	_, err = Open(path, Bounds{}, now)
+	t.Logf("another format: expected: %v; got: %v", ErrFormat, err)
+	if !errors.Is(err, ErrFormat) || errors.Is(err, ErrCorrupt) {
 		t.Errorf("another format: %v, want ErrFormat", err)
 	}
 }

@@ -28,6 +28,9 @@ func TestWriteRefusesSecrets(t *testing.T) {
 					if len(secret) == 4 && !errors.Is(err, ErrSecret) && !strings.Contains(text, secret) && !strings.Contains(strings.ToLower(text), hex.EncodeToString([]byte(secret))) {
 						continue // four bytes leave too few characters of their own in base64
 					}
+					if before+after == 0 {
+						t.Logf("%.40q: expected: %v, and no byte; got: %v, and %d bytes", text, ErrSecret, err, b.Len())
+					}
 					if !errors.Is(err, ErrSecret) || !strings.Contains(err.Error(), "leak") || b.Len() > 0 {
 						t.Errorf("%q in %q: %v, %d bytes", secret, text, err, b.Len())
 					}

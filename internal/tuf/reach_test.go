@@ -3,11 +3,13 @@ package tuf
 import (
 	"context"
 	"errors"
+	"fmt"
 	"io"
 	"log"
 	"maps"
 	"net/http"
 	"net/http/httptest"
+	"path"
 	"slices"
 	"strings"
 	"testing"
@@ -55,17 +57,21 @@ func TestFlippedBytesOnTheWay(t *testing.T) {
 		}},
 	} {
 		raw := n.file(t, step.name)
+		reasons := map[string]int{}
 		for i := range raw {
 			n.overlay[step.name] = flip(raw, i)
 			tm, copied := *trusted, *st
 			tm.Targets = maps.Clone(trusted.Targets)
-			if err := step.run(t.Context(), &tm, &copied); !errors.Is(err, snapshot.ErrUntrusted) {
+			err := step.run(t.Context(), &tm, &copied)
+			if !errors.Is(err, snapshot.ErrUntrusted) {
 				t.Fatalf("%s, byte %d (%q): %v, want ErrUntrusted", step.name, i, raw[i], err)
 			}
+			reasons[Event(err).Name]++
 			if !copied.equal(st) {
 				t.Fatalf("%s, byte %d (%q): refused, and remembered", step.name, i, raw[i])
 			}
 		}
+		t.Logf("%s: expected: %d refusals; got: %v", path.Base(step.name), len(raw), reasons)
 		delete(n.overlay, step.name)
 		if err := step.run(t.Context(), trusted, st); err != nil {
 			t.Fatal(err)
@@ -174,6 +180,11 @@ func TestTLSIsChecked(t *testing.T) {
 	c, err := New(Config{Dir: t.TempDir(), URL: server.URL, Root: n.root(t)})
 	if err != nil {
 		t.Fatal(err)
+	}
+	_, err = c.Refresh(t.Context())
+	t.Logf("expected: %v: a certificate of an unknown authority; got: %v", ErrUnreachable, err)
+	if !strings.Contains(fmt.Sprint(err), "certificate") {
+		t.Errorf("%v, want a word about the certificate", err)
 	}
 	refuses(t, c, ErrUnreachable)
 }

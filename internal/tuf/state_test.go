@@ -45,16 +45,21 @@ func TestDamagedCacheIsRefused(t *testing.T) {
 	n.rotate(t)
 	c := n.informed(t)
 	raw := readFile(t, c.file)
+	refusals := 0
 	for i := range raw {
 		for name, bad := range map[string][]byte{"flipped": flip(raw, i), "and the rest missing": raw[:i]} {
 			if i%1000 == 7 { // the rest without the disk, which takes its time
 				writeFile(t, c.file, bad)
 				distrusts(t, c, "byte %d %s", i, name)
+				refusals++
 			} else if st, err := parseState(bad); err == nil {
 				t.Fatalf("byte %d %s: got %+v", i, name, st)
+			} else {
+				refusals++
 			}
 		}
 	}
+	t.Logf("a byte flipped, or the rest missing: expected: %d refusals; got: %d", 2*len(raw), refusals)
 	writeFile(t, c.file, append(bytes.Clone(raw), ' '))
 	distrusts(t, c, "a byte more")
 	writeFile(t, c.file, append(bytes.Clone(raw), make([]byte, maxState)...))
@@ -97,16 +102,17 @@ func TestForgedCacheIsRefused(t *testing.T) {
 		if err != nil {
 			t.Fatal(err)
 		}
-		p := part(st)
+		p, refusals := part(st), 0
 		for i, raw := 0, *p; i < len(raw); i += 13 {
 			*p = flip(raw, i)
 			if s, err := st.Last.open(st.Roots); s != nil || !errors.Is(err, snapshot.ErrUntrusted) {
 				t.Fatalf("%s, byte %d flipped: got %v, %v, want ErrUntrusted", name, i, s, err)
 			}
+			refusals++
 		}
 		writeFile(t, c.file, good)
 		tamper(t, c, func(s *state) { *part(s) = nil })
-		distrusts(t, c, "no %s", name)
+		t.Logf("no %s, or flipped: expected: %v; got: %d flips refused, and %v", name, snapshot.ErrUntrusted, refusals, distrusts(t, c, "no %s", name))
 		sees(t, c, 1)
 	}
 
@@ -128,7 +134,7 @@ func TestForgedCacheIsRefused(t *testing.T) {
 	} {
 		writeFile(t, c.file, good)
 		tamper(t, c, change)
-		distrusts(t, c, "%s", name)
+		t.Logf("%s: expected: %v; got: %v", name, snapshot.ErrUntrusted, distrusts(t, c, "%s", name))
 		sees(t, c, 1)
 	}
 }
@@ -151,6 +157,7 @@ func TestForgedMemoryDoesNoHarm(t *testing.T) {
 			writeFile(t, c.file, good)
 			tamper(t, c, change)
 			sees(t, c, 1)
+			t.Logf("expected: the same configuration; got: version %d of it", remembers(t, c, 1).Version())
 		})
 	}
 }

@@ -245,7 +245,8 @@ func TestRevokedKeysStayRevoked(t *testing.T) {
 		}
 		return nil
 	}
-	refuses(t, c, snapshot.ErrUntrusted)
+	err := refuses(t, c, ErrUnsigned)
+	t.Logf("expected: %v; got: %v", ErrUnsigned, err)
 	n.intercept, n.overlay = nil, map[string][]byte{}
 	n.publish(t, 3)
 	sees(t, c, 3)

@@ -177,7 +177,9 @@ func TestLogsHoldOnlyWhatMayLeave(t *testing.T) {
 	} {
 		b, data := pack(t, 1<<16, r)
 		b.Last = 1
-		if _, err := b.Unpack(data); !errors.Is(err, ErrLogs) {
+		_, err := b.Unpack(data)
+		t.Logf("%s: expected: %v; got: %v", name, ErrLogs, err)
+		if !errors.Is(err, ErrLogs) {
 			t.Errorf("%s: %v", name, err)
 		}
 	}
@@ -209,7 +211,9 @@ func TestLogsBomb(t *testing.T) {
 		t.Fatalf("the bomb has %d bytes", buf.Len())
 	}
 	b := LogBatch{Spool: strings.Repeat("ab", 16), Last: n, Count: n, Digest: digest.Of(buf.Bytes())}
-	if _, err := b.Unpack(buf.Bytes()); !errors.Is(err, ErrLogs) || !strings.Contains(err.Error(), "inflates") {
+	_, err := b.Unpack(buf.Bytes())
+	t.Logf("%d lines in %d bytes: expected: %v; got: %v", n, buf.Len(), ErrLogs, err)
+	if !errors.Is(err, ErrLogs) || !strings.Contains(err.Error(), "inflates") {
 		t.Errorf("%v", err)
 	}
 	// Zeros without a line's end.
@@ -217,7 +221,10 @@ func TestLogsBomb(t *testing.T) {
 	w = gzip.NewWriter(&buf)
 	_, _ = w.Write(make([]byte, 64<<20))
 	_ = w.Close()
-	if _, err := b.Unpack(buf.Bytes()); !errors.Is(err, ErrLogs) {
+	b.Digest = digest.Of(buf.Bytes())
+	_, err = b.Unpack(buf.Bytes())
+	t.Logf("one endless line: expected: %v; got: %v", ErrLogs, err)
+	if !errors.Is(err, ErrLogs) {
 		t.Errorf("one endless line: %v", err)
 	}
 }

@@ -180,13 +180,17 @@ func TestOpenRefusesEveryFlippedBit(t *testing.T) {
 	} {
 		open(t, c.opener(), c.frame) // it is good as it is
 		o := c.opener()
+		got := map[string]int{}
 		for i := range 8 * len(c.frame) {
 			bad := bytes.Clone(c.frame)
 			bad[i/8] ^= 1 << (i % 8)
-			if m, err := o.Open(bad, at); !errors.Is(err, c.want) {
+			m, err := o.Open(bad, at)
+			got[fmt.Sprint(err)]++
+			if !errors.Is(err, c.want) {
 				t.Errorf("%s: bit %d flipped: Open = %v, %v; want %v", name, i, m, err, c.want)
 			}
 		}
+		t.Logf("%s frame, %d flips: expected: %v; got: %v", name, 8*len(c.frame), c.want, got)
 		for n := range c.frame {
 			if _, err := o.Open(c.frame[:n], at); err == nil {
 				t.Errorf("%s: truncated to %d bytes and accepted", name, n)
@@ -236,7 +240,9 @@ func TestOpenRefusesTheFirstFrame(t *testing.T) {
 		{"signature alone", make([]byte, signatureSize), ErrMalformed},
 	} {
 		o := p.networkOpens()
-		if m, err := o.Open(c.frame, at); !errors.Is(err, c.want) {
+		m, err := o.Open(c.frame, at)
+		t.Logf("%s: expected: %v; got: %v", c.name, c.want, err)
+		if !errors.Is(err, c.want) {
 			t.Errorf("%s: Open = %v, %v; want %v", c.name, m, err, c.want)
 		}
 		if o.Signer() != (evm.Address{}) || p.ofNetwork.met.Load() {
@@ -270,13 +276,16 @@ func TestOpenRefusesLaterFrames(t *testing.T) {
 	} {
 		_, o, _, _ := p.shake()
 		m, err := o.Open(c.frame, at)
+		t.Logf("%s: expected: %v; got: %v", c.name, c.want, err)
 		if !errors.Is(err, c.want) || (m != nil) != (err == nil) {
 			t.Errorf("%s: Open = %v, %v; want %v", c.name, m, err, c.want)
 		}
 	}
 	_, o, _, _ := p.shake()
 	open(t, o, p.tagged(ToNetwork, second))
-	if m, err := o.Open(p.tagged(ToNetwork, second), at); !errors.Is(err, ErrSequence) {
+	m, err := o.Open(p.tagged(ToNetwork, second), at)
+	t.Logf("the same again: expected: %v; got: %v", ErrSequence, err)
+	if !errors.Is(err, ErrSequence) {
 		t.Errorf("the same again: Open = %v, %v; want ErrSequence", m, err)
 	}
 }
@@ -310,7 +319,9 @@ func TestRevokedKey(t *testing.T) {
 	open(t, o, seal(t, s, &Welcome{}))
 	open(t, o, seal(t, s, &Update{}))
 	trust = false
-	if m, err := o.Open(seal(t, s, &Update{}), at); !errors.Is(err, ErrRevoked) {
+	m, err := o.Open(seal(t, s, &Update{}), at)
+	t.Logf("expected: %v; got: %v", ErrRevoked, err)
+	if !errors.Is(err, ErrRevoked) {
 		t.Errorf("Open = %v, %v; want ErrRevoked", m, err)
 	}
 }
@@ -339,10 +350,14 @@ func TestManInTheMiddle(t *testing.T) {
 		o := NewOpener(only(p.node), ofNetwork, ToNetwork, time.Minute)
 		if m, err := o.Open(seal(t, NewSealer(p.node, ofNode, ToNetwork, now), hello), at); !errors.Is(err, ErrSigner) {
 			t.Errorf("%s: the network opens %v, %v; want ErrSigner", name, m, err)
+		} else {
+			t.Logf("to the network, changed %s: expected: %v; got: %v", name, ErrSigner, err)
 		}
 		o = NewOpener(only(p.network), ofNode, ToNode, time.Minute)
 		if m, err := o.Open(seal(t, NewSealer(p.network, ofNetwork, ToNode, now), &Welcome{}), at); !errors.Is(err, ErrSigner) {
 			t.Errorf("%s: the node opens %v, %v; want ErrSigner", name, m, err)
+		} else {
+			t.Logf("to the node, changed %s: expected: %v; got: %v", name, ErrSigner, err)
 		}
 	}
 }
@@ -517,6 +532,7 @@ func TestOpenRefusesOtherSpellings(t *testing.T) {
 	} {
 		_, o, _, _ := p.shake()
 		m, err := o.Open(p.tagged(ToNetwork, body), at)
+		t.Logf("%s: expected: %v; got: %v", name, ErrMalformed, err)
 		if !errors.Is(err, ErrMalformed) {
 			t.Errorf("%s: Open = %v, %v; want ErrMalformed", name, m, err)
 		} else if len(err.Error()) > 1000 {
@@ -643,7 +659,7 @@ func TestTextsAreBounded(t *testing.T) {
 			walk(name+"[]", v.Index(0), f)
 		}
 	}
-	n := 0
+	n, longest := 0, 0
 	for typ, newMessage := range messages {
 		m := newMessage()
 		v := reflect.ValueOf(m).Elem()
@@ -665,11 +681,13 @@ func TestTextsAreBounded(t *testing.T) {
 		}
 		v = reflect.ValueOf(got).Elem()
 		walk(v.Type().Name(), v, func(name string, s reflect.Value) {
+			longest = max(longest, len(s.String()))
 			if text := s.String(); len(text) > MaxText || Printable(text) != text || !utf8.ValidString(text) {
 				t.Errorf("%s enters with %d bytes: %.40q", name, len(text), text)
 			}
 		})
 	}
+	t.Logf("expected: printable, at most %d bytes of %d; got: %d texts of at most %d bytes", MaxText, len(hostile), n, longest)
 	if n < 15 {
 		t.Errorf("only %d texts were looked at", n)
 	}

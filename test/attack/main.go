@@ -100,37 +100,47 @@ func read(r io.Reader) (*results, error) {
 	}
 }
 
-// said is the line that a case may log about itself.
-var said = regexp.MustCompile(`(?m)^ *\w+\.go:\d+: expected:? (.+?); got:? (.+)$`)
+// said is the line that a case logs about itself. A test that has several cases
+// without a subtest for each writes the case's name before it.
+var said = regexp.MustCompile(`(?m)^ *\w+\.go:\d+: (?:(.+?): )??expected:? (.+?); got:? (.+)$`)
 
 // rows makes the rows of a suite, by name: many tests keep their cases in a map, and
-// run them in another order each time. A test with subtests is no case itself, unless
-// it fails while they do not.
+// run them in another order each time. What a case got is its own word, so one that
+// passes and says nothing is no case: nobody could see what it has shown. A test with
+// subtests need not be a case itself, unless it fails while they do not.
 func (res *results) rows(s suite) (rows []row) {
 	for _, name := range res.order {
 		if name != s.test && !strings.HasPrefix(name, s.test+"/") {
 			continue
 		}
 		below := func(other string) bool { return strings.HasPrefix(other, name+"/") }
-		if slices.ContainsFunc(res.order, below) && (res.ended[name] == "pass" ||
-			slices.ContainsFunc(res.order, func(other string) bool { return below(other) && res.ended[other] != "pass" })) {
+		parent := slices.ContainsFunc(res.order, below)
+		if parent && slices.ContainsFunc(res.order, func(other string) bool { return below(other) && res.ended[other] != "pass" }) {
+			continue // they say it
+		}
+		title, words := s.pkg+" "+strings.ReplaceAll(name, "_", " "), said.FindAllStringSubmatch(res.output[name], -1)
+		r := row{name: title, expected: s.shows, output: res.output[name], failed: true}
+		switch {
+		case res.ended[name] == "skip":
+			r.got = "NOT RUN"
+		case res.ended[name] != "pass": // a panic or an end of time leaves none
+			r.got = "NOT SO"
+		case parent && words == nil:
+			continue
+		case words == nil:
+			r.got = "NOT SAID"
+		}
+		if r.got != "" {
+			rows = append(rows, r)
 			continue
 		}
-		r := row{name: s.pkg + " " + strings.ReplaceAll(name, "_", " "), expected: s.shows}
-		switch m := said.FindStringSubmatch(res.output[name]); {
-		case res.ended[name] == "skip":
-			r.got, r.failed = "NOT RUN", true
-		case res.ended[name] != "pass": // a panic or an end of time leaves none
-			r.got, r.failed = "NOT SO", true
-		case m != nil:
-			r.expected, r.got = m[1], m[2]
-		default:
-			r.got = "so"
+		for _, m := range words {
+			r := row{name: title, expected: m[2], got: m[3]}
+			if m[1] != "" {
+				r.name += "/" + m[1]
+			}
+			rows = append(rows, r)
 		}
-		if r.failed {
-			r.output = res.output[name]
-		}
-		rows = append(rows, r)
 	}
 	slices.SortStableFunc(rows, func(a, b row) int { return strings.Compare(a.name, b.name) })
 	if len(rows) == 0 {
@@ -140,12 +150,12 @@ func (res *results) rows(s suite) (rows []row) {
 }
 
 // run runs the suites of one package.
-func run(ctx context.Context, pkg string, suites []suite) (*results, error) {
+func run(ctx context.Context, pkg string, suites []suite, within time.Duration) (*results, error) {
 	var names []string
 	for _, s := range suites {
 		names = append(names, s.test)
 	}
-	cmd := exec.CommandContext(ctx, "go", "test", "-json", "-count=1", "-timeout=20m", "-run", "^("+strings.Join(names, "|")+")$", "./"+pkg)
+	cmd := exec.CommandContext(ctx, "go", "test", "-json", "-count=1", "-timeout="+within.String(), "-run", "^("+strings.Join(names, "|")+")$", "./"+pkg)
 	cmd.Cancel = func() error { return cmd.Process.Signal(syscall.SIGINT) }
 	cmd.WaitDelay = 30 * time.Second
 	var stderr bytes.Buffer
@@ -209,8 +219,10 @@ func attack(ctx context.Context, hosts bool) (failed bool, err error) {
 	for _, onHosts := range []bool{false, true} {
 		var g errgroup.Group
 		g.SetLimit(runtime.NumCPU())
+		within := 20 * time.Minute
 		if onHosts {
 			g.SetLimit(1)
+			within = 45 * time.Minute
 		}
 		for i, p := range order {
 			if p.hosts != onHosts {
@@ -218,7 +230,7 @@ func attack(ctx context.Context, hosts bool) (failed bool, err error) {
 			}
 			g.Go(func() (err error) {
 				begin := time.Now()
-				if found[i], err = run(ctx, p.pkg, parts[p]); err != nil {
+				if found[i], err = run(ctx, p.pkg, parts[p], within); err != nil {
 					return fmt.Errorf("%s: %w", p.pkg, err)
 				}
 				n, bad := 0, 0

@@ -15,11 +15,22 @@ const transcript = `{"Action":"run","Test":"TestA"}
 {"Action":"fail","Test":"TestA/empty"}
 {"Action":"fail","Test":"TestA"}
 {"Action":"run","Test":"TestAB"}
+{"Action":"output","Test":"TestAB","Output":"    a_test.go:7: one: a b: expected: refused; got: no b: c\n"}
+{"Action":"output","Test":"TestAB","Output":"    a_test.go:7: two: expected: taken; got: 1\n"}
 {"Action":"pass","Test":"TestAB"}
+{"Action":"run","Test":"TestSilent"}
+{"Action":"pass","Test":"TestSilent"}
+{"Action":"run","Test":"TestBoth"}
+{"Action":"run","Test":"TestBoth/one"}
+{"Action":"output","Test":"TestBoth","Output":"    a_test.go:9: expected: x; got: y\n"}
+{"Action":"output","Test":"TestBoth/one","Output":"    a_test.go:8: expected: v; got: w\n"}
+{"Action":"pass","Test":"TestBoth/one"}
+{"Action":"pass","Test":"TestBoth"}
 {"Action":"run","Test":"TestSkipped"}
 {"Action":"skip","Test":"TestSkipped"}
 {"Action":"run","Test":"TestCleanup"}
 {"Action":"run","Test":"TestCleanup/one"}
+{"Action":"output","Test":"TestCleanup/one","Output":"    a_test.go:8: expected: a; got: b\n"}
 {"Action":"pass","Test":"TestCleanup/one"}
 {"Action":"fail","Test":"TestCleanup"}
 {"Action":"run","Test":"TestPanics"}
@@ -35,9 +46,11 @@ func TestRows(t *testing.T) {
 	}
 	for test, want := range map[string]string{
 		"TestA":       "p TestA/empty|refused|NOT SO|failed; p TestA/far/too long|too-long: 9|too long: 9 bytes|ok",
-		"TestAB":      "p TestAB|refused|so|ok",
+		"TestAB":      "p TestAB/one: a b|refused|no b: c|ok; p TestAB/two|taken|1|ok",
+		"TestSilent":  "p TestSilent|refused|NOT SAID|failed",
+		"TestBoth":    "p TestBoth|x|y|ok; p TestBoth/one|v|w|ok",
 		"TestSkipped": "p TestSkipped|refused|NOT RUN|failed",
-		"TestCleanup": "p TestCleanup|refused|NOT SO|failed; p TestCleanup/one|refused|so|ok",
+		"TestCleanup": "p TestCleanup|refused|NOT SO|failed; p TestCleanup/one|a|b|ok",
 		"TestPanics":  "p TestPanics/one|refused|NOT SO|failed",
 		"TestNone":    "p TestNone|refused|NOT RUN|failed",
 	} {

@@ -91,6 +91,7 @@ func refuse(t *testing.T, c *Contract, name, what, method string, args ...any) {
 	t.Helper()
 	_, _, _, err := c.Call(method, args...)
 	var r *Reverted
+	t.Logf("%s: expected: %s; got: %v", what, name, err)
 	if !errors.As(err, &r) || r.Name != name {
 		t.Errorf("%s: %v, want %s", what, err, name)
 	}

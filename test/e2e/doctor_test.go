@@ -52,7 +52,9 @@ func TestDoctor(t *testing.T) {
 		const archive = "/root/support.tar.gz"
 		r, code := doctor(t, n, "--bundle", archive)
 		for _, c := range r.Checks {
-			t.Logf("%-12s %-16s %s", c.Result, c.Name, c.Detail)
+			if slices.Contains(control.Probes, c.Name) {
+				t.Logf("%s: expected: %s; got: %s, %s", c.Name, control.Pass, c.Result, c.Detail)
+			}
 			if c.Result == control.Fail || c.Result != control.Pass && slices.Contains(control.Probes, c.Name) {
 				t.Errorf("%+v", c)
 			}
@@ -140,12 +142,14 @@ func TestDoctorFindsALoosePolicy(t *testing.T) {
 	for _, loose := range [][]byte{hidden, []byte(`{"default":[{"type":"insecureAcceptAnything"}]}`)} {
 		write(loose)
 		r, code := doctor(t, n)
+		probe := find(r, control.ProbeUnsignedPodman)
+		t.Logf("%.60s: expected: %s; got: %s, %s", loose, control.Fail, probe.Result, probe.Detail)
 		for _, c := range r.Checks {
 			if (c.Result == control.Fail) != (c.Name == control.ProbeUnsignedPodman) {
 				t.Errorf("%+v", c)
 			}
 		}
-		if code != 2 || !strings.Contains(find(r, control.ProbeUnsignedPodman).Detail, file) {
+		if code != 2 || !strings.Contains(probe.Detail, file) {
 			t.Errorf("exit code %d", code)
 		}
 	}

@@ -292,20 +292,21 @@ func (h *hostileTest) misdeeds(ctx context.Context, t *testing.T, n *stack.Node)
 	})
 	t.Run("three_in_a_row", func(t *testing.T) {
 		since := mark(ctx, t, n)
+		var said []byte
 		for {
 			h.ask(ctx, t, "misdeed no JSON", hostileTokens, false)
 			out, err := n.Output(ctx, "journalctl", "-q", "--no-pager", "-o", "cat", "--after-cursor", since, "MESSAGE_ID="+journal.RuntimeSuspect.ID)
 			if err != nil {
 				t.Fatal(err)
 			}
-			if len(out) > 0 {
+			if said = out; len(said) > 0 {
 				break
 			}
 		}
 		if err := n.WaitRoutable(ctx); err != nil {
 			t.Error(err)
 		}
-		t.Log("expected: validated anew; got: no jobs until it was")
+		t.Logf("expected: %s, and jobs again when it has been validated; got: %s", journal.RuntimeSuspect.Name, strings.TrimSpace(string(said)))
 	})
 }
 

@@ -19,7 +19,9 @@ func TestNothingGetsOutOfTheContainer(t *testing.T) {
 		if err != nil {
 			t.Fatal(err)
 		}
-		if c := bytes.Count(out, []byte("refused  as the engine")); c < 30 {
+		c := bytes.Count(out, []byte("refused  as the engine"))
+		t.Logf("expected: all of at least 30 attempts as the engine refused; got: %d refused", c)
+		if c < 30 {
 			t.Errorf("%d attempts as the engine:\n%s", c, out)
 		}
 		t.Logf("%s", out)
@@ -77,7 +79,7 @@ func drift(t *testing.T, n *stack.Node, file, text, want string) {
 			t.Fatalf("nothing was refused: %v\n%s", err, n.Journal(context.WithoutCancel(ctx), 60))
 		}
 		if bytes.Contains(out, []byte(want)) {
-			t.Logf("%s", out)
+			t.Logf("expected: %s: %s; got: %s", journal.SandboxRefused.Name, want, bytes.TrimSpace(out))
 			return
 		}
 		select {

@@ -95,7 +95,9 @@ func TestParseRefuses(t *testing.T) {
 		{"stray", "only flags"},
 	} {
 		args := slices.Concat(ok, strings.Split(tt.args, " "), []string{"--", "/engine"})
-		if _, err := Parse(args); err == nil || !strings.Contains(err.Error(), tt.want) {
+		_, err := Parse(args)
+		t.Logf("%.60s: expected: %s; got: %v", tt.args, tt.want, err)
+		if err == nil || !strings.Contains(err.Error(), tt.want) {
 			t.Errorf("Parse(%q) = %v, want an error with %q", tt.args, err, tt.want)
 		}
 	}
@@ -115,7 +117,9 @@ func TestParseRefuses(t *testing.T) {
 		{[]string{"--model", "m", "--max-in-flight", "0", "--", "/engine"}, "number from 1"},
 		{[]string{"--model", "m", "--max-in-flight", "4097", "--", "/engine"}, "number from 1"},
 	} {
-		if _, err := Parse(tt.args); err == nil || !strings.Contains(err.Error(), tt.want) {
+		_, err := Parse(tt.args)
+		t.Logf("%q: expected: %s; got: %v", tt.args, tt.want, err)
+		if err == nil || !strings.Contains(err.Error(), tt.want) {
 			t.Errorf("Parse(%q) = %v, want an error with %q", tt.args, err, tt.want)
 		}
 	}

@@ -153,6 +153,7 @@ func TestInspectRefuses(t *testing.T) {
 		t.Run(string(tt.flaw), func(t *testing.T) {
 			t.Parallel()
 			s := inBox(t, ordered(), tt.flaw)
+			t.Logf("expected: %q; got: %.200q", tt.want, Failed(s))
 			if got := failed(s); s.OK || !slices.Equal(got, tt.want) {
 				t.Fatalf("OK is %v and these failed: %q, want %q\n%s", s.OK, got, tt.want, strings.Join(Failed(s), "\n"))
 			}
@@ -261,7 +262,9 @@ func TestJudgeRefuses(t *testing.T) {
 	} {
 		f := golden(t, "testdata/podman-5.8.6.json")
 		tt.spoil(&f)
-		if got := failed(judge(f, podmanOrder())); !slices.Equal(got, []string{tt.want}) {
+		s := judge(f, podmanOrder())
+		t.Logf("%s: expected: %s; got: %.200q", tt.want, tt.want, Failed(s))
+		if got := failed(s); !slices.Equal(got, []string{tt.want}) {
 			t.Errorf("%q failed, want %s alone", got, tt.want)
 		}
 	}
@@ -279,6 +282,7 @@ func TestJudgeRefusesMissingFacts(t *testing.T) {
 	// These are lists of what was found; that they are complete is the first
 	// check, which look fails whenever it could not read something.
 	want := []string{"inspection", "processes", "routes", "reachable addresses", "socket families", "system calls", "engine's writes", "mounts", "kernel interfaces", "devices", "sockets and pipes", "descriptors", "proxy variables"}
+	t.Logf("expected: all fail but %d lists of what was found; got: %d of %d fail", len(want), len(s.Checks)-len(passing), len(s.Checks))
 	if !slices.Equal(passing, want) {
 		t.Errorf("with no facts at all these pass: %q, want %q", passing, want)
 	}

@@ -10,6 +10,7 @@ import (
 	"log/slog"
 	"net/http"
 	"net/http/httptest"
+	"regexp"
 	"slices"
 	"strconv"
 	"strings"
@@ -145,6 +146,7 @@ func TestHostileSources(t *testing.T) {
 		t.Run(name, func(t *testing.T) {
 			bad := modeltest.Serve(t, c.h)
 			g, err := fetch(t.Context(), open(modeltest.Transport(bad)), b, nil, bad.URL+"/f?token=secret")
+			t.Logf("expected: %v; got: %v", c.want, err)
 			if !errors.Is(err, c.want) {
 				t.Errorf("error %v, want %v", err, c.want)
 			}
@@ -168,7 +170,9 @@ func TestHostileSources(t *testing.T) {
 				requests.Add(1)
 				w.WriteHeader(code)
 			})
-			if _, err := fetch(t.Context(), open(modeltest.Transport(srv)), b, nil, srv.URL); !errors.Is(err, ErrStatus) {
+			_, err := fetch(t.Context(), open(modeltest.Transport(srv)), b, nil, srv.URL)
+			t.Logf("%d: expected: asked once, %v; got: asked %d times, %v", code, ErrStatus, requests.Load(), err)
+			if !errors.Is(err, ErrStatus) {
 				t.Errorf("%d: %v", code, err)
 			}
 			if n := requests.Load(); n != 1 {
@@ -180,17 +184,22 @@ func TestHostileSources(t *testing.T) {
 		g := &modeltest.Good{B: b}
 		srv := modeltest.Serve(t, g.ServeHTTP)
 		_, err := fetch(t.Context(), open(modeltest.Transport()), b, nil, srv.URL)
+		t.Logf("expected: no trust in the certificate, nothing asked; got: %v, asked %d times", err, len(g.Asked()))
 		if _, ok := errors.AsType[*tls.CertificateVerificationError](err); !ok || len(g.Asked()) != 0 {
 			t.Errorf("error %v, %d requests", err, len(g.Asked()))
 		}
 	})
 	t.Run("http source", func(t *testing.T) {
-		if _, err := fetch(t.Context(), open(nil), b, nil, plain.URL); !errors.Is(err, ErrInsecure) {
+		_, err := fetch(t.Context(), open(nil), b, nil, plain.URL)
+		t.Logf("expected: %v; got: %v", ErrInsecure, err)
+		if !errors.Is(err, ErrInsecure) {
 			t.Errorf("error %v", err)
 		}
 	})
 	t.Run("no sources", func(t *testing.T) {
-		if _, err := fetch(t.Context(), open(nil), b, nil); err == nil {
+		_, err := fetch(t.Context(), open(nil), b, nil)
+		t.Logf("expected: no source is named; got: %v", err)
+		if err == nil {
 			t.Error("it has succeeded")
 		}
 	})
@@ -212,6 +221,7 @@ func TestWrongChunkNamesItsSource(t *testing.T) {
 	if _, err := fetch(t.Context(), x, b, nil, liar.URL+"/lie", honest.URL); err != nil {
 		t.Fatal(err)
 	}
+	t.Logf("expected: model-source-wrong, asked at most %d times; got: %s, asked %d times", perSource, strings.Join(regexp.MustCompile(`model-source-\w+`).FindAllString(log.String(), -1), " "), lies.Load())
 	if n := lies.Load(); n > perSource {
 		t.Errorf("the liar was asked %d times", n)
 	}

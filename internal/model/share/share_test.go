@@ -204,7 +204,9 @@ func TestRefused(t *testing.T) {
 		{"GET /models/" + hex + " HTTP/1.1\r\nHost: h\r\nRange: bytes=0-1\r\nRange: bytes=0-1\r\n\r\n", "416"},
 		{"\x16\x03\x01\x00\x05hello\r\n\r\n", "400"},
 	} {
-		if line := ask(t, address, c.request); !strings.HasPrefix(line, "HTTP/1.1 "+c.want) && !strings.HasPrefix(line, "HTTP/1.0 "+c.want) {
+		line := ask(t, address, c.request)
+		t.Logf("%.60q: expected: %s; got: %s", c.request, c.want, line)
+		if !strings.HasPrefix(line, "HTTP/1.1 "+c.want) && !strings.HasPrefix(line, "HTTP/1.0 "+c.want) {
 			t.Errorf("%.80q: %q, want %s", c.request, line, c.want)
 		}
 	}
@@ -232,6 +234,7 @@ func TestSlowReader(t *testing.T) {
 	wait(t, "the first answer", func() bool { return s.Counts().Bytes > 0 })
 	wait(t, "their end", func() bool { return s.Counts().Connections == 0 })
 	n, err := io.Copy(io.Discard, open[0])
+	t.Logf("expected: ended before %d bytes; got: ended after %d, %v", len(b), n, err)
 	if n >= int64(len(b)) {
 		t.Errorf("was given all of %d bytes, %v", n, err)
 	}
@@ -255,7 +258,9 @@ func TestManyConnections(t *testing.T) {
 		t.Fatal(err)
 	}
 	defer c.Close()
-	if n, err := c.Read(make([]byte, 1)); n != 0 || err == nil || s.Counts().Refused != 1 {
+	n, err := c.Read(make([]byte, 1))
+	t.Logf("one more than %d: expected: closed, and counted; got: %v, %d refused", perAddress, err, s.Counts().Refused)
+	if n != 0 || err == nil || s.Counts().Refused != 1 {
 		t.Errorf("one more: %d, %v, %+v", n, err, s.Counts())
 	}
 	open[0].Close()
@@ -288,7 +293,9 @@ func TestStrangers(t *testing.T) {
 	log := new(records)
 	s := New(nil, nil, MinRate, slog.New(log))
 	for _, a := range []string{"203.0.113.7:1", "100.64.0.1:1", "[2001:db8::1]:1", "[::ffff:203.0.113.7]:1", "0.0.0.0:1", "[::]:1", "224.0.0.1:1", "@", ""} {
-		if _, ok := s.admit(addr(a)); ok {
+		_, ok := s.admit(addr(a))
+		t.Logf("%q: expected: not answered; got: %s", a, map[bool]string{true: "answered", false: "not answered"}[ok])
+		if ok {
 			t.Errorf("%s is answered", a)
 		}
 	}
@@ -301,6 +308,7 @@ func TestStrangers(t *testing.T) {
 			taken++
 		}
 	}
+	t.Logf("300 of one network of IPv6: expected: %d answered; got: %d answered", perAddress, taken)
 	if taken != perAddress {
 		t.Errorf("%d connections of one network", taken)
 	}
@@ -314,6 +322,7 @@ func TestStrangers(t *testing.T) {
 			}
 		}
 	}
+	t.Logf("from everywhere: expected: %d answered; got: %d answered", connections, taken)
 	if taken != connections {
 		t.Errorf("%d connections in all", taken)
 	}

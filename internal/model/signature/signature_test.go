@@ -76,7 +76,9 @@ func TestVerify(t *testing.T) {
 		"an empty list of resources": {with(func(s map[string]any) { s["predicate"].(map[string]any)["resources"] = []any{} }), []string{key.PEM()}, model, ErrFiles},
 	} {
 		t.Run(name, func(t *testing.T) {
-			if err := Verify(c.raw, c.keys, c.files); !errors.Is(err, c.want) {
+			err := Verify(c.raw, c.keys, c.files)
+			t.Logf("expected: %v; got: %v", c.want, err)
+			if !errors.Is(err, c.want) {
 				t.Errorf("error %v, want %v", err, c.want)
 			}
 		})

@@ -300,7 +300,9 @@ resultity-network root new --dir evenet --add ben/ben.pub --out eve/next.proposa
 		{"root key --no-passphrase anna/taken.pem", "taken.pub is there already"},
 		{"init --dir mynet --name mynet --chain-id 1", "holds a network already"},
 	} {
-		if out, err := o.sh("chmod 644 anna/anna.pub; resultity-network " + tc.step); err == nil || !strings.Contains(out, tc.want) {
+		out, err := o.sh("chmod 644 anna/anna.pub; resultity-network " + tc.step)
+		t.Logf("%s: expected: %s; got: %s", tc.step, tc.want, lineWith(out, tc.want))
+		if err == nil || !strings.Contains(out, tc.want) {
 			t.Errorf("%s: %v, want %q in\n%s", tc.step, err, tc.want, out)
 		}
 		if after := o.must(all); after != before {
@@ -311,13 +313,16 @@ resultity-network root new --dir evenet --add ben/ben.pub --out eve/next.proposa
 	answers["Sign it? (yes) "] = "no"
 	defer func() { answers["Sign it? (yes) "] = "yes" }()
 	out, err := o.sh("resultity-network root sign --trusted root.json --key ben/ben.pem next.proposal")
+	t.Logf("an answer of no: expected: not signed; got: %s", lineWith(out, "not signed"))
 	if err == nil || !strings.Contains(out, "not signed") {
 		t.Errorf("an answer of no: %v\n%s", err, out)
 	}
 	answers["Sign it? (yes) "] = "yes"
 	// Two ceremonies at once: one of them counts.
 	o.must(fmt.Sprintf("resultity-network root sign --trusted root.json --key ben/ben.pem next.proposal; resultity-network root sign --trusted root.json --key anna/anna.pem other.proposal; resultity-network root publish --dir mynet next.proposal next.%s.sig next.%s.sig", id["anna"], id["ben"]))
-	if out, err := o.sh(fmt.Sprintf("resultity-network root publish --dir mynet other.proposal other.%s.sig other.%s.sig", id["anna"], id["ben"])); err == nil || !strings.Contains(out, "another root was published") {
+	out, err = o.sh(fmt.Sprintf("resultity-network root publish --dir mynet other.proposal other.%s.sig other.%s.sig", id["anna"], id["ben"]))
+	t.Logf("two ceremonies at once: expected: another root was published; got: %s", lineWith(out, "another root was published"))
+	if err == nil || !strings.Contains(out, "another root was published") {
 		t.Errorf("the second: %v\n%s", err, out)
 	}
 }
@@ -349,6 +354,7 @@ cp mynet/repository/metadata/1.root.json root.json
 	} {
 		out := o.must("rm -f x; resultity-network root new --dir mynet --out x " + tc.step + "; resultity-network root show --trusted root.json x")
 		for _, w := range tc.want {
+			t.Logf("root new %s: expected: %s; got: %s", tc.step, strings.TrimSpace(w), lineWith(out, w))
 			if !strings.Contains(out, w) {
 				t.Errorf("%q: no %q in\n%s", tc.step, w, out)
 			}
@@ -402,4 +408,14 @@ resultity-network root sign --trusted mynet/repository/metadata/1.root.json --ke
 	if out, err := o.sh("resultity-network publish --dir mynet --config config.json --key targets.pem"); err == nil || !strings.Contains(out, "permission denied") {
 		t.Errorf("led to a directory of root's: %v %s", err, out)
 	}
+}
+
+// lineWith returns the first line of out that has part.
+func lineWith(out, part string) string {
+	for l := range strings.Lines(out) {
+		if strings.Contains(l, part) {
+			return strings.TrimSpace(l)
+		}
+	}
+	return "no such line"
 }

@@ -264,8 +264,8 @@ func (p *peer) acked(j *wire.Job) {
 	}
 }
 
-// answered checks that the ticket has the response of text.
-func (f *fixture) answered(t *Ticket, text string) {
+// answered checks that the ticket has the response of text, and returns it.
+func (f *fixture) answered(t *Ticket, text string) string {
 	f.t.Helper()
 	synctest.Wait()
 	ctx, cancel := context.WithTimeout(f.t.Context(), time.Millisecond)
@@ -274,6 +274,7 @@ func (f *fixture) answered(t *Ticket, text string) {
 	if err != nil || string(got) != string(nodetest.Body(&t.j.spec.Job, text)) {
 		f.t.Fatalf("answer %q, %v", got, err)
 	}
+	return string(got)
 }
 
 func (f *fixture) failed(t *Ticket, want Outcome) *Failure {
@@ -858,8 +859,7 @@ func TestViolationTakesAllJobs(t *testing.T) {
 		a.take()
 		b := f.join(nil)
 		a.member.Leave(true)
-		b.take()
-		b.take()
+		t.Logf("expected: both jobs at the other node; got: %s and %s", b.take().ID, b.take().ID)
 	})
 }
 
@@ -1145,11 +1145,14 @@ func TestNoNode(t *testing.T) {
 func TestQueueBounds(t *testing.T) {
 	run(t, Options{MaxQueued: 2, MaxBytes: 100, Share: 100}, nil, func(t *testing.T, f *fixture) {
 		f.submit(false)
-		if _, err := f.d.Submit(Work{Model: nodetest.Model, Body: make([]byte, 90)}); !strings.HasPrefix(err.Error(), "Too many requests are waiting") {
+		_, err := f.d.Submit(Work{Model: nodetest.Model, Body: make([]byte, 90)})
+		t.Logf("too many bytes: expected: Too many requests are waiting; got: %v", err)
+		if err == nil || !strings.HasPrefix(err.Error(), "Too many requests are waiting") {
 			t.Fatalf("bytes: %v", err)
 		}
 		f.submit(false)
-		_, err := f.d.Submit(Work{Model: nodetest.Model, Body: []byte("{}")})
+		_, err = f.d.Submit(Work{Model: nodetest.Model, Body: []byte("{}")})
+		t.Logf("too many: expected: Too many requests are waiting; got: %v", err)
 		if got, ok := AsFailure(err); !ok || got.Outcome != QueueFull {
 			t.Fatalf("count: %v", err)
 		}
@@ -1169,6 +1172,7 @@ func TestShares(t *testing.T) {
 		full := func(client string, size int, want string) {
 			t.Helper()
 			_, err := f.submitAs(client, size)
+			t.Logf("%s, %d bytes: expected: %s; got: %v", client, size, want, err)
 			if got, ok := AsFailure(err); !ok || got.Outcome != QueueFull || !strings.Contains(got.Message, want) {
 				t.Fatalf("got %v, want %q", err, want)
 			}
@@ -1200,7 +1204,9 @@ func TestShares(t *testing.T) {
 // A request larger than the share is served when it is the only one.
 func TestShareOfOneRequest(t *testing.T) {
 	run(t, Options{MaxQueued: 1, MaxBytes: 1000}, nil, func(t *testing.T, f *fixture) {
-		if _, err := f.submitAs("a", 900); err != nil {
+		_, err := f.submitAs("a", 900)
+		t.Logf("90 %% of all bytes, alone: expected: <nil>; got: %v", err)
+		if err != nil {
 			t.Fatal(err)
 		}
 	})
@@ -1229,6 +1235,7 @@ func TestClientsTakeTurns(t *testing.T) {
 			got += name[j.ID]
 			p.deliver(j, "x")
 		}
+		t.Logf("aaaaa, then bb, then c: expected: aabcabaa; got: %s", got)
 		if got != "aabcabaa" {
 			t.Errorf("served %s", got)
 		}
@@ -1393,6 +1400,7 @@ func TestStreamThatAnotherNodeContradicts(t *testing.T) {
 					t.Fatalf("%q", got)
 				}
 				_, err := f.read(ticket, 200)
+				t.Logf("expected: %s; got: %v", Diverged, err)
 				if got, ok := AsFailure(err); !ok || got.Outcome != Diverged {
 					t.Fatalf("got %v", err)
 				}
@@ -1422,7 +1430,7 @@ func TestContradictingNodeLosesTheRace(t *testing.T) {
 		b.acked(j)
 		f.waiting(ticket)
 		c.deliver(j, "one two three")
-		f.answered(ticket, "one two three")
+		t.Logf("expected: one two three, from a node that agrees; got: %s", f.answered(ticket, "one two three"))
 		f.empty(1)
 	})
 }
@@ -1432,17 +1440,23 @@ func TestChunkViolations(t *testing.T) {
 		a := f.join(nil)
 		f.submit(false)
 		plain := a.take()
-		if _, err := a.member.Chunk(&wire.Chunk{Job: plain.ID, Data: []byte("x")}); !errors.Is(err, ErrInvalid) {
+		_, err := a.member.Chunk(&wire.Chunk{Job: plain.ID, Data: []byte("x")})
+		t.Logf("of a plain job: expected: %v; got: %v", ErrInvalid, err)
+		if !errors.Is(err, ErrInvalid) {
 			t.Errorf("chunk of a plain job: %v", err)
 		}
 		f.submit(true)
 		j := a.take()
 		for _, offset := range []int64{-1, 1 << 20, 1<<63 - 1} {
-			if _, err := a.member.Chunk(&wire.Chunk{Job: j.ID, Offset: offset, Data: []byte("x")}); !errors.Is(err, ErrInvalid) {
+			_, err := a.member.Chunk(&wire.Chunk{Job: j.ID, Offset: offset, Data: []byte("x")})
+			t.Logf("offset %d: expected: %v; got: %v", offset, ErrInvalid, err)
+			if !errors.Is(err, ErrInvalid) {
 				t.Errorf("offset %d: %v", offset, err)
 			}
 		}
-		if _, err := a.member.Chunk(&wire.Chunk{Job: j.ID, Data: make([]byte, 1<<20+1)}); !errors.Is(err, ErrInvalid) {
+		_, err = a.member.Chunk(&wire.Chunk{Job: j.ID, Data: make([]byte, 1<<20+1)})
+		t.Logf("too long: expected: %v; got: %v", ErrInvalid, err)
+		if !errors.Is(err, ErrInvalid) {
 			t.Errorf("long chunk: %v", err)
 		}
 	})
@@ -1501,7 +1515,9 @@ func TestInvalidResults(t *testing.T) {
 				ticket := f.submit(false)
 				j := a.take()
 				b := f.join(nil)
-				if _, err := a.member.Result(make(t, a, j)); !errors.Is(err, ErrInvalid) {
+				_, err := a.member.Result(make(t, a, j))
+				t.Logf("expected: %v; got: %v", ErrInvalid, err)
+				if !errors.Is(err, ErrInvalid) {
 					t.Fatalf("got %v", err)
 				} else if strings.Contains(err.Error(), "hello") {
 					t.Fatalf("the error quotes the response: %v", err)
@@ -1522,7 +1538,9 @@ func TestInvalidResults(t *testing.T) {
 			f.submit(true)
 			j := a.take()
 			body := nodetest.Body(j, "x")
-			if _, err := a.member.Result(a.node.Result(t, j, body[:len(body)-1], nil)); !errors.Is(err, ErrInvalid) {
+			_, err := a.member.Result(a.node.Result(t, j, body[:len(body)-1], nil))
+			t.Logf("expected: %v; got: %v", ErrInvalid, err)
+			if !errors.Is(err, ErrInvalid) {
 				t.Fatalf("got %v", err)
 			}
 		})

@@ -380,7 +380,9 @@ func TestHostileWords(t *testing.T) {
 			return p.s.Beat(p.sign(func(h *receiptlog.Head) { h.Root[3] ^= 1 }))
 		},
 	} {
-		is(t, what, f(), ErrInvalid)
+		err := f()
+		is(t, what, err, ErrInvalid)
+		t.Logf("%s: expected: %v; got: %v", what, ErrInvalid, err)
 	}
 	p.m.wg.Wait()
 	if p.disk.puts > 0 {
@@ -411,6 +413,7 @@ func TestHostileWords(t *testing.T) {
 	}
 	_, err := p.leaves(15+maxUnsigned, flood, nil)
 	is(t, "a flood", err, ErrCrowded)
+	t.Logf("a flood: expected: %v; got: %v", ErrCrowded, err)
 	p.s.Leave()
 	if p.m.unsigned.Load() != 0 {
 		t.Errorf("%d leaves are kept of a node that has gone", p.m.unsigned.Load())
@@ -479,6 +482,7 @@ func TestContradiction(t *testing.T) {
 			if !strings.Contains(p.out, "does not go on") {
 				t.Fatalf("the node is not out: %q", p.out)
 			}
+			t.Logf("expected: no jobs, both heads kept; got: %s", p.out)
 			p.disk.set(nil)
 			p.beat(nil) // what was not written down is tried again
 			l, err := p.disk.ReceiptLog(t.Context(), p.key.Address())
@@ -571,7 +575,9 @@ func TestDamagedCopy(t *testing.T) {
 	} {
 		t.Run(what, func(t *testing.T) {
 			p := begin(t, damage)
-			if err := p.prove(690); err == nil && what != "the edge" {
+			err := p.prove(690)
+			t.Logf("expected: %s; got: %v", map[bool]string{true: "<nil>, since nothing is proven by it", false: store.ErrDamaged.Error()}[what == "the edge"], err)
+			if err == nil && what != "the edge" {
 				t.Error("a receipt is proven from it")
 			}
 			signed := what != "the head" && what != "the root"
@@ -620,6 +626,7 @@ func TestDamagedCopy(t *testing.T) {
 		if p.over == "" {
 			t.Fatal("the session goes on")
 		}
+		t.Logf("expected: the session is ended; got: %s", p.over)
 		if a, _ := p.join(); a.Size != 0 {
 			t.Fatalf("the node is told %+v", a)
 		}
@@ -640,6 +647,7 @@ func TestDamagedCopy(t *testing.T) {
 		if p.over == "" {
 			t.Fatal("the session goes on, and would end with a violation")
 		}
+		t.Logf("expected: the session is ended; got: %s", p.over)
 		p.disk.reads = 0
 		if a, _ := p.join(); a.Size != 0 {
 			t.Fatalf("the node is told %+v", a)
@@ -655,7 +663,9 @@ func TestDamagedCopy(t *testing.T) {
 		p.sync()
 		p.disk.tiles[name(p.key.Address(), 0, 1)].hashes[40] ^= 1
 		for _, i := range []int{256, 257, 300} { // the second of them is the one that was changed
-			if err := p.prove(i); !errors.Is(err, store.ErrDamaged) {
+			err := p.prove(i)
+			t.Logf("receipt %d: expected: %v; got: %v", i, store.ErrDamaged, err)
+			if !errors.Is(err, store.ErrDamaged) {
 				t.Errorf("receipt %d: %v", i, err)
 			}
 		}
@@ -677,7 +687,9 @@ func TestDamagedCopy(t *testing.T) {
 		p.beat(p.sign(nil))
 		p.mustProve(400, 599)
 		if l, err := p.disk.ReceiptLog(t.Context(), p.key.Address()); err != nil || l.Lost == nil || *l.Lost != lost {
-			t.Errorf("the head before the gap is not kept: %+v, %v", l, err)
+			t.Fatalf("the head before the gap is not kept: %+v, %v", l, err)
+		} else {
+			t.Logf("expected: the head before it is kept; got: that of %d receipts", l.Lost.Size)
 		}
 	})
 }
@@ -763,7 +775,9 @@ func TestUnlogged(t *testing.T) {
 		p.grow(3)
 		want := func(what string, want State) {
 			t.Helper()
-			if got := p.m.States()[p.key.Address()]; got != want {
+			got := p.m.States()[p.key.Address()]
+			t.Logf("%s: expected: %+v; got: %+v", what, want, got)
+			if got != want {
 				t.Errorf("%s: %+v, want %+v", what, got, want)
 			}
 		}

@@ -131,6 +131,7 @@ func TestSlowNode(t *testing.T) {
 				break
 			}
 			<-done
+			t.Logf("expected: ended because it is slow; got: because it is %s", s.why)
 			if s.why != "slow" {
 				t.Errorf("ended because %s", s.why)
 			}
@@ -331,6 +332,7 @@ func TestLargeFramesWait(t *testing.T) {
 				waiting := p.waiting.Len()
 				p.mu.Unlock()
 				if waiting == 1 {
+					t.Logf("expected: one of %d bytes waits and is not read; got: %d waits, %d read", tc.size, waiting, len(got))
 					break
 				}
 				if time.Now().After(end) {
@@ -396,7 +398,9 @@ func TestSlowFramesGiveWay(t *testing.T) {
 		}
 		time.Sleep(p.look + 1)
 		for i, want := range []string{"late", "", ""} {
-			if got := why(sessions[i]); got != want {
+			got := why(sessions[i])
+			t.Logf("%s: expected: %q; got: %q", []string{"a frame that stands still", "one that is fast enough", "one that is complete"}[i], want, got)
+			if got != want {
 				t.Errorf("session %d is ended: %q", i, got)
 			}
 		}
@@ -482,12 +486,14 @@ func TestFloodsAreSlowedDown(t *testing.T) {
 				flood(s, bad)
 			}
 			done := make(chan struct{})
+			began := time.Now()
 			go func() { flood(s, bad); close(done) }()
 			select {
 			case <-done:
 				t.Fatal("not slowed down")
 			case <-time.After(20 * time.Millisecond):
 			}
+			t.Logf("expected: not handled yet after 20ms; got: not after %v", time.Since(began).Round(time.Millisecond))
 			s.end(websocket.CloseNormalClosure, "test", "")
 			<-done
 			s.write()
@@ -559,7 +565,9 @@ func TestSessionsAreBounded(t *testing.T) {
 	if err := s.m.replace(waiting[0]); err != nil {
 		t.Fatal(err)
 	}
-	if err := s.m.replace(waiting[1]); !errors.Is(err, errNoPlace) || waiting[1].why != "full" || waiting[1].code != websocket.CloseTryAgainLater {
+	err := s.m.replace(waiting[1])
+	t.Logf("a second node where there is room for one: expected: %v; got: %v, ended because it is %s", errNoPlace, err, waiting[1].why)
+	if !errors.Is(err, errNoPlace) || waiting[1].why != "full" || waiting[1].code != websocket.CloseTryAgainLater {
 		t.Errorf("a second node: %v, ended because %q", err, waiting[1].why)
 	}
 	if s.m.add(of(10)) {
@@ -617,7 +625,9 @@ func TestWaitingRoom(t *testing.T) {
 	if ended(bystander) {
 		t.Error("a flood from elsewhere has thrown somebody out")
 	}
-	if n := s.m.waitsOf[Source("192.0.2.1:1")]; n != 4 {
+	n := s.m.waitsOf[Source("192.0.2.1:1")]
+	t.Logf("1000 of one source: expected: 4 wait; got: %d", n)
+	if n != 4 {
 		t.Errorf("%d of one source wait, want 4", n)
 	}
 	for i, v := range all[1:] {
@@ -633,6 +643,7 @@ func TestWaitingRoom(t *testing.T) {
 	for i := range 1000 {
 		wait(fmt.Sprintf("[2001:db8:0:%x::1]:1", i))
 	}
+	t.Logf("1000 sources: expected: 64 wait; got: %d", s.m.waiting.Len())
 	if s.m.waiting.Len() != 64 || !ended(bystander) {
 		t.Errorf("%d wait, want 64, without the oldest", s.m.waiting.Len())
 	}
@@ -655,7 +666,9 @@ func TestSource(t *testing.T) {
 		{"", "@", "nonsense"},
 	} {
 		for _, a := range same {
-			if got, want := Source(a), Source(same[0]); got != want {
+			got, want := Source(a), Source(same[0])
+			t.Logf("%q: expected: %v; got: %v", a, want, got)
+			if got != want {
 				t.Errorf("Source(%q) = %v, want %v", a, got, want)
 			}
 		}
@@ -687,7 +700,11 @@ func TestRegistrationsAreBounded(t *testing.T) {
 		if i >= 10 {
 			want = http.StatusTooManyRequests
 		}
-		if got := register("[2001:db8::" + fmt.Sprint(i) + "]:1"); got != want {
+		got := register("[2001:db8::" + fmt.Sprint(i) + "]:1")
+		if i == 10 {
+			t.Logf("the eleventh of a network: expected: %d; got: %d", want, got)
+		}
+		if got != want {
 			t.Fatalf("registration %d: %d, want %d", i, got, want)
 		}
 	}
@@ -696,7 +713,11 @@ func TestRegistrationsAreBounded(t *testing.T) {
 		if i >= 5 {
 			want = http.StatusTooManyRequests
 		}
-		if got := register(fmt.Sprintf("192.0.2.%d:1", i)); got != want {
+		got := register(fmt.Sprintf("192.0.2.%d:1", i))
+		if i == 5 {
+			t.Logf("the sixteenth of all: expected: %d; got: %d", want, got)
+		}
+		if got != want {
 			t.Fatalf("registration of another, number %d: %d, want %d", i, got, want)
 		}
 	}
@@ -730,15 +751,19 @@ func TestLimitersAreBounded(t *testing.T) {
 	if !l.allow(loud) {
 		t.Fatal("the first is refused")
 	}
+	most := 0
 	for i := range 10 * maxKeys {
 		if !l.allow(Source(fmt.Sprintf("[2001:db8:%x:%x::]:1", i>>16, i&0xffff))) {
 			t.Fatal("a new source is refused")
 		}
-		if n := len(l.young) + len(l.old); n > 2*maxKeys {
+		n := len(l.young) + len(l.old)
+		most = max(most, n)
+		if n > 2*maxKeys {
 			t.Fatalf("%d sources are remembered", n)
 		}
 		if i%1000 == 0 && l.allow(loud) {
 			t.Fatalf("forgotten after %d others", i)
 		}
 	}
+	t.Logf("%d sources: expected: at most %d remembered; got: %d", 10*maxKeys, 2*maxKeys, most)
 }

@@ -55,6 +55,7 @@ func TestLogsOfANodeAreBounded(t *testing.T) {
 	for n := range uint64(logBatches + 6) {
 		put(loud, n+1)
 	}
+	t.Logf("a loud node beside a quiet one: expected: %d and 1 batches; got: %d and %d", logBatches, len(read(loud)), len(read(quiet)))
 	if got := read(loud); len(got) != logBatches || got[0] != 7 {
 		t.Errorf("%d batches of the loud node: %v", len(got), got)
 	}
