@@ -28,6 +28,7 @@ import (
 //   - Its number rises; the lowest goes first when there are too many, or too many
 //     bytes. A damaged one goes when it is met.
 //   - What a crash has left half-written is a prompt, too: it goes at the next start.
+//   - What is on the disk is counted, also where it could not be made durable.
 
 // MaxKept bounds how many jobs are kept, and maxKeptBytes the bytes of their files.
 const (
@@ -43,6 +44,7 @@ type Kept struct {
 	dir   string
 	most  int
 	bytes int64 // that all files may have
+	write func(name string, data []byte, mode fs.FileMode) error
 
 	mu   sync.Mutex // guards what follows, and the directory
 	list []keptJob  // oldest first
@@ -61,7 +63,7 @@ func (k *keptJob) file() string { return fmt.Sprintf("%016x-%s.job", k.number, k
 // OpenKept opens what is kept in the directory path, of most jobs at most. Where
 // most is 0, path is removed with all that is in it.
 func OpenKept(path string, most int) (*Kept, error) {
-	k := &Kept{dir: path, most: most, bytes: maxKeptBytes}
+	k := &Kept{dir: path, most: most, bytes: maxKeptBytes, write: durable.WriteFile}
 	if err := k.open(); err != nil {
 		return nil, fmt.Errorf("jobs kept for replay: %w", err)
 	}
@@ -154,17 +156,20 @@ func (k *Kept) Put(j *wire.Job, r *wire.Result) error {
 	defer k.mu.Unlock()
 	n := keptJob{id: j.ID, number: k.last + 1, size: int64(len(text))}
 	failpoint.Here("state.kept.begin")
-	if err := durable.WriteFile(filepath.Join(k.dir, n.file()), text, 0o600); err != nil {
-		return fmt.Errorf("keep job %s: %w", j.ID, err)
+	k.last = n.number // also of one that fails: its file may come back after a power cut
+	wrong := k.write(filepath.Join(k.dir, n.file()), text, 0o600)
+	k.list, k.size = append(k.list, n), k.size+n.size
+	if wrong != nil {
+		// It may be there all the same, where only the directory could not be synced. A
+		// file that cannot be removed counts, so that it goes in its turn.
+		wrong = errors.Join(fmt.Errorf("keep job %s: %w", j.ID, wrong), k.remove(len(k.list)-1))
+	} else if i := k.find(j.ID); k.list[i].number != n.number {
+		wrong = k.remove(i)
 	}
-	if i := k.find(j.ID); i >= 0 {
-		err = k.remove(i)
+	if err := k.trim(); err != nil {
+		wrong = errors.Join(wrong, fmt.Errorf("remove old jobs kept for replay: %w", err))
 	}
-	k.list, k.size, k.last = append(k.list, n), k.size+n.size, n.number
-	if err = errors.Join(err, k.trim()); err != nil {
-		return fmt.Errorf("remove old jobs kept for replay: %w", err)
-	}
-	return nil
+	return wrong
 }
 
 // Get returns a job and its result, or [ErrNotKept]. A damaged one is removed.

@@ -9,6 +9,7 @@ import (
 	"reflect"
 	"testing"
 
+	"github.com/resultity/node/internal/durable"
 	"github.com/resultity/node/internal/receipt"
 	"github.com/resultity/node/internal/wire"
 )
@@ -129,6 +130,49 @@ func TestKeptIsBoundedInBytes(t *testing.T) {
 	if _, _, err := k.Get(large.ID); !errors.Is(err, ErrNotKept) || k.size != 0 {
 		t.Errorf("%v, %d bytes", err, k.size)
 	}
+}
+
+// A job that could not be made durable is not kept: neither on the disk, nor in
+// what is counted. Where it cannot be removed either, it counts as the others.
+func TestKeptAfterAFailedSync(t *testing.T) {
+	dir := filepath.Join(t.TempDir(), "replay")
+	k := openKept(t, dir, 2)
+	a, _ := keep(t, k, 10)
+	errSync := errors.New("sync of the directory")
+	fail := func(name string, data []byte, mode fs.FileMode) error {
+		return errors.Join(durable.WriteFile(name, data, mode), errSync) // it is there, and nobody knows for how long
+	}
+	whole := k.write
+	for range 5 {
+		k.write = fail
+		j := newJob(10)
+		if err := k.Put(j, success(t, j, 10)); !errors.Is(err, errSync) {
+			t.Fatalf("Put = %v", err)
+		}
+		if err := k.Put(a, success(t, a, 20)); !errors.Is(err, errSync) {
+			t.Fatalf("Put of another result = %v", err)
+		}
+		wantKept(t, k, a)
+	}
+	if _, r, err := k.Get(a.ID); err != nil || len(r.Response) != 10 {
+		t.Errorf("the result before: %+v, %v", r, err)
+	}
+	k.write = whole
+	b, _ := keep(t, k, 10)
+	c, _ := keep(t, k, 10)
+	wantKept(t, k, c, b)
+
+	// What cannot be removed, here a directory with something in it, stays counted.
+	k.write = func(name string, _ []byte, mode fs.FileMode) error {
+		return errors.Join(os.MkdirAll(filepath.Join(name, "x"), 0o700), errSync)
+	}
+	d := newJob(10)
+	if err := k.Put(d, success(t, d, 10)); !errors.Is(err, errSync) {
+		t.Fatalf("Put = %v", err)
+	}
+	wantKept(t, k, d, c)
+	k = openKept(t, dir, 2) // which takes what is no file of ours away
+	wantKept(t, k, c)
 }
 
 // A crash leaves a temporary file with a prompt in it, a disk a damaged one.
