@@ -125,8 +125,7 @@ func (p *party) earn(t *testing.T, s *snapshot.Snapshot) evm.Hash {
 	if err := p.deliver(r); err != nil {
 		t.Log(err) // it is in the store
 	}
-	stated := signed.Receipt()
-	return receiptlog.Leaf(stated.Hash(signed.ChainID()))
+	return receiptlog.Leaf(signed.Hash())
 }
 
 // has checks what the network has in the end.

@@ -404,7 +404,7 @@ func (c *command) verify(_ context.Context, args []string) error {
 		if p, err = receiptlog.ParseInclusion(raw); err != nil {
 			return fmt.Errorf("the receipt is signed by node %s, but %s is no proof: %w", r.Node, c.proof, err)
 		}
-		if err := p.Check(r.Node, s.ChainID(), r.Hash(s.ChainID())); err != nil {
+		if err := p.Check(r.Node, s.ChainID(), s.Hash()); err != nil {
 			return fmt.Errorf("the receipt is signed by node %s, but %s does not show it in the node's log: %w", r.Node, c.proof, err)
 		}
 	}

@@ -49,8 +49,7 @@ func (l *logged) job() (id string, signed *receipt.Signed) {
 	if r := l.n.answer(ask); r.status != http.StatusOK {
 		l.t.Fatalf("answer %d: %s", r.status, r.body)
 	}
-	stated := res.Receipt.Receipt()
-	l.wait = append(l.wait, receiptlog.Leaf(stated.Hash(res.Receipt.ChainID())))
+	l.wait = append(l.wait, receiptlog.Leaf(res.Receipt.Hash()))
 	return j.ID.String(), res.Receipt
 }
 
@@ -95,7 +94,7 @@ func (n *testNetwork) proven(id string, signed *receipt.Signed) *receiptlog.Incl
 		n.t.Fatal(err)
 	}
 	stated := signed.Receipt()
-	if err := i.Check(stated.Node, signed.ChainID(), stated.Hash(signed.ChainID())); err != nil {
+	if err := i.Check(stated.Node, signed.ChainID(), signed.Hash()); err != nil {
 		n.t.Fatal(err)
 	}
 	return i
@@ -283,8 +282,7 @@ func TestAlteredLog(t *testing.T) {
 	l.Node.URL = n.url
 	l.sent = 0
 	l.begin(l.Node) // which is asked for its log once more
-	stated := signed.Receipt()
-	l.log, l.wait = receiptlog.New(), []evm.Hash{receiptlog.Leaf(stated.Hash(signed.ChainID()))}
+	l.log, l.wait = receiptlog.New(), []evm.Hash{receiptlog.Leaf(signed.Hash())}
 	l.show()
 	n.proven(id, signed)
 }

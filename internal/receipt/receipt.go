@@ -142,22 +142,51 @@ func (r *Receipt) Hash(chainID uint64) evm.Hash {
 	return evm.TypedHash(chainID, receiptTypeHash, job[:], evm.AddressWord(r.Node), measured[:], claimed[:], evm.Word(r.Sequence))
 }
 
-// Sign makes the signed form. The key must be r.Node's.
+// Whole fails with [ErrInvalid] where something is missing that no receipt may
+// lack: it could be signed, but nobody would read it.
+func (r *Receipt) Whole() error {
+	m := &r.Measured
+	for _, v := range [...]struct {
+		name string
+		zero bool
+	}{
+		{"job", r.Job == JobID{}}, {"node", r.Node == evm.Address{}},
+		{"configDigest", m.ConfigDigest.IsZero()}, {"imageDigest", m.ImageDigest.IsZero()}, {"modelDigest", m.ModelDigest.IsZero()},
+		{"sandboxDigest", m.SandboxDigest.IsZero()}, {"requestHash", m.RequestHash.IsZero()}, {"responseHash", m.ResponseHash.IsZero()},
+		{"classDigest", r.Claimed.ClassDigest.IsZero()},
+	} {
+		if v.zero {
+			return fmt.Errorf("%w: it has no %s", ErrInvalid, v.name)
+		}
+	}
+	return nil
+}
+
+// Sign makes the signed form. The key must be r.Node's. It fails with
+// [ErrInvalid] for a receipt that lacks something.
 func (r *Receipt) Sign(chainID uint64, key *evm.Key) (Signed, error) {
+	if err := r.Whole(); err != nil {
+		return Signed{}, err
+	}
 	if key.Address() != r.Node {
 		return Signed{}, fmt.Errorf("receipt of %s cannot be signed by %s", r.Node, key.Address())
 	}
-	sig, err := key.Sign(r.Hash(chainID))
+	hash := r.Hash(chainID)
+	sig, err := key.Sign(hash)
 	if err != nil {
 		return Signed{}, err
 	}
-	return r.With(chainID, sig), nil
+	return Signed{*r, chainID, sig, hash}, nil
 }
 
 // With makes the signed form of a signature that the node's signer has made. It
-// is not checked again: that costs more than to make it.
-func (r *Receipt) With(chainID uint64, sig evm.Signature) Signed {
-	return Signed{receipt: *r, chainID: chainID, sig: sig}
+// is not checked again: that costs more than to make it. It fails with
+// [ErrInvalid] for a receipt that lacks something.
+func (r *Receipt) With(chainID uint64, sig evm.Signature) (Signed, error) {
+	if err := r.Whole(); err != nil {
+		return Signed{}, err
+	}
+	return Signed{*r, chainID, sig, r.Hash(chainID)}, nil
 }
 
 // Signed is a receipt whose signature has been checked, or made by this node.
@@ -165,11 +194,13 @@ func (r *Receipt) With(chainID uint64, sig evm.Signature) Signed {
 //
 //	{"typedData": …, "signature": "0x…", "node": "0x…"}
 //
-// where typedData is exactly the argument of eth_signTypedData_v4.
+// where typedData is exactly the argument of eth_signTypedData_v4. The zero value
+// is no receipt, and is not printed.
 type Signed struct {
 	receipt Receipt
 	chainID uint64
 	sig     evm.Signature
+	hash    evm.Hash // of receipt on the chain
 }
 
 // Receipt returns what was signed.
@@ -177,6 +208,9 @@ func (s *Signed) Receipt() Receipt { return s.receipt }
 
 // ChainID returns the EIP-155 chain id of the signature's domain.
 func (s *Signed) ChainID() uint64 { return s.chainID }
+
+// Hash returns what was signed as [Receipt.Hash] makes it, without the work.
+func (s *Signed) Hash() evm.Hash { return s.hash }
 
 // Signature returns the signature over [Receipt.Hash].
 func (s *Signed) Signature() evm.Signature { return s.sig }
@@ -256,6 +290,13 @@ func printHead() []byte {
 
 // MarshalJSON implements [json.Marshaler].
 func (s Signed) MarshalJSON() ([]byte, error) {
+	if s.hash == (evm.Hash{}) {
+		return nil, fmt.Errorf("%w: nobody has signed it", ErrInvalid)
+	}
+	return s.print(), nil
+}
+
+func (s *Signed) print() []byte {
 	r, m, c, node := &s.receipt, &s.receipt.Measured, &s.receipt.Claimed, s.receipt.Node.Hex()
 	u := func(v uint64) string { return strconv.FormatUint(v, 10) }
 	b := make([]byte, 0, len(printedHead)+1<<10)
@@ -267,10 +308,10 @@ func (s Signed) MarshalJSON() ([]byte, error) {
 	} {
 		b = append(append(b, v...), printedMarks[i]...)
 	}
-	return b, nil
+	return b
 }
 
-// printed reads what MarshalJSON has printed, byte for byte, and nothing else.
+// printed reads what [Signed.print] has printed, byte for byte, and nothing else.
 func printed(b []byte) (s Signed, ok bool) {
 	rest, ok := bytes.CutPrefix(b, printedHead)
 	var v [len(printedMarks)]string
@@ -296,8 +337,7 @@ func printed(b []byte) (s Signed, ok bool) {
 		Sequence: p.number("", v[14]),
 	}}
 	p.fail("", s.sig.UnmarshalText([]byte(v[15])))
-	again, err := s.MarshalJSON()
-	return s, p.err == nil && err == nil && bytes.Equal(again, b)
+	return s, p.err == nil && bytes.Equal(s.print(), b)
 }
 
 // UnmarshalJSON implements [json.Unmarshaler]; it is [Verify].
@@ -339,7 +379,8 @@ func verify(b []byte) (Signed, error) {
 			return Signed{}, err
 		}
 	}
-	return s, s.check()
+	err := s.check()
+	return s, err
 }
 
 // read reads any spelling that has one meaning.
@@ -385,8 +426,10 @@ func read(b []byte) (Signed, error) {
 	return s, p.err
 }
 
+// check makes the hash of what was read, and looks who has signed it.
 func (s *Signed) check() error {
-	signer, err := evm.Recover(s.receipt.Hash(s.chainID), s.sig)
+	s.hash = s.receipt.Hash(s.chainID)
+	signer, err := evm.Recover(s.hash, s.sig)
 	if err != nil {
 		return err
 	}

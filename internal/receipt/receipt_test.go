@@ -154,7 +154,7 @@ func TestPrinted(t *testing.T) {
 	if want, err := json.Marshal(j); err != nil || !bytes.Equal(raw, want) {
 		t.Errorf("printed %s, want %s", raw, want)
 	}
-	if s, ok := printed(raw); !ok || s != signed {
+	if s, ok := printed(raw); !ok || s.check() != nil || s != signed {
 		t.Errorf("%+v %v, want %+v", s, ok, signed)
 	}
 	for i := range raw {
@@ -188,12 +188,80 @@ func TestSignRefusesAnotherNodesReceipt(t *testing.T) {
 	}
 }
 
+// What nobody would read is neither signed nor printed.
+func TestSignRefusesWhatIsNotRead(t *testing.T) {
+	key, whole := sample(t)
+	for name, lacks := range map[string]func(*Receipt){
+		"job": func(r *Receipt) { r.Job = JobID{} }, "node": func(r *Receipt) { r.Node = evm.Address{} },
+		"configDigest": func(r *Receipt) { r.Measured.ConfigDigest = digest.Digest{} }, "imageDigest": func(r *Receipt) { r.Measured.ImageDigest = digest.Digest{} },
+		"modelDigest": func(r *Receipt) { r.Measured.ModelDigest = digest.Digest{} }, "sandboxDigest": func(r *Receipt) { r.Measured.SandboxDigest = digest.Digest{} },
+		"requestHash": func(r *Receipt) { r.Measured.RequestHash = digest.Digest{} }, "responseHash": func(r *Receipt) { r.Measured.ResponseHash = digest.Digest{} },
+		"classDigest": func(r *Receipt) { r.Claimed.ClassDigest = digest.Digest{} },
+	} {
+		r := whole
+		lacks(&r)
+		if _, err := r.Sign(1, key); !errors.Is(err, ErrInvalid) {
+			t.Errorf("without %s: Sign = %v", name, err)
+		}
+		if _, err := r.With(1, evm.Signature{}); !errors.Is(err, ErrInvalid) {
+			t.Errorf("without %s: With = %v", name, err)
+		}
+		sig, err := key.Sign(r.Hash(1))
+		if err != nil {
+			t.Fatal(err)
+		}
+		s := Signed{receipt: r, chainID: 1, sig: sig}
+		if _, err := Verify(s.print()); !errors.Is(err, ErrInvalid) { // else to refuse it was wrong
+			t.Errorf("without %s: Verify = %v", name, err)
+		}
+	}
+	whole = Receipt{Job: whole.Job, Node: whole.Node, Measured: whole.Measured, Claimed: Claimed{ClassDigest: whole.Claimed.ClassDigest}}
+	s, err := whole.Sign(1, key)
+	if err != nil {
+		t.Fatalf("a receipt without numbers: %v", err)
+	}
+	if s.Hash() != whole.Hash(1) {
+		t.Error("the hash of what was signed is another one")
+	}
+	var nobodys Signed
+	if b, err := json.Marshal(nobodys); err == nil {
+		t.Errorf("what nobody has signed is printed: %s", b)
+	}
+}
+
+// The hash that a receipt has with it is never what somebody else says.
+func TestHashIsThatOfTheReceipt(t *testing.T) {
+	key, r := sample(t)
+	made, err := r.Sign(7, key)
+	if err != nil {
+		t.Fatal(err)
+	}
+	given, err := r.With(7, made.Signature())
+	if err != nil {
+		t.Fatal(err)
+	}
+	read, err := Verify(made.print())
+	if err != nil {
+		t.Fatal(err)
+	}
+	for _, s := range []Signed{made, given, read} {
+		if stated := s.Receipt(); s.Hash() != stated.Hash(s.ChainID()) || stated != r {
+			t.Errorf("%+v", s)
+		}
+	}
+}
+
 func FuzzVerify(f *testing.F) {
 	key, err := evm.ParseKey(strings.Repeat("1", 64)) // the same in each process that fuzzes
 	if err != nil {
 		f.Fatal(err)
 	}
-	r := Receipt{Job: JobID{1}, Node: key.Address(), Sequence: 1<<32 + 1, Measured: Measured{RequestHash: digest.Of(nil)}, Claimed: Claimed{PromptTokens: 3}}
+	d := digest.Of(nil)
+	r := Receipt{
+		Job: JobID{1}, Node: key.Address(), Sequence: 1<<32 + 1,
+		Measured: Measured{ConfigDigest: d, ImageDigest: d, ModelDigest: d, SandboxDigest: d, RequestHash: d, ResponseHash: d},
+		Claimed:  Claimed{ClassDigest: d, PromptTokens: 3},
+	}
 	s, err := r.Sign(1, key)
 	if err != nil {
 		f.Fatal(err)
@@ -212,6 +280,9 @@ func FuzzVerify(f *testing.F) {
 		again, err := json.Marshal(s)
 		if err != nil {
 			t.Fatal(err)
+		}
+		if stated := s.Receipt(); s.Hash() != stated.Hash(s.ChainID()) {
+			t.Fatal("it has another hash")
 		}
 		if back, err := Verify(again); err != nil || back != s {
 			t.Fatalf("does not survive printing: %v", err)

@@ -218,6 +218,9 @@ func (c *Client) Sandbox(r *record.Record) (*record.Signed, error) {
 
 // Receipt implements [Signer].
 func (c *Client) Receipt(chainID uint64, r receipt.Receipt) (receipt.Signed, error) {
+	if err := whole(&r); err != nil {
+		return receipt.Signed{}, err
+	}
 	b, err := c.ask(kindReceipt, func(b []byte) ([]byte, error) { return encodeReceipt(b, chainID, &r), nil })
 	var sig evm.Signature
 	if err == nil && len(b) != 8+len(sig) {
@@ -227,7 +230,7 @@ func (c *Client) Receipt(chainID uint64, r receipt.Receipt) (receipt.Signed, err
 		return receipt.Signed{}, err
 	}
 	r.Sequence = binary.BigEndian.Uint64(b)
-	return r.With(chainID, evm.Signature(b[8:])), nil
+	return r.With(chainID, evm.Signature(b[8:]))
 }
 
 // Head implements [Signer].

@@ -179,10 +179,7 @@ func decodeReceipt(b []byte) (chainID uint64, r receipt.Receipt, err error) {
 	m.ConfigDigest, m.ImageDigest, m.ModelDigest, m.SandboxDigest, m.RequestHash, m.ResponseHash = sum(), sum(), sum(), sum(), sum(), sum()
 	c.ClassDigest = sum()
 	c.PromptTokens, c.CompletionTokens, c.StartedAt, c.FinishedAt = number(), number(), number(), number()
-	switch {
-	case r.Job == receipt.JobID{}:
-		return 0, r, fmt.Errorf("%w: a receipt about no job", ErrMalformed)
-	case c.FinishedAt < c.StartedAt:
+	if c.FinishedAt < c.StartedAt {
 		return 0, r, fmt.Errorf("%w: a job that finished before it started", ErrMalformed)
 	}
 	return chainID, r, nil
@@ -206,9 +203,6 @@ func (l *Local) answer(req []byte) ([]byte, error) {
 	case kindReceipt:
 		chain, r, err := decodeReceipt(body)
 		if err != nil {
-			return nil, err
-		}
-		if err := l.own(r.Node); err != nil {
 			return nil, err
 		}
 		signed, err := l.Receipt(chain, r)

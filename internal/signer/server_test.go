@@ -91,10 +91,12 @@ func (s *service) client() *Client {
 	return c
 }
 
-func (s *service) receipt() receipt.Receipt {
+func (s *service) receipt() receipt.Receipt { return stated(s.key.Address()) }
+
+func stated(node evm.Address) receipt.Receipt {
 	d := digest.Of([]byte("x"))
 	return receipt.Receipt{
-		Job: receipt.NewJobID(), Node: s.key.Address(),
+		Job: receipt.NewJobID(), Node: node,
 		Measured: receipt.Measured{
 			ConfigDigest: d, ImageDigest: digest.Of([]byte("i")), ModelDigest: digest.Of([]byte("m")), SandboxDigest: digest.Of([]byte("s")),
 			RequestHash: digest.Of([]byte("q")), ResponseHash: digest.Of([]byte("r")),
@@ -296,6 +298,7 @@ func TestRefusals(t *testing.T) {
 		"a receipt and more":         {append(bytes.Clone(good), 0), ErrMalformed},
 		"a receipt of another node":  {rc(func(r *receipt.Receipt) { r.Node = other }), ErrNode},
 		"a receipt about no job":     {rc(func(r *receipt.Receipt) { r.Job = receipt.JobID{} }), ErrMalformed},
+		"a receipt without a class":  {rc(func(r *receipt.Receipt) { r.Claimed.ClassDigest = digest.Digest{} }), ErrMalformed},
 		"a receipt that runs back":   {rc(func(r *receipt.Receipt) { r.Claimed.FinishedAt = 0 }), ErrMalformed},
 		"half a hello":               {enc(kindHello, hello)[:40], ErrMalformed},
 		"two hellos":                 {append(enc(kindHello, hello), '{', '}'), ErrMalformed},
@@ -342,7 +345,7 @@ func TestRefusals(t *testing.T) {
 func TestAllowed(t *testing.T) {
 	l := NewLocal(newService(t).key, nil)
 	l.Allow(map[string]uint64{"testnet": 31337})
-	r := receipt.Receipt{Node: l.Address(), Job: receipt.NewJobID()}
+	r := stated(l.Address())
 	if _, err := l.Receipt(31337, r); err != nil {
 		t.Error(err)
 	}
@@ -511,7 +514,7 @@ func FuzzAnswer(f *testing.F) {
 		f.Add([]byte{byte(k)})
 		f.Add(fmt.Appendf(nil, "%c{\"network\":\"testnet\",\"node\":%q}", k, key.Address().Hex()))
 	}
-	f.Add(encodeReceipt([]byte{byte(kindReceipt)}, 1, &receipt.Receipt{Job: receipt.JobID{1}, Node: key.Address()}))
+	f.Add(encodeReceipt([]byte{byte(kindReceipt)}, 1, new(stated(key.Address()))))
 	f.Fuzz(func(t *testing.T, req []byte) {
 		out, err := l.answer(req)
 		if err != nil && (len(out) > 65 || decodeError(encodeError(err)) == nil) {

@@ -29,7 +29,8 @@ type Signer interface {
 	Binding(*wire.BindRequest) ([]byte, error)
 	// Logs makes a batch of what a [wire.Packer] has packed.
 	Logs(b wire.LogBatch, data []byte) (*wire.Logs, error)
-	// Receipt signs a receipt for a chain, and gives it its sequence.
+	// Receipt signs a receipt for a chain, and gives it its sequence. It fails with
+	// [ErrMalformed] for one that lacks something.
 	Receipt(chainID uint64, r receipt.Receipt) (receipt.Signed, error)
 	// Head signs a head of the node's receipt log for a chain. It fails with
 	// [ErrBehind] for one that goes back behind a head that was signed before.
@@ -87,11 +88,26 @@ func (l *Local) Sandbox(r *record.Record) (*record.Signed, error) { return r.Sig
 
 // Receipt implements [Signer].
 func (l *Local) Receipt(chainID uint64, r receipt.Receipt) (receipt.Signed, error) {
-	var err error
-	if r.Sequence, err = l.receipt(chainID); err != nil {
+	// What is not signed takes no sequence.
+	err := l.own(r.Node)
+	if err == nil {
+		err = whole(&r)
+	}
+	if err == nil {
+		r.Sequence, err = l.receipt(chainID)
+	}
+	if err != nil {
 		return receipt.Signed{}, err
 	}
 	return r.Sign(chainID, l.key)
+}
+
+// whole refuses a receipt that lacks something.
+func whole(r *receipt.Receipt) error {
+	if err := r.Whole(); err != nil {
+		return fmt.Errorf("%w: %w", ErrMalformed, err)
+	}
+	return nil
 }
 
 // Head implements [Signer].

@@ -84,11 +84,10 @@ func crashChild(path string) {
 // nothing behind once they are acknowledged, which is the harder case. The others
 // have a leaf in the receipt log.
 func crashResult(id receipt.JobID) *wire.Result {
-	r := &wire.Result{Job: id, Response: bytes.Repeat(id[:], int(id[0])*10)}
 	if id[1]%4 > 0 {
-		r.Code, r.Message = wire.CodeEngine, "m"
+		return &wire.Result{Job: id, Code: wire.CodeEngine, Message: string(bytes.Repeat(id[:], int(id[0])/4))}
 	}
-	return r
+	return &wire.Result{Job: id, Response: bytes.Repeat(id[:], int(id[0])*10)}
 }
 
 func TestKill(t *testing.T) {
@@ -111,7 +110,7 @@ func TestKill(t *testing.T) {
 			if err != nil {
 				t.Fatal(err)
 			}
-			if finished && !bytes.Equal(r.Response, crashResult(id).Response) {
+			if want := crashResult(id); finished && (r.Message != want.Message || !bytes.Equal(r.Response, want.Response)) {
 				t.Errorf("round %d: job %s has a wrong result", round, id)
 			}
 			ok := false

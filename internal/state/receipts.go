@@ -169,8 +169,7 @@ func receiptLeaf(r *wire.Result) (leaf evm.Hash, ok bool) {
 	if r.Receipt == nil {
 		return leaf, false
 	}
-	stated := r.Receipt.Receipt()
-	return receiptlog.Leaf(stated.Hash(r.Receipt.ChainID())), true
+	return receiptlog.Leaf(r.Receipt.Hash()), true
 }
 
 // leaf returns the record of the next leaf.

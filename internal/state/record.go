@@ -3,9 +3,11 @@ package state
 import (
 	"encoding/binary"
 	"encoding/json"
+	"errors"
 	"fmt"
 	"hash/crc32"
 	"time"
+	"unicode/utf8"
 
 	"github.com/resultity/node/internal/receipt"
 	"github.com/resultity/node/internal/wire"
@@ -62,7 +64,14 @@ func textTime(b []byte) int64 { return int64(binary.BigEndian.Uint64(b[4:])) }
 // content is a text without checksum and time: what makes two results equal.
 func content(b []byte) []byte { return b[12:] }
 
+// encodeJob fails for a job that [decodeJob] would not make again.
 func encodeJob(now time.Time, j *wire.Job) ([]byte, error) {
+	switch {
+	case j.ID == receipt.JobID{}:
+		return nil, errors.New("it has no id")
+	case !utf8.ValidString(j.Model), !utf8.ValidString(string(j.Kind)):
+		return nil, fmt.Errorf("model %.80q, kind %.80q: want UTF-8", j.Model, j.Kind)
+	}
 	h := *j
 	h.Request = nil
 	header, err := json.Marshal(h)
@@ -86,11 +95,20 @@ func decodeJob(b []byte) (*wire.Job, error) {
 }
 
 // encodeResult puts a failure's message where an answer's bytes are, so that it
-// takes no more room than it has bytes.
+// takes no more room than it has bytes. It fails for a result that [decodeResult]
+// would not make again.
 func encodeResult(now time.Time, r *wire.Result) ([]byte, error) {
+	switch {
+	case r.Code == "" && r.Message != "":
+		return nil, errors.New("it has a message and no code")
+	case r.Code != "" && (len(r.Response) > 0 || r.Receipt != nil):
+		return nil, fmt.Errorf("it has code %.80q, and a response or a receipt", r.Code)
+	case !utf8.ValidString(string(r.Code)):
+		return nil, fmt.Errorf("code %.80q: want UTF-8", r.Code)
+	}
 	h, body := *r, r.Response
 	h.Response = nil
-	if r.Code != "" && len(r.Response) == 0 {
+	if r.Code != "" {
 		h.Message, body = "", []byte(r.Message)
 	}
 	header, err := h.AppendJSON(nil)
@@ -109,7 +127,7 @@ func decodeResult(b []byte) (*wire.Result, error) {
 	if err := r.ParseJSON(header); err != nil {
 		return nil, headerError(err)
 	}
-	if r.Code != "" && r.Message == "" {
+	if r.Code != "" {
 		r.Message = string(body)
 	} else {
 		r.Response = body

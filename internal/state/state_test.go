@@ -6,6 +6,7 @@ import (
 	"errors"
 	"fmt"
 	"hash/crc32"
+	"math/rand/v2"
 	"os"
 	"path/filepath"
 	"reflect"
@@ -70,7 +71,16 @@ func success(t testing.TB, j *wire.Job, n int) *wire.Result {
 }
 
 func sign(j *wire.Job, body []byte) (*wire.Result, error) {
-	r := receipt.Receipt{
+	signed, err := stated(j, body).Sign(1, key)
+	if err != nil {
+		return nil, err
+	}
+	return &wire.Result{Job: j.ID, Response: body, Receipt: &signed}, nil
+}
+
+// stated is what a receipt says.
+func stated(j *wire.Job, body []byte) *receipt.Receipt {
+	return &receipt.Receipt{
 		Job: j.ID, Node: key.Address(),
 		Measured: receipt.Measured{
 			ConfigDigest: j.Config, ImageDigest: j.Config, ModelDigest: j.Config, SandboxDigest: j.Config,
@@ -78,11 +88,6 @@ func sign(j *wire.Job, body []byte) (*wire.Result, error) {
 		},
 		Claimed: receipt.Claimed{ClassDigest: j.Config, StartedAt: 1, FinishedAt: 2},
 	}
-	signed, err := r.Sign(1, key)
-	if err != nil {
-		return nil, err
-	}
-	return &wire.Result{Job: j.ID, Response: body, Receipt: &signed}, nil
 }
 
 func accept(t testing.TB, s *Store, j *wire.Job, want Known) {
@@ -192,6 +197,90 @@ func TestOneResultForAJob(t *testing.T) {
 		}
 	}
 	counts(t, s, 0, 1, 0)
+}
+
+// What Finish takes is read back as it was given, whatever a caller makes up;
+// and what it refuses leaves the job as it was, to be ended by a failure.
+func TestFinishTakesWhatIsReadBack(t *testing.T) {
+	rnd := rand.New(rand.NewPCG(1, 2))
+	one := func(from ...string) string { return from[rnd.IntN(len(from))] }
+	texts := []string{"", "", "", "plain", "\xff\xfe", "a\"b\\c\n\x00<é>", strings.Repeat("long é", 400)}
+	s := open(t, newPath(t))
+	want, refused := map[receipt.JobID]*wire.Result{}, map[receipt.JobID]bool{}
+	for range 400 {
+		j := newJob(rnd.IntN(100))
+		accept(t, s, j, New)
+		r := &wire.Result{Job: j.ID, Code: wire.Code(one(append(texts, string(wire.CodeEngine))...)), Message: one(texts...), Response: []byte(one(texts...))}
+		switch rnd.IntN(4) {
+		case 0:
+			r.Receipt = new(receipt.Signed)
+		case 1, 2:
+			b := stated(j, r.Response)
+			for range rnd.IntN(2) {
+				lack := []any{&b.Job, &b.Measured.ConfigDigest, &b.Measured.ImageDigest, &b.Measured.ModelDigest, &b.Measured.SandboxDigest,
+					&b.Measured.RequestHash, &b.Measured.ResponseHash, &b.Claimed.ClassDigest, &b.Claimed.FinishedAt, &b.Sequence}
+				reflect.ValueOf(lack[rnd.IntN(len(lack))]).Elem().SetZero()
+			}
+			signed, err := b.Sign(1, key)
+			if err == nil {
+				r.Receipt = &signed
+			}
+		}
+		err := s.Finish(r)
+		if again := s.Finish(r); (err == nil) != (again == nil) {
+			t.Fatalf("Finish = %v, then %v", err, again)
+		}
+		if refused[j.ID] = err != nil; refused[j.ID] {
+			accept(t, s, j, Running)
+			r = failure(j)
+			finish(t, s, r)
+		}
+		want[j.ID] = r
+	}
+	s = reopen(t, s)
+	err := s.Outbox(0, func(_ uint64, got *wire.Result) error {
+		r := *want[got.Job]
+		delete(want, got.Job)
+		if r.Message = r.Message[:min(len(r.Message), MaxMessage)]; len(r.Response) == 0 {
+			r.Response = nil
+		}
+		if !reflect.DeepEqual(got, &r) {
+			t.Errorf("read back %.300q, was given %.300q", fmt.Sprintf("%+v", got), fmt.Sprintf("%+v", r))
+		}
+		return nil
+	})
+	if err != nil || len(want) > 0 {
+		t.Fatalf("Outbox = %v; %d results are missing", err, len(want))
+	}
+	n := 0
+	for _, r := range refused {
+		if r {
+			n++
+		}
+	}
+	if n < 50 || n > 350 {
+		t.Fatalf("%d of %d were refused: it says nothing", n, len(refused))
+	}
+}
+
+// A job that could not be read back is not accepted: the next start would fail on it.
+func TestAcceptTakesWhatIsReadBack(t *testing.T) {
+	s := open(t, newPath(t))
+	for _, spoil := range []func(*wire.Job){
+		func(j *wire.Job) { j.ID = receipt.JobID{} },
+		func(j *wire.Job) { j.Model = "a\xff" },
+		func(j *wire.Job) { j.Kind = "a\xff" },
+	} {
+		j := newJob(10)
+		spoil(j)
+		if _, err := s.Accept(j); err == nil {
+			t.Errorf("%+v is accepted", j)
+		}
+	}
+	s = reopen(t, s)
+	if got, err := s.Unfinished(); err != nil || len(got) != 0 {
+		t.Fatalf("Unfinished = %v, %v; want none", got, err)
+	}
 }
 
 // The network may try a job again where it failed; where it was answered, a

@@ -497,7 +497,7 @@ func (g *Gateway) proof(w http.ResponseWriter, r *http.Request, _ store.Client) 
 		return
 	}
 	stated := signed.Receipt()
-	p, err := g.prover.Prove(r.Context(), stated.Node, receiptlog.Leaf(stated.Hash(signed.ChainID())), at)
+	p, err := g.prover.Prove(r.Context(), stated.Node, receiptlog.Leaf(signed.Hash()), at)
 	switch {
 	case errors.Is(err, mirror.ErrPending):
 		beat := g.dispatch.Terms().Config.Network.Heartbeat.Duration()

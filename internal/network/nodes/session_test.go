@@ -533,7 +533,12 @@ func TestOwedLeavesAreFast(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	signed, err := (&receipt.Receipt{Node: key.Address()}).Sign(1, key)
+	d := digest.Of(nil)
+	signed, err := (&receipt.Receipt{
+		Job: receipt.NewJobID(), Node: key.Address(),
+		Measured: receipt.Measured{ConfigDigest: d, ImageDigest: d, ModelDigest: d, SandboxDigest: d, RequestHash: d, ResponseHash: d},
+		Claimed:  receipt.Claimed{ClassDigest: d},
+	}).Sign(1, key)
 	if err != nil {
 		t.Fatal(err)
 	}
