@@ -309,7 +309,7 @@ func TestFrameViolations(t *testing.T) {
 			// The network may close before it has all of it.
 			_ = s.Conn.WriteMessage(websocket.BinaryMessage, make([]byte, wire.MaxFrame+1))
 		}, "too_large", websocket.CloseMessageTooBig},
-		"absurd heartbeat": {func(s *nodetest.Session) { s.Send(&wire.Heartbeat{Slots: -1}) }, "invalid", websocket.ClosePolicyViolation},
+		"absurd heartbeat": {func(s *nodetest.Session) { s.Send(&wire.Heartbeat{Slots: -1}) }, "malformed", websocket.ClosePolicyViolation},
 		"unsigned receipt": {func(s *nodetest.Session) {
 			s.SendRaw(sealed(later(s, 0), falseResult{s.Node.Result(t, &wire.Job{ID: receipt.NewJobID(), Kind: wire.KindChat, Model: nodetest.Model}, []byte("{}"), nil)}))
 		}, "malformed", websocket.ClosePolicyViolation},

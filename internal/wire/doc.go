@@ -15,8 +15,8 @@
 // below one https URL, the network's, and TLS 1.3.
 //
 // JSON is UTF-8. Each message is the struct of its name below, whose tags are
-// the names of its fields. Unknown fields are refused; one that is absent is zero. In
-// JSON
+// the names of its fields. Unknown fields are refused; one that is absent is zero,
+// which no id of a job is. In JSON
 //
 //	byte strings          base64 with padding
 //	digests               "sha256:" and 64 lower-case hexadecimal digits, "" for none
@@ -272,8 +272,9 @@
 //	bad_request, context_length, limit, deadline, cancelled
 //
 // no other node would do better, which the network believes of two nodes; after
-// any other code it tries another node. A failed result has no receipt, and once
-// acknowledged the job may come again.
+// any other code it tries another node. A failed result has neither response nor
+// receipt, any other no message. Once a failed one is acknowledged the job may come
+// again.
 //
 // A network may give the request of a finished job out again, to any node of the same
 // determinism class, to compare the answers. That is another job, with an id,

@@ -38,11 +38,11 @@ type LeavesAck struct {
 func (m *Leaves) check() error {
 	switch n := len(m.Leaves); {
 	case n == 0 || n > MaxLeaves:
-		return fmt.Errorf("%w: %d leaves, at most %d", ErrMalformed, n, MaxLeaves)
+		return fmt.Errorf("%d leaves, at most %d", n, MaxLeaves)
 	case m.From > receiptlog.MaxSize-uint64(n):
-		return fmt.Errorf("%w: %d leaves from %d on", ErrMalformed, n, m.From)
+		return fmt.Errorf("%d leaves from %d on", n, m.From)
 	case len(m.Edge) > 0 && len(m.Edge) != receiptlog.Edge(m.From):
-		return fmt.Errorf("%w: an edge of %d hashes before leaf %d", ErrMalformed, len(m.Edge), m.From)
+		return fmt.Errorf("an edge of %d hashes before leaf %d", len(m.Edge), m.From)
 	}
 	return nil
 }
@@ -50,23 +50,18 @@ func (m *Leaves) check() error {
 func (m *LeavesAck) check() error {
 	switch {
 	case (m.Head == nil) != (m.Size == 0):
-		return fmt.Errorf("%w: a log of %d receipts, and a head is there: %v", ErrMalformed, m.Size, m.Head != nil)
+		return fmt.Errorf("a log of %d receipts, and a head is there: %v", m.Size, m.Head != nil)
 	case m.Head != nil && m.Head.Size != m.Size:
-		return fmt.Errorf("%w: a log of %d receipts with the head of %d", ErrMalformed, m.Size, m.Head.Size)
+		return fmt.Errorf("a log of %d receipts with the head of %d", m.Size, m.Head.Size)
 	case len(m.Edge) != receiptlog.Edge(m.Size):
-		return fmt.Errorf("%w: an edge of %d hashes for %d receipts", ErrMalformed, len(m.Edge), m.Size)
+		return fmt.Errorf("an edge of %d hashes for %d receipts", len(m.Edge), m.Size)
 	}
 	return boundHead(m.Head)
 }
-
-func (m *Heartbeat) check() error { return boundHead(m.Head) }
 
 func boundHead(h *receiptlog.SignedHead) error {
 	if h == nil {
 		return nil
 	}
-	if err := h.Bound(); err != nil {
-		return malformed(err)
-	}
-	return nil
+	return h.Bound()
 }

@@ -1,7 +1,9 @@
 package wire
 
 import (
+	"errors"
 	"fmt"
+	"slices"
 
 	"github.com/resultity/node/internal/determinism"
 	"github.com/resultity/node/internal/digest"
@@ -321,32 +323,80 @@ func decode(typ []byte, d Direction, data []byte) (Message, error) {
 	if m.direction() != d {
 		return nil, fmt.Errorf("%w: %s goes the other way", ErrMalformed, typ)
 	}
-	var err error
-	switch m := m.(type) {
-	case *Chunk:
-		err = malformed(m.parse(data))
-	case *Result:
-		err = malformed(m.ParseJSON(data))
-	default:
-		if err = strict(data, m); err == nil {
-			err = check(m)
-		}
-	}
-	if err != nil {
-		return nil, fmt.Errorf("%s: %w", typ, err)
+	if err := read(data, m); err != nil {
+		return nil, fmt.Errorf("%s: %w", typ, malformed(err))
 	}
 	bound(m)
 	return m, nil
 }
 
+// read parses a message and looks at its bounds. Its errors need not say whose
+// fault they are: it is that of who sent data, which decode says of all of them.
+func read(data []byte, m Message) error {
+	var err error
+	switch m := m.(type) {
+	case *Chunk:
+		err = m.parse(data)
+	case *Result:
+		err = m.ParseJSON(data)
+	default:
+		err = parse(data, m)
+	}
+	if c, ok := m.(checker); ok && err == nil {
+		err = c.check()
+	}
+	return err
+}
+
 // checker has values that are wrong in themselves, whoever the sender is.
 type checker interface{ check() error }
 
-func check(m Message) error {
-	if c, ok := m.(checker); ok {
-		return c.check()
+func (m *Job) check() error    { return named(m.ID) }
+func (m *Accept) check() error { return named(m.Job) }
+func (m *Refuse) check() error { return named(m.Job) }
+func (m *Cancel) check() error { return named(m.Job) }
+func (m *Ack) check() error    { return named(m.Jobs...) }
+
+// named refuses an id that is missing: it is the one of no job.
+func named(ids ...receipt.JobID) error {
+	if slices.Contains(ids, receipt.JobID{}) {
+		return errors.New("no job is named")
 	}
 	return nil
+}
+
+func (r *Result) check() error {
+	switch {
+	case r.Code != "" && (len(r.Response) > 0 || r.Receipt != nil):
+		return fmt.Errorf("it has code %.40q, and a response or a receipt", r.Code)
+	case r.Code == "" && r.Message != "":
+		return errors.New("it has a message and no code")
+	}
+	return nil
+}
+
+// Bounds of a heartbeat.
+const (
+	maxListed = 256     // models, and GPUs
+	maxSlots  = 1 << 16 // and busy ones
+)
+
+func (m *Heartbeat) check() error {
+	switch {
+	case len(m.Models) > maxListed || len(m.Hardware.GPUs) > maxListed:
+		return fmt.Errorf("%d models and %d GPUs, at most %d each", len(m.Models), len(m.Hardware.GPUs), maxListed)
+	case m.Slots < 0 || m.Slots > maxSlots || m.Busy < 0 || m.Busy > maxSlots:
+		return fmt.Errorf("%d slots, %d busy", m.Slots, m.Busy)
+	}
+	if m.Class != nil {
+		if m.Class.Digest.IsZero() {
+			return errors.New("a class without a digest")
+		}
+		if err := m.Class.Hardware.Check(); err != nil {
+			return fmt.Errorf("class: %w", err)
+		}
+	}
+	return boundHead(m.Head)
 }
 
 // MaxText bounds the texts for people in what a peer sends, in bytes.

@@ -3,6 +3,7 @@ package wire
 import (
 	"crypto/rand"
 	"encoding/hex"
+	"errors"
 	"fmt"
 	"strings"
 	"unicode"
@@ -124,13 +125,15 @@ type OrderDone struct {
 	Message string  `json:"message,omitempty"` // for people
 }
 
+func (d *OrderDone) check() error { return d.Check() }
+
 // Check refuses an answer that is out of bounds.
 func (d *OrderDone) Check() error {
 	if d.Outcome != OutcomeOK && d.Outcome != OutcomeRefused && d.Outcome != OutcomeFailed {
-		return fmt.Errorf("%w: outcome %.40q of an order", ErrMalformed, d.Outcome)
+		return fmt.Errorf("outcome %.40q of an order", d.Outcome)
 	}
 	if len(d.Message) > MaxOrderMessage || Printable(d.Message) != d.Message {
-		return fmt.Errorf("%w: the message about an order is too long or no text", ErrMalformed)
+		return errors.New("the message about an order is too long or no text")
 	}
 	return nil
 }

@@ -1,7 +1,7 @@
 package wire
 
 import (
-	"fmt"
+	"errors"
 
 	"github.com/resultity/node/internal/digest"
 	"github.com/resultity/node/internal/sandbox/record"
@@ -15,7 +15,7 @@ type Sandbox struct {
 
 func (m *Sandbox) check() error {
 	if m.Sandbox == nil {
-		return fmt.Errorf("%w: no record", ErrMalformed)
+		return errors.New("no record")
 	}
 	return nil
 }

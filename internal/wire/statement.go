@@ -43,7 +43,7 @@ func (s *statement) open(domain string, v any) (evm.Address, error) {
 	}
 	who, err := evm.Recover(evm.Keccak([]byte(domain), s.Body), s.Signature)
 	if err != nil {
-		return evm.Address{}, fmt.Errorf("%w: %w", ErrSigner, err)
+		return evm.Address{}, malformed(err) // whoever sent it: it is not the frame's
 	}
 	return who, strict(s.Body, v)
 }

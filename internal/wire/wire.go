@@ -60,16 +60,18 @@ type signer interface {
 	Sign(evm.Hash) (evm.Signature, error)
 }
 
-// strict decodes exactly one JSON value without unknown fields, or fails with
-// [ErrMalformed].
-func strict(b []byte, v any) error {
+// strict is parse for what is no message. It fails with [ErrMalformed].
+func strict(b []byte, v any) error { return malformed(parse(b, v)) }
+
+// parse decodes exactly one JSON value without unknown fields.
+func parse(b []byte, v any) error {
 	dec := json.NewDecoder(bytes.NewReader(b))
 	dec.DisallowUnknownFields()
 	if err := dec.Decode(v); err != nil {
-		return malformed(err)
+		return err
 	}
 	if _, err := dec.Token(); err != io.EOF {
-		return fmt.Errorf("%w: something follows the body", ErrMalformed)
+		return errors.New("something follows the body")
 	}
 	return nil
 }

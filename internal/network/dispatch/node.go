@@ -168,42 +168,19 @@ func (d *Dispatcher) tidy(n *node) {
 	}
 }
 
-// Heartbeat takes a node's report. The error ends the session.
-func (m *Member) Heartbeat(b *wire.Heartbeat) error {
-	if err := checkBeat(b); err != nil {
-		return err
-	}
+// Heartbeat takes a node's report, which is kept until the next one. Its bounds are
+// looked at where it enters, see package wire.
+func (m *Member) Heartbeat(b *wire.Heartbeat) {
 	d, n := m.d, m.node
 	d.mu.Lock()
 	defer d.mu.Unlock()
 	if m.gone {
-		return nil
+		return
 	}
 	n.beat, n.beatAt, n.blocked = b, time.Now(), time.Time{}
 	n.foreign = max(0, b.Busy-len(n.running))
 	d.refresh(n)
 	d.pump()
-	return nil
-}
-
-// checkBeat bounds a heartbeat, which is kept until the next one. Its texts are
-// cut where they enter, see [wire.MaxText].
-func checkBeat(b *wire.Heartbeat) error {
-	h := &b.Hardware
-	switch {
-	case len(b.Models) > 256 || len(h.GPUs) > 256:
-		return fmt.Errorf("%w: heartbeat lists %d models and %d GPUs, at most 256 each", ErrInvalid, len(b.Models), len(h.GPUs))
-	case b.Slots < 0 || b.Slots > 1<<16 || b.Busy < 0 || b.Busy > 1<<16:
-		return fmt.Errorf("%w: heartbeat says %d slots, %d busy", ErrInvalid, b.Slots, b.Busy)
-	case b.Class == nil:
-		return nil
-	case b.Class.Digest.IsZero():
-		return fmt.Errorf("%w: heartbeat has a class without a digest", ErrInvalid)
-	}
-	if err := b.Class.Hardware.Check(); err != nil {
-		return fmt.Errorf("%w: class of a heartbeat: %w", ErrInvalid, err)
-	}
-	return nil
 }
 
 // Accepted takes a node's word that it has written a job down. It reports

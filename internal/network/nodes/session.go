@@ -486,10 +486,8 @@ func (s *session) handle(member *dispatch.Member, msg wire.Message) error {
 	switch v := msg.(type) {
 	case *wire.Heartbeat:
 		expected = false // at the interval and at changes; a flood of them is slowed down
-		if err = member.Heartbeat(v); err == nil {
-			err = s.copy.Beat(v.Head)
-		}
-		if err == nil {
+		member.Heartbeat(v)
+		if err = s.copy.Beat(v.Head); err == nil {
 			s.m.compare(s.node, v)
 		}
 	case *wire.Accept:
@@ -507,7 +505,7 @@ func (s *session) handle(member *dispatch.Member, msg wire.Message) error {
 			s.sendAcks()
 		}
 	case *wire.OrderDone:
-		expected, err = s.orderDone(v)
+		expected = s.orderDone(v)
 	case *wire.Logs:
 		err = s.logs(v)
 	case *wire.Leaves:
@@ -527,19 +525,17 @@ func (s *session) handle(member *dispatch.Member, msg wire.Message) error {
 
 // orderDone takes a node's answer to an order. One that cannot be written down is
 // not acknowledged: the node sends it again in its next session.
-func (s *session) orderDone(a *wire.OrderDone) (expected bool, err error) {
-	expected, err = s.m.orders.Done(context.Background(), s.node, a)
+func (s *session) orderDone(a *wire.OrderDone) (expected bool) {
+	expected, err := s.m.orders.Done(context.Background(), s.node, a)
 	switch {
-	case errors.Is(err, wire.ErrMalformed):
-		return false, err
 	case err != nil:
 		s.log.Error("answer to an order is not written down", "order", a.ID, "error", err)
-		return false, nil
+		return false
 	case expected:
 		s.log.Info("order answered", "order", a.ID, "outcome", a.Outcome, "reason", a.Message)
 	}
 	s.Send(&wire.OrderAck{ID: a.ID})
-	return expected, nil
+	return expected
 }
 
 // logs takes a batch of the node's log. It is checked here, and written beside,
@@ -572,7 +568,7 @@ func (s *session) logs(l *wire.Logs) error {
 // owe notes a receipt that has been checked: its leaf has to come, too.
 func (s *session) owe(r *receipt.Signed) {
 	stated := r.Receipt()
-	s.copy.Result(receiptlog.Leaf(stated.Hash(r.ChainID())), stated.Job)
+	s.copy.Result(receiptlog.Leaf(r.Hash()), stated.Job)
 	s.owed = min(s.owed+1, leavesBurst)
 }
 
