@@ -37,6 +37,7 @@ install-network:
 	install -C -D -m 0755 -t $(DESTDIR)/usr/bin build/bin/resultity-network
 	install -C -D -m 0644 -t $(DESTDIR)/usr/lib/systemd/system units/resultity-network.service
 	install -C -D -m 0644 units/network-sysusers.conf $(DESTDIR)/usr/lib/sysusers.d/resultity-network.conf
+	install -C -D -m 0644 -t $(DESTDIR)/usr/lib/systemd/catalog units/resultity-network.catalog
 	install -C -D -m 0644 units/network-tmpfiles.conf $(DESTDIR)/usr/lib/tmpfiles.d/resultity-network.conf
 	install -C -D -m 0644 -t $(DESTDIR)/usr/share/doc/resultity-network internal/network/network.toml README.md LICENSE
 

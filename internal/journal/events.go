@@ -1,12 +1,13 @@
 package journal
 
-//go:generate go run ./catalog ../../units/resultity.catalog ../../README.md
+//go:generate go run ./catalog ../../units ../../README.md
 
 import (
 	"fmt"
 	"io"
 	"log/slog"
 	"regexp"
+	"slices"
 	"strings"
 )
 
@@ -171,7 +172,7 @@ var (
 	MembershipEnded  = event("3b6e0f52c8a94d17b1d2e97f60a4c804", "membership-ended", "The node's part in a network has ended", "The network has ordered this node to shut down. As the node is in another network, too, the agent goes on for that. The next start of the agent joins this one again; to stay away, remove its table from agent.toml.")
 )
 
-// Events lists all events, in the order of their declaration.
+// Events lists all events of a node, in the order of their declaration.
 var Events []*Event
 
 func event(id, name, subject, text string) *Event {
@@ -180,13 +181,13 @@ func event(id, name, subject, text string) *Event {
 	return e
 }
 
-// WriteCatalog writes the journal catalog of all events
-// (https://systemd.io/CATALOG).
-func WriteCatalog(w io.Writer) error {
+// WriteCatalog writes the journal catalog of events (https://systemd.io/CATALOG).
+// page is the manual page of the program that logs them.
+func WriteCatalog(w io.Writer, events []*Event, page string) error {
 	var b strings.Builder
 	b.WriteString("# Generated from internal/journal by `go generate ./internal/journal`; edit there.\n")
-	for _, e := range Events {
-		fmt.Fprintf(&b, "\n-- %s\nSubject: %s\nDefined-By: Resultity\nDocumentation: man:resultity-agent(8)\n\n%s\n", e.ID, e.Subject, wrap(e.Text, 78))
+	for _, e := range events {
+		fmt.Fprintf(&b, "\n-- %s\nSubject: %s\nDefined-By: Resultity\nDocumentation: man:%s(8)\n\n%s\n", e.ID, e.Subject, page, wrap(e.Text, 78))
 	}
 	_, err := io.WriteString(w, b.String())
 	return err
@@ -199,11 +200,11 @@ var troubles = regexp.MustCompile(`(^not-[a-z]+|-(behind|broken|cloned|closed|da
 var fieldInText = regexp.MustCompile(`@([A-Z_]+)@`)
 
 // WriteTroubles writes the events that tell of something wrong as a list in
-// Markdown.
-func WriteTroubles(w io.Writer) error {
+// Markdown. All of the network's do.
+func WriteTroubles(w io.Writer, events []*Event) error {
 	var b strings.Builder
-	for _, e := range Events {
-		if troubles.MatchString(e.Name) {
+	for _, e := range events {
+		if troubles.MatchString(e.Name) || slices.Contains(NetworkEvents, e) {
 			fmt.Fprintf(&b, "- **%s** (`%s`). %s\n", e.Subject, e.Name, fieldInText.ReplaceAllString(e.Text, "`$1`"))
 		}
 	}

@@ -12,6 +12,7 @@ import (
 	"io"
 	"log/slog"
 	"os"
+	"strconv"
 	"strings"
 
 	"github.com/coreos/go-systemd/v22/journal"
@@ -23,9 +24,15 @@ const FieldPrefix = "RESULTITY_"
 // New returns a logger for a program whose stderr is w. When w is connected to
 // the journal, records go there with their fields; otherwise they are lines of
 // text. Safe for concurrent use.
-func New(w *os.File, level slog.Level) *slog.Logger {
-	if ok, err := journal.StderrIsJournalStream(); err == nil && ok && w == os.Stderr {
-		return slog.New(&handler{level: level, send: journal.Send})
+func New(w io.Writer, level slog.Level) *slog.Logger { return newLogger(w, level, false) }
+
+// NewWithFacts is New for a program whose records are about many: the message has the
+// fields, too, so that journalctl shows who each is about.
+func NewWithFacts(w io.Writer, level slog.Level) *slog.Logger { return newLogger(w, level, true) }
+
+func newLogger(w io.Writer, level slog.Level, facts bool) *slog.Logger {
+	if ok, err := journal.StderrIsJournalStream(); err == nil && ok && w == io.Writer(os.Stderr) {
+		return slog.New(&handler{level: level, send: journal.Send, facts: facts})
 	}
 	return slog.New(Text(w, level))
 }
@@ -49,11 +56,25 @@ func Text(w io.Writer, level slog.Level) slog.Handler {
 type handler struct {
 	level  slog.Level
 	send   func(message string, priority journal.Priority, fields map[string]string) error
+	facts  bool // the message has the fields, too
 	fields []field
 	prefix string // of open groups
 }
 
 type field struct{ name, value string }
+
+// fact is the field in a message, "" for what is not for people.
+func (f field) fact() string {
+	name, ok := strings.CutPrefix(f.name, FieldPrefix)
+	if !ok {
+		return ""
+	}
+	value := f.value
+	if value == "" || strings.ContainsFunc(value, func(r rune) bool { return r == ' ' || r == '"' || !strconv.IsPrint(r) }) {
+		value = strconv.Quote(value)
+	}
+	return " " + strings.ToLower(name) + "=" + value
+}
 
 // Enabled implements [slog.Handler].
 func (h *handler) Enabled(_ context.Context, l slog.Level) bool { return l >= h.level }
@@ -65,16 +86,25 @@ func (h *handler) Handle(_ context.Context, r slog.Record) error {
 	for _, f := range h.fields {
 		fields[f.name] = f.value
 	}
-	message := r.Message
+	message, facts := r.Message, ""
+	for _, f := range h.fields {
+		facts += f.fact()
+	}
 	r.Attrs(func(a slog.Attr) bool {
 		if a.Key == "error" {
 			message += ": " + a.Value.String()
 		}
 		for _, f := range flatten(h.prefix, a) {
 			fields[f.name] = f.value
+			if a.Key != "error" {
+				facts += f.fact()
+			}
 		}
 		return true
 	})
+	if h.facts {
+		message += facts
+	}
 	return h.send(message, priority(r.Level), fields)
 }
 

@@ -6,6 +6,7 @@ import (
 	"log/slog"
 	"os"
 	"regexp"
+	"slices"
 	"strings"
 	"testing"
 
@@ -46,7 +47,7 @@ func TestRecordBecomesFields(t *testing.T) {
 func TestEventsAreSound(t *testing.T) {
 	ids, names := map[string]bool{}, map[string]bool{}
 	hex := regexp.MustCompile(`^[0-9a-f]{32}$`)
-	for _, e := range Events {
+	for _, e := range slices.Concat(Events, NetworkEvents) {
 		if !hex.MatchString(e.ID) || ids[e.ID] || names[e.Name] || e.Subject == "" || e.Text == "" {
 			t.Errorf("event %s: bad or repeated id, name or text", e.Name)
 		}
@@ -55,13 +56,28 @@ func TestEventsAreSound(t *testing.T) {
 }
 
 func TestCatalogIsCurrent(t *testing.T) {
-	var want bytes.Buffer
-	if err := WriteCatalog(&want); err != nil {
-		t.Fatal(err)
+	for _, c := range Catalogs {
+		var want bytes.Buffer
+		if err := WriteCatalog(&want, c.Events, c.Page); err != nil {
+			t.Fatal(err)
+		}
+		got, err := os.ReadFile("../../units/" + c.File)
+		if err != nil || len(c.Events) == 0 || !bytes.Equal(got, want.Bytes()) {
+			t.Fatalf("units/%s is not current (%v): run go generate ./internal/journal", c.File, err)
+		}
 	}
-	got, err := os.ReadFile("../../units/resultity.catalog")
-	if err != nil || !bytes.Equal(got, want.Bytes()) {
-		t.Fatalf("units/resultity.catalog is not current (%v): run go generate ./internal/journal", err)
+}
+
+// A record about one of many says in the message which.
+func TestFactsAreInTheMessage(t *testing.T) {
+	var got string
+	h := &handler{level: slog.LevelInfo, facts: true, send: func(m string, _ journal.Priority, _ map[string]string) error {
+		got = m
+		return nil
+	}}
+	slog.New(h).With("node", "0x1").Warn("frame refused", NodeFrameRefused.Attr(), "reason", "tag", "text", "a\nb c", "error", io.EOF)
+	if want := `frame refused: EOF node=0x1 event=node-frame-refused reason=tag text="a\nb c"`; got != want {
+		t.Errorf("%s, want %s", got, want)
 	}
 }
 

@@ -9,6 +9,7 @@ import (
 
 	"github.com/prometheus/client_golang/prometheus"
 
+	"github.com/resultity/node/internal/journal"
 	"github.com/resultity/node/internal/network/nodes"
 )
 
@@ -69,7 +70,7 @@ func (c *crowd) enter(from netip.Prefix) bool {
 	if full || from.IsValid() && c.of[from] >= c.ofSource {
 		if time.Since(c.said) > time.Minute {
 			c.said = time.Now()
-			c.log.Warn("too many connections; more are closed at once, and the log says so once a minute", "open", c.open, "source", from, "of_source", c.of[from])
+			c.log.Warn("too many connections; more are closed at once, and the log says so once a minute", journal.ConnectionsRefused.Attr(), "open", c.open, "source", from, "of_source", c.of[from])
 		}
 		return false
 	}

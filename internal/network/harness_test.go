@@ -23,6 +23,7 @@ import (
 	"time"
 
 	"github.com/resultity/node/internal/evm"
+	"github.com/resultity/node/internal/journal"
 	"github.com/resultity/node/internal/network"
 	"github.com/resultity/node/internal/network/cli"
 	"github.com/resultity/node/internal/network/nodetest"
@@ -158,7 +159,7 @@ func (n *testNetwork) file(name string) string {
 }
 
 func (n *testNetwork) log() *slog.Logger {
-	return slog.New(slog.NewTextHandler(n.logs, &slog.HandlerOptions{Level: slog.LevelDebug}))
+	return slog.New(journal.Text(n.logs, slog.LevelDebug))
 }
 
 // start makes and starts a network that ends with the test.

@@ -56,6 +56,7 @@ import (
 
 	"github.com/resultity/node/internal/digest"
 	"github.com/resultity/node/internal/evm"
+	"github.com/resultity/node/internal/journal"
 	"github.com/resultity/node/internal/network/dispatch"
 	"github.com/resultity/node/internal/network/gateway"
 	"github.com/resultity/node/internal/network/mail"
@@ -393,7 +394,7 @@ func (s *service) warnOfKeys() {
 		s.log.Warn("keys could not be looked at", "error", err)
 	}
 	if len(exposed) > 0 {
-		s.log.Warn("root and targets keys are within reach of the service, which does not need them; keep them on other media and give publish the targets key with --key", "files", exposed)
+		s.log.Warn("root and targets keys are within reach of the service, which does not need them; keep them on other media and give publish the targets key with --key", journal.KeysExposed.Attr(), "files", exposed)
 	}
 }
 
@@ -486,11 +487,11 @@ func (s *service) verify(warn bool) {
 		return
 	}
 	if err != nil {
-		s.log.Error("nodes refuse what is published", "error", err)
+		s.log.Error("nodes refuse what is published", journal.ConfigurationFailed.Attr(), "error", err)
 	}
 	for _, e := range list {
 		if e.Due {
-			s.log.Warn("metadata runs out", "role", e.Role, "version", e.Version, "expires", e.Expires.UTC().Format(time.RFC3339), "remedy", e.Remedy())
+			s.log.Warn("metadata runs out", journal.ConfigurationRunsOut.Attr(), "role", e.Role, "version", e.Version, "expires", e.Expires.UTC().Format(time.RFC3339), "remedy", e.Remedy())
 		}
 	}
 }
@@ -529,7 +530,7 @@ func (s *service) watch(ctx context.Context) error {
 		}
 		if !time.Now().Before(renew) {
 			if _, err := publish.Refresh(s.cfg.Dir); err != nil {
-				s.log.Error("timestamp was not renewed; nodes refuse the configuration once it has expired", "error", err)
+				s.log.Error("timestamp was not renewed; nodes refuse the configuration once it has expired", journal.ConfigurationFailed.Attr(), "error", err)
 				renew = time.Now().Add(max(s.renewIn(), retryRenewal))
 			} else {
 				renew = time.Now().Add(s.renewIn())
@@ -538,7 +539,7 @@ func (s *service) watch(ctx context.Context) error {
 		if now := s.stamp(); now != s.seen {
 			s.seen, verified = now, time.Time{}
 			if err := s.reload(ctx); err != nil {
-				s.log.Error("published configuration was not taken over", "error", err)
+				s.log.Error("published configuration was not taken over", journal.ConfigurationFailed.Attr(), "error", err)
 			}
 			renew = time.Now().Add(s.renewIn())
 		} else if s.unwell() != nil {

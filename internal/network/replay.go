@@ -11,6 +11,7 @@ import (
 
 	"github.com/resultity/node/internal/digest"
 	"github.com/resultity/node/internal/evm"
+	"github.com/resultity/node/internal/journal"
 	"github.com/resultity/node/internal/network/dispatch"
 	"github.com/resultity/node/internal/network/store"
 	"github.com/resultity/node/internal/openai"
@@ -166,7 +167,7 @@ func (s *service) replayed(v *Replay) *Replay {
 	if v.Verdict == openai.Same {
 		s.log.Info("two nodes give one answer", attrs...)
 	} else {
-		s.log.Warn("two nodes give different answers, or cannot be compared", append(attrs, "difference", v.Difference, "why", v.Reason)...)
+		s.log.Warn("two nodes give different answers, or cannot be compared", append(attrs, journal.AnswersDiffer.Attr(), "difference", v.Difference, "why", v.Reason)...)
 	}
 	return v
 }

@@ -18,6 +18,7 @@ import (
 	"testing"
 	"time"
 
+	"github.com/resultity/node/internal/journal"
 	"github.com/resultity/node/test/host"
 )
 
@@ -587,13 +588,14 @@ func newSite(t *testing.T, lab *host.Lab, release host.Release, image string) *s
 		}
 	}
 	for from, to := range map[string]string{
-		"resultity-agent.service":  "/usr/lib/systemd/user/resultity-agent.service",
-		"resultity-podman.service": "/usr/lib/systemd/user/resultity-podman.service",
-		"resultity-podman.socket":  "/usr/lib/systemd/user/resultity-podman.socket",
-		"sysusers.conf":            "/usr/lib/sysusers.d/resultity.conf",
-		"tmpfiles.conf":            "/usr/lib/tmpfiles.d/resultity.conf",
-		"user.preset":              "/usr/lib/systemd/user-preset/90-resultity.preset",
-		"resultity.catalog":        "/usr/lib/systemd/catalog/resultity.catalog",
+		"resultity-agent.service":   "/usr/lib/systemd/user/resultity-agent.service",
+		"resultity-podman.service":  "/usr/lib/systemd/user/resultity-podman.service",
+		"resultity-podman.socket":   "/usr/lib/systemd/user/resultity-podman.socket",
+		"sysusers.conf":             "/usr/lib/sysusers.d/resultity.conf",
+		"tmpfiles.conf":             "/usr/lib/tmpfiles.d/resultity.conf",
+		"user.preset":               "/usr/lib/systemd/user-preset/90-resultity.preset",
+		"resultity.catalog":         "/usr/lib/systemd/catalog/resultity.catalog",
+		"resultity-network.catalog": "/usr/lib/systemd/catalog/resultity-network.catalog",
 	} {
 		raw, err := os.ReadFile(filepath.Join("../../units", from))
 		if err != nil {
@@ -689,6 +691,9 @@ func (s *site) units() {
 	}
 	if got := s.root("journalctl", "--dump-catalog", "7c1f2a2f6f8e4d6a9a4a5d1e0b7c3f03"); !strings.Contains(got, "configuration file") {
 		t.Errorf("catalog: %s", got)
+	}
+	if got := s.root("journalctl", "--dump-catalog", journal.NodeFrameRefused.ID); !strings.Contains(got, "message of a node was refused") {
+		t.Errorf("catalog of the network service: %s", got)
 	}
 }
 

@@ -9,6 +9,7 @@ import (
 	"io"
 	"log"
 	"os"
+	"path/filepath"
 
 	"github.com/resultity/node/internal/gate"
 	"github.com/resultity/node/internal/journal"
@@ -21,13 +22,15 @@ const (
 )
 
 func main() {
-	catalog, readme := os.Args[1], os.Args[2]
-	var b bytes.Buffer
-	if err := journal.WriteCatalog(&b); err != nil {
-		log.Fatal(err)
-	}
-	if err := os.WriteFile(catalog, b.Bytes(), 0o644); err != nil {
-		log.Fatal(err)
+	units, readme := os.Args[1], os.Args[2]
+	for _, c := range journal.Catalogs {
+		var b bytes.Buffer
+		if err := journal.WriteCatalog(&b, c.Events, c.Page); err != nil {
+			log.Fatal(err)
+		}
+		if err := os.WriteFile(filepath.Join(units, c.File), b.Bytes(), 0o644); err != nil {
+			log.Fatal(err)
+		}
 	}
 	text, err := os.ReadFile(readme)
 	if err == nil {
@@ -65,5 +68,11 @@ func chapter(w io.Writer) error {
 	if _, err := io.WriteString(w, "\nWhat the journal says when something is wrong (`journalctl -x` has the same words):\n\n"); err != nil {
 		return err
 	}
-	return journal.WriteTroubles(w)
+	if err := journal.WriteTroubles(w, journal.Events); err != nil {
+		return err
+	}
+	if _, err := io.WriteString(w, "\nAnd of a network service (`journalctl -x -u resultity-network`; `journalctl RESULTITY_NODE=0x…` has what is about one node):\n\n"); err != nil {
+		return err
+	}
+	return journal.WriteTroubles(w, journal.NetworkEvents)
 }

@@ -20,6 +20,7 @@ import (
 
 	"github.com/spf13/cobra"
 
+	"github.com/resultity/node/internal/journal"
 	"github.com/resultity/node/internal/network"
 	"github.com/resultity/node/internal/publish"
 	"github.com/resultity/node/internal/snapshot"
@@ -105,7 +106,7 @@ func dirFlag(cmd *cobra.Command) func() (string, error) {
 
 // quiet is for commands whose store would otherwise talk about itself.
 func quiet(cmd *cobra.Command) *slog.Logger {
-	return slog.New(slog.NewTextHandler(cmd.ErrOrStderr(), &slog.HandlerOptions{Level: slog.LevelWarn}))
+	return slog.New(journal.Text(cmd.ErrOrStderr(), slog.LevelWarn))
 }
 
 func initCommand() *cobra.Command {
@@ -308,7 +309,7 @@ func serveCommand() *cobra.Command {
 		}
 		var level slog.Level
 		_ = level.UnmarshalText([]byte(c.LogLevel)) // Run says what is wrong with it
-		return network.Run(cmd.Context(), c, slog.New(slog.NewTextHandler(cmd.ErrOrStderr(), &slog.HandlerOptions{Level: level})))
+		return network.Run(cmd.Context(), c, journal.NewWithFacts(cmd.ErrOrStderr(), level))
 	}
 	return cmd
 }

@@ -45,6 +45,7 @@ import (
 	"time"
 
 	"github.com/resultity/node/internal/evm"
+	"github.com/resultity/node/internal/journal"
 	"github.com/resultity/node/internal/network/metrics"
 	"github.com/resultity/node/internal/network/store"
 	"github.com/resultity/node/internal/receipt"
@@ -230,7 +231,7 @@ func (c *logCopy) load(ctx context.Context) error {
 	case errors.Is(err, store.ErrNotFound):
 		r = new(store.ReceiptLog)
 	case errors.Is(err, store.ErrDamaged):
-		c.log.Error("copy of the node's receipt log is damaged and begins anew, with what the node still has", "error", err)
+		c.log.Error("copy of the node's receipt log is damaged and begins anew, with what the node still has", journal.ReceiptLogDamaged.Attr(), "error", err)
 		c.m.metrics.LogsDamaged.Inc()
 		lost := new(store.ReceiptLog)
 		if r != nil {
@@ -430,7 +431,7 @@ func (c *logCopy) root(size uint64) (evm.Hash, error) {
 // conflict keeps two heads that cannot be of one log. The node is out from now on.
 func (c *logCopy) conflict(first, second *receiptlog.SignedHead) {
 	c.count("conflict")
-	c.log.Error("receipt log of the node contradicts what it has signed before; it gets no more jobs",
+	c.log.Error("receipt log of the node contradicts what it has signed before; it gets no more jobs", journal.NodeLogContradicted.Attr(),
 		"first_size", first.Size, "first_root", first.Root, "second_size", second.Size, "second_root", second.Root)
 	stored := *c.stored
 	stored.Conflict = &store.Conflict{First: *first, Second: *second, Found: time.Now().UnixMilli()}
@@ -573,7 +574,7 @@ func (c *logCopy) storeHead() (err error) {
 
 // again begins a copy that was found damaged anew.
 func (c *logCopy) again(why error) error {
-	c.log.Error("copy of the node's receipt log was changed by somebody else", "error", why)
+	c.log.Error("copy of the node's receipt log was changed by somebody else", journal.ReceiptLogDamaged.Attr(), "error", why)
 	c.next, c.older, c.asked = nil, nil, nil
 	c.forget()
 	if c.session != nil { // its next head would be one of leaves that are forgotten
@@ -684,7 +685,7 @@ func (c *logCopy) look() (err error) {
 		e.overdue = true
 		c.expected[leaf] = e
 		if c.overdue++; c.overdue == 1 {
-			c.log.Warn("a receipt of the node is not in its log, though heartbeats have come since", "job", e.job, "log", c.stored.Size())
+			c.log.Warn("a receipt of the node is not in its log, though heartbeats have come since", journal.NodeReceiptLeftOut.Attr(), "job", e.job, "log", c.stored.Size())
 		}
 	}
 	return nil
@@ -728,7 +729,7 @@ func (c *logCopy) lookForOverdue() {
 			c.settle(leaf)
 			c.leftOut++
 			c.m.metrics.LeftOut.Inc()
-			c.log.Error("receipt log of the node has gone on without a receipt", "job", e.job, "log", c.stored.Size())
+			c.log.Error("receipt log of the node has gone on without a receipt", journal.NodeReceiptLeftOut.Attr(), "job", e.job, "log", c.stored.Size())
 		case !e.asked && age > patience*beat:
 			e.asked = true
 			c.expected[leaf] = e
@@ -802,5 +803,5 @@ func (m *Mirror) prove(ctx context.Context, node evm.Address, leaf evm.Hash, at 
 
 func (m *Mirror) damaged(node evm.Address, err error) {
 	m.metrics.LogsDamaged.Inc()
-	m.log.Error("copy of a node's receipt log is damaged", "node", node, "error", err)
+	m.log.Error("copy of a node's receipt log is damaged", journal.ReceiptLogDamaged.Attr(), "node", node, "error", err)
 }

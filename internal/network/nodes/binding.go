@@ -17,6 +17,7 @@ import (
 	"github.com/resultity/node/internal/binding"
 	"github.com/resultity/node/internal/evm"
 	"github.com/resultity/node/internal/failpoint"
+	"github.com/resultity/node/internal/journal"
 	"github.com/resultity/node/internal/network/mail"
 	"github.com/resultity/node/internal/network/store"
 	"github.com/resultity/node/internal/wire"
@@ -73,7 +74,7 @@ func (m *Manager) ServeBinding(w http.ResponseWriter, r *http.Request) {
 		if no, ok := errors.AsType[*refusal](err); ok {
 			status, text = no.status, no.text
 		}
-		m.log.Warn("binding refused", "node", req.Node, "step", fmt.Sprintf("%.20q", req.Step), "status", status, "from", r.RemoteAddr, "error", err)
+		m.log.Warn("binding refused", journal.NodeBindingRefused.Attr(), "node", req.Node, "step", fmt.Sprintf("%.20q", req.Step), "status", status, "from", r.RemoteAddr, "error", err)
 	}
 	m.metrics.Bindings.WithLabelValues(stepLabel(req.Step), http.StatusText(status)).Inc()
 	if err == nil {

@@ -34,6 +34,7 @@ import (
 	"github.com/resultity/node/internal/digest"
 	"github.com/resultity/node/internal/evm"
 	"github.com/resultity/node/internal/failpoint"
+	"github.com/resultity/node/internal/journal"
 	"github.com/resultity/node/internal/network/classes"
 	"github.com/resultity/node/internal/network/dispatch"
 	"github.com/resultity/node/internal/network/metrics"
@@ -166,7 +167,7 @@ func (m *Manager) Classes() *classes.Book { return m.classes }
 // is for people to look at: nobody is stopped by it.
 func (m *Manager) compare(node evm.Address, beat *wire.Heartbeat) {
 	for _, odd := range m.classes.Take(node, beat, time.Now()) {
-		m.log.Warn("a node gives other golden answers than most of its determinism class", "node", odd, "config", beat.Config, "class", beat.Class.Digest)
+		m.log.Warn("a node gives other golden answers than most of its determinism class", journal.NodeAnswersOdd.Attr(), "node", odd, "config", beat.Config, "class", beat.Class.Digest)
 	}
 }
 
@@ -175,7 +176,7 @@ func (m *Manager) ServeRegister(w http.ResponseWriter, r *http.Request) {
 	reply, status, err := m.registerNode(w, r)
 	m.metrics.Registrations.WithLabelValues(http.StatusText(status)).Inc()
 	if err != nil {
-		m.log.Warn("registration refused", "status", status, "from", r.RemoteAddr, "error", err)
+		m.log.Warn("registration refused", journal.NodeRegistrationRefused.Attr(), "status", status, "from", r.RemoteAddr, "error", err)
 		if status == http.StatusInternalServerError {
 			err = errors.New("the network could not write it down; try again later")
 		}
@@ -254,7 +255,7 @@ func (m *Manager) ServeSession(w http.ResponseWriter, r *http.Request) {
 	own := wire.NewSecret()
 	node, counted, agreed, status, err := m.admit(r, own)
 	if err != nil {
-		m.log.Warn("session refused", "status", status, "from", r.RemoteAddr, "error", err)
+		m.log.Warn("session refused", journal.NodeSessionRefused.Attr(), "status", status, "from", r.RemoteAddr, "error", err)
 		http.Error(w, err.Error(), status)
 		return
 	}
@@ -267,7 +268,7 @@ func (m *Manager) ServeSession(w http.ResponseWriter, r *http.Request) {
 	conn, err := m.upgrader.Upgrade(w, r, http.Header{wire.HeaderKey: {own.Public().String()}})
 	if err != nil { // Upgrade has answered
 		m.remove(s)
-		m.log.Warn("session refused", "node", node, "from", r.RemoteAddr, "error", err)
+		m.log.Warn("session refused", journal.NodeSessionRefused.Attr(), "node", node, "from", r.RemoteAddr, "error", err)
 		return
 	}
 	if conn.Subprotocol() != wire.Subprotocol {

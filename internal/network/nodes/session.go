@@ -21,6 +21,7 @@ import (
 	"github.com/resultity/node/internal/digest"
 	"github.com/resultity/node/internal/evm"
 	"github.com/resultity/node/internal/failpoint"
+	"github.com/resultity/node/internal/journal"
 	"github.com/resultity/node/internal/network/dispatch"
 	"github.com/resultity/node/internal/network/mirror"
 	"github.com/resultity/node/internal/network/store"
@@ -283,7 +284,11 @@ func (s *session) blame(err error) bool {
 			continue
 		}
 		s.m.metrics.FramesRefused.WithLabelValues(r.name).Inc()
-		s.log.Warn("frame refused", "reason", r.name, "error", err)
+		event := journal.NodeFrameRefused
+		if r.err == errCloned {
+			event = journal.NodeCloned
+		}
+		s.log.Warn("frame refused", event.Attr(), "reason", r.name, "error", err)
 		code := websocket.ClosePolicyViolation
 		switch r.name {
 		case "too_large":
@@ -636,7 +641,7 @@ func (s *session) named(r *receipt.Signed) {
 		switch {
 		case errors.Is(err, store.ErrNotFound):
 			s.m.metrics.Unrecorded.Inc()
-			s.log.Warn("receipts name a sandbox that there is no record of", "digest", d, "job", rc.Job)
+			s.log.Warn("receipts name a sandbox that there is no record of", journal.NodeSandboxUnrecorded.Attr(), "digest", d, "job", rc.Job)
 		case err != nil:
 			s.log.Error("record of the node's sandbox could not be looked for", "error", err)
 		}

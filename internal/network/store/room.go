@@ -10,6 +10,8 @@ import (
 	"sync"
 	"syscall"
 	"time"
+
+	"github.com/resultity/node/internal/journal"
 )
 
 var (
@@ -147,7 +149,7 @@ func (s *Store) guard(ctx context.Context) {
 	}
 	switch {
 	case was.Err == nil && now.Err != nil:
-		s.log.Error("no new requests are taken until the disk of the store is well", "error", now.Err, "free", now.Free)
+		s.log.Error("no new requests are taken until the disk of the store is well", journal.RequestsRefused.Attr(), "error", now.Err, "free", now.Free)
 	case was.Err != nil && now.Err == nil:
 		s.log.Info("requests are taken again", "free", now.Free, "reopened", now.Reopened)
 	}
