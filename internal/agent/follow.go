@@ -25,6 +25,7 @@ import (
 func (m *membership) follow(ctx context.Context) error {
 	var next backoff
 	for {
+		earliest := time.Now().Add(updateGap)
 		if err := m.askNetwork(ctx); err != nil {
 			next.failed()
 			m.sayExpired(time.Now())
@@ -40,11 +41,22 @@ func (m *membership) follow(ctx context.Context) error {
 			timer.Stop()
 			return nil
 		case <-m.update:
+			timer.Reset(time.Until(earliest))
+			select {
+			case <-ctx.Done():
+				timer.Stop()
+				return nil
+			case <-timer.C:
+			}
 		case <-timer.C:
 		}
 		timer.Stop()
 	}
 }
+
+// updateGap is the least time between two questions for the configuration: a network
+// that says without end that there is news has the node check the same again.
+const updateGap = time.Second / 4
 
 // recall takes up the configuration that was verified last, so that a node goes
 // on without its network.

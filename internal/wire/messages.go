@@ -3,6 +3,7 @@ package wire
 import (
 	"errors"
 	"fmt"
+	"maps"
 	"slices"
 
 	"github.com/resultity/node/internal/determinism"
@@ -313,6 +314,16 @@ var messages = func() map[Type]func() Message {
 	}
 	return m
 }()
+
+// Messages returns an empty message of each type that goes in a direction, by name.
+func Messages(d Direction) (list []Message) {
+	for _, t := range slices.Sorted(maps.Keys(messages)) {
+		if m := messages[t](); m.direction() == d {
+			list = append(list, m)
+		}
+	}
+	return list
+}
 
 func decode(typ []byte, d Direction, data []byte) (Message, error) {
 	f, ok := messages[Type(typ)]
