@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"io/fs"
 	"path"
+	"slices"
 	"strings"
 	"syscall"
 
@@ -21,7 +22,7 @@ const defaultMargin = 512 << 20
 type NoSpaceError struct {
 	Dir  string // of the store
 	Need int64  // bytes that still have to be written
-	Free int64  // bytes that may be used
+	Free int64  // bytes that may be used for them, beside what others are fetching
 }
 
 func (e *NoSpaceError) Error() string {
@@ -46,10 +47,49 @@ func (s *Store) free() (int64, error) {
 	return max(0, int64(st.Bavail)*unit-s.margin), nil
 }
 
-// preflight fails before the first byte if the rest of m does not fit.
-func (s *Store) preflight(ctx context.Context, m *snapshot.Model) error {
-	var need int64
+// preflight fails before the first byte if the rest of m does not fit beside the
+// rest of what others are fetching. From then on until done is called m is one of
+// those.
+func (s *Store) preflight(ctx context.Context, m *snapshot.Model) (done func(), err error) {
+	s.space.Lock() // of two that would not fit together the first one does
+	defer s.space.Unlock()
 	seen := map[string]bool{}
+	var others int64
+	for _, o := range s.coming {
+		others += s.missing(o, seen)
+	}
+	need := s.missing(m, seen)
+	enough := func() (bool, int64, error) {
+		free, err := s.free()
+		free = max(0, free-others)
+		return need == 0 || free >= need, free, err
+	}
+	fits, free, err := enough()
+	if err == nil && !fits {
+		// Damaged files are kept for whoever wants to look at them, but not at the
+		// price of a model.
+		if err = s.dropQuarantined(ctx, m); err == nil {
+			fits, free, err = enough()
+		}
+	}
+	switch {
+	case err != nil:
+		return nil, err
+	case !fits:
+		return nil, &NoSpaceError{s.dir, need, free}
+	}
+	s.coming = append(s.coming, m)
+	return func() {
+		s.space.Lock()
+		defer s.space.Unlock()
+		i := slices.Index(s.coming, m) // any of them: they are the same model
+		s.coming = slices.Delete(s.coming, i, i+1)
+	}, nil
+}
+
+// missing returns how many bytes of m still have to be written, but for those of
+// the blobs in seen. It adds m's.
+func (s *Store) missing(m *snapshot.Model, seen map[string]bool) (need int64) {
 	for _, f := range m.Files {
 		name := path.Join(blobs, f.SHA256.Hex())
 		if seen[name] {
@@ -64,28 +104,7 @@ func (s *Store) preflight(ctx context.Context, m *snapshot.Model) error {
 			need -= min(blocks(st), f.Size) // it has holes
 		}
 	}
-	if need == 0 {
-		return nil
-	}
-	free, err := s.free()
-	if err != nil {
-		return err
-	}
-	if free >= need {
-		return nil
-	}
-	// Damaged files are kept for whoever wants to look at them, but not at the
-	// price of a model.
-	if err := s.dropQuarantined(ctx, m); err != nil {
-		return err
-	}
-	if free, err = s.free(); err != nil {
-		return err
-	}
-	if free < need {
-		return &NoSpaceError{s.dir, need, free}
-	}
-	return nil
+	return need
 }
 
 // blocks returns how many bytes of the disk a file takes.

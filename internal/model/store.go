@@ -68,6 +68,9 @@ type Store struct {
 
 	locks keyed // by blob or tree name: who works on it
 
+	space  sync.Mutex        // guards coming; held while it is looked whether one more fits
+	coming []*snapshot.Model // what running calls of Ensure fetch
+
 	// mu guards busy. It is also held while Retain removes files, so that no
 	// Ensure begins to rely on one that is going away.
 	mu   sync.Mutex
@@ -127,9 +130,11 @@ func (s *Store) Ensure(ctx context.Context, m *snapshot.Model, progress func(don
 		}
 	}
 	report(0)
-	if err := s.preflight(ctx, m); err != nil {
+	arrived, err := s.preflight(ctx, m)
+	if err != nil {
 		return "", fmt.Errorf("model %s %s: %w", m.Name, m.Version, err)
 	}
+	defer arrived()
 	for i := range m.Files {
 		f := &m.Files[i]
 		if err := s.ensureBlob(ctx, f, report); err != nil {
