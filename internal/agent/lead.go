@@ -19,8 +19,8 @@ import (
 // machine leads: its newest configuration is what should run. One is passed over
 // while it has nothing for the machine to do, whose jobs would only be missed
 // elsewhere: it has drained the node or has it bound to no account, it has been
-// out of reach for awayPatience, it has no configuration yet, or its
-// configuration does not come up here. A network takes jobs only from nodes on
+// out of reach for awayPatience, it has no configuration yet, what that needs has been
+// on its way here for fetchPatience, or it does not come up here. A network takes jobs only from nodes on
 // its newest configuration, so that its last good one is gone back to at once,
 // but does not hold the machine where another network could use it. Where none
 // can, it does.
@@ -32,6 +32,7 @@ import (
 
 const (
 	awayPatience  = 10 * time.Minute // without a session, until the machine works for the next network
+	fetchPatience = 10 * time.Minute // for what its newest configuration needs to be fetched, however that goes
 	backPatience  = 15 * time.Second // with one, until it works for this one again
 	firstPatience = 30 * time.Second // for the first answer of networks of higher priority, on a machine that has run nothing yet
 )
@@ -40,6 +41,7 @@ const (
 type standing struct {
 	newest digest.Digest // its configuration, as of the last look
 	fetch  backoff       // staging
+	waits  time.Time     // for what it needs, which is being fetched: since; zero for not
 	again  backoff       // a generation of it that this machine has failed, or its part in the runtime, while another one serves
 
 	fit   bool      // it can use the machine, as far as that is not a matter of its configuration
@@ -179,7 +181,15 @@ func (u *updater) passOver(v *generation.View, m *membership, now time.Time) str
 		st.ahead = true
 		return "what its newest configuration needs cannot be had; it is tried again"
 	}
-	return ""
+	if st.waits.IsZero() {
+		return ""
+	}
+	if until := st.waits.Add(fetchPatience); now.Before(until) {
+		u.lookAt(until)
+		return ""
+	}
+	st.ahead = true
+	return "what its newest configuration needs is still being fetched"
 }
 
 // unfit says why the machine would get no jobs from a network whatever it ran, ""
@@ -248,7 +258,7 @@ func (u *updater) share(ctx context.Context, v *generation.View) {
 		case m == u.owner():
 		case st.ahead && !deploy.Shareable(u.active.Snapshot(), s):
 			u.wait(m)
-			u.prepareAlone(ctx, v, s) // it was passed over since it could not be staged
+			u.prepareToo(ctx, v, s) // it was passed over since it could not be staged
 		case !deploy.Shareable(u.active.Snapshot(), s):
 			u.wait(m)
 		case m.door.doubted() != "":
@@ -261,9 +271,9 @@ func (u *updater) share(ctx context.Context, v *generation.View) {
 	}
 }
 
-// prepareAlone stages what is not staged yet, if nothing else is being staged.
-func (u *updater) prepareAlone(ctx context.Context, v *generation.View, s *snapshot.Snapshot) {
-	if q := u.plans[s.Digest()]; u.staging == nil && (q == nil || q.stale) {
+// prepareToo stages what is not staged yet.
+func (u *updater) prepareToo(ctx context.Context, v *generation.View, s *snapshot.Snapshot) {
+	if q := u.plans[s.Digest()]; q == nil || q.stale {
 		u.stage(ctx, v, s)
 	}
 }
@@ -275,7 +285,7 @@ func (u *updater) join(ctx context.Context, v *generation.View, m *membership, s
 		if !m.board.runs() {
 			u.wait(m)
 		}
-		u.prepareAlone(ctx, v, s)
+		u.prepareToo(ctx, v, s)
 		return
 	}
 	if string(p.plan.Unit()) != string(lead.plan.Unit()) {

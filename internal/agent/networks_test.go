@@ -310,6 +310,59 @@ func TestPassedOver(t *testing.T) {
 	}
 }
 
+// What one network's configuration needs may be on its way for ever. Until then the
+// others have what they need, and after a while the machine.
+func TestStalledDownload(t *testing.T) {
+	stall := func(w *duo, image int) (s *snapshot.Snapshot, end func()) {
+		until := make(chan struct{})
+		ref, err := snapshot.ParseImageRef(deploytest.Image(image))
+		if err != nil {
+			w.t.Fatal(err)
+		}
+		w.machine.Fail(deploytest.ImageOf(ref), &deploytest.Fault{Block: true, Until: until})
+		return w.publish(w.a, map[string]any{"runtime.image": deploytest.Image(image)}), func() { close(until) }
+	}
+	t.Run("the other one gets the machine", func(t *testing.T) {
+		inTwo(t, map[string]any{"runtime.image": deploytest.Image(2)}, func(t *testing.T, w *duo, sa, sb *snapshot.Snapshot) {
+			_, end := stall(w, 3)
+			pass(fetchPatience / 2)
+			newest, end2 := stall(w, 4) // another one is waited for no longer
+			pass(fetchPatience/2 - 10*time.Second)
+			w.is(w.a, active, sa)
+			w.is(w.b, standby, sb)
+			pass(20 * time.Second)
+			w.is(w.b, active, sb)
+			w.is(w.a, standby, newest)
+			// It is gone on with meanwhile, whatever the other one does.
+			sb = w.publish(w.b, map[string]any{"runtime.image": deploytest.Image(5)})
+			pass(10 * time.Second)
+			w.is(w.b, active, sb)
+			end()
+			end2()
+			pass(10 * time.Second)
+			w.is(w.a, active, newest)
+			w.is(w.b, standby, sb)
+			if n := strings.Count(strings.Join(w.machine.Calls(), "\n"), "/llamacpp@"); n != 2 {
+				t.Errorf("what is stalled was begun %d times, want twice: once for each configuration", n)
+			}
+		})
+	})
+	t.Run("who shares the runtime is not held up", func(t *testing.T) {
+		inTwo(t, nil, func(t *testing.T, w *duo, sa, sb *snapshot.Snapshot) {
+			newest, end := stall(w, 3)
+			pass(5 * time.Second)
+			sb = w.publish(w.b, map[string]any{"limits.tokens": 60})
+			pass(5 * time.Second)
+			w.is(w.a, active, sa)
+			w.is(w.b, active, sb)
+			end()
+			pass(10 * time.Second)
+			w.is(w.a, active, newest)
+			w.is(w.b, standby, sb)
+		})
+	})
+}
+
 // orderOf has a network give an order, and returns the answer.
 func (w *duo) orderOf(p *party, kind wire.OrderKind) *wire.OrderDone {
 	w.t.Helper()

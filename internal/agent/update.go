@@ -5,6 +5,7 @@ import (
 	"errors"
 	"fmt"
 	"math/rand/v2"
+	"slices"
 	"sync"
 	"time"
 
@@ -68,8 +69,10 @@ type updater struct {
 	plans    map[digest.Digest]*staged // of what is current and what should be, by configuration
 	led      *membership               // by whose configuration the loop went last
 	began    time.Time
-	review   time.Time // when another network may have the say; zero for never
-	staging  *staging  // under way until its result is here, or nil; never two
+	review   time.Time                // when another network may have the say; zero for never
+	staging  map[*membership]*staging // under way until the result is here; one of each network
+	opening  sync.Mutex               // guards first; held while the deployer is opened
+	first    deployer                 // what deployer will be, for the stagings
 	results  chan *result
 	wg       sync.WaitGroup // staging
 	tried    string         // start of the unit at the last attempt to use it
@@ -108,7 +111,7 @@ type staged struct {
 func (a *Agent) updates(ctx context.Context) error {
 	u := &updater{
 		Agent: a, standing: map[*membership]*standing{}, opened: map[int]*snapshot.Snapshot{},
-		plans: map[digest.Digest]*staged{}, results: make(chan *result),
+		plans: map[digest.Digest]*staged{}, staging: map[*membership]*staging{}, results: make(chan *result),
 	}
 	defer u.setActive(nil, stopped)
 	defer u.wg.Wait()
@@ -204,6 +207,7 @@ func (u *updater) reconcile(ctx context.Context) {
 	if u.active == nil && cur != nil && cur.Digest() != want.Digest() && (!u.down || u.plans[want.Digest()] == nil) {
 		serve = cur
 	}
+	u.endStagings(want, serve)
 	if u.active != nil && u.active.Snapshot().Digest() == serve.Digest() {
 		u.settled(&v)
 		u.share(ctx, &v)
@@ -218,7 +222,9 @@ func (u *updater) reconcile(ctx context.Context) {
 	}
 	p := u.plans[serve.Digest()]
 	switch {
-	case p == nil: // what is missing comes on u.results
+	case p == nil && u.active != nil:
+		u.share(ctx, &v) // what is missing comes on u.results, and nobody else waits for it
+	case p == nil:
 	case u.active == nil && settling(unit) && u.good == serve.Digest() && deploy.Loaded(unit) == nil:
 		// systemd is at it; the watcher tells when it is done
 	case u.active != nil && !u.of(serve).again.due(): // it has failed here before
@@ -387,12 +393,23 @@ func failure(g *generation.Generation) *deploy.Error {
 
 // settled does what is left to do when what should be is.
 func (u *updater) settled(v *generation.View) {
-	if u.staging != nil && !u.mayShare(u.staging.snap) {
-		u.staging.end() // nobody wants it any more
-	}
 	// The disk was full when it came up.
 	if g := v.Get(v.Current); g != nil && g.State == generation.Trial && g.Config == u.active.Snapshot().Digest() {
 		u.passed(v.Current, g.Phases)
+	}
+}
+
+// endStagings ends what nobody wants any more: neither these, nor a network that is
+// to share the runtime, or to lead once it has been staged.
+func (u *updater) endStagings(wanted ...*snapshot.Snapshot) {
+	for m, st := range u.staging {
+		newest := st.snap.Digest() == u.standing[m].newest
+		switch {
+		case slices.ContainsFunc(wanted, func(s *snapshot.Snapshot) bool { return s.Digest() == st.snap.Digest() }):
+		case newest && (u.standing[m].ahead || u.mayShare(st.snap)):
+		default:
+			st.end()
+		}
 	}
 }
 
@@ -403,12 +420,10 @@ type staging struct {
 	over   bool // it is not wanted any more
 }
 
-// end has a staging end, if there is one; its result comes all the same.
+// end has a staging end; its result comes all the same.
 func (st *staging) end() {
-	if st != nil {
-		st.over = true
-		st.cancel()
-	}
+	st.over = true
+	st.cancel()
 }
 
 // result is what comes of one.
@@ -422,21 +437,26 @@ type result struct {
 }
 
 // stage begins to prepare everything for snap while the old deployment serves. A
-// staging of something else ends first: two would be at one image policy.
+// staging of something else of the same network ends first. Other networks' go on:
+// nobody's sources hold up anybody else's.
 func (u *updater) stage(ctx context.Context, v *generation.View, snap *snapshot.Snapshot) {
-	if u.staging != nil {
-		if u.staging.snap.Digest() != snap.Digest() {
-			u.staging.end()
+	m := u.memberOf(snap)
+	if under := u.staging[m]; under != nil {
+		if under.snap.Digest() != snap.Digest() {
+			under.end()
 		}
 		return
 	}
-	if !u.of(snap).fetch.due() {
+	if !u.standing[m].fetch.due() {
 		return
+	}
+	if u.standing[m].waits.IsZero() {
+		u.standing[m].waits = time.Now()
 	}
 	sctx, cancel := context.WithCancel(ctx)
 	st := &staging{snap: snap, cancel: cancel}
-	u.staging = st
-	r := &result{staging: st, deployer: u.deployer}
+	u.staging[m] = st
+	r := &result{staging: st}
 	if g := v.Find(snap.Digest()); g != nil {
 		if proof, _, err := u.gens.Load(g.Number); err == nil {
 			r.proof = proof
@@ -467,12 +487,8 @@ func (u *updater) prepare(ctx context.Context, r *result, serving *snapshot.Mode
 			return &deploy.Error{Step: deploy.StepUnit, Err: err}
 		}
 	}
-	if r.deployer == nil {
-		d, err := u.openDeployer(ctx)
-		if err != nil {
-			return &deploy.Error{Step: deploy.StepImage, Err: err}
-		}
-		r.deployer = d
+	if r.deployer, err = u.theDeployer(ctx); err != nil {
+		return &deploy.Error{Step: deploy.StepImage, Err: err}
 	}
 	if r.plan, err = r.deployer.Stage(ctx, r.snap); err != nil {
 		return err
@@ -490,6 +506,20 @@ func (u *updater) prepare(ctx context.Context, r *result, serving *snapshot.Mode
 		u.log.Info("the next model was read ahead", "model", r.snap.Config().Runtime.Model, "bytes", read)
 	}
 	return nil
+}
+
+// theDeployer opens the one deployer, which needs Podman.
+func (u *updater) theDeployer(ctx context.Context) (deployer, error) {
+	u.opening.Lock()
+	defer u.opening.Unlock()
+	if u.first == nil {
+		d, err := u.openDeployer(ctx)
+		if err != nil {
+			return nil, err
+		}
+		u.first = d
+	}
+	return u.first, nil
 }
 
 // reached is told by the deployer how far it is.
@@ -525,10 +555,16 @@ func (u *updater) collect(ctx context.Context, r *result) {
 	if ctx.Err() != nil {
 		return
 	}
-	u.staging, u.deployer = nil, r.deployer
+	delete(u.staging, u.memberOf(r.snap))
+	if r.deployer != nil {
+		u.deployer = r.deployer
+	}
 	st := u.of(r.snap)
 	if r.over {
 		st.fetch = backoff{}
+		if st.newest == r.snap.Digest() { // else the next one is waited for as long already
+			st.waits = time.Time{}
+		}
 		return
 	}
 	u.logged(u.gens.Prune()) // also where none comes up, which would clean
@@ -538,7 +574,7 @@ func (u *updater) collect(ctx context.Context, r *result) {
 		err = u.number(p)
 	}
 	if err == nil {
-		st.fetch, u.tight = backoff{}, false
+		st.fetch, st.waits, u.tight = backoff{}, time.Time{}, false
 		u.plans[r.snap.Digest()] = p
 		return
 	}
@@ -801,15 +837,18 @@ func (u *updater) failed(ctx context.Context, p *staged, trial bool, err error, 
 const lowDisk = 64 << 20
 
 // clean removes the images and models that no generation needs that is kept,
-// where a switch has left some. It waits for a staging, which holds what would be
-// looked at, and tries again what could not be removed.
+// where a switch has left some. What is being staged is needed. It tries again what
+// could not be removed.
 func (u *updater) clean(ctx context.Context) {
-	if !u.untidy || u.staging != nil || !u.tidy.due() {
+	if !u.untidy || !u.tidy.due() {
 		return
 	}
 	u.logged(u.gens.Prune())
 	v := u.gens.View()
 	keep := []*snapshot.Snapshot{u.active.Snapshot()}
+	for _, st := range u.staging {
+		keep = append(keep, st.snap)
+	}
 	for _, m := range u.members {
 		if s := m.board.snapshot(); s != nil && (!u.tight || u.standing[m].ahead) {
 			keep = append(keep, s)

@@ -16,6 +16,7 @@ import (
 	"path/filepath"
 	"reflect"
 	"slices"
+	"sync/atomic"
 	"syscall"
 	"time"
 
@@ -128,8 +129,8 @@ type (
 	}
 )
 
-// Deployer brings snapshots to life. Stage and Validate may be called beside the
-// others; those are called by one goroutine.
+// Deployer brings snapshots to life. Stage, of several snapshots at once, and Validate
+// may be called beside the others; those are called by one goroutine.
 type Deployer struct {
 	Images     images
 	Models     models
@@ -153,7 +154,7 @@ type Deployer struct {
 	Reached    func(s *snapshot.Snapshot, step Step) // Stage has come to a step; models are Progress's
 	Progress   func(m *snapshot.Model, done, total int64)
 
-	unlimited bool // it was said that there is no ceiling
+	unlimited atomic.Bool // it was said that there is no ceiling
 }
 
 // Plan is a snapshot whose image and models are here and verified, and whose

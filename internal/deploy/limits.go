@@ -99,9 +99,8 @@ func (d *Deployer) ceiling(info podman.Info) int64 {
 	if slices.Contains(info.CgroupControllers, "memory") {
 		return d.Memory
 	}
-	if d.Memory > 0 && !d.unlimited {
+	if d.Memory > 0 && d.unlimited.CompareAndSwap(false, true) {
 		d.Log.Warn("the runtime's memory has no ceiling: the memory controller is not delegated to this account", journal.MemoryUnlimited.Attr())
-		d.unlimited = true
 	}
 	return 0
 }

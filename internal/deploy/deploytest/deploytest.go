@@ -60,12 +60,16 @@ const (
 	Golden       = "engine.Golden"
 )
 
+// ImageOf is EnsureImage for one image alone, to be made to fail.
+func ImageOf(ref snapshot.ImageRef) string { return EnsureImage + " " + ref.String() }
+
 // Fault is how a call fails.
 type Fault struct {
 	Err   error
 	Late  bool                 // after the effect
 	Times int                  // how often; 0 is always
 	Block bool                 // until the context ends
+	Until <-chan struct{}      // or until this is closed, where it is set; it does not fail then
 	When  func(m *Locked) bool // nil is always
 	Also  func(m *Locked)      // what else happens then
 }
@@ -350,8 +354,13 @@ func (m *Machine) fail(ctx context.Context, call string, effect func() error) er
 	}
 	if f != nil && f.Block {
 		m.mu.Unlock()
-		<-ctx.Done()
-		return ctx.Err()
+		select {
+		case <-ctx.Done():
+			return ctx.Err()
+		case <-f.Until:
+		}
+		m.mu.Lock()
+		f = nil
 	}
 	defer m.mu.Unlock()
 	if err := ctx.Err(); err != nil {
@@ -379,6 +388,13 @@ func (m *Machine) fail(ctx context.Context, call string, effect func() error) er
 	return nil
 }
 
+// ordered reports whether a call is to fail.
+func (m *Machine) ordered(call string) bool {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	return m.faults[call] != nil
+}
+
 type images Machine
 
 func (i *images) Ensure(ctx context.Context, ref snapshot.ImageRef, own, now *snapshot.ImageTrust) error {
@@ -386,7 +402,11 @@ func (i *images) Ensure(ctx context.Context, ref snapshot.ImageRef, own, now *sn
 	if len(own.Keys) == 0 || len(now.Keys) == 0 {
 		m.t.Error("an image is asked for without keys")
 	}
-	return m.fail(ctx, EnsureImage, func() error { m.images[ref] = true; return nil })
+	call := EnsureImage
+	if m.ordered(ImageOf(ref)) {
+		call = ImageOf(ref)
+	}
+	return m.fail(ctx, call, func() error { m.images[ref] = true; return nil })
 }
 
 func (i *images) Trusted(ctx context.Context, _ snapshot.ImageRef, own, now *snapshot.ImageTrust) error {
