@@ -192,22 +192,20 @@ func (b *bridge) oversee(ctx context.Context, order sandbox.Order) int {
 const (
 	pollFirst   = 20 * time.Millisecond // an engine can be up at once
 	pollMost    = 500 * time.Millisecond
-	extendEvery = 5 * time.Second
-	extendBy    = 20 * time.Second // leaves room for late messages
+	reportEvery = 5 * time.Second
 )
 
-// awaken returns once the engine has answered a completion. Until then it asks
-// systemd for time.
+// awaken returns once the engine has answered a completion. Until then it says how
+// far it is.
 func (b *bridge) awaken(ctx context.Context) error {
 	phase := "waits for " + b.o.Health
 	began := time.Now()
-	extend := time.NewTicker(extendEvery)
-	defer extend.Stop()
+	again := time.NewTicker(reportEvery)
+	defer again.Stop()
 	poll := time.NewTimer(0)
 	defer poll.Stop()
 	report := func() {
-		b.tell(fmt.Sprintf("EXTEND_TIMEOUT_USEC=%d", extendBy.Microseconds()),
-			status("starting %s: %s, %s of %s", b.o.Model, phase, time.Since(began).Round(time.Second), b.o.StartTimeout))
+		b.tell(status("starting %s: %s, %s of %s", b.o.Model, phase, time.Since(began).Round(time.Second), b.o.StartTimeout))
 	}
 	report()
 
@@ -221,7 +219,7 @@ func (b *bridge) awaken(ctx context.Context) error {
 				last = errors.New("no answer")
 			}
 			return fmt.Errorf("engine is not ready after %s: %s: %w", b.o.StartTimeout, phase, last)
-		case <-extend.C:
+		case <-again.C:
 			report()
 		case <-poll.C:
 			b.running.Go(func() { answers <- ask(ctx) })

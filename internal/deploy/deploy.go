@@ -8,6 +8,7 @@
 package deploy
 
 import (
+	"cmp"
 	"context"
 	"errors"
 	"fmt"
@@ -524,7 +525,7 @@ func (d *Deployer) start(ctx context.Context, p *Plan, state systemd.State) (sys
 	// for: a large model takes minutes to load, and a restart would begin anew.
 	if err := d.Units.Start(ctx, p.unit.Service); err != nil {
 		if job, ok := errors.AsType[*systemd.JobError](err); ok && job.State.Result == "exit-code" && job.State.ExitStatus == contract.ExitSandbox {
-			return state, fmt.Errorf("%w: seen from inside: %s", sandbox.ErrNotSealed, job.State.StatusText)
+			return state, fmt.Errorf("%w: seen from inside: %s", sandbox.ErrNotSealed, cmp.Or(job.State.StatusText, "the journal of "+p.unit.Service+" says how"))
 		}
 		return state, err
 	}

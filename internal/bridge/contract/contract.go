@@ -9,6 +9,7 @@
 // takes nothing else. The unit around it must say:
 //
 //   - Notify=true, so that NOTIFY_SOCKET reaches the bridge;
+//   - TimeoutStartSec= above --start-timeout;
 //   - WatchdogSec= with the same value as --watchdog (WATCHDOG_USEC is not
 //     passed into containers);
 //   - a stop time-out of the container of at least --stop-grace and five
@@ -17,8 +18,11 @@
 //   - the directory of --socket mounted read-write, alone and not shared with
 //     anything else.
 //
-// TimeoutStartSec= may be short: while the engine starts the bridge asks for
-// more time every few seconds (EXTEND_TIMEOUT_USEC), up to --start-timeout.
+// NOTIFY_SOCKET is Podman's monitor's, conmon, which passes on READY=1, STOPPING=1,
+// WATCHDOG=1 and STATUS= and drops all else that the bridge could want, such as a
+// wish for more time. Old ones pass READY=1 and WATCHDOG=1 alone. So nothing rests on
+// a status: how far a start is stands there only, but why the bridge gives up, or
+// takes its engine for hung, is on stderr as well, which is the unit's journal.
 //
 // # Order
 //
@@ -157,7 +161,7 @@ const (
 // Sandbox is what the bridge found when it looked around. It does so before it
 // starts the engine, and whenever it is asked over the socket. It is complete also
 // when OK is false; before the engine's start nobody can ask for it then: the failed
-// checks are on stderr and in the unit's status. Beside a running engine, sockets and
+// checks are on stderr, and the first of them in the unit's status. Beside a running engine, sockets and
 // pipes count only where the engine could not have made them, and its terminals
 // are no devices.
 type Sandbox struct {
