@@ -155,7 +155,8 @@
 // statement, never for the signature of a hash, and numbers what it signs: hellos
 // by a count that is on disk first, so that the network sees a copy of the key, or a
 // disk that was set back; receipts within one start of it, so that none of them
-// waits for a disk. The connection stays open and an exchange is one write and one read.
+// waits for a disk. Heads of receipt logs it signs only with the proof that the log has
+// grown from that of the last one. The connection stays open and an exchange is one write and one read.
 //
 // A node's receipts are leaves of a Merkle tree (receiptlog), which grows in the very
 // write that makes a result durable: no head is signed for what a crash could

@@ -13,6 +13,7 @@ import (
 	"github.com/resultity/node/internal/receiptlog"
 	"github.com/resultity/node/internal/session"
 	"github.com/resultity/node/internal/signer"
+	"github.com/resultity/node/internal/state"
 	"github.com/resultity/node/internal/wire"
 )
 
@@ -77,6 +78,7 @@ type telling struct {
 	behind  uint64                 // size that the key has refused
 	last    time.Time              // when head was made
 	heard   time.Time              // when the network was
+	signed  *receiptlog.Log        // that of the key's last head, if it is known; over all sessions
 }
 
 // deliver is the worker's way to the network.
@@ -123,7 +125,7 @@ func (m *membership) showMore(t *telling) (again time.Duration, err error) {
 	now, said := r.session, r.said
 	r.mu.Unlock()
 	if t.session != now {
-		*t = telling{session: now, last: t.last}
+		*t = telling{session: now, last: t.last, signed: t.signed}
 	}
 	snap := m.board.snapshot()
 	if snap == nil || t.refused {
@@ -184,9 +186,11 @@ func (m *membership) showMore(t *telling) (again time.Duration, err error) {
 		next = &wire.Leaves{From: at}
 	}
 	t.last = time.Now()
-	head, err := m.key.Head(chain, receiptlog.Head{Node: m.key.Address(), Network: m.net.Name, Size: is.Size, Root: is.Root, Time: uint64(t.last.UnixMilli())})
-	if errors.Is(err, signer.ErrBehind) {
-		m.log.Warn("no head of the receipt log", journal.ReceiptLogBehind.Attr(), "count", is.Size, "error", err)
+	head, err := m.signHead(t, chain, is)
+	if errors.Is(err, signer.ErrBehind) || errors.Is(err, signer.ErrGrowth) {
+		if t.behind == 0 { // once in a session
+			m.log.Warn("no head of the receipt log", journal.ReceiptLogBehind.Attr(), "count", is.Size, "error", err)
+		}
 		t.behind = is.Size
 		return 0, nil
 	}
@@ -196,6 +200,46 @@ func (m *membership) showMore(t *telling) (again time.Duration, err error) {
 	failpoint.Here("agent.head.signed")
 	t.head = head
 	return 0, m.send(t, leaves)
+}
+
+// signHead has the key sign a head of the log as it is. The key asks to be shown that
+// the log begins with that of its last head, which a kill may have taken from the agent,
+// but not the leaves: they were on disk before.
+func (m *membership) signHead(t *telling, chain uint64, is state.ReceiptLog) (*receiptlog.SignedHead, error) {
+	h := receiptlog.Head{Node: m.key.Address(), Network: m.net.Name, Size: is.Size, Root: is.Root, Time: uint64(time.Now().UnixMilli())}
+	last, known, err := m.key.LastHead(m.net.Name)
+	if err != nil {
+		return nil, err
+	}
+	var g signer.Growth
+	if t.head != nil && (!known || signer.LogOf(&t.head.Head).Behind(last)) { // the key's counters were set back
+		g.Since, last, known = t.head, signer.LogOf(&t.head.Head), true
+	}
+	var log *receiptlog.Log
+	switch {
+	case !known || last.Era != h.Era: // nothing is to be shown
+	case last.Size > is.Size:
+		return nil, fmt.Errorf("%w: of %d receipts", signer.ErrBehind, last.Size)
+	default:
+		if log = t.signed; log == nil || log.Size() != last.Size || log.Root() != last.Root {
+			log = m.store.LogAt(last.Size)
+		}
+		if log == nil {
+			return nil, fmt.Errorf("%w: of %d receipts, which are not there any more", signer.ErrGrowth, last.Size)
+		}
+		if g.Path, err = log.Grow(m.store.Leaves(last.Size, int(is.Size-last.Size))); err != nil {
+			return nil, err
+		}
+		if log.Root() != is.Root {
+			return nil, fmt.Errorf("%w: of %d receipts", signer.ErrGrowth, last.Size)
+		}
+	}
+	t.signed = nil
+	head, err := m.key.Head(chain, h, g)
+	if err == nil {
+		t.signed = log
+	}
+	return head, err
 }
 
 // send has the session go on to t.head: with leaves, and with heartbeats that carry it.

@@ -405,11 +405,11 @@ func TestReceiptLogIsNotTakenBack(t *testing.T) {
 	})
 }
 
-// A key that has signed a larger log signs nothing until there is more: the node
-// works all the while.
+// A key that has signed what nobody has any more signs nothing, since whatever it
+// signed would be another log: the node works all the while.
 func TestReceiptLogBehindItsKey(t *testing.T) {
 	key := signer.NewLocal(nodeKey, nil)
-	if _, err := key.Head(31337, receiptlog.Head{Node: nodeKey.Address(), Network: "testnet", Size: 3, Root: evm.Hash{1}}); err != nil {
+	if _, err := key.Head(31337, receiptlog.Head{Node: nodeKey.Address(), Network: "testnet", Size: 3, Root: evm.Hash{1}}, signer.Growth{}); err != nil {
 		t.Fatal(err)
 	}
 	logged(t, func(t *testing.T, start func(string) (*fixture, *snapshot.Snapshot, func()), dirs []string) {
@@ -418,20 +418,81 @@ func TestReceiptLogBehindItsKey(t *testing.T) {
 		defer stop()
 		f.membership.key = key
 		a.opens(f.party)
-		var leaves []evm.Hash
-		for range 3 {
-			leaves = append(leaves, f.earn(t, s))
+		for range 5 {
+			f.earn(t, s)
 			a.hears(f.party, 30*time.Second)
 		}
-		if a.got != 0 || a.beats != 0 || f.book.count(journal.ReceiptLogBehind) == 0 {
+		if a.got != 0 || a.beats != 0 || f.book.count(journal.ReceiptLogBehind) != 1 {
 			t.Errorf("%d leaves and %d heads\n%s", a.got, a.beats, f.book)
 		}
-		if n := f.book.count(journal.ReceiptLogBehind); n > 3 {
-			t.Errorf("it is said %d times", n)
+	})
+}
+
+// losing is a key whose signature is lost on its way, as with a kill.
+type losing struct {
+	signer.Signer
+	lost int
+}
+
+func (l *losing) Head(chain uint64, h receiptlog.Head, g signer.Growth) (*receiptlog.SignedHead, error) {
+	s, err := l.Signer.Head(chain, h, g)
+	if err == nil && l.lost > 0 {
+		l.lost--
+		return nil, errBroken
+	}
+	return s, err
+}
+
+// The key may have signed a head that the agent has never seen; and it may have been
+// set back to an older state, so that it does not know of one that the network has.
+func TestReceiptLogGrowsFromTheKeysLastHead(t *testing.T) {
+	logged(t, func(t *testing.T, start func(string) (*fixture, *snapshot.Snapshot, func()), dirs []string) {
+		key := &losing{signer.NewLocal(nodeKey, nil), 0}
+		a := newArchive(t, "testnet")
+		var leaves []evm.Hash
+		for round := range 4 {
+			f, s, stop := start(dirs[0])
+			f.membership.key = key
+			a.opens(f.party)
+			for range 3 + round {
+				leaves = append(leaves, f.earn(t, s))
+				a.hears(f.party, 30*time.Second)
+			}
+			a.has(leaves...)
+			key.lost = 1
+			leaves = append(leaves, f.earn(t, s))
+			for range 60 {
+				if a.hears(f.party, time.Second); key.lost == 0 {
+					break
+				}
+			}
+			if key.lost > 0 {
+				t.Fatal("no head was asked for")
+			}
+			if round == 2 {
+				key = &losing{signer.NewLocal(nodeKey, nil), 0}
+			}
+			if n := f.book.count(journal.ReceiptLogBehind); n > 0 {
+				t.Errorf("round %d: it is behind\n%s", round, f.book)
+			}
+			stop()
 		}
-		leaves = append(leaves, f.earn(t, s))
+		f, s, stop := start(dirs[1]) // a new disk, and a key that knows of less
+		defer stop()
+		a.hears(f.party, time.Second)
+		f.membership.key = signer.NewLocal(nodeKey, nil)
+		l := a.at(2)
+		was := receiptlog.Head{Node: nodeKey.Address(), Network: a.network, Size: l.Size(), Root: l.Root()}
+		if _, err := f.membership.key.Head(31337, was, signer.Growth{}); err != nil {
+			t.Fatal(err)
+		}
+		before := a.stored
+		a.opens(f.party)
+		leaf := f.earn(t, s)
 		a.hears(f.party, 30*time.Second)
-		a.has(leaves...)
+		if a.stored != before+1 || a.leaves[before] != leaf {
+			t.Errorf("the network has %d leaves, had %d\n%s", a.stored, before, f.book)
+		}
 	})
 }
 

@@ -168,6 +168,36 @@ func ProveGrowth(from, to uint64, node func(NodeID) (evm.Hash, error)) ([]evm.Ha
 	return fill(nodes, node)
 }
 
+// Grow appends leaves and returns the path with which [CheckGrowth] shows that the
+// log begins with what it was before.
+func (l *Log) Grow(leaves []evm.Hash) ([]evm.Hash, error) {
+	from := l.Size()
+	if uint64(len(leaves)) > MaxSize-from {
+		return nil, fmt.Errorf("%w: %d receipts behind %d", ErrProof, len(leaves), from)
+	}
+	want, err := proof.Consistency(from, from+uint64(len(leaves)))
+	if err != nil {
+		return nil, fmt.Errorf("%w: %w", ErrProof, err)
+	}
+	have := make(map[NodeID]evm.Hash, len(want.IDs))
+	for _, id := range want.IDs {
+		have[NodeID{id.Level, id.Index}] = evm.Hash{}
+	}
+	keep := func(id NodeID, h evm.Hash) {
+		if _, wanted := have[id]; wanted {
+			have[id] = h
+		}
+	}
+	edge := l.Hashes()
+	for i, id := range EdgeNodes(from) {
+		keep(id, edge[i])
+	}
+	for _, leaf := range leaves {
+		l.Append(leaf, keep)
+	}
+	return fill(want, func(id NodeID) (evm.Hash, error) { return have[id], nil })
+}
+
 // CheckGrowth fails with [ErrProof] unless path shows that the log of head new
 // begins with that of head old.
 func CheckGrowth(old, new Head, path []evm.Hash) error {

@@ -5,6 +5,7 @@ import (
 	"encoding/json"
 	"errors"
 	"fmt"
+	"slices"
 	"strings"
 	"testing"
 
@@ -139,6 +140,42 @@ func TestProofs(t *testing.T) {
 	}
 	if err := CheckGrowth(Head{Network: "testnet"}, Head{Network: "mainnet"}, nil); !errors.Is(err, ErrProof) {
 		t.Errorf("heads of two networks: %v", err)
+	}
+}
+
+// A log that grows shows that it has, from any size to any other.
+func TestGrow(t *testing.T) {
+	for n := range uint64(70) {
+		for m := range n + 1 {
+			l, _ := grow(m)
+			was := Head{Size: m, Root: l.Root()}
+			var more []evm.Hash
+			for i := m; i < n; i++ {
+				more = append(more, leaf(i))
+			}
+			path, err := l.Grow(more)
+			if err != nil {
+				t.Fatal(err)
+			}
+			want, nodes := grow(n)
+			if l.Root() != want.Root() {
+				t.Fatalf("from %d to %d: another log", m, n)
+			}
+			is := Head{Size: n, Root: l.Root()}
+			if err := CheckGrowth(was, is, path); err != nil {
+				t.Errorf("from %d to %d: %v", m, n, err)
+			}
+			if other, err := ProveGrowth(m, n, from(nodes)); err != nil || !slices.Equal(path, other) {
+				t.Errorf("from %d to %d: path %v, want %v, %v", m, n, path, other, err)
+			}
+		}
+	}
+	last, err := Resume(MaxSize, []evm.Hash{leaf(0)})
+	if err != nil {
+		t.Fatal(err)
+	}
+	if _, err := last.Grow([]evm.Hash{leaf(1)}); !errors.Is(err, ErrProof) {
+		t.Errorf("beyond the bound: %v", err)
 	}
 }
 

@@ -233,9 +233,21 @@ func (c *Client) Receipt(chainID uint64, r receipt.Receipt) (receipt.Signed, err
 	return r.With(chainID, evm.Signature(b[8:]))
 }
 
+// LastHead implements [Signer].
+func (c *Client) LastHead(network string) (last Log, known bool, err error) {
+	b, err := c.ask(kindLastHead, func(b []byte) ([]byte, error) { return append(b, network...), nil })
+	if err != nil || len(b) == 0 {
+		return last, false, err
+	}
+	if err := json.Unmarshal(b, &last); err != nil {
+		return last, false, fmt.Errorf("%w: the last head: %w", ErrFailed, err)
+	}
+	return last, true, nil
+}
+
 // Head implements [Signer].
-func (c *Client) Head(chainID uint64, h receiptlog.Head) (*receiptlog.SignedHead, error) {
-	b, err := c.askJSON(kindHead, headRequest{chainID, h})
+func (c *Client) Head(chainID uint64, h receiptlog.Head, g Growth) (*receiptlog.SignedHead, error) {
+	b, err := c.askJSON(kindHead, headRequest{chainID, h, g})
 	if err == nil && len(b) != len(evm.Signature{}) {
 		err = fmt.Errorf("%w: a signature of %d bytes", ErrFailed, len(b))
 	}

@@ -47,12 +47,12 @@ const (
 // each, by its last head. Receipts are counted within one start, so that none of
 // them waits for the disk. Safe for concurrent use.
 //
-// A head that is larger than the last one is taken without a proof that it begins
-// with that, and one of a later era without the network's word for it: the agent makes
-// the log, and who checks a proof looks for both. A node whose disk was
-// replaced goes on from its network's copy of the log. Should that lack
-// what the last head had, it has no heads until the log is larger, or until the
-// operator takes the key over, which forgets them; it works all the while.
+// A head of the same era as the last one is taken with the proof that its log begins
+// with the last one's, see [Growth]; one of a later era without the network's word for
+// it, which who checks a proof looks for. A node whose disk was replaced goes on from
+// its network's copy of the log. Should that lack what the last head had, it has no
+// heads until its network has the log begin anew; it works all the while. A takeover
+// forgets no head: whoever has the agent can ask for one.
 //
 // The file has two slots of fixed size that are written in turn, so that a torn
 // write leaves the other one, and that a full disk is no reason not to write.
@@ -86,8 +86,11 @@ type Log struct {
 	Root evm.Hash `json:"root"`
 }
 
-// behind reports whether a log comes behind another one: it is longer, or of a later era.
-func (l Log) behind(last Log) bool {
+// LogOf returns what a head states.
+func LogOf(h *receiptlog.Head) Log { return Log{h.Era, h.Size, h.Root} }
+
+// Behind reports whether a log comes behind another one: it is longer, or of a later era.
+func (l Log) Behind(last Log) bool {
 	return l.Era > last.Era || l.Era == last.Era && l.Size > last.Size
 }
 
@@ -271,8 +274,20 @@ func (c *Counters) may(network string) error {
 	return nil
 }
 
-// head writes down that a head is the last one of its network.
-func (c *Counters) head(chain uint64, h *receiptlog.Head) error {
+// lastHead is what the last head of a network has stated.
+func (c *Counters) lastHead(network string) (Log, bool, error) {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	if err := c.may(network); err != nil {
+		return Log{}, false, err
+	}
+	last, known := c.now.Heads[network]
+	return last, known, nil
+}
+
+// head writes down that a head is the last one of its network, if it grows from the
+// one before.
+func (c *Counters) head(chain uint64, h *receiptlog.Head, g Growth) error {
 	c.mu.Lock()
 	defer c.mu.Unlock()
 	if err := c.may(h.Network); err != nil {
@@ -284,13 +299,23 @@ func (c *Counters) head(chain uint64, h *receiptlog.Head) error {
 	if err := c.admit(chain); err != nil {
 		return err
 	}
-	next, is := c.now.clone(), Log{h.Era, h.Size, h.Root}
+	next, is := c.now.clone(), LogOf(h)
 	last, known := next.Heads[h.Network]
-	switch {
-	case known && is == last:
+	if known && is == last {
 		return nil
-	case known && !is.behind(last):
+	}
+	if g.Since != nil && (!known || LogOf(&g.Since.Head).Behind(last)) {
+		last, known = LogOf(&g.Since.Head), true
+	}
+	switch {
+	case !known, is == last:
+	case !is.Behind(last):
 		return fmt.Errorf("%w: of %d receipts in era %d, and is asked for %d in era %d", ErrBehind, last.Size, last.Era, is.Size, is.Era)
+	case is.Era == last.Era:
+		was := receiptlog.Head{Node: h.Node, Network: h.Network, Era: last.Era, Size: last.Size, Root: last.Root}
+		if err := receiptlog.CheckGrowth(was, *h, g.Path); err != nil {
+			return fmt.Errorf("%w: %w", ErrGrowth, err)
+		}
 	}
 	if next.Heads == nil {
 		next.Heads = map[string]Log{}
@@ -355,7 +380,6 @@ func (v Counts) Takeover() Counts {
 	for name, n := range v.Networks {
 		v.Networks[name] = (n/epoch + 1) * epoch
 	}
-	v.Heads = nil
 	v.Starts = max(v.Starts+1, uint64(time.Now().Unix()))
 	return v
 }
@@ -371,7 +395,7 @@ func (v Counts) Above(other Counts) Counts {
 		if v.Heads == nil {
 			v.Heads = map[string]Log{}
 		}
-		if l.behind(v.Heads[name]) {
+		if l.Behind(v.Heads[name]) {
 			v.Heads[name] = l
 		}
 	}

@@ -4,6 +4,7 @@ import (
 	"encoding/binary"
 	"errors"
 	"hash/crc32"
+	"math/rand/v2"
 	"os"
 	"path/filepath"
 	"reflect"
@@ -120,58 +121,220 @@ func TestCountersRefused(t *testing.T) {
 	}
 }
 
-// The key states no smaller log than before, nor another one of the same size,
-// over restarts too; until whoever moves it on purpose says so.
-func TestHeadsNeverGoBack(t *testing.T) {
-	name := filepath.Join(t.TempDir(), "counters")
-	c := openCounters(t, name)
-	say := func(c *Counters, network string, size uint64, root string) error {
-		return c.head(31337, &receiptlog.Head{Node: node, Network: network, Size: size, Root: evm.Keccak([]byte(root))})
+// logsOf are a log whose leaves are the letters of a text, and every log on the way there.
+func logsOf(leaves string) []*receiptlog.Log {
+	l := receiptlog.New()
+	logs := []*receiptlog.Log{l.Clone()}
+	for _, b := range []byte(leaves) {
+		l.Append(receiptlog.Leaf(evm.Keccak([]byte{b})), nil)
+		logs = append(logs, l.Clone())
 	}
-	for i, want := range []struct {
-		network string
-		size    uint64
-		root    string
-		err     error
-	}{
-		{"testnet", 0, "none", nil},
-		{"testnet", 0, "other", ErrBehind},
-		{"testnet", 5, "a", nil},
-		{"testnet", 5, "a", nil}, // again
-		{"testnet", 5, "b", ErrBehind},
-		{"testnet", 4, "a", ErrBehind},
-		{"mainnet", 1, "b", nil}, // a log of its own
-		{"testnet", 6, "b", nil},
-		{"testnet", 5, "a", ErrBehind},
-	} {
-		if err := say(c, want.network, want.size, want.root); !errors.Is(err, want.err) {
-			t.Errorf("%d: head of %d in %s: %v, want %v", i, want.size, want.network, err, want.err)
-		}
-		c = openCounters(t, name)
+	return logs
+}
+
+// path shows that a log of these leaves begins with its first from.
+func path(t *testing.T, leaves string, from int) []evm.Hash {
+	t.Helper()
+	var more []evm.Hash
+	for _, b := range []byte(leaves[from:]) {
+		more = append(more, receiptlog.Leaf(evm.Keccak([]byte{b})))
 	}
-	anew := func(era, size uint64) error {
-		return openCounters(t, name).head(31337, &receiptlog.Head{Node: node, Network: "testnet", Era: era, Size: size})
-	}
-	for i, want := range []struct {
-		era, size uint64
-		err       error
-	}{{7, 2, nil}, {0, 7, ErrBehind}, {6, 9, ErrBehind}, {7, 1, ErrBehind}, {7, 3, nil}, {8, 0, nil}} {
-		if err := anew(want.era, want.size); !errors.Is(err, want.err) {
-			t.Errorf("%d: head of %d in era %d: %v, want %v", i, want.size, want.era, err, want.err)
-		}
-	}
-	c = openCounters(t, name)
-	if err := c.Takeover(); err != nil {
+	p, err := logsOf(leaves)[from].Grow(more)
+	if err != nil {
 		t.Fatal(err)
 	}
-	if err := say(openCounters(t, name), "testnet", 1, "c"); err != nil {
-		t.Errorf("after a takeover: %v", err)
+	return p
+}
+
+func headOf(network string, era uint64, leaves string) *receiptlog.Head {
+	l := logsOf(leaves)[len(leaves)]
+	return &receiptlog.Head{Node: node, Network: network, Era: era, Size: l.Size(), Root: l.Root()}
+}
+
+// The key states no smaller log than before, and no other one: not over restarts
+// either, and not after a takeover, which whoever has the agent can ask for.
+func TestHeadsNeverGoBack(t *testing.T) {
+	name := filepath.Join(t.TempDir(), "counters")
+	for i, want := range []struct {
+		network string
+		era     uint64
+		leaves  string
+		growth  Growth
+		err     error
+	}{
+		{"testnet", 0, "", Growth{}, nil},
+		{"testnet", 0, "abcde", Growth{}, nil},
+		{"testnet", 0, "abcde", Growth{}, nil}, // again
+		{"testnet", 0, "abcdX", Growth{}, ErrBehind},
+		{"testnet", 0, "abcd", Growth{}, ErrBehind},
+		{"mainnet", 0, "X", Growth{}, nil}, // a log of its own
+		{"testnet", 0, "abcdef", Growth{}, ErrGrowth},
+		{"testnet", 0, "abcdef", Growth{Path: make([]evm.Hash, 60)}, ErrGrowth},
+		{"testnet", 0, "abcdef", Growth{Path: path(t, "abcdef", 4)}, ErrGrowth},
+		{"testnet", 0, "abcdXf", Growth{Path: path(t, "abcdXf", 5)}, ErrGrowth},
+		{"testnet", 0, "abcdef", Growth{Path: path(t, "abcdef", 5)}, nil},
+		{"testnet", 0, "abcde", Growth{}, ErrBehind},
+		{"testnet", 7, "xy", Growth{}, nil}, // the log begins anew
+		{"testnet", 0, "abcdefg", Growth{Path: path(t, "abcdefg", 6)}, ErrBehind},
+		{"testnet", 6, "xyz", Growth{Path: path(t, "xyz", 2)}, ErrBehind},
+		{"testnet", 7, "x", Growth{}, ErrBehind},
+		{"testnet", 7, "Xyz", Growth{Path: path(t, "Xyz", 2)}, ErrGrowth},
+		{"testnet", 7, "xyz", Growth{Path: path(t, "xyz", 2)}, nil},
+		{"testnet", 8, "", Growth{}, nil},
+	} {
+		c := openCounters(t, name)
+		before, _, err := c.lastHead(want.network)
+		if err != nil {
+			t.Fatal(err)
+		}
+		h := headOf(want.network, want.era, want.leaves)
+		if err := c.head(31337, h, want.growth); !errors.Is(err, want.err) {
+			t.Errorf("%d: head of %q in %s, era %d: %v, want %v", i, want.leaves, want.network, want.era, err, want.err)
+		}
+		if want.err == nil {
+			before = LogOf(h)
+		}
+		if err := c.Takeover(); err != nil {
+			t.Fatal(err)
+		}
+		c = openCounters(t, name)
+		if last, known, err := c.lastHead(want.network); err != nil || !known || last != before {
+			t.Errorf("%d: the last head is %+v, %v, %v; want %+v", i, last, known, err, before)
+		}
+	}
+	c := openCounters(t, name)
+	if _, known, err := c.lastHead("elsewhere"); known || err != nil {
+		t.Errorf("a network without a head: %v, %v", known, err)
+	}
+	if _, _, err := c.lastHead("../"); !errors.Is(err, ErrTerms) {
+		t.Errorf("no network: %v", err)
 	}
 	larger := Counts{Heads: map[string]Log{"testnet": {Era: 1, Size: 9}}}
 	for _, v := range []Counts{larger.Above(Counts{Heads: map[string]Log{"testnet": {Era: 1, Size: 8}}}), Counts{}.Above(larger), larger.Above(Counts{Heads: map[string]Log{"testnet": {Size: 10}}})} {
 		if v.Heads["testnet"].Size != 9 {
 			t.Errorf("merged counts have the head of %d receipts", v.Heads["testnet"].Size)
 		}
+	}
+}
+
+// Whatever whoever has the agent asks for, with proofs that are right for logs of
+// his own: all that the key has signed of one era is one log that grew.
+func TestHeadsNeverContradict(t *testing.T) {
+	key, err := evm.NewKey()
+	if err != nil {
+		t.Fatal(err)
+	}
+	rnd := rand.New(rand.NewPCG(3, 4))
+	signed, refused := 0, 0
+	for range 20 {
+		l := NewLocal(key, nil)
+		forks := []string{"abcdefghijklmnopqrstuvwxyz", "abcdefghXYZ0123456789", "abcdefghijklmnopqrsTUVW", "Z"}
+		var last string // what the key has signed
+		var all []*receiptlog.SignedHead
+		for range 60 {
+			f := forks[rnd.IntN(len(forks))]
+			leaves := f[:rnd.IntN(len(f)+1)]
+			if rnd.IntN(2) == 0 && len(last) < len(f) {
+				leaves = f[:min(len(f), len(last)+rnd.IntN(3))]
+			}
+			var g Growth
+			if from := len(last); rnd.IntN(4) > 0 && from <= len(leaves) {
+				g.Path = path(t, leaves, from)
+			} else if rnd.IntN(2) == 0 {
+				g.Path = path(t, leaves, rnd.IntN(len(leaves)+1))
+			}
+			if len(g.Path) > 0 && rnd.IntN(10) == 0 {
+				g.Path[rnd.IntN(len(g.Path))][rnd.IntN(32)] ^= 1
+			}
+			if len(all) > 0 && rnd.IntN(2) == 0 { // an older one, from which the path may even be right
+				g.Since = all[rnd.IntN(len(all))]
+				if from := int(g.Since.Size); from <= len(leaves) {
+					g.Path = path(t, leaves, from)
+				}
+			}
+			if rnd.IntN(10) == 0 {
+				if err := l.Takeover(); err != nil {
+					t.Fatal(err)
+				}
+			}
+			h := headOf("testnet", 0, leaves)
+			h.Node = key.Address()
+			s, err := l.Head(31337, *h, g)
+			if err != nil {
+				refused++
+				continue
+			}
+			signed++
+			if !strings.HasPrefix(leaves, last) {
+				t.Fatalf("signed %q behind %q", leaves, last)
+			}
+			last = leaves
+			all = append(all, s)
+		}
+	}
+	if signed < 100 || refused < 100 {
+		t.Errorf("%d heads signed, %d refused: it says little", signed, refused)
+	}
+}
+
+// A machine that was set back to an older state goes on from a head that its key has
+// signed later, and from nobody else's.
+func TestHeadSinceAnother(t *testing.T) {
+	key, err := evm.NewKey()
+	if err != nil {
+		t.Fatal(err)
+	}
+	other, err := evm.NewKey()
+	if err != nil {
+		t.Fatal(err)
+	}
+	head := func(network, leaves string) receiptlog.Head {
+		h := *headOf(network, 0, leaves)
+		h.Node = key.Address()
+		return h
+	}
+	sign := func(h receiptlog.Head, k *evm.Key) *receiptlog.SignedHead {
+		h.Node = k.Address()
+		s, err := h.Sign(31337, k)
+		if err != nil {
+			t.Fatal(err)
+		}
+		return s
+	}
+	l := NewLocal(key, nil)
+	if _, err := l.Head(31337, head("testnet", "ab"), Growth{}); err != nil {
+		t.Fatal(err)
+	}
+	later := sign(head("testnet", "abcd"), key)
+	forged, renamed := *later, sign(head("testnet", "abcd"), other)
+	forged.Size++
+	renamed.Node = key.Address()
+	from4 := path(t, "abcdef", 4)
+	for name, c := range map[string]struct {
+		g   Growth
+		err error
+	}{
+		"no path":               {Growth{Since: later}, ErrGrowth},
+		"a path from elsewhere": {Growth{Path: path(t, "abcdef", 2), Since: later}, ErrGrowth},
+		"another's head":        {Growth{Path: from4, Since: sign(head("testnet", "abcd"), other)}, ErrMalformed},
+		"another's, renamed":    {Growth{Path: from4, Since: renamed}, ErrMalformed},
+		"a changed head":        {Growth{Path: from4, Since: &forged}, ErrMalformed},
+		"a head of another log": {Growth{Path: from4, Since: sign(head("mainnet", "abcd"), key)}, ErrMalformed},
+		"a path without it":     {Growth{Path: from4}, ErrGrowth},
+		"one that it knows of":  {Growth{Path: path(t, "abcdef", 1), Since: sign(head("testnet", "a"), key)}, ErrGrowth},
+	} {
+		if _, err := l.Head(31337, head("testnet", "abcdef"), c.g); !errors.Is(err, c.err) {
+			t.Errorf("%s: %v, want %v", name, err, c.err)
+		}
+	}
+	if _, err := l.Head(31337, head("testnet", "abc"), Growth{Path: path(t, "abc", 2), Since: later}); !errors.Is(err, ErrBehind) {
+		t.Errorf("a head before it: %v", err)
+	}
+	if _, err := l.Head(31337, head("testnet", "abcdef"), Growth{Path: from4, Since: later}); err != nil {
+		t.Error(err)
+	}
+	if _, err := l.Head(31337, receiptlog.Head{Node: key.Address(), Network: "testnet", Era: 1, Root: evm.Hash{1}}, Growth{}); !errors.Is(err, ErrMalformed) {
+		t.Errorf("an empty log with a root of its own: %v", err)
 	}
 }
 

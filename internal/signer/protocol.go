@@ -31,13 +31,14 @@ const (
 	kindLogs         kind = 'l' // wire.LogBatch
 	kindReceipt      kind = 'c' // chain and receipt, see encodeReceipt
 	kindHead         kind = 'm' // headRequest
+	kindLastHead     kind = 'n' // name of the network
 	kindSandbox      kind = 's' // record.Record, in its one spelling
 	kindTakeover     kind = 't' // counts go on elsewhere
 )
 
 var kindNames = map[kind]string{
 	kindHello: "hello", kindRegistration: "registration", kindBinding: "binding",
-	kindLogs: "logs", kindReceipt: "receipt", kindHead: "head", kindSandbox: "sandbox record", kindTakeover: "takeover",
+	kindLogs: "logs", kindReceipt: "receipt", kindHead: "head", kindLastHead: "last head", kindSandbox: "sandbox record", kindTakeover: "takeover",
 }
 
 func (k kind) String() string {
@@ -79,6 +80,10 @@ var (
 	// size, and none of an earlier era.
 	ErrBehind = errors.New("the key has signed a head of a larger receipt log")
 
+	// ErrGrowth says that it is not shown that a head's log begins with the one that
+	// the key has signed.
+	ErrGrowth = errors.New("the receipt log is not shown to begin with the one that the key has signed")
+
 	// ErrCaller says that the signer is not there for this account.
 	ErrCaller = errors.New("the signer does not serve this account")
 
@@ -87,7 +92,7 @@ var (
 )
 
 // codes are the first byte of a reply. 0 is success.
-var codes = []error{nil, ErrMalformed, ErrTerms, ErrNode, ErrFailed, ErrCaller, ErrCrowded, ErrBehind}
+var codes = []error{nil, ErrMalformed, ErrTerms, ErrNode, ErrFailed, ErrCaller, ErrCrowded, ErrBehind, ErrGrowth}
 
 func encodeError(err error) []byte {
 	for code, known := range codes[1:] {
@@ -121,10 +126,12 @@ type helloRequest struct {
 	Time      int64         `json:"time"` // Unix milliseconds
 }
 
-// headRequest is a head and the chain that it is signed for.
+// headRequest is a head, the chain that it is signed for, and what shows that its log
+// has grown from that of the last one.
 type headRequest struct {
 	ChainID uint64          `json:"chain_id"`
 	Head    receiptlog.Head `json:"head"`
+	Growth  Growth          `json:"growth"`
 }
 
 // strict decodes exactly one JSON value without unknown fields.
@@ -246,11 +253,17 @@ func (l *Local) answer(req []byte) ([]byte, error) {
 		if err := strict(body, &q); err != nil {
 			return nil, err
 		}
-		s, err := l.Head(q.ChainID, q.Head)
+		s, err := l.Head(q.ChainID, q.Head, q.Growth)
 		if err != nil {
 			return nil, err
 		}
 		return s.Signature[:], nil
+	case kindLastHead:
+		last, known, err := l.LastHead(string(body))
+		if err != nil || !known {
+			return nil, err
+		}
+		return json.Marshal(last)
 	case kindSandbox:
 		r, err := record.Parse(body)
 		if err != nil {

@@ -207,16 +207,32 @@ func TestEveryStatement(t *testing.T) {
 		t.Errorf("logs %+v by %s, %v", b, who, err)
 	}
 	head := receiptlog.Head{Node: s.key.Address(), Network: "testnet", Size: 7, Root: evm.Keccak([]byte("root")), Time: 5}
-	h, err := c.Head(31337, head)
+	if last, known, err := c.LastHead("testnet"); known || err != nil {
+		t.Errorf("last head %+v, %v, %v", last, known, err)
+	}
+	h, err := c.Head(31337, head, Growth{})
 	if err != nil {
 		t.Fatal(err)
+	}
+	if last, known, err := c.LastHead("testnet"); !known || err != nil || last != LogOf(&head) {
+		t.Errorf("last head %+v, %v, %v", last, known, err)
 	}
 	if err := h.Verify(); err != nil || h.Head != head || h.ChainID != 31337 {
 		t.Errorf("head %+v, %v", h, err)
 	}
 	head.Size--
-	if _, err := c.Head(31337, head); !errors.Is(err, ErrBehind) {
+	if _, err := c.Head(31337, head, Growth{}); !errors.Is(err, ErrBehind) {
 		t.Errorf("a head of a smaller log: %v", err)
+	}
+	first := headOf("mainnet", 0, "abc")
+	first.Node = s.key.Address()
+	if _, err := c.Head(31337, *first, Growth{}); err != nil {
+		t.Error(err)
+	}
+	more := headOf("mainnet", 0, "abcdefgh")
+	more.Node = s.key.Address()
+	if _, err := c.Head(31337, *more, Growth{Path: path(t, "abcdefgh", 3)}); err != nil {
+		t.Errorf("a log that has grown: %v", err)
 	}
 	if err := c.Takeover(); err != nil {
 		t.Error(err)
@@ -312,9 +328,10 @@ func TestRefusals(t *testing.T) {
 		"another's binding":          {enc(kindBinding, wire.BindRequest{Network: "testnet", Node: other}), ErrNode},
 		"a binding with fields more": {enc(kindBinding, map[string]any{"order": 1}), ErrMalformed},
 		"another's logs":             {enc(kindLogs, wire.LogBatch{Network: "testnet", Node: other}), ErrNode},
-		"another's head":             {enc(kindHead, headRequest{1, receiptlog.Head{Node: other, Network: "testnet"}}), ErrNode},
-		"a head to nowhere":          {enc(kindHead, headRequest{1, receiptlog.Head{Node: s.key.Address()}}), ErrMalformed},
-		"a head of too large a log":  {enc(kindHead, headRequest{1, receiptlog.Head{Node: s.key.Address(), Network: "testnet", Size: receiptlog.MaxSize + 1}}), ErrMalformed},
+		"another's head":             {enc(kindHead, headRequest{1, receiptlog.Head{Node: other, Network: "testnet", Size: 1}, Growth{}}), ErrNode},
+		"a head to nowhere":          {enc(kindHead, headRequest{1, receiptlog.Head{Node: s.key.Address()}, Growth{}}), ErrMalformed},
+		"a head of too large a log":  {enc(kindHead, headRequest{1, receiptlog.Head{Node: s.key.Address(), Network: "testnet", Size: receiptlog.MaxSize + 1}, Growth{}}), ErrMalformed},
+		"the last head of nowhere":   {append([]byte{byte(kindLastHead)}, "../"...), ErrTerms},
 		"a head with fields more":    {enc(kindHead, map[string]any{"chain_id": 1, "hash": 1}), ErrMalformed},
 		"a root alone":               {append([]byte{byte(kindHead)}, make([]byte, 32)...), ErrMalformed},
 		"a takeover and more":        {[]byte{byte(kindTakeover), 0}, ErrMalformed},
@@ -365,16 +382,16 @@ func TestAllowed(t *testing.T) {
 		t.Error(err)
 	}
 	h := receiptlog.Head{Node: l.Address(), Network: "testnet", Size: 1}
-	if _, err := l.Head(31337, h); err != nil {
+	if _, err := l.Head(31337, h, Growth{}); err != nil {
 		t.Error(err)
 	}
-	_, err = l.Head(1, h)
+	_, err = l.Head(1, h, Growth{})
 	t.Logf("a head for another chain: expected: %v; got: %v", ErrTerms, err)
 	if !errors.Is(err, ErrTerms) {
 		t.Errorf("head for another chain: %v", err)
 	}
 	h.Network = "mainnet"
-	_, err = l.Head(31337, h)
+	_, err = l.Head(31337, h, Growth{})
 	t.Logf("a head for another network: expected: %v; got: %v", ErrTerms, err)
 	if !errors.Is(err, ErrTerms) {
 		t.Errorf("head for another network: %v", err)

@@ -4,6 +4,15 @@
 // The rule it keeps: the key signs what a node states, each kind by a method of
 // its own that is given the statement and not a hash. Whoever may ask for a
 // signature can thereby not have anything else signed.
+//
+// Nor can they have the key contradict itself where it must not. Of one era of a
+// receipt log (package receiptlog) it signs a head only if that shows, by log n
+// hashes, that its log begins with the one of the last head; what that has stated is
+// on disk before the signature is made. So all heads of an era are of one log that only
+// grows, whoever has the agent. An era that the network has not begun is worth nothing
+// to those who check proofs. A kill between a head's signature and its use does no
+// harm: who asks begins with [Signer.LastHead], and has all receipts on disk of which a
+// head was ever asked for.
 package signer
 
 import (
@@ -32,9 +41,13 @@ type Signer interface {
 	// Receipt signs a receipt for a chain, and gives it its sequence. It fails with
 	// [ErrMalformed] for one that lacks something.
 	Receipt(chainID uint64, r receipt.Receipt) (receipt.Signed, error)
+	// LastHead returns what the last head for a network has stated, false where there
+	// is none.
+	LastHead(network string) (Log, bool, error)
 	// Head signs a head of the node's receipt log for a chain. It fails with
-	// [ErrBehind] for one that goes back behind a head that was signed before.
-	Head(chainID uint64, h receiptlog.Head) (*receiptlog.SignedHead, error)
+	// [ErrBehind] for one that goes back behind the last one, and with [ErrGrowth]
+	// where it is not shown that its log begins with the last one's.
+	Head(chainID uint64, h receiptlog.Head, g Growth) (*receiptlog.SignedHead, error)
 	// Sandbox signs a record of the runtime's sandbox.
 	Sandbox(r *record.Record) (*record.Signed, error)
 	// Takeover has the counts go on where no other holder of the key is, for
@@ -110,15 +123,39 @@ func whole(r *receipt.Receipt) error {
 	return nil
 }
 
+// LastHead implements [Signer].
+func (l *Local) LastHead(network string) (Log, bool, error) { return l.lastHead(network) }
+
+// Growth shows that the log of a head begins with that of [Signer.LastHead].
+type Growth struct {
+	// Path is that of [receiptlog.CheckGrowth], a hash for each bit of the sizes at
+	// most. A head of another era needs none.
+	Path []evm.Hash `json:"path,omitempty"`
+	// Since is given where the key's counters were set back to an older state: a head
+	// that the key has signed behind the last one that they know of. Path begins there.
+	Since *receiptlog.SignedHead `json:"since,omitempty"`
+}
+
 // Head implements [Signer].
-func (l *Local) Head(chainID uint64, h receiptlog.Head) (*receiptlog.SignedHead, error) {
+func (l *Local) Head(chainID uint64, h receiptlog.Head, g Growth) (*receiptlog.SignedHead, error) {
 	if err := h.Bound(); err != nil {
 		return nil, fmt.Errorf("%w: %w", ErrMalformed, err)
+	}
+	if h.Size == 0 && h.Root != receiptlog.New().Root() {
+		return nil, fmt.Errorf("%w: an empty log with root %s", ErrMalformed, h.Root)
 	}
 	if err := l.own(h.Node); err != nil {
 		return nil, err
 	}
-	if err := l.head(chainID, &h); err != nil {
+	if s := g.Since; s != nil {
+		if s.Node != h.Node || s.Network != h.Network {
+			return nil, fmt.Errorf("%w: a head of %s in %.64q as that of %s in %s", ErrMalformed, s.Node, s.Network, h.Node, h.Network)
+		}
+		if err := s.Verify(); err != nil {
+			return nil, fmt.Errorf("%w: %w", ErrMalformed, err)
+		}
+	}
+	if err := l.head(chainID, &h, g); err != nil {
 		return nil, err
 	}
 	return h.Sign(chainID, l.key)

@@ -474,8 +474,9 @@
 // acknowledged, so that some may be in the log twice. A LeavesAck for which that does
 // not hold, or which has another log of no more receipts than the network has
 // acknowledged, is answered by no leaves and no heads in this session, and told to the
-// operator. A node's key signs no head smaller than its last one for the network: a node
-// that has lost what the network never had shows no leaves until it has more.
+// operator. A node's key signs a head of an era only if its log begins with that of its
+// last one (package signer has that shown): a node that has lost what the network never
+// had shows no leaves until the network has the log begin anew.
 //
 // A network that has lost leaves which the node has no longer (it keeps the last
 // 65536 at least) gets the rest with [Leaves.Edge], the compact range at From; the
