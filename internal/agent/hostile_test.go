@@ -86,7 +86,7 @@ var networkLies = map[wire.Type]map[string]lie{
 	}}},
 	"ack": {
 		"of jobs that nobody has": {say: says(&wire.Ack{Jobs: []receipt.JobID{receipt.NewJobID()}})},
-		"of too many":             {say: says(&wire.Ack{Jobs: make([]receipt.JobID, 1<<16)}), answer: "malformed"},
+		"without a name":          {say: says(&wire.Ack{Jobs: make([]receipt.JobID, 1<<16)}), answer: "malformed"},
 	},
 	"update": {"without end": {
 		say: says(&wire.Update{Version: -1 << 62}),

@@ -37,15 +37,15 @@ var lies = map[wire.Type]map[string]lie{
 		return &wire.Hello{Agent: "x", Count: 1 << 50}
 	}, "order"}},
 	"heartbeat": {
-		"too many models":   {beat(func(b *wire.Heartbeat) { b.Models = make([]wire.ModelState, 257) }), "invalid"},
-		"too many GPUs":     {beat(func(b *wire.Heartbeat) { b.Hardware.GPUs = make([]string, 257) }), "invalid"},
-		"negative slots":    {beat(func(b *wire.Heartbeat) { b.Slots = -1 }), "invalid"},
-		"a million slots":   {beat(func(b *wire.Heartbeat) { b.Slots = 1 << 20 }), "invalid"},
-		"negative busy":     {beat(func(b *wire.Heartbeat) { b.Busy = -1 }), "invalid"},
-		"a million busy":    {beat(func(b *wire.Heartbeat) { b.Busy = 1 << 20 }), "invalid"},
-		"a class of none":   {beat(func(b *wire.Heartbeat) { b.Class = new(wire.Class) }), "invalid"},
-		"a class of quotes": {beat(func(b *wire.Heartbeat) { b.Class = classOf(`a"b`) }), "invalid"},
-		"a class of texts":  {beat(func(b *wire.Heartbeat) { b.Class = classOf(strings.Repeat("x", 1000)) }), "invalid"},
+		"too many models":   {beat(func(b *wire.Heartbeat) { b.Models = make([]wire.ModelState, 257) }), "malformed"},
+		"too many GPUs":     {beat(func(b *wire.Heartbeat) { b.Hardware.GPUs = make([]string, 257) }), "malformed"},
+		"negative slots":    {beat(func(b *wire.Heartbeat) { b.Slots = -1 }), "malformed"},
+		"a million slots":   {beat(func(b *wire.Heartbeat) { b.Slots = 1 << 20 }), "malformed"},
+		"negative busy":     {beat(func(b *wire.Heartbeat) { b.Busy = -1 }), "malformed"},
+		"a million busy":    {beat(func(b *wire.Heartbeat) { b.Busy = 1 << 20 }), "malformed"},
+		"a class of none":   {beat(func(b *wire.Heartbeat) { b.Class = new(wire.Class) }), "malformed"},
+		"a class of quotes": {beat(func(b *wire.Heartbeat) { b.Class = classOf(`a"b`) }), "malformed"},
+		"a class of texts":  {beat(func(b *wire.Heartbeat) { b.Class = classOf(strings.Repeat("x", 1000)) }), "malformed"},
 		"long texts": {beat(func(b *wire.Heartbeat) {
 			b.Runtime.State, b.Hardware.OS = strings.Repeat("x", 1<<20), strings.Repeat("\x1b[2J", 1<<16)
 		}), ""},
@@ -81,7 +81,7 @@ var lies = map[wire.Type]map[string]lie{
 		"too long":           {result(func(r *wire.Result) { r.Response = make([]byte, 1<<20+1) }), "invalid"},
 		"without a receipt":  {result(func(r *wire.Result) { r.Receipt = nil }), "invalid"},
 		"another response":   {result(func(r *wire.Result) { r.Response = append(r.Response, ' ') }), "invalid"},
-		"failed, with words": {result(func(r *wire.Result) { r.Code, r.Message = wire.CodeEngine, strings.Repeat("x", 1<<20) }), ""},
+		"failed, with words": {result(func(r *wire.Result) { r.Code, r.Message = wire.CodeEngine, strings.Repeat("x", 1<<20) }), "malformed"},
 		"another's receipt": {func(t *testing.T, s *nodetest.Session, j *wire.Job) wire.Message {
 			return nodetest.New(t, s.Node.URL, nodetest.JSON(t, s.Node.Config)).Result(t, j, nodetest.Body(j, "secret answer"), nil)
 		}, "invalid"},
@@ -225,9 +225,11 @@ func TestHostileNode(t *testing.T) {
 					t.Log("expected: taken, and no harm done; got: so")
 					s.Drop() // the job is free for the other
 				case "bye":
-					if code := s.Closed(); code != websocket.CloseNormalClosure {
+					code := s.Closed()
+					if code != websocket.CloseNormalClosure {
 						t.Errorf("closed with %d", code)
 					}
+					t.Logf("expected: session ended with 1000, the job goes elsewhere; got: %d", code)
 				default:
 					code := s.Closed()
 					if code != websocket.ClosePolicyViolation {

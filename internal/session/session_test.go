@@ -521,6 +521,7 @@ func TestRefusalOfTheNetwork(t *testing.T) {
 		}
 		stop()
 	}
+	t.Log("expected: blamed, cloned and lost told apart; got: so")
 	for err, want := range map[error]string{
 		refused(&http.Response{StatusCode: 403, Body: http.NoBody}): "not_registered",
 		refused(&http.Response{StatusCode: 409, Body: http.NoBody}): "wrong_network",
