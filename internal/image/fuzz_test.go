@@ -53,8 +53,11 @@ func FuzzManifest(f *testing.F) {
 }
 
 // Whoever may write to a registry puts beside an image what he likes. Of the
-// trusted key is only what it has signed, word for word. What is in testdata/signed
-// is about the image whose digest is that of "image".
+// trusted key and the trusted identity is only what they have signed, word for word.
+// What is in testdata/signed is about the image whose digest is that of "image": by a
+// key, and by an identity of the trusted root there, in both forms. The keyless ones
+// were made by SignKeyless and KeylessBundle of test/oci, and are good for ever, since
+// the log saw them in time.
 func FuzzSignature(f *testing.F) {
 	d, err := name.NewDigest("registry.example.net/net/runtime@" + digest.Of([]byte("image")).String())
 	if err != nil {
@@ -71,40 +74,67 @@ func FuzzSignature(f *testing.F) {
 		}
 		return b
 	}
-	raw, said, classic := read("bundle.json"), read("payload.json"), string(read("payload.sig"))
-	signers, err := load(&snapshot.ImageTrust{Keys: []string{string(read("key.pem"))}})
-	if err != nil {
+	var byIdentity attached
+	if err := json.Unmarshal(read("keyless.json"), &byIdentity); err != nil {
 		f.Fatal(err)
 	}
-	var genuine envelope
-	if err := json.Unmarshal(raw, &genuine); err != nil || len(genuine.DSSE.Payload) == 0 {
-		f.Fatal(err, string(raw))
+	trusts := []*snapshot.ImageTrust{
+		{Keys: []string{string(read("key.pem"))}},
+		{Keyless: &snapshot.Keyless{Email: "release@example.net", Issuer: "https://accounts.example.net", TrustedRoot: string(read("trusted-root.json"))}},
 	}
-	for _, a := range []*attached{{Payload: said, Signature: classic}, {Bundle: raw}} {
-		if err := a.check(f.Context(), ref, signers); err != nil {
+	genuine := [][]*attached{
+		{{Payload: read("payload.json"), Signature: string(read("payload.sig"))}, {Bundle: read("bundle.json")}},
+		{&byIdentity, {Bundle: read("keyless-bundle.json")}},
+	}
+	var signers [][]*signer
+	payloads := map[string]bool{} // that somebody trusted has signed
+	for i, t := range trusts {
+		s, err := load(t)
+		if err != nil {
 			f.Fatal(err)
 		}
+		signers = append(signers, s)
+		for _, a := range genuine[i] {
+			if err := a.check(f.Context(), ref, s); err != nil {
+				f.Fatal(err)
+			}
+			payloads[string(payloadOf(a))] = true
+			seen, err := json.Marshal(a.Seen)
+			if err != nil {
+				f.Fatal(err)
+			}
+			f.Add(a.Payload, a.Signature, a.Certificate, seen, []byte(a.Bundle))
+		}
 	}
-	f.Add(said, classic, []byte(nil))
-	f.Add([]byte(nil), "", raw)
-	f.Add([]byte(nil), "", bytes.Replace(raw, []byte("publicKey"), []byte("certificate"), 1))
-	f.Add([]byte("{}"), strings.Repeat("A", 96), []byte(`{"mediaType":"application/vnd.dev.sigstore.bundle.v0.3+json","dsseEnvelope":{"signatures":[{}]}}`))
-	f.Fuzz(func(t *testing.T, text []byte, sig string, raw []byte) {
-		a := &attached{Payload: text, Signature: sig}
-		if raw != nil {
+	f.Add([]byte(nil), "", "", []byte(nil), bytes.Replace(genuine[0][1].Bundle, []byte("publicKey"), []byte("certificate"), 1))
+	f.Add([]byte("{}"), strings.Repeat("A", 96), byIdentity.Certificate, []byte("{}"), []byte(`{"mediaType":"application/vnd.dev.sigstore.bundle.v0.3+json","dsseEnvelope":{"signatures":[{}]}}`))
+	f.Fuzz(func(t *testing.T, text []byte, sig, cert string, promise, raw []byte) {
+		a := &attached{Payload: text, Signature: sig, Certificate: cert}
+		var s seen
+		if json.Unmarshal(promise, &s) == nil && string(promise) != "null" {
+			a.Seen = &s
+		}
+		if len(raw) > 0 {
 			a.Bundle = raw
 		}
-		if a.check(t.Context(), ref, signers) != nil {
-			return
-		}
-		var b envelope
-		if raw == nil && !bytes.Equal(text, said) || raw != nil && (json.Unmarshal(raw, &b) != nil || !bytes.Equal(b.DSSE.Payload, genuine.DSSE.Payload)) {
-			t.Fatalf("%q, %q, %q pass", text, sig, raw)
+		for _, by := range signers {
+			if a.check(t.Context(), ref, by) == nil && !payloads[string(payloadOf(a))] {
+				t.Fatalf("%q, %q, %q, %q, %q pass", text, sig, cert, promise, raw)
+			}
 		}
 	})
 }
 
-// envelope is what is signed in a bundle.
-type envelope struct {
-	DSSE struct{ Payload []byte } `json:"dsseEnvelope"`
+// payloadOf returns what is signed in a signature; nil where it cannot be read.
+func payloadOf(a *attached) []byte {
+	if a.Bundle == nil {
+		return a.Payload
+	}
+	var b struct {
+		DSSE struct{ Payload []byte } `json:"dsseEnvelope"`
+	}
+	if json.Unmarshal(a.Bundle, &b) != nil {
+		return nil
+	}
+	return b.DSSE.Payload
 }
