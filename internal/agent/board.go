@@ -376,6 +376,7 @@ var snapshotCauses = []cause{
 	{tuf.ErrUnreachable, remedyReach},
 	{tuf.ErrExpired, remedyClock + "; if it is right, the network has not renewed its configuration: " + remedyOperator},
 	{errOtherNetwork, remedyNames},
+	{snapshot.ErrFiles, "the network's operator has to publish the model in another format, or without that file"},
 	{snapshot.ErrInvalid, remedyUpgrade},
 	{tuf.ErrRollback, "tell the network's operator: it serves older files than before"},
 	{tuf.ErrMixed, "look for a cache or proxy between this machine and network.NAME.url, then " + remedyOperator},
@@ -537,9 +538,9 @@ func remedyOfStep(e *deploy.Error) string {
 		return "sudo systemctl --user -M " + preflight.Packaged + "@ status resultity-podman.socket (for a node of your own: without sudo and -M)"
 	case errors.Is(e, image.ErrAltered):
 		return "the agent fetches it again; if it stays so, look at this machine's disk"
-	case e.Step == deploy.StepImage && imageEvent(e) != journal.ImageFailed && !e.Machine():
+	case e.Step == deploy.StepImage && eventOf(e) != journal.ImageFailed && !e.Machine():
 		return "this configuration is not tried again: the network's operator has to publish another one; journalctl -x says more"
-	case e.Step == deploy.StepImage && imageEvent(e) != journal.ImageFailed: // it may be mended without another configuration
+	case e.Step == deploy.StepImage && eventOf(e) != journal.ImageFailed: // it may be mended without another configuration
 		return "the image does not run until the network's operator has signed it, or published its key: journalctl -x says more; the agent looks again every few minutes"
 	case e.Step == deploy.StepImage:
 		return "check that this machine reaches the image's registry; the agent keeps trying"

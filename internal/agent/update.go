@@ -7,6 +7,7 @@ import (
 	"math/rand/v2"
 	"slices"
 	"sync"
+	"syscall"
 	"time"
 
 	"github.com/resultity/node/internal/deploy"
@@ -16,6 +17,8 @@ import (
 	"github.com/resultity/node/internal/image"
 	"github.com/resultity/node/internal/journal"
 	"github.com/resultity/node/internal/model"
+	"github.com/resultity/node/internal/model/format"
+	"github.com/resultity/node/internal/model/signature"
 	"github.com/resultity/node/internal/podman"
 	"github.com/resultity/node/internal/quadlet"
 	"github.com/resultity/node/internal/sandbox"
@@ -944,13 +947,9 @@ func eventOf(err error) *journal.Event {
 	case !ok:
 		return journal.RuntimeFailed
 	case e.Step == deploy.StepImage:
-		return imageEvent(err)
-	case errors.Is(err, model.ErrRefused):
-		return journal.ModelUnfit
-	case e.Step == deploy.StepModel && errors.Is(err, digest.ErrMismatch):
-		return journal.ModelRefused
+		return told(imageRefusals, err, journal.ImageFailed)
 	case e.Step == deploy.StepModel:
-		return journal.ModelFailed
+		return told(modelRefusals, err, journal.ModelFailed)
 	case errors.Is(err, deploy.ErrDrifted):
 		return journal.SandboxDrifted
 	case errors.Is(err, deploy.ErrUnrecorded):
@@ -967,12 +966,42 @@ func eventOf(err error) *journal.Event {
 	return journal.RuntimeFailed
 }
 
-// imageRefusals are the reasons for which an image must not run, the most telling
-// first: an error may be several.
-var imageRefusals = []struct {
+// toldAs is a reason for which something is not used, and what the journal says of
+// it.
+type toldAs struct {
 	reason error
 	event  *journal.Event
-}{
+}
+
+// told returns the event of the first refusal that err is, and else the one for
+// what may pass.
+func told(refusals []toldAs, err error, otherwise *journal.Event) *journal.Event {
+	for _, r := range refusals {
+		if errors.Is(err, r.reason) {
+			return r.event
+		}
+	}
+	return otherwise
+}
+
+// modelRefusals are the reasons for which a model is not used.
+var modelRefusals = []toldAs{
+	{format.ErrCode, journal.ModelCode},
+	{format.ErrMagic, journal.ModelFormat},
+	{format.ErrHeader, journal.ModelFormat},
+	{format.ErrTensors, journal.ModelFormat},
+	{format.ErrParts, journal.ModelParts},
+	{signature.ErrKey, journal.ModelSigner},
+	{signature.ErrMalformed, journal.ModelSignature},
+	{signature.ErrStatement, journal.ModelSignature},
+	{signature.ErrFiles, journal.ModelSignature},
+	{digest.ErrMismatch, journal.ModelRefused},
+	{syscall.ENOSPC, journal.ModelSpace},
+}
+
+// imageRefusals are the reasons for which an image must not run, the most telling
+// first: an error may be several.
+var imageRefusals = []toldAs{
 	{image.ErrAltered, journal.ImageAltered},
 	{image.ErrRevoked, journal.ImageRevoked},
 	{image.ErrOtherDigest, journal.ImageDigest},
@@ -982,22 +1011,12 @@ var imageRefusals = []struct {
 	{image.ErrWrongKey, journal.ImageSigner},
 	{image.ErrOtherBytes, journal.ImageBytes},
 	{image.ErrManifest, journal.ImageManifest},
-	{image.ErrPlatform, journal.ImageManifest},
-	{image.ErrTooLarge, journal.ImageManifest},
-	{image.ErrKeys, journal.ImageRefused},
+	{image.ErrPlatform, journal.ImagePlatform},
+	{image.ErrTooLarge, journal.ImageOversize},
+	{image.ErrKeys, journal.ImageKeys},
 	{podman.ErrRefused, journal.ImageRefused},
-	{podman.ErrOtherImage, journal.ImageRefused},
-}
-
-// imageEvent tells an image that must not run, and why, from one that could not
-// be had.
-func imageEvent(err error) *journal.Event {
-	for _, r := range imageRefusals {
-		if errors.Is(err, r.reason) {
-			return r.event
-		}
-	}
-	return journal.ImageFailed
+	{podman.ErrOtherImage, journal.ImageOther},
+	{image.ErrOtherImage, journal.ImageOther},
 }
 
 // withdraw stops a runtime whose image the network trusts no more, whoever has

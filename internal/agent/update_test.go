@@ -19,6 +19,9 @@ import (
 	"github.com/resultity/node/internal/gate"
 	"github.com/resultity/node/internal/image"
 	"github.com/resultity/node/internal/journal"
+	"github.com/resultity/node/internal/model"
+	"github.com/resultity/node/internal/model/format"
+	"github.com/resultity/node/internal/model/signature"
 	"github.com/resultity/node/internal/podman"
 	"github.com/resultity/node/internal/quadlet"
 	"github.com/resultity/node/internal/runtime"
@@ -176,6 +179,7 @@ func TestRefusedSnapshots(t *testing.T) {
 		"endless":    {fmt.Errorf("%w: %w", tuf.ErrTooLarge, snapshot.ErrUntrusted), journal.SnapshotTooLarge, "network.testnet.root"},
 		"redirected": {fmt.Errorf("%w: %w", tuf.ErrRedirect, snapshot.ErrUntrusted), journal.SnapshotRedirected, "network.testnet.root"},
 		"too new":    {fmt.Errorf("%w: schema is 2", snapshot.ErrInvalid), journal.SnapshotUnusable, "upgrade"},
+		"a pickle":   {fmt.Errorf("%w: %w", snapshot.ErrInvalid, snapshot.ErrFiles), journal.SnapshotFiles, "another format"},
 		"the disk":   {errors.New("no space left on device"), journal.SnapshotRefused, "this machine"},
 	} {
 		t.Run(name, func(t *testing.T) {
@@ -914,10 +918,62 @@ func TestEventsOfErrors(t *testing.T) {
 		{&deploy.Error{Step: deploy.StepSandbox, Err: fmt.Errorf("x: %w", deploy.ErrDrifted)}, journal.SandboxDrifted},
 		{&deploy.Error{Step: deploy.StepSandbox, Err: fmt.Errorf("x: %w", deploy.ErrUnrecorded)}, journal.SandboxUnrecorded},
 		{&deploy.Error{Step: deploy.StepValidate, Err: errBroken}, journal.ValidationFailed},
-		{&deploy.Error{Step: deploy.StepImage, Err: fmt.Errorf("x: %w", image.ErrOtherDigest)}, journal.ImageDigest},
+		{&deploy.Error{Step: deploy.StepImage, Err: errBroken}, journal.ImageFailed},
+		{&deploy.Error{Step: deploy.StepModel, Err: errBroken}, journal.ModelFailed},
 	} {
 		if got := eventOf(c.err); got != c.want {
 			t.Errorf("%v: %s, want %s", c.err, got.Name, c.want.Name)
+		}
+	}
+}
+
+// Each reason to refuse an image or a model has an event of its own, which is none
+// of those for what may pass by itself, and status says what to do about it.
+func TestRefusalsAreToldApart(t *testing.T) {
+	for step, reasons := range map[deploy.Step]map[string][]error{
+		deploy.StepImage: {
+			"image-unsigned-refused":   {image.ErrUnsigned},
+			"image-signer-refused":     {image.ErrWrongKey},
+			"image-expired-refused":    {image.ErrExpired},
+			"image-revoked-refused":    {image.ErrRevoked},
+			"image-digest-refused":     {image.ErrOtherDigest},
+			"image-repository-refused": {image.ErrIdentity},
+			"image-bytes-refused":      {image.ErrOtherBytes},
+			"image-manifest-refused":   {image.ErrManifest},
+			"image-platform-refused":   {image.ErrPlatform},
+			"image-oversize-refused":   {image.ErrTooLarge},
+			"image-altered-refused":    {image.ErrAltered},
+			"image-keys-refused":       {image.ErrKeys},
+			"image-refused":            {podman.ErrRefused},
+			"image-other-refused":      {podman.ErrOtherImage, image.ErrOtherImage},
+		},
+		deploy.StepModel: {
+			"model-refused":           {digest.ErrMismatch},
+			"model-code-refused":      {format.ErrCode},
+			"model-format-refused":    {format.ErrMagic, format.ErrHeader, format.ErrTensors},
+			"model-parts-refused":     {format.ErrParts},
+			"model-signer-refused":    {signature.ErrKey},
+			"model-signature-refused": {signature.ErrMalformed, signature.ErrStatement, signature.ErrFiles},
+			"model-space-refused":     {&model.NoSpaceError{}},
+		},
+		deploy.StepMachine: {
+			"memory-refused": {&deploy.MemoryError{}},
+			"device-refused": {deploy.ErrDevice},
+		},
+	} {
+		for want, errs := range reasons {
+			for _, err := range errs {
+				if step == deploy.StepModel && want != "model-refused" && want != "model-space-refused" {
+					err = fmt.Errorf("%w: %w", model.ErrRefused, err)
+				}
+				e := &deploy.Error{Step: step, Err: fmt.Errorf("x: %w", err)}
+				if got := eventOf(e).Name; got != want {
+					t.Errorf("%v: %s, want %s", err, got, want)
+				}
+				if r := remedyOfStep(e); r == "" || r == remedyOfStep(&deploy.Error{Step: step, Err: errBroken}) && step != deploy.StepMachine {
+					t.Errorf("%v: status says what it says of anything: %q", err, r)
+				}
+			}
 		}
 	}
 }

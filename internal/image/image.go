@@ -59,6 +59,9 @@ var (
 	ErrTooLarge = errors.New("registry sent more about the image than is read: remove what lies beside it")
 	// ErrAltered says that the stored image is not what was pulled.
 	ErrAltered = errors.New("stored image was altered since it was pulled")
+	// ErrOtherImage says that Podman has for an index another image than the one
+	// that it names for this machine.
+	ErrOtherImage = errors.New("another image is stored than the index names for this machine")
 	// ErrKeys says that a key of the configuration is none.
 	ErrKeys = errors.New("image keys cannot be used")
 )
@@ -203,7 +206,7 @@ func (i *Images) stored(ctx context.Context, ref snapshot.ImageRef, manifest dig
 	}
 	chosen, _, err := i.podman.Image(ctx, ref.At(manifest))
 	if err == nil && chosen != id {
-		err = fmt.Errorf("%s is %s, and its manifest %s is %s", ref, id, manifest, chosen)
+		err = fmt.Errorf("%w: %s is %s, and its manifest %s is %s", ErrOtherImage, ref, id, manifest, chosen)
 	}
 	return err
 }

@@ -55,6 +55,25 @@ func TestEventsAreSound(t *testing.T) {
 	}
 }
 
+// Every event either tells of something that somebody may have to look at, and is in
+// the README's chapter on troubleshooting, or is one of these.
+func TestTroublesAreDecided(t *testing.T) {
+	calm := strings.Fields(`agent-ready agent-stopping bound draining generation-active generation-phase generation-pinned
+		generation-staged generation-unpinned identity-created image-checked image-ready job-done job-replayed membership-ended
+		model-ready models-shared network-leads order-done order-drain order-logs order-restart order-resume order-revalidate
+		order-shutdown receipt-log-restored registered resumed routable runtime-active runtime-replaced runtime-shared
+		runtime-starting sandbox-recorded scrub-done session-opened signer-ready snapshot-verified unbound validated`)
+	for _, e := range Events {
+		if troubles.MatchString(e.Name) == slices.Contains(calm, e.Name) {
+			t.Errorf("%s: decide whether it is a trouble", e.Name)
+		}
+		calm = slices.DeleteFunc(calm, func(name string) bool { return name == e.Name })
+	}
+	if len(calm) > 0 {
+		t.Errorf("no events: %q", calm)
+	}
+}
+
 func TestCatalogIsCurrent(t *testing.T) {
 	for _, c := range Catalogs {
 		var want bytes.Buffer

@@ -187,7 +187,7 @@ func (m *Model) check() error {
 			dirs[d] = true
 		}
 		if !allowed.MatchString(f.Path) && (m.Signature == nil || f.Path != m.Signature.File) {
-			return fmt.Errorf("files[%d]: %q is no file of a model of format %s: %w", i, f.Path, m.Format, errCode)
+			return fmt.Errorf("files[%d]: %q is no file of a model of format %s: %w", i, f.Path, m.Format, ErrFiles)
 		}
 	}
 	for i, f := range m.Files {
@@ -209,7 +209,9 @@ func (m *Model) check() error {
 	return nil
 }
 
-var errCode = errors.New("such files can run code, or no engine needs them")
+// ErrFiles says that a model lists a file of a kind that is not taken. It is an
+// [ErrInvalid], too.
+var ErrFiles = errors.New("such files can run code, or no engine needs them")
 
 var splitPattern = regexp.MustCompile(`^(.*)-([0-9]{5})-of-([0-9]{5})\.gguf$`)
 

@@ -80,6 +80,7 @@ var events = []struct {
 	{ErrRoot, journal.SnapshotRoot},
 	{ErrMalformed, journal.SnapshotMalformed},
 	{ErrTooLarge, journal.SnapshotTooLarge},
+	{snapshot.ErrFiles, journal.SnapshotFiles},
 	{snapshot.ErrInvalid, journal.SnapshotUnusable},
 }
 

@@ -502,8 +502,12 @@ func TestAdmission(t *testing.T) {
 		n.worker.Pause()
 		try := func(code wire.Code) {
 			t.Helper()
+			before := strings.Count(n.log.String(), "job-refused")
 			n.worker.Job(&bad)
 			n.refused(code)
+			if said := strings.Count(n.log.String(), "job-refused"); said != before+1 {
+				t.Fatalf("%s: the journal has %d refusals more", code, said-before)
+			}
 			if known, err := n.state.Lookup(bad.ID); known != 0 || err != nil {
 				t.Fatalf("a refused job is known: %v, %v", known, err)
 			}

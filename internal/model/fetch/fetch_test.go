@@ -21,6 +21,7 @@ import (
 
 	"github.com/resultity/node/internal/chunk"
 	"github.com/resultity/node/internal/digest"
+	"github.com/resultity/node/internal/journal"
 	"github.com/resultity/node/internal/model/modeltest"
 	"github.com/resultity/node/internal/snapshot"
 )
@@ -145,13 +146,23 @@ func TestHostileSources(t *testing.T) {
 	for name, c := range cases {
 		t.Run(name, func(t *testing.T) {
 			bad := modeltest.Serve(t, c.h)
-			g, err := fetch(t.Context(), open(modeltest.Transport(bad)), b, nil, bad.URL+"/f?token=secret")
+			var log bytes.Buffer
+			x := open(modeltest.Transport(bad))
+			x.log = slog.New(slog.NewTextHandler(&log, nil))
+			g, err := fetch(t.Context(), x, b, nil, bad.URL+"/f?token=secret")
 			t.Logf("expected: %v; got: %v", c.want, err)
 			if !errors.Is(err, c.want) {
 				t.Errorf("error %v, want %v", err, c.want)
 			}
-			if err != nil && strings.Contains(err.Error(), "secret") {
-				t.Errorf("the error shows the query: %v", err)
+			said := journal.ModelSourceFailed
+			if c.want == digest.ErrMismatch {
+				said = journal.ModelSourceWrong
+			}
+			if l := log.String(); !strings.Contains(l, said.Name) || !strings.Contains(l, c.want.Error()) {
+				t.Errorf("the journal does not say %s and why:\n%s", said.Name, l)
+			}
+			if err != nil && strings.Contains(err.Error()+log.String(), "secret") {
+				t.Errorf("the error shows the query: %v\n%s", err, &log)
 			}
 			if len(g.puts) != 0 {
 				t.Errorf("took chunks %v", g.puts)

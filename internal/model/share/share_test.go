@@ -19,6 +19,7 @@ import (
 
 	"github.com/resultity/node/internal/chunk"
 	"github.com/resultity/node/internal/digest"
+	"github.com/resultity/node/internal/journal"
 	"github.com/resultity/node/internal/model/fetch"
 	"github.com/resultity/node/internal/model/modeltest"
 )
@@ -277,15 +278,22 @@ func (a addr) String() string  { return string(a) }
 // records counts what is logged.
 type records struct {
 	slog.Handler
-	mu sync.Mutex
-	n  int
+	mu   sync.Mutex
+	n    int
+	last string // name of its event
 }
 
 func (r *records) Enabled(context.Context, slog.Level) bool { return true }
-func (r *records) Handle(context.Context, slog.Record) error {
+func (r *records) Handle(_ context.Context, rec slog.Record) error {
 	r.mu.Lock()
 	defer r.mu.Unlock()
 	r.n++
+	rec.Attrs(func(a slog.Attr) bool {
+		if e, ok := a.Value.Any().(*journal.Event); ok {
+			r.last = e.Name
+		}
+		return true
+	})
 	return nil
 }
 
@@ -299,8 +307,8 @@ func TestStrangers(t *testing.T) {
 			t.Errorf("%s is answered", a)
 		}
 	}
-	if log.n != 1 {
-		t.Errorf("%d records of a flood", log.n)
+	if log.n != 1 || log.last != journal.ModelShareCrowded.Name {
+		t.Errorf("%d records of a flood, the last is %s", log.n, log.last)
 	}
 	taken := 0
 	for i := range 300 { // a machine has a whole network of IPv6 addresses
@@ -377,6 +385,9 @@ func TestRunWaitsForItsAddress(t *testing.T) {
 		return log.n
 	}
 	wait(t, "a word", func() bool { return logged() == 1 })
+	if log.last != journal.ModelShareFailed.Name { // it waits now
+		t.Errorf("the word is %s", log.last)
+	}
 	if err := l.Close(); err != nil {
 		t.Fatal(err)
 	}
