@@ -19,7 +19,11 @@ import (
 func scheduled(t *testing.T, slots int, test func(t *testing.T, f *fixture)) {
 	t.Helper()
 	bubble(t, func(t *testing.T, f *fixture, n *deploytest.Network) {
-		s := n.Publish(map[string]any{"validation.interval_s": 100, "runtime.settings.slots": slots, "limits.deadline_s": 7200})
+		var golden []any
+		for _, name := range []string{"a", "b", "c"} {
+			golden = append(golden, map[string]any{"name": name, "prompt": name, "answers": []any{name}, "tokens": 4, "timeout_s": 3})
+		}
+		s := n.Publish(map[string]any{"validation.interval_s": 100, "validation.golden": golden, "runtime.settings.slots": slots, "limits.deadline_s": 7200})
 		f.tuf.serve(s, nil)
 		close(f.link.up)
 		defer f.run()()

@@ -290,6 +290,8 @@ func TestParseRefuses(t *testing.T) {
 
 		{"validation: interval_s", 9, []any{"validation", "interval_s"}},
 		{"validation: interval_s", 7*24*3600 + 1, []any{"validation", "interval_s"}},
+		{"validation: golden: all together may take 180 s (the sum of timeout_s), at most 179", 1799, []any{"validation", "interval_s"}},
+		{"validation: golden: all together may take 2161 s (the sum of timeout_s), at most 2160: a tenth of interval_s, 21600", 2041, []any{"validation", "golden", 0, "timeout_s"}},
 		{"validation: number of golden requests", []any{}, []any{"validation", "golden"}},
 		{"validation: number of golden requests", many(65, map[string]any{}), []any{"validation", "golden"}},
 		{"validation: golden[0]: name", "Hello World", []any{"validation", "golden", 0, "name"}},

@@ -15,9 +15,18 @@ import (
 // the answers that are expected to golden requests before it becomes active, on a
 // schedule, and when the network orders it.
 type Validation struct {
-	Interval Seconds  `json:"interval_s,omitempty"` // of the schedule; 0 is [DefaultInterval]
+	Interval Seconds  `json:"interval_s,omitempty"` // of the schedule; 0 is [DefaultInterval]; see [ValidationShare]
 	Golden   []Golden `json:"golden"`
 }
+
+// A validation holds a slot of the engine, which other networks may share, and one
+// after a doubt or an order the whole of it. So all golden requests of a network
+// together have at most a tenth of the interval, which is what they may have of a
+// node's time, and a node waits no longer than an hour for what it has just installed.
+const (
+	ValidationShare = 10 // of the time, one part
+	maxValidation   = Seconds(3600)
+)
 
 // DefaultInterval is how often a runtime that serves is validated where its
 // configuration does not say.
@@ -213,7 +222,7 @@ func (v *Validation) check(l *Limits) error {
 	); err != nil {
 		return err
 	}
-	names, programs := map[string]bool{}, 0
+	names, programs, together := map[string]bool{}, 0, Seconds(0)
 	for i := range v.Golden {
 		g := &v.Golden[i]
 		n, err := g.program()
@@ -230,6 +239,11 @@ func (v *Validation) check(l *Limits) error {
 		if err := g.check(l); err != nil {
 			return fmt.Errorf("golden[%d]: %w", i, err)
 		}
+		together += g.Timeout
+	}
+	if most := min(Seconds(v.Every()/time.Second)/ValidationShare, maxValidation); together > most {
+		return fmt.Errorf("golden: all together may take %d s (the sum of timeout_s), at most %d: a tenth of interval_s, %d, and %d in any case, since a node does less else meanwhile: have fewer or shorter ones, or repeat them less often",
+			together, most, v.Every()/time.Second, maxValidation)
 	}
 	return nil
 }

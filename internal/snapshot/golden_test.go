@@ -109,9 +109,31 @@ func TestPatternIsCountedFirst(t *testing.T) {
 	}
 }
 
+// What a network may order holds a slot for a tenth of the time, and for an hour in
+// one go.
+func TestValidationsAreBounded(t *testing.T) {
+	for _, c := range []struct {
+		interval Seconds
+		n        int
+		each     Seconds
+		ok       bool
+	}{
+		{10, 1, 1, true}, {10, 1, 2, false}, {10, 64, 3600, false}, {0, 36, 60, true}, {0, 37, 60, false},
+		{7 * day, 60, 60, true}, {7 * day, 1, 3600, true}, {7 * day, 2, 1801, false}, {36_000, 64, 56, true}, {600, 64, 1, false},
+	} {
+		v := Validation{Interval: c.interval}
+		for i := range c.n {
+			v.Golden = append(v.Golden, Golden{Name: "n" + strconv.Itoa(i), Prompt: "x", Answers: []string{"y"}, Tokens: 1, Timeout: c.each})
+		}
+		if err := v.check(&Limits{Tokens: 10}); (err == nil) != c.ok || err != nil && !strings.Contains(err.Error(), "a tenth of interval_s") {
+			t.Errorf("%+v: %v", c, err)
+		}
+	}
+}
+
 // All patterns together are bounded, too.
 func TestPatternsAreBounded(t *testing.T) {
-	v := Validation{}
+	var v Validation
 	for i := range 5 {
 		v.Golden = append(v.Golden, Golden{Name: "n" + strconv.Itoa(i), Prompt: "x", Pattern: "seven (apples|pears){60}", Tokens: 1, Timeout: 1})
 	}

@@ -40,7 +40,7 @@ func TestScheduledValidation(t *testing.T) {
 	if err := s.Publish(ctx, func(c *snapshot.Config) {
 		before = *c
 		c.Runtime.Image = ref
-		c.Validation = snapshot.Validation{Interval: 10, Golden: []snapshot.Golden{{Name: "words", Prompt: "words", Answers: []string{instant.Text(8)}, Tokens: 8, Timeout: 20}}}
+		c.Validation = snapshot.Validation{Interval: 30, Golden: []snapshot.Golden{{Name: "words", Prompt: "words", Answers: []string{instant.Text(8)}, Tokens: 8, Timeout: 3}}}
 	}); err != nil {
 		t.Fatal(err)
 	}
