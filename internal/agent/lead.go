@@ -48,6 +48,7 @@ type standing struct {
 	since time.Time // it has been back since; zero for not
 	why   string    // it is passed over; "" where it is not
 	ahead bool      // it leads, or would if what it needs could be had
+	open  string    // why its part in another one's runtime could not be validated yet; "" where that is not so
 }
 
 // begin takes up the networks. What a network has left behind that the node takes
@@ -266,7 +267,7 @@ func (u *updater) share(ctx context.Context, v *generation.View) {
 		case m.board.serves(s):
 		case !st.again.due(): // status says what failed
 		default:
-			u.join(ctx, v, m, s, byInstallation)
+			u.join(ctx, v, m, s)
 		}
 	}
 }
@@ -279,7 +280,7 @@ func (u *updater) prepareToo(ctx context.Context, v *generation.View, s *snapsho
 }
 
 // join lets a network's jobs to the runtime that another one has brought up.
-func (u *updater) join(ctx context.Context, v *generation.View, m *membership, s *snapshot.Snapshot, cause string) {
+func (u *updater) join(ctx context.Context, v *generation.View, m *membership, s *snapshot.Snapshot) {
 	p, lead := u.plans[s.Digest()], u.plans[u.active.Snapshot().Digest()]
 	if p == nil || p.stale || lead == nil {
 		if !m.board.runs() {
@@ -293,44 +294,95 @@ func (u *updater) join(ctx context.Context, v *generation.View, m *membership, s
 		return
 	}
 	st := u.standing[m]
-	// The engine is busy with others' jobs: it is asked no more at once than it
-	// has slots.
-	hctx, cancel := context.WithTimeout(ctx, slotPatience)
-	release, err := u.slots.Hold(hctx, s.Config().Runtime.Settings.Slots)
-	cancel()
-	if err != nil {
-		st.again.failed()
+	if d := m.mustRest(); d > 0 {
+		u.undecided(m, fmt.Errorf("%w; the next is in %v", errTooSoon, d.Round(time.Second)+time.Second), d)
 		return
 	}
-	alone := u.slots.Alone(1)
-	dep, err := u.deployer.Share(ctx, u.active, p.plan)
-	quiet := alone()
-	release()
+	dep, print, err := u.takePart(ctx, m, p.plan)
 	if err == nil {
 		err = u.attest(ctx, m, dep)
 	}
-	if stepOf(err) == deploy.StepValidate && ctx.Err() == nil {
-		m.validated(cause, nil, digest.Digest{}, err)
-	}
-	if err != nil {
-		if ctx.Err() == nil {
-			u.wait(m)
-			u.report(s, err)
-			st.again.failedOn(rarely)
+	switch {
+	case ctx.Err() != nil:
+		return
+	case errors.Is(err, errCrowded), errors.Is(err, errUndecided):
+		u.undecided(m, err, 0)
+		return
+	case err != nil:
+		if stepOf(err) == deploy.StepValidate {
+			m.validated(byInstallation, nil, digest.Digest{}, err)
 		}
+		u.dismiss(m, s, err)
 		return
 	}
-	st.again = backoff{}
-	print := dep.Fingerprint()
-	if !quiet {
-		print = digest.Digest{}
-	}
-	m.validated(cause, dep, print, nil)
+	st.again, st.open = backoff{}, ""
+	m.validated(byInstallation, dep, print, nil)
 	u.admit(m, dep, active)
 	m.log.Info("the network takes part in the runtime", journal.RuntimeShared.Attr(), "version", s.Version(), "with", u.owner().net.Name)
 }
 
-// slotPatience is how long a validation waits for a slot of a busy engine.
+// takePart validates a network's plan on the runtime that is up, in one slot of it,
+// and once more in all of them if answers are wrong while others have one, too. The
+// fingerprint is zero unless the engine did nothing else.
+func (u *updater) takePart(ctx context.Context, m *membership, p *deploy.Plan) (*deploy.Deployment, digest.Digest, error) {
+	slots := p.Snapshot().Config().Runtime.Settings.Slots
+	ask := func(hold func(context.Context, int) (func(), error), own int) (dep *deploy.Deployment, alone bool, err error) {
+		hctx, cancel := context.WithTimeout(ctx, slotPatience)
+		release, err := hold(hctx, slots)
+		cancel()
+		if err != nil {
+			return nil, false, errCrowded
+		}
+		defer release()
+		defer m.use()()
+		still := u.slots.Alone(own)
+		dep, err = u.deployer.Share(ctx, u.active, p)
+		return dep, still(), err
+	}
+	dep, alone, err := ask(u.slots.Hold, 1)
+	if stepOf(err) == deploy.StepValidate && !alone && ctx.Err() == nil {
+		m.log.Warn("a golden answer is wrong, beside jobs; it is asked for again alone", journal.ValidationDoubted.Attr(), "error", err)
+		if dep, alone, err = ask(u.slots.HoldAll, slots); errors.Is(err, errCrowded) {
+			err = errUndecided
+		}
+	}
+	switch {
+	case err != nil:
+		return nil, digest.Digest{}, err
+	case !alone:
+		return dep, digest.Digest{}, nil
+	}
+	return dep, dep.Fingerprint(), nil
+}
+
+// undecided has a network wait for its part in the runtime without a verdict on its
+// configuration, for so long, or as the schedule of retries has it where that is 0.
+func (u *updater) undecided(m *membership, why error, d time.Duration) {
+	st := u.standing[m]
+	if st.open != why.Error() {
+		m.log.Info("the network's part in the runtime is not validated yet", journal.NotValidated.Attr(), "reason", why)
+	}
+	if d > 0 {
+		st.again = backoff{at: time.Now().Add(d)}
+	} else {
+		st.again.failed()
+	}
+	st.open = why.Error()
+	u.wait(m)
+}
+
+// dismiss ends a network's part in the runtime, or keeps it from having one, for what
+// its own validation has found.
+func (u *updater) dismiss(m *membership, s *snapshot.Snapshot, err error) {
+	st := u.standing[m]
+	u.wait(m)
+	u.report(s, err)
+	st.open = ""
+	st.again.failedOn(rarely)
+}
+
+// slotPatience is how long the update loop, which does nothing else meanwhile, waits
+// for a slot of a busy engine.
 const slotPatience = 5 * time.Second
 
 // expel ends a network's part in the runtime whose jobs fail one after the other
@@ -356,7 +408,9 @@ func (u *updater) wait(m *membership) {
 	case st.why != "":
 		why = st.why
 	case deploy.Shareable(u.active.Snapshot(), m.board.snapshot()):
-		why = "its own part in it is not validated yet"
+		if why = "its own part in it is not validated yet"; st.open != "" {
+			why += ": " + st.open
+		}
 	}
 	if m.board.standBy(owner.net.Name, why) {
 		m.log.Info("the network is on standby", journal.NetworkWaits.Attr(), "reason", "the runtime serves "+owner.net.Name+": "+why)

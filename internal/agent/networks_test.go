@@ -3,6 +3,7 @@ package agent
 import (
 	"errors"
 	"strings"
+	"sync/atomic"
 	"testing"
 	"testing/synctest"
 	"time"
@@ -425,6 +426,115 @@ func TestOrdersOfOneNetwork(t *testing.T) {
 		if r := w.b.result(t); r.Code != "" {
 			t.Errorf("%+v", r)
 		}
+	})
+}
+
+// Answers that are wrong only beside another network's jobs condemn nothing: the
+// network keeps its part, or gets it once the engine has a moment for it.
+func TestWrongBesideTheOthersJobs(t *testing.T) {
+	inTwo(t, nil, func(t *testing.T, w *duo, _, sb *snapshot.Snapshot) {
+		sa := w.publish(w.a, map[string]any{"limits.deadline_s": 7200})
+		pass(5 * time.Second)
+		var company atomic.Bool
+		w.machine.Fail(deploytest.Golden, &deploytest.Fault{Err: errBroken, When: func(*deploytest.Locked) bool { return company.Load() }})
+		ask := func() {
+			j := job(sa)
+			j.Deadline = time.Now().Add(2 * time.Hour).UnixMilli()
+			w.a.Message(j)
+			synctest.Wait()
+			<-w.engine.asked
+			company.Store(true)
+		}
+		answer := func() {
+			company.Store(false)
+			w.engine.answer <- struct{}{}
+			if r := w.a.result(t); r.Code != "" {
+				t.Errorf("%+v", r)
+			}
+		}
+		bad := func() (n uint64) {
+			for _, c := range w.b.board.validationCounts() {
+				n += c.bad
+			}
+			return n
+		}
+		ask()
+		w.orderOf(w.b, wire.OrderRevalidate)
+		pass(quietPatience + slotPatience + time.Second)
+		if d := last[*wire.OrderDone](w.b); d == nil || d.Outcome != wire.OutcomeFailed || !strings.Contains(d.Message, "never idle") {
+			t.Errorf("%+v", d)
+		}
+		w.is(w.b, active, sb)
+		answer()
+		if d := w.orderOf(w.b, wire.OrderRevalidate); d == nil || d.Outcome != wire.OutcomeOK {
+			t.Errorf("%+v", d)
+		}
+		// On schedule, too.
+		ask()
+		w.b.board.set(func(b *board) { b.validated.next = time.Now() })
+		poke(w.b.recheck)
+		pass(quietPatience + time.Second)
+		w.is(w.b, active, sb)
+		if w.book.count(journal.ValidationDoubted) != 1 || w.book.count(journal.NotValidated) != 1 || bad() != 0 {
+			t.Errorf("%+v\n%s", w.b.board.validationCounts(), w.book)
+		}
+		// A new configuration waits, and says for what.
+		sb = w.publish(w.b, map[string]any{"limits.tokens": 50})
+		pass(time.Minute)
+		w.is(w.b, standby, nil)
+		var g gate.Gate
+		for _, x := range w.Status().Gates {
+			if x.Network == "testnet" && x.Name == gate.Runtime {
+				g = x
+			}
+		}
+		if !strings.Contains(g.Detail, "never idle") || bad() != 0 || w.b.heartbeat().Failed != nil {
+			t.Errorf("%+v\n%s", g, w.book)
+		}
+		answer()
+		pass(10 * time.Minute)
+		w.b.drop()
+		w.is(w.b, active, sb)
+		w.is(w.a, active, sa)
+
+		// What is wrong alone is wrong.
+		w.machine.Fail(deploytest.Golden, &deploytest.Fault{Err: errBroken, Times: 2})
+		if d := w.orderOf(w.b, wire.OrderRevalidate); d == nil || d.Outcome != wire.OutcomeFailed || !strings.Contains(d.Message, errBroken.Error()) {
+			t.Errorf("%+v", d)
+		}
+		pass(time.Second)
+		w.is(w.b, failed, nil)
+		w.is(w.a, active, sa)
+		if _, starts := w.machine.Now(); starts != 1 || bad() == 0 {
+			t.Errorf("%d starts", starts)
+		}
+	})
+}
+
+// A network that uses up its part of the machine's time for validations waits, and the
+// other one's jobs go on.
+func TestValidationsStarveNobody(t *testing.T) {
+	inTwo(t, nil, func(t *testing.T, w *duo, sa, sb *snapshot.Snapshot) {
+		w.b.board.set(func(b *board) { b.validated.allowance.spend(10*time.Minute, time.Now()) })
+		if d := w.orderOf(w.b, wire.OrderRevalidate); d == nil || d.Outcome != wire.OutcomeFailed || !strings.Contains(d.Message, "a tenth") {
+			t.Errorf("%+v", d)
+		}
+		w.machine.Calls()
+		for i := range 6 { // nor does it get more by another configuration each time
+			sb = w.publish(w.b, map[string]any{"limits.tokens": 50 + i})
+			pass(10 * time.Minute)
+			w.a.drop()
+			w.b.drop()
+		}
+		w.is(w.b, standby, nil)
+		if n := deploytest.Count(w.machine.Calls(), deploytest.Golden); n != 0 || w.book.count(journal.NotValidated) == 0 {
+			t.Errorf("%d golden requests\n%s", n, w.book)
+		}
+		w.is(w.a, active, sa)
+		pass(40 * time.Minute)
+		w.a.drop()
+		w.b.drop()
+		w.is(w.b, active, sb)
 	})
 }
 

@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"time"
 
 	"github.com/resultity/node/internal/deploy"
 	"github.com/resultity/node/internal/digest"
@@ -58,7 +59,12 @@ func (u *updater) restart(ctx context.Context) error {
 // does not answer is no damage: what was verified when it was started goes on, and
 // the network hears why.
 func (a *Agent) revalidate(ctx context.Context, m *membership, dep *deploy.Deployment) error {
+	if d := m.mustRest(); d > 0 {
+		return fmt.Errorf("%w; it can order the next in %v", errTooSoon, d.Round(time.Second)+time.Second)
+	}
+	end := m.use()
 	damage := a.verify(ctx, dep.Snapshot())
+	end()
 	switch {
 	case ctx.Err() != nil:
 		return ctx.Err()
@@ -88,18 +94,27 @@ func (u *updater) judge(ctx context.Context, dep *deploy.Deployment, damage erro
 		}
 		err = e
 	} else {
+		defer u.memberOf(dep.Snapshot()).use()()
 		if err := u.idle(ctx); err != nil {
 			return err
 		}
 		u.setActive(nil, validating)
-		alone := u.slots.Alone(0)
+		hctx, cancel := context.WithTimeout(ctx, slotPatience) // jobs that are past their deadlines take no longer to end
+		release, busy := u.slots.HoldAll(hctx, dep.Snapshot().Config().Runtime.Settings.Slots)
+		cancel()
 		var print digest.Digest
 		print, err = u.deployer.Validate(ctx, dep)
+		if busy == nil {
+			release()
+		} else {
+			print = digest.Digest{}
+		}
 		if ctx.Err() != nil {
 			return ctx.Err()
 		}
-		if !alone() {
-			print = digest.Digest{}
+		if busy != nil && cause != byDoubt && stepOf(err) == deploy.StepValidate && u.stillCurrent(ctx, dep, err) == nil {
+			u.setActive(dep, active)
+			return fmt.Errorf("%w: %w", errUndecided, err)
 		}
 		u.memberOf(dep.Snapshot()).validated(cause, dep, print, err)
 		if err == nil {
@@ -202,20 +217,5 @@ func (u *updater) forsake(ctx context.Context, m *membership) error {
 		u.admit(m, nil, stopped)
 	}
 	poke(u.look)
-	return nil
-}
-
-// rejoin validates a network's part in what another one runs.
-func (u *updater) rejoin(ctx context.Context, m *membership, dep *deploy.Deployment, cause string) error {
-	if err := u.quiet(ctx, m); err != nil {
-		return err
-	}
-	u.admit(m, nil, validating)
-	u.standing[m].again = backoff{}
-	v := u.gens.View()
-	u.join(ctx, &v, m, dep.Snapshot(), cause)
-	if !m.board.runs() {
-		return m.board.why()
-	}
 	return nil
 }

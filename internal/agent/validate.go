@@ -12,6 +12,7 @@ import (
 	"github.com/resultity/node/internal/digest"
 	"github.com/resultity/node/internal/journal"
 	"github.com/resultity/node/internal/quadlet"
+	"github.com/resultity/node/internal/snapshot"
 )
 
 // This file is about the golden requests of what serves: when they are repeated,
@@ -30,9 +31,10 @@ var causes = []string{byInstallation, bySchedule, byOrder, byDoubt}
 
 // validated is what is known of a network's validations. Guarded by board.mu.
 type validated struct {
-	last  *control.Validation
-	next  time.Time                             // on schedule; zero while nothing serves
-	count map[string]struct{ good, bad uint64 } // by cause, since the agent's start
+	last      *control.Validation
+	next      time.Time // on schedule; zero while nothing serves
+	allowance allowance
+	count     map[string]struct{ good, bad uint64 } // by cause, since the agent's start
 
 	print   digest.Digest      // fingerprint of the last validation during which the engine did nothing else
 	printOf *deploy.Deployment // that it was of
@@ -97,7 +99,7 @@ func (m *membership) validations(ctx context.Context) error {
 		m.board.set(func(b *board) { dep, next = b.active, b.validated.next })
 		wait := time.Hour // somebody pokes when there is something to validate
 		if dep != nil && !next.IsZero() {
-			wait = time.Until(next)
+			wait = max(time.Until(next), m.mustRest())
 		}
 		if wait <= 0 {
 			m.board.set(func(b *board) {
@@ -126,79 +128,215 @@ func (m *membership) onSchedule(ctx context.Context, dep *deploy.Deployment) {
 	case ctx.Err() != nil:
 	case err == nil:
 		m.log.Info("validated on schedule", journal.Validated.Attr(), "version", dep.Snapshot().Version())
-	case errors.Is(err, errReplaced), errors.Is(err, errCrowded):
-		m.log.Info("not validated on schedule", "reason", err)
+	case errors.Is(err, errReplaced), errors.Is(err, errCrowded), errors.Is(err, errUndecided):
+		m.log.Info("not validated on schedule", journal.NotValidated.Attr(), "reason", err)
 	default: // the update loop has said why
 	}
 }
 
-// errCrowded says that the engine had no slot free for a validation. It works, by
-// that, and has given its jobs answers.
-var errCrowded = errors.New("the engine's slots were all taken, for as long as a job may last")
+// Why a validation is none.
+var (
+	// errCrowded says that the engine had no slot free for a validation. It works, by
+	// that, and has given its jobs answers.
+	errCrowded = errors.New("the engine's slots were all taken, for as long as a job may last")
+
+	// errUndecided says that answers were wrong beside other requests, and could not be
+	// asked for without. Engines compute requests in batches, and a sum in a batch may
+	// have other last bits: that condemns nothing.
+	errUndecided = errors.New("answers were not the expected ones while the engine had other requests too, and it was never idle to ask it for them alone")
+
+	errTooSoon = errors.New("a network has a tenth of the node's time for validations, and this one has had its part")
+)
+
+// quietPatience is how long the engine is waited for to have nothing to do.
+const quietPatience = time.Minute
+
+// allowance is what a network may still use of the node's time for validations: one
+// part in [snapshot.ValidationShare], and a little at once. Its golden requests hold
+// slots of an engine that may serve others, and a doubt stops all jobs for a while.
+// The zero value is a full one.
+type allowance struct {
+	used time.Duration // of what is given, as of at
+	at   time.Time
+}
+
+// atOnce is what a network may use in one go that has not used anything for long.
+const atOnce = time.Minute
+
+// spend takes from the allowance.
+func (a *allowance) spend(d time.Duration, now time.Time) {
+	a.used, a.at = a.usedAt(now)+d, now
+}
+
+func (a *allowance) usedAt(now time.Time) time.Duration {
+	return max(0, a.used-now.Sub(a.at)/snapshot.ValidationShare)
+}
+
+// wait is how long nothing more may be used; 0 for something may.
+func (a *allowance) wait(now time.Time) time.Duration {
+	return max(0, a.usedAt(now)-atOnce) * snapshot.ValidationShare
+}
+
+// use begins what counts as time that the network has used for validations, until
+// the function that it returns is called.
+func (m *membership) use() (end func()) {
+	began := time.Now()
+	return func() {
+		m.board.set(func(b *board) { b.validated.allowance.spend(time.Since(began), time.Now()) })
+	}
+}
+
+// mustRest is how long the network has nothing more validated beside the jobs of
+// others; 0 for not at all.
+func (m *membership) mustRest() (d time.Duration) {
+	m.board.set(func(b *board) { d = b.validated.allowance.wait(time.Now()) })
+	return d
+}
 
 // recheck implements machine. The golden requests are put to the engine beside
 // jobs, in a slot as a job has. Answers that are wrong then are asked for once more
 // while it does nothing else: only those are the engine's fault, and not that of
-// the company which the requests had in a batch. Of a network that has a part in
-// another one's runtime only its own jobs are waited for: it cannot stop the other's.
+// the company which the requests had in a batch.
 func (a *Agent) recheck(ctx context.Context, m *membership, dep *deploy.Deployment) error {
-	var d deployer
-	err := a.inUpdates(ctx, func(u *updater, _ context.Context) error {
+	d, err := a.deployerOf(ctx, m, dep)
+	if err != nil {
+		return err
+	}
+	print, err := a.beside(ctx, m, d, dep, dep.Snapshot().Config().Limits.Deadline.Duration())
+	switch {
+	case err == nil:
+		m.validated(bySchedule, dep, print, nil)
+		return nil
+	case stepOf(err) != deploy.StepValidate:
+		return err
+	}
+	if err := a.stillCurrent(ctx, dep, err); err != nil {
+		return err
+	}
+	m.log.Warn("a golden answer is wrong, beside jobs; it is asked for again alone", journal.ValidationDoubted.Attr(), "error", err)
+	return a.validateAgain(ctx, m, dep, nil, bySchedule)
+}
+
+// deployerOf returns the update loop's deployer, if a network's deployment still serves.
+func (a *Agent) deployerOf(ctx context.Context, m *membership, dep *deploy.Deployment) (d deployer, err error) {
+	err = a.inUpdates(ctx, func(u *updater, _ context.Context) error {
 		if !m.board.servesAs(dep) {
 			return errReplaced
 		}
 		d = u.deployer
 		return nil
 	})
-	if err != nil {
-		return err
-	}
-	c := dep.Snapshot().Config()
-	hctx, cancel := context.WithTimeout(ctx, c.Limits.Deadline.Duration())
-	release, err := a.slots.Hold(hctx, c.Runtime.Settings.Slots)
+	return d, err
+}
+
+// beside puts the golden requests to the engine in a slot that is waited for, whatever
+// else it does. The fingerprint is zero if it did something else.
+func (a *Agent) beside(ctx context.Context, m *membership, d deployer, dep *deploy.Deployment, patience time.Duration) (digest.Digest, error) {
+	hctx, cancel := context.WithTimeout(ctx, patience)
+	release, err := a.slots.Hold(hctx, dep.Snapshot().Config().Runtime.Settings.Slots)
 	cancel()
 	switch {
 	case ctx.Err() != nil:
-		return ctx.Err()
+		if err == nil {
+			release()
+		}
+		return digest.Digest{}, ctx.Err()
 	case err != nil:
-		return errCrowded
+		return digest.Digest{}, errCrowded
+	}
+	defer release()
+	defer m.use()()
+	if !m.board.servesAs(dep) {
+		return digest.Digest{}, errReplaced // while the slot was waited for
 	}
 	alone := a.slots.Alone(1)
 	print, err := d.Validate(ctx, dep)
 	if !alone() {
 		print = digest.Digest{}
 	}
-	release()
-	if err == nil {
-		m.validated(bySchedule, dep, print, nil)
-		return nil
-	}
-	unit, unitErr := a.units.State(ctx, quadlet.ServiceName)
+	return print, err
+}
+
+// stillCurrent says why a wrong answer is not held against a deployment: its engine has
+// ended, and what becomes of that is the update loop's.
+func (a *Agent) stillCurrent(ctx context.Context, dep *deploy.Deployment, wrong error) error {
+	unit, err := a.units.State(ctx, quadlet.ServiceName)
 	switch {
 	case ctx.Err() != nil:
 		return ctx.Err()
-	case unitErr != nil:
-		return fmt.Errorf("%w; and %w", err, unitErr)
+	case err != nil:
+		return fmt.Errorf("%w; and %w", wrong, err)
 	case !dep.Current(unit):
-		return errReplaced // the engine has ended; what becomes of that is the update loop's
+		return errReplaced
 	}
-	m.log.Warn("a golden answer is wrong, beside jobs; it is asked for again alone", "error", err)
-	return a.validateAgain(ctx, m, dep, nil, bySchedule)
+	return nil
 }
 
-// validateAgain validates a deployment that serves, without jobs of its network, and
-// while its engine does nothing else at all if the network leads; damage says that its
-// files are not what they were.
+// validateAgain validates a deployment that serves, while its engine does nothing
+// else at all; damage says that its files are not what they were. The network that
+// leads has all jobs wait for that. Another one waits until there are none: it cannot
+// stop the other's, and what it cannot learn so condemns nothing.
 func (a *Agent) validateAgain(ctx context.Context, m *membership, dep *deploy.Deployment, damage error, cause string) error {
-	return a.inUpdates(ctx, func(u *updater, ctx context.Context) error {
-		switch owner := u.owner(); {
-		case owner == nil || m == owner:
+	leads, err := false, error(nil)
+	err = a.inUpdates(ctx, func(u *updater, ctx context.Context) error {
+		owner := u.owner()
+		switch leads = owner == nil || m == owner; {
+		case leads:
 			return u.judge(ctx, dep, damage, cause)
-		case !m.board.serves(dep.Snapshot()):
+		case !m.board.servesAs(dep):
 			return errReplaced
 		case damage != nil: // it is the machine's own finding, and the files are everybody's
 			return u.judge(ctx, u.active, damage, cause)
 		}
-		return u.rejoin(ctx, m, dep, cause)
+		return nil
+	})
+	if leads || damage != nil || err != nil {
+		return err
+	}
+	d, err := a.deployerOf(ctx, m, dep)
+	if err != nil {
+		return err
+	}
+	hctx, cancel := context.WithTimeout(ctx, quietPatience)
+	release, err := a.slots.HoldAll(hctx, dep.Snapshot().Config().Runtime.Settings.Slots)
+	cancel()
+	var print digest.Digest
+	switch {
+	case ctx.Err() != nil:
+		if err == nil {
+			release()
+		}
+		return ctx.Err()
+	case err == nil:
+		end := m.use()
+		print, err = d.Validate(ctx, dep)
+		end()
+		release()
+	case cause == byOrder: // beside others it may be right, too
+		if print, err = a.beside(ctx, m, d, dep, slotPatience); stepOf(err) == deploy.StepValidate {
+			err = fmt.Errorf("%w: %w", errUndecided, err)
+		}
+	default:
+		err = errUndecided
+	}
+	switch {
+	case ctx.Err() != nil:
+		return ctx.Err()
+	case err == nil:
+		m.validated(cause, dep, print, nil)
+		return nil
+	case errors.Is(err, errUndecided), stepOf(err) != deploy.StepValidate:
+		return err
+	}
+	if err := a.stillCurrent(ctx, dep, err); err != nil {
+		return err
+	}
+	return a.inUpdates(ctx, func(u *updater, ctx context.Context) error {
+		if !m.board.servesAs(dep) {
+			return errReplaced
+		}
+		m.validated(cause, nil, digest.Digest{}, err)
+		u.dismiss(m, dep.Snapshot(), err)
+		return err
 	})
 }

@@ -245,3 +245,90 @@ func TestFingerprint(t *testing.T) {
 		}
 	})
 }
+
+// A tenth of the time, and a minute at once.
+func TestAllowance(t *testing.T) {
+	var a allowance
+	now := time.Unix(1_000_000_000, 0)
+	begin, used := now, time.Duration(0)
+	for now.Sub(begin) < 24*time.Hour {
+		if d := a.wait(now); d > 0 {
+			now = now.Add(d)
+			if a.wait(now) > 0 || a.wait(now.Add(-time.Second)) == 0 {
+				t.Fatal("it names another time than it keeps")
+			}
+		}
+		a.spend(5*time.Minute, now)
+		now, used = now.Add(5*time.Minute), used+5*time.Minute
+	}
+	if share := used.Seconds() / now.Sub(begin).Seconds(); share > 0.11 || share < 0.09 {
+		t.Errorf("%.3f of the time", share)
+	}
+	if a = (allowance{}); a.wait(now) != 0 {
+		t.Error("there is nothing at first")
+	}
+	a.spend(atOnce, now)
+	if a.wait(now) != 0 {
+		t.Error("what may be had at once makes wait")
+	}
+}
+
+// Orders to validate again are counted in time: what keeps a node from its jobs is
+// refused before it does so for more than a tenth of that.
+func TestOrdersToValidateAreBounded(t *testing.T) {
+	scheduled(t, 4, func(t *testing.T, f *fixture) {
+		j := job(f.board.snapshot())
+		j.Deadline = time.Now().Add(time.Hour).UnixMilli()
+		f.Message(j)
+		synctest.Wait()
+		<-f.engine.asked
+		f.Message(f.order(networkKey, wire.OrderRevalidate)) // has all jobs wait for the end of this one
+		pass(5 * time.Minute)
+		f.engine.answer <- struct{}{}
+		synctest.Wait()
+		if d := last[*wire.OrderDone](f.party); d == nil || d.Outcome != wire.OutcomeOK {
+			t.Fatalf("%+v\n%s", d, f.book)
+		}
+		f.machine.Calls()
+		if d := f.obey(f.order(networkKey, wire.OrderRevalidate)); d == nil || d.Outcome != wire.OutcomeFailed || !strings.Contains(d.Message, "a tenth of the node's time") || !strings.Contains(d.Message, "40m") {
+			t.Errorf("%+v", d)
+		}
+		if f.book.count(journal.OrderFailed) != 1 || !strings.Contains(f.book.String(), "a tenth of the node's time") {
+			t.Errorf("the journal does not say why:\n%s", f.book)
+		}
+		pass(39 * time.Minute) // nor does the schedule go on meanwhile
+		if n := f.goldens(); n != 0 {
+			t.Errorf("validated %d times", n)
+		}
+		f.serves(f.board.snapshot())
+		pass(10 * time.Minute)
+		f.drainSent()
+		f.mustObey(wire.OrderRevalidate)
+	})
+}
+
+// Who leads is not condemned either for what is wrong in company that it cannot stop.
+func TestNeverAlone(t *testing.T) {
+	scheduled(t, 4, func(t *testing.T, f *fixture) {
+		s := f.board.snapshot()
+		release, err := f.slots.Hold(t.Context(), 4) // as another network's validation has
+		if err != nil {
+			t.Fatal(err)
+		}
+		f.machine.Fail(deploytest.Golden, &deploytest.Fault{Err: errBroken})
+		f.Message(f.order(networkKey, wire.OrderRevalidate))
+		pass(slotPatience + time.Second)
+		if d := last[*wire.OrderDone](f.party); d == nil || d.Outcome != wire.OutcomeFailed || !strings.Contains(d.Message, "never idle") {
+			t.Errorf("%+v", d)
+		}
+		f.serves(s)
+		if c := f.board.validationCounts(); c[byOrder].bad != 0 || deploytest.Count(f.machine.Calls(), deploytest.Stop) != 0 || f.book.count(journal.ValidationFailed) != 0 {
+			t.Errorf("%+v\n%s", c, f.book)
+		}
+		release()
+		if d := f.obey(f.order(networkKey, wire.OrderRevalidate)); d == nil || d.Outcome != wire.OutcomeFailed || strings.Contains(d.Message, "never idle") {
+			t.Errorf("%+v", d)
+		}
+		f.serves(nil)
+	})
+}

@@ -13,11 +13,12 @@ import (
 // there are as many slots as such networks, none is shut out by the others.
 // Without any other network in the last minute, one has them all.
 //
-// Its methods are safe for concurrent use and do not wait, but for Hold and Borrow.
+// Its methods are safe for concurrent use and do not wait, but for Hold, HoldAll and
+// Borrow.
 type Slots struct {
 	mu      sync.Mutex // guards what follows; workers' own are never taken under it
 	users   map[*Worker]*user
-	held    int           // by Hold
+	held    int           // by Hold and HoldAll
 	turns   uint64        // slots that were taken or lent ever
 	waiting int           // in Hold
 	loans   []*loan       // slots that Borrow has given, beside the taken ones
@@ -129,12 +130,9 @@ func (s *Slots) Hold(ctx context.Context, limit int) (release func(), err error)
 			s.turns++
 			s.recallLocked(limit)
 			s.changedLocked() // Borrow leaves what is given back to who waits here, and there may be more of it
-			others := s.othersLocked(nil)
 			s.mu.Unlock()
-			for _, o := range others {
-				o.crowded()
-			}
-			return s.release, nil
+			s.tell()
+			return func() { s.release(1) }, nil
 		}
 		s.mu.Unlock()
 		select {
@@ -143,14 +141,42 @@ func (s *Slots) Hold(ctx context.Context, limit int) (release func(), err error)
 			s.mu.Lock()
 			s.waiting--
 			s.changedLocked() // who waits behind it may have looked at what was given back for it
-			others := s.othersLocked(nil)
 			s.mu.Unlock()
-			for _, o := range others {
-				o.crowded()
-			}
+			s.tell()
 			return nil, ctx.Err()
 		}
 		s.mu.Lock()
+	}
+}
+
+// HoldAll waits until nobody has any of limit slots, takes them all, and returns what
+// gives them back: until then the engine has nothing to do but the caller's. No job
+// waits for it or is refused before it has them, so that it may wait for long where
+// there is much to do. It fails with ctx.
+func (s *Slots) HoldAll(ctx context.Context, limit int) (release func(), err error) {
+	s.mu.Lock()
+	for held := false; ; s.mu.Lock() {
+		changed := s.changed
+		if !held && s.takenLocked() == 0 {
+			held = true
+			s.held += limit
+			s.turns++
+			s.recallLocked(limit)
+		}
+		idle := held && s.lent == 0
+		s.mu.Unlock()
+		if idle {
+			s.tell()
+			return func() { s.release(limit) }, nil
+		}
+		select {
+		case <-changed:
+		case <-ctx.Done():
+			if held {
+				s.release(limit)
+			}
+			return nil, ctx.Err()
+		}
 	}
 }
 
@@ -221,13 +247,17 @@ func (s *Slots) Alone(own int) (still func() bool) {
 	}
 }
 
-func (s *Slots) release() {
+func (s *Slots) release(n int) {
 	s.mu.Lock()
-	s.held--
+	s.held -= n
 	s.changedLocked()
-	others := s.othersLocked(nil)
 	s.mu.Unlock()
-	for _, o := range others {
+	s.tell()
+}
+
+// tell has those who share the engine look at its slots again.
+func (s *Slots) tell() {
+	for _, o := range s.others(nil) {
 		o.crowded()
 	}
 }

@@ -210,3 +210,71 @@ func TestAlone(t *testing.T) {
 	}
 	release()
 }
+
+// Who wants the engine for itself waits until nobody has it, holds up nobody before,
+// and has it alone then.
+func TestHoldAll(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		s, a, b := NewSlots(), new(Worker), new(Worker)
+		if !s.take(a, 2, time.Now()) {
+			t.Fatal("no slot")
+		}
+		short, cancel := context.WithTimeout(t.Context(), time.Second)
+		defer cancel()
+		if _, err := s.HoldAll(short, 2); err == nil {
+			t.Fatal("had beside a job")
+		}
+		recalled := make(chan struct{})
+		got := make(chan func(), 1)
+		go func() {
+			release, err := s.HoldAll(t.Context(), 2)
+			if err != nil {
+				t.Error(err)
+			}
+			got <- release
+		}()
+		synctest.Wait()
+		if !s.take(b, 2, time.Now()) {
+			t.Error("a job waits for who waits for all")
+		}
+		s.give(a, time.Now())
+		synctest.Wait()
+		if len(got) != 0 {
+			t.Fatal("had beside a job")
+		}
+		back, err := s.Borrow(t.Context(), 2, func() { close(recalled) })
+		if err != nil {
+			t.Fatal(err)
+		}
+		s.give(b, time.Now())
+		<-recalled
+		synctest.Wait()
+		if len(got) != 0 {
+			t.Fatal("had beside what a loan still does")
+		}
+		back()
+		release := <-got
+		still := s.Alone(2)
+		if s.take(a, 2, time.Now()) || s.free(b, 2, time.Now()) != 0 {
+			t.Error("a job beside it")
+		}
+		if !still() {
+			t.Error("not alone")
+		}
+		release()
+		if !s.take(a, 2, time.Now()) || s.held != 0 {
+			t.Errorf("%d are held still", s.held)
+		}
+		// One that gives up in between keeps none.
+		s.give(a, time.Now())
+		if back, err = s.Borrow(t.Context(), 2, func() {}); err != nil {
+			t.Fatal(err)
+		}
+		short, cancel = context.WithTimeout(t.Context(), time.Second)
+		defer cancel()
+		if _, err := s.HoldAll(short, 2); err == nil || s.held != 0 {
+			t.Errorf("%v, %d are held", err, s.held)
+		}
+		back()
+	})
+}
