@@ -25,11 +25,27 @@ type Replay struct {
 	Job    receipt.JobID `json:"job"`
 	Replay receipt.JobID `json:"replay,omitzero"` // the id under which it was given out again
 	At     time.Time     `json:"at"`
-	Class  digest.Digest `json:"class"` // determinism class of both nodes
+	Class  digest.Digest `json:"class"` // determinism class in which it was given out again: what the first node had named when it got the job
 	openai.Comparison
 	First  *receipt.Signed `json:"first"`
-	Second *receipt.Signed `json:"second,omitempty"` // nil where nobody was asked
+	Second *receipt.Signed `json:"second,omitempty"` // the last one that was asked; nil where nobody was
+
+	// SameAccount says that both nodes belong to one account, since no other node of the
+	// class was there, or the operator has named one: that they agree says less then.
+	SameAccount bool      `json:"same_account,omitempty"`
+	Findings    []Finding `json:"findings,omitempty"`
 }
+
+// Finding is what a replay has shown of a node beside the verdict.
+type Finding struct {
+	Node    evm.Address     `json:"node"`
+	Text    string          `json:"finding"`
+	Receipt *receipt.Signed `json:"receipt,omitempty"` // which shows it
+}
+
+// maxAsked is how many nodes are asked, one after the other, for an answer that can be
+// compared.
+const maxAsked = 3
 
 // ReplayQuery says how a job is to be given out again.
 type ReplayQuery struct {
@@ -49,7 +65,10 @@ func (s *service) replay(ctx context.Context, id receipt.JobID, q ReplayQuery) (
 	if err != nil {
 		return nil, err
 	}
-	v := &Replay{Job: id, At: time.Now().UTC(), Class: first.Receipt.Receipt().Claimed.ClassDigest, First: first.Receipt}
+	v := &Replay{Job: id, At: time.Now().UTC(), Class: classOf(first), First: first.Receipt}
+	if rc := first.Receipt.Receipt(); !first.Said.IsZero() && first.Said != rc.Claimed.ClassDigest {
+		v.find(first.Receipt, first.Said)
+	}
 	was, err := claimed(first)
 	if err != nil {
 		v.Comparison = openai.Incomparable("the first response is %v", err)
@@ -59,35 +78,97 @@ func (s *service) replay(ctx context.Context, id receipt.JobID, q ReplayQuery) (
 	if err != nil {
 		return nil, err
 	}
-	r.Node = q.Node
+	r.Class, r.Node = v.Class, q.Node
+	if n, err := s.store.Node(ctx, r.First); err == nil {
+		r.Account = n.Account
+	} else if !errors.Is(err, store.ErrNotFound) {
+		return nil, err
+	}
 	if why := s.incomparable(r, first.Receipt, was); why != "" {
 		v.Comparison = openai.Incomparable("%s", why)
 		return s.replayed(v), nil
 	}
-	t, node, err := s.dispatch.SubmitReplay(*r)
-	if err != nil {
-		return nil, err
-	}
-	s.log.Info("job given out again", "job", id, "replay", t.ID(), "node", node)
-	if _, err := t.Wait(ctx); err != nil {
-		t.Cancel()
-		if f, ok := dispatch.AsFailure(err); ok {
-			return nil, fmt.Errorf("node %s did not answer: %w (%s)", node, err, f.Outcome)
-		}
+	if err := s.askAgain(ctx, v, r, was); err != nil {
 		return nil, err
 	}
 	ctx = context.WithoutCancel(ctx) // it is done; now it is written down
-	second, err := s.store.Result(ctx, t.ID())
-	if err != nil {
-		return nil, err
-	}
-	v.Replay, v.Second = t.ID(), second.Receipt
-	v.Comparison = compare(was, first, second)
 	raw, err := json.Marshal(v)
 	if err == nil {
 		err = s.store.PutReplay(ctx, id, raw)
 	}
 	return s.replayed(v), err
+}
+
+// askAgain gives r to a node, and to another one, and a third, as long as what comes
+// cannot be compared: a node that is at fault must not be able to end it by that. One
+// that the operator has named is the only one.
+func (s *service) askAgain(ctx context.Context, v *Replay, r *dispatch.Replay, was *openai.Answer) error {
+	var failed error
+	for len(r.Asked) < maxAsked && (r.Node == nil || len(r.Asked) == 0) {
+		t, to, err := s.dispatch.SubmitReplay(*r)
+		if err != nil {
+			if failed == nil {
+				failed = err
+			}
+			break
+		}
+		r.Asked = append(r.Asked, to.Node)
+		s.log.Info("job given out again", "job", v.Job, "replay", t.ID(), "node", to.Node)
+		if _, err := t.Wait(ctx); err != nil {
+			t.Cancel()
+			f, ok := dispatch.AsFailure(err)
+			if !ok {
+				return err
+			}
+			failed = fmt.Errorf("node %s did not answer: %w (%s)", to.Node, err, f.Outcome)
+			v.Findings = append(v.Findings, Finding{Node: to.Node, Text: fmt.Sprintf("did not answer as job %s (%s)", t.ID(), f.Outcome)})
+			continue
+		}
+		second, err := s.store.Result(context.WithoutCancel(ctx), t.ID())
+		if err != nil {
+			return err
+		}
+		v.Replay, v.Second = t.ID(), second.Receipt
+		v.SameAccount = to.Node != r.First && r.Account != "" && to.Account == r.Account
+		if signed := second.Receipt.Receipt().Claimed.ClassDigest; signed != v.Class {
+			v.find(second.Receipt, v.Class)
+			v.Comparison = openai.Incomparable("node %s has answered in another class than it said before, %s", to.Node, signed)
+			continue
+		}
+		v.Comparison = compare(was, second)
+		return nil
+	}
+	switch {
+	case v.Second != nil: // which cannot be compared
+	case len(v.Findings) > 0 && v.Findings[0].Receipt != nil: // the first node's word is on record, whoever answers
+		v.Comparison = openai.Incomparable("%v", failed)
+	default:
+		return failed
+	}
+	return nil
+}
+
+// find notes that a node has signed for another class than it had named before.
+func (v *Replay) find(signed *receipt.Signed, said digest.Digest) {
+	rc := signed.Receipt()
+	v.Findings = append(v.Findings, Finding{Node: rc.Node, Receipt: signed,
+		Text: fmt.Sprintf("signed for class %s as job %s, and had named %s when it was given the job", className(rc.Claimed.ClassDigest), rc.Job, className(said))})
+}
+
+func className(d digest.Digest) string {
+	if d == receipt.Unknown {
+		return "none"
+	}
+	return d.String()
+}
+
+// classOf is the class by which a result is judged: the one for which the node was
+// given the job, also where it has signed for another.
+func classOf(r *store.Result) digest.Digest {
+	if r.Said.IsZero() || r.Said == receipt.Unknown {
+		return r.Receipt.Receipt().Claimed.ClassDigest
+	}
+	return r.Said
 }
 
 // claimed reads a stored response, with the token counts of its receipt: those are
@@ -105,7 +186,7 @@ func claimed(r *store.Result) (*openai.Answer, error) {
 // from the client. The receipt says whether it is the right one.
 func (s *service) requestOf(ctx context.Context, first *store.Result, given []byte) (*dispatch.Replay, error) {
 	rc := first.Receipt.Receipt()
-	r := &dispatch.Replay{Request: given, Class: rc.Claimed.ClassDigest, First: rc.Node}
+	r := &dispatch.Replay{Request: given, First: rc.Node}
 	kept, err := s.store.Request(ctx, rc.Job)
 	switch {
 	case err == nil:
@@ -142,12 +223,8 @@ func (s *service) incomparable(r *dispatch.Replay, first *receipt.Signed, was *o
 	return req.Incomparable(was, openai.Conditions{Seed: r.Seed != nil, Limits: rc.Measured.ConfigDigest == t.Digest, Tokens: c.Limits.Tokens})
 }
 
-// compare holds the second result against the first.
-func compare(was *openai.Answer, first, second *store.Result) openai.Comparison {
-	a, b := first.Receipt.Receipt(), second.Receipt.Receipt()
-	if a.Claimed.ClassDigest != b.Claimed.ClassDigest {
-		return openai.Incomparable("node %s has answered in another class than it said before, %s", b.Node, b.Claimed.ClassDigest)
-	}
+// compare holds a second result of the same class against the first.
+func compare(was *openai.Answer, second *store.Result) openai.Comparison {
 	is, err := claimed(second)
 	if err != nil { // an honest node signs no such thing
 		return openai.Comparison{Verdict: openai.Different, Reason: "the second response is " + err.Error()}
@@ -158,7 +235,10 @@ func compare(was *openai.Answer, first, second *store.Result) openai.Comparison 
 // replayed says what came of it.
 func (s *service) replayed(v *Replay) *Replay {
 	s.metrics.Replays.WithLabelValues(string(v.Verdict)).Inc()
-	attrs := []any{"job", v.Job, "verdict", v.Verdict, "class", v.Class, "first", v.First.Receipt().Node}
+	for _, f := range v.Findings {
+		s.log.Warn("finding of a replay", "job", v.Job, "node", f.Node, "finding", f.Text)
+	}
+	attrs := []any{"job", v.Job, "verdict", v.Verdict, "class", v.Class, "first", v.First.Receipt().Node, "same_account", v.SameAccount}
 	if v.Second == nil {
 		s.log.Info("job cannot be compared", append(attrs, "why", v.Reason)...)
 		return v

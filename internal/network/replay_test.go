@@ -132,6 +132,90 @@ func TestReplayFindsALiar(t *testing.T) {
 	}
 }
 
+// A node cannot end a comparison by signing for another class than it had named: that
+// is a finding against it, and others are asked, as long as there are any.
+func TestReplayWithHostileNodes(t *testing.T) {
+	n := keeping(t, 1<<20)
+	another := func(r *receipt.Receipt) { r.Claimed.ClassDigest = digest.Of([]byte("of its own")) }
+	sign := func(s *nodetest.Session, text string, change func(*receipt.Receipt)) *wire.Job {
+		j := s.Take()
+		s.Send(s.Node.Result(t, j, nodetest.Body(j, text), change))
+		nodetest.Expect[*wire.Ack](s)
+		return j
+	}
+	liar := n.ready("a")
+	ch := n.ask(chatSeeded)
+	lied := sign(liar, "secret lie", another)
+	n.answer(ch)
+	id := lied.ID.String()
+	n.until("it is counted", func() bool { return n.metric("resultity_receipts_of_another_class_total") == 1 })
+	// Nobody is there yet; what it has signed is on record all the same.
+	v := (<-n.replay(id, "--json")).verdict(t, 3)
+	if len(v.Findings) != 1 || v.Findings[0].Node != liar.Node.Key.Address() || v.Findings[0].Receipt == nil || v.Class != class("a").Digest {
+		t.Errorf("%+v", v)
+	}
+	honest := n.ready("a")
+	done := n.replay(id, "--json")
+	sign(honest, "secret truth", nil)
+	v = (<-done).verdict(t, 2) // by the class for which it was given the job
+	if len(v.Findings) != 1 || v.Difference == nil || !v.SameAccount {
+		t.Errorf("%+v", v)
+	}
+	// Now others are asked about an honest answer, and want to be compared with nobody.
+	liar.Drop()
+	n.until("it is gone", func() bool { return n.metric(`resultity_nodes{state="routable"}`) == 1 })
+	ch = n.ask(chatSeeded)
+	told := sign(honest, "secret truth", nil)
+	n.answer(ch)
+	id = told.ID.String()
+	hostile := []*nodetest.Session{n.ready("a"), n.ready("a")}
+	third := n.ready("a")
+	// The least busy is asked first, among equals who had nothing for the longest time.
+	done = n.replay(id, "--node", third.Node.Key.Address().Hex())
+	sign(third, "secret truth", nil)
+	if r := <-done; r.code != 0 {
+		t.Fatalf("%+v", r)
+	}
+	done = n.replay(id, "--json")
+	answers := make(chan struct{}, len(hostile))
+	for _, h := range hostile {
+		go func() {
+			defer func() { answers <- struct{}{} }()
+			sign(h, "secret lie", another)
+		}()
+	}
+	<-answers
+	<-answers
+	sign(third, "secret truth", nil)
+	v = (<-done).verdict(t, 0)
+	if len(v.Findings) != 2 || v.Second == nil || v.Second.Receipt().Node != third.Node.Key.Address() {
+		t.Errorf("%+v", v)
+	}
+	for _, f := range v.Findings {
+		if f.Node == third.Node.Key.Address() || f.Receipt == nil || f.Receipt.Receipt().Node != f.Node || !strings.Contains(f.Text, "signed for class") {
+			t.Errorf("%+v", f)
+		}
+	}
+	// With hostile ones alone it ends, without a verdict but with findings.
+	third.Drop()
+	n.until("it is gone", func() bool { return n.metric(`resultity_nodes{state="routable"}`) == 3 })
+	done = n.replay(id)
+	for _, h := range hostile {
+		go func() {
+			defer func() { answers <- struct{}{} }()
+			sign(h, "secret lie", another)
+		}()
+	}
+	<-answers
+	<-answers
+	if r := <-done; r.code != 3 || strings.Count(r.out, "finding") != 2 || strings.Contains(r.out, "secret") {
+		t.Errorf("%+v", r)
+	}
+	if code, out := n.run("jobs", "replays"); code != 0 || strings.Count(out, "signed for class") != 6 || !strings.Contains(out, "both of one account") {
+		t.Errorf("%d: %s", code, out)
+	}
+}
+
 // Nobody is billed for a replay, and no client gets it.
 func TestReplayIsNobodysJob(t *testing.T) {
 	n := keeping(t, 1<<20)

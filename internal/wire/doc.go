@@ -279,7 +279,8 @@
 // A network may give the request of a finished job out again, to any node of the same
 // determinism class, to compare the answers. That is another job, with an id,
 // Created and Deadline of its own and with the same Request and Seed: a node cannot
-// tell it from others.
+// tell it from others. The class of a job is the one in the heartbeat before it was given;
+// a node whose receipt names another one is pointed out, and is judged by the former.
 //
 // How a stream is cut into chunks means nothing; a node joins those that wait.
 // Chunk.Offset is the place of its bytes in the response body, so that a

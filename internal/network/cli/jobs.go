@@ -36,7 +36,11 @@ func replayCommand() *cobra.Command {
 		Long: `Give a finished job to a second node of the same determinism class and compare
 text, finish reason and token counts. JOB is the id in its receipt. To the node it
 is a job like any other; no client gets the answer, and it is not counted among the
-jobs. Nodes of other classes are never asked: their answers may rightly differ.
+jobs. Nodes of other classes are never asked: their answers may rightly differ. One
+of another account than the first node's is asked if there is one; else a note says
+so. The class is what a node names in its heartbeats when it is given a job. One that
+signs for another class is a finding, and the next node is asked, three at most; so it
+is with one that does not answer.
 
 The request must be there: keep_requests_bytes of network.toml says how much is
 kept of those of finished jobs, by default nothing; --request takes the client's,
@@ -108,6 +112,12 @@ func showReplay(cmd *cobra.Command, v *network.Replay, asJSON bool) error {
 	fmt.Fprintf(w, "%s\t%s\njob\t%s\nclass\t%s\n", verdict(v), why(v), v.Job, v.Class)
 	showSide(w, "first", v.First)
 	showSide(w, "second", v.Second)
+	if v.SameAccount {
+		fmt.Fprint(w, "note\tboth nodes belong to one account: what they agree on says less\n")
+	}
+	for _, f := range v.Findings {
+		fmt.Fprintf(w, "finding\tnode %s %s\n", f.Node.Hex(), f.Text)
+	}
 	return w.Flush()
 }
 
@@ -120,6 +130,18 @@ func why(v *network.Replay) string {
 		return v.Difference.String()
 	}
 	return v.Reason
+}
+
+// beside sums up for the list what came up beside the verdict.
+func beside(v *network.Replay) string {
+	var s string
+	if v.SameAccount {
+		s = "; both of one account"
+	}
+	for _, f := range v.Findings {
+		s += "; node " + f.Node.Hex() + " " + f.Text
+	}
+	return s
 }
 
 // showSide prints what a node has signed.
@@ -142,7 +164,7 @@ func replaysCommand() *cobra.Command {
 				if v.Second != nil {
 					second = v.Second.Receipt().Node.Hex()
 				}
-				fmt.Fprintf(w, "%s\t%s\t%s\t%s\t%s\t%s\n", when(v.At.UnixMilli()), v.Job, verdict(v), v.First.Receipt().Node.Hex(), second, why(v))
+				fmt.Fprintf(w, "%s\t%s\t%s\t%s\t%s\t%s\n", when(v.At.UnixMilli()), v.Job, verdict(v), v.First.Receipt().Node.Hex(), second, strings.TrimPrefix(why(v)+beside(v), "; "))
 			}
 		}, err
 	})

@@ -24,7 +24,7 @@ type jobStore interface {
 	DeleteJob(ctx context.Context, seq uint64) error
 	JobDone(seq uint64)
 	KeepRequest(context.Context, *store.Job) error // of a job whose result is stored; does nothing where none are kept
-	PutResult(context.Context, *receipt.Signed, []byte) error
+	PutResult(ctx context.Context, r *receipt.Signed, said digest.Digest, response []byte) error
 	Result(context.Context, receipt.JobID) (*store.Result, error)
 	Accepting() error // why no job can be written down, or nil; does not wait
 }
@@ -438,7 +438,7 @@ func (d *Dispatcher) assign(j *job, n *node, now time.Time) {
 	j.attempts++
 	j.tried[n.addr] = struct{}{}
 	j.under[d.terms.Digest] = d.terms
-	r := &runner{job: j, node: n, terms: d.terms, sent: now, progress: now}
+	r := &runner{job: j, node: n, terms: d.terms, said: n.class(), sent: now, progress: now}
 	j.runners = append(j.runners, r)
 	n.running[j.spec.ID] = r
 	d.order++

@@ -77,7 +77,7 @@ func (m *memory) JobDone(seq uint64) {
 	delete(m.jobs, seq)
 }
 
-func (m *memory) PutResult(_ context.Context, r *receipt.Signed, response []byte) error {
+func (m *memory) PutResult(_ context.Context, r *receipt.Signed, said digest.Digest, response []byte) error {
 	if m.putResult != nil {
 		if err := m.putResult(); err != nil {
 			return err
@@ -89,7 +89,7 @@ func (m *memory) PutResult(_ context.Context, r *receipt.Signed, response []byte
 	if m.results[id] != nil {
 		return store.ErrExists
 	}
-	m.results[id] = &store.Result{Receipt: r, Response: response}
+	m.results[id] = &store.Result{Receipt: r, Response: response, Said: said}
 	return nil
 }
 
@@ -856,7 +856,7 @@ func TestResultIsStoredAlready(t *testing.T) {
 		ticket := f.submit(false)
 		j := a.take()
 		body := nodetest.Body(j, "hello")
-		if err := f.store.PutResult(t.Context(), a.node.Result(t, j, body, nil).Receipt, body); err != nil {
+		if err := f.store.PutResult(t.Context(), a.node.Result(t, j, body, nil).Receipt, digest.Digest{}, body); err != nil {
 			t.Fatal(err)
 		}
 		a.deliver(j, "hello")
@@ -1733,7 +1733,7 @@ func TestRestore(t *testing.T) {
 			jobs[j.ID] = j
 		}
 		// The service ends after it stored a result and before it forgot the job.
-		if err := f.store.PutResult(t.Context(), a.node.Result(t, jobs[stored.ID()], nodetest.Body(jobs[stored.ID()], "x"), nil).Receipt, nil); err != nil {
+		if err := f.store.PutResult(t.Context(), a.node.Result(t, jobs[stored.ID()], nodetest.Body(jobs[stored.ID()], "x"), nil).Receipt, digest.Digest{}, nil); err != nil {
 			t.Fatal(err)
 		}
 		f.d.Close()

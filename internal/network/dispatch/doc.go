@@ -60,7 +60,9 @@
 // # Replays
 //
 // The operator may have a job given out again, to another node that should compute
-// the same, see [Replay]. It waits for a slot of that node like any other job, goes
+// the same, of another account if there is one, see [Replay]. What the node names as its
+// class in its heartbeat is remembered with each job that it gets and stored with the
+// result: a receipt may name another one. A replay waits for a slot of that node like any other job, goes
 // to no other one, and does not take part in what is said above of records and
 // clients: after a crash it has never been.
 //

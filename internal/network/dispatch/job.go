@@ -86,10 +86,11 @@ type job struct {
 	body      []byte                   // of a stream: bytes sent to the client, or ready to be; only grows
 	timer     timer
 
-	record  record       // whether the job is in the store
-	result  *wire.Result // the first valid one, the one that counts; or nil
-	stored  bool         // it is
-	waiting []*Member    // sessions that sent a result and wait for its acknowledgement
+	record  record        // whether the job is in the store
+	result  *wire.Result  // the first valid one, the one that counts; or nil
+	said    digest.Digest // of the node that has sent it, as in [store.Result]
+	stored  bool          // it is
+	waiting []*Member     // sessions that sent a result and wait for its acknowledgement
 
 	finished bool // the client is answered, with what follows
 	took     time.Duration
@@ -112,6 +113,7 @@ type runner struct {
 	job      *job
 	node     *node
 	terms    *Terms
+	said     digest.Digest // determinism class that the node named when it got the job, [receipt.Unknown] for none
 	sent     time.Time
 	progress time.Time // of the last sign of it: the first acceptance, or a chunk that goes further
 	accepted bool

@@ -40,7 +40,9 @@ type node struct {
 	strikes  int
 	struckAt time.Time
 	penalty  time.Time // no jobs before
+	pointed  time.Time // when it was pointed out last that its receipts name another class than its heartbeats
 
+	account  string // that it belongs to; "" for none, or while that is not known
 	unbound  bool   // belongs to no account
 	out      string // why it gets no jobs whatever it does, or ""
 	routable bool
@@ -74,7 +76,7 @@ func (d *Dispatcher) Join(addr evm.Address, peer Peer) *Member {
 	}
 	m := &Member{d: d, node: n, peer: peer}
 	n.member, n.since, n.beat, n.told, n.foreign, n.blocked = m, now, nil, nil, 0, time.Time{}
-	n.unbound, n.out = false, ""
+	n.account, n.unbound, n.out = "", false, ""
 	for _, r := range n.running {
 		j := r.job
 		if j.result != nil || r.adopted >= adoptions || r.lost && j.place == nil {
@@ -90,16 +92,21 @@ func (d *Dispatcher) Join(addr evm.Address, peer Peer) *Member {
 	return m
 }
 
-// SetBound says whether a node in session belongs to an account; one that joins
-// does. A node that belongs to nobody gets no jobs; it goes on with those it has.
-func (d *Dispatcher) SetBound(addr evm.Address, bound bool) {
+// SetAccount says which account a node in session belongs to, "" for none; of one that
+// joins it is not known until then. A node that belongs to nobody gets no jobs; it goes
+// on with those it has.
+func (d *Dispatcher) SetAccount(addr evm.Address, account string) {
 	d.mu.Lock()
 	defer d.mu.Unlock()
 	n := d.nodes[addr]
-	if n == nil || n.unbound == !bound {
+	if n == nil {
 		return
 	}
-	n.unbound = !bound
+	n.account = account
+	if n.unbound == (account == "") {
+		return
+	}
+	n.unbound = account == ""
 	d.refresh(n)
 	d.pump()
 }
@@ -402,6 +409,10 @@ func (m *Member) valid(j *job, res *wire.Result) (news bool) {
 		return true
 	}
 	j.result = res
+	if r != nil {
+		j.said = r.said
+	}
+	d.checkClass(m.node, j)
 	j.waiting = []*Member{m}
 	j.timer.stop()
 	d.queue.remove(j)
@@ -419,13 +430,31 @@ func (m *Member) valid(j *job, res *wire.Result) (news bool) {
 	return true
 }
 
+// checkClass points out a node that signs for another determinism class than it had
+// named when it got the job. That may be a heartbeat that was late, once; a node that
+// does it again and again wants its answers to be compared with nobody's.
+func (d *Dispatcher) checkClass(n *node, j *job) {
+	signed := j.result.Receipt.Receipt().Claimed.ClassDigest
+	if j.said.IsZero() || j.said == signed {
+		return
+	}
+	d.metrics.OtherClass.Inc()
+	if now := time.Now(); now.Sub(n.pointed) >= pointAgain {
+		n.pointed = now
+		d.log.Warn("a node has signed for another determinism class than it had named before", "node", n.addr, "job", j.spec.ID, "said", j.said, "signed", signed)
+	}
+}
+
+// pointAgain is how long a node that was pointed out is not again.
+const pointAgain = 10 * time.Minute
+
 // storeResult makes the result that counts durable, then acknowledges it. Until
 // then it is kept in memory, and by the node. It reports whether it is durable.
 func (d *Dispatcher) storeResult(j *job) (durable bool) {
 	res := j.result
 	for try := 0; ; try++ {
 		start := time.Now()
-		err := d.store.PutResult(context.Background(), res.Receipt, res.Response)
+		err := d.store.PutResult(context.Background(), res.Receipt, j.said, res.Response)
 		d.metrics.StoreSeconds.WithLabelValues("result").Observe(time.Since(start).Seconds())
 		if err == nil || errors.Is(err, store.ErrExists) { // an earlier try that was not heard of
 			break

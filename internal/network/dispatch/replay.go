@@ -4,6 +4,7 @@ import (
 	"context"
 	"fmt"
 	"math/rand/v2"
+	"slices"
 	"time"
 
 	"github.com/resultity/node/internal/digest"
@@ -25,7 +26,15 @@ type Replay struct {
 	Seed    *uint32
 	Class   digest.Digest // determinism class of the node
 	First   evm.Address   // the node that answered first: another one is asked
+	Account string        // of that node: one of another account is asked, if there is one
+	Asked   []evm.Address // who is not to be asked again
 	Node    *evm.Address  // the one that is to be asked, also the first; nil for any
+}
+
+// Second is a node that was given a replay.
+type Second struct {
+	Node    evm.Address
+	Account string
 }
 
 // replayer is the lane of replays. No API key is named so.
@@ -35,7 +44,7 @@ var notThere = &Failure{Outcome: NoNode, Message: "the node that was to answer i
 
 // SubmitReplay gives a replay to a node, and returns which. The error is a
 // [*Failure].
-func (d *Dispatcher) SubmitReplay(r Replay) (*Ticket, evm.Address, error) {
+func (d *Dispatcher) SubmitReplay(r Replay) (*Ticket, Second, error) {
 	now := time.Now()
 	seed := rand.Uint32()
 	if r.Seed != nil {
@@ -50,10 +59,10 @@ func (d *Dispatcher) SubmitReplay(r Replay) (*Ticket, evm.Address, error) {
 	defer d.mu.Unlock()
 	n, why := d.replayNode(&r)
 	if why != "" {
-		return nil, evm.Address{}, &Failure{Outcome: NoNode, Message: why}
+		return nil, Second{}, &Failure{Outcome: NoNode, Message: why}
 	}
 	if f := d.refuse(replayer, int64(len(r.Request)), now); f != nil {
-		return nil, evm.Address{}, f
+		return nil, Second{}, f
 	}
 	rec.Config = d.terms.Digest
 	rec.Deadline = now.Add(d.terms.Config.Limits.Deadline.Duration()).UnixMilli()
@@ -65,11 +74,11 @@ func (d *Dispatcher) SubmitReplay(r Replay) (*Ticket, evm.Address, error) {
 	d.queue.push(j, false)
 	d.pump()
 	d.arm(j)
-	return &Ticket{d: d, j: j}, n.addr, nil
+	return &Ticket{d: d, j: j}, Second{n.addr, n.account}, nil
 }
 
-// replayNode chooses the least busy node that may answer, or says why there is
-// none.
+// replayNode chooses the least busy node that may answer, of another account than the
+// first one's where there is such, or says why there is none.
 func (d *Dispatcher) replayNode(r *Replay) (*node, string) {
 	if r.Node != nil {
 		switch n := d.nodes[*r.Node]; {
@@ -85,10 +94,15 @@ func (d *Dispatcher) replayNode(r *Replay) (*node, string) {
 	}
 	var best *node
 	for _, n := range d.nodes {
-		if n.addr == r.First || !n.routable || !n.inClass(r.Class) {
+		if n.addr == r.First || !n.routable || !n.inClass(r.Class) || slices.Contains(r.Asked, n.addr) {
 			continue
 		}
-		if best == nil || (nodeHeap{n, best}).Less(0, 1) {
+		own := func(n *node) bool { return r.Account != "" && n.account == r.Account }
+		switch {
+		case best == nil, own(best) && !own(n):
+			best = n
+		case own(n) && !own(best):
+		case (nodeHeap{n, best}).Less(0, 1):
 			best = n
 		}
 	}
@@ -98,8 +112,14 @@ func (d *Dispatcher) replayNode(r *Replay) (*node, string) {
 	return best, ""
 }
 
-func (n *node) inClass(class digest.Digest) bool {
-	return n.beat != nil && n.beat.Class != nil && n.beat.Class.Digest == class
+func (n *node) inClass(class digest.Digest) bool { return n.class() == class }
+
+// class is the determinism class that the node names, [receipt.Unknown] for none.
+func (n *node) class() digest.Digest {
+	if n.beat == nil || n.beat.Class == nil {
+		return receipt.Unknown
+	}
+	return n.beat.Class.Digest
 }
 
 // keepRequest keeps a job whose result is stored, for replays. Nothing rests on it.

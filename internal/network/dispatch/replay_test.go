@@ -9,6 +9,7 @@ import (
 	"github.com/resultity/node/internal/digest"
 	"github.com/resultity/node/internal/evm"
 	"github.com/resultity/node/internal/network/nodetest"
+	"github.com/resultity/node/internal/receipt"
 	"github.com/resultity/node/internal/wire"
 )
 
@@ -20,7 +21,7 @@ func (f *fixture) joinClass(name string) *peer {
 	return f.join(n)
 }
 
-func (f *fixture) replayOf(class string, change func(*Replay)) (*Ticket, evm.Address, error) {
+func (f *fixture) replayOf(class string, change func(*Replay)) (*Ticket, Second, error) {
 	f.t.Helper()
 	r := Replay{Kind: wire.KindChat, Model: nodetest.Model, Request: []byte(`{"model":"tiny"}`), Seed: new(uint32(7)), Class: digest.Of([]byte(class))}
 	if change != nil {
@@ -36,8 +37,8 @@ func TestReplayWaitsForItsNode(t *testing.T) {
 		a, b, c := f.joinClass("x"), f.joinClass("x"), f.joinClass("y")
 		other := func(r *Replay) { r.First = a.node.Key.Address() }
 		ticket, who, err := f.replayOf("x", other)
-		if err != nil || who != b.node.Key.Address() {
-			t.Fatalf("%s, %v", who, err)
+		if err != nil || who.Node != b.node.Key.Address() {
+			t.Fatalf("%+v, %v", who, err)
 		}
 		j := b.take()
 		if j.Seed != 7 || j.Config != f.terms.Digest {
@@ -151,5 +152,77 @@ func TestReplayNeedsANodeOfTheClass(t *testing.T) {
 			none[*wire.Job](p)
 		}
 		f.empty(0)
+	})
+}
+
+// One owner's nodes are asked about one another only where nobody else could be.
+func TestReplayPrefersAnotherAccount(t *testing.T) {
+	run(t, Options{}, nil, func(t *testing.T, f *fixture) {
+		a, b, c := f.joinClass("x"), f.joinClass("x"), f.joinClass("x")
+		for p, account := range map[*peer]string{a: "acme", b: "acme", c: "other"} {
+			f.d.SetAccount(p.node.Key.Address(), account)
+		}
+		c.beat(func(h *wire.Heartbeat) { h.Busy = 1 }) // less of it is free than of b
+		ask := func(change func(*Replay)) (Second, error) {
+			ticket, who, err := f.replayOf("x", func(r *Replay) {
+				r.First, r.Account = a.node.Key.Address(), "acme"
+				if change != nil {
+					change(r)
+				}
+			})
+			if err == nil {
+				ticket.Cancel()
+			}
+			return who, err
+		}
+		for range 20 { // they are looked at in no order
+			if who, err := ask(nil); err != nil || who != (Second{c.node.Key.Address(), "other"}) {
+				t.Fatalf("%+v, %v", who, err)
+			}
+		}
+		for range 20 {
+			who, err := ask(func(r *Replay) { r.Asked = []evm.Address{c.node.Key.Address()} })
+			if err != nil || who != (Second{b.node.Key.Address(), "acme"}) {
+				t.Fatalf("%+v, %v", who, err)
+			}
+		}
+		if who, err := ask(func(r *Replay) { r.Asked = []evm.Address{b.node.Key.Address(), c.node.Key.Address()} }); err == nil {
+			t.Errorf("%+v was asked again", who)
+		}
+		c.beat(func(h *wire.Heartbeat) { h.Draining = true })
+		if who, err := ask(nil); err != nil || who.Node != b.node.Key.Address() {
+			t.Errorf("%+v, %v", who, err)
+		}
+	})
+}
+
+// What a node has named as its class when it got a job is kept with the result, and
+// one that signs for another class is pointed out, now and then.
+func TestReceiptOfAnotherClass(t *testing.T) {
+	run(t, Options{}, nil, func(t *testing.T, f *fixture) {
+		a := f.joinClass("x")
+		said := digest.Of([]byte("x"))
+		finish := func(class digest.Digest) {
+			ticket := f.submit(false)
+			j := a.take()
+			a.beat(func(h *wire.Heartbeat) { h.Class.Digest = class }) // too late to count
+			if _, err := a.member.Result(a.node.Result(t, j, nodetest.Body(j, "words"), func(r *receipt.Receipt) { r.Claimed.ClassDigest = class })); err != nil {
+				t.Fatal(err)
+			}
+			f.answered(ticket, "words")
+			if r, err := f.store.Result(t.Context(), j.ID); err != nil || r.Said != said {
+				t.Errorf("%+v, %v", r, err)
+			}
+			a.beat(func(h *wire.Heartbeat) { h.Class.Digest = said })
+		}
+		finish(said)
+		if got := f.metric("resultity_receipts_of_another_class_total"); got != "0" {
+			t.Errorf("%s honest ones are counted", got)
+		}
+		finish(digest.Of([]byte("y")))
+		finish(receipt.Unknown)
+		if got := f.metric("resultity_receipts_of_another_class_total"); got != "2" {
+			t.Errorf("%s are counted", got)
+		}
 	})
 }

@@ -34,6 +34,7 @@ type Metrics struct {
 	Crowded       prometheus.Counter       // connections that were closed at once
 	Discarded     prometheus.Counter       // results that went before their time
 	Unrecorded    prometheus.Counter       // sandboxes that receipts name and there is no record of
+	OtherClass    prometheus.Counter       // receipts that name another determinism class than their node did before
 	StoreSeconds  *prometheus.HistogramVec // durable writes; op
 	Heads         *prometheus.CounterVec   // of nodes' receipt logs; verdict
 	Leaves        prometheus.Counter       // of these logs, stored
@@ -82,6 +83,7 @@ func New(state func() State) *Metrics {
 		Crowded:       prometheus.NewCounter(prometheus.CounterOpts{Namespace: "resultity", Name: "connections_refused_total", Help: "Connections closed at once, since there were too many."}),
 		Discarded:     prometheus.NewCounter(prometheus.CounterOpts{Namespace: "resultity", Name: "results_discarded_total", Help: "Results deleted before their time, for want of room."}),
 		Unrecorded:    prometheus.NewCounter(prometheus.CounterOpts{Namespace: "resultity", Name: "sandboxes_unrecorded_total", Help: "Sandboxes that receipts name and that there is no record of, counted once in a session."}),
+		OtherClass:    prometheus.NewCounter(prometheus.CounterOpts{Namespace: "resultity", Name: "receipts_of_another_class_total", Help: "Receipts that name another determinism class than the node's heartbeats when it was given the job."}),
 		StoreSeconds:  histogram("store_seconds", "Time of one durable write.", 0.00005, "op"),
 		Heads:         counter("receipt_log_heads_total", "Heads of nodes' receipt logs by verdict; repeated ones are not counted.", "verdict"),
 		Leaves:        prometheus.NewCounter(prometheus.CounterOpts{Namespace: "resultity", Name: "receipt_log_leaves_total", Help: "Receipts in nodes' logs that were stored."}),
@@ -89,7 +91,7 @@ func New(state func() State) *Metrics {
 		LogsDamaged:   prometheus.NewCounter(prometheus.CounterOpts{Namespace: "resultity", Name: "receipt_log_damaged_total", Help: "How often a copy of a receipt log was found to be damaged in the store."}),
 	}
 	m.registry.MustRegister(m.Jobs, m.Results, m.Dispatches, m.Reassignments, m.Replays, m.FramesRefused, m.Sessions, m.Registrations, m.Bindings, m.Mails,
-		m.Requests, m.JobSeconds, m.FirstByte, m.Crowded, m.Discarded, m.Unrecorded, m.StoreSeconds, m.Heads, m.Leaves, m.LeftOut, m.LogsDamaged, gauges{state},
+		m.Requests, m.JobSeconds, m.FirstByte, m.Crowded, m.Discarded, m.Unrecorded, m.OtherClass, m.StoreSeconds, m.Heads, m.Leaves, m.LeftOut, m.LogsDamaged, gauges{state},
 		collectors.NewGoCollector(), collectors.NewProcessCollector(collectors.ProcessCollectorOpts{}))
 	return m
 }

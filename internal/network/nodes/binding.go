@@ -358,7 +358,7 @@ func (m *Manager) tell(n store.Node) {
 	if s != nil {
 		s.Send(bound(n.Binding))
 	}
-	m.dispatch.SetBound(n.Address, n.Account != "")
+	m.dispatch.SetAccount(n.Address, n.Account)
 }
 
 func bound(b store.Binding) *wire.Bound {

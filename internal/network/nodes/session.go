@@ -366,7 +366,7 @@ func (s *session) join() (*dispatch.Member, error) {
 	s.Send(bound(n.Binding))
 	m := s.m.dispatch.Join(s.node, s)
 	// Before its first heartbeat, so before its first job.
-	s.m.dispatch.SetBound(s.node, n.Account != "")
+	s.m.dispatch.SetAccount(s.node, n.Account)
 	s.m.dispatch.SetOut(s.node, out)
 	return m, nil
 }

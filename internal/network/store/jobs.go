@@ -3,6 +3,7 @@ package store
 import (
 	"bytes"
 	"context"
+	"crypto/sha256"
 	"encoding/binary"
 	"encoding/json"
 	"errors"
@@ -17,6 +18,7 @@ import (
 	"github.com/nats-io/nats.go"
 	"github.com/nats-io/nats.go/jetstream"
 
+	"github.com/resultity/node/internal/digest"
 	"github.com/resultity/node/internal/failpoint"
 	"github.com/resultity/node/internal/receipt"
 	"github.com/resultity/node/internal/wire"
@@ -283,18 +285,24 @@ type Result struct {
 	Receipt  *receipt.Signed
 	Response []byte
 	Stored   time.Time
+
+	// Said is the determinism class that the node had named in its heartbeats when it
+	// was given the job, [receipt.Unknown] for none, zero where that is not known any
+	// more. The receipt may name another one.
+	Said digest.Digest
 }
 
 // A stored result is the length of the receipt in four bytes, the receipt's
-// JSON, then the response's bytes as they are.
-func encodeResult(r *receipt.Signed, response []byte) ([]byte, error) {
+// JSON, the class that was said in 32 bytes, then the response's bytes as they are.
+func encodeResult(r *receipt.Signed, said digest.Digest, response []byte) ([]byte, error) {
 	b, err := r.MarshalJSON() // which package json would check and copy once more
 	if err != nil {
 		return nil, err
 	}
-	out := make([]byte, 4, 4+len(b)+len(response))
+	sum := said.Sum()
+	out := make([]byte, 4, 4+len(b)+len(sum)+len(response))
 	binary.BigEndian.PutUint32(out, uint32(len(b)))
-	return append(append(out, b...), response...), nil
+	return append(append(append(out, b...), sum[:]...), response...), nil
 }
 
 func decodeResult(b []byte) (*Result, error) {
@@ -302,19 +310,23 @@ func decodeResult(b []byte) (*Result, error) {
 		return nil, errors.New("stored result is cut short")
 	}
 	n := uint64(binary.BigEndian.Uint32(b))
-	if n > uint64(len(b)-4) {
+	var sum [sha256.Size]byte
+	if n+uint64(len(sum)) > uint64(len(b)-4) {
 		return nil, errors.New("stored result is cut short")
 	}
-	r := &Result{Receipt: new(receipt.Signed), Response: b[4+n:]}
+	rest := b[4+n:]
+	rest = rest[copy(sum[:], rest):]
+	r := &Result{Receipt: new(receipt.Signed), Response: rest, Said: digest.FromSum(sum)}
 	if err := json.Unmarshal(b[4:4+n], r.Receipt); err != nil {
 		return nil, fmt.Errorf("stored result: %w", err)
 	}
 	return r, nil
 }
 
-// PutResult stores the result of a job. The first one stays: [ErrExists].
-func (s *Store) PutResult(ctx context.Context, r *receipt.Signed, response []byte) error {
-	b, err := encodeResult(r, response)
+// PutResult stores the result of a job; see [Result] for said. The first one stays:
+// [ErrExists].
+func (s *Store) PutResult(ctx context.Context, r *receipt.Signed, said digest.Digest, response []byte) error {
+	b, err := encodeResult(r, said, response)
 	if err != nil {
 		return err
 	}

@@ -69,7 +69,7 @@ func FuzzDecodeResult(f *testing.F) {
 	f.Add([]byte{0, 0, 0, 2, '{', '}'})
 	f.Add([]byte{0xff, 0xff, 0xff, 0xff})
 	f.Add([]byte{0, 0})
-	b, err := encodeResult(signed(f, receipt.NewJobID()), []byte("fine"))
+	b, err := encodeResult(signed(f, receipt.NewJobID()), receipt.Unknown, []byte("fine"))
 	if err != nil {
 		f.Fatal(err)
 	}
@@ -79,12 +79,12 @@ func FuzzDecodeResult(f *testing.F) {
 		if err != nil {
 			return
 		}
-		out, err := encodeResult(r.Receipt, r.Response)
+		out, err := encodeResult(r.Receipt, r.Said, r.Response)
 		if err != nil {
 			t.Fatal(err)
 		}
 		again, err := decodeResult(out)
-		if err != nil || !bytes.Equal(again.Response, r.Response) || again.Receipt.Receipt() != r.Receipt.Receipt() || again.Receipt.Signature() != r.Receipt.Signature() {
+		if err != nil || !bytes.Equal(again.Response, r.Response) || again.Receipt.Receipt() != r.Receipt.Receipt() || again.Receipt.Signature() != r.Receipt.Signature() || again.Said != r.Said {
 			t.Fatalf("%q came back as %q, %v", b, out, err)
 		}
 	})

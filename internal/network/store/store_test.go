@@ -216,7 +216,7 @@ func TestResults(t *testing.T) {
 	errs := make([]error, 8)
 	for i := range errs {
 		r := signed(t, id)
-		wg.Go(func() { errs[i] = s.PutResult(t.Context(), r, []byte{byte(i)}) })
+		wg.Go(func() { errs[i] = s.PutResult(t.Context(), r, digest.Digest{}, []byte{byte(i)}) })
 	}
 	wg.Wait()
 	winner := -1
@@ -244,7 +244,7 @@ func TestLargest(t *testing.T) {
 	s := open(t, dir)
 	big := bytes.Repeat([]byte("x"), 16<<20)
 	j := put(t, s, big)
-	if err := s.PutResult(t.Context(), signed(t, j.ID), big); err != nil {
+	if err := s.PutResult(t.Context(), signed(t, j.ID), digest.Digest{}, big); err != nil {
 		t.Fatal(err)
 	}
 	s = reopen(t, s, dir)
@@ -306,7 +306,7 @@ func TestResultLimit(t *testing.T) {
 	list := make([]receipt.JobID, 5)
 	for i := range list {
 		list[i] = receipt.NewJobID()
-		if err := s.PutResult(t.Context(), signed(t, list[i]), make([]byte, 30<<10)); err != nil {
+		if err := s.PutResult(t.Context(), signed(t, list[i]), digest.Digest{}, make([]byte, 30<<10)); err != nil {
 			t.Fatal(err)
 		}
 		if i == 2 {
@@ -322,7 +322,7 @@ func TestResultLimit(t *testing.T) {
 	}
 	// What is older than it may become goes without a word.
 	seen.at = time.Now().Add(-2 * time.Hour)
-	if err := s.PutResult(t.Context(), signed(t, receipt.NewJobID()), make([]byte, 30<<10)); err != nil {
+	if err := s.PutResult(t.Context(), signed(t, receipt.NewJobID()), digest.Digest{}, make([]byte, 30<<10)); err != nil {
 		t.Fatal(err)
 	}
 	look(0)
@@ -356,7 +356,7 @@ func TestResultTTL(t *testing.T) {
 
 func TestDecodeResult(t *testing.T) {
 	r := signed(t, receipt.NewJobID())
-	good, err := encodeResult(r, []byte("response"))
+	good, err := encodeResult(r, receipt.Unknown, []byte("response"))
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -364,6 +364,9 @@ func TestDecodeResult(t *testing.T) {
 		if _, err := decodeResult(good[:i]); err == nil {
 			t.Errorf("cut after %d bytes: no error", i)
 		}
+	}
+	if r, err := decodeResult(good); err != nil || r.Said != receipt.Unknown || string(r.Response) != "response" {
+		t.Errorf("%+v, %v", r, err)
 	}
 	bad := bytes.Clone(good)
 	bad[0] = 0xff
