@@ -4,14 +4,13 @@ import (
 	"context"
 	"errors"
 	"fmt"
-	"io"
 	"io/fs"
 	"net/http"
-	"os"
 	"slices"
 	"strings"
 	"time"
 
+	"github.com/resultity/node/internal/durable"
 	"github.com/resultity/node/internal/journal"
 	"github.com/resultity/node/internal/session"
 	"github.com/resultity/node/internal/snapshot"
@@ -222,17 +221,12 @@ func readToken(name string) (string, error) {
 	if name == "" {
 		return "", nil
 	}
-	f, err := os.Open(name)
-	if err != nil {
-		return "", fmt.Errorf("%w: %w", errToken, err)
-	}
-	defer f.Close() // read only: nothing to lose
-	raw, err := io.ReadAll(io.LimitReader(f, maxToken+1))
+	raw, err := durable.ReadFile(name, maxToken)
 	token := strings.TrimSpace(string(raw))
 	switch {
-	case err != nil:
+	case err != nil && !errors.Is(err, durable.ErrLarge):
 		return "", fmt.Errorf("%w: %w", errToken, err)
-	case token == "" || len(raw) > maxToken:
+	case err != nil || token == "":
 		return "", fmt.Errorf("%w: %s holds no token", errToken, name)
 	}
 	return token, nil

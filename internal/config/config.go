@@ -27,6 +27,8 @@ import (
 	"github.com/knadh/koanf/parsers/toml/v2"
 	"github.com/knadh/koanf/providers/rawbytes"
 	"github.com/knadh/koanf/v2"
+
+	"github.com/resultity/node/internal/durable"
 )
 
 // Config is a checked configuration. The example file, agent.toml beside this
@@ -340,17 +342,10 @@ func (c *Config) decode(all *koanf.Koanf) error {
 // read reads one file and checks its keys and the types of its values. Each is
 // read on its own, so that an error can name it.
 func read(file string) (*koanf.Koanf, error) {
-	st, err := os.Stat(file)
-	if err != nil {
-		if errors.Is(err, fs.ErrNotExist) {
-			return nil, errors.New("does not exist; copy the example from /usr/share/doc/resultity-agent/agent.toml and fill in [network.NAME]")
-		}
-		return nil, err
+	raw, err := durable.ReadFile(file, maxFile)
+	if errors.Is(err, fs.ErrNotExist) {
+		return nil, errors.New("does not exist; copy the example from /usr/share/doc/resultity-agent/agent.toml and fill in [network.NAME]")
 	}
-	if st.Size() > maxFile {
-		return nil, fmt.Errorf("%d bytes, at most %d", st.Size(), maxFile)
-	}
-	raw, err := os.ReadFile(file)
 	if err != nil {
 		return nil, err
 	}

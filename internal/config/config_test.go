@@ -1,6 +1,7 @@
 package config
 
 import (
+	"errors"
 	"fmt"
 	"os"
 	"path/filepath"
@@ -9,6 +10,8 @@ import (
 	"slices"
 	"strings"
 	"testing"
+
+	"github.com/resultity/node/internal/durable"
 )
 
 func env(k string) string {
@@ -152,7 +155,7 @@ func TestErrorsNameFileAndKey(t *testing.T) {
 		t.Errorf("missing file: %v", err)
 	}
 	big := write(t, good+strings.Repeat("# x\n", maxFile/4))
-	if _, err := Load(big, env); err == nil || !strings.Contains(err.Error(), "at most") {
+	if _, err := Load(big, env); !errors.Is(err, durable.ErrLarge) {
 		t.Errorf("huge file: %v", err)
 	}
 }

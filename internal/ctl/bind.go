@@ -16,6 +16,7 @@ import (
 
 	"github.com/resultity/node/internal/binding"
 	"github.com/resultity/node/internal/control"
+	"github.com/resultity/node/internal/durable"
 	"github.com/resultity/node/internal/evm"
 	"github.com/resultity/node/internal/wire"
 )
@@ -166,7 +167,7 @@ func (c *command) byWallet(ctx context.Context, action binding.Action, o bindOpt
 	var s binding.Signed
 	var chain uint64
 	if o.signature != "" {
-		raw, err := readFile(o.typedData, binding.MaxSize)
+		raw, err := durable.ReadFile(o.typedData, binding.MaxSize)
 		if err != nil {
 			return err
 		}
@@ -244,29 +245,10 @@ const maxSmall = 4 << 10
 
 // readSmall reads the first line of a file, or of standard input.
 func (c *command) readSmall(name string) (string, error) {
-	var raw []byte
-	var err error
-	if name == "-" {
-		raw, err = io.ReadAll(io.LimitReader(c.In, maxSmall))
-	} else {
-		raw, err = readFile(name, maxSmall)
-	}
+	raw, err := c.read(name, maxSmall)
 	first, _, _ := bytes.Cut(bytes.TrimSpace(raw), []byte("\n"))
 	if err == nil && len(first) == 0 {
 		err = errors.New("nothing in it")
 	}
 	return string(bytes.TrimSpace(first)), err
-}
-
-func readFile(name string, limit int64) ([]byte, error) {
-	f, err := os.Open(name)
-	if err != nil {
-		return nil, err
-	}
-	defer f.Close() // read only: nothing to lose
-	raw, err := io.ReadAll(io.LimitReader(f, limit+1))
-	if err == nil && int64(len(raw)) > limit {
-		err = fmt.Errorf("%s: more than %d bytes", name, limit)
-	}
-	return raw, err
 }

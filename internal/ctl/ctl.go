@@ -48,6 +48,7 @@ import (
 	"github.com/spf13/cobra"
 
 	"github.com/resultity/node/internal/control"
+	"github.com/resultity/node/internal/durable"
 	"github.com/resultity/node/internal/preflight"
 	"github.com/resultity/node/internal/receipt"
 	"github.com/resultity/node/internal/receiptlog"
@@ -355,18 +356,12 @@ func (c *command) takeover(ctx context.Context, _ []string) error {
 	return err
 }
 
-// read reads at most one byte more than most of a file, or of standard input.
+// read reads a file, or standard input.
 func (c *command) read(name string, most int64) ([]byte, error) {
-	in := c.In
-	if name != "-" {
-		f, err := os.Open(name)
-		if err != nil {
-			return nil, err
-		}
-		defer f.Close() // read only: nothing to lose
-		in = f
+	if name == "-" {
+		return durable.ReadAll(c.In, most)
 	}
-	return io.ReadAll(io.LimitReader(in, most+1))
+	return durable.ReadFile(name, most)
 }
 
 // verified is what verify has found good, as JSON, where there is more than a

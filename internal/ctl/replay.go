@@ -11,6 +11,7 @@ import (
 	"github.com/spf13/cobra"
 
 	"github.com/resultity/node/internal/control"
+	"github.com/resultity/node/internal/durable"
 	"github.com/resultity/node/internal/openai"
 	"github.com/resultity/node/internal/receipt"
 )
@@ -78,7 +79,7 @@ Exit status: 0 the same; 2 different; 3 not comparable; others as usual.`,
 			if from.name == "" {
 				continue
 			}
-			if *from.to, err = readFile(from.name, from.most); err != nil {
+			if *from.to, err = durable.ReadFile(from.name, from.most); err != nil {
 				return err
 			}
 		}

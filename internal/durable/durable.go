@@ -1,7 +1,9 @@
-// Package durable writes files that are either old or new after a crash.
+// Package durable writes files that are either old or new after a crash, and reads
+// files within bounds.
 //
-// A file under its final name is whole and on disk: written beside it, synced,
-// renamed, and the directory synced. A torn write is never visible.
+// The rules it keeps: a file under its final name is whole and on disk: written beside
+// it, synced, renamed, and the directory synced. A torn write is never visible. What
+// is read has a bound, which the error of a longer file names.
 package durable
 
 import (

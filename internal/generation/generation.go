@@ -24,7 +24,6 @@ import (
 	"encoding/json"
 	"errors"
 	"fmt"
-	"io"
 	"io/fs"
 	"os"
 	"path/filepath"
@@ -183,7 +182,7 @@ func Open(dir string, now func() time.Time) (*Store, error) {
 	if err != nil {
 		return nil, fmt.Errorf("generations: %w", err)
 	}
-	raw, err := readBounded(filepath.Join(dir, stateFile), maxIndex)
+	raw, err := durable.ReadOwn(filepath.Join(dir, stateFile), maxIndex)
 	if err == nil {
 		err = open(raw, &s.ix)
 	}
@@ -245,7 +244,7 @@ func number(name string) (int, bool) {
 }
 
 func (s *Store) manifest(n int) (m Manifest, err error) {
-	raw, err := readBounded(filepath.Join(s.dir, strconv.Itoa(n), manifest), maxManif)
+	raw, err := durable.ReadOwn(filepath.Join(s.dir, strconv.Itoa(n), manifest), maxManif)
 	if err == nil {
 		err = open(raw, &m)
 	}
@@ -428,7 +427,7 @@ func (s *Store) Load(n int) (proof, unit []byte, err error) {
 		return nil, nil, fmt.Errorf("%w: %d", ErrUnknown, n)
 	}
 	dir := filepath.Join(s.dir, strconv.Itoa(n))
-	if proof, err = readBounded(filepath.Join(dir, proofFile), maxProof); err == nil {
+	if proof, err = durable.ReadOwn(filepath.Join(dir, proofFile), maxProof); err == nil {
 		err = m.Proof.Check(proof)
 	}
 	if err != nil {
@@ -437,7 +436,7 @@ func (s *Store) Load(n int) (proof, unit []byte, err error) {
 	if m.Unit.IsZero() {
 		return proof, nil, nil
 	}
-	if unit, err = readBounded(filepath.Join(dir, unitFile), maxUnit); err == nil {
+	if unit, err = durable.ReadOwn(filepath.Join(dir, unitFile), maxUnit); err == nil {
 		err = m.Unit.Check(unit)
 	}
 	if err != nil {
@@ -791,23 +790,4 @@ func open(raw []byte, v any) error {
 	dec := json.NewDecoder(bytes.NewReader(body))
 	dec.DisallowUnknownFields()
 	return dec.Decode(v)
-}
-
-// readBounded reads a regular file; links are not followed.
-func readBounded(name string, most int64) ([]byte, error) {
-	st, err := os.Lstat(name)
-	switch {
-	case err != nil:
-		return nil, err
-	case !st.Mode().IsRegular():
-		return nil, fmt.Errorf("%s is not a file", name)
-	case st.Size() > most:
-		return nil, fmt.Errorf("%s has %d bytes, at most %d", name, st.Size(), most)
-	}
-	f, err := os.Open(name)
-	if err != nil {
-		return nil, err
-	}
-	defer f.Close() // read only: nothing to lose
-	return io.ReadAll(io.LimitReader(f, most))
 }

@@ -15,6 +15,7 @@ import (
 	"strings"
 
 	"github.com/resultity/node/internal/determinism"
+	"github.com/resultity/node/internal/durable"
 )
 
 // Computes is what of a machine an engine computes on.
@@ -260,11 +261,6 @@ func pci(root, dir string) (name, driver string, err error) {
 
 // small reads a file of the kernel's that has a few lines.
 func small(name string) (string, error) {
-	f, err := os.Open(filepath.Clean(name))
-	if err != nil {
-		return "", err
-	}
-	defer f.Close() // read only: nothing to lose
-	b, err := io.ReadAll(io.LimitReader(f, maxSmall))
+	b, err := durable.ReadFile(filepath.Clean(name), maxSmall)
 	return string(b), err
 }

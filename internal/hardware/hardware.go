@@ -19,6 +19,7 @@ import (
 	"tags.cncf.io/container-device-interface/pkg/cdi"
 	specs "tags.cncf.io/container-device-interface/specs-go"
 
+	"github.com/resultity/node/internal/durable"
 	"github.com/resultity/node/internal/wire"
 )
 
@@ -133,7 +134,7 @@ func DeviceMemory(sys string, dirs, names []string) (bytes int64, known bool) {
 
 // number reads a file with a number of bytes, 0 where there is none that makes sense.
 func number(file string) int64 {
-	raw, err := os.ReadFile(file)
+	raw, err := durable.ReadFile(file, maxSmall)
 	n, failed := strconv.ParseInt(strings.TrimSpace(string(raw)), 10, 64)
 	if err != nil || failed != nil || n < 0 || n > 1<<50 {
 		return 0

@@ -10,7 +10,6 @@ import (
 	"encoding/hex"
 	"errors"
 	"fmt"
-	"io"
 	"io/fs"
 	"os"
 	"path/filepath"
@@ -172,14 +171,11 @@ func readPrivate(name string, owner int) ([]byte, error) {
 	if !st.Mode().IsRegular() {
 		return nil, fmt.Errorf("%w: %s is not a regular file", ErrRefused, name)
 	}
-	raw, err := io.ReadAll(io.LimitReader(f, maxFile+1))
-	if err != nil {
-		return nil, err
+	raw, err := durable.ReadAll(f, maxFile)
+	if errors.Is(err, durable.ErrLarge) {
+		err = fmt.Errorf("%w: %s is %w", ErrRefused, name, err)
 	}
-	if len(raw) > maxFile {
-		return nil, fmt.Errorf("%w: %s has more than %d bytes", ErrRefused, name, maxFile)
-	}
-	return raw, nil
+	return raw, err
 }
 
 func private(name string, owner int) error {

@@ -18,6 +18,7 @@ import (
 	"github.com/knadh/koanf/providers/rawbytes"
 	"github.com/knadh/koanf/v2"
 
+	"github.com/resultity/node/internal/durable"
 	"github.com/resultity/node/internal/network/mail"
 	"github.com/resultity/node/internal/network/store"
 )
@@ -112,14 +113,7 @@ const maxConfigFile = 1 << 20
 // ReadFile puts what stands in a TOML file over c. Unknown keys are errors.
 func (c *Config) ReadFile(name string) error {
 	bad := func(err error) error { return fmt.Errorf("%w: %s: %w", ErrConfig, name, err) }
-	st, err := os.Stat(name)
-	if err != nil {
-		return bad(err)
-	}
-	if st.Size() > maxConfigFile {
-		return bad(fmt.Errorf("%d bytes, at most %d", st.Size(), maxConfigFile))
-	}
-	raw, err := os.ReadFile(name)
+	raw, err := durable.ReadFile(name, maxConfigFile)
 	if err != nil {
 		return bad(err)
 	}

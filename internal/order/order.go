@@ -88,18 +88,13 @@ type Book struct {
 // the last agent ended have failed.
 func Open(path, network string, node evm.Address, now func() time.Time) (*Book, error) {
 	b := &Book{path: path, node: node, network: network, now: now}
-	st, err := os.Stat(path)
-	if errors.Is(err, fs.ErrNotExist) {
+	raw, err := durable.ReadOwn(path, maxFile)
+	switch {
+	case errors.Is(err, fs.ErrNotExist):
 		return b, nil
-	}
-	if err != nil {
-		return nil, err
-	}
-	if st.Size() > maxFile {
-		return nil, fmt.Errorf("%s: %w: %d bytes", path, ErrCorrupt, st.Size())
-	}
-	raw, err := os.ReadFile(path)
-	if err != nil {
+	case errors.Is(err, durable.ErrLarge):
+		return nil, fmt.Errorf("%w: %w", ErrCorrupt, err)
+	case err != nil:
 		return nil, err
 	}
 	d := json.NewDecoder(bytes.NewReader(raw))

@@ -27,6 +27,7 @@ import (
 	"github.com/godbus/dbus/v5"
 	"golang.org/x/sys/unix"
 
+	"github.com/resultity/node/internal/durable"
 	"github.com/resultity/node/internal/gate"
 )
 
@@ -166,12 +167,7 @@ func (m *Machine) ranges(name string) (own, next int64, err error) {
 const maxFile = 1 << 20
 
 func (m *Machine) read(name string) ([]byte, error) {
-	f, err := os.Open(m.path(name))
-	if err != nil {
-		return nil, err
-	}
-	defer f.Close() // read only: nothing to lose
-	return io.ReadAll(io.LimitReader(f, maxFile))
+	return durable.ReadFile(m.path(name), maxFile)
 }
 
 // controllers are those that limit the runtime.

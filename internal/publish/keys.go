@@ -8,7 +8,6 @@ import (
 	"encoding/pem"
 	"errors"
 	"fmt"
-	"io"
 	"io/fs"
 	"os"
 	"path/filepath"
@@ -102,7 +101,7 @@ func OpenKey(file string, pass Passphrase) (*Key, error) {
 	if !st.Mode().IsRegular() || st.Mode().Perm()&0o077 != 0 {
 		return nil, fmt.Errorf("key %s has mode %v: want a file for its owner alone; if nobody has copied it, chmod 600 it, else replace the key", file, st.Mode())
 	}
-	raw, err := io.ReadAll(io.LimitReader(f, maxKeyFile))
+	raw, err := durable.ReadAll(f, maxKeyFile)
 	if err != nil {
 		return nil, fmt.Errorf("key %s: %w", file, err)
 	}
@@ -189,12 +188,7 @@ func HolderOf(file string) (string, error) {
 
 // ReadPublic reads a public key; see [HolderOf].
 func ReadPublic(file string) (Public, error) {
-	f, err := os.Open(file)
-	if err != nil {
-		return Public{}, err
-	}
-	defer f.Close()
-	raw, err := io.ReadAll(io.LimitReader(f, maxKeyFile))
+	raw, err := durable.ReadFile(file, maxKeyFile)
 	if err != nil {
 		return Public{}, fmt.Errorf("public key %s: %w", file, err)
 	}

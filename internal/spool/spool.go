@@ -104,11 +104,11 @@ func (s *Spool) path(first uint64) string {
 
 func (s *Spool) readMark() error {
 	name := filepath.Join(s.dir, markFile)
-	raw, err := readBounded(name, maxMark)
+	raw, err := durable.ReadOwn(name, maxMark)
 	if err == nil && json.Unmarshal(raw, &s.mark) == nil && idPattern.MatchString(s.mark.Spool) && s.mark.Position < 1<<53 {
 		return nil
 	}
-	if err != nil && !errors.Is(err, fs.ErrNotExist) && !errors.Is(err, errLarge) {
+	if err != nil && !errors.Is(err, fs.ErrNotExist) && !errors.Is(err, durable.ErrLarge) {
 		return err
 	}
 	var id [16]byte
@@ -127,19 +127,6 @@ func (s *Spool) readMark() error {
 }
 
 var errLarge = errors.New("too large")
-
-func readBounded(name string, limit int64) ([]byte, error) {
-	f, err := os.Open(name)
-	if err != nil {
-		return nil, err
-	}
-	defer f.Close() // read only: nothing to lose
-	b, err := io.ReadAll(io.LimitReader(f, limit+1))
-	if err == nil && int64(len(b)) > limit {
-		err = errLarge
-	}
-	return b, err
-}
 
 func (s *Spool) writeMark(m mark) error {
 	b, err := json.Marshal(m)

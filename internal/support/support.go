@@ -33,6 +33,7 @@ import (
 	"github.com/knadh/koanf/v2"
 
 	"github.com/resultity/node/internal/config"
+	"github.com/resultity/node/internal/durable"
 )
 
 // Bounds of an archive, in bytes before compression.
@@ -336,9 +337,13 @@ func readAtMost(name string, most int64) ([]byte, error) {
 	if st, err := f.Stat(); err != nil {
 		return nil, err
 	} else if !st.Mode().IsRegular() {
-		return nil, &fs.PathError{Op: "read", Path: name, Err: errors.New("no regular file")}
+		return nil, &fs.PathError{Op: "read", Path: name, Err: durable.ErrNotFile}
 	}
-	return io.ReadAll(io.LimitReader(f, most))
+	raw, err := durable.ReadAll(f, most)
+	if err != nil {
+		err = &fs.PathError{Op: "read", Path: name, Err: err}
+	}
+	return raw, err
 }
 
 // Configs adds a configuration file and its drop-ins. It returns the files with

@@ -5,7 +5,6 @@ import (
 	"encoding/json"
 	"errors"
 	"fmt"
-	"io"
 	"io/fs"
 	"os"
 	"path/filepath"
@@ -105,13 +104,8 @@ func (c *Client) load() (*state, error) {
 }
 
 func readState(name string) (*state, error) {
-	f, err := os.Open(name)
-	if err != nil {
-		return nil, err
-	}
-	defer f.Close()
-	raw, err := io.ReadAll(io.LimitReader(f, maxState)) // what is cut off, the digest misses
-	if err != nil {
+	raw, err := durable.ReadOwn(name, maxState)
+	if err != nil && !errors.Is(err, durable.ErrLarge) { // what is cut off, the digest misses
 		return nil, err
 	}
 	st, err := parseState(raw)

@@ -20,6 +20,7 @@ import (
 
 	"github.com/spf13/cobra"
 
+	"github.com/resultity/node/internal/durable"
 	"github.com/resultity/node/internal/journal"
 	"github.com/resultity/node/internal/network"
 	"github.com/resultity/node/internal/publish"
@@ -197,7 +198,7 @@ func publishCommand() *cobra.Command {
 		if err != nil {
 			return err
 		}
-		raw, err := readBounded(*config, snapshot.MaxSize)
+		raw, err := durable.ReadFile(*config, snapshot.MaxSize)
 		if err != nil {
 			return fmt.Errorf("%w: config: %w", network.ErrConfig, err)
 		}
@@ -218,19 +219,6 @@ func publishCommand() *cobra.Command {
 		})
 	}
 	return cmd
-}
-
-func readBounded(name string, limit int64) ([]byte, error) {
-	f, err := os.Open(name)
-	if err != nil {
-		return nil, err
-	}
-	defer f.Close()
-	b, err := io.ReadAll(io.LimitReader(f, limit+1))
-	if err == nil && int64(len(b)) > limit {
-		err = fmt.Errorf("%s: more than %d bytes", name, limit)
-	}
-	return b, err
 }
 
 // asOwner calls f. Root does what f does as the account that the network's directory

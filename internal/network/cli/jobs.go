@@ -10,6 +10,7 @@ import (
 
 	"github.com/spf13/cobra"
 
+	"github.com/resultity/node/internal/durable"
 	"github.com/resultity/node/internal/evm"
 	"github.com/resultity/node/internal/network"
 	"github.com/resultity/node/internal/openai"
@@ -76,7 +77,7 @@ Exit status: 0 the same; 2 different; 3 not comparable; others as usual.`,
 			q.Node = &a
 		}
 		if *file != "" {
-			if q.Request, err = readBounded(*file, maxRequest); err != nil {
+			if q.Request, err = durable.ReadFile(*file, maxRequest); err != nil {
 				return err
 			}
 		}

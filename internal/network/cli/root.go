@@ -129,7 +129,7 @@ func rootShowCommand() *cobra.Command {
 	cmd := &cobra.Command{Use: "show FILE", Short: "Say in words what a root holds, or what a proposal changes", Args: exactly(1)}
 	trusted := cmd.Flags().String("trusted", "", "for a proposal: a root of the network that you trust")
 	cmd.RunE = func(cmd *cobra.Command, args []string) error {
-		raw, err := readBounded(args[0], publish.MaxProposal)
+		raw, err := durable.ReadFile(args[0], publish.MaxProposal)
 		if err != nil {
 			return err
 		}
@@ -200,7 +200,7 @@ func review(p *publish.Proposal, trusted string) (string, error) {
 	switch {
 	case trusted != "":
 		var err error
-		if root, err = readBounded(trusted, publish.MaxProposal); err != nil {
+		if root, err = durable.ReadFile(trusted, publish.MaxProposal); err != nil {
 			return "", err
 		}
 	case len(p.Roots) > 0:
@@ -278,7 +278,7 @@ func openKeys(cmd *cobra.Command, files []string) (list []*publish.Key, err erro
 
 // readPart reads a part of a ceremony of at most limit bytes.
 func readPart[T any](file string, limit int64, parse func([]byte) (*T, error)) (*T, error) {
-	raw, err := readBounded(file, limit)
+	raw, err := durable.ReadFile(file, limit)
 	if err != nil {
 		return nil, err
 	}

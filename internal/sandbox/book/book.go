@@ -76,14 +76,10 @@ func read(path string) (*record.Signed, error) {
 	if !strings.HasSuffix(path, suffix) {
 		return nil, record.ErrInvalid
 	}
-	st, err := os.Stat(path)
-	if err != nil {
-		return nil, err
+	raw, err := durable.ReadOwn(path, record.MaxSigned)
+	if errors.Is(err, durable.ErrNotFile) || errors.Is(err, durable.ErrLarge) {
+		return nil, fmt.Errorf("%w: %w", record.ErrInvalid, err)
 	}
-	if !st.Mode().IsRegular() || st.Size() > record.MaxSigned {
-		return nil, record.ErrInvalid
-	}
-	raw, err := os.ReadFile(path)
 	if err != nil {
 		return nil, err
 	}

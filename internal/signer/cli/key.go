@@ -6,7 +6,6 @@ import (
 	"encoding/json"
 	"errors"
 	"fmt"
-	"io"
 	"io/fs"
 	"os"
 	"os/exec"
@@ -439,14 +438,9 @@ func (c *command) importKey(ctx context.Context, name string) error {
 	if err != nil {
 		return err
 	}
-	f, err := os.Open(name)
+	raw, err := durable.ReadFile(name, maxBackup)
 	if err != nil {
 		return err
-	}
-	raw, err := io.ReadAll(io.LimitReader(f, maxBackup+1))
-	_ = f.Close() // read only: nothing to lose
-	if err != nil || len(raw) > maxBackup {
-		return errors.Join(err, fmt.Errorf("%s is no keystore file", name))
 	}
 	key, err := identity.ParseKeystore(raw, pass)
 	if err != nil {
