@@ -500,21 +500,8 @@ func TestChecksOfGates(t *testing.T) {
 // comes back as it is.
 func TestBind(t *testing.T) {
 	n := &node{}
-	dir := t.TempDir()
-	l, err := Listen(dir)
-	if err != nil {
-		t.Fatal(err)
-	}
-	ctx, cancel := context.WithCancel(t.Context())
-	done := make(chan error, 1)
-	go func() { done <- Serve(ctx, l, n) }()
-	defer func() {
-		cancel()
-		if err := <-done; err != nil {
-			t.Error(err)
-		}
-	}()
-	c := NewClient(filepath.Join(dir, SocketName))
+	path, _ := serve(t, n)
+	c := NewClient(path)
 	got, err := c.Bind(t.Context(), BindRequest{Step: wire.BindEmail, Email: "a@b", Nonce: evm.Hash{3}})
 	if err != nil || got.Bound.Account != "a@b" || got.Nonce != (evm.Hash{3}) {
 		t.Errorf("%+v, %v", got, err)

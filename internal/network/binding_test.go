@@ -244,11 +244,7 @@ func TestBindingRefusals(t *testing.T) {
 // bring back; the history says who did what.
 func TestBindByToken(t *testing.T) {
 	n := startOpen(t, nil)
-	admin, err := network.OpenAdmin(t.Context(), n.dir, n.log())
-	if err != nil {
-		t.Fatal(err)
-	}
-	defer admin.Close()
+	admin := n.admin()
 	token, err := admin.CreateToken(t.Context(), 2, "fleet", time.Now().Add(time.Hour))
 	if err != nil {
 		t.Fatal(err)

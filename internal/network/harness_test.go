@@ -158,6 +158,17 @@ func (n *testNetwork) file(name string) string {
 	return strings.TrimSpace(string(b))
 }
 
+// admin is what the command line has of the network, until the test ends.
+func (n *testNetwork) admin() network.Admin {
+	n.t.Helper()
+	a, err := network.OpenAdmin(n.t.Context(), n.dir, n.log())
+	if err != nil {
+		n.t.Fatal(err)
+	}
+	n.t.Cleanup(a.Close)
+	return a
+}
+
 func (n *testNetwork) log() *slog.Logger {
 	return slog.New(journal.Text(n.logs, slog.LevelDebug))
 }

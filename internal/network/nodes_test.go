@@ -32,11 +32,7 @@ func TestClassIsListed(t *testing.T) {
 	b.Class = &wire.Class{Digest: digest.Of([]byte("class")), Hardware: determinism.Hardware{Arch: "amd64", GPUs: []string{"NVIDIA L4"}, Driver: "nvidia 550.54.14"}}
 	s.Send(b)
 	nodetest.Expect[*wire.Status](s)
-	admin, err := network.OpenAdmin(t.Context(), n.dir, n.log())
-	if err != nil {
-		t.Fatal(err)
-	}
-	defer admin.Close()
+	admin := n.admin()
 	one, err := admin.Node(t.Context(), v.Key.Address())
 	if err != nil || !one.Connected || one.Class == nil || one.Class.Digest != b.Class.Digest || one.Class.Hardware.String() != b.Class.Hardware.String() {
 		t.Errorf("%+v, %v", one, err)
@@ -59,11 +55,7 @@ func TestOddNodeIsPointedOut(t *testing.T) {
 		}
 	}
 	n.serve()
-	admin, err := network.OpenAdmin(t.Context(), n.dir, n.log())
-	if err != nil {
-		t.Fatal(err)
-	}
-	defer admin.Close()
+	admin := n.admin()
 	say := func(s *nodetest.Session, answers string) {
 		b := s.Node.Heartbeat()
 		b.Class = &wire.Class{Digest: digest.Of([]byte("class")), Hardware: determinism.Hardware{Arch: "amd64", GPUs: []string{"NVIDIA L4"}, Driver: "nvidia 550.54.14"}, Fingerprint: digest.Of([]byte(answers))}
@@ -165,11 +157,7 @@ func TestRegistrationIsIdempotent(t *testing.T) {
 // Of many nodes that register at once with a token for two, two do.
 func TestTokenRace(t *testing.T) {
 	n := start(t, nil)
-	admin, err := network.OpenAdmin(t.Context(), n.dir, n.log())
-	if err != nil {
-		t.Fatal(err)
-	}
-	defer admin.Close()
+	admin := n.admin()
 	token, err := admin.CreateToken(t.Context(), 2, "fleet", time.Now().Add(time.Hour))
 	if err != nil {
 		t.Fatal(err)

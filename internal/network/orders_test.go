@@ -171,11 +171,7 @@ func TestOrdersAreChecked(t *testing.T) {
 			t.Errorf("%v: %d %s, want %d and %q", c.args, code, out, c.code, c.want)
 		}
 	}
-	admin, err := network.OpenAdmin(t.Context(), n.dir, n.log())
-	if err != nil {
-		t.Fatal(err)
-	}
-	defer admin.Close()
+	admin := n.admin()
 	who := v.Key.Address()
 	what := orders.What{Kind: wire.OrderDrain, Life: time.Hour}
 	for range 64 {
