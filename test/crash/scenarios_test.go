@@ -14,6 +14,7 @@ import (
 	"github.com/resultity/node/internal/snapshot"
 	"github.com/resultity/node/test/bench/instant"
 	"github.com/resultity/node/test/chat"
+	"github.com/resultity/node/test/stack"
 )
 
 // scenario makes a program pass points. It is repeated until the point is
@@ -75,7 +76,7 @@ func restartAgent(ctx context.Context, w *world) error {
 }
 
 func restartNetwork(ctx context.Context, w *world) error {
-	_, err := w.Net.Output(ctx, "systemctl", "restart", "--no-block", networkUnit)
+	_, err := w.Net.Output(ctx, "systemctl", "restart", "--no-block", stack.NetworkUnit)
 	return err
 }
 
@@ -90,27 +91,24 @@ func publish(ctx context.Context, w *world) error {
 // ordered gives the node an order and waits for the answer.
 func ordered(kind string) scenario {
 	return func(ctx context.Context, w *world) error {
-		out, err := w.service(ctx, "order", w.address, kind, "--expires", "20s", "--wait")
-		if err != nil {
-			return fmt.Errorf("%w: %s", err, out)
-		}
-		return nil
+		_, err := w.Network(ctx, "order", w.address, kind, "--expires", "20s", "--wait")
+		return err
 	}
 }
 
 // command runs the network's command line, which has the service do it.
 func command(args ...string) scenario {
 	return func(ctx context.Context, w *world) error {
-		_, err := w.service(ctx, args...)
+		_, err := w.Network(ctx, args...)
 		return err
 	}
 }
 
 func revoke(ctx context.Context, w *world) error {
-	if _, err := w.service(ctx, "apikey", "create", "--name", "gone"); err != nil {
+	if _, err := w.Network(ctx, "apikey", "create", "--name", "gone"); err != nil {
 		return err
 	}
-	_, err := w.service(ctx, "apikey", "revoke", "--name", "gone")
+	_, err := w.Network(ctx, "apikey", "revoke", "--name", "gone")
 	return err
 }
 

@@ -15,6 +15,7 @@ import (
 	"github.com/resultity/node/internal/control"
 	"github.com/resultity/node/internal/digest"
 	"github.com/resultity/node/internal/receiptlog"
+	"github.com/resultity/node/test/stack"
 )
 
 // scenarios say what passes which points, by the beginning of their names. The first
@@ -279,7 +280,7 @@ func (w *world) agentPID(ctx context.Context) (string, error) {
 }
 
 func (w *world) networkPID(ctx context.Context) (string, error) {
-	out, err := w.Net.Output(ctx, "systemctl", "show", "-P", "MainPID", networkUnit)
+	out, err := w.Net.Output(ctx, "systemctl", "show", "-P", "MainPID", stack.NetworkUnit)
 	return strings.TrimSpace(string(out)), err
 }
 

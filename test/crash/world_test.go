@@ -30,7 +30,6 @@ import (
 const (
 	agentProgram   = "/usr/libexec/resultity/agent-with-fail-points"
 	networkProgram = "/usr/bin/network-with-fail-points"
-	networkUnit    = "resultity-network.service"
 	networkDir     = "/var/lib/resultity-network"
 
 	tags   = "remote,containers_image_openpgp,exclude_graphdriver_btrfs,failpoint"
@@ -146,13 +145,13 @@ func (w *world) startNetwork(t *testing.T, program string) {
 		"/etc/systemd/system/mail.service": "[Service]\nExecStart=/usr/sbin/smtpd -d -f /etc/smtpd.conf\n",
 		"/etc/resultity-network/network.toml": fmt.Sprintf("listen = \":8443\"\nmetrics_listen = \":9464\"\ntls_cert = \"/etc/resultity-network/tls.crt\"\ntls_key = \"/etc/resultity-network/tls.key\"\n"+
 			"keep_requests_bytes = 1048576\nsmtp = %q\nsmtp_from = \"The demo <codes@net>\"\nsmtp_ca = \"/etc/resultity-network/ca.pem\"\n", net.JoinHostPort(w.Net.Addr().String(), "25")),
-		"/etc/systemd/system/" + networkUnit + ".d/crash.conf": "[Service]\nExecStart=\nExecStart=" + networkProgram +
+		"/etc/systemd/system/" + stack.NetworkUnit + ".d/crash.conf": "[Service]\nExecStart=\nExecStart=" + networkProgram +
 			" serve\nEnvironment=RESULTITY_FAILPOINT=" + networkPoint + "\nRestartSec=20ms\nRestartSteps=0\n",
 	} {
 		must(t, w.Net.WriteFile(name, []byte(text), 0o644))
 	}
 	for _, args := range [][]string{
-		{"useradd", "--create-home", "ann"}, {"systemctl", "daemon-reload"}, {"systemctl", "start", "mail.service"}, {"systemctl", "restart", networkUnit},
+		{"useradd", "--create-home", "ann"}, {"systemctl", "daemon-reload"}, {"systemctl", "start", "mail.service"}, {"systemctl", "restart", stack.NetworkUnit},
 	} {
 		if out, err := w.Net.Output(t.Context(), args...); err != nil {
 			t.Fatalf("%s: %v: %s", args, err, out)
@@ -160,23 +159,13 @@ func (w *world) startNetwork(t *testing.T, program string) {
 	}
 }
 
-// service runs the network's command line.
-func (w *world) service(ctx context.Context, args ...string) (string, error) {
-	args = append([]string{"/usr/bin/resultity-network"}, args...)
-	out, err := w.Net.Output(ctx, append(args, "--dir", networkDir)...)
-	if err != nil {
-		err = fmt.Errorf("%s: %w", args[1], err)
-	}
-	return string(out), err
-}
-
 // token puts an enrolment token that has not been used on the node.
 func (w *world) token(ctx context.Context) error {
-	out, err := w.service(ctx, "token", "create", "--uses", "1", "--account", "demo")
+	out, err := w.Network(ctx, "token", "create", "--uses", "1", "--account", "demo")
 	if err != nil {
 		return err
 	}
-	return w.node.WriteFile("/etc/resultity/enrolment-token", []byte(out), 0o644)
+	return w.node.WriteFile("/etc/resultity/enrolment-token", out, 0o644)
 }
 
 // publish publishes a new configuration with a new model and a new image.
@@ -242,7 +231,7 @@ func (w *world) recovered(ctx context.Context) error {
 	if !bytes.Equal(key, w.key) || s.Node != w.address {
 		return fmt.Errorf("node %s has become %s, or its key another", w.address, s.Node)
 	}
-	return errors.Join(w.checkModels(ctx), w.fault())
+	return errors.Join(w.node.CheckModels(ctx), w.fault())
 }
 
 // fault returns what must never be with answers, since it was last asked.
@@ -250,25 +239,6 @@ func (w *world) fault() error {
 	now := w.load.Take()
 	w.tally.Add(&now)
 	return now.Fault()
-}
-
-// checkModels compares every model file with its name.
-func (w *world) checkModels(ctx context.Context) error {
-	out, err := w.node.Output(ctx, "find", w.node.State, "-type", "f", "-regextype", "egrep", "-regex", ".*/[0-9a-f]{64}", "-exec", "sha256sum", "{}", ";")
-	if err != nil {
-		return err
-	}
-	n := 0
-	for line := range strings.Lines(string(out)) {
-		sum, name, _ := strings.Cut(strings.TrimSpace(line), "  ")
-		if n++; sum != path.Base(name) {
-			return fmt.Errorf("%s has the hash %s", name, sum)
-		}
-	}
-	if n == 0 {
-		return errors.New("no model file was found to check")
-	}
-	return nil
 }
 
 // wait waits until ok holds, at most for so long.

@@ -3,7 +3,6 @@ package main
 import (
 	"bytes"
 	"context"
-	"encoding/json"
 	"errors"
 	"fmt"
 	"net"
@@ -24,43 +23,10 @@ import (
 	"github.com/resultity/node/test/stack"
 )
 
-// waitEvent waits until the node has logged the event since the cursor, and
-// returns the record's error field.
-func waitEvent(ctx context.Context, n *stack.Node, e *journal.Event, cursor string) (string, error) {
-	ctx, cancel := context.WithTimeout(ctx, time.Minute)
-	defer cancel()
-	for {
-		out, err := n.Output(ctx, "journalctl", "--no-pager", "-o", "json", "--after-cursor", cursor, "MESSAGE_ID="+e.ID)
-		if err != nil {
-			return "", fmt.Errorf("waiting for the event %s: %w", e.Name, err)
-		}
-		if line, _, ok := bytes.Cut(out, []byte("\n")); ok {
-			var record struct {
-				Error string `json:"RESULTITY_ERROR"`
-			}
-			return record.Error, json.Unmarshal(line, &record)
-		}
-		select {
-		case <-ctx.Done():
-			return "", fmt.Errorf("no event %s: %w", e.Name, ctx.Err())
-		case <-time.After(100 * time.Millisecond): // the journal is a file on another host
-		}
-	}
-}
-
-func cursor(ctx context.Context, n *stack.Node) (string, error) {
-	out, err := n.Output(ctx, "journalctl", "--no-pager", "-n", "0", "--show-cursor", "-q")
-	_, c, ok := strings.Cut(strings.TrimSpace(string(out)), "-- cursor: ")
-	if err == nil && !ok {
-		err = fmt.Errorf("journalctl gave no cursor: %q", out)
-	}
-	return c, err
-}
-
 // refused publishes a configuration that a node must refuse, waits for the
 // refusal, and publishes the good one again.
 func (d *demo) refused(ctx context.Context, n *stack.Node, e *journal.Event, bad func(*snapshot.Config)) (why string, err error) {
-	at, err := cursor(ctx, n)
+	at, err := n.Cursor(ctx)
 	if err != nil {
 		return "", err
 	}
@@ -68,7 +34,12 @@ func (d *demo) refused(ctx context.Context, n *stack.Node, e *journal.Event, bad
 	if err := d.s.Publish(ctx, func(c *snapshot.Config) { good = *c; bad(c) }); err != nil {
 		return "", err
 	}
-	why, err = waitEvent(ctx, n, e, at)
+	waiting, cancel := context.WithTimeout(ctx, time.Minute)
+	defer cancel()
+	said, err := n.WaitEvent(waiting, at, e)
+	if err == nil {
+		why = said[0].Error
+	}
 	return why, errors.Join(err, d.s.Publish(ctx, func(c *snapshot.Config) { *c = good }), d.s.WaitRoutable(ctx))
 }
 
@@ -186,21 +157,6 @@ func (d *demo) insideTheContainer(ctx context.Context) error {
 	return nil
 }
 
-// engine returns the process id of a node's engine, as the node's machine
-// counts.
-func engine(ctx context.Context, n *stack.Node) (string, error) {
-	out, err := n.Podman(ctx, "top", "resultity-runtime", "hpid", "comm")
-	if err != nil {
-		return "", fmt.Errorf("%w: %s", err, out)
-	}
-	for line := range strings.Lines(string(out)) {
-		if f := strings.Fields(line); len(f) == 2 && f[1] == "llama-server" {
-			return f[0], nil
-		}
-	}
-	return "", fmt.Errorf("no llama-server in the container: %s", out)
-}
-
 func restarts(ctx context.Context, n *stack.Node) (int, error) {
 	v, err := n.Property(ctx, stack.Runtime, "NRestarts")
 	if err != nil {
@@ -216,17 +172,12 @@ func (d *demo) comesBack(ctx context.Context, n *stack.Node, signal string) (str
 	if err != nil {
 		return "", err
 	}
-	pid, err := engine(ctx, n)
+	pid, err := n.SignalEngine(ctx, signal)
 	if err != nil {
 		return "", err
 	}
-	// The engine's user is a subordinate id of the account's, whose master the
-	// account is in there only.
-	if out, err := n.Podman(ctx, "unshare", "kill", "-"+signal, pid); err != nil {
-		return "", fmt.Errorf("%w: %s", err, out)
-	}
 	if err := n.WaitStatus(ctx, "another engine", func(s *control.Status) bool {
-		now, err := engine(ctx, n)
+		now, err := n.Engine(ctx)
 		return err == nil && now != "" && now != pid && s.GetsJobs()
 	}); err != nil {
 		return "", err

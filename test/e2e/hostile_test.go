@@ -162,8 +162,6 @@ func (h *hostileTest) ask(ctx context.Context, t *testing.T, prompt string, toke
 	return a.Text, a.Receipt.Receipt().Node.Hex(), ""
 }
 
-func (h *hostileTest) model() string { return "tiny-chat" }
-
 // attempts has the engine of a node try everything.
 func (h *hostileTest) attempts(ctx context.Context, t *testing.T, n *stack.Node) {
 	// Something of the host's to reach: sockets without and with a name, and files.

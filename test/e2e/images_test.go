@@ -1,7 +1,6 @@
 package e2e
 
 import (
-	"bytes"
 	"context"
 	"strings"
 	"testing"
@@ -24,10 +23,9 @@ import (
 // mark returns a place in a node's journal.
 func mark(ctx context.Context, t *testing.T, n *stack.Node) string {
 	t.Helper()
-	out, err := n.Output(ctx, "journalctl", "--no-pager", "-n", "0", "--show-cursor", "-q")
-	_, cursor, ok := strings.Cut(strings.TrimSpace(string(out)), "-- cursor: ")
-	if err != nil || !ok {
-		t.Fatalf("cursor: %v: %s", err, out)
+	cursor, err := n.Cursor(ctx)
+	if err != nil {
+		t.Fatal(err)
 	}
 	return cursor
 }
@@ -36,17 +34,15 @@ func mark(ctx context.Context, t *testing.T, n *stack.Node) string {
 // returns what it has logged, with the errors.
 func told(ctx context.Context, t *testing.T, n *stack.Node, since string, e *journal.Event) string {
 	t.Helper()
-	for {
-		out, err := n.Output(ctx, "journalctl", "--no-pager", "-o", "cat", "--output-fields=MESSAGE", "--after-cursor", since, "MESSAGE_ID="+e.ID)
-		if err == nil && len(bytes.TrimSpace(out)) > 0 {
-			return string(out)
-		}
-		select {
-		case <-ctx.Done():
-			t.Fatalf("%s does not say %s: %v\n%s", n.Name(), e.Name, err, n.Journal(context.WithoutCancel(ctx), 60))
-		case <-time.After(200 * time.Millisecond): // the journal is a file on another host
-		}
+	records, err := n.WaitEvent(ctx, since, e)
+	if err != nil {
+		t.Fatalf("%v\n%s", err, n.Journal(context.WithoutCancel(ctx), 60))
 	}
+	var all []string
+	for _, r := range records {
+		all = append(all, r.Message)
+	}
+	return strings.Join(all, "\n")
 }
 
 // active waits until all nodes run an image and get jobs.

@@ -9,6 +9,7 @@ import (
 	"time"
 
 	"github.com/resultity/node/internal/control"
+	"github.com/resultity/node/internal/journal"
 	"github.com/resultity/node/test/chat"
 	"github.com/resultity/node/test/model"
 	"github.com/resultity/node/test/stack"
@@ -94,9 +95,9 @@ func TestNetworkGoesAway(t *testing.T) {
 		if _, _, err := s.Receipt(ctx, id); err != nil {
 			t.Error(err)
 		}
-		out := ok(n.Output(ctx, "sh", "-c", "journalctl -q --no-pager -o cat RESULTITY_JOB="+id+" | grep -c 'job done'"))
-		if strings.TrimSpace(string(out)) != "1" {
-			t.Errorf("job %s was done %s times", id, out)
+		out := ok(n.Output(ctx, "journalctl", "-q", "--no-pager", "-o", "cat", "RESULTITY_JOB="+id, "MESSAGE_ID="+journal.JobDone.ID))
+		if n := strings.Count(string(out), "\n"); n != 1 {
+			t.Errorf("job %s was done %d times:\n%s", id, n, out)
 		}
 	}
 	wait("jobs again", (*control.Status).GetsJobs)

@@ -59,11 +59,7 @@ func drift(t *testing.T, n *stack.Node, file, text, want string) {
 			t.Fatalf("%s: %v\n%s", script, err, out)
 		}
 	}
-	out, err := n.Output(ctx, "journalctl", "--no-pager", "-n", "0", "--show-cursor", "-q")
-	_, cursor, ok := strings.Cut(strings.TrimSpace(string(out)), "-- cursor: ")
-	if err != nil || !ok {
-		t.Fatalf("cursor: %v: %s", err, out)
-	}
+	since := mark(ctx, t, n)
 	as(ctx, "mkdir -p $(dirname "+file+") && printf '%s' '"+strings.ReplaceAll(text, "'", "")+"' > "+file+" && systemctl --user daemon-reload && systemctl --user restart --no-block "+stack.Runtime)
 	defer func() {
 		ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), time.Minute)
@@ -74,17 +70,18 @@ func drift(t *testing.T, n *stack.Node, file, text, want string) {
 		}
 	}()
 	for {
-		out, err := n.Output(ctx, "journalctl", "--no-pager", "-o", "cat", "--output-fields=RESULTITY_ERROR", "--after-cursor", cursor, "MESSAGE_ID="+journal.SandboxRefused.ID)
+		records, err := n.WaitEvent(ctx, since, journal.SandboxRefused)
 		if err != nil {
 			t.Fatalf("nothing was refused: %v\n%s", err, n.Journal(context.WithoutCancel(ctx), 60))
 		}
-		if bytes.Contains(out, []byte(want)) {
-			t.Logf("expected: %s: %s; got: %s", journal.SandboxRefused.Name, want, bytes.TrimSpace(out))
+		last := records[len(records)-1].Error
+		if strings.Contains(last, want) {
+			t.Logf("expected: %s: %s; got: %s", journal.SandboxRefused.Name, want, last)
 			return
 		}
 		select {
 		case <-ctx.Done():
-			t.Fatalf("nothing was refused, or not for %q: %s\n%s", want, out, n.Journal(context.WithoutCancel(ctx), 60))
+			t.Fatalf("what was refused was not %q: %s\n%s", want, last, n.Journal(context.WithoutCancel(ctx), 60))
 		case <-time.After(200 * time.Millisecond): // the journal is a file on another host
 		}
 	}

@@ -10,10 +10,13 @@ import (
 	"net/http"
 	"slices"
 	"strings"
+	"syscall"
 	"time"
 
+	"github.com/resultity/node/internal/chain"
 	"github.com/resultity/node/internal/control"
 	"github.com/resultity/node/internal/gate"
+	"github.com/resultity/node/internal/network/store"
 	"github.com/resultity/node/internal/snapshot"
 	"github.com/resultity/node/test/chat"
 	"github.com/resultity/node/test/host"
@@ -276,7 +279,7 @@ func told(signal string) func(context.Context, *World) error {
 		if err != nil {
 			return err
 		}
-		if err := w.tell(ctx, signal); err != nil {
+		if _, err := w.A.SignalEngine(ctx, signal); err != nil {
 			return err
 		}
 		ctx, cancel := context.WithTimeout(ctx, patience)
@@ -452,22 +455,26 @@ func readOnly(stores ...string) func(context.Context, *World) error {
 
 // readOnlyAtStart is readOnly for a store that the agent always has open to be
 // written. It must say why it does not start.
-func readOnlyAtStart(store string) func(context.Context, *World) error {
+func readOnlyAtStart(name string) func(context.Context, *World) error {
 	return func(ctx context.Context, w *World) error {
+		since, err := w.A.Cursor(ctx)
+		if err != nil {
+			return err
+		}
 		if err := errors.Join(
 			w.A.UserCtl(ctx, "stop", w.A.Agent),
-			w.remount(ctx, "ro", []string{store}),
+			w.remount(ctx, "ro", []string{name}),
 			w.A.UserCtl(ctx, "start", "--no-block", w.A.Agent),
-			pause(ctx, 6*time.Second),
 		); err != nil {
 			return err
 		}
-		var err error
-		// Where it can do without the store, many jobs are done behind what it says.
-		if !strings.Contains(w.A.Journal(ctx, 2000), "read-only file system") {
-			err = fmt.Errorf("the agent does not say that a store is read-only:\n%s", w.A.Journal(ctx, 50))
-		}
-		return errors.Join(err, w.remount(ctx, "rw", []string{store}))
+		saying, cancel := context.WithTimeout(ctx, time.Minute)
+		defer cancel()
+		return errors.Join(
+			w.A.WaitWords(saying, since, syscall.EROFS.Error()),
+			pause(ctx, 2*time.Second), // it goes on like that
+			w.remount(ctx, "rw", []string{name}),
+		)
 	}
 }
 
@@ -535,9 +542,14 @@ func (w *World) saysFull(ctx context.Context) error {
 	if !errors.As(err, &refused) || refused.Status != http.StatusServiceUnavailable || refused.RetryAfter == "" || refused.Code != "storage" {
 		return fmt.Errorf("with a full disk the network answers %+v", err)
 	}
-	// The answer may be faster than the journal.
-	if err := w.onNet(ctx, `timeout 20 sh -c 'until journalctl -q _PID=$(systemctl show -P MainPID resultity-network) | grep -q "enlarge it"; do sleep 0.1; done'`); err != nil {
-		return fmt.Errorf("the log of the network says nothing of the full disk: %w", err)
+	return w.networkSays(ctx, store.ErrNoRoom)
+}
+
+// networkSays waits until this run of the network's service has logged an error: its
+// answers, and its start, may be faster than the journal.
+func (w *World) networkSays(ctx context.Context, what error) error {
+	if err := w.onNet(ctx, fmt.Sprintf(`timeout 60 sh -c 'until journalctl -q _PID=$(systemctl show -P MainPID resultity-network) | grep -qF "%s"; do sleep 0.1; done'`, what)); err != nil {
+		return fmt.Errorf("the log of the network says nothing of %q: %w", what, err)
 	}
 	return nil
 }
@@ -546,8 +558,9 @@ func (w *World) saysFull(ctx context.Context) error {
 func readOnlyNetwork(ctx context.Context, w *World) error {
 	return errors.Join(
 		w.onNet(ctx, `systemctl stop resultity-network; mount -o remount,ro $1; systemctl start --no-block resultity-network`),
-		pause(ctx, 6*time.Second),
-		w.onNet(ctx, `journalctl -q -n 100 -u resultity-network | grep -q "read-only file system"; mount -o remount,rw $1`),
+		w.networkSays(ctx, syscall.EROFS),
+		pause(ctx, 2*time.Second), // it goes on like that
+		w.onNet(ctx, `mount -o remount,rw $1`),
 	)
 }
 
@@ -574,7 +587,9 @@ func olderSnapshot(ctx context.Context, w *World) error {
 		return err
 	}
 	refused := w.A.WaitStatus(ctx, "a refusal of the older snapshot", func(s *control.Status) bool {
-		return slices.ContainsFunc(s.Gates, func(g gate.Gate) bool { return g.Name == gate.Configuration && strings.Contains(g.Detail, "older") })
+		return slices.ContainsFunc(s.Gates, func(g gate.Gate) bool {
+			return g.Name == gate.Configuration && strings.Contains(g.Detail, chain.ErrRollback.Error())
+		})
 	})
 	now, err := w.A.Status(ctx)
 	if err == nil && now.Networks[0].Snapshot.Version != newer.Networks[0].Snapshot.Version {
@@ -587,7 +602,7 @@ func olderSnapshot(ctx context.Context, w *World) error {
 // outOfMemory bounds what A's engine may take, since the hosts have no cgroup
 // controllers, and has it take all it can get.
 func outOfMemory(ctx context.Context, w *World) error {
-	pid, err := w.engine(ctx)
+	pid, err := w.A.Engine(ctx)
 	if err != nil {
 		return err
 	}
@@ -602,7 +617,7 @@ func outOfMemory(ctx context.Context, w *World) error {
 func lockedStorage(ctx context.Context, w *World) (err error) {
 	ctx, cancel := context.WithTimeout(ctx, patience)
 	defer cancel()
-	pid, err := w.engine(ctx) // asks Podman
+	pid, err := w.A.Engine(ctx) // asks Podman
 	if err != nil {
 		return err
 	}

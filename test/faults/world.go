@@ -8,7 +8,6 @@ import (
 	"io"
 	"os"
 	"path/filepath"
-	"strings"
 	"time"
 
 	"github.com/resultity/node/internal/control"
@@ -175,34 +174,6 @@ func (w *World) setName(known bool) error {
 	return w.A.WriteFile(hostsFile, b.Bytes(), 0o644)
 }
 
-// engine returns the process id of A's engine, as its host counts.
-func (w *World) engine(ctx context.Context) (string, error) {
-	out, err := w.A.Podman(ctx, "top", "resultity-runtime", "hpid", "comm")
-	if err != nil {
-		return "", fmt.Errorf("%w: %s", err, out)
-	}
-	for line := range strings.Lines(string(out)) {
-		if f := strings.Fields(line); len(f) == 2 && f[1] == "llama-server" {
-			return f[0], nil
-		}
-	}
-	return "", fmt.Errorf("no engine in the container: %s", out)
-}
-
-// tell signals A's engine.
-func (w *World) tell(ctx context.Context, signal string) error {
-	pid, err := w.engine(ctx)
-	if err != nil {
-		return err
-	}
-	// The engine's user is a subordinate id of the account's, whose master the
-	// account is in there only.
-	if out, err := w.A.Podman(ctx, "unshare", "kill", "-"+signal, pid); err != nil {
-		return fmt.Errorf("%w: %s", err, out)
-	}
-	return nil
-}
-
 // WaitRecovered waits until A has answered a client's request that was sent
 // after now.
 func (w *World) WaitRecovered(ctx context.Context) error {
@@ -225,26 +196,7 @@ func (w *World) Check(ctx context.Context) error {
 	if s.Node != w.address {
 		return fmt.Errorf("node %s has become %s", w.address, s.Node)
 	}
-	return w.checkModels(ctx)
-}
-
-// checkModels compares every model file of A's with its name.
-func (w *World) checkModels(ctx context.Context) error {
-	out, err := w.A.Output(ctx, "find", w.A.State, "-type", "f", "-regextype", "egrep", "-regex", ".*/[0-9a-f]{64}", "-exec", "sha256sum", "{}", ";")
-	if err != nil {
-		return err
-	}
-	n := 0
-	for line := range strings.Lines(string(out)) {
-		sum, path, _ := strings.Cut(strings.TrimSpace(line), "  ")
-		if n++; sum != filepath.Base(path) {
-			return fmt.Errorf("%s has the hash %s", path, sum)
-		}
-	}
-	if n == 0 {
-		return errors.New("no model file was found to check")
-	}
-	return nil
+	return w.A.CheckModels(ctx)
 }
 
 // pause is for faults that last a while.

@@ -8,10 +8,12 @@ import (
 	"fmt"
 	"net"
 	"os/exec"
+	"path"
 	"strings"
 	"time"
 
 	"github.com/resultity/node/internal/control"
+	"github.com/resultity/node/internal/journal"
 	"github.com/resultity/node/test/host"
 )
 
@@ -177,4 +179,103 @@ func (n *Node) Journal(ctx context.Context, lines int) string {
 		return err.Error()
 	}
 	return string(out)
+}
+
+// Engine returns the process id of the node's engine, as its host counts.
+func (n *Node) Engine(ctx context.Context) (string, error) {
+	out, err := n.Podman(ctx, "top", "resultity-runtime", "hpid", "comm")
+	if err != nil {
+		return "", fmt.Errorf("%w: %s", err, out)
+	}
+	for line := range strings.Lines(string(out)) {
+		if f := strings.Fields(line); len(f) == 2 && f[1] == "llama-server" {
+			return f[0], nil
+		}
+	}
+	return "", fmt.Errorf("no engine in the container: %s", out)
+}
+
+// SignalEngine signals the node's engine, and returns its process id.
+func (n *Node) SignalEngine(ctx context.Context, signal string) (string, error) {
+	pid, err := n.Engine(ctx)
+	if err != nil {
+		return "", err
+	}
+	// The engine's user is a subordinate id of the account's, whose master the
+	// account is in there only.
+	if out, err := n.Podman(ctx, "unshare", "kill", "-"+signal, pid); err != nil {
+		return "", fmt.Errorf("%w: %s", err, out)
+	}
+	return pid, nil
+}
+
+// CheckModels compares every model file of the node with its name.
+func (n *Node) CheckModels(ctx context.Context) error {
+	out, err := n.Output(ctx, "find", n.State, "-type", "f", "-regextype", "egrep", "-regex", ".*/[0-9a-f]{64}", "-exec", "sha256sum", "{}", ";")
+	if err != nil {
+		return err
+	}
+	files := 0
+	for line := range strings.Lines(string(out)) {
+		sum, name, _ := strings.Cut(strings.TrimSpace(line), "  ")
+		if files++; sum != path.Base(name) {
+			return fmt.Errorf("%s has the hash %s", name, sum)
+		}
+	}
+	if files == 0 {
+		return errors.New("no model file was found to check")
+	}
+	return nil
+}
+
+// Cursor returns the end that the journal of the node's machine has now.
+func (n *Node) Cursor(ctx context.Context) (string, error) {
+	out, err := n.Output(ctx, "journalctl", "--no-pager", "-n", "0", "--show-cursor", "-q")
+	_, c, ok := strings.Cut(strings.TrimSpace(string(out)), "-- cursor: ")
+	if err == nil && !ok {
+		err = fmt.Errorf("journalctl gave no cursor: %q", out)
+	}
+	return c, err
+}
+
+// Record is what the journal has of an event.
+type Record struct {
+	Message string `json:"MESSAGE"`
+	Error   string `json:"RESULTITY_ERROR"`
+}
+
+// WaitEvent waits until the node has logged the event after a cursor.
+func (n *Node) WaitEvent(ctx context.Context, cursor string, e *journal.Event) ([]Record, error) {
+	return n.waitLogged(ctx, cursor, e.Name, func(Record) bool { return true }, "MESSAGE_ID="+e.ID)
+}
+
+// WaitWords waits until anything on the node's machine has logged a message with the
+// words after a cursor.
+func (n *Node) WaitWords(ctx context.Context, cursor, words string) error {
+	_, err := n.waitLogged(ctx, cursor, words, func(r Record) bool { return strings.Contains(r.Message+r.Error, words) })
+	return err
+}
+
+func (n *Node) waitLogged(ctx context.Context, cursor, what string, ok func(Record) bool, match ...string) ([]Record, error) {
+	args := append([]string{"journalctl", "-q", "--no-pager", "-o", "json", "--after-cursor", cursor}, match...)
+	for {
+		out, err := n.Output(ctx, args...)
+		if err == nil {
+			var found []Record
+			for line := range bytes.Lines(out) {
+				var r Record
+				if json.Unmarshal(line, &r) == nil && ok(r) { // what has no text is not of ours
+					found = append(found, r)
+				}
+			}
+			if len(found) > 0 {
+				return found, nil
+			}
+		}
+		select {
+		case <-ctx.Done():
+			return nil, fmt.Errorf("%s logs no %q: %w", n.Name(), what, errors.Join(ctx.Err(), err))
+		case <-time.After(100 * time.Millisecond): // the journal is a file on another host
+		}
+	}
 }
