@@ -221,6 +221,73 @@ func TestLogsBomb(t *testing.T) {
 	}
 }
 
+// What is signed as it must be and has one byte too many is refused unread, and what has
+// just enough is not.
+func TestSizesAreBounded(t *testing.T) {
+	key, err := evm.NewKey()
+	if err != nil {
+		t.Fatal(err)
+	}
+	signed := func(domain string, body []byte) evm.Signature {
+		sig, err := key.Sign(evm.Keccak([]byte(domain), body))
+		if err != nil {
+			t.Fatal(err)
+		}
+		return sig
+	}
+	padded := func(v any, n int) []byte { // white space is free in them
+		b, err := json.Marshal(v)
+		if err != nil {
+			t.Fatal(err)
+		}
+		return append(b, bytes.Repeat([]byte(" "), n-len(b))...)
+	}
+	for name, c := range map[string]struct {
+		bound int
+		open  func(n int) error
+	}{
+		"order": {8 << 10, func(n int) error {
+			d := &Directive{ID: NewOrderID(), Kind: OrderDrain, Issued: 1, Expires: 2}
+			body := padded(d, n)
+			_, _, err := (&Order{d.ID, statement{body, signed(orderDomain, body)}}).Open()
+			return err
+		}},
+		"batch of logs": {8 << 10, func(n int) error {
+			data := []byte("x")
+			body := padded(&LogBatch{Spool: strings.Repeat("ab", 16), Last: 1, Count: 1, Digest: digest.Of(data)}, n)
+			_, _, err := (&Logs{statement{body, signed(logsDomain, body)}, data}).Open()
+			return err
+		}},
+		"registration": {64 << 10, func(n int) error {
+			body := padded(&Registration{}, n-65)
+			sig := signed(registerDomain, body)
+			_, err := OpenRegistration(append(sig[:], body...), new(Registration))
+			return err
+		}},
+		"binding": {64 << 10, func(n int) error {
+			body := padded(&BindRequest{}, n-65)
+			sig := signed(bindDomain, body)
+			_, err := OpenBinding(append(sig[:], body...), new(BindRequest))
+			return err
+		}},
+		"line of a log": {8 << 10, func(n int) error {
+			var buf bytes.Buffer
+			w := gzip.NewWriter(&buf)
+			_, _ = w.Write(append(padded(&LogRecord{Position: 1, Level: "INFO"}, n-1), '\n'))
+			_ = w.Close()
+			b := LogBatch{Spool: strings.Repeat("ab", 16), Last: 1, Count: 1, Digest: digest.Of(buf.Bytes())}
+			_, err := b.Unpack(buf.Bytes())
+			return err
+		}},
+	} {
+		enough, over := c.open(c.bound), c.open(c.bound+1)
+		t.Logf("%s of %d bytes: expected: refused; got: %v", name, c.bound+1, over)
+		if enough != nil || over == nil {
+			t.Errorf("%s: with %d bytes %v, with one more %v", name, c.bound, enough, over)
+		}
+	}
+}
+
 // However badly records compress, a batch keeps to its bound.
 func TestPackerKeepsItsBound(t *testing.T) {
 	for _, limit := range []int{4 << 10, 64 << 10, MaxLogBatch} {
