@@ -289,25 +289,61 @@ func printHead() []byte {
 }
 
 // MarshalJSON implements [json.Marshaler].
-func (s Signed) MarshalJSON() ([]byte, error) {
+func (s Signed) MarshalJSON() ([]byte, error) { return s.AppendJSON(nil) }
+
+// AppendJSON appends the JSON form, in the one spelling that is printed.
+func (s *Signed) AppendJSON(b []byte) ([]byte, error) {
 	if s.hash == (evm.Hash{}) {
 		return nil, fmt.Errorf("%w: nobody has signed it", ErrInvalid)
 	}
-	return s.print(), nil
+	return s.print(b), nil
 }
 
-func (s *Signed) print() []byte {
+// printedRest is more than follows printedHead, in bytes.
+const printedRest = 1280
+
+func (s *Signed) print(b []byte) []byte {
 	r, m, c, node := &s.receipt, &s.receipt.Measured, &s.receipt.Claimed, s.receipt.Node.Hex()
-	u := func(v uint64) string { return strconv.FormatUint(v, 10) }
-	b := make([]byte, 0, len(printedHead)+1<<10)
+	b = slices.Grow(b, len(printedHead)+printedRest)
 	b = append(b, printedHead...)
-	for i, v := range [len(printedMarks)]string{
-		u(s.chainID), "0x" + r.Job.String(), node,
-		"0x" + m.ConfigDigest.Hex(), "0x" + m.ImageDigest.Hex(), "0x" + m.ModelDigest.Hex(), "0x" + m.SandboxDigest.Hex(), "0x" + m.RequestHash.Hex(), "0x" + m.ResponseHash.Hex(),
-		"0x" + c.ClassDigest.Hex(), u(c.PromptTokens), u(c.CompletionTokens), u(c.StartedAt), u(c.FinishedAt), u(r.Sequence), s.sig.String(), node,
-	} {
-		b = append(append(b, v...), printedMarks[i]...)
+	next := 0
+	mark := func() {
+		b = append(b, printedMarks[next]...)
+		next++
 	}
+	number := func(v uint64) {
+		b = strconv.AppendUint(b, v, 10)
+		mark()
+	}
+	raw := func(v []byte) {
+		b = hex.AppendEncode(append(b, "0x"...), v)
+		mark()
+	}
+	text := func(v string) {
+		b = append(b, v...)
+		mark()
+	}
+	sum := func(d digest.Digest) {
+		v := d.Sum()
+		raw(v[:])
+	}
+	number(s.chainID)
+	raw(r.Job[:])
+	text(node)
+	sum(m.ConfigDigest)
+	sum(m.ImageDigest)
+	sum(m.ModelDigest)
+	sum(m.SandboxDigest)
+	sum(m.RequestHash)
+	sum(m.ResponseHash)
+	sum(c.ClassDigest)
+	number(c.PromptTokens)
+	number(c.CompletionTokens)
+	number(c.StartedAt)
+	number(c.FinishedAt)
+	number(r.Sequence)
+	raw(s.sig[:])
+	text(node)
 	return b
 }
 
@@ -337,7 +373,7 @@ func printed(b []byte) (s Signed, ok bool) {
 		Sequence: p.number("", v[14]),
 	}}
 	p.fail("", s.sig.UnmarshalText([]byte(v[15])))
-	return s, p.err == nil && bytes.Equal(s.print(), b)
+	return s, p.err == nil && bytes.Equal(s.print(nil), b)
 }
 
 // UnmarshalJSON implements [json.Unmarshaler]; it is [Verify].

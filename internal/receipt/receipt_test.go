@@ -154,6 +154,9 @@ func TestPrinted(t *testing.T) {
 	if want, err := json.Marshal(j); err != nil || !bytes.Equal(raw, want) {
 		t.Errorf("printed %s, want %s", raw, want)
 	}
+	if most := len(printedHead) + printedRest; len(raw) > most || most > len(raw)+400 {
+		t.Errorf("%d bytes are printed, in room for %d", len(raw), most)
+	}
 	if s, ok := printed(raw); !ok || s.check() != nil || s != signed {
 		t.Errorf("%+v %v, want %+v", s, ok, signed)
 	}
@@ -211,7 +214,7 @@ func TestSignRefusesWhatIsNotRead(t *testing.T) {
 			t.Fatal(err)
 		}
 		s := Signed{receipt: r, chainID: 1, sig: sig}
-		if _, err := Verify(s.print()); !errors.Is(err, ErrInvalid) { // else to refuse it was wrong
+		if _, err := Verify(s.print(nil)); !errors.Is(err, ErrInvalid) { // else to refuse it was wrong
 			t.Errorf("without %s: Verify = %v", name, err)
 		}
 	}
@@ -240,7 +243,7 @@ func TestHashIsThatOfTheReceipt(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	read, err := Verify(made.print())
+	read, err := Verify(made.print(nil))
 	if err != nil {
 		t.Fatal(err)
 	}

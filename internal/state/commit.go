@@ -274,7 +274,8 @@ func (s *Store) apply(b *batch) {
 }
 
 // keepFrame is the largest room for a frame that is kept for the next one, in bytes.
-const keepFrame = 64 << 10
+// Busy nodes fill some hundred kilobytes of one.
+const keepFrame = 512 << 10
 
 // breakDown makes err everybody's.
 func (s *Store) breakDown(err error) error {

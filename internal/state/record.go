@@ -28,10 +28,18 @@ const textPrefix = 4 + 8 + 4
 var castagnoli = crc32.MakeTable(crc32.Castagnoli)
 
 func encodeText(now time.Time, header, body []byte) []byte {
-	b := make([]byte, 4, textPrefix+len(header)+len(body))
-	b = binary.BigEndian.AppendUint64(b, uint64(now.UnixMilli()))
-	b = binary.BigEndian.AppendUint32(b, uint32(len(header)))
-	b = append(append(b, header...), body...)
+	b := append(beginText(len(header)+len(body)), header...)
+	return endText(now, b, body)
+}
+
+// beginText is where a header of about size bytes, with the body, is appended to.
+func beginText(size int) []byte { return make([]byte, textPrefix, textPrefix+size) }
+
+// endText completes what begins with a header.
+func endText(now time.Time, b, body []byte) []byte {
+	binary.BigEndian.PutUint64(b[4:], uint64(now.UnixMilli()))
+	binary.BigEndian.PutUint32(b[12:], uint32(len(b)-textPrefix))
+	b = append(b, body...)
 	binary.BigEndian.PutUint32(b, crc32.Checksum(b[4:], castagnoli))
 	return b
 }
@@ -94,6 +102,9 @@ func decodeJob(b []byte) (*wire.Job, error) {
 	return j, nil
 }
 
+// resultHeader is about the bytes of a result's header.
+const resultHeader = 3 << 10
+
 // encodeResult puts a failure's message where an answer's bytes are, so that it
 // takes no more room than it has bytes. It fails for a result that [decodeResult]
 // would not make again.
@@ -111,11 +122,11 @@ func encodeResult(now time.Time, r *wire.Result) ([]byte, error) {
 	if r.Code != "" {
 		h.Message, body = "", []byte(r.Message)
 	}
-	header, err := h.AppendJSON(nil)
+	b, err := h.AppendJSON(beginText(resultHeader + len(body)))
 	if err != nil {
 		return nil, err
 	}
-	return encodeText(now, header, body), nil
+	return endText(now, b, body), nil
 }
 
 func decodeResult(b []byte) (*wire.Result, error) {

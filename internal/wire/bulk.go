@@ -69,12 +69,10 @@ func (r *Result) AppendJSON(b []byte) ([]byte, error) {
 		b = append(b, '"')
 	}
 	if r.Receipt != nil {
-		signed, err := r.Receipt.MarshalJSON()
-		if err != nil {
+		var err error
+		if b, err = r.Receipt.AppendJSON(append(b, `,"receipt":`...)); err != nil {
 			return nil, err
 		}
-		b = append(b, `,"receipt":`...)
-		b = append(b, signed...)
 	}
 	return append(b, '}'), nil
 }
