@@ -47,7 +47,12 @@ func TypeHash(name string, fields []Field, inner ...string) Hash {
 // StructHash is EIP-712's hashStruct. Each member is its encoded 32 bytes, which
 // for a struct are its StructHash.
 func StructHash(typeHash Hash, members ...[]byte) Hash {
-	return Keccak(append([][]byte{typeHash[:]}, members...)...)
+	b := make([]byte, 0, 32*(1+len(members)))
+	b = append(b, typeHash[:]...)
+	for _, m := range members {
+		b = append(b, m...) // copied, so that callers can have it on their stack
+	}
+	return Keccak(b)
 }
 
 // TypedHash is the EIP-712 hash that wallets sign: that of a struct in our
