@@ -87,7 +87,7 @@
 // Imports go downward only; test/rules holds the list and fails otherwise.
 //
 //	leaves  failpoint; digest, durable, evm, gate, journal, plainhttp, spelling,
-//	        version;
+//	        toml, version;
 //	        chunk
 //	pure    receipt, receiptlog, binding, determinism, bridge/contract;          no I/O, no clock
 //	        sandbox/record; wire, snapshot; openai, quadlet, chain

@@ -24,11 +24,10 @@ import (
 	"time"
 
 	"github.com/go-viper/mapstructure/v2"
-	"github.com/knadh/koanf/parsers/toml/v2"
-	"github.com/knadh/koanf/providers/rawbytes"
 	"github.com/knadh/koanf/v2"
 
 	"github.com/resultity/node/internal/durable"
+	"github.com/resultity/node/internal/toml"
 )
 
 // Config is a checked configuration. The example file, agent.toml beside this
@@ -349,8 +348,8 @@ func read(file string) (*koanf.Koanf, error) {
 	if err != nil {
 		return nil, err
 	}
-	k := koanf.New(".")
-	if err := k.Load(rawbytes.Provider(raw), toml.Parser()); err != nil {
+	k, err := toml.Parse(raw, ".")
+	if err != nil {
 		return nil, err
 	}
 	for _, key := range k.Keys() {

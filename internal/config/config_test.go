@@ -89,6 +89,7 @@ func TestSeveralNetworks(t *testing.T) {
 func TestErrorsNameFileAndKey(t *testing.T) {
 	for _, c := range []struct{ name, base, drop, file, key, expect string }{
 		{"unknown key", good + "x = 1\n", "", "agent.toml", "network.t.x", "unknown key"},
+		{"no TOML", good + "x 1\n", "", "agent.toml", "line ", "column 3"},
 		{"unknown section", good + "[zap]\na = 1\n", "", "agent.toml", "zap.a", "unknown key"},
 		{"unknown key in drop-in", good, "[log]\nlvl = \"info\"\n", "a.toml", "log.lvl", "unknown key"},
 		{"wrong type", good + "[log]\nlevel = 3\n", "", "agent.toml", "log.level", "string"},

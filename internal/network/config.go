@@ -14,13 +14,11 @@ import (
 	"time"
 
 	"github.com/go-viper/mapstructure/v2"
-	"github.com/knadh/koanf/parsers/toml/v2"
-	"github.com/knadh/koanf/providers/rawbytes"
-	"github.com/knadh/koanf/v2"
 
 	"github.com/resultity/node/internal/durable"
 	"github.com/resultity/node/internal/network/mail"
 	"github.com/resultity/node/internal/network/store"
+	"github.com/resultity/node/internal/toml"
 )
 
 // ErrConfig says that the service cannot work as it is configured; trying again
@@ -117,8 +115,8 @@ func (c *Config) ReadFile(name string) error {
 	if err != nil {
 		return bad(err)
 	}
-	k := koanf.New("\x00") // no key has a NUL, so none is split
-	if err := k.Load(rawbytes.Provider(raw), toml.Parser()); err != nil {
+	k, err := toml.Parse(raw, "\x00") // no key has a NUL, so none is split
+	if err != nil {
 		return bad(err)
 	}
 	known := keys()

@@ -28,12 +28,9 @@ import (
 	"syscall"
 	"time"
 
-	"github.com/knadh/koanf/parsers/toml/v2"
-	"github.com/knadh/koanf/providers/rawbytes"
-	"github.com/knadh/koanf/v2"
-
 	"github.com/resultity/node/internal/config"
 	"github.com/resultity/node/internal/durable"
+	"github.com/resultity/node/internal/toml"
 )
 
 // Bounds of an archive, in bytes before compression.
@@ -167,8 +164,8 @@ func shown(key, value string) bool {
 // Config rewrites a configuration file: known keys with values of the form that
 // they have to have. What is left out is named, as far as the name is harmless.
 func Config(raw []byte) []byte {
-	k := koanf.New(".")
-	if err := k.Load(rawbytes.Provider(raw), toml.Parser()); err != nil {
+	k, err := toml.Parse(raw, ".")
+	if err != nil {
 		return []byte("# not TOML; its text was left out\n") // the error may quote it
 	}
 	var b bytes.Buffer
@@ -360,8 +357,7 @@ func (a *Archive) Configs(main string) (secretFiles []string) {
 			continue
 		}
 		a.Add("config/"+filepath.Base(name), Config(raw))
-		k := koanf.New(".")
-		if k.Load(rawbytes.Provider(raw), toml.Parser()) == nil {
+		if k, err := toml.Parse(raw, "."); err == nil {
 			for _, key := range k.Keys() {
 				switch config.Generalise(key) {
 				case "network.NAME.enrolment_token", "identity.passphrase":

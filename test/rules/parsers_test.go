@@ -17,7 +17,7 @@ import (
 )
 
 // decodes are calls that take bytes apart.
-var decodes = regexp.MustCompile(`^(json\.(Unmarshal|NewDecoder)|protojson\.Unmarshal|toml\.Parser|pem\.Decode|x509\.Parse\w+|encrypted\.Decrypt|keystore\.DecryptKey|` +
+var decodes = regexp.MustCompile(`^(json\.(Unmarshal|NewDecoder)|protojson\.Unmarshal|toml\.(Parse|Parser)|pem\.Decode|x509\.Parse\w+|encrypted\.Decrypt|keystore\.DecryptKey|` +
 	`gzip\.NewReader|bufio\.New(Scanner|Reader|ReaderSize)|binary\.(Read|(Big|Little)Endian\.Uint\d+)|(hex|base64)\.[\w.]*Decode\w*|mail\.ParseAddress|mime\.ParseMediaType|http\.Read\w+|netip\.Parse\w+)$`)
 
 // parserLine is a line of parsers.txt.

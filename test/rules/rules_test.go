@@ -55,7 +55,7 @@ func list(t *testing.T) []pkg {
 // own, so that edges (network, Podman, systemd, engine, disk) never meet.
 var levels = [][]string{
 	{"failpoint"}, // everywhere
-	{"digest", "durable", "evm", "gate", "journal", "plainhttp", "spelling", "version"}, // leaves
+	{"digest", "durable", "evm", "gate", "journal", "plainhttp", "spelling", "toml", "version"}, // leaves
 	{"chunk"},
 	{"receipt", "receiptlog", "binding", "determinism", "bridge/contract"}, // pure: no I/O, no clock
 	{"sandbox/record"},                       //
