@@ -140,6 +140,9 @@ func TestRestartStorm(t *testing.T) {
 		}
 		f.serves(nil)
 		g := f.gate("runtime")
+		if f.book.count(journal.RuntimeStorm) == 1 {
+			t.Logf("expected: %s, and no start for a while; got: %s", journal.RuntimeStorm.Name, g.Detail)
+		}
 		for _, want := range []string{"ended 10 times within 10m0s", "last exit status 1", "engine ended with exit code 1"} {
 			if g.State == gate.Open || !strings.Contains(g.Detail, want) {
 				t.Errorf("%+v, want %q", g, want)
@@ -210,6 +213,7 @@ func TestRestartStorm(t *testing.T) {
 			defer f.run()()
 			pass(untilSettled)
 			f.serves(s)
+			t.Logf("expected: the runtime is up; got: %s", f.gate("runtime").Detail)
 		})
 	})
 }

@@ -384,9 +384,11 @@ func (w *duo) orderOf(p *party, kind wire.OrderKind) *wire.OrderDone {
 func TestOrdersOfOneNetwork(t *testing.T) {
 	inTwo(t, nil, func(t *testing.T, w *duo, sa, sb *snapshot.Snapshot) {
 		_, before := w.machine.Now()
-		if d := w.orderOf(w.b, wire.OrderRestart); d == nil || d.Outcome != wire.OutcomeFailed || !strings.Contains(d.Message, "another network") {
-			t.Errorf("%+v", d)
+		d := w.orderOf(w.b, wire.OrderRestart)
+		if d == nil || d.Outcome != wire.OutcomeFailed || !strings.Contains(d.Message, "another network") {
+			t.Fatalf("%+v", d)
 		}
+		t.Logf("a restart of another network's runtime: expected: %s; got: %s, %s", wire.OutcomeFailed, d.Outcome, d.Message)
 		w.machine.Calls()
 		if d := w.orderOf(w.b, wire.OrderRevalidate); d == nil || d.Outcome != wire.OutcomeOK || deploytest.Count(w.machine.Calls(), deploytest.Golden) == 0 {
 			t.Errorf("%+v", d)
@@ -394,6 +396,7 @@ func TestOrdersOfOneNetwork(t *testing.T) {
 		w.is(w.a, active, sa)
 		w.is(w.b, active, sb)
 		w.orderOf(w.b, wire.OrderDrain)
+		t.Logf("a drain: expected: of the network that ordered it; got: of it %t, of the other %t", w.b.worker.Status().Draining, w.a.worker.Status().Draining)
 		if !w.b.worker.Status().Draining || w.a.worker.Status().Draining {
 			t.Error("one network drains another")
 		}

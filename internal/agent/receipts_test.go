@@ -395,6 +395,7 @@ func TestReceiptLogIsNotTakenBack(t *testing.T) {
 		}
 		f.Closed(errBroken)
 		fork.opens(f.party)
+		t.Logf("expected: %s once, and no head; got: %d times, %d heads", journal.ReceiptLogRefused.Name, f.book.count(journal.ReceiptLogRefused), fork.beats)
 		if now := f.store.ReceiptLog(); now != is || fork.beats > 0 || f.book.count(journal.ReceiptLogRefused) != 1 {
 			t.Errorf("log %+v, was %+v; %d heads\n%s", now, is, fork.beats, f.book)
 		}

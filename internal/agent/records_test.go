@@ -3,6 +3,7 @@ package agent
 import (
 	"bytes"
 	"log/slog"
+	"regexp"
 	"strings"
 	"testing"
 )
@@ -29,6 +30,7 @@ func TestRecordsGoToTheirNetwork(t *testing.T) {
 		"journal": {&journal, "msg=machine one second store own", "nothing"}, "a": {&a, "msg=machine one g.job=secret level=WARN own", "second"}, "b": {&b, "msg=machine second", "one job nothing store own"},
 	} {
 		text := c.buf.String()
+		t.Logf("%s: expected: %q and not %q; got: %q", name, c.has, c.lacks, regexp.MustCompile(`msg="?\w+`).FindAllString(text, -1))
 		for _, w := range strings.Fields(c.has) {
 			if strings.Count(text, w) != 1 {
 				t.Errorf("%s: %q is not there once:\n%s", name, w, text)

@@ -39,7 +39,9 @@ func TestSandboxDrifts(t *testing.T) {
 		})
 		pass(61 * time.Second)
 		f.serves(nil) // and the start after it is not sealed either
-		if g := f.gate("sandbox"); g.State != gate.Closed || !strings.Contains(g.Detail, "leak0") || g.Remedy == "" {
+		g := f.gate("sandbox")
+		t.Logf("expected: %s: leak0; got: %s", journal.SandboxDrifted.Name, g.Detail)
+		if g.State != gate.Closed || !strings.Contains(g.Detail, "leak0") || g.Remedy == "" {
 			t.Errorf("%+v", g)
 		}
 		if f.book.count(journal.SandboxDrifted) != 1 {

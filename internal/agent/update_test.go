@@ -150,7 +150,9 @@ func TestExpiredWhileTheNetworkIsAway(t *testing.T) {
 		last[*wire.Heartbeat](f.party)
 		pass(90 * time.Minute)
 		f.serves(s)
-		if g := f.gate("configuration"); g.State != gate.Open || !strings.Contains(g.Detail, "it expired on") || f.book.count(journal.SnapshotExpired) != 1 {
+		g := f.gate("configuration")
+		t.Logf("expected: %s, and the node goes on; got: %s", journal.SnapshotExpired.Name, g.Detail)
+		if g.State != gate.Open || !strings.Contains(g.Detail, "it expired on") || f.book.count(journal.SnapshotExpired) != 1 {
 			t.Errorf("%+v, said %d times", g, f.book.count(journal.SnapshotExpired))
 		}
 		f.Message(job(s))
@@ -555,6 +557,7 @@ func TestTrustTakenBack(t *testing.T) {
 		if calls := f.machine.Calls(); !slices.Contains(calls, deploytest.Stop) || slices.Contains(calls, deploytest.Start) {
 			t.Errorf("it was not stopped, or started: %q", calls)
 		}
+		t.Logf("expected: %s; got: %s", journal.ImageRevoked.Name, f.gate("image").Detail)
 		if st := f.Status(); st.Closed() == nil || st.Closed().Name != "image" {
 			t.Errorf("closed: %+v", st.Closed())
 		}

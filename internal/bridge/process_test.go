@@ -508,6 +508,11 @@ func TestWhatAnEngineLeftIsRemoved(t *testing.T) {
 	n := startIn(t, dir, "", args)
 	n.hear("READY=1")
 	n.ask("x")
+	left, err := os.ReadDir(filepath.Join(dir, "run"))
+	t.Logf("a pipe, and a directory in the socket's place: expected: the socket alone; got: %v", left)
+	if err != nil || len(left) != 1 || left[0].Type() != os.ModeSocket {
+		t.Errorf("%v, %v", left, err)
+	}
 }
 
 func TestEngineThatNeverAnswersIsNotReady(t *testing.T) {

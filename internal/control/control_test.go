@@ -246,7 +246,12 @@ func TestMode(t *testing.T) {
 			t.Fatal(err)
 		}
 		for name, want := range map[string]os.FileMode{SocketName: os.ModeSocket | 0o600, ".": os.ModeDir | 0o700} {
-			if st, err := os.Stat(filepath.Join(dir, name)); err != nil || st.Mode() != want {
+			st, err := os.Stat(filepath.Join(dir, name))
+			if err != nil {
+				t.Fatal(err)
+			}
+			t.Logf("%s at umask %03o: expected: %v; got: %v", name, umask, want, st.Mode())
+			if st.Mode() != want {
 				t.Errorf("umask %03o: %s is %v, %v; want %v", umask, name, st.Mode(), err, want)
 			}
 		}

@@ -125,7 +125,9 @@ func TestMemoryCeilingIsInForce(t *testing.T) {
 		m.Do(func(m *Locked) { m.Memory(c.kernel) })
 		d := m.Deployer()
 		d.Memory = want
-		if _, err := bring(t, d, s); c.ok != (err == nil) || !c.ok && !errors.Is(err, sandbox.ErrNotSealed) {
+		_, err := bring(t, d, s)
+		t.Logf("the kernel has %d of %d bytes: expected: %s; got: %v", c.kernel, int64(want), map[bool]string{true: "<nil>", false: sandbox.ErrNotSealed.Error()}[c.ok], err)
+		if c.ok != (err == nil) || !c.ok && !errors.Is(err, sandbox.ErrNotSealed) {
 			t.Errorf("kernel's ceiling %d: %v", c.kernel, err)
 		}
 	}

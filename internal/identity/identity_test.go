@@ -104,6 +104,7 @@ func TestRefused(t *testing.T) {
 			}
 			before, _ := os.ReadDir(o.Dir)
 			_, created, err := Open(o)
+			t.Logf("expected: %s; got: %v", c.want, err)
 			if !errors.Is(err, ErrRefused) || created || !strings.Contains(err.Error(), c.want) {
 				t.Errorf("created %v, error %v; want refused with %q", created, err, c.want)
 			}

@@ -337,7 +337,9 @@ func TestVerifyQuarantines(t *testing.T) {
 	if !s.Have(m) {
 		t.Fatal("sizes and names are right, so Have should not notice")
 	}
-	if err := s.Verify(t.Context(), m); !errors.Is(err, digest.ErrMismatch) {
+	err := s.Verify(t.Context(), m)
+	t.Logf("expected: %v; got: %v", digest.ErrMismatch, err)
+	if !errors.Is(err, digest.ErrMismatch) {
 		t.Fatalf("error %v", err)
 	}
 	if s.Have(m) {

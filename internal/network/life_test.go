@@ -3,6 +3,7 @@ package network_test
 import (
 	"bufio"
 	"bytes"
+	"cmp"
 	"context"
 	"crypto/ecdsa"
 	"crypto/elliptic"
@@ -538,11 +539,13 @@ func TestSecretsAreHashed(t *testing.T) {
 		if bytes.Contains(n.logs.w.Bytes(), []byte(secret)) {
 			t.Errorf("%s is in the log", name)
 		}
+		files, found := 0, 0
 		err := filepath.WalkDir(filepath.Join(n.dir, "store"), func(path string, d os.DirEntry, err error) error {
 			if err != nil || !d.Type().IsRegular() {
 				return err
 			}
 			b, err := os.ReadFile(path)
+			files, found = files+1, found+bytes.Count(b, []byte(secret))
 			if bytes.Contains(b, []byte(secret)) {
 				t.Errorf("%s is in %s", name, path)
 			}
@@ -551,6 +554,7 @@ func TestSecretsAreHashed(t *testing.T) {
 		if err != nil {
 			t.Fatal(err)
 		}
+		t.Logf("%s: expected: in no file of the store; got: %d times in %d files", name, found, files)
 	}
 }
 
@@ -633,6 +637,7 @@ func TestKeysElsewhere(t *testing.T) {
 	n.serve()
 	n.stop()
 	const warning = "root and targets keys are within reach"
+	t.Logf("serve beside the keys: expected: %s; got: it is said %d times", warning, strings.Count(n.logs.w.String(), warning))
 	if got := n.logs.w.String(); !strings.Contains(got, warning) || !strings.Contains(got, "targets.pem") || !strings.Contains(got, "root.pem") {
 		t.Error("no warning, or not of all keys")
 	}
@@ -663,6 +668,7 @@ func TestKeysElsewhere(t *testing.T) {
 		{[]string{"--key", filepath.Join(away, "targets.pem")}, ""},
 	} {
 		code, _, stderr := command(t, append([]string{"publish", "--dir", n.dir, "--config", file}, tc.key...)...)
+		t.Logf("publish %s: expected: %s; got: status %d %s", filepath.Base(strings.Join(tc.key, " ")), cmp.Or(tc.want, "it is published"), code, strings.TrimSpace(stderr))
 		if (code == 0) != (tc.want == "") || !strings.Contains(stderr, tc.want) {
 			t.Errorf("%v: %d %s", tc.key, code, stderr)
 		}

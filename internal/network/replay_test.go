@@ -95,6 +95,7 @@ func TestReplayFindsALiar(t *testing.T) {
 	if v.Difference == nil || v.Difference.Part != "text" || v.Difference.Offset != len("secret ") {
 		t.Errorf("%+v", v.Comparison)
 	}
+	t.Logf("expected: text differs behind character %d; got: %+v", len("secret "), v.Difference)
 	a, b := v.First.Receipt(), v.Second.Receipt()
 	if a.Node != liar.Node.Key.Address() || b.Node != honest.Node.Key.Address() || a.Job != lied.ID || b.Job != j.ID || v.Replay != j.ID {
 		t.Errorf("signed by %+v and %+v", a, b)

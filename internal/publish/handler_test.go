@@ -5,6 +5,7 @@ import (
 	"net/http/httptest"
 	"os"
 	"path/filepath"
+	"strings"
 	"syscall"
 	"testing"
 
@@ -79,6 +80,7 @@ func TestHandlerRefuses(t *testing.T) {
 		"/targets/" + digest.Of(nil).Hex() + ".config.json", "/targets/config.json",
 	} {
 		w := get(h, "GET", target)
+		t.Logf("%q: expected: 404 or 500; got: %d %s", target, w.Code, strings.TrimSpace(w.Body.String()))
 		if w.Code != 404 && w.Code != 500 {
 			t.Errorf("GET %q: %d: %q", target, w.Code, w.Body)
 		}

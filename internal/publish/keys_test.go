@@ -145,6 +145,7 @@ func TestReviewShowsNoControlCharacters(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
+	t.Logf("expected: no control characters; got: %d of %d bytes", strings.Count(text, "\x1b"), len(text))
 	if strings.ContainsAny(text, "\x1b") || !strings.Contains(text, "which this program does not know") || !strings.Contains(text, `was called "root-1" and is called ""`) {
 		t.Errorf("%q", text)
 	}

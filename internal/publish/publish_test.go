@@ -387,6 +387,7 @@ func TestKeysAreRefused(t *testing.T) {
 			}
 			before := tree(t, dir)
 			err := Publish(dir, config(t, 2))
+			t.Logf("the key of %s %s: expected: refused, and nothing changed; got: %v", role, name, err)
 			if err == nil || !strings.Contains(err.Error(), role+".pem") {
 				t.Errorf("%s: %s: %v, want an error that names the file", name, role, err)
 			}

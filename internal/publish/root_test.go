@@ -191,6 +191,11 @@ func TestRotateAfterRestore(t *testing.T) {
 	if err := rotate(dir, Rotation{SignWith: rootKeys(dir, 1, 2), Renew: online}); err != nil {
 		t.Fatal(err)
 	}
+	s, err := c.Refresh(t.Context())
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Logf("with new online keys: expected: the older configuration is taken; got: version %d", s.Version())
 	sees(t, c, config(t, 1))
 	if err := Publish(dir, config(t, 5)); err != nil {
 		t.Fatal(err)

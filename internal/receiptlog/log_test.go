@@ -214,6 +214,7 @@ func TestInclusion(t *testing.T) {
 		"another node":    i.Check(evm.Address{1}, 31337, receipts[1]),
 		"another chain":   i.Check(key.Address(), 1, receipts[1]),
 	} {
+		t.Logf("%s: expected: %v; got: %v", name, ErrProof, err)
 		if !errors.Is(err, ErrProof) {
 			t.Errorf("%s: %v", name, err)
 		}
@@ -230,7 +231,9 @@ func TestInclusion(t *testing.T) {
 		if bad == string(good) {
 			t.Fatalf("%s is not in %s", change[0], good)
 		}
-		if _, err := ParseInclusion([]byte(bad)); !errors.Is(err, ErrProof) {
+		_, err := ParseInclusion([]byte(bad))
+		t.Logf("%.40s for %.40s: expected: %v; got: %.150v", strings.TrimSpace(change[1]), change[0], ErrProof, err)
+		if !errors.Is(err, ErrProof) {
 			t.Errorf("%s for %s: %v", change[1], change[0], err)
 		}
 	}

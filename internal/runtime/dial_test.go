@@ -35,6 +35,7 @@ func TestForeignListenerGetsNothing(t *testing.T) {
 	c := New(path, Container("/proc", "resultity-runtime.service"))
 	defer c.Close()
 	_, err = c.Run(t.Context(), job(t, false), nil)
+	t.Logf("expected: %v; got: %v", ErrForeign, err)
 	if !errors.Is(err, ErrForeign) || !strings.Contains(err.Error(), "whom the container does not have") {
 		t.Errorf("%v, want %v with the listener's name", err, ErrForeign)
 	}

@@ -363,6 +363,7 @@ func TestBadEngine(t *testing.T) {
 			t.Run(fmt.Sprint(tt.name, " ", stream), func(t *testing.T) {
 				c := raw(t, func(conn net.Conn) { _, _ = io.WriteString(conn, tt.answer) })
 				res, err := c.Run(t.Context(), job(t, stream), func([]byte) error { return nil })
+				t.Logf("expected: %s; got: %v", tt.want, err)
 				if err == nil || tt.class(err) != tt.want {
 					t.Fatalf("got %v (%T), want %s", err, err, tt.want)
 				}

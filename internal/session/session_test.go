@@ -595,7 +595,9 @@ func TestSilence(t *testing.T) {
 	run(t, New(cfg, h))
 	get(t, h.opened)
 	start := time.Now()
-	if err := get(t, h.closed); !errors.Is(err, ErrSilent) {
+	err := get(t, h.closed)
+	t.Logf("expected: %v; got: %v", ErrSilent, err)
+	if !errors.Is(err, ErrSilent) {
 		t.Errorf("Closed(%v), want ErrSilent", err)
 	}
 	if took := time.Since(start); took > 5*time.Second {

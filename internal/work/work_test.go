@@ -486,6 +486,13 @@ func TestTheEngineBeginsBeforeTheDisk(t *testing.T) {
 }
 
 // Every reason to refuse, one mended after the other: so this is their order too.
+// lastRefusal returns the code and the reason of the last refusal in a log.
+func lastRefusal(log string) string {
+	_, line, _ := strings.Cut(log[max(0, strings.LastIndex(log, "job refused")):], " code=")
+	line, _, _ = strings.Cut(line, "\n")
+	return line
+}
+
 func TestAdmission(t *testing.T) {
 	bubble(t, func(t *testing.T) {
 		n := newNode(t, hang)
@@ -505,6 +512,7 @@ func TestAdmission(t *testing.T) {
 			before := strings.Count(n.log.String(), "job-refused")
 			n.worker.Job(&bad)
 			n.refused(code)
+			t.Logf("expected: job-refused, %s; got: %s", code, lastRefusal(n.log.String()))
 			if said := strings.Count(n.log.String(), "job-refused"); said != before+1 {
 				t.Fatalf("%s: the journal has %d refusals more", code, said-before)
 			}

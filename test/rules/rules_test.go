@@ -312,12 +312,18 @@ func TestThreatsHaveOneTestEach(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
+	cases, err := os.ReadFile(filepath.Join(root, "test/attack/cases.txt"))
+	if err != nil {
+		t.Fatal(err)
+	}
 	for line := range strings.Lines(string(text)) {
 		if !strings.HasPrefix(line, "|") || strings.HasPrefix(line, "|---") || strings.HasPrefix(line, "| tries to |") {
 			continue
 		}
 		if m := named.FindAllStringSubmatch(line, -1); len(m) != 1 || strings.Contains(m[0][2], ",") {
 			t.Errorf("want one test in %s", line)
+		} else if !strings.Contains(string(cases), m[0][1]+" "+m[0][2]+":") {
+			t.Errorf("make attack does not run %s %s, which shows a threat: add it to cases.txt", m[0][1], m[0][2])
 		}
 	}
 }

@@ -929,7 +929,7 @@ func TestSecondOpinion(t *testing.T) {
 			p, _ := to(list[1:], j)
 			p.member.Accepted(j.ID)
 			p.deliver(j, "hello")
-			f.answered(ticket, "hello")
+			t.Logf("expected: the other's answer; got: %.60s", f.answered(ticket, "hello"))
 			f.empty(1)
 		})
 	})
@@ -941,7 +941,7 @@ func TestSecondOpinion(t *testing.T) {
 			if _, err := p.member.Result(&wire.Result{Job: j.ID, Code: wire.CodeBadRequest}); err != nil {
 				t.Fatal(err)
 			}
-			f.failed(ticket, Refused)
+			t.Logf("expected: %s; got: %v", Refused, f.failed(ticket, Refused))
 			none[*wire.Job](rest[0])
 			f.empty(0)
 		})
@@ -954,7 +954,7 @@ func TestSecondOpinion(t *testing.T) {
 			p, _ = to(rest, j)
 			p.member.Accepted(j.ID)
 			p.deliver(j, "hello")
-			f.answered(ticket, "hello")
+			t.Logf("expected: the other's answer; got: %.60s", f.answered(ticket, "hello"))
 			f.empty(1)
 		})
 	})
@@ -966,7 +966,7 @@ func TestSecondOpinion(t *testing.T) {
 			f.sleep(5*time.Second, list[0]) // it gets the job once more
 			must[*wire.Job](list[0])
 			refuse(list[0], j, wire.CodeBadRequest)
-			f.failed(ticket, Refused)
+			t.Logf("expected: %s; got: %v", Refused, f.failed(ticket, Refused))
 			f.empty(0)
 		})
 	})
@@ -983,7 +983,7 @@ func TestSecondOpinion(t *testing.T) {
 			}
 			f.waiting(ticket)
 			b.deliver(j, "hello")
-			f.answered(ticket, "hello")
+			t.Logf("expected: the other's answer; got: %.60s", f.answered(ticket, "hello"))
 			f.empty(1)
 		})
 	})

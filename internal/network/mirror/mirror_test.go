@@ -436,6 +436,7 @@ func TestNoRoom(t *testing.T) {
 	p.grow(few + 1)
 	_, err := p.leaves(3*few, p.all[3*few:], nil)
 	is(t, "many leaves", err, ErrCrowded)
+	t.Logf("more than %d leaves without a head where others have filled the room: expected: %v; got: %v", few, ErrCrowded, err)
 	p.m.unsigned.Store(0)
 	p.join()
 	p.sync()
