@@ -236,18 +236,25 @@ func compare(was *openai.Answer, second *store.Result) openai.Comparison {
 func (s *service) replayed(v *Replay) *Replay {
 	s.metrics.Replays.WithLabelValues(string(v.Verdict)).Inc()
 	for _, f := range v.Findings {
-		s.log.Warn("finding of a replay", "job", v.Job, "node", f.Node, "finding", f.Text)
+		event := journal.ReplayUndecided
+		if f.Receipt != nil {
+			event = journal.NodeClassContradicted
+		}
+		s.log.Warn("finding of a replay", event.Attr(), "job", v.Job, "node", f.Node, "finding", f.Text)
 	}
 	attrs := []any{"job", v.Job, "verdict", v.Verdict, "class", v.Class, "first", v.First.Receipt().Node, "same_account", v.SameAccount}
 	if v.Second == nil {
-		s.log.Info("job cannot be compared", append(attrs, "why", v.Reason)...)
+		s.log.Info("job cannot be compared", append(attrs, journal.ReplayUndecided.Attr(), "why", v.Reason)...)
 		return v
 	}
 	attrs = append(attrs, "second", v.Second.Receipt().Node, "replay", v.Replay)
-	if v.Verdict == openai.Same {
+	switch v.Verdict {
+	case openai.Same:
 		s.log.Info("two nodes give one answer", attrs...)
-	} else {
-		s.log.Warn("two nodes give different answers, or cannot be compared", append(attrs, journal.AnswersDiffer.Attr(), "difference", v.Difference, "why", v.Reason)...)
+	case openai.Different:
+		s.log.Warn("two nodes give different answers", append(attrs, journal.AnswersDiffer.Attr(), "difference", v.Difference, "why", v.Reason)...)
+	default:
+		s.log.Warn("two answers cannot be compared", append(attrs, journal.ReplayUndecided.Attr(), "why", v.Reason)...)
 	}
 	return v
 }

@@ -9,6 +9,7 @@ import (
 
 	"github.com/resultity/node/internal/determinism"
 	"github.com/resultity/node/internal/digest"
+	"github.com/resultity/node/internal/journal"
 	"github.com/resultity/node/internal/network"
 	"github.com/resultity/node/internal/network/nodetest"
 	"github.com/resultity/node/internal/receipt"
@@ -214,6 +215,15 @@ func TestReplayWithHostileNodes(t *testing.T) {
 	}
 	if code, out := n.run("jobs", "replays"); code != 0 || strings.Count(out, "signed for class") != 6 || !strings.Contains(out, "both of one account") {
 		t.Errorf("%d: %s", code, out)
+	}
+	for _, s := range append(hostile, honest) {
+		s.Drop()
+	}
+	n.stop()
+	for _, e := range []*journal.Event{journal.NodeClassContradicted, journal.ReplayUndecided, journal.AnswersDiffer} {
+		if !strings.Contains(n.logs.w.String(), "event="+e.Name) {
+			t.Errorf("the log does not have %s", e.Name)
+		}
 	}
 }
 

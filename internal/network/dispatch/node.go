@@ -10,6 +10,7 @@ import (
 	"time"
 
 	"github.com/resultity/node/internal/evm"
+	"github.com/resultity/node/internal/journal"
 	"github.com/resultity/node/internal/network/store"
 	"github.com/resultity/node/internal/receipt"
 	"github.com/resultity/node/internal/wire"
@@ -441,7 +442,7 @@ func (d *Dispatcher) checkClass(n *node, j *job) {
 	d.metrics.OtherClass.Inc()
 	if now := time.Now(); now.Sub(n.pointed) >= pointAgain {
 		n.pointed = now
-		d.log.Warn("a node has signed for another determinism class than it had named before", "node", n.addr, "job", j.spec.ID, "said", j.said, "signed", signed)
+		d.log.Warn("a node has signed for another determinism class than it had named before", journal.NodeClassContradicted.Attr(), "node", n.addr, "job", j.spec.ID, "said", j.said, "signed", signed)
 	}
 }
 
