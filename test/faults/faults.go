@@ -282,12 +282,22 @@ func told(signal string) func(context.Context, *World) error {
 		if _, err := w.A.SignalEngine(ctx, signal); err != nil {
 			return err
 		}
-		ctx, cancel := context.WithTimeout(ctx, patience)
-		defer cancel()
-		return w.A.WaitStatus(ctx, "another engine", func(*control.Status) bool {
-			now, err := w.A.Property(ctx, stack.Runtime, "InvocationID")
-			return err == nil && now != "" && now != before
-		})
+		return w.startedAnew(ctx, stack.Runtime, before)
+	}
+}
+
+// startedAnew waits until a unit of A's has another invocation.
+func (w *World) startedAnew(ctx context.Context, unit, before string) error {
+	ctx, cancel := context.WithTimeout(ctx, patience)
+	defer cancel()
+	for {
+		now, err := w.A.Property(ctx, unit, "InvocationID")
+		if err == nil && now != "" && now != before {
+			return nil
+		}
+		if pause(ctx, 100*time.Millisecond) != nil {
+			return fmt.Errorf("%s was not started anew: %w", unit, errors.Join(ctx.Err(), err))
+		}
 	}
 }
 
@@ -386,6 +396,10 @@ func fullDisk(ctx context.Context, w *World) error {
 // What its job store has in memory may not be what is on disk after that, so the
 // agent ends, and reads it anew in its next life, which has no such bound.
 func noGrowth(ctx context.Context, w *World) error {
+	before, err := w.A.Property(ctx, w.A.Agent, "InvocationID")
+	if err != nil {
+		return err
+	}
 	pid, err := w.A.Property(ctx, w.A.Agent, "MainPID")
 	if err != nil {
 		return err
@@ -394,7 +408,7 @@ func noGrowth(ctx context.Context, w *World) error {
 	if out, err := w.A.OutputAs(ctx, stack.Account, "prlimit", "--pid", pid, "--fsize=1:unlimited"); err != nil {
 		return fmt.Errorf("%w: %s", err, out)
 	}
-	return pause(ctx, time.Second) // it gets a job meanwhile
+	return w.startedAnew(ctx, w.A.Agent, before) // with the next job
 }
 
 // ownDisks gives stores of A's agent a file system each, which can be made
