@@ -47,10 +47,13 @@ func freshNode(ctx context.Context, w *world) error {
 // replaceStore takes the node's store away, and with it its receipt log, as when its
 // disk was replaced and the key restored. The network has seen the log before.
 func replaceStore(ctx context.Context, w *world) error {
-	if err := w.load.WaitAnswer(ctx, ""); err != nil {
+	a, err := w.load.Ask(ctx, ask)
+	if err != nil {
 		return err
 	}
-	pause(ctx, 3*time.Second) // a head has come
+	if _, err := w.await(ctx, "/v1/receipts/"+a.Receipt.Receipt().Job.String()+"/proof"); err != nil {
+		return err
+	}
 	if err := w.node.UserCtl(ctx, "stop", w.node.Agent); err != nil {
 		return err
 	}

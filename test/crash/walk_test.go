@@ -179,28 +179,20 @@ func (w *world) checkReceipts(t *testing.T) {
 	logged = logged[:min(300, len(logged))]
 	recorded := map[digest.Digest]bool{}
 	for _, id := range logged {
-		raw, signed, err := w.Receipt(t.Context(), id)
+		_, signed, err := w.Receipt(t.Context(), id)
 		if err != nil {
 			t.Error(err)
 			continue
 		}
 		stated := signed.Receipt()
-		var res *http.Response
 		if d := stated.Measured.SandboxDigest; !recorded[d] {
 			recorded[d] = true
-			w.wait(t.Context(), 20*time.Second, func() bool {
-				res, raw, err = w.Do(t.Context(), "GET", "/v1/sandbox/"+d.Hex(), nil)
-				return err != nil || res.StatusCode == 200
-			})
-			if err != nil || res.StatusCode != 200 {
-				t.Errorf("receipt %s names sandbox %s, whose record is lost: %v %s", id, d, err, tail(raw, 300))
+			if _, err := w.await(t.Context(), "/v1/sandbox/"+d.Hex()); err != nil {
+				t.Errorf("receipt %s names a sandbox whose record is lost: %v", id, err)
 			}
 		}
-		w.wait(t.Context(), 20*time.Second, func() bool {
-			res, raw, err = w.Do(t.Context(), "GET", "/v1/receipts/"+id+"/proof", nil)
-			return err != nil || res.StatusCode == 200
-		})
 		var i *receiptlog.Inclusion
+		raw, err := w.await(t.Context(), "/v1/receipts/"+id+"/proof")
 		if err == nil {
 			i, err = receiptlog.ParseInclusion(raw)
 		}
@@ -208,10 +200,30 @@ func (w *world) checkReceipts(t *testing.T) {
 			err = i.Check(stated.Node, signed.ChainID(), stated.Hash(signed.ChainID()))
 		}
 		if err != nil {
-			t.Errorf("receipt %s is not in its node's log: %v %s", id, err, tail(raw, 300))
+			t.Errorf("receipt %s is not in its node's log: %v", id, err)
 		}
 	}
 	t.Logf("%d of %d receipts were looked for in the log; they name %d records of the sandbox", len(logged), all, len(recorded))
+}
+
+// await asks the network for what it has to have soon.
+func (w *world) await(ctx context.Context, path string) ([]byte, error) {
+	var res *http.Response
+	var raw []byte
+	var err error
+	w.wait(ctx, 20*time.Second, func() bool {
+		res, raw, err = w.Do(ctx, http.MethodGet, path, nil)
+		return err == nil && res.StatusCode == http.StatusOK
+	})
+	switch {
+	case err != nil:
+		return nil, err
+	case res == nil:
+		return nil, ctx.Err()
+	case res.StatusCode != http.StatusOK:
+		return nil, fmt.Errorf("%s: %s: %s", path, res.Status, tail(raw, 300))
+	}
+	return raw, nil
 }
 
 // die has a program killed at a point and looks at what comes after.
