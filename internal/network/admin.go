@@ -91,6 +91,7 @@ type (
 		Orders   []OrderState   `json:"orders,omitempty"`
 		Replay   *Replay        `json:"replay,omitempty"`
 		Replays  []Replay       `json:"replays,omitempty"`
+		Lost     []store.Lost   `json:"lost,omitempty"`
 	}
 )
 
@@ -160,6 +161,14 @@ func (s *service) adminHandler() http.Handler {
 	})
 	handle("GET /accounts", func(r *http.Request) (reply adminReply, err error) {
 		reply.Accounts, err = own.Accounts(r.Context())
+		return reply, err
+	})
+	handle("GET /lost", func(r *http.Request) (reply adminReply, err error) {
+		reply.Lost, err = own.Lost(r.Context())
+		return reply, err
+	})
+	handle("DELETE /lost/{id}", func(r *http.Request) (reply adminReply, err error) {
+		reply.Count, err = own.ForgetLost(r.Context(), r.PathValue("id"))
 		return reply, err
 	})
 	s.adminOrders(handle)
@@ -255,6 +264,10 @@ type Admin interface {
 	Replay(ctx context.Context, id receipt.JobID, q ReplayQuery) (*Replay, error)
 	// Replays returns what came of replays, in the order of their ends.
 	Replays(context.Context) ([]Replay, error)
+	// Lost returns the records that damage to the store has cost.
+	Lost(context.Context) ([]store.Lost, error)
+	// ForgetLost has a lost record be one that never was, and returns how many.
+	ForgetLost(ctx context.Context, id string) (int, error)
 	// Logs passes the records of nodes' logs that are chosen to f.
 	Logs(ctx context.Context, q LogQuery, f func(LogLine) error) error
 	Close()
@@ -377,6 +390,12 @@ func info(n store.Node) NodeInfo {
 	return NodeInfo{Address: n.Address, Agent: n.Agent, Registered: n.Registered, Account: n.Account, Method: n.Method, Since: n.Since, Cloned: n.Cloned, History: n.History}
 }
 
+func (a storeAdmin) Lost(context.Context) ([]store.Lost, error) { return a.store.Lost(), nil }
+
+func (a storeAdmin) ForgetLost(_ context.Context, id string) (int, error) {
+	return a.store.ForgetLost(id)
+}
+
 func (a storeAdmin) Unbind(ctx context.Context, addr evm.Address) error {
 	_, err := a.unbind(ctx, addr)
 	return err
@@ -466,6 +485,16 @@ func (c *adminClient) CreateAPIKey(ctx context.Context, name string) (string, er
 
 func (c *adminClient) RevokeAPIKeys(ctx context.Context, name string) (int, error) {
 	r, err := c.call(ctx, http.MethodDelete, "/apikey/"+url.PathEscape(name), nil)
+	return r.Count, err
+}
+
+func (c *adminClient) Lost(ctx context.Context) ([]store.Lost, error) {
+	r, err := c.call(ctx, http.MethodGet, "/lost", nil)
+	return r.Lost, err
+}
+
+func (c *adminClient) ForgetLost(ctx context.Context, id string) (int, error) {
+	r, err := c.call(ctx, http.MethodDelete, "/lost/"+url.PathEscape(id), nil)
 	return r.Count, err
 }
 

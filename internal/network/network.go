@@ -21,6 +21,10 @@
 // and the results that wait, and go on within a second when there is room. Clients
 // get 503 with Retry-After meanwhile, and nodes keep what is not acknowledged.
 //
+// Damage to the store's files is mended, or set aside and said, by package store; what
+// nodes have, as their receipt logs, is had from them again. Where JetStream hangs over it,
+// [Run] ends with an error and is to be started again.
+//
 // Sessions and dispatch are in memory, everything that must outlive the process
 // is in the store. So a restart costs the connections of clients and nodes and
 // nothing else, and more processes over one store would need no other design:
@@ -126,9 +130,11 @@ func Run(ctx context.Context, cfg Config, log *slog.Logger) (err error) {
 	}
 	// The store is swept once more after the dispatcher's last word.
 	sweeping, endSweep := context.WithCancel(context.WithoutCancel(ctx))
+	ctx, stop := context.WithCancelCause(ctx)
+	defer stop(nil)
 	var sweeper sync.WaitGroup
 	sweeper.Go(func() {
-		_ = s.store.Run(sweeping, log, func(n uint64) { s.metrics.Discarded.Add(float64(n)) }) // returns nil
+		stop(s.store.Run(sweeping, log, func(n uint64) { s.metrics.Discarded.Add(float64(n)) }))
 	})
 	defer sweeper.Wait()
 	defer endSweep()
@@ -158,7 +164,11 @@ func Run(ctx context.Context, cfg Config, log *slog.Logger) (err error) {
 		return err
 	}
 	defer admin.Close() // likewise
-	return s.serve(ctx, listener, watched, admin)
+	err = s.serve(ctx, listener, watched, admin)
+	if stuck := context.Cause(ctx); err == nil && errors.Is(stuck, store.ErrFailed) {
+		return stuck // and is started anew
+	}
+	return err
 }
 
 // maxWatchers bounds the connections for metrics.
@@ -197,6 +207,7 @@ func (s *service) begin(ctx context.Context, snap *snapshot.Snapshot) error {
 	s.metrics = metrics.New(func() metrics.State {
 		m, st := s.dispatch.State(), s.store.State()
 		m.StoreFree, m.StoreAccepting, m.StoreReopened = st.Free, st.Err == nil, st.Reopened
+		m.StoreDamaged, m.StoreLost = s.store.Damaged(), len(s.store.Lost())
 		for _, l := range s.mirror.States() {
 			m.Unlogged += l.Waiting
 			m.Overdue += l.Overdue

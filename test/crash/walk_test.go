@@ -55,7 +55,7 @@ var scenarios = []struct {
 	{`store\.token`, command("token", "create")},
 	{`store\.key`, command("apikey", "create", "--name", "another")},
 	{`store\.revocation`, revoke},
-	{`network\.admin`, restartNetwork},
+	{`network\.admin|blocks\.`, restartNetwork},
 
 	// The network's command line.
 	{`network\.secret|publish\.(settings|key)`, initialize},

@@ -95,7 +95,7 @@ configuration.`,
 	}
 	cmd.SetFlagErrorFunc(func(_ *cobra.Command, err error) error { return fmt.Errorf("%w: %w", errUsage, err) })
 	cmd.CompletionOptions.HiddenDefaultCmd = true
-	cmd.AddCommand(initCommand(), modelCommand(), publishCommand(), rootCommand(), checkCommand(), serveCommand(), tokenCommand(), apikeyCommand(), nodesCommand(), accountsCommand(), orderCommand(), ordersCommand(), jobsCommand(), logsCommand(), versionCommand(version))
+	cmd.AddCommand(initCommand(), modelCommand(), publishCommand(), rootCommand(), checkCommand(), serveCommand(), tokenCommand(), apikeyCommand(), nodesCommand(), accountsCommand(), damageCommand(), orderCommand(), ordersCommand(), jobsCommand(), logsCommand(), versionCommand(version))
 	return cmd
 }
 

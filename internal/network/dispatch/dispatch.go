@@ -291,7 +291,7 @@ var notWritten = &Failure{Outcome: Storage, Code: wire.CodeStorage, Message: "th
 func (d *Dispatcher) Restore(ctx context.Context, jobs []*store.Job, lookup func(context.Context, digest.Digest) (*Terms, error)) error {
 	for _, rec := range jobs {
 		_, err := d.store.Result(ctx, rec.ID)
-		if !errors.Is(err, store.ErrNotFound) {
+		if !errors.Is(err, store.ErrNotFound) && !errors.Is(err, store.ErrDamaged) {
 			if err != nil {
 				return err
 			}
@@ -300,7 +300,7 @@ func (d *Dispatcher) Restore(ctx context.Context, jobs []*store.Job, lookup func
 			continue
 		}
 		under, err := lookup(ctx, rec.Config)
-		if err != nil && !errors.Is(err, store.ErrNotFound) {
+		if err != nil && !errors.Is(err, store.ErrNotFound) && !errors.Is(err, store.ErrDamaged) {
 			return err
 		}
 		d.mu.Lock()

@@ -51,8 +51,10 @@ type State struct {
 	StoreFree                            int64                // bytes
 	StoreAccepting                       bool
 	StoreReopened                        int
-	Unlogged, Overdue                    int // receipts that are not in their node's log
-	Odd, Disputed                        int // nodes whose golden answers are not those of their class
+	StoreDamaged                         map[string]int64 // records by what became of them
+	StoreLost                            int              // records that are lost and not forgotten
+	Unlogged, Overdue                    int              // receipts that are not in their node's log
+	Odd, Disputed                        int              // nodes whose golden answers are not those of their class
 }
 
 // New makes the collectors. state is called for each collection.
@@ -111,13 +113,15 @@ var (
 	freeDesc     = prometheus.NewDesc("resultity_store_free_bytes", "Bytes free on the file system of the store.", nil, nil)
 	acceptDesc   = prometheus.NewDesc("resultity_store_accepting", "1, or 0 when no new requests are taken since the store's disk is full or takes no writes.", nil, nil)
 	reopenDesc   = prometheus.NewDesc("resultity_store_reopened_total", "How often the store was opened anew after a write error.", nil, nil)
+	damagedDesc  = prometheus.NewDesc("resultity_store_damaged_total", "Damaged records of the store that were found, by what became of them. Any of them means that a disk or the memory fails.", []string{"outcome"}, nil)
+	lostDesc     = prometheus.NewDesc("resultity_store_lost", "Records of the store that are lost by damage and that nothing has taken the place of; see resultity-network damage list.", nil, nil)
 	metadataDesc = prometheus.NewDesc("resultity_metadata_expires_seconds", "Unix time until which the newest TUF metadata of a role is valid; root and targets need people.", []string{"role"}, nil)
 	unloggedDesc = prometheus.NewDesc("resultity_receipts_unlogged", "Receipts of results that are not in the log of their node by state; an overdue one should have been two heartbeats ago, and is waiting too.", []string{"state"}, nil)
 	expiresDesc  = prometheus.NewDesc("resultity_config_expires_seconds", "Unix time at which the signature of the configuration must have been renewed.", nil, nil)
 )
 
 func (gauges) Describe(ch chan<- *prometheus.Desc) {
-	for _, d := range []*prometheus.Desc{nodesDesc, jobsDesc, versionDesc, expiresDesc, metadataDesc, freeDesc, acceptDesc, reopenDesc, unloggedDesc} {
+	for _, d := range []*prometheus.Desc{nodesDesc, jobsDesc, versionDesc, expiresDesc, metadataDesc, freeDesc, acceptDesc, reopenDesc, damagedDesc, lostDesc, unloggedDesc} {
 		ch <- d
 	}
 }
@@ -147,4 +151,8 @@ func (g gauges) Collect(ch chan<- prometheus.Metric) {
 	}
 	put(acceptDesc, accepting)
 	ch <- prometheus.MustNewConstMetric(reopenDesc, prometheus.CounterValue, float64(s.StoreReopened))
+	for outcome, n := range s.StoreDamaged {
+		ch <- prometheus.MustNewConstMetric(damagedDesc, prometheus.CounterValue, float64(n), outcome)
+	}
+	put(lostDesc, float64(s.StoreLost))
 }

@@ -73,9 +73,9 @@ func (s *Store) UpdateNode(ctx context.Context, a evm.Address, change func(*Node
 	}
 	defer end()
 	for {
-		e, err := db.nodes.Get(ctx, nodeKey(a))
-		if errors.Is(err, jetstream.ErrKeyNotFound) {
-			return Node{}, fmt.Errorf("node %s: %w", a, ErrNotFound)
+		e, err := s.entry(ctx, db, db.nodes, nodeKey(a))
+		if errors.Is(err, ErrNotFound) {
+			return Node{}, fmt.Errorf("node %s: %w", a, err)
 		}
 		if err != nil {
 			return Node{}, fmt.Errorf("read node %s: %w", a, db.failure(err))
@@ -149,10 +149,13 @@ func (s *Store) EmailAccount(ctx context.Context, email string, now time.Time) (
 		return EmailAccount{}, fmt.Errorf("make account: %w", err)
 	}
 	defer end()
+	if old, err := get[EmailAccount](ctx, s, db, db.accounts, hashed(email)); !errors.Is(err, ErrNotFound) {
+		return old, err
+	}
 	failpoint.Here("store.account.begin")
 	_, err = db.accounts.Create(ctx, hashed(email), b)
 	if errors.Is(err, jetstream.ErrKeyExists) {
-		return get[EmailAccount](ctx, db.accounts, hashed(email))
+		return get[EmailAccount](ctx, s, db, db.accounts, hashed(email))
 	}
 	if err != nil {
 		return EmailAccount{}, fmt.Errorf("make account: %w", db.failure(err))
@@ -162,7 +165,8 @@ func (s *Store) EmailAccount(ctx context.Context, email string, now time.Time) (
 
 // EmailAccounts returns all of them.
 func (s *Store) EmailAccounts(ctx context.Context) (map[string]EmailAccount, error) {
-	return all[EmailAccount](ctx, s.now.Load().accounts)
+	db := s.now.Load()
+	return all[EmailAccount](ctx, s, db, db.accounts)
 }
 
 // Mail is a message with a code that has not been handed to a mail server yet.
@@ -195,7 +199,8 @@ func (s *Store) PutMail(ctx context.Context, m Mail) error {
 
 // Mails returns all messages.
 func (s *Store) Mails(ctx context.Context) (map[string]Mail, error) {
-	return all[Mail](ctx, s.now.Load().mails)
+	db := s.now.Load()
+	return all[Mail](ctx, s, db, db.mails)
 }
 
 // DeleteMail forgets a message, all traces of the address included.

@@ -252,11 +252,12 @@ func (s *Store) DeleteJob(ctx context.Context, seq uint64) error {
 // that cannot be read is passed to bad and left out.
 func (s *Store) Jobs(ctx context.Context, bad func(seq uint64, err error)) ([]*Job, error) {
 	var jobs []*Job
-	stream := s.now.Load().jobs
+	db := s.now.Load()
+	stream := db.jobs
 	for seq := uint64(1); ; seq++ {
 		m, err := stream.GetMsg(ctx, seq, jetstream.WithGetMsgSubject("jobs.*")) // the first from seq on
 		if errors.Is(err, jetstream.ErrMsgNotFound) {
-			return jobs, nil
+			return jobs, s.end(ctx, db, stream, "jobs.*", seq)
 		}
 		if err != nil {
 			return nil, fmt.Errorf("read jobs: %w", err)
@@ -346,14 +347,17 @@ func (s *Store) PutResult(ctx context.Context, r *receipt.Signed, said digest.Di
 		return fmt.Errorf("store result of job %s: %w", id, db.failure(err))
 	}
 	failpoint.Here("store.result.stored")
-	return nil
+	return errors.Join(s.lost.replaced("results."+id.String()), s.lost.replaced("jobs."+id.String()))
 }
 
 // Result returns the counted result of a job or [ErrNotFound].
 func (s *Store) Result(ctx context.Context, id receipt.JobID) (*Result, error) {
-	m, err := s.now.Load().results.GetLastMsgForSubject(ctx, "results."+id.String())
-	if errors.Is(err, jetstream.ErrMsgNotFound) {
-		return nil, fmt.Errorf("result of job %s: %w", id, ErrNotFound)
+	db := s.now.Load()
+	m, err := s.last(ctx, db, db.results, "results."+id.String())
+	if errors.Is(err, ErrNotFound) {
+		if lost := s.lost.check("jobs." + id.String()); lost != nil {
+			err = lost // and with the job its result
+		}
 	}
 	if err != nil {
 		return nil, fmt.Errorf("result of job %s: %w", id, err)

@@ -41,9 +41,10 @@ func (s *Store) PutLogs(ctx context.Context, b *wire.LogBatch, l *wire.Logs) (po
 	}
 	defer end()
 	subject, seq := logSubject(b.Node), uint64(0)
-	last, err := db.logs.GetLastMsgForSubject(ctx, subject)
+	last, err := s.last(ctx, db, db.logs, subject)
 	switch {
-	case errors.Is(err, jetstream.ErrMsgNotFound):
+	case errors.Is(err, ErrNotFound):
+	case errors.Is(err, ErrDamaged) && s.lost.of(subject) != nil: // it has been said
 	case err != nil:
 		return 0, fmt.Errorf("read the last logs of %s: %w", b.Node, db.failure(err))
 	default:
@@ -66,6 +67,9 @@ func (s *Store) PutLogs(ctx context.Context, b *wire.LogBatch, l *wire.Logs) (po
 		return 0, fmt.Errorf("store logs of %s: %w", b.Node, db.failure(err))
 	}
 	failpoint.Here("store.logs.stored")
+	if err := s.lost.replaced(subject); err != nil {
+		return 0, err
+	}
 	return b.Last, nil
 }
 
@@ -85,11 +89,12 @@ func (s *Store) ReadLogs(ctx context.Context, node *evm.Address, since time.Time
 	if node != nil {
 		subject = logSubject(*node)
 	}
-	stream := s.now.Load().logs
+	db := s.now.Load()
+	stream := db.logs
 	for seq := uint64(1); ; seq++ {
 		m, err := stream.GetMsg(ctx, seq, jetstream.WithGetMsgSubject(subject)) // the first from seq on
 		if errors.Is(err, jetstream.ErrMsgNotFound) {
-			return nil
+			return s.end(ctx, db, stream, subject, seq)
 		}
 		if err != nil {
 			return fmt.Errorf("read logs: %w", err)

@@ -35,7 +35,7 @@ func (s *Store) PutOrder(ctx context.Context, o *Order) error {
 	}
 	defer end()
 	failpoint.Here("store.order.begin")
-	if _, err := db.orders.Put(ctx, orderKey(&o.Directive), b); err != nil {
+	if err := s.put(ctx, db, db.orders, orderKey(&o.Directive), b); err != nil {
 		return fmt.Errorf("write order %s down: %w", o.Directive.ID, db.failure(err))
 	}
 	failpoint.Here("store.order.stored")
@@ -44,7 +44,8 @@ func (s *Store) PutOrder(ctx context.Context, o *Order) error {
 
 // Orders returns every order that is kept, in the order of their issue.
 func (s *Store) Orders(ctx context.Context) ([]*Order, error) {
-	m, err := all[Order](ctx, s.now.Load().orders)
+	db := s.now.Load()
+	m, err := all[Order](ctx, s, db, db.orders)
 	if err != nil {
 		return nil, err
 	}

@@ -99,8 +99,15 @@ func (s *Store) PutReceiptLog(ctx context.Context, node evm.Address, l *ReceiptL
 	defer end()
 	failpoint.Here("store.receiptlog.begin")
 	for _, t := range full {
-		if _, err := db.js.Publish(ctx, tileSubject(node, t.Level, t.Index), t.Hashes); err != nil {
+		subject := tileSubject(node, t.Level, t.Index)
+		if _, err := s.last(ctx, db, db.tiles, subject); err != nil && !errors.Is(err, ErrNotFound) && s.lost.of(subject) == nil {
+			return fmt.Errorf("tile %d of level %d of the receipt log of %s: %w", t.Index, t.Level, node, db.failure(err))
+		}
+		if _, err := db.js.Publish(ctx, subject, t.Hashes); err != nil {
 			return fmt.Errorf("store tile %d of level %d of the receipt log of %s: %w", t.Index, t.Level, node, db.failure(err))
+		}
+		if err := s.lost.replaced(subject); err != nil {
+			return err
 		}
 		if t.Index < maxTilesOf {
 			continue
@@ -110,22 +117,17 @@ func (s *Store) PutReceiptLog(ctx context.Context, node evm.Address, l *ReceiptL
 		}
 	}
 	failpoint.Here("store.receiptlog.tiled")
-	if _, err := db.receiptlogs.Put(ctx, nodeKey(node), b); err != nil {
+	if err := s.put(ctx, db, db.receiptlogs, nodeKey(node), b); err != nil {
 		return fmt.Errorf("store receipt log of %s: %w", node, db.failure(err))
 	}
 	failpoint.Here("store.receiptlog.stored")
 	return nil
 }
 
-// ErrDamaged says that something in the store is not what was put there.
-var ErrDamaged = errors.New("damaged in the store")
-
 // ReceiptLog returns what is kept of a node's log, [ErrNotFound] or [ErrDamaged].
 func (s *Store) ReceiptLog(ctx context.Context, node evm.Address) (*ReceiptLog, error) {
-	e, err := s.now.Load().receiptlogs.Get(ctx, nodeKey(node))
-	if errors.Is(err, jetstream.ErrKeyNotFound) {
-		return nil, fmt.Errorf("receipt log of %s: %w", node, ErrNotFound)
-	}
+	db := s.now.Load()
+	e, err := s.entry(ctx, db, db.receiptlogs, nodeKey(node))
 	if err != nil {
 		return nil, fmt.Errorf("receipt log of %s: %w", node, err)
 	}
@@ -138,7 +140,8 @@ func (s *Store) ReceiptLog(ctx context.Context, node evm.Address) (*ReceiptLog, 
 
 // ReceiptLogs returns how far each log is known, by node.
 func (s *Store) ReceiptLogs(ctx context.Context) (map[evm.Address]LogSummary, error) {
-	m, err := all[LogSummary](ctx, s.now.Load().receiptlogs)
+	db := s.now.Load()
+	m, err := all[LogSummary](ctx, s, db, db.receiptlogs)
 	if err != nil {
 		return nil, err
 	}
@@ -155,10 +158,8 @@ func (s *Store) ReceiptLogs(ctx context.Context) (map[evm.Address]LogSummary, er
 
 // Tile returns the hashes of a full tile and when it was put, or [ErrNotFound].
 func (s *Store) Tile(ctx context.Context, node evm.Address, level int, index uint64) (hashes []byte, at time.Time, err error) {
-	m, err := s.now.Load().tiles.GetLastMsgForSubject(ctx, tileSubject(node, level, index))
-	if errors.Is(err, jetstream.ErrMsgNotFound) {
-		return nil, at, fmt.Errorf("tile %d of level %d of the receipt log of %s: %w", index, level, node, ErrNotFound)
-	}
+	db := s.now.Load()
+	m, err := s.last(ctx, db, db.tiles, tileSubject(node, level, index))
 	if err != nil {
 		return nil, at, fmt.Errorf("tile %d of level %d of the receipt log of %s: %w", index, level, node, err)
 	}

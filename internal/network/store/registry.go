@@ -103,12 +103,14 @@ func (s *Store) CreateToken(ctx context.Context, t Token) (string, error) {
 
 // Node returns a registered node or [ErrNotFound].
 func (s *Store) Node(ctx context.Context, a evm.Address) (Node, error) {
-	return get[Node](ctx, s.now.Load().nodes, nodeKey(a))
+	db := s.now.Load()
+	return get[Node](ctx, s, db, db.nodes, nodeKey(a))
 }
 
 // Nodes returns every registered node, ordered by address.
 func (s *Store) Nodes(ctx context.Context) ([]Node, error) {
-	nodes, err := all[Node](ctx, s.now.Load().nodes)
+	db := s.now.Load()
+	nodes, err := all[Node](ctx, s, db, db.nodes)
 	if err != nil {
 		return nil, err
 	}
@@ -159,6 +161,9 @@ func (s *Store) create(ctx context.Context, n Node, now time.Time) (Node, error)
 		return Node{}, fmt.Errorf("register node: %w", err)
 	}
 	defer end()
+	if old, err := s.Node(ctx, n.Address); !errors.Is(err, ErrNotFound) { // with a damaged one its account would be forgotten
+		return old, err
+	}
 	failpoint.Here("store.node.begin")
 	_, err = db.nodes.Create(ctx, nodeKey(n.Address), b)
 	if errors.Is(err, jetstream.ErrKeyExists) {
@@ -180,8 +185,8 @@ func (s *Store) use(ctx context.Context, token string, node evm.Address, now tim
 	}
 	defer end()
 	for {
-		e, err := db.tokens.Get(ctx, key)
-		if errors.Is(err, jetstream.ErrKeyNotFound) {
+		e, err := s.entry(ctx, db, db.tokens, key)
+		if errors.Is(err, ErrNotFound) || s.lost.of(subjectOf(db.tokens, key)) != nil {
 			return "", ErrToken
 		}
 		if err != nil {
@@ -228,7 +233,8 @@ type clients struct {
 }
 
 func (s *Store) loadClients(ctx context.Context) error {
-	keys, err := all[Client](ctx, s.now.Load().keys)
+	db := s.now.Load()
+	keys, err := all[Client](ctx, s, db, db.keys)
 	if err != nil {
 		return err
 	}
@@ -286,6 +292,7 @@ func (s *Store) RevokeAPIKeys(ctx context.Context, name string) (n int, err erro
 		}
 	}
 	s.clients.mu.RUnlock()
+	defer s.copy("KV_APIKEYS") // so that damage to one of them does not bring a key back
 	for _, h := range list {
 		failpoint.Here("store.revocation.begin")
 		if err := db.keys.Delete(ctx, hex.EncodeToString(h[:])); err != nil {
@@ -316,10 +323,10 @@ func (s *Store) Client(key string) (Client, bool) {
 func (s *Store) PutConfig(ctx context.Context, raw []byte) (time.Time, error) {
 	key := digest.Of(raw).Hex()
 	db := s.now.Load()
-	e, err := db.published.Get(ctx, key)
-	if errors.Is(err, jetstream.ErrKeyNotFound) {
+	e, err := s.entry(ctx, db, db.published, key)
+	if errors.Is(err, ErrNotFound) || s.lost.of(subjectOf(db.published, key)) != nil {
 		if err = s.createConfig(ctx, key, raw); err == nil {
-			e, err = db.published.Get(ctx, key)
+			e, err = s.entry(ctx, db, db.published, key)
 		}
 	}
 	if err != nil {
@@ -338,26 +345,21 @@ func (s *Store) createConfig(ctx context.Context, key string, raw []byte) error 
 	if _, err := db.published.Create(ctx, key, raw); err != nil && !errors.Is(err, jetstream.ErrKeyExists) {
 		return db.failure(err)
 	}
-	return nil
+	return s.lost.replaced(subjectOf(db.published, key))
 }
 
 // Config returns a configuration that was published, or [ErrNotFound].
 func (s *Store) Config(ctx context.Context, d digest.Digest) ([]byte, error) {
-	e, err := s.now.Load().published.Get(ctx, d.Hex())
-	if errors.Is(err, jetstream.ErrKeyNotFound) {
-		return nil, fmt.Errorf("configuration %s: %w", d, ErrNotFound)
-	}
+	db := s.now.Load()
+	e, err := s.entry(ctx, db, db.published, d.Hex())
 	if err != nil {
-		return nil, err
+		return nil, fmt.Errorf("configuration %s: %w", d, err)
 	}
 	return e.Value(), d.Check(e.Value())
 }
 
-func get[T any](ctx context.Context, kv jetstream.KeyValue, key string) (v T, err error) {
-	e, err := kv.Get(ctx, key)
-	if errors.Is(err, jetstream.ErrKeyNotFound) {
-		return v, fmt.Errorf("%s %s: %w", kv.Bucket(), key, ErrNotFound)
-	}
+func get[T any](ctx context.Context, s *Store, db *db, kv jetstream.KeyValue, key string) (v T, err error) {
+	e, err := s.entry(ctx, db, kv, key)
 	if err != nil {
 		return v, fmt.Errorf("%s %s: %w", kv.Bucket(), key, err)
 	}
@@ -367,27 +369,34 @@ func get[T any](ctx context.Context, kv jetstream.KeyValue, key string) (v T, er
 	return v, nil
 }
 
-// all reads a bucket once. The watch it uses ends before it returns.
-func all[T any](ctx context.Context, kv jetstream.KeyValue) (_ map[string]T, err error) {
-	w, err := kv.WatchAll(ctx, jetstream.IgnoreDeletes())
+// all reads a bucket once. A record that changes meanwhile is there as it was or as it is.
+func all[T any](ctx context.Context, s *Store, db *db, kv jetstream.KeyValue) (map[string]T, error) {
+	stream, err := db.js.Stream(ctx, "KV_"+kv.Bucket())
 	if err != nil {
 		return nil, err
 	}
-	defer func() { err = errors.Join(err, w.Stop()) }()
-	m := map[string]T{}
-	for {
-		select {
-		case e := <-w.Updates():
-			if e == nil { // that was all there is
-				return m, nil
-			}
-			var v T
-			if err := json.Unmarshal(e.Value(), &v); err != nil {
-				return nil, fmt.Errorf("%s %s: %w", kv.Bucket(), e.Key(), err)
-			}
-			m[e.Key()] = v
-		case <-ctx.Done():
-			return nil, ctx.Err()
+	every, m := subjectOf(kv, ">"), map[string]T{}
+	for seq := uint64(1); ; seq++ {
+		r, err := stream.GetMsg(ctx, seq, jetstream.WithGetMsgSubject(every)) // the first from seq on
+		if errors.Is(err, jetstream.ErrMsgNotFound) {
+			return m, s.end(ctx, db, stream, every, seq)
 		}
+		if err != nil {
+			return nil, fmt.Errorf("%s: %w", kv.Bucket(), err)
+		}
+		seq = r.Sequence
+		key := strings.TrimPrefix(r.Subject, subjectOf(kv, ""))
+		if r.Header.Get(operation) != "" { // it was deleted
+			delete(m, key)
+			continue
+		}
+		var v T
+		if err := json.Unmarshal(r.Data, &v); err != nil {
+			return nil, fmt.Errorf("%s %s: %w", kv.Bucket(), key, err)
+		}
+		m[key] = v
 	}
 }
+
+// operation is the header of a record of a bucket that marks a deletion.
+const operation = "KV-Operation"

@@ -55,10 +55,8 @@ func (s *Store) KeepRequest(ctx context.Context, j *Job) error {
 
 // Request returns a job that was kept, or [ErrNotFound].
 func (s *Store) Request(ctx context.Context, id receipt.JobID) (*Job, error) {
-	m, err := s.now.Load().requests.GetLastMsgForSubject(ctx, "requests."+id.String())
-	if errors.Is(err, jetstream.ErrMsgNotFound) {
-		err = ErrNotFound
-	}
+	db := s.now.Load()
+	m, err := s.last(ctx, db, db.requests, "requests."+id.String())
 	j := new(Job)
 	if err == nil {
 		err = json.Unmarshal(m.Data, j)
@@ -111,11 +109,12 @@ func (s *Store) PutReplay(ctx context.Context, id receipt.JobID, verdict []byte)
 
 // Replays passes what is stored of replays to f, in the order of their ends.
 func (s *Store) Replays(ctx context.Context, f func(verdict []byte) error) error {
-	stream := s.now.Load().replays
+	db := s.now.Load()
+	stream := db.replays
 	for seq := uint64(1); ; seq++ {
 		m, err := stream.GetMsg(ctx, seq, jetstream.WithGetMsgSubject("replays.*")) // the first from seq on
 		if errors.Is(err, jetstream.ErrMsgNotFound) {
-			return nil
+			return s.end(ctx, db, stream, "replays.*", seq)
 		}
 		if err != nil {
 			return fmt.Errorf("read replays: %w", err)

@@ -98,9 +98,15 @@ func (s *Store) write(ctx context.Context, why purpose, n int) (_ *db, _ context
 	if err := s.room.check(keep, int64(n)); err != nil {
 		return nil, nil, nil, err
 	}
-	ctx, cancel := context.WithTimeout(ctx, opTimeout)
+	limited, cancel := context.WithTimeout(ctx, opTimeout)
 	stop := context.AfterFunc(d.failed, cancel)
-	return d, ctx, func() { stop(); cancel() }, nil
+	return d, limited, func() {
+		if errors.Is(limited.Err(), context.DeadlineExceeded) && ctx.Err() == nil {
+			d.fail(fmt.Errorf("%w: no answer within %v", ErrFailed, opTimeout))
+		}
+		stop()
+		cancel()
+	}, nil
 }
 
 // failure adds why an operation failed, when that is the server's own state.
@@ -172,7 +178,13 @@ func (s *Store) reopen(ctx context.Context) error {
 	if err := tryWrite(s.dir); err != nil {
 		return fmt.Errorf("%w: %w", ErrFailed, err)
 	}
-	d.close()
+	known := s.remembered(ctx, d)
+	if !d.close() {
+		return errStuck
+	}
+	if err := s.mendSome(known); err != nil {
+		return fmt.Errorf("%w: %w", ErrFailed, err)
+	}
 	ctx, cancel := context.WithTimeout(ctx, reopenTimeout)
 	defer cancel()
 	d, err := s.start(ctx)
@@ -182,6 +194,10 @@ func (s *Store) reopen(ctx context.Context) error {
 	s.now.Store(d)
 	return nil
 }
+
+// errStuck says that JetStream does not end. It may try for ever to remove a damaged
+// record; only the end of the process helps.
+var errStuck = fmt.Errorf("%w: JetStream does not end", ErrFailed)
 
 // reopenTimeout is for JetStream to say what there is, once it has read it.
 const reopenTimeout = time.Minute

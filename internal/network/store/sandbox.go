@@ -42,10 +42,11 @@ func (s *Store) PutSandbox(ctx context.Context, r *record.Signed) error {
 	}
 	defer end()
 	subject := sandboxSubject(node, r.Digest())
-	switch _, err := db.sandboxes.GetLastMsgForSubject(ctx, subject); {
+	switch _, err := s.last(ctx, db, db.sandboxes, subject); {
 	case err == nil:
 		return nil
-	case !errors.Is(err, jetstream.ErrMsgNotFound):
+	case s.lost.of(subject) != nil: // here it is again
+	case !errors.Is(err, ErrNotFound):
 		return fmt.Errorf("read the sandbox of %s: %w", node, db.failure(err))
 	}
 	failpoint.Here("store.sandbox.begin")
@@ -53,6 +54,9 @@ func (s *Store) PutSandbox(ctx context.Context, r *record.Signed) error {
 		return fmt.Errorf("store the sandbox of %s: %w", node, db.failure(err))
 	}
 	failpoint.Here("store.sandbox.stored")
+	if err := s.lost.replaced(subject); err != nil {
+		return err
+	}
 	return s.bound(ctx, db, "sandboxes."+nodeKey(node)+".*", sandboxesOf)
 }
 
@@ -70,10 +74,8 @@ func (s *Store) bound(ctx context.Context, db *db, subjects string, most int) er
 
 // Sandbox returns a record or [ErrNotFound].
 func (s *Store) Sandbox(ctx context.Context, d digest.Digest) (*record.Signed, error) {
-	m, err := s.now.Load().sandboxes.GetMsg(ctx, 1, jetstream.WithGetMsgSubject("sandboxes.*."+d.Hex())) // the first from 1 on
-	if errors.Is(err, jetstream.ErrMsgNotFound) {
-		return nil, fmt.Errorf("sandbox %s: %w", d, ErrNotFound)
-	}
+	db := s.now.Load()
+	m, err := s.last(ctx, db, db.sandboxes, "sandboxes.*."+d.Hex())
 	if err != nil {
 		return nil, fmt.Errorf("sandbox %s: %w", d, err)
 	}

@@ -17,15 +17,7 @@ func TestSandboxes(t *testing.T) {
 	ctx := t.Context()
 	made := func(n int) *record.Signed {
 		t.Helper()
-		r := &record.Record{
-			Version: record.Version, Node: k.Address(), Network: "testnet", Time: int64(n) + 1, Start: fmt.Sprintf("%032x", n), Config: digest.Of([]byte("c")), Image: digest.Of([]byte("i")),
-			Views: record.Views{Inside: contract.Sandbox{Version: contract.Version, OK: true, Checks: []contract.Check{{Name: "x", OK: true}}}},
-		}
-		signed, err := r.Sign(k)
-		if err != nil {
-			t.Fatal(err)
-		}
-		return signed
+		return sandboxOf(t, k, n)
 	}
 	one, two := made(1), made(2)
 	for range 2 {
@@ -71,4 +63,17 @@ func key(t *testing.T) *evm.Key {
 		t.Fatal(err)
 	}
 	return k
+}
+
+func sandboxOf(t testing.TB, k *evm.Key, n int) *record.Signed {
+	t.Helper()
+	r := &record.Record{
+		Version: record.Version, Node: k.Address(), Network: "testnet", Time: int64(n) + 1, Start: fmt.Sprintf("%032x", n), Config: digest.Of([]byte("c")), Image: digest.Of([]byte("i")),
+		Views: record.Views{Inside: contract.Sandbox{Version: contract.Version, OK: true, Checks: []contract.Check{{Name: "x", OK: true}}}},
+	}
+	signed, err := r.Sign(k)
+	if err != nil {
+		t.Fatal(err)
+	}
+	return signed
 }

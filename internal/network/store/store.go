@@ -24,6 +24,25 @@
 // when there is room, and otherwise again and again. What was written can be read until
 // the first try, and again once one has succeeded. A job whose writing failed may be there all the same: it is deleted
 // by its name (see sweep), or it would be given out after the next start.
+//
+// # Damaged records
+//
+// JetStream says of a record that it cannot read that there is none; or it stops, tries for
+// ever to remove it, or cuts its file off there, with all good records behind. So the
+// files are read before JetStream is let at them (see package blocks): when the store
+// opens, and when something speaks against a stream. What does so is a word in
+// JetStream's log, a record that it remembers and does not find (see absent and end), or a
+// stream with fewer records than subjects. Then the server is ended, the files are
+// mended, and another one begins, as after a write that failed.
+//
+// A record that is lost is [ErrDamaged], not [ErrNotFound], until there is another one in its
+// place or the operator says so, see [Store.Lost]. What a loss means is in kinds.go, kind by
+// kind. Of a registration and of an account nothing takes the place by itself: a
+// node's count of hellos and its account would begin anew, and so would an address's.
+//
+// While it runs JetStream may cut off the last file of a stream without a word. Of the
+// streams that have a second copy nothing is lost by that; of jobs, results, tiles,
+// sandboxes, logs and requests what was behind the damage in that file is, and it is said.
 package store
 
 import (
@@ -75,6 +94,8 @@ type Store struct {
 	clients clients
 	pending pending
 	room    room
+	lost    *lost
+	copying sync.Mutex // held while copies of records are made
 
 	space   int64      // of the file system, in bytes
 	streams sync.Mutex // held while a stream's configuration is changed
@@ -138,6 +159,12 @@ func Open(ctx context.Context, dir string, log *slog.Logger) (_ *Store, err erro
 		return nil, err
 	}
 	s.room.dir, s.room.free, s.room.keep = dir, freeIn, DefaultLimits.within(s.space).Free
+	if s.lost, err = openLost(filepath.Join(dir, "damaged")); err != nil {
+		return nil, err
+	}
+	if err := s.mendAll(); err != nil {
+		return nil, err
+	}
 	d, err := s.start(ctx)
 	if err != nil {
 		return nil, err
@@ -170,7 +197,7 @@ func (s *Store) start(ctx context.Context) (_ *db, err error) {
 	if err != nil {
 		return nil, fmt.Errorf("store: %w", err)
 	}
-	d.server.SetLoggerV2(natsLog{s.log, d.fail}, false, false, false)
+	d.server.SetLoggerV2(natsLog{s, d}, false, false, false)
 	d.server.Start()
 	if !d.server.ReadyForConnections(30 * time.Second) {
 		return nil, fmt.Errorf("store in %s did not become ready within 30 s; see the log lines before this one", s.dir)
@@ -189,17 +216,32 @@ func (s *Store) start(ctx context.Context) (_ *db, err error) {
 	return d, nil
 }
 
-// close ends the server and waits until its files are closed.
-func (d *db) close() {
+// close ends the server and waits until its files are closed. It returns false when that
+// takes too long.
+func (d *db) close() bool {
 	d.fail(errors.New("store is closed"))
 	if d.conn != nil {
 		d.conn.Close()
 	}
-	if d.server != nil {
+	if d.server == nil {
+		return true
+	}
+	done := make(chan struct{})
+	go func() {
+		defer close(done)
 		d.server.Shutdown()
 		d.server.WaitForShutdown()
+	}()
+	select {
+	case <-done:
+		return true
+	case <-time.After(closeTimeout):
+		return false
 	}
 }
+
+// closeTimeout is for JetStream to end, with all that it still has to write down.
+const closeTimeout = 30 * time.Second
 
 func (d *db) open(ctx context.Context, space int64) (err error) {
 	limits := DefaultLimits.within(space)
@@ -387,7 +429,10 @@ func (s *Store) SetResultTTL(ctx context.Context, ttl time.Duration) error {
 // have returned.
 func (s *Store) Close() {
 	if d := s.now.Load(); d != nil {
-		d.close()
+		well := d.failed.Err() == nil
+		if d.close() && well {
+			s.closedWell()
+		}
 	}
 	if s.lock != nil {
 		_ = s.lock.Close() // gives up the lock; the file itself stays
@@ -402,7 +447,8 @@ const (
 
 // Run deletes finished jobs until ctx ends, and then what is left of them. It
 // looks after the room on the disk, and opens the files anew after a write error.
-// Meanwhile it passes to discarded how many results had to go before their time.
+// Meanwhile it passes to discarded how many results had to go before their time. It ends
+// with an error when JetStream has come to a stand that only another process ends.
 func (s *Store) Run(ctx context.Context, log *slog.Logger, discarded func(results uint64)) error {
 	tick := time.NewTicker(sweepEvery)
 	defer tick.Stop()
@@ -411,14 +457,23 @@ func (s *Store) Run(ctx context.Context, log *slog.Logger, discarded func(result
 	guard := time.NewTicker(guardEvery)
 	defer guard.Stop()
 	var seen oldest
+	scrubbing, endScrub := context.WithCancel(ctx)
+	var scrubber sync.WaitGroup
+	scrubber.Go(func() { s.scrub(scrubbing) })
+	defer scrubber.Wait()
+	defer endScrub()
 	s.guard(ctx)
 	for {
 		select {
 		case <-tick.C:
 		case <-guard.C:
 			s.guard(ctx)
+			if err := s.Accepting(); errors.Is(err, errStuck) {
+				return fmt.Errorf("%w: the next start mends it", err)
+			}
 			continue
 		case <-look.C:
+			s.compare(ctx)
 			n, err := s.discarded(ctx, &seen)
 			switch {
 			case s.Accepting() != nil: // it has been said why
@@ -495,13 +550,13 @@ func acquire(name string) (*os.File, error) {
 // It is also where a stream says that it has given up: after a failed write
 // JetStream does not answer any more, and offers no other sign of it.
 type natsLog struct {
-	log  *slog.Logger
-	fail context.CancelCauseFunc
+	s *Store
+	d *db
 }
 
 func (l natsLog) put(level slog.Level, format string, v []any) {
-	if l.log.Enabled(context.Background(), level) {
-		l.log.Log(context.Background(), level, "store: "+strings.TrimSpace(fmt.Sprintf(format, v...)))
+	if log := l.s.log; log.Enabled(context.Background(), level) {
+		log.Log(context.Background(), level, "store: "+strings.TrimSpace(fmt.Sprintf(format, v...)))
 	}
 }
 
@@ -522,8 +577,10 @@ func (l natsLog) Errorf(format string, v ...any) {
 func (l natsLog) Fatalf(format string, v ...any) { l.put(slog.LevelError, format, v) }
 
 func (l natsLog) watch(format string, v []any) {
-	text := strings.ToLower(format)
+	said := strings.TrimSpace(fmt.Sprintf(format, v...))
+	text := strings.ToLower(said)
 	if strings.Contains(text, "critical write error") || strings.Contains(text, "disabling jetstream") || strings.Contains(text, "will be disabled") {
-		l.fail(fmt.Errorf("%w: %s", ErrFailed, strings.TrimSpace(fmt.Sprintf(format, v...))))
+		l.d.fail(fmt.Errorf("%w: %s", ErrFailed, said))
 	}
+	l.s.heard(l.d, said)
 }
