@@ -558,3 +558,41 @@ func BenchmarkReceipt(b *testing.B) {
 		})
 	}
 }
+
+// A caller that asks for nonsense without end is slowed down, fills no log, and keeps
+// nobody from what is signed.
+func TestFlood(t *testing.T) {
+	s := newService(t)
+	s.start()
+	c, err := net.Dial("unixpacket", s.socket())
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer c.Close()
+	const n = 2 * burst
+	buf := make([]byte, 1024)
+	if _, err := c.Read(buf); err != nil {
+		t.Fatal(err)
+	}
+	begin := time.Now()
+	for range n {
+		_, err := c.Write([]byte{0xff})
+		if err == nil {
+			_, err = c.Read(buf)
+		}
+		if err != nil {
+			t.Fatal(err)
+		}
+	}
+	took := time.Since(begin)
+	if _, err := s.client().Receipt(1, s.receipt()); err != nil {
+		t.Error(err)
+	}
+	s.stop()
+	said := strings.Count(s.log.String(), "event="+journal.SignatureRefused.Name)
+	least, most := time.Duration(n-burst)*time.Second/perSecond, 20+int(took/time.Second)+1
+	t.Logf("%d requests: expected: at least %v, at most %d records; got: %v, %d", n, least, most, took.Round(time.Millisecond), said)
+	if took < least || said == 0 || said > most {
+		t.Errorf("%d requests took %v, want at least %v; %d records, want some and at most %d", n, took, least, said, most)
+	}
+}

@@ -234,11 +234,13 @@ func (h hijacked) Hijack() (net.Conn, *bufio.ReadWriter, error) {
 // A large frame may take longer to arrive than silence may last.
 func TestSlowLink(t *testing.T) {
 	for name, c := range map[string]struct {
-		each time.Duration // between pieces
-		why  string
+		each   time.Duration // between pieces
+		pieces int
+		why    string
 	}{
-		"slow":   {14 * time.Second, "violation"}, // it arrives, and is refused
-		"silent": {16 * time.Second, "timeout"},
+		"slow":    {14 * time.Second, 10, "violation"}, // it arrives, and is refused
+		"silent":  {16 * time.Second, 10, "timeout"},
+		"endless": {14 * time.Second, 15, "timeout"}, // no silence is too long, and all of it is
 	} {
 		t.Run(name, func(t *testing.T) {
 			s, _ := rig(t, Options{Ping: 5 * time.Second})
@@ -257,7 +259,7 @@ func TestSlowLink(t *testing.T) {
 						return
 					}
 					w, err := conn.NextWriter(websocket.BinaryMessage)
-					for range 10 {
+					for range c.pieces {
 						if err == nil {
 							_, err = w.Write(make([]byte, 16<<10))
 						}
@@ -285,6 +287,43 @@ func TestSlowLink(t *testing.T) {
 			})
 		})
 	}
+}
+
+// Who connects and never says hello is there for ten seconds.
+func TestNoHello(t *testing.T) {
+	s, _ := rig(t, Options{})
+	defer s.m.remove(s)
+	_ = s.conn.Close()
+	synctest.Test(t, func(t *testing.T) {
+		node, network := net.Pipe()
+		done := make(chan struct{})
+		defer func() { _ = network.Close(); <-done }()
+		go func() {
+			defer close(done)
+			d := websocket.Dialer{NetDial: func(string, string) (net.Conn, error) { return node, nil }}
+			conn, _, err := d.Dial("ws://network/", nil)
+			if err != nil {
+				t.Error(err)
+				return
+			}
+			_, _, _ = conn.ReadMessage()
+		}()
+		r, err := http.ReadRequest(bufio.NewReader(network))
+		if err != nil {
+			t.Fatal(err)
+		}
+		if s.conn, err = new(websocket.Upgrader).Upgrade(hijacked{conn: network}, r, nil); err != nil {
+			t.Fatal(err)
+		}
+		begin := time.Now()
+		_, err = s.hello()
+		took := time.Since(begin)
+		s.blame(err)
+		t.Logf("expected: timeout after %v; got: %s after %v", 10*time.Second, s.why, took)
+		if s.why != "timeout" || took != 10*time.Second {
+			t.Errorf("ended for %s after %v (%v)", s.why, took, err)
+		}
+	})
 }
 
 // Large frames from many nodes at once wait for one another, within a bound of
