@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"slices"
 	"sync"
 	"time"
 
@@ -13,6 +14,7 @@ import (
 	"github.com/resultity/node/internal/receiptlog"
 	"github.com/resultity/node/internal/session"
 	"github.com/resultity/node/internal/signer"
+	"github.com/resultity/node/internal/snapshot"
 	"github.com/resultity/node/internal/state"
 	"github.com/resultity/node/internal/wire"
 )
@@ -74,7 +76,8 @@ type telling struct {
 	has     uint64                 // leaves, the network, or will have
 	waits   bool                   // for the network's word about head
 	head    *receiptlog.SignedHead // at has; nil before the first
-	refused bool                   // what the network has is not ours: nothing more in this session
+	era     uint64                 // of the log, by the network's word
+	refused bool                   // what the network has, or has lost, is not ours: nothing more in this session
 	behind  uint64                 // size that the key has refused
 	last    time.Time              // when head was made
 	heard   time.Time              // when the network was
@@ -137,7 +140,7 @@ func (m *membership) showMore(t *telling) (again time.Duration, err error) {
 			return wait, nil
 		}
 		t.heard = time.Now()
-		if err := m.hear(t, said, chain); err != nil {
+		if err := m.hear(t, said, snap); err != nil {
 			return 0, err
 		}
 		r.mu.Lock()
@@ -206,7 +209,7 @@ func (m *membership) showMore(t *telling) (again time.Duration, err error) {
 // the log begins with that of its last head, which a kill may have taken from the agent,
 // but not the leaves: they were on disk before.
 func (m *membership) signHead(t *telling, chain uint64, is state.ReceiptLog) (*receiptlog.SignedHead, error) {
-	h := receiptlog.Head{Node: m.key.Address(), Network: m.net.Name, Size: is.Size, Root: is.Root, Time: uint64(time.Now().UnixMilli())}
+	h := receiptlog.Head{Node: m.key.Address(), Network: m.net.Name, Era: t.era, Size: is.Size, Root: is.Root, Time: uint64(time.Now().UnixMilli())}
 	last, known, err := m.key.LastHead(m.net.Name)
 	if err != nil {
 		return nil, err
@@ -264,10 +267,19 @@ func (m *membership) send(t *telling, leaves []wire.Message) error {
 
 // hear compares what the network has with the log, and brings the log to where it
 // was before this machine's disk was replaced or set back.
-func (m *membership) hear(t *telling, said *wire.LeavesAck, chain uint64) error {
+func (m *membership) hear(t *telling, said *wire.LeavesAck, snap *snapshot.Snapshot) error {
+	chain := snap.Config().Network.ChainID
+	if err := m.hearReset(t, said, snap); err != nil || t.refused {
+		return err
+	}
 	t.known, t.waits, t.has = true, false, said.Size
 	if t.head != nil && said.Size < t.head.Size {
 		t.last = time.Time{} // it has dropped some; the head of heartbeats is to be right again soon
+	}
+	if lost := said.Lost; lost != nil && !m.hasLost(lost, t.era) {
+		t.refused = true
+		m.log.Error("both this node and the network have lost receipts of the log", journal.ReceiptLogLost.Attr(), "count", lost.Size)
+		return nil
 	}
 	h := said.Head
 	if h == nil || t.head != nil && *h == *t.head {
@@ -280,8 +292,8 @@ func (m *membership) hear(t *telling, said *wire.LeavesAck, chain uint64) error 
 	}
 	switch {
 	case err != nil:
-	case h.Node != m.key.Address() || h.Network != m.net.Name:
-		err = fmt.Errorf("its head is of node %s in network %s", h.Node, h.Network)
+	case h.Node != m.key.Address() || h.Network != m.net.Name || h.Era != t.era:
+		err = fmt.Errorf("its head is of node %s in network %s, era %d, and the log of era %d", h.Node, h.Network, h.Era, t.era)
 	case theirs.Root() != h.Root:
 		err = fmt.Errorf("its head of %d receipts is not that of its leaves", h.Size)
 	}
@@ -316,6 +328,49 @@ func (m *membership) hear(t *telling, said *wire.LeavesAck, chain uint64) error 
 		t.head = h
 	}
 	return m.acked(said.Size)
+}
+
+// hearReset learns at the beginning of a session in which era the log is. The network
+// has nothing of an era that has just begun: then nothing is known to be there any more.
+func (m *membership) hearReset(t *telling, said *wire.LeavesAck, snap *snapshot.Snapshot) error {
+	r := said.Reset
+	if r == nil {
+		return nil
+	}
+	by, err := r.Verify()
+	switch {
+	case err != nil:
+	case r.Node != m.key.Address() || r.Network != m.net.Name:
+		err = fmt.Errorf("it is for node %s in network %s", r.Node, r.Network)
+	case !slices.Contains(snap.Config().Network.MessageKeys, by):
+		err = fmt.Errorf("it is by %s, which the configuration does not name", by)
+	}
+	if err != nil {
+		t.refused = true
+		m.log.Error("the network's word that the receipt log begins anew is not its own", journal.ReceiptLogRefused.Attr(), "count", said.Size, "error", err)
+		return nil
+	}
+	t.era = r.Era
+	if is := m.store.ReceiptLog(); said.Head == nil && is.Acked > 0 {
+		m.log.Warn("receipt log begins anew", journal.ReceiptLogReset.Attr(), "count", is.Size, "reason", r.Reason)
+		return m.store.AckLeaves(0)
+	}
+	return nil
+}
+
+// hasLost reports whether the log goes on from a head of this key of which the network
+// has lost its copy, as far as it can still be known. If it does not, no head can be signed
+// that does not contradict that one.
+func (m *membership) hasLost(h *receiptlog.SignedHead, era uint64) bool {
+	if h.Node != m.key.Address() || h.Network != m.net.Name || h.Era != era || h.Verify() != nil {
+		return true // it is not ours, and binds nobody
+	}
+	is := m.store.ReceiptLog()
+	if h.Size < is.First {
+		return true
+	}
+	log := m.store.LogAt(h.Size)
+	return log != nil && log.Root() == h.Root
 }
 
 // acked notes what the network has.

@@ -33,6 +33,8 @@ type archive struct {
 	deaf    bool // heads are not stored
 	got     int  // leaves that came since the session began
 	beats   int  // heartbeats that came with a head
+	reset   *receiptlog.SignedReset
+	lost    *receiptlog.SignedHead
 }
 
 func newArchive(t *testing.T, network string) *archive {
@@ -50,7 +52,11 @@ func (a *archive) at(n int) *receiptlog.Log {
 // say is what the network says that it has.
 func (a *archive) say() *wire.LeavesAck {
 	l := a.at(a.stored)
-	return &wire.LeavesAck{Size: l.Size(), Head: a.head, Edge: l.Hashes()}
+	said := &wire.LeavesAck{Size: l.Size(), Head: a.head, Edge: l.Hashes(), Reset: a.reset}
+	if a.lost != nil && a.lost.Size > said.Size {
+		said.Lost = a.lost
+	}
+	return said
 }
 
 // opens begins a session.
@@ -89,7 +95,11 @@ func (a *archive) hears(p *party, d time.Duration) {
 				}
 				a.beats++
 				l := a.at(len(a.leaves))
-				if m.Head.Network != a.network || m.Head.Size != l.Size() || m.Head.Root != l.Root() || m.Head.Verify() != nil || m.Head.Node != nodeKey.Address() {
+				era := uint64(0)
+				if a.reset != nil {
+					era = a.reset.Era
+				}
+				if m.Head.Era != era || m.Head.Network != a.network || m.Head.Size != l.Size() || m.Head.Root != l.Root() || m.Head.Verify() != nil || m.Head.Node != nodeKey.Address() {
 					a.t.Fatalf("head %+v, and there are %d leaves, root %s; %v", m.Head, l.Size(), l.Root(), m.Head.Verify())
 				}
 				if a.head != nil && *m.Head == *a.head || a.deaf {
@@ -403,6 +413,96 @@ func TestReceiptLogIsNotTakenBack(t *testing.T) {
 		leaves = append(leaves, f.earn(t, s))
 		a.opens(f.party)
 		a.has(leaves...)
+	})
+}
+
+// A node shows its log anew, and its key signs it, when the network's operator has set
+// the one before aside: by the network's own word only.
+func TestReceiptLogBeginsAnew(t *testing.T) {
+	logged(t, func(t *testing.T, start func(string) (*fixture, *snapshot.Snapshot, func()), dirs []string) {
+		a := newArchive(t, "testnet")
+		f, s, stop := start(dirs[0])
+		defer func() { stop() }()
+		a.opens(f.party)
+		leaves := []evm.Hash{f.earn(t, s), f.earn(t, s), f.earn(t, s)}
+		a.hears(f.party, 30*time.Second)
+		anew := func(key *evm.Key, change func(*receiptlog.Reset)) *archive {
+			b := newArchive(t, "testnet")
+			r := receiptlog.Reset{Node: nodeKey.Address(), Network: "testnet", Era: 1_000, First: a.head, Reason: "two disks were lost"}
+			if change != nil {
+				change(&r)
+			}
+			var err error
+			if b.reset, err = r.Sign(31337, key); err != nil {
+				t.Fatal(err)
+			}
+			return b
+		}
+		own := networkKey
+		for what, b := range map[string]*archive{
+			"somebody else's word":  anew(newKey(), nil),
+			"about another node":    anew(own, func(r *receiptlog.Reset) { r.Node, r.First = newKey().Address(), nil }),
+			"about another network": anew(own, func(r *receiptlog.Reset) { r.Network, r.First = "mainnet", nil }),
+		} {
+			f.Closed(errBroken)
+			before := f.book.count(journal.ReceiptLogRefused)
+			b.opens(f.party)
+			if b.got != 0 || b.beats != 0 || f.book.count(journal.ReceiptLogRefused) != before+1 {
+				t.Errorf("%s: %d leaves and %d heads\n%s", what, b.got, b.beats, f.book)
+			}
+			t.Logf("%s: expected: no head; got: %d heads", what, b.beats)
+		}
+		b := anew(own, nil)
+		for range 2 {
+			f.Closed(errBroken)
+			b.opens(f.party)
+			b.has(leaves...)
+			leaves = append(leaves, f.earn(t, s))
+			b.hears(f.party, 30*time.Second)
+			b.has(leaves...)
+		}
+		if n := f.book.count(journal.ReceiptLogReset); n != 1 || f.book.count(journal.ReceiptLogRestored) > 0 {
+			t.Errorf("it is said %d times\n%s", n, f.book)
+		}
+		if is := f.store.ReceiptLog(); is.Acked != uint64(len(leaves)) {
+			t.Errorf("of %d receipts the network is thought to have %d", len(leaves), is.Acked)
+		}
+		// In the new era a replaced disk is what it was in the first.
+		stop()
+		f, _, stop = start(dirs[1])
+		leaves = append(leaves, f.earn(t, s))
+		b.opens(f.party)
+		b.has(leaves...)
+	})
+}
+
+// Where node and network have both lost receipts, the key signs nothing that
+// contradicts what it has signed; what only the network has lost is shown again.
+func TestReceiptLogLostTwice(t *testing.T) {
+	logged(t, func(t *testing.T, start func(string) (*fixture, *snapshot.Snapshot, func()), dirs []string) {
+		a := newArchive(t, "testnet")
+		f, s, stop := start(dirs[0])
+		defer func() { stop() }()
+		a.opens(f.party)
+		leaves := []evm.Hash{f.earn(t, s), f.earn(t, s), f.earn(t, s)}
+		a.hears(f.party, 30*time.Second)
+		damaged := newArchive(t, "testnet")
+		damaged.lost = a.head
+		once := *damaged
+		f.Closed(errBroken)
+		once.opens(f.party)
+		once.has(leaves...)
+		stop()
+		f, _, stop = start(dirs[1])
+		twice := *damaged
+		for range 5 { // fewer than there were, as many, more
+			f.earn(t, s)
+			f.Closed(errBroken)
+			twice.opens(f.party)
+		}
+		if twice.got != 0 || twice.beats != 0 || f.book.count(journal.ReceiptLogLost) != 5 {
+			t.Errorf("%d leaves and %d heads\n%s", twice.got, twice.beats, f.book)
+		}
 	})
 }
 

@@ -61,7 +61,7 @@ func TestTroublesAreDecided(t *testing.T) {
 	calm := strings.Fields(`agent-ready agent-stopping bound draining generation-active generation-phase generation-pinned
 		generation-staged generation-unpinned identity-created image-checked image-ready job-done job-replayed membership-ended
 		model-ready models-shared network-leads order-done order-drain order-logs order-restart order-resume order-revalidate
-		order-shutdown receipt-log-restored registered resumed routable runtime-active runtime-replaced runtime-shared
+		order-shutdown receipt-log-reset receipt-log-restored registered resumed routable runtime-active runtime-replaced runtime-shared
 		runtime-starting sandbox-recorded scrub-done session-opened signer-ready snapshot-verified unbound validated`)
 	for _, e := range Events {
 		if troubles.MatchString(e.Name) == slices.Contains(calm, e.Name) {

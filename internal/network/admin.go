@@ -79,6 +79,11 @@ type (
 	keyRequest struct {
 		Name string `json:"name"`
 	}
+	resetRequest struct {
+		Operator string `json:"operator"`
+		Reason   string `json:"reason"`
+		Force    bool   `json:"force"`
+	}
 	adminReply struct {
 		Secret string `json:"secret,omitempty"`
 		Count  int    `json:"count,omitempty"`
@@ -92,6 +97,7 @@ type (
 		Replay   *Replay        `json:"replay,omitempty"`
 		Replays  []Replay       `json:"replays,omitempty"`
 		Lost     []store.Lost   `json:"lost,omitempty"`
+		Reset    *store.Reset   `json:"reset,omitempty"`
 	}
 )
 
@@ -156,6 +162,20 @@ func (s *service) adminHandler() http.Handler {
 		n, err := own.unbind(r.Context(), a)
 		if err == nil {
 			s.nodes.Changed(n)
+		}
+		return reply, err
+	})
+	handle("POST /nodes/{node}/reset-log", func(r *http.Request) (reply adminReply, err error) {
+		var q resetRequest
+		a, err := evm.ParseAddress(r.PathValue("node"))
+		if err == nil {
+			err = decode(r.Body, &q)
+		}
+		if err == nil {
+			_, err = s.store.Node(r.Context(), a)
+		}
+		if err == nil {
+			reply.Reset, err = s.mirror.Reset(r.Context(), a, q.Operator, q.Reason, q.Force)
 		}
 		return reply, err
 	})
@@ -250,6 +270,10 @@ type Admin interface {
 	Node(context.Context, evm.Address) (NodeInfo, error)
 	// Unbind takes a node from its account.
 	Unbind(context.Context, evm.Address) error
+	// ResetLog has the receipt log of a node begin anew. operator says who does it, and
+	// reason why, to everybody. Without force the log must contradict itself, or lack
+	// something.
+	ResetLog(ctx context.Context, node evm.Address, operator, reason string, force bool) (*store.Reset, error)
 	// Accounts returns the accounts that have nodes, or had, ordered by name.
 	Accounts(context.Context) ([]Account, error)
 	// IssueOrders gives an order to a node, or to every registered one for nil,
@@ -411,6 +435,10 @@ func (a storeAdmin) unbind(ctx context.Context, addr evm.Address) (store.Node, e
 	})
 }
 
+func (a storeAdmin) ResetLog(context.Context, evm.Address, string, string, bool) (*store.Reset, error) {
+	return nil, fmt.Errorf("%w: a receipt log is reset by the running service; start it (resultity-network serve)", ErrConfig)
+}
+
 func (a storeAdmin) Accounts(ctx context.Context) ([]Account, error) {
 	nodes, err := a.store.Nodes(ctx)
 	if err != nil {
@@ -514,6 +542,11 @@ func (c *adminClient) Node(ctx context.Context, a evm.Address) (NodeInfo, error)
 func (c *adminClient) Unbind(ctx context.Context, a evm.Address) error {
 	_, err := c.call(ctx, http.MethodPost, "/nodes/"+a.Hex()+"/unbind", nil)
 	return err
+}
+
+func (c *adminClient) ResetLog(ctx context.Context, a evm.Address, operator, reason string, force bool) (*store.Reset, error) {
+	r, err := c.call(ctx, http.MethodPost, "/nodes/"+a.Hex()+"/reset-log", resetRequest{operator, reason, force})
+	return r.Reset, err
 }
 
 func (c *adminClient) Accounts(ctx context.Context) ([]Account, error) {

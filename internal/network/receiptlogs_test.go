@@ -5,6 +5,7 @@ import (
 	"fmt"
 	"net/http"
 	"path/filepath"
+	"slices"
 	"strings"
 	"testing"
 
@@ -25,6 +26,7 @@ type logged struct {
 	log  *receiptlog.Log
 	sent uint64
 	wait []evm.Hash // leaves that are not sent
+	era  uint64
 }
 
 // begin opens a session, and goes on from what the network has.
@@ -56,7 +58,7 @@ func (l *logged) job() (id string, signed *receipt.Signed) {
 // head makes a heartbeat with the head of the log.
 func (l *logged) head() *wire.Heartbeat {
 	l.t.Helper()
-	h := receiptlog.Head{Node: l.Node.Key.Address(), Network: "testnet", Size: l.log.Size(), Root: l.log.Root(), Time: 1}
+	h := receiptlog.Head{Node: l.Node.Key.Address(), Network: "testnet", Era: l.era, Size: l.log.Size(), Root: l.log.Root(), Time: 1}
 	signed, err := h.Sign(l.Node.Config.Network.ChainID, l.Node.Key)
 	if err != nil {
 		l.t.Fatal(err)
@@ -205,6 +207,83 @@ func TestContradictingLog(t *testing.T) {
 	}
 	if _, out := n.run("nodes", "show", l.Node.Key.Address().Hex()); !strings.Contains(out, "contradicts itself") {
 		t.Error(out)
+	}
+}
+
+// The operator has a log begin anew: the node gets jobs again, old proofs stay and new
+// ones say what happened, over a restart too.
+func TestLogBeginsAnew(t *testing.T) {
+	n := start(t, nil)
+	l := newLogged(t, n)
+	id, signed := l.job()
+	l.show()
+	node := l.Node.Key.Address().Hex()
+	for what, args := range map[string][]string{
+		"without a reason": {node}, "for two lines": {node, "--reason", "a\nb"}, "of nobody": {"x", "--reason", "a"},
+	} {
+		if code, out := n.run(append([]string{"nodes", "reset-log"}, args...)...); code != 64 {
+			t.Errorf("%s: %d %s", what, code, out)
+		}
+	}
+	if code, out := n.run("nodes", "reset-log", node, "--reason", "for fun"); code != 1 || !strings.Contains(out, "nothing is wrong") || !strings.Contains(out, "--force") {
+		t.Errorf("a log that is whole: %d %s", code, out)
+	}
+	l.log = receiptlog.New()
+	l.log.Append(evm.Hash{1}, nil)
+	l.Send(l.head())
+	until(l, func(s *wire.Status) bool { return strings.Contains(s.Reason, "does not go on") })
+	n.until("the heads are written down", func() bool { return n.list(l.Node.Key.Address()).Log.Conflict != nil })
+	conflict := n.list(l.Node.Key.Address()).Log.Conflict
+	code, out := n.run("nodes", "reset-log", node, "--reason", "its disk was replaced")
+	if code != 0 || !strings.Contains(out, conflict.First.Signature.String()) || !strings.Contains(out, conflict.Second.Signature.String()) {
+		t.Fatalf("reset-log: %d %s", code, out)
+	}
+	if code := l.Closed(); code != 1013 {
+		t.Errorf("the session ended with %d", code)
+	}
+	if got := n.metric("resultity_receipt_log_resets_total"); got != 1 {
+		t.Errorf("%v resets are counted", got)
+	}
+	l.log, l.sent, l.wait = receiptlog.New(), 0, nil
+	again := func() {
+		t.Helper()
+		l.Session = l.Node.Connect(t)
+		a := nodetest.Expect[*wire.LeavesAck](l.Session)
+		if a.Size != l.sent || a.Reset == nil {
+			t.Fatalf("told %+v", a)
+		}
+		if by, err := a.Reset.Verify(); err != nil || !slices.Contains(l.Node.Config.Network.MessageKeys, by) || a.Reset.Reason != "its disk was replaced" {
+			t.Errorf("the word is %+v by %s, %v", a.Reset, by, err)
+		}
+		l.era = a.Reset.Era
+		l.Send(l.Node.Heartbeat())
+	}
+	again()
+	second, signed2 := l.job()
+	l.show()
+	n.stop()
+	n.serve()
+	l.Node.URL = n.url
+	again()
+	third, signed3 := l.job()
+	l.show()
+	if i := n.proven(id, signed); i.Head.Era != 0 || i.Reset != nil {
+		t.Errorf("the old receipt is proven under %+v", i.Head)
+	}
+	for id, signed := range map[string]*receipt.Signed{second: signed2, third: signed3} {
+		if i := n.proven(id, signed); i.Head.Era != l.era || i.Reset == nil || *i.Reset.Second != conflict.Second {
+			t.Errorf("the new receipt is proven under %+v", i)
+		}
+	}
+	if _, out := n.run("nodes", "list"); !strings.Contains(out, "2, reset 1×") {
+		t.Error(out)
+	}
+	if _, out := n.run("nodes", "show", node); !strings.Contains(out, `"its disk was replaced"`) || !strings.Contains(out, conflict.Second.Signature.String()) || strings.Contains(out, "contradicts itself") {
+		t.Error(out)
+	}
+	n.stop()
+	if code, out := n.run("nodes", "reset-log", node, "--reason", "a"); code == 0 || !strings.Contains(out, "serve") {
+		t.Errorf("without a service: %d %s", code, out)
 	}
 }
 

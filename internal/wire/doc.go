@@ -449,7 +449,10 @@
 //
 // The network begins with a [LeavesAck], before it acknowledges any result in the
 // session, and sends one for each head that it has stored: how many leaves it has, the
-// node's head of that size, and the edge. With no leaves it has no head.
+// node's head of that size, and the edge. With no leaves it has no head. The first of a
+// session has the word for the log's era, where that is not 0, by the key that the network
+// signs with now; the era is the same to the end of the session. Lost is the newest head of the
+// era of which the network has lost the leaves, as long as it has fewer.
 // [Leaves] follow one another without a gap from there on, at
 // most 1024 in a message and 65536 before the head that covers them. Those that no head
 // has covered when the session ends count as not sent. From its first receipt on, once
@@ -459,14 +462,16 @@
 // the last head. A network that has not all that the head has repeats what it has; the
 // node goes on from there.
 //
-// The network takes a head that is by the node, of this network and chain, of that
+// The network takes a head that is by the node, of this network, chain and era, of that
 // size, and whose root is that of its copy with the leaves. A head of another size or
 // by another key, a gap, an edge in the wrong place: a protocol violation. Where it has
 // no room for leaves, or finds that it has lost its copy, it ends the session with 1013,
 // and the next one begins from what it has. A head of
 // the node with another root contradicts the one that the network has: it takes neither
 // leaves nor head, keeps both heads as evidence, and gives the node no jobs, for the
-// reason that [Status] says.
+// reason that [Status] says. When its operator has the log begin anew, it writes down its word
+// with both heads, ends the session with 1013, and begins the next one with no leaves of
+// the new era. It keeps the log of the era before, and proves what is only in that.
 //
 // The node goes on from what the network has if its own log has the same root at that
 // size. If it has not, or is shorter, and the head in LeavesAck has its own signature
@@ -477,7 +482,13 @@
 // acknowledged, is answered by no leaves and no heads in this session, and told to the
 // operator. A node's key signs a head of an era only if its log begins with that of its
 // last one (package signer has that shown): a node that has lost what the network never
-// had shows no leaves until the network has the log begin anew.
+// had shows no leaves until the network has the log begin anew. So does one whose log does
+// not go on from Lost, though it has signed that: both sides have lost something then.
+//
+// A node takes a word for another era that is about it and this network and by a
+// message key of its configuration; by another one, it shows no leaves in this session.
+// Its log stays what it is: it shows what it has of it as the log of the new era, of
+// which the network is not known to have anything.
 //
 // A network that has lost leaves which the node has no longer (it keeps the last
 // 65536 at least) gets the rest with [Leaves.Edge], the compact range at From; the

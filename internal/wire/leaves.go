@@ -1,6 +1,7 @@
 package wire
 
 import (
+	"errors"
 	"fmt"
 
 	"github.com/resultity/node/internal/evm"
@@ -33,6 +34,14 @@ type LeavesAck struct {
 	Size uint64                 `json:"size"`
 	Head *receiptlog.SignedHead `json:"head,omitempty"` // the node's, of that size
 	Edge []evm.Hash             `json:"edge,omitempty"` // compact range of that size
+
+	// Reset is the network's word for the log's era, in the first of a session; nil
+	// in the first era.
+	Reset *receiptlog.SignedReset `json:"reset,omitempty"`
+
+	// Lost is the node's head of a longer log of this era, of which the network has lost
+	// its copy.
+	Lost *receiptlog.SignedHead `json:"lost,omitempty"`
 }
 
 func (m *Leaves) check() error {
@@ -55,8 +64,12 @@ func (m *LeavesAck) check() error {
 		return fmt.Errorf("a log of %d receipts with the head of %d", m.Size, m.Head.Size)
 	case len(m.Edge) != receiptlog.Edge(m.Size):
 		return fmt.Errorf("an edge of %d hashes for %d receipts", len(m.Edge), m.Size)
+	case m.Lost != nil && m.Lost.Size <= m.Size:
+		return fmt.Errorf("a log of %d receipts, and one of %d is lost", m.Size, m.Lost.Size)
+	case m.Reset != nil && (m.Head != nil && m.Head.Era != m.Reset.Era || m.Lost != nil && m.Lost.Era != m.Reset.Era):
+		return fmt.Errorf("a head of another era than %d", m.Reset.Era)
 	}
-	return boundHead(m.Head)
+	return errors.Join(boundHead(m.Head), boundHead(m.Lost))
 }
 
 func boundHead(h *receiptlog.SignedHead) error {

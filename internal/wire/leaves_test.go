@@ -62,6 +62,12 @@ func TestReceiptLogMessages(t *testing.T) {
 		{"an empty log with a head", &LeavesAck{Head: head}, false},
 		{"the head of another size", &LeavesAck{Size: 11, Head: head, Edge: edge}, false},
 		{"an edge too long", &LeavesAck{Size: 7, Head: head, Edge: append(edge, evm.Hash{})}, false},
+		{"a log of which more was lost", &LeavesAck{Lost: head}, true},
+		{"a log of which less was lost", &LeavesAck{Size: 7, Head: head, Edge: edge, Lost: head}, false},
+		{"a lost head of no network", &LeavesAck{Lost: changed(func(h *receiptlog.SignedHead) { h.Network = "" })}, false},
+		{"a log that began anew", &LeavesAck{Reset: &receiptlog.SignedReset{Reset: receiptlog.Reset{Era: 1}}}, true},
+		{"a head of another era", &LeavesAck{Size: 7, Head: head, Edge: edge, Reset: &receiptlog.SignedReset{Reset: receiptlog.Reset{Era: 1}}}, false},
+		{"a head of no date", &Heartbeat{Head: changed(func(h *receiptlog.SignedHead) { h.Time = 1 << 60 })}, false},
 		{"a head of no network", &LeavesAck{Size: 7, Head: changed(func(h *receiptlog.SignedHead) { h.Network = "\x1b[2J" }), Edge: edge}, false},
 
 		{"a head", &Heartbeat{Models: []ModelState{}, Head: head}, true},

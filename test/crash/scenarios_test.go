@@ -107,6 +107,12 @@ func command(args ...string) scenario {
 	}
 }
 
+// resetLog has the node's receipt log begin anew.
+func resetLog(ctx context.Context, w *world) error {
+	_, err := w.Network(ctx, "nodes", "reset-log", w.address, "--reason", "a test", "--force")
+	return err
+}
+
 func revoke(ctx context.Context, w *world) error {
 	if _, err := w.Network(ctx, "apikey", "create", "--name", "gone"); err != nil {
 		return err

@@ -43,6 +43,7 @@ var scenarios = []struct {
 	{`model\.length`, shorten},
 
 	// The network service.
+	{`store\.logreset`, resetLog},
 	{`store\.(job|jobs|request|result|receiptlog)\.|nodes\.frame\.\w+ \*wire\.(Job|Ack|LeavesAck)$|gateway\.`, nothing},
 	{`nodes\.count|nodes\.frame\.\w+ \*wire\.(Welcome|Bound|Status|SandboxAck)$`, restartAgent},
 	{`nodes\.frame\.\w+ \*wire\.Cancel|store\.deletion`, leave},

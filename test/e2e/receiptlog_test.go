@@ -118,7 +118,7 @@ func alone(t *testing.T, n *stack.Node) {
 
 // A receipt is in its node's log, which the network proves and anybody checks, a
 // contract included. The log goes on over restarts of both, and what the network's
-// disk has lost of it the node shows again.
+// disk has lost of it the node shows again. The operator can have it begin anew.
 func TestReceiptLog(t *testing.T) {
 	ctx := t.Context()
 	n := s.Nodes[0]
@@ -211,6 +211,27 @@ func TestReceiptLog(t *testing.T) {
 	grown("after a leaf was altered on the network's disk", third)
 	if journal := string(s.NetworkJournal(ctx)); !strings.Contains(journal, "copy of the node's receipt log is damaged") {
 		t.Error("the network has not found the altered leaf")
+	}
+
+	if out, err := s.Network(ctx, "nodes", "reset-log", status.Node, "--reason", "for a test"); err == nil {
+		t.Errorf("a log that is whole begins anew: %s", out)
+	}
+	if out, err := s.Network(ctx, "nodes", "reset-log", status.Node, "--reason", "for a test", "--force"); err != nil {
+		t.Fatalf("%v: %s", err, out)
+	}
+	if err := n.WaitRoutable(ctx); err != nil {
+		t.Fatal(err)
+	}
+	anew := askProven(t)
+	if anew.proof.Head.Era == 0 || anew.proof.Reset == nil {
+		t.Errorf("a proof of the log that began anew: %+v", anew.proof)
+	}
+	if out, err := anew.verify(t, anew.rawLog); err != nil || !strings.Contains(out, `"for a test"`) {
+		t.Errorf("verify: %v: %s", err, out)
+	}
+	onChain(anew)
+	if out, err := first.verify(t, first.rawLog); err != nil {
+		t.Errorf("verify what was proven before: %v: %s", err, out)
 	}
 }
 

@@ -5,6 +5,8 @@ import (
 	"encoding/json"
 	"fmt"
 	"io"
+	"os"
+	"os/user"
 	"strconv"
 	"strings"
 	"text/tabwriter"
@@ -15,6 +17,8 @@ import (
 	"github.com/resultity/node/internal/evm"
 	"github.com/resultity/node/internal/network"
 	"github.com/resultity/node/internal/network/classes"
+	"github.com/resultity/node/internal/network/store"
+	"github.com/resultity/node/internal/receiptlog"
 	"github.com/resultity/node/internal/wire"
 )
 
@@ -68,8 +72,62 @@ func nodesCommand() *cobra.Command {
 		}
 		return struct{}{}, func(w io.Writer) { fmt.Fprintln(w, "unbound", addr.Hex()) }, a.Unbind(cmd.Context(), addr)
 	})
-	cmd.AddCommand(list, show, unbind)
+	cmd.AddCommand(list, show, unbind, resetLogCommand())
 	return cmd
+}
+
+func resetLogCommand() *cobra.Command {
+	var reason string
+	var force bool
+	cmd := adminCommand("reset-log NODE", "Have the receipt log of a node begin anew, and set aside what contradicts it", 1, func(cmd *cobra.Command, a network.Admin, args []string) (any, func(io.Writer), error) {
+		addr, err := evm.ParseAddress(args[0])
+		if err != nil {
+			return nil, nil, fmt.Errorf("%w: %w", errUsage, err)
+		}
+		if err := receiptlog.CheckReason(reason); err != nil {
+			return nil, nil, fmt.Errorf("%w: --reason: %w", errUsage, err)
+		}
+		r, err := a.ResetLog(cmd.Context(), addr, whoIs(), reason, force)
+		if err != nil || r == nil {
+			return nil, nil, err
+		}
+		return r, func(w io.Writer) {
+			showReset(w, r)
+			fmt.Fprintln(w, "The node takes it over in its next session, which begins at once; nothing has to be done there.")
+		}, nil
+	})
+	cmd.Long = "Have the receipt log of a node begin anew.\n\n" +
+		"A node that has signed two logs gets no jobs any more. A honest one may have, or\n" +
+		"can sign none at all, where its disk and the network's copy were both lost. Look into\n" +
+		"it first (nodes show NODE), and ask the node's operator.\n\n" +
+		"The network signs that the log begins anew. The heads that were there are kept with\n" +
+		"that for good, and old proofs stay valid; each proof of the new log shows when it\n" +
+		"began, and the reason. A log can begin anew 16 times."
+	cmd.Flags().StringVar(&reason, "reason", "", "one line that says why, which everybody sees who gets a proof of the new log")
+	cmd.Flags().BoolVar(&force, "force", false, "also where the network sees nothing wrong: its copy or the node was set back to an older state")
+	_ = cmd.MarkFlagRequired("reason") // fails for a flag that is not there
+	return cmd
+}
+
+// whoIs names the operator for the network's own record.
+func whoIs() string {
+	if name := os.Getenv("SUDO_USER"); name != "" {
+		return name
+	}
+	if u, err := user.Current(); err == nil {
+		return u.Username
+	}
+	return fmt.Sprintf("uid %d", os.Getuid())
+}
+
+// showReset says what was set aside.
+func showReset(w io.Writer, r *store.Reset) {
+	fmt.Fprintf(w, "began anew\t%s, by %q: %q\n", when(int64(r.Era)), r.Operator, r.Reason)
+	for _, h := range []*receiptlog.SignedHead{r.First, r.Second} {
+		if h != nil {
+			fmt.Fprintf(w, "\tset aside: root %s of %d receipts, signed %s, signature %s\n", h.Root, h.Size, when(int64(h.Time)), h.Signature)
+		}
+	}
 }
 
 func accountsCommand() *cobra.Command {
@@ -183,6 +241,9 @@ func logState(l *network.NodeLog) string {
 	if l.Lost != nil {
 		s += ", gap"
 	}
+	if n := len(l.Resets); n > 0 {
+		s += fmt.Sprintf(", reset %d×", n)
+	}
 	return s
 }
 
@@ -201,6 +262,9 @@ func showLog(w io.Writer, l *network.NodeLog) {
 	}
 	if l.Lost != nil {
 		fmt.Fprintf(w, "\tnot shown to go on from the log of %d receipts, root %s, of which the network has lost its copy\n", l.Lost.Size, l.Lost.Root)
+		if l.Lost.Size > l.Size() {
+			fmt.Fprintln(w, "\tif the node has lost it, too, it signs no other one: see nodes reset-log --help")
+		}
 	}
 	if l.Overdue > 0 {
 		fmt.Fprintf(w, "\t%d receipts should have been in it for two heartbeats\n", l.Overdue)
@@ -209,8 +273,11 @@ func showLog(w io.Writer, l *network.NodeLog) {
 		fmt.Fprintf(w, "\t%d receipts of this node are not in it, though it went on\n", l.LeftOut)
 	}
 	if c := l.Conflict; c != nil {
-		fmt.Fprintf(w, "\tcontradicts itself, found %s: root %s of %d receipts, and root %s of %d; the node gets no jobs, --json prints both heads with their signatures\n",
+		fmt.Fprintf(w, "\tcontradicts itself, found %s: root %s of %d receipts, and root %s of %d; the node gets no jobs, --json prints both heads with their signatures; see nodes reset-log --help\n",
 			when(c.Found), c.First.Root, c.First.Size, c.Second.Root, c.Second.Size)
+	}
+	for i := range l.Resets {
+		showReset(w, &l.Resets[i])
 	}
 }
 

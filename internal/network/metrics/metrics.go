@@ -38,6 +38,7 @@ type Metrics struct {
 	StoreSeconds  *prometheus.HistogramVec // durable writes; op
 	Heads         *prometheus.CounterVec   // of nodes' receipt logs; verdict
 	Leaves        prometheus.Counter       // of these logs, stored
+	LogResets     prometheus.Counter       // logs that began anew
 	LeftOut       prometheus.Counter       // receipts that a log has gone on without
 	LogsDamaged   prometheus.Counter       // findings that a copy of a log is damaged
 }
@@ -89,11 +90,12 @@ func New(state func() State) *Metrics {
 		StoreSeconds:  histogram("store_seconds", "Time of one durable write.", 0.00005, "op"),
 		Heads:         counter("receipt_log_heads_total", "Heads of nodes' receipt logs by verdict; repeated ones are not counted.", "verdict"),
 		Leaves:        prometheus.NewCounter(prometheus.CounterOpts{Namespace: "resultity", Name: "receipt_log_leaves_total", Help: "Receipts in nodes' logs that were stored."}),
+		LogResets:     prometheus.NewCounter(prometheus.CounterOpts{Namespace: "resultity", Name: "receipt_log_resets_total", Help: "Receipt logs of nodes that the operator has had begin anew."}),
 		LeftOut:       prometheus.NewCounter(prometheus.CounterOpts{Namespace: "resultity", Name: "receipts_left_out_total", Help: "Receipts that the log of their node has gone on without."}),
 		LogsDamaged:   prometheus.NewCounter(prometheus.CounterOpts{Namespace: "resultity", Name: "receipt_log_damaged_total", Help: "How often a copy of a receipt log was found to be damaged in the store."}),
 	}
 	m.registry.MustRegister(m.Jobs, m.Results, m.Dispatches, m.Reassignments, m.Replays, m.FramesRefused, m.Sessions, m.Registrations, m.Bindings, m.Mails,
-		m.Requests, m.JobSeconds, m.FirstByte, m.Crowded, m.Discarded, m.Unrecorded, m.OtherClass, m.StoreSeconds, m.Heads, m.Leaves, m.LeftOut, m.LogsDamaged, gauges{state},
+		m.Requests, m.JobSeconds, m.FirstByte, m.Crowded, m.Discarded, m.Unrecorded, m.OtherClass, m.StoreSeconds, m.Heads, m.Leaves, m.LogResets, m.LeftOut, m.LogsDamaged, gauges{state},
 		collectors.NewGoCollector(), collectors.NewProcessCollector(collectors.ProcessCollectorOpts{}))
 	return m
 }

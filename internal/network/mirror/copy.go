@@ -75,6 +75,9 @@ func check(r *store.ReceiptLog) error {
 	if r.Head == nil {
 		return nil
 	}
+	if r.Head.Era != r.Era() {
+		return fmt.Errorf("the head is of era %d, the log of %d", r.Head.Era, r.Era())
+	}
 	return errors.Join(r.Head.Verify(), follows(r))
 }
 
@@ -87,7 +90,7 @@ func follows(r *store.ReceiptLog) error {
 	if log.Root() != r.Head.Root {
 		return errors.New("the edge does not lead to the head's root")
 	}
-	full := func(context.Context, evm.Address, int, uint64) ([]byte, time.Time, error) {
+	full := func(context.Context, evm.Address, uint64, int, uint64) ([]byte, time.Time, error) {
 		return nil, time.Time{}, errNotHere
 	}
 	v, err := newView(context.Background(), r, full)
@@ -104,7 +107,7 @@ func follows(r *store.ReceiptLog) error {
 }
 
 // readTile reads a full tile, see [store.Store.Tile].
-type readTile func(ctx context.Context, node evm.Address, level int, index uint64) ([]byte, time.Time, error)
+type readTile func(ctx context.Context, node evm.Address, era uint64, level int, index uint64) ([]byte, time.Time, error)
 
 type tile struct {
 	hashes []byte
@@ -184,7 +187,7 @@ func (v *view) tile(level int, index uint64) (t tile, err error) {
 			t = tile{v.log.Open[level], time.UnixMilli(v.log.Stored)}
 		}
 	} else {
-		t.hashes, t.at, err = v.read(v.ctx, v.log.Head.Node, level, index)
+		t.hashes, t.at, err = v.read(v.ctx, v.log.Head.Node, v.log.Era(), level, index)
 		switch {
 		case errors.Is(err, store.ErrNotFound):
 			return t, fmt.Errorf("%w: %w", errNotHere, err)

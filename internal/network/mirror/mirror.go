@@ -18,7 +18,9 @@
 // is stored. So a network whose disk is full loses nothing: the node still has it.
 //
 // A head that does not go on from the last one is kept with it, for good: the node
-// is out (see [Mirror.Join]). One whose leaves begin behind the end of the copy, since
+// is out (see [Mirror.Join]), until the network's operator has its log begin anew: what
+// was there is kept, proofs are still made of it, and the heads that were set aside stay
+// with the network's signed word (see [Mirror.Reset]). One whose leaves begin behind the end of the copy, since
 // the copy was lost or is too old, begins another copy. It must go on from the head
 // that was lost, too, as far as what the node still has reaches back; the rest is a
 // gap, which stays visible.
@@ -90,7 +92,9 @@ var (
 type records interface {
 	ReceiptLog(context.Context, evm.Address) (*store.ReceiptLog, error)
 	PutReceiptLog(context.Context, evm.Address, *store.ReceiptLog, []store.Tile) error
-	Tile(ctx context.Context, node evm.Address, level int, index uint64) ([]byte, time.Time, error)
+	ResetReceiptLog(ctx context.Context, node evm.Address, ended, anew *store.ReceiptLog) error
+	EndedReceiptLog(ctx context.Context, node evm.Address, era uint64) (*store.ReceiptLog, error)
+	Tile(ctx context.Context, node evm.Address, era uint64, level int, index uint64) ([]byte, time.Time, error)
 }
 
 // Terms is what the network's configuration says about logs.
@@ -104,6 +108,7 @@ type Terms struct {
 type Mirror struct {
 	records records
 	terms   func() Terms
+	key     *evm.Key // of the network's messages
 	metrics *metrics.Metrics
 	log     *slog.Logger
 	out     func(evm.Address, string) // tells that a node is out, and why; must not call back
@@ -116,9 +121,9 @@ type Mirror struct {
 	copies map[evm.Address]*logCopy
 }
 
-// New makes a mirror.
-func New(r records, terms func() Terms, m *metrics.Metrics, log *slog.Logger, out func(evm.Address, string)) *Mirror {
-	return &Mirror{records: r, terms: terms, metrics: m, log: log, out: out, turns: make(chan struct{}, atOnce), copies: map[evm.Address]*logCopy{}}
+// New makes a mirror. key signs the network's word for a log that begins anew.
+func New(r records, terms func() Terms, key *evm.Key, m *metrics.Metrics, log *slog.Logger, out func(evm.Address, string)) *Mirror {
+	return &Mirror{records: r, terms: terms, key: key, metrics: m, log: log, out: out, turns: make(chan struct{}, atOnce), copies: map[evm.Address]*logCopy{}}
 }
 
 // Close waits for what is being written. Sessions must have ended.
@@ -142,6 +147,7 @@ type logCopy struct {
 	busy    bool                     // work is under way
 	failing bool                     // the last try to store something failed
 	accuse  bool                     // stored.Conflict is not on disk yet
+	reset   func() error             // has the log begin anew; once
 
 	expected map[evm.Hash]expectation // by leaf
 	asked    []evm.Hash               // of these, to be looked for in the copy
@@ -197,7 +203,13 @@ func (m *Mirror) Join(ctx context.Context, node evm.Address, told func(*wire.Lea
 		c.expected[leaf] = expectation{job: e.job, since: now, size: c.stored.Size()}
 	}
 	c.asked, c.overdue = nil, 0
-	c.tell()
+	first := c.says()
+	if first.Reset, err = c.word(); err != nil {
+		c.session = nil
+		c.drop()
+		return nil, "", err
+	}
+	told(first)
 	return s, c.out(), nil
 }
 
@@ -235,8 +247,8 @@ func (c *logCopy) load(ctx context.Context) error {
 		c.m.metrics.LogsDamaged.Inc()
 		lost := new(store.ReceiptLog)
 		if r != nil {
-			lost.Conflict, lost.Lost, lost.LeftOut = r.Conflict, r.Lost, r.LeftOut
-			if r.Head != nil && r.Head.Node == c.node && r.Head.Verify() == nil {
+			lost.Conflict, lost.Lost, lost.Resets, lost.LeftOut = r.Conflict, r.Lost, r.Resets, r.LeftOut
+			if r.Head != nil && r.Head.Node == c.node && r.Head.Era == r.Era() && r.Head.Verify() == nil {
 				lost.Lost = r.Head
 			}
 		}
@@ -268,12 +280,32 @@ func (c *logCopy) forget() {
 	c.leaves = slices.Clone(c.leaves[:keep])
 }
 
+// says is what the node is told.
+func (c *logCopy) says() *wire.LeavesAck {
+	c.session.size = c.stored.Size()
+	a := &wire.LeavesAck{Size: c.stored.Size(), Head: c.stored.Head, Edge: c.stored.Edge}
+	if lost := c.stored.Lost; lost != nil && lost.Size > a.Size {
+		a.Lost = lost
+	}
+	return a
+}
+
 // tell says what is stored.
 func (c *logCopy) tell() {
 	if c.session != nil {
-		c.session.size = c.stored.Size()
-		c.session.told(&wire.LeavesAck{Size: c.stored.Size(), Head: c.stored.Head, Edge: c.stored.Edge})
+		c.session.told(c.says())
 	}
+}
+
+// word is the network's word for the era of the log, by the key that it has now; nil in
+// the first era.
+func (c *logCopy) word() (*receiptlog.SignedReset, error) {
+	n := len(c.stored.Resets)
+	if n == 0 {
+		return nil, nil
+	}
+	last := c.stored.Resets[n-1]
+	return last.Sign(last.ChainID, c.m.key)
 }
 
 // out says why the node gets no jobs, or "".
@@ -299,7 +331,7 @@ func (s *Session) Leave() {
 
 // drop forgets a copy that nobody needs.
 func (c *logCopy) drop() {
-	if c.session != nil || c.busy || c.next != nil || c.accuse || len(c.expected) > 0 {
+	if c.session != nil || c.busy || c.next != nil || c.accuse || c.reset != nil || len(c.expected) > 0 {
 		return
 	}
 	c.m.mu.Lock()
@@ -331,7 +363,7 @@ func (s *Session) Leaves(l *wire.Leaves) (news bool, err error) {
 			return false, ErrCrowded
 		}
 		c.base = begin(from, l.Edge) // see the package comment
-		c.base.Lost, c.base.LeftOut = c.stored.Lost, c.leftOut
+		c.base.Lost, c.base.Resets, c.base.LeftOut = c.stored.Lost, c.stored.Resets, c.leftOut
 		if c.stored.Head != nil {
 			c.base.Lost = c.stored.Head
 		}
@@ -375,8 +407,8 @@ func (s *Session) Beat(h *receiptlog.SignedHead) error {
 		}
 	}
 	t := c.m.terms()
-	if h.Node != c.node || h.ChainID != t.ChainID || h.Network != t.Network {
-		return fmt.Errorf("%w: a head of node %s in network %.64q on chain %d", ErrInvalid, h.Node, h.Network, h.ChainID)
+	if h.Node != c.node || h.ChainID != t.ChainID || h.Network != t.Network || h.Era != c.stored.Era() {
+		return fmt.Errorf("%w: a head of node %s in network %.64q on chain %d, era %d", ErrInvalid, h.Node, h.Network, h.ChainID, h.Era)
 	}
 	if err := h.Verify(); err != nil {
 		return fmt.Errorf("%w: %w", ErrInvalid, err)
@@ -463,6 +495,10 @@ func (c *logCopy) work() {
 	for {
 		var err error
 		switch {
+		case c.reset != nil: // whatever else has failed
+			_ = c.reset() // who has asked is told
+			c.reset = nil
+			continue
 		case c.accuse:
 			err = c.storeConflict()
 		case c.stored.Conflict != nil:
@@ -483,7 +519,9 @@ func (c *logCopy) work() {
 		c.failing = failed
 		if failed {
 			c.count("failed")
-			return
+			if c.reset == nil {
+				return
+			}
 		}
 	}
 }
@@ -605,7 +643,7 @@ func (c *logCopy) storeConflict() (err error) {
 		var r *store.ReceiptLog
 		r, err = c.m.records.ReceiptLog(ctx, c.node)
 		if errors.Is(err, store.ErrNotFound) || errors.Is(err, store.ErrDamaged) {
-			r, err = new(store.ReceiptLog), nil
+			r, err = &store.ReceiptLog{LogSummary: store.LogSummary{Lost: c.stored.Lost, Resets: c.stored.Resets, LeftOut: c.stored.LeftOut}}, nil
 		}
 		if err == nil {
 			r.Conflict = conflict
@@ -616,6 +654,103 @@ func (c *logCopy) storeConflict() (err error) {
 		c.accuse = false
 	}
 	return err
+}
+
+// ErrWhole says that there is nothing wrong with a log that is to begin anew.
+var ErrWhole = errors.New("nothing is wrong with the receipt log as far as the network knows; --force has it begin anew all the same")
+
+// Reset has the log of a node begin anew, in another era: its next heads go on from
+// none. Without force it fails with [ErrWhole] for a log that neither contradicts itself
+// nor has lost anything. The node is told in its next session, which begins at once.
+func (m *Mirror) Reset(ctx context.Context, node evm.Address, operator, reason string, force bool) (*store.Reset, error) {
+	if err := receiptlog.CheckReason(reason); err != nil {
+		return nil, err
+	}
+	c := m.take(node)
+	if !c.loaded {
+		if err := c.load(ctx); err != nil {
+			c.drop()
+			c.mu.Unlock()
+			return nil, err
+		}
+	}
+	if c.reset != nil {
+		c.mu.Unlock()
+		return nil, fmt.Errorf("the receipt log of %s is being reset already", node)
+	}
+	var done *store.Reset
+	result := make(chan error, 1)
+	c.reset = func() (err error) {
+		done, err = c.beginAnew(operator, reason, force)
+		result <- err
+		return err
+	}
+	c.kick()
+	c.mu.Unlock()
+	err := <-result // bounded, as writes are
+	return done, err
+}
+
+// beginAnew makes another era durable, and ends the session.
+func (c *logCopy) beginAnew(operator, reason string, force bool) (*store.Reset, error) {
+	is := c.stored
+	if is.Conflict == nil && is.Lost == nil && !force {
+		return nil, ErrWhole
+	}
+	if len(is.Resets) >= store.MaxResets {
+		return nil, fmt.Errorf("the receipt log of %s has begun anew %d times, and none of them is forgotten: the node needs another key", c.node, len(is.Resets))
+	}
+	t := c.m.terms()
+	r := receiptlog.Reset{Node: c.node, Network: t.Network, Before: is.Era(), Era: max(uint64(time.Now().UnixMilli()), is.Era()+1), First: is.Head, Reason: reason}
+	if is.Head == nil {
+		r.First = is.Lost
+	}
+	if x := is.Conflict; x != nil {
+		r.First, r.Second = &x.First, &x.Second
+	}
+	word, err := r.Sign(t.ChainID, c.m.key)
+	if err != nil {
+		return nil, err
+	}
+	done := store.Reset{SignedReset: *word, Operator: operator}
+	anew := &store.ReceiptLog{LogSummary: store.LogSummary{Resets: append(slices.Clone(is.Resets), done), LeftOut: c.leftOut, Stored: time.Now().UnixMilli()}}
+	c.end() // what it says now is of the era that ends
+	c.unlocked(func() {
+		ctx, cancel := context.WithTimeout(context.Background(), opTimeout)
+		defer cancel()
+		var ended *store.ReceiptLog
+		if ended, err = c.m.records.ReceiptLog(ctx, c.node); err == nil {
+			ended.Conflict = is.Conflict // which may not be on disk yet
+		} else if errors.Is(err, store.ErrNotFound) || errors.Is(err, store.ErrDamaged) {
+			ended, err = nil, nil
+		}
+		if err == nil {
+			err = c.m.records.ResetReceiptLog(ctx, c.node, ended, anew)
+		}
+	})
+	if err != nil {
+		return nil, err
+	}
+	c.m.metrics.LogResets.Inc()
+	c.log.Warn("receipt log of the node begins anew, by the network's operator", "operator", operator, "reason", reason, "era", r.Era, "before", r.Before)
+	c.next, c.older, c.asked, c.accuse = nil, nil, nil, false
+	c.settleDown(anew)
+	c.forget()
+	for leaf, e := range c.expected { // the log has them, or goes on without them
+		c.expected[leaf] = expectation{job: e.job, since: time.Now()}
+	}
+	c.overdue = 0
+	c.end()
+	c.m.out(c.node, "")
+	return &done, nil
+}
+
+// end has the session begin again, for the log that began anew.
+func (c *logCopy) end() {
+	if c.session != nil {
+		c.session.over("the receipt log begins anew")
+		c.session = nil
+	}
 }
 
 // view reads the copy as it is on disk.
@@ -778,8 +913,30 @@ func (m *Mirror) Prove(ctx context.Context, node evm.Address, leaf evm.Hash, at 
 	return i, err
 }
 
+// prove looks in the log as it is, and then in those of the eras before.
 func (m *Mirror) prove(ctx context.Context, node evm.Address, leaf evm.Hash, at time.Time) (*receiptlog.Inclusion, error) {
-	v, err := m.view(ctx, node)
+	now, err := m.records.ReceiptLog(ctx, node)
+	if err != nil {
+		return nil, err
+	}
+	i, err := m.proveIn(ctx, now, leaf, at)
+	for _, reset := range slices.Backward(now.Resets) {
+		if err == nil {
+			break
+		}
+		r, gone := m.records.EndedReceiptLog(ctx, node, reset.Before)
+		if gone != nil {
+			continue
+		}
+		if before, not := m.proveIn(ctx, r, leaf, at); not == nil {
+			i, err = before, nil
+		}
+	}
+	return i, err
+}
+
+func (m *Mirror) proveIn(ctx context.Context, r *store.ReceiptLog, leaf evm.Hash, at time.Time) (*receiptlog.Inclusion, error) {
+	v, err := newView(ctx, r, m.records.Tile)
 	if err != nil {
 		return nil, err
 	}
@@ -798,7 +955,11 @@ func (m *Mirror) prove(ctx context.Context, node evm.Address, leaf evm.Hash, at 
 	if err := p.Check(leaf, head.Root); err != nil {
 		return nil, fmt.Errorf("%w: %w", store.ErrDamaged, err)
 	}
-	return &receiptlog.Inclusion{Head: *head, Index: index, Path: p.Path}, nil
+	i := &receiptlog.Inclusion{Head: *head, Index: index, Path: p.Path}
+	if n := len(r.Resets); n > 0 {
+		i.Reset = &r.Resets[n-1].SignedReset
+	}
+	return i, nil
 }
 
 func (m *Mirror) damaged(node evm.Address, err error) {

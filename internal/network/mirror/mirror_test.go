@@ -34,13 +34,18 @@ type disk struct {
 	reads int // one more than succeed before all fail; 0 for no end
 	puts  int
 	logs  map[evm.Address][]byte
+	ended map[string][]byte
 	tiles map[string]tile
 }
 
-func newDisk() *disk { return &disk{logs: map[evm.Address][]byte{}, tiles: map[string]tile{}} }
+func newDisk() *disk {
+	return &disk{logs: map[evm.Address][]byte{}, ended: map[string][]byte{}, tiles: map[string]tile{}}
+}
 
-func name(node evm.Address, level int, index uint64) string {
-	return fmt.Sprint(node, level, index)
+func name(node evm.Address, level int, index uint64) string { return inEra(node, 0, level, index) }
+
+func inEra(node evm.Address, era uint64, level int, index uint64) string {
+	return fmt.Sprint(node, era, level, index)
 }
 
 func (d *disk) ReceiptLog(_ context.Context, node evm.Address) (*store.ReceiptLog, error) {
@@ -51,6 +56,31 @@ func (d *disk) ReceiptLog(_ context.Context, node evm.Address) (*store.ReceiptLo
 	}
 	d.reads = max(0, d.reads-1)
 	raw, ok := d.logs[node]
+	return parse(raw, ok)
+}
+
+func (d *disk) EndedReceiptLog(_ context.Context, node evm.Address, era uint64) (*store.ReceiptLog, error) {
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	raw, ok := d.ended[fmt.Sprint(node, era)]
+	return parse(raw, ok)
+}
+
+func (d *disk) ResetReceiptLog(_ context.Context, node evm.Address, ended, anew *store.ReceiptLog) error {
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	if d.fail != nil {
+		return d.fail
+	}
+	var errs [2]error
+	if ended != nil {
+		d.ended[fmt.Sprint(node, ended.Era())], errs[0] = json.Marshal(ended)
+	}
+	d.logs[node], errs[1] = json.Marshal(anew)
+	return errors.Join(errs[:]...)
+}
+
+func parse(raw []byte, ok bool) (*store.ReceiptLog, error) {
 	if !ok {
 		return nil, store.ErrNotFound
 	}
@@ -68,7 +98,7 @@ func (d *disk) PutReceiptLog(_ context.Context, node evm.Address, l *store.Recei
 		return d.fail
 	}
 	for _, t := range full {
-		d.tiles[name(node, t.Level, t.Index)] = tile{t.Hashes, time.Now()}
+		d.tiles[inEra(node, l.Era(), t.Level, t.Index)] = tile{t.Hashes, time.Now()}
 	}
 	raw, err := json.Marshal(l)
 	d.logs[node] = raw
@@ -76,10 +106,10 @@ func (d *disk) PutReceiptLog(_ context.Context, node evm.Address, l *store.Recei
 	return err
 }
 
-func (d *disk) Tile(_ context.Context, node evm.Address, level int, index uint64) ([]byte, time.Time, error) {
+func (d *disk) Tile(_ context.Context, node evm.Address, era uint64, level int, index uint64) ([]byte, time.Time, error) {
 	d.mu.Lock()
 	defer d.mu.Unlock()
-	t, ok := d.tiles[name(node, level, index)]
+	t, ok := d.tiles[inEra(node, era, level, index)]
 	if !ok {
 		return nil, time.Time{}, store.ErrNotFound
 	}
@@ -112,6 +142,8 @@ type prover struct {
 	disk *disk
 	m    *Mirror
 	s    *Session
+	own  *evm.Key // the network's
+	era  uint64
 	log  *receiptlog.Log
 	all  []evm.Hash
 	made []time.Time // each of them
@@ -127,14 +159,18 @@ func newProver(t *testing.T) *prover {
 	if err != nil {
 		t.Fatal(err)
 	}
-	p := &prover{t: t, key: key, disk: newDisk(), log: receiptlog.New()}
+	own, err := evm.NewKey()
+	if err != nil {
+		t.Fatal(err)
+	}
+	p := &prover{t: t, key: key, own: own, disk: newDisk(), log: receiptlog.New()}
 	p.restart()
 	return p
 }
 
 // restart has another network service begin over the same disk.
 func (p *prover) restart() {
-	p.m = New(p.disk, func() Terms { return Terms{network, chain, heartbeat} }, metrics.New(func() metrics.State { return metrics.State{} }),
+	p.m = New(p.disk, func() Terms { return Terms{network, chain, heartbeat} }, p.own, metrics.New(func() metrics.State { return metrics.State{} }),
 		slog.New(slog.NewTextHandler(p.t.Output(), nil)), func(a evm.Address, why string) {
 			if a != p.key.Address() {
 				p.t.Errorf("%s is out", a)
@@ -211,7 +247,7 @@ func (p *prover) leaves(from int, leaves, edge []evm.Hash) (news bool, err error
 // sign makes a head of the log.
 func (p *prover) sign(change func(*receiptlog.Head)) *receiptlog.SignedHead {
 	p.t.Helper()
-	h := receiptlog.Head{Node: p.key.Address(), Network: network, Size: p.log.Size(), Root: p.log.Root(), Time: uint64(time.Now().UnixMilli())}
+	h := receiptlog.Head{Node: p.key.Address(), Network: network, Era: p.era, Size: p.log.Size(), Root: p.log.Root(), Time: uint64(time.Now().UnixMilli())}
 	if change != nil {
 		change(&h)
 	}
@@ -516,6 +552,120 @@ func TestContradiction(t *testing.T) {
 	p.beat(older)
 	if p.out != "" {
 		t.Errorf("an older head of the same log is taken for another one: %s", p.out)
+	}
+}
+
+// The network's operator has a log begin anew that contradicts itself. What was set
+// aside is kept, what could be proven still can be, and the new log is as any other.
+func TestReset(t *testing.T) {
+	p := newProver(t)
+	p.join()
+	p.grow(400)
+	p.sync()
+	reset := func(reason string, force bool) (*store.Reset, error) {
+		return p.m.Reset(t.Context(), p.key.Address(), "ann", reason, force)
+	}
+	_, err := reset("because", false)
+	is(t, "a log that is whole", err, ErrWhole)
+	first := *p.last().Head
+	second := p.sign(func(h *receiptlog.Head) { h.Root[0] ^= 1 })
+	p.beat(second)
+	if _, err := reset(" \n", false); err == nil || p.out == "" {
+		t.Fatalf("without a reason: %v, out for %q", err, p.out)
+	}
+	p.disk.set(errors.New("full"))
+	if _, err := reset("two disks", false); err == nil {
+		t.Error("nothing is written down, and it is said to be")
+	}
+	p.disk.set(nil)
+	p.beat(nil)
+	if _, out := p.join(); out == "" {
+		t.Error("what was not written down has an effect")
+	}
+	p.over = ""
+	r, err := reset("two disks", false)
+	if err != nil {
+		t.Fatal(err)
+	}
+	by, err := r.Verify()
+	if err != nil || by != p.own.Address() || r.First == nil || *r.First != first || r.Second == nil || *r.Second != *second || r.Operator != "ann" || r.Reason != "two disks" || r.Before != 0 {
+		t.Errorf("the word is %+v by %s, %v", r, by, err)
+	}
+	if p.out != "" || p.over == "" {
+		t.Errorf("the node is out for %q, its session over for %q", p.out, p.over)
+	}
+
+	// What the node has now, of which the network has seen some.
+	old := p.all
+	p.log, p.all, p.made = receiptlog.New(), nil, nil
+	for _, leaf := range old[300:] {
+		p.add(leaf)
+	}
+	for i := range uint64(500) {
+		p.add(receiptlog.Leaf(hash(1000 + i)))
+	}
+	for range 2 {
+		a, out := p.join()
+		if a.Size != 0 || a.Head != nil || out != "" || a.Reset == nil || a.Reset.Era != r.Era || a.Lost != nil {
+			t.Fatalf("the node is told %+v, out for %q", a, out)
+		}
+		p.restart()
+	}
+	p.join()
+	p.send(0, nil)
+	is(t, "a head of the era before", p.s.Beat(p.sign(nil)), ErrInvalid)
+	p.era = r.Era + 1
+	is(t, "a head of another era", p.s.Beat(p.sign(nil)), ErrInvalid)
+	p.era = r.Era
+	p.beat(p.sign(nil))
+	prove := func(leaf evm.Hash) *receiptlog.Inclusion {
+		t.Helper()
+		i, err := p.m.Prove(t.Context(), p.key.Address(), leaf, time.Now())
+		if err != nil {
+			t.Fatal(err)
+		}
+		raw, err := json.Marshal(i)
+		if err != nil {
+			t.Fatal(err)
+		}
+		if i, err = receiptlog.ParseInclusion(raw); err != nil {
+			t.Fatal(err)
+		}
+		return i
+	}
+	if i := prove(old[5]); i.Head != first || i.Reset != nil {
+		t.Errorf("what only the old log has is proven under %+v", i.Head)
+	}
+	for _, leaf := range []evm.Hash{old[300], p.all[0], p.all[599]} {
+		if i := prove(leaf); i.Head.Era != r.Era || i.Reset == nil {
+			t.Errorf("what the new log has is proven under %+v", i.Head)
+		}
+	}
+	// And again, with the copy lost meanwhile.
+	p.s.Leave()
+	p.disk.change(t, p.key.Address(), func(l *store.ReceiptLog) { l.Edge[0][0] ^= 1 })
+	a, _ := p.join()
+	if a.Lost == nil || a.Lost.Size != 600 || a.Reset == nil {
+		t.Fatalf("the node is told %+v", a)
+	}
+	again, err := reset("once more", false)
+	if err != nil || again.Era <= r.Era || again.Before != r.Era || *again.First != *a.Lost || again.Second != nil {
+		t.Fatalf("%+v, %v", again, err)
+	}
+	for range store.MaxResets - 2 {
+		if _, err := reset("more", true); err != nil {
+			t.Fatal(err)
+		}
+	}
+	if _, err := reset("more", true); err == nil {
+		t.Error("a log begins anew without an end")
+	}
+	p.join()
+	if i := prove(old[5]); i.Head != first {
+		t.Errorf("what only the first log has is proven under %+v", i.Head)
+	}
+	if l, err := p.disk.ReceiptLog(t.Context(), p.key.Address()); err != nil || len(l.Resets) != store.MaxResets || *l.Resets[0].Second != *second {
+		t.Errorf("kept is %+v, %v", l, err)
 	}
 }
 

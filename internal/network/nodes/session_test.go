@@ -517,7 +517,7 @@ func TestFloodsAreSlowedDown(t *testing.T) {
 			s.m.limits.logsOf = newLimiters[evm.Address](rate.Every(time.Hour), 2)
 			s.m.limits.leavesOf = newLimiters[evm.Address](rate.Every(time.Hour), 2)
 			s.m.limits.recordsOf = newLimiters[evm.Address](rate.Every(time.Hour), 2)
-			logs := mirror.New(noLogs{}, nil, s.m.metrics, s.log, nil)
+			logs := mirror.New(noLogs{}, nil, nil, s.m.metrics, s.log, nil)
 			if s.copy, _, err = logs.Join(t.Context(), s.node, func(*wire.LeavesAck) {}, nil); err != nil {
 				t.Fatal(err)
 			}
@@ -555,7 +555,13 @@ func (noLogs) ReceiptLog(context.Context, evm.Address) (*store.ReceiptLog, error
 func (noLogs) PutReceiptLog(context.Context, evm.Address, *store.ReceiptLog, []store.Tile) error {
 	return errors.New("nothing is kept")
 }
-func (noLogs) Tile(context.Context, evm.Address, int, uint64) ([]byte, time.Time, error) {
+func (noLogs) ResetReceiptLog(context.Context, evm.Address, *store.ReceiptLog, *store.ReceiptLog) error {
+	return errors.New("nothing is kept")
+}
+func (noLogs) EndedReceiptLog(context.Context, evm.Address, uint64) (*store.ReceiptLog, error) {
+	return nil, store.ErrNotFound
+}
+func (noLogs) Tile(context.Context, evm.Address, uint64, int, uint64) ([]byte, time.Time, error) {
 	return nil, time.Time{}, store.ErrNotFound
 }
 
@@ -563,7 +569,7 @@ func (noLogs) Tile(context.Context, evm.Address, int, uint64) ([]byte, time.Time
 func TestOwedLeavesAreFast(t *testing.T) {
 	s, _ := rig(t, Options{})
 	s.m.limits.leavesOf = newLimiters[evm.Address](rate.Every(time.Hour), 1)
-	logs := mirror.New(noLogs{}, nil, s.m.metrics, s.log, nil)
+	logs := mirror.New(noLogs{}, nil, nil, s.m.metrics, s.log, nil)
 	var err error
 	if s.copy, _, err = logs.Join(t.Context(), s.node, func(*wire.LeavesAck) {}, nil); err != nil {
 		t.Fatal(err)

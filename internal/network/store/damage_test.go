@@ -106,7 +106,7 @@ func (w *world) all(t *testing.T) (problems []error) {
 		if x, err := s.ReceiptLog(ctx, a); err != nil || x.From != uint64(n) {
 			bad(fmt.Errorf("receipt log %d: %w", n, err))
 		}
-		if x, _, err := s.Tile(ctx, a, 0, uint64(n)); err != nil || !bytes.Equal(x, bytes.Repeat([]byte{n}, 256*32)) {
+		if x, _, err := s.Tile(ctx, a, 0, 0, uint64(n)); err != nil || !bytes.Equal(x, bytes.Repeat([]byte{n}, 256*32)) {
 			bad(fmt.Errorf("tile %d: %w", n, err))
 		}
 		if _, err := s.Result(ctx, w.jobs[n]); err != nil {

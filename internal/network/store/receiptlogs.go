@@ -6,6 +6,7 @@ import (
 	"errors"
 	"fmt"
 	"strconv"
+	"strings"
 	"time"
 
 	"github.com/nats-io/nats.go/jetstream"
@@ -37,9 +38,29 @@ type LogSummary struct {
 	Lost *receiptlog.SignedHead `json:"lost,omitempty"`
 	// Conflict has the heads that cannot be of one log.
 	Conflict *Conflict `json:"conflict,omitempty"`
+	// Resets are the times that the network's operator had the log begin anew, with
+	// the heads that were set aside; the last one began this log.
+	Resets []Reset `json:"resets,omitempty"`
 	// LeftOut counts receipts that the network has and that the log went on without.
 	LeftOut uint64 `json:"left_out"`
 	Stored  int64  `json:"stored"` // Unix milliseconds
+}
+
+// MaxResets bounds how many times a log may begin anew: none is forgotten.
+const MaxResets = 16
+
+// Reset is the network's word that a log begins anew, and who gave it.
+type Reset struct {
+	receiptlog.SignedReset
+	Operator string `json:"operator"`
+}
+
+// Era is the one of the log as it is now, see [receiptlog.Head].
+func (l *LogSummary) Era() uint64 {
+	if len(l.Resets) == 0 {
+		return 0
+	}
+	return l.Resets[len(l.Resets)-1].Era
 }
 
 // Size is how many leaves the log has.
@@ -77,8 +98,13 @@ type Tile struct {
 	Hashes []byte // 32 bytes each
 }
 
-func tileSubject(node evm.Address, level int, index uint64) string {
-	return "tiles." + nodeKey(node) + "." + strconv.Itoa(level) + "." + strconv.FormatUint(index, 10)
+func tileSubject(node evm.Address, era uint64, level int, index uint64) string {
+	return "tiles." + nodeKey(node) + "." + strconv.FormatUint(era, 10) + "." + strconv.Itoa(level) + "." + strconv.FormatUint(index, 10)
+}
+
+// endedKey names the log of an era that has ended.
+func endedKey(node evm.Address, era uint64) string {
+	return nodeKey(node) + "." + strconv.FormatUint(era, 10)
 }
 
 // PutReceiptLog stores a node's log, and the tiles that have become full since. The
@@ -99,7 +125,7 @@ func (s *Store) PutReceiptLog(ctx context.Context, node evm.Address, l *ReceiptL
 	defer end()
 	failpoint.Here("store.receiptlog.begin")
 	for _, t := range full {
-		subject := tileSubject(node, t.Level, t.Index)
+		subject := tileSubject(node, l.Era(), t.Level, t.Index)
 		if _, err := s.last(ctx, db, db.tiles, subject); err != nil && !errors.Is(err, ErrNotFound) && s.lost.of(subject) == nil {
 			return fmt.Errorf("tile %d of level %d of the receipt log of %s: %w", t.Index, t.Level, node, db.failure(err))
 		}
@@ -112,7 +138,7 @@ func (s *Store) PutReceiptLog(ctx context.Context, node evm.Address, l *ReceiptL
 		if t.Index < maxTilesOf {
 			continue
 		}
-		if err := db.tiles.Purge(ctx, jetstream.WithPurgeSubject(tileSubject(node, t.Level, t.Index-maxTilesOf))); err != nil {
+		if err := db.tiles.Purge(ctx, jetstream.WithPurgeSubject(tileSubject(node, l.Era(), t.Level, t.Index-maxTilesOf))); err != nil {
 			return fmt.Errorf("drop a tile of the receipt log of %s: %w", node, db.failure(err))
 		}
 	}
@@ -124,10 +150,50 @@ func (s *Store) PutReceiptLog(ctx context.Context, node evm.Address, l *ReceiptL
 	return nil
 }
 
+// ResetReceiptLog stores a node's log that begins anew, with ended as that of the
+// era before it, nil where there is none that is whole. What was there is kept before
+// anything says that it is over.
+func (s *Store) ResetReceiptLog(ctx context.Context, node evm.Address, ended, anew *ReceiptLog) error {
+	before, err := json.Marshal(ended)
+	if err != nil {
+		return err
+	}
+	b, err := json.Marshal(anew)
+	if err != nil {
+		return err
+	}
+	db, ctx, end, err := s.write(ctx, more, len(before)+len(b))
+	if err != nil {
+		return fmt.Errorf("reset receipt log of %s: %w", node, err)
+	}
+	defer end()
+	failpoint.Here("store.logreset.begin")
+	if ended != nil {
+		if err := s.put(ctx, db, db.receiptlogs, endedKey(node, ended.Era()), before); err != nil {
+			return fmt.Errorf("keep the receipt log of %s: %w", node, db.failure(err))
+		}
+	}
+	failpoint.Here("store.logreset.kept")
+	if err := s.put(ctx, db, db.receiptlogs, nodeKey(node), b); err != nil {
+		return fmt.Errorf("reset receipt log of %s: %w", node, db.failure(err))
+	}
+	failpoint.Here("store.logreset.stored")
+	return nil
+}
+
 // ReceiptLog returns what is kept of a node's log, [ErrNotFound] or [ErrDamaged].
 func (s *Store) ReceiptLog(ctx context.Context, node evm.Address) (*ReceiptLog, error) {
+	return s.receiptLog(ctx, node, nodeKey(node))
+}
+
+// EndedReceiptLog returns the log of an era that has ended, as [Store.ReceiptLog] does.
+func (s *Store) EndedReceiptLog(ctx context.Context, node evm.Address, era uint64) (*ReceiptLog, error) {
+	return s.receiptLog(ctx, node, endedKey(node, era))
+}
+
+func (s *Store) receiptLog(ctx context.Context, node evm.Address, key string) (*ReceiptLog, error) {
 	db := s.now.Load()
-	e, err := s.entry(ctx, db, db.receiptlogs, nodeKey(node))
+	e, err := s.entry(ctx, db, db.receiptlogs, key)
 	if err != nil {
 		return nil, fmt.Errorf("receipt log of %s: %w", node, err)
 	}
@@ -147,6 +213,9 @@ func (s *Store) ReceiptLogs(ctx context.Context) (map[evm.Address]LogSummary, er
 	}
 	logs := make(map[evm.Address]LogSummary, len(m))
 	for key, l := range m {
+		if strings.Contains(key, ".") {
+			continue // of an era that has ended
+		}
 		a, err := evm.ParseAddress("0x" + key)
 		if err != nil {
 			return nil, fmt.Errorf("receipt log under the name %.80q", key)
@@ -157,9 +226,9 @@ func (s *Store) ReceiptLogs(ctx context.Context) (map[evm.Address]LogSummary, er
 }
 
 // Tile returns the hashes of a full tile and when it was put, or [ErrNotFound].
-func (s *Store) Tile(ctx context.Context, node evm.Address, level int, index uint64) (hashes []byte, at time.Time, err error) {
+func (s *Store) Tile(ctx context.Context, node evm.Address, era uint64, level int, index uint64) (hashes []byte, at time.Time, err error) {
 	db := s.now.Load()
-	m, err := s.last(ctx, db, db.tiles, tileSubject(node, level, index))
+	m, err := s.last(ctx, db, db.tiles, tileSubject(node, era, level, index))
 	if err != nil {
 		return nil, at, fmt.Errorf("tile %d of level %d of the receipt log of %s: %w", index, level, node, err)
 	}

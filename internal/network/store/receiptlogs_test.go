@@ -19,10 +19,13 @@ func TestReceiptLogs(t *testing.T) {
 		t.Fatal(err)
 	}
 	node := key.Address()
+	if _, err := s.EndedReceiptLog(ctx, node, 0); !errors.Is(err, ErrNotFound) {
+		t.Errorf("an era that has not ended: %v", err)
+	}
 	if _, err := s.ReceiptLog(ctx, node); !errors.Is(err, ErrNotFound) {
 		t.Fatalf("of a node without a log: %v", err)
 	}
-	if _, _, err := s.Tile(ctx, node, 0, 0); !errors.Is(err, ErrNotFound) {
+	if _, _, err := s.Tile(ctx, node, 0, 0, 0); !errors.Is(err, ErrNotFound) {
 		t.Fatalf("of a node without tiles: %v", err)
 	}
 	head, err := (&receiptlog.Head{Node: node, Network: "testnet", Size: 256 * (maxTilesOf + 1), Root: evm.Hash{1}, Time: 1}).Sign(1, key)
@@ -51,15 +54,37 @@ func TestReceiptLogs(t *testing.T) {
 		t.Fatalf("all: %v, %v", all, err)
 	}
 	for _, want := range []Tile{tile(0, 1), tile(1, 0), tile(0, maxTilesOf)} {
-		if got, at, err := s.Tile(ctx, node, want.Level, want.Index); err != nil || !bytes.Equal(got, want.Hashes) || time.Since(at).Abs() > time.Minute {
+		if got, at, err := s.Tile(ctx, node, 0, want.Level, want.Index); err != nil || !bytes.Equal(got, want.Hashes) || time.Since(at).Abs() > time.Minute {
 			t.Errorf("tile %d of level %d: %d bytes, %v", want.Index, want.Level, len(got), err)
 		}
 	}
-	if _, _, err := s.Tile(ctx, node, 0, 0); !errors.Is(err, ErrNotFound) {
+	if _, _, err := s.Tile(ctx, node, 0, 0, 0); !errors.Is(err, ErrNotFound) {
 		t.Errorf("a tile beyond the bound of the node is kept: %v", err)
 	}
-	if _, _, err := s.Tile(ctx, evm.Address{1}, 0, 1); !errors.Is(err, ErrNotFound) {
+	if _, _, err := s.Tile(ctx, evm.Address{1}, 0, 0, 1); !errors.Is(err, ErrNotFound) {
 		t.Errorf("another node has the tile: %v", err)
+	}
+
+	anew := &ReceiptLog{LogSummary: LogSummary{Resets: []Reset{{Operator: "ann"}}}}
+	anew.Resets[0].Era = 7
+	if err := s.ResetReceiptLog(ctx, node, l, anew); err != nil {
+		t.Fatal(err)
+	}
+	if err := s.PutReceiptLog(ctx, node, anew, []Tile{tile(9, 1)}); err != nil {
+		t.Fatal(err)
+	}
+	if got, err := s.EndedReceiptLog(ctx, node, 0); err != nil || *got.Head != *head {
+		t.Errorf("the log before: %+v, %v", got, err)
+	}
+	all, err = s.ReceiptLogs(ctx)
+	if is := all[node]; err != nil || len(all) != 1 || is.Era() != 7 || is.Head != nil || is.Resets[0].Operator != "ann" {
+		t.Errorf("all: %v, %v", all, err)
+	}
+	if _, _, err := s.Tile(ctx, node, 0, 9, 1); !errors.Is(err, ErrNotFound) {
+		t.Errorf("a tile of another era: %v", err)
+	}
+	if got, _, err := s.Tile(ctx, node, 7, 9, 1); err != nil || got[1] != 1 {
+		t.Errorf("a tile of the new era: %v", err)
 	}
 
 	if err := s.SetResultTTL(ctx, time.Hour); err != nil {

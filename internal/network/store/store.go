@@ -288,7 +288,7 @@ func (d *db) open(ctx context.Context, space int64) (err error) {
 			AllowDirect: true,
 		}},
 		{&d.tiles, jetstream.StreamConfig{
-			Name: "TILES", Description: "full tiles of nodes' receipt logs, by node, level and index", Subjects: []string{"tiles.*.*.*"},
+			Name: "TILES", Description: "full tiles of nodes' receipt logs, by node, era, level and index", Subjects: []string{"tiles.*.*.*.*"},
 			MaxMsgsPerSubject: 1, MaxMsgSize: 64 << 10,
 			MaxBytes:    min(maxTiles, space/16),
 			Discard:     jetstream.DiscardOld,
