@@ -250,7 +250,7 @@ func (s *service) begin(ctx context.Context, snap *snapshot.Snapshot) error {
 	}
 	s.mirror = mirror.New(s.store, func() mirror.Terms {
 		n := s.dispatch.Terms().Config.Network
-		return mirror.Terms{Network: n.Name, ChainID: n.ChainID, Heartbeat: n.Heartbeat.Duration()}
+		return mirror.Terms{Network: n.Name, ChainID: n.ChainID, Heartbeat: n.Heartbeat.Duration(), Clock: n.ClockWindow.Duration()}
 	}, s.key, s.metrics, s.log, s.dispatch.SetOut)
 	s.nodes = nodes.New(s.store, s.dispatch, s.orders, s.mirror, s.key, version.String(), s.metrics, s.log, opt)
 	return nil

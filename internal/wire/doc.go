@@ -464,9 +464,13 @@
 //
 // The network takes a head that is by the node, of this network, chain and era, of that
 // size, and whose root is that of its copy with the leaves. A head of another size or
-// by another key, a gap, an edge in the wrong place: a protocol violation. Where it has
-// no room for leaves, or finds that it has lost its copy, it ends the session with 1013,
-// and the next one begins from what it has. A head of
+// by another key, a gap, an edge in the wrong place, a time that is ahead of the network's clock
+// by more than the clock window, or behind that of the head before by more than two: a
+// protocol violation. Where it has no room for leaves now, or no head of them comes for a
+// minute, it drops them, takes no others, and repeats what it has when the head of those
+// that came has come, and up to ten seconds have passed. It may store a head a second, and of
+// those that come faster the last. Where it finds that it has lost its copy, it ends the session
+// with 1013, and the next one begins from what it has. A head of
 // the node with another root contradicts the one that the network has: it takes neither
 // leaves nor head, keeps both heads as evidence, and gives the node no jobs, for the
 // reason that [Status] says. When its operator has the log begin anew, it writes down its word

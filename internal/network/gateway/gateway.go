@@ -17,7 +17,7 @@
 //	405  method_not_allowed
 //	413  request_too_large
 //	415  invalid_content_type
-//	429  queue_full, uploads_full, with Retry-After
+//	429  queue_full, uploads_full, proofs_full, with Retry-After
 //	502  node_failed: every attempt failed; stream_interrupted: only within a stream
 //	503  no_node, unavailable, model_withdrawn, stopping, storage, with Retry-After
 //	504  deadline
@@ -95,7 +95,8 @@ type Gateway struct {
 	dispatch *dispatch.Dispatcher
 	metrics  *metrics.Metrics
 	log      *slog.Logger
-	uploads  *uploads
+	uploads  *shares // bytes
+	proofs   *shares
 	mux      *http.ServeMux
 }
 
@@ -108,7 +109,8 @@ type Options struct {
 // New makes a gateway.
 func New(r records, d *dispatch.Dispatcher, p prover, m *metrics.Metrics, log *slog.Logger, opt Options) *Gateway {
 	g := &Gateway{
-		records: r, prover: p, dispatch: d, metrics: m, log: log, uploads: newUploads(opt.MaxUploadBytes, opt.Share), mux: http.NewServeMux(),
+		records: r, prover: p, dispatch: d, metrics: m, log: log, uploads: newShares(opt.MaxUploadBytes, opt.MaxUploadBytes/100*int64(opt.Share)),
+		proofs: newShares(maxProofs, maxProofsOf), mux: http.NewServeMux(),
 	}
 	for _, route := range []struct {
 		method, path string
@@ -491,7 +493,23 @@ func (g *Gateway) find(w http.ResponseWriter, r *http.Request) (_ *receipt.Signe
 	return nil, at, false
 }
 
-func (g *Gateway) proof(w http.ResponseWriter, r *http.Request, _ store.Client) {
+// A proof reads up to some six hundred tiles, most a handful. maxProofs bounds how many are
+// made at once, and maxProofsOf how many of one client.
+const (
+	maxProofs   = 8
+	maxProofsOf = 2
+)
+
+func (g *Gateway) proof(w http.ResponseWriter, r *http.Request, c store.Client) {
+	if !g.proofs.begin(c.Name, 1) {
+		w.Header().Set("Retry-After", "1")
+		openai.WriteError(w, &openai.Error{
+			Status: http.StatusTooManyRequests, Type: "rate_limit_error", Code: "proofs_full",
+			Message: "Too many proofs are being made at once: at most 2 with one API key, and 8 with all. Please try again.",
+		})
+		return
+	}
+	defer g.proofs.end(c.Name, 1)
 	signed, at, ok := g.find(w, r)
 	if !ok {
 		return

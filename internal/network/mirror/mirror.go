@@ -14,8 +14,10 @@
 //	                 bounded            root here     head, edge, open tiles
 //
 // Leaves mean nothing before a head that has them: the end of the session forgets
-// them, and they are not taken where there are too many. Each session begins from what
-// is stored. So a network whose disk is full loses nothing: the node still has it.
+// them, and so does a while without one. Where there are too many they are not taken:
+// the node is heard again when its head has come and some time has passed, and is told
+// what is stored. Each session begins from that, too. So a network that is slow, or whose
+// disk is full, loses nothing and ends no session: the node still has it.
 //
 // A head that does not go on from the last one is kept with it, for good: the node
 // is out (see [Mirror.Join]), until the network's operator has its log begin anew: what
@@ -41,6 +43,7 @@ import (
 	"errors"
 	"fmt"
 	"log/slog"
+	"math/rand/v2"
 	"slices"
 	"sync"
 	"sync/atomic"
@@ -68,6 +71,18 @@ const (
 	maxExpected = 4096
 )
 
+// headEvery is the least time between two heads of a node that are stored, or
+// compared: of those that come faster the last one counts.
+const headEvery = time.Second
+
+const (
+	// unheaded is how long leaves may wait for their head.
+	unheaded = time.Minute
+	// deafFor is how long a node waits, and up to as much again, whose leaves were not
+	// taken.
+	deafFor = 5 * time.Second
+)
+
 // atOnce is how many copies may use the disk at once: jobs and their results come
 // first, and a node waits for the word about its last head before it sends the next.
 const atOnce = 4
@@ -82,7 +97,8 @@ const (
 var (
 	// ErrInvalid says that a node's word is wrong in itself.
 	ErrInvalid = errors.New("invalid receipt log")
-	// ErrCrowded says that there is no room for leaves now. A later session may have it.
+	// ErrCrowded says that a node has sent more leaves than it may before a head. A later
+	// session may send them again.
 	ErrCrowded = errors.New("no room for the leaves of the receipt log now")
 	// ErrPending says that a receipt is not in what there is of its node's log.
 	ErrPending = errors.New("the node has not shown it in its log")
@@ -102,6 +118,7 @@ type Terms struct {
 	Network   string
 	ChainID   uint64
 	Heartbeat time.Duration
+	Clock     time.Duration // by how much a node's clock may be off
 }
 
 // Mirror has the copies. Safe for concurrent use.
@@ -115,6 +132,7 @@ type Mirror struct {
 
 	wg       sync.WaitGroup // work of copies
 	unsigned atomic.Int64   // leaves in memory
+	every    time.Duration  // headEvery; tests have less patience
 	turns    chan struct{}  // has an element for each copy that uses the disk
 
 	mu     sync.Mutex // guards copies, for the length of a map operation
@@ -123,7 +141,7 @@ type Mirror struct {
 
 // New makes a mirror. key signs the network's word for a log that begins anew.
 func New(r records, terms func() Terms, key *evm.Key, m *metrics.Metrics, log *slog.Logger, out func(evm.Address, string)) *Mirror {
-	return &Mirror{records: r, terms: terms, key: key, metrics: m, log: log, out: out, turns: make(chan struct{}, atOnce), copies: map[evm.Address]*logCopy{}}
+	return &Mirror{records: r, terms: terms, key: key, metrics: m, log: log, out: out, every: headEvery, turns: make(chan struct{}, atOnce), copies: map[evm.Address]*logCopy{}}
 }
 
 // Close waits for what is being written. Sessions must have ended.
@@ -145,6 +163,7 @@ type logCopy struct {
 	next    *receiptlog.SignedHead
 	older   []*receiptlog.SignedHead // to be compared with the copy
 	busy    bool                     // work is under way
+	worked  time.Time                // when a head was stored last, or compared
 	failing bool                     // the last try to store something failed
 	accuse  bool                     // stored.Conflict is not on disk yet
 	reset   func() error             // has the log begin anew; once
@@ -180,6 +199,10 @@ type Session struct {
 	over func(why string)
 	size uint64 // that was told last; guarded by the copy's mu, like what follows
 	some bool   // leaves have come
+
+	deaf  bool        // leaves are not taken, nor heads of them
+	again *time.Timer // ends that
+	bare  *time.Timer // ends the patience with leaves that have no head
 }
 
 // Join begins a session of a node. told is called with what the copy has, at once
@@ -195,6 +218,9 @@ func (m *Mirror) Join(ctx context.Context, node evm.Address, told func(*wire.Lea
 		}
 	}
 	s = &Session{c: c, told: told, over: over}
+	if c.session != nil {
+		c.session.stop()
+	}
 	c.session = s
 	c.forget()
 	c.failing = false
@@ -292,7 +318,7 @@ func (c *logCopy) says() *wire.LeavesAck {
 
 // tell says what is stored.
 func (c *logCopy) tell() {
-	if c.session != nil {
+	if c.session != nil && !c.session.deaf { // else it is told in a while
 		c.session.told(c.says())
 	}
 }
@@ -325,8 +351,67 @@ func (s *Session) Leave() {
 		return
 	}
 	c.session = nil
+	s.stop()
 	c.forget()
 	c.drop()
+}
+
+// stop stops the timers.
+func (s *Session) stop() {
+	for _, t := range []*time.Timer{s.again, s.bare} {
+		if t != nil {
+			t.Stop()
+		}
+	}
+}
+
+// close has the copy take no leaves, until it has been open again.
+func (s *Session) close(why string) {
+	s.c.count(why)
+	s.deaf = true
+	s.c.forget()
+}
+
+// open has the node told in a while what is stored, whose leaves were not taken.
+// Its head has come, so that none of them are on their way.
+func (s *Session) open() {
+	if s.again != nil {
+		return
+	}
+	s.again = time.AfterFunc(deafFor+rand.N(deafFor), func() {
+		s.c.mu.Lock()
+		defer s.c.mu.Unlock()
+		s.again = nil
+		if s.c.session == s {
+			s.deaf = false
+			s.c.tell()
+		}
+	})
+}
+
+// await ends the patience with leaves that have no head, or begins it.
+func (s *Session) await() {
+	c := s.c
+	covered := uint64(0)
+	if c.next != nil {
+		covered = c.next.Size - sizeOf(c.base)
+	}
+	switch {
+	case uint64(len(c.leaves)) <= covered:
+		if s.bare != nil {
+			s.bare.Stop()
+			s.bare = nil
+		}
+	case s.bare == nil:
+		s.bare = time.AfterFunc(unheaded, func() {
+			c.mu.Lock()
+			defer c.mu.Unlock()
+			if c.session == s && s.bare != nil {
+				s.bare = nil
+				s.close("unheaded")
+			}
+		})
+	}
 }
 
 // drop forgets a copy that nobody needs.
@@ -352,7 +437,7 @@ func (s *Session) Leaves(l *wire.Leaves) (news bool, err error) {
 	}
 	c.mu.Lock()
 	defer c.mu.Unlock()
-	if c.session != s || c.stored.Conflict != nil {
+	if c.session != s || c.stored.Conflict != nil || s.deaf {
 		return false, nil
 	}
 	if len(l.Edge) > 0 {
@@ -377,11 +462,16 @@ func (s *Session) Leaves(l *wire.Leaves) (news bool, err error) {
 		return false, nil
 	}
 	leaves = leaves[have-from:]
-	if n := len(c.leaves) + len(leaves); n > maxUnsigned || n > few && c.m.unsigned.Load() > maxAllUnsigned {
+	switch n := len(c.leaves) + len(leaves); {
+	case n > maxUnsigned:
 		return false, ErrCrowded
+	case n > few && c.m.unsigned.Load() > maxAllUnsigned:
+		s.close("crowded")
+		return false, nil
 	}
 	c.m.unsigned.Add(int64(len(leaves)))
 	c.leaves = append(c.leaves, leaves...)
+	s.await()
 	return true, nil
 }
 
@@ -413,8 +503,17 @@ func (s *Session) Beat(h *receiptlog.SignedHead) error {
 	if err := h.Verify(); err != nil {
 		return fmt.Errorf("%w: %w", ErrInvalid, err)
 	}
+	window := uint64(t.Clock.Milliseconds())
+	if now := uint64(time.Now().UnixMilli()); h.Time > now+window {
+		return fmt.Errorf("%w: a head of %d milliseconds, at %d", ErrInvalid, h.Time, now)
+	}
+	if last := c.base.Head; last != nil && h.Size > last.Size && h.Time+2*window < last.Time {
+		return fmt.Errorf("%w: a head of %d milliseconds, behind one of %d", ErrInvalid, h.Time, last.Time)
+	}
 	base := sizeOf(c.base)
 	switch have := base + uint64(len(c.leaves)); {
+	case h.Size > have && s.deaf:
+		s.open()
 	case h.Size > have:
 		return fmt.Errorf("%w: a head of %d receipts behind leaves of %d", ErrInvalid, h.Size, have)
 	case h.Size < base || h.Size == base && c.base.Head == nil:
@@ -431,6 +530,7 @@ func (s *Session) Beat(h *receiptlog.SignedHead) error {
 		if root == h.Root {
 			if h.Size > base && (c.next == nil || h.Size > c.next.Size) {
 				c.next = h
+				s.await()
 			}
 			c.kick()
 			return nil
@@ -503,9 +603,17 @@ func (c *logCopy) work() {
 			err = c.storeConflict()
 		case c.stored.Conflict != nil:
 			return
+		case (c.next != nil || len(c.older) > 0) && time.Since(c.worked) < c.m.every:
+			wait := c.m.every - time.Since(c.worked)
+			c.mu.Unlock()
+			time.Sleep(wait)
+			c.mu.Lock()
+			continue
 		case c.next != nil:
+			c.worked = time.Now()
 			err = c.storeHead()
 		case len(c.older) > 0:
+			c.worked = time.Now()
 			err = c.compare()
 		case len(c.asked) > 0:
 			err = c.look()

@@ -170,7 +170,7 @@ func newProver(t *testing.T) *prover {
 
 // restart has another network service begin over the same disk.
 func (p *prover) restart() {
-	p.m = New(p.disk, func() Terms { return Terms{network, chain, heartbeat} }, p.own, metrics.New(func() metrics.State { return metrics.State{} }),
+	p.m = New(p.disk, func() Terms { return Terms{network, chain, heartbeat, 30 * time.Second} }, p.own, metrics.New(func() metrics.State { return metrics.State{} }),
 		slog.New(slog.NewTextHandler(p.t.Output(), nil)), func(a evm.Address, why string) {
 			if a != p.key.Address() {
 				p.t.Errorf("%s is out", a)
@@ -179,6 +179,7 @@ func (p *prover) restart() {
 			defer p.mu.Unlock()
 			p.out = why
 		})
+	p.m.every = 0
 }
 
 // join begins a session and returns what the network says to it.
@@ -195,6 +196,13 @@ func (p *prover) join() (first *wire.LeavesAck, out string) {
 		p.t.Fatal(err)
 	}
 	return p.last(), out
+}
+
+// told is how many times the network has said what it has.
+func (p *prover) told() int {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	return len(p.acks)
 }
 
 func (p *prover) last() *wire.LeavesAck {
@@ -459,24 +467,128 @@ func TestHostileWords(t *testing.T) {
 	}
 }
 
-// Others that have filled the room for leaves keep a node only from sending many.
+// Others that have filled the room for leaves keep a node only from sending many, and
+// that for a while: its session goes on, and it is told where to go on.
 func TestNoRoom(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		p := newProver(t)
+		p.join()
+		p.m.unsigned.Store(maxAllUnsigned + 1)
+		for range 3 {
+			p.grow(few)
+			p.sync()
+		}
+		p.mustProve(0, 3*few-1)
+		p.grow(few + 1)
+		for range 3 {
+			told := p.told()
+			p.send(3*few, nil)
+			p.beat(p.sign(nil))
+			p.beat(p.sign(nil))
+			if p.told() != told {
+				t.Fatal("the node is told to go on at once")
+			}
+			time.Sleep(2 * deafFor)
+			synctest.Wait()
+			if a := p.last(); p.told() != told+1 || a.Size != 3*few {
+				t.Fatalf("told %d times, %+v", p.told()-told, a)
+			}
+		}
+		t.Logf("more than %d leaves without a head where others have filled the room: expected: not taken, %d receipts told; got: %d told", few, 3*few, p.last().Size)
+		p.m.unsigned.Store(0)
+		p.sync()
+		p.mustProve(4 * few)
+		p.s.Leave()
+	})
+}
+
+// Leaves that nobody signs are not kept for long. A node that is so slow goes on
+// in the same session.
+func TestHoardedLeaves(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		p := newProver(t)
+		p.join()
+		p.grow(3000)
+		p.sync()
+		time.Sleep(2 * unheaded)
+		p.grow(3000)
+		p.send(3000, nil)
+		time.Sleep(unheaded / 2)
+		if n := p.m.unsigned.Load(); n != 3000 {
+			t.Fatalf("%d leaves are kept", n)
+		}
+		time.Sleep(unheaded)
+		synctest.Wait()
+		if n := p.m.unsigned.Load(); n != 0 {
+			t.Fatalf("%d leaves are kept of a node that signs nothing", n)
+		}
+		told := p.told()
+		for range 3 {
+			if news, err := p.leaves(6000, []evm.Hash{{1}}, nil); news || err != nil {
+				t.Fatalf("%v, %v", news, err)
+			}
+			time.Sleep(unheaded)
+		}
+		if p.told() != told {
+			t.Error("the node is told to go on while its leaves are on their way")
+		}
+		p.beat(p.sign(nil))
+		time.Sleep(2 * deafFor)
+		synctest.Wait()
+		p.sync()
+		p.mustProve(5999)
+		p.s.Leave()
+	})
+}
+
+// One head a second is stored, whatever a node signs, and nothing is lost by that.
+func TestManyHeads(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		p := newProver(t)
+		p.m.every = headEvery
+		p.join()
+		begun := time.Now()
+		for i := range 500 {
+			p.grow(1)
+			if _, err := p.leaves(i, p.all[i:], nil); err != nil {
+				t.Fatal(err)
+			}
+			if err := p.s.Beat(p.sign(nil)); err != nil {
+				t.Fatal(err)
+			}
+			time.Sleep(10 * time.Millisecond)
+		}
+		p.m.wg.Wait()
+		if a := p.last(); a.Size != 500 {
+			t.Errorf("told %+v", a)
+		}
+		if most := int(time.Since(begun)/headEvery) + 1; p.disk.puts > most || p.disk.puts < most-1 {
+			t.Errorf("%d heads are stored, want %d", p.disk.puts, most)
+		}
+		p.mustProve(0, 499)
+		p.s.Leave()
+	})
+}
+
+// A head says when it was signed, as the network's clock has it.
+func TestHeadTimes(t *testing.T) {
 	p := newProver(t)
 	p.join()
-	p.m.unsigned.Store(maxAllUnsigned + 1)
-	for range 3 {
-		p.grow(few)
-		p.sync()
+	p.grow(1)
+	p.send(0, nil)
+	at := func(d time.Duration) *receiptlog.SignedHead {
+		return p.sign(func(h *receiptlog.Head) { h.Time = uint64(time.Now().Add(d).UnixMilli()) })
 	}
-	p.mustProve(0, 3*few-1)
-	p.grow(few + 1)
-	_, err := p.leaves(3*few, p.all[3*few:], nil)
-	is(t, "many leaves", err, ErrCrowded)
-	t.Logf("more than %d leaves without a head where others have filled the room: expected: %v; got: %v", few, ErrCrowded, err)
-	p.m.unsigned.Store(0)
-	p.join()
-	p.sync()
-	p.mustProve(4 * few)
+	is(t, "a head of tomorrow", p.s.Beat(at(24*time.Hour)), ErrInvalid)
+	p.beat(at(25 * time.Second)) // its clock is ahead
+	p.grow(1)
+	p.send(1, nil)
+	is(t, "a head of yesterday", p.s.Beat(at(-24*time.Hour)), ErrInvalid)
+	p.beat(at(-25 * time.Second)) // and set right
+	if a := p.last(); a.Size != 2 {
+		t.Errorf("told %+v", a)
+	}
+	p.s.Leave()
 }
 
 // Two heads that cannot be of one log are kept, whatever the second one is, and the

@@ -24,7 +24,7 @@ import (
 const (
 	maxTilesOf = 16384 // at each level: of one node some four million receipts
 	maxTiles   = 4 << 30
-	tileGrace  = 25 * time.Hour // for a leaf that comes before its result: no job may take longer
+	tileGrace  = 25 * time.Hour // for a leaf that comes before its result: limits.deadline_s is a day at most, and later results do not count
 )
 
 // LogSummary says how far a node's receipt log is known.
