@@ -143,6 +143,11 @@ func (m *membership) showMore(t *telling) (again time.Duration, err error) {
 		if err := m.hear(t, said, snap); err != nil {
 			return 0, err
 		}
+		if said.Again != nil && !t.refused {
+			if err := m.showAgain(t, *said.Again); err != nil {
+				return 0, err
+			}
+		}
 		r.mu.Lock()
 		if r.said == said {
 			r.said = nil
@@ -263,6 +268,21 @@ func (m *membership) send(t *telling, leaves []wire.Message) error {
 	t.has, r.head = t.head.Size, t.head
 	poke(m.beat)
 	return nil
+}
+
+// showAgain sends leaves that the network has lost, or that they are not here any more.
+func (m *membership) showAgain(t *telling, from uint64) error {
+	again := &wire.Leaves{From: from, Again: true}
+	if leaves := m.store.Leaves(from, wire.LeavesAgain); len(leaves) == wire.LeavesAgain {
+		again.Leaves = leaves
+	}
+	r := &m.receipts
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	if r.session != t.session {
+		return nil
+	}
+	return m.session.Send(again)
 }
 
 // hear compares what the network has with the log, and brings the log to where it

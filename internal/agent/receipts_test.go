@@ -35,6 +35,7 @@ type archive struct {
 	beats   int  // heartbeats that came with a head
 	reset   *receiptlog.SignedReset
 	lost    *receiptlog.SignedHead
+	again   []*wire.Leaves
 }
 
 func newArchive(t *testing.T, network string) *archive {
@@ -75,6 +76,10 @@ func (a *archive) hears(p *party, d time.Duration) {
 		for len(p.link.sent) > 0 {
 			switch m := (<-p.link.sent).(type) {
 			case *wire.Leaves:
+				if m.Again {
+					a.again = append(a.again, m)
+					continue
+				}
 				if len(m.Edge) > 0 && a.stored == len(a.leaves) && m.From > a.at(a.stored).Size() {
 					l, err := receiptlog.Resume(m.From, m.Edge)
 					if err != nil {
@@ -473,6 +478,49 @@ func TestReceiptLogBeginsAnew(t *testing.T) {
 		leaves = append(leaves, f.earn(t, s))
 		b.opens(f.party)
 		b.has(leaves...)
+	})
+}
+
+// Leaves that the network has lost are shown again where they are still there.
+func TestReceiptLogIsShownAgain(t *testing.T) {
+	logged(t, func(t *testing.T, start func(string) (*fixture, *snapshot.Snapshot, func()), dirs []string) {
+		a := newArchive(t, "testnet")
+		f, s, stop := start(dirs[0])
+		defer func() { stop() }()
+		a.opens(f.party)
+		var leaves []evm.Hash
+		for range 520 {
+			leaves = append(leaves, f.earn(t, s))
+			a.hears(f.party, 100*time.Millisecond)
+		}
+		a.hears(f.party, 30*time.Second)
+		a.has(leaves...)
+		ask := func(from uint64) *wire.Leaves {
+			t.Helper()
+			a.again = nil
+			said := a.say()
+			said.Again = &from
+			f.Message(said)
+			a.hears(f.party, 10*time.Second)
+			if len(a.again) != 1 || a.again[0].From != from {
+				t.Fatalf("%d answers", len(a.again))
+			}
+			return a.again[0]
+		}
+		if got := ask(256); !slices.Equal(got.Leaves, leaves[256:512]) {
+			t.Errorf("%d leaves, or others", len(got.Leaves))
+		}
+		stop()
+		f, _, stop = start(dirs[1])
+		a.opens(f.party)
+		if got := ask(256); len(got.Leaves) != 0 {
+			t.Errorf("%d leaves of a disk that was replaced", len(got.Leaves))
+		}
+		f.earn(t, s)
+		a.hears(f.party, 30*time.Second)
+		if a.stored != 521 {
+			t.Errorf("the network has %d leaves", a.stored)
+		}
 	})
 }
 

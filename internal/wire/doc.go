@@ -477,6 +477,12 @@
 // with both heads, ends the session with 1013, and begins the next one with no leaves of
 // the new era. It keeps the log of the era before, and proves what is only in that.
 //
+// Where the network finds that 256 leaves of its copy are damaged, from a multiple of 256
+// on, it asks for them with Again in a LeavesAck, for one such part at a time. A node that
+// goes on from what the network has answers with [Leaves] of that From, with Again, and all 256
+// or none. The network holds them against the root that they must have. They are no part of
+// what goes on from Size.
+//
 // The node goes on from what the network has if its own log has the same root at that
 // size. If it has not, or is shorter, and the head in LeavesAck has its own signature
 // and the edge gives the head's root, then its disk was replaced or set back: it takes

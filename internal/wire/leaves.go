@@ -16,6 +16,9 @@ const (
 	// MaxPending bounds the leaves that a node sends before the head that covers
 	// them.
 	MaxPending = 1 << 16
+
+	// LeavesAgain is how many leaves a network asks for again at once.
+	LeavesAgain = 256
 )
 
 // Leaves is what the node's receipt log has gained, see "Receipt log". It
@@ -27,6 +30,10 @@ type Leaves struct {
 	// Edge is the compact range before From, given only where the network's copy
 	// ends before that, and the node has the leaves between no longer.
 	Edge []evm.Hash `json:"edge,omitempty"`
+
+	// Again says that these are the leaves that the network has asked for again, or
+	// that the node has not got them.
+	Again bool `json:"again,omitempty"`
 }
 
 // LeavesAck says what the network has of the node's receipt log.
@@ -42,10 +49,17 @@ type LeavesAck struct {
 	// Lost is the node's head of a longer log of this era, of which the network has lost
 	// its copy.
 	Lost *receiptlog.SignedHead `json:"lost,omitempty"`
+
+	// Again is the first of [LeavesAgain] leaves that the network asks for once more.
+	Again *uint64 `json:"again,omitempty"`
 }
 
 func (m *Leaves) check() error {
 	switch n := len(m.Leaves); {
+	case m.Again && (n != 0 && n != LeavesAgain || m.From%LeavesAgain != 0 || len(m.Edge) > 0):
+		return fmt.Errorf("%d leaves again from %d on", n, m.From)
+	case m.Again && n == 0:
+		return nil
 	case n == 0 || n > MaxLeaves:
 		return fmt.Errorf("%d leaves, at most %d", n, MaxLeaves)
 	case m.From > receiptlog.MaxSize-uint64(n):
@@ -64,6 +78,8 @@ func (m *LeavesAck) check() error {
 		return fmt.Errorf("a log of %d receipts with the head of %d", m.Size, m.Head.Size)
 	case len(m.Edge) != receiptlog.Edge(m.Size):
 		return fmt.Errorf("an edge of %d hashes for %d receipts", len(m.Edge), m.Size)
+	case m.Again != nil && (*m.Again%LeavesAgain != 0 || *m.Again > m.Size || m.Size-*m.Again < LeavesAgain):
+		return fmt.Errorf("a log of %d receipts, and those from %d on are wanted again", m.Size, *m.Again)
 	case m.Lost != nil && m.Lost.Size <= m.Size:
 		return fmt.Errorf("a log of %d receipts, and one of %d is lost", m.Size, m.Lost.Size)
 	case m.Reset != nil && (m.Head != nil && m.Head.Era != m.Reset.Era || m.Lost != nil && m.Lost.Era != m.Reset.Era):

@@ -67,6 +67,12 @@ func TestReceiptLogMessages(t *testing.T) {
 		{"a lost head of no network", &LeavesAck{Lost: changed(func(h *receiptlog.SignedHead) { h.Network = "" })}, false},
 		{"a log that began anew", &LeavesAck{Reset: &receiptlog.SignedReset{Reset: receiptlog.Reset{Era: 1}}}, true},
 		{"a head of another era", &LeavesAck{Size: 7, Head: head, Edge: edge, Reset: &receiptlog.SignedReset{Reset: receiptlog.Reset{Era: 1}}}, false},
+		{"leaves again", &Leaves{From: 512, Leaves: longest[:256], Again: true}, true},
+		{"leaves that are not there again", &Leaves{From: 512, Again: true}, true},
+		{"a part of leaves again", &Leaves{From: 512, Leaves: longest[:255], Again: true}, false},
+		{"leaves again from anywhere", &Leaves{From: 513, Leaves: longest[:256], Again: true}, false},
+		{"leaves again behind an edge", &Leaves{From: 256, Leaves: longest[:256], Edge: edge[:1], Again: true}, false},
+		{"a wish for what is not there", &LeavesAck{Size: 7, Head: head, Edge: edge, Again: new(uint64)}, false},
 		{"a head of no date", &Heartbeat{Head: changed(func(h *receiptlog.SignedHead) { h.Time = 1 << 60 })}, false},
 		{"a head of no network", &LeavesAck{Size: 7, Head: changed(func(h *receiptlog.SignedHead) { h.Network = "\x1b[2J" }), Edge: edge}, false},
 

@@ -109,7 +109,21 @@ func follows(r *store.ReceiptLog) error {
 // readTile reads a full tile, see [store.Store.Tile].
 type readTile func(ctx context.Context, node evm.Address, era uint64, level int, index uint64) ([]byte, time.Time, error)
 
+// damagedTile says which full tile is not what was put.
+type damagedTile struct {
+	id  receiptlog.NodeID // its level and index among tiles
+	at  time.Time         // when it was put, as far as that is known
+	err error
+}
+
+func (d *damagedTile) Error() string {
+	return fmt.Sprintf("tile %d of level %d: %v", d.id.Index, d.id.Level, d.err)
+}
+
+func (d *damagedTile) Unwrap() []error { return []error{store.ErrDamaged, d.err} }
+
 type tile struct {
+	err    error
 	hashes []byte
 	at     time.Time // when it was put; of one that is not full, when it was put last
 }
@@ -180,25 +194,27 @@ func (v *view) entry(level int, index uint64) (evm.Hash, error) {
 func (v *view) tile(level int, index uint64) (t tile, err error) {
 	id := receiptlog.NodeID{Level: uint(level), Index: index}
 	if t, ok := v.tiles[id]; ok {
-		return t, nil
+		return t, t.err
 	}
 	if open := v.log.Size() >> (tileBits * uint(level+1)); index >= open { // it is not full
 		if index == open && level < len(v.log.Open) {
-			t = tile{v.log.Open[level], time.UnixMilli(v.log.Stored)}
+			t = tile{nil, v.log.Open[level], time.UnixMilli(v.log.Stored)}
 		}
 	} else {
 		t.hashes, t.at, err = v.read(v.ctx, v.log.Head.Node, v.log.Era(), level, index)
 		switch {
 		case errors.Is(err, store.ErrNotFound):
 			return t, fmt.Errorf("%w: %w", errNotHere, err)
+		case errors.Is(err, store.ErrDamaged):
+			t.err = &damagedTile{id, t.at, err}
 		case err != nil:
 			return t, err
-		case len(t.hashes) != tileSize*hashSize:
-			return t, fmt.Errorf("tile %d of level %d: %w: it has %d bytes", index, level, store.ErrDamaged, len(t.hashes))
+		default:
+			t.err = v.whole(id, t)
 		}
 	}
 	v.tiles[id] = t
-	return t, nil
+	return t, t.err
 }
 
 // A log has receipts in the order in which they were made, so that the leaf of one is
@@ -227,7 +243,7 @@ func (v *view) find(leaf evm.Hash, at time.Time) (index uint64, err error) {
 				return true, nil
 			}
 		}
-		return false, v.whole(n, t.hashes)
+		return false, nil
 	}
 	last := v.log.Size() >> tileBits // the one that is not full: most are asked for soon
 	if ok, err := has(last); ok || err != nil {
@@ -239,10 +255,10 @@ func (v *view) find(leaf evm.Hash, at time.Time) (index uint64, err error) {
 	for low < high {
 		mid := low + (high-low)/2
 		t, err := v.tile(0, mid)
-		if err != nil && !errors.Is(err, errNotHere) {
+		if err != nil && !errors.Is(err, errNotHere) && !errors.Is(err, store.ErrDamaged) {
 			return 0, err
 		}
-		if err != nil || t.at.Before(at) {
+		if errors.Is(err, errNotHere) || t.at.Before(at) {
 			low = mid + 1
 		} else {
 			high = mid
@@ -271,22 +287,31 @@ func (v *view) find(leaf evm.Hash, at time.Time) (index uint64, err error) {
 	return 0, missing
 }
 
-// whole fails with [store.ErrDamaged] if the leaves of a tile are not those that the
-// rest of the tree is made of.
-func (v *view) whole(n uint64, hashes []byte) error {
-	if n == v.log.Size()>>tileBits {
-		if bad := follows(v.log); bad != nil {
-			return fmt.Errorf("%w: %w", store.ErrDamaged, bad)
-		}
-		return nil
+// whole fails with [store.ErrDamaged] if a full tile is not what the tile above it was
+// made of, and so on up to the signed head: each is checked before it is used, so that
+// it is known which one is damaged.
+func (v *view) whole(id receiptlog.NodeID, t tile) error {
+	if len(t.hashes) != tileSize*hashSize {
+		return &damagedTile{id, t.at, fmt.Errorf("it has %d bytes", len(t.hashes))}
 	}
-	if n<<tileBits < v.log.From {
+	if id.Index<<(tileBits*(id.Level+1)) < v.log.From {
 		return nil // some of it is not known
 	}
-	root, err := v.entry(1, n)
+	root, err := v.entry(int(id.Level)+1, id.Index)
+	if errors.Is(err, errNotHere) {
+		return nil // what needs it finds out
+	}
 	if err != nil {
 		return err
 	}
+	if rootOf(t.hashes) != root {
+		return &damagedTile{id, t.at, errors.New("its hashes are not those of the tree")}
+	}
+	return nil
+}
+
+// rootOf is the root of a full tile.
+func rootOf(hashes []byte) evm.Hash {
 	level := make([]evm.Hash, 0, tileSize)
 	for i := 0; i < len(hashes); i += hashSize {
 		level = append(level, evm.Hash(hashes[i:i+hashSize]))
@@ -296,10 +321,23 @@ func (v *view) whole(n uint64, hashes []byte) error {
 			level[i] = receiptlog.Parent(level[2*i], level[2*i+1])
 		}
 	}
-	if level[0] != root {
-		return fmt.Errorf("tile %d: %w: its leaves are not those of the tree", n, store.ErrDamaged)
+	return level[0]
+}
+
+// below makes a tile of the ones below it.
+func (v *view) below(id receiptlog.NodeID) (t tile, err error) {
+	for i := range uint64(tileSize) {
+		hashes, at, err := v.read(v.ctx, v.log.Head.Node, v.log.Era(), int(id.Level)-1, id.Index<<tileBits+i)
+		if err != nil {
+			return t, err
+		}
+		if len(hashes) != tileSize*hashSize {
+			return t, store.ErrDamaged
+		}
+		root := rootOf(hashes)
+		t.hashes, t.at = append(t.hashes, root[:]...), at
 	}
-	return nil
+	return t, v.whole(id, t)
 }
 
 // root returns the root that the log had at a size.

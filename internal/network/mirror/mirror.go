@@ -27,6 +27,10 @@
 // that was lost, too, as far as what the node still has reaches back; the rest is a
 // gap, which stays visible.
 //
+// Each tile is checked against the one above it when it is read. One that is damaged is made
+// again of those below it; its leaves the node is asked for, with the next word that it gets. What
+// neither has cannot be proven any more, which is said once.
+//
 // # Receipts that are in no log
 //
 // A log without what it should have proves nothing, so each receipt that comes with
@@ -111,6 +115,7 @@ type records interface {
 	ResetReceiptLog(ctx context.Context, node evm.Address, ended, anew *store.ReceiptLog) error
 	EndedReceiptLog(ctx context.Context, node evm.Address, era uint64) (*store.ReceiptLog, error)
 	Tile(ctx context.Context, node evm.Address, era uint64, level int, index uint64) ([]byte, time.Time, error)
+	MendTile(ctx context.Context, node evm.Address, era uint64, t store.Tile, at time.Time) error
 }
 
 // Terms is what the network's configuration says about logs.
@@ -161,12 +166,15 @@ type logCopy struct {
 	base    *store.ReceiptLog // what leaves follow: stored, or the beginning of another copy
 	leaves  []evm.Hash        // behind base
 	next    *receiptlog.SignedHead
-	older   []*receiptlog.SignedHead // to be compared with the copy
-	busy    bool                     // work is under way
-	worked  time.Time                // when a head was stored last, or compared
-	failing bool                     // the last try to store something failed
-	accuse  bool                     // stored.Conflict is not on disk yet
-	reset   func() error             // has the log begin anew; once
+	older   []*receiptlog.SignedHead   // to be compared with the copy
+	busy    bool                       // work is under way
+	worked  time.Time                  // when a head was stored last, or compared
+	failing bool                       // the last try to store something failed
+	accuse  bool                       // stored.Conflict is not on disk yet
+	reset   func() error               // has the log begin anew; once
+	broken  []*damagedTile             // to be mended
+	mended  [][]evm.Hash               // leaves of the first of these, as the node has sent them
+	gone    map[receiptlog.NodeID]bool // tiles that nobody can mend
 
 	expected map[evm.Hash]expectation // by leaf
 	asked    []evm.Hash               // of these, to be looked for in the copy
@@ -228,7 +236,7 @@ func (m *Mirror) Join(ctx context.Context, node evm.Address, told func(*wire.Lea
 	for leaf, e := range c.expected {
 		c.expected[leaf] = expectation{job: e.job, since: now, size: c.stored.Size()}
 	}
-	c.asked, c.overdue = nil, 0
+	c.asked, c.overdue, c.gone = nil, 0, nil
 	first := c.says()
 	if first.Reset, err = c.word(); err != nil {
 		c.session = nil
@@ -312,6 +320,10 @@ func (c *logCopy) says() *wire.LeavesAck {
 	a := &wire.LeavesAck{Size: c.stored.Size(), Head: c.stored.Head, Edge: c.stored.Edge}
 	if lost := c.stored.Lost; lost != nil && lost.Size > a.Size {
 		a.Lost = lost
+	}
+	if len(c.broken) > 0 && c.broken[0].id.Level == 0 && len(c.mended) == 0 {
+		from := c.broken[0].id.Index << tileBits
+		a.Again = &from
 	}
 	return a
 }
@@ -452,6 +464,9 @@ func (s *Session) Leaves(l *wire.Leaves) (news bool, err error) {
 		if c.stored.Head != nil {
 			c.base.Lost = c.stored.Head
 		}
+	}
+	if l.Again {
+		return s.leavesAgain(l), nil
 	}
 	s.some = true
 	have := sizeOf(c.base) + uint64(len(c.leaves))
@@ -615,6 +630,8 @@ func (c *logCopy) work() {
 		case len(c.older) > 0:
 			c.worked = time.Now()
 			err = c.compare()
+		case len(c.broken) > 0 && (c.broken[0].id.Level > 0 || len(c.mended) > 0):
+			c.mend()
 		case len(c.asked) > 0:
 			err = c.look()
 		default:
@@ -840,8 +857,9 @@ func (c *logCopy) beginAnew(operator, reason string, force bool) (*store.Reset, 
 		return nil, err
 	}
 	c.m.metrics.LogResets.Inc()
-	c.log.Warn("receipt log of the node begins anew, by the network's operator", "operator", operator, "reason", reason, "era", r.Era, "before", r.Before)
+	c.log.Warn("receipt log of the node begins anew, by the network's operator", journal.NodeLogReset.Attr(), "operator", operator, "reason", reason, "era", r.Era, "before", r.Before)
 	c.next, c.older, c.asked, c.accuse = nil, nil, nil, false
+	c.broken, c.mended, c.gone = nil, nil, nil
 	c.settleDown(anew)
 	c.forget()
 	for leaf, e := range c.expected { // the log has them, or goes on without them
@@ -912,7 +930,11 @@ func (c *logCopy) look() (err error) {
 	})
 	missing := errors.Is(err, errNotHere) || errors.Is(err, store.ErrNotFound)
 	if errors.Is(err, store.ErrDamaged) { // for which the node is not to blame
-		c.m.damaged(c.node, err)
+		c.m.metrics.LogsDamaged.Inc()
+		c.log.Error("copy of the node's receipt log is damaged", journal.ReceiptLogDamaged.Attr(), "error", err)
+		if d, ok := errors.AsType[*damagedTile](err); ok {
+			c.broke(d)
+		}
 	} else if err != nil && !missing {
 		return err
 	}
@@ -1044,13 +1066,16 @@ func (m *Mirror) prove(ctx context.Context, node evm.Address, leaf evm.Hash, at 
 }
 
 func (m *Mirror) proveIn(ctx context.Context, r *store.ReceiptLog, leaf evm.Hash, at time.Time) (*receiptlog.Inclusion, error) {
+	head := r.Head
+	if head == nil {
+		return nil, errNotHere
+	}
+	if err := follows(r); err != nil {
+		return nil, fmt.Errorf("%w: %w", store.ErrDamaged, err)
+	}
 	v, err := newView(ctx, r, m.records.Tile)
 	if err != nil {
 		return nil, err
-	}
-	head := v.log.Head
-	if head == nil {
-		return nil, errNotHere
 	}
 	index, err := v.find(leaf, at)
 	if err != nil {
@@ -1060,7 +1085,7 @@ func (m *Mirror) proveIn(ctx context.Context, r *store.ReceiptLog, leaf evm.Hash
 	if err != nil {
 		return nil, err
 	}
-	if err := p.Check(leaf, head.Root); err != nil {
+	if err := p.Check(leaf, head.Root); err != nil { // of what is in the record
 		return nil, fmt.Errorf("%w: %w", store.ErrDamaged, err)
 	}
 	i := &receiptlog.Inclusion{Head: *head, Index: index, Path: p.Path}
@@ -1070,7 +1095,105 @@ func (m *Mirror) proveIn(ctx context.Context, r *store.ReceiptLog, leaf evm.Hash
 	return i, nil
 }
 
+// damaged notes what was found wrong with a copy, and has it mended where that is a tile.
 func (m *Mirror) damaged(node evm.Address, err error) {
 	m.metrics.LogsDamaged.Inc()
 	m.log.Error("copy of a node's receipt log is damaged", journal.ReceiptLogDamaged.Attr(), "node", node, "error", err)
+	d, ok := errors.AsType[*damagedTile](err)
+	if !ok {
+		return
+	}
+	c := m.take(node)
+	defer c.mu.Unlock()
+	c.broke(d)
+	c.drop()
+}
+
+// maxBroken bounds the tiles of a node that wait to be mended.
+const maxBroken = 256
+
+// broke has a tile mended. While the node is away nobody has its leaves.
+func (c *logCopy) broke(d *damagedTile) {
+	if c.session == nil || c.gone[d.id] || len(c.broken) >= maxBroken || slices.ContainsFunc(c.broken, func(other *damagedTile) bool { return other.id == d.id }) {
+		return
+	}
+	c.broken = append(c.broken, d)
+	if d.id.Level > 0 {
+		c.kick()
+		return
+	}
+	if len(c.broken) == 1 && c.next == nil && len(c.leaves) == 0 { // else the next word has it
+		c.tell()
+	}
+}
+
+// leavesAgain takes the leaves that the node was asked for, or its word that it has not
+// got them. It reports whether it was asked.
+func (s *Session) leavesAgain(l *wire.Leaves) bool {
+	c := s.c
+	if len(c.broken) == 0 || c.broken[0].id != (receiptlog.NodeID{Index: l.From >> tileBits}) || len(c.mended) > 0 {
+		return false
+	}
+	if len(l.Leaves) == 0 {
+		c.settleTile(errors.New("the node has not got its leaves any more"))
+		return true
+	}
+	c.mended = [][]evm.Hash{l.Leaves}
+	c.kick()
+	return true
+}
+
+// mend makes a damaged tile again.
+func (c *logCopy) mend() {
+	d, mended := c.broken[0], c.mended
+	c.mended = nil
+	era := c.stored.Era()
+	var err error
+	c.unlocked(func() {
+		ctx, cancel := context.WithTimeout(context.Background(), opTimeout)
+		defer cancel()
+		var v *view
+		if v, err = c.m.view(ctx, c.node); err != nil {
+			return
+		}
+		var t tile
+		if len(mended) == 0 {
+			t, err = v.below(d.id)
+		} else {
+			for _, leaf := range mended[0] {
+				t.hashes = append(t.hashes, leaf[:]...)
+			}
+			err = v.whole(d.id, t)
+		}
+		if err != nil {
+			return
+		}
+		at := d.at
+		if at.IsZero() { // its own time is not known
+			next, _ := v.tile(int(d.id.Level), d.id.Index+1)
+			if at = next.at; at.IsZero() {
+				at = time.Now()
+			}
+		}
+		err = c.m.records.MendTile(ctx, c.node, era, store.Tile{Level: int(d.id.Level), Index: d.id.Index, Hashes: t.hashes}, at)
+	})
+	c.settleTile(err)
+}
+
+// settleTile says what came of the tile that was to be mended.
+func (c *logCopy) settleTile(err error) {
+	if len(c.broken) == 0 {
+		return // another session has begun, or another log
+	}
+	d := c.broken[0]
+	c.broken, c.mended = c.broken[1:], nil
+	if err == nil {
+		c.log.Info("a damaged part of the receipt log of the node is mended", "level", d.id.Level, "tile", d.id.Index)
+		return
+	}
+	if c.gone == nil {
+		c.gone = map[receiptlog.NodeID]bool{}
+	}
+	c.gone[d.id] = true
+	c.log.Error("a damaged part of the receipt log of the node cannot be mended: what is in it cannot be proven any more", "level", d.id.Level, "tile", d.id.Index, "error", err)
 }

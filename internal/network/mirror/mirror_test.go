@@ -7,6 +7,7 @@ import (
 	"errors"
 	"fmt"
 	"log/slog"
+	"slices"
 	"strings"
 	"sync"
 	"testing"
@@ -98,7 +99,7 @@ func (d *disk) PutReceiptLog(_ context.Context, node evm.Address, l *store.Recei
 		return d.fail
 	}
 	for _, t := range full {
-		d.tiles[inEra(node, l.Era(), t.Level, t.Index)] = tile{t.Hashes, time.Now()}
+		d.tiles[inEra(node, l.Era(), t.Level, t.Index)] = tile{nil, t.Hashes, time.Now()}
 	}
 	raw, err := json.Marshal(l)
 	d.logs[node] = raw
@@ -114,6 +115,13 @@ func (d *disk) Tile(_ context.Context, node evm.Address, era uint64, level int, 
 		return nil, time.Time{}, store.ErrNotFound
 	}
 	return t.hashes, t.at, nil
+}
+
+func (d *disk) MendTile(_ context.Context, node evm.Address, era uint64, t store.Tile, at time.Time) error {
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	d.tiles[inEra(node, era, t.Level, t.Index)] = tile{nil, t.Hashes, at}
+	return d.fail
 }
 
 func (d *disk) set(err error) {
@@ -773,6 +781,12 @@ func TestReset(t *testing.T) {
 		t.Error("a log begins anew without an end")
 	}
 	p.join()
+	p.era = p.last().Reset.Era
+	p.send(300, p.edge(300)) // a node with a long log has not all of it
+	p.beat(p.sign(nil))
+	if i := prove(p.all[300]); i.Head.Era != p.era || i.Reset == nil {
+		t.Errorf("what the last log has is proven under %+v", i.Head)
+	}
 	if i := prove(old[5]); i.Head != first {
 		t.Errorf("what only the first log has is proven under %+v", i.Head)
 	}
@@ -935,6 +949,63 @@ func TestDamagedCopy(t *testing.T) {
 		p.mustProve(255, 512)
 		p.made[0], p.made[512] = time.Time{}, time.Now() // on both sides of it
 		p.mustProve(0, 512)
+
+		// The node is asked for its leaves, and what it sends is held against the tree.
+		answer := func(leaves []evm.Hash) bool {
+			t.Helper()
+			if a := p.last(); a.Again == nil || *a.Again != 256 || a.Size != 700 {
+				t.Fatalf("told %+v", a)
+			}
+			asked, err := p.s.Leaves(&wire.Leaves{From: 256, Leaves: leaves, Again: true})
+			if err != nil {
+				t.Fatal(err)
+			}
+			p.m.wg.Wait()
+			return asked
+		}
+		changed := slices.Clone(p.all[256:512])
+		changed[3][0] ^= 1
+		if !answer(changed) {
+			t.Error("the node was not asked")
+		}
+		is(t, "what cannot be mended", p.prove(300), store.ErrDamaged)
+		p.join()
+		is(t, "in the next session", p.prove(300), store.ErrDamaged)
+		answer(nil)
+		is(t, "what the node has no longer", p.prove(300), store.ErrDamaged)
+		p.join()
+		is(t, "in the next session", p.prove(300), store.ErrDamaged)
+		answer(p.all[256:512])
+		p.mustProve(256, 257, 300, 511, 512)
+		if asked := answer(p.all[256:512]); asked {
+			t.Error("leaves are taken that nobody has asked for")
+		}
+	})
+	t.Run("a full tile above", func(t *testing.T) {
+		p := newProver(t)
+		p.join()
+		p.grow(66_000)
+		p.sync()
+		above := p.disk.tiles[name(p.key.Address(), 1, 0)]
+		before := above.at
+		above.hashes[40] ^= 1
+		if err := p.prove(3); !errors.Is(err, store.ErrDamaged) {
+			t.Fatal(err)
+		}
+		p.m.wg.Wait()
+		p.mustProve(3, 256, 65_535)
+		if now := p.disk.tiles[name(p.key.Address(), 1, 0)]; now.at.Before(before) || now.at.After(before.Add(time.Minute)) {
+			t.Errorf("it is said to be put at %v, was %v", now.at, before)
+		}
+		// Of what is damaged below, too, nothing can be made.
+		above.hashes[40] ^= 1
+		p.disk.tiles[name(p.key.Address(), 1, 0)].hashes[40] ^= 1
+		p.disk.tiles[name(p.key.Address(), 0, 9)].hashes[40] ^= 1
+		if err := p.prove(3); !errors.Is(err, store.ErrDamaged) {
+			t.Fatal(err)
+		}
+		p.m.wg.Wait()
+		is(t, "what cannot be made again", p.prove(3), store.ErrDamaged)
 	})
 	t.Run("a gap", func(t *testing.T) {
 		p := newProver(t)

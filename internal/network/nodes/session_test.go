@@ -558,6 +558,9 @@ func (noLogs) PutReceiptLog(context.Context, evm.Address, *store.ReceiptLog, []s
 func (noLogs) ResetReceiptLog(context.Context, evm.Address, *store.ReceiptLog, *store.ReceiptLog) error {
 	return errors.New("nothing is kept")
 }
+func (noLogs) MendTile(context.Context, evm.Address, uint64, store.Tile, time.Time) error {
+	return errors.New("nothing is kept")
+}
 func (noLogs) EndedReceiptLog(context.Context, evm.Address, uint64) (*store.ReceiptLog, error) {
 	return nil, store.ErrNotFound
 }

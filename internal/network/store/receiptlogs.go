@@ -9,6 +9,7 @@ import (
 	"strings"
 	"time"
 
+	"github.com/nats-io/nats.go"
 	"github.com/nats-io/nats.go/jetstream"
 
 	"github.com/resultity/node/internal/evm"
@@ -225,6 +226,26 @@ func (s *Store) ReceiptLogs(ctx context.Context) (map[evm.Address]LogSummary, er
 	return logs, nil
 }
 
+// putHeader says when a tile was put that had to be put again, in Unix milliseconds.
+const putHeader = "Resultity-Put"
+
+// MendTile puts a full tile again that was damaged. at is when it was put first.
+func (s *Store) MendTile(ctx context.Context, node evm.Address, era uint64, t Tile, at time.Time) error {
+	db, ctx, end, err := s.write(ctx, more, len(t.Hashes))
+	if err != nil {
+		return fmt.Errorf("mend receipt log of %s: %w", node, err)
+	}
+	defer end()
+	subject := tileSubject(node, era, t.Level, t.Index)
+	msg := nats.NewMsg(subject)
+	msg.Data = t.Hashes
+	msg.Header.Set(putHeader, strconv.FormatInt(at.UnixMilli(), 10))
+	if _, err := db.js.PublishMsg(ctx, msg); err != nil {
+		return fmt.Errorf("mend tile %d of level %d of the receipt log of %s: %w", t.Index, t.Level, node, db.failure(err))
+	}
+	return s.lost.replaced(subject)
+}
+
 // Tile returns the hashes of a full tile and when it was put, or [ErrNotFound].
 func (s *Store) Tile(ctx context.Context, node evm.Address, era uint64, level int, index uint64) (hashes []byte, at time.Time, err error) {
 	db := s.now.Load()
@@ -232,5 +253,9 @@ func (s *Store) Tile(ctx context.Context, node evm.Address, era uint64, level in
 	if err != nil {
 		return nil, at, fmt.Errorf("tile %d of level %d of the receipt log of %s: %w", index, level, node, err)
 	}
-	return m.Data, m.Time, nil
+	at = m.Time
+	if ms, err := strconv.ParseInt(m.Header.Get(putHeader), 10, 64); err == nil {
+		at = time.UnixMilli(ms)
+	}
+	return m.Data, at, nil
 }

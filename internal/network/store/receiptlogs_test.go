@@ -73,6 +73,12 @@ func TestReceiptLogs(t *testing.T) {
 	if err := s.PutReceiptLog(ctx, node, anew, []Tile{tile(9, 1)}); err != nil {
 		t.Fatal(err)
 	}
+	if err := s.MendTile(ctx, node, 7, Tile{9, 1, []byte("mended")}, time.UnixMilli(5)); err != nil {
+		t.Fatal(err)
+	}
+	if got, at, err := s.Tile(ctx, node, 7, 9, 1); err != nil || string(got) != "mended" || at.UnixMilli() != 5 {
+		t.Errorf("a tile that was mended: %q of %v, %v", got, at, err)
+	}
 	if got, err := s.EndedReceiptLog(ctx, node, 0); err != nil || *got.Head != *head {
 		t.Errorf("the log before: %+v, %v", got, err)
 	}
@@ -83,7 +89,7 @@ func TestReceiptLogs(t *testing.T) {
 	if _, _, err := s.Tile(ctx, node, 0, 9, 1); !errors.Is(err, ErrNotFound) {
 		t.Errorf("a tile of another era: %v", err)
 	}
-	if got, _, err := s.Tile(ctx, node, 7, 9, 1); err != nil || got[1] != 1 {
+	if got, _, err := s.Tile(ctx, node, 7, 9, 1); err != nil || string(got) != "mended" {
 		t.Errorf("a tile of the new era: %v", err)
 	}
 
