@@ -349,10 +349,10 @@ func TestStalledDownload(t *testing.T) {
 		})
 	})
 	t.Run("who shares the runtime is not held up", func(t *testing.T) {
-		inTwo(t, nil, func(t *testing.T, w *duo, sa, sb *snapshot.Snapshot) {
+		inTwo(t, nil, func(t *testing.T, w *duo, sa, _ *snapshot.Snapshot) {
 			newest, end := stall(w, 3)
 			pass(5 * time.Second)
-			sb = w.publish(w.b, map[string]any{"limits.tokens": 60})
+			sb := w.publish(w.b, map[string]any{"limits.tokens": 60})
 			pass(5 * time.Second)
 			w.is(w.a, active, sa)
 			w.is(w.b, active, sb)

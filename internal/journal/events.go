@@ -209,7 +209,7 @@ func WriteCatalog(w io.Writer, events []*Event, page string) error {
 
 // troubles are the ends of the names of events that tell of something that somebody
 // may have to look at. The tests refuse an event of which this is not decided.
-var troubles = regexp.MustCompile(`(^not-[a-z]+|-(behind|broken|cloned|closed|crowded|damaged|dead|drifted|dropped|exceeded|expired|failed|invalid|lost|missing|penalty|refused|stale|storm|suspect|unknown|unlimited|waits|wrong))$`)
+var troubles = regexp.MustCompile(`(^not-[a-z]+|-(behind|broken|cloned|closed|crowded|damaged|dead|doubted|drifted|dropped|exceeded|expired|failed|invalid|lost|missing|penalty|refused|stale|storm|suspect|unknown|unlimited|waits|wrong))$`)
 
 // fieldInText is where the journal puts a field's value into a text.
 var fieldInText = regexp.MustCompile(`@([A-Z_]+)@`)
