@@ -76,6 +76,8 @@ type podman interface {
 	Pull(ctx context.Context, ref snapshot.ImageRef, progress io.Writer) error
 	// Image fails unless exactly ref is stored.
 	Image(ctx context.Context, ref snapshot.ImageRef) (id string, size int64, err error)
+	// Has reports whether exactly ref is stored. It fails where Podman does not say.
+	Has(ctx context.Context, ref snapshot.ImageRef) (bool, error)
 	// RemoveImages removes those in pulled that are not in keep, and returns
 	// what is gone afterwards, also with an error.
 	RemoveImages(ctx context.Context, pulled, keep []snapshot.ImageRef) (gone []snapshot.ImageRef, err error)
@@ -103,7 +105,7 @@ type Images struct {
 	stall     time.Duration
 	reading   chan struct{} // one place, for who has Podman read its store
 
-	mu   sync.Mutex               // guards what follows, and Podman's files in dir; held for no longer than those take to write
+	mu   sync.Mutex               // guards what follows, and writing the files in dir; held for no longer than those take to write
 	busy map[string]chan struct{} // repositories that somebody works on, until the channel is closed
 	open map[string]*requirements // those that the policy names
 
@@ -175,8 +177,9 @@ func (i *Images) Ensure(ctx context.Context, ref snapshot.ImageRef, own, now *sn
 	if !known || rec.Foreign {
 		// An image that somebody had here before is not ours to remove. Once he
 		// has removed it himself, it is ours that takes its place.
-		_, _, err := i.podman.Image(ctx, ref)
-		rec.Foreign = err == nil
+		if rec.Foreign, err = i.podman.Has(ctx, ref); err != nil {
+			return fmt.Errorf("image %s: %w", ref, err)
+		}
 	}
 	if err := i.keep(ref, rec); err != nil {
 		return fmt.Errorf("image %s: %w", ref, err)

@@ -133,7 +133,8 @@ type standIn struct {
 	stored map[snapshot.ImageRef]bool
 	pulls  int
 
-	loses  bool // say that a pull went well, and store nothing
+	away   error // what it says to a look while it is away
+	loses  bool  // say that a pull went well, and store nothing
 	damage []string
 	begun  chan string                    // is told of what begins to wait; nil where nothing does
 	slow   map[snapshot.ImageRef]chan any // pulls that wait
@@ -212,6 +213,9 @@ func (p *standIn) allowed(ctx context.Context, ref snapshot.ImageRef) error {
 }
 
 func (p *standIn) Image(_ context.Context, ref snapshot.ImageRef) (string, int64, error) {
+	if p.away != nil {
+		return "", 0, p.away
+	}
 	p.mu.Lock()
 	defer p.mu.Unlock()
 	// What an index came to is stored under its own digest as well.
@@ -220,7 +224,17 @@ func (p *standIn) Image(_ context.Context, ref snapshot.ImageRef) (string, int64
 			return "id", 1, nil
 		}
 	}
-	return "", 0, errors.New("not stored")
+	return "", 0, errNotStored
+}
+
+var errNotStored = errors.New("not stored")
+
+func (p *standIn) Has(ctx context.Context, ref snapshot.ImageRef) (bool, error) {
+	_, _, err := p.Image(ctx, ref)
+	if errors.Is(err, errNotStored) {
+		return false, nil
+	}
+	return err == nil, err
 }
 
 func (p *standIn) Damage(context.Context, snapshot.ImageRef) ([]string, error) {
@@ -715,6 +729,31 @@ func TestRetain(t *testing.T) {
 	left, err := os.ReadDir(filepath.Join(w.dir, records))
 	if err != nil || len(left) != 1 {
 		t.Errorf("records left: %v, %v", left, err)
+	}
+}
+
+// Whose image it is, Podman has to say: one that was away when it was asked has not
+// said that there was none.
+func TestAwayAtTheFirstLook(t *testing.T) {
+	for _, known := range []bool{false, true} {
+		w := newWorld(t)
+		k, pub := newKey(t)
+		d, ref := w.push("net/runtime", "a")
+		w.must(w.reg.Sign(t.Context(), d, k))
+		w.pod.stored[ref] = true // the user had it already
+		if known {
+			w.must(ensure(t, w.img, ref, pub))
+		}
+		w.pod.away = errors.New("connection refused")
+		if err := ensure(t, w.img, ref, pub); !errors.Is(err, w.pod.away) {
+			t.Errorf("known %v: error %v", known, err)
+		}
+		w.pod.away = nil
+		w.must(ensure(t, w.img, ref, pub))
+		w.must(w.img.Retain(t.Context()))
+		if !w.pod.stored[ref] {
+			t.Errorf("known %v: the user's own image was removed", known)
+		}
 	}
 }
 

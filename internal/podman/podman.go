@@ -304,6 +304,15 @@ func (c *Client) Image(ctx context.Context, ref snapshot.ImageRef) (id string, s
 	return r.ID, r.Size, nil
 }
 
+// Has reports whether [Client.Image] finds ref. It fails where Podman does not say.
+func (c *Client) Has(ctx context.Context, ref snapshot.ImageRef) (bool, error) {
+	_, _, err := c.Image(ctx, ref)
+	if errors.Is(err, ErrNotFound) || errors.Is(err, ErrOtherImage) {
+		return false, nil
+	}
+	return err == nil, err
+}
+
 // ImageEnv returns the environment that a stored image asks for, NAME=value.
 func (c *Client) ImageEnv(ctx context.Context, ref snapshot.ImageRef) ([]string, error) {
 	r, err := images.GetImage(c.with(ctx), ref.String(), nil)

@@ -273,6 +273,27 @@ func TestRemoveImages(t *testing.T) {
 	}
 }
 
+// Has tells "no" from no answer.
+func TestHas(t *testing.T) {
+	ref := refTo(t, "registry.test/a", "a")
+	for name, c := range map[string]struct {
+		image http.HandlerFunc
+		has   bool
+		fails bool
+	}{
+		"stored":           {says(fmt.Sprintf(`{"Id":"1","RepoDigests":[%q]}`, ref)), true, false},
+		"not stored":       {fails(http.StatusNotFound, "no such image"), false, false},
+		"under other name": {says(`{"Id":"1","RepoDigests":["registry.test/b@sha256:00"]}`), false, false},
+		"service fails":    {fails(http.StatusInternalServerError, "storage is broken"), false, true},
+		"empty":            {says(`{}`), false, true},
+	} {
+		client := service{"GET /images/" + ref.String() + "/json": c.image}.dial(t)
+		if has, err := client.Has(t.Context(), ref); has != c.has || (err != nil) != c.fails {
+			t.Errorf("%s: %v, %v", name, has, err)
+		}
+	}
+}
+
 // TestIncompleteAnswers: a field that is not there must not be a crash.
 func TestIncompleteAnswers(t *testing.T) {
 	c := service{
