@@ -9,6 +9,7 @@ import (
 	"io/fs"
 	"os"
 	"path/filepath"
+	"slices"
 
 	"go.podman.io/image/v5/docker/reference"
 	podmanpolicy "go.podman.io/image/v5/signature"
@@ -190,9 +191,14 @@ func (e *entry) judge(ctx context.Context, t *trust) error {
 	return errors.Join(errs...)
 }
 
-// add puts a signature first.
+// add puts a signature first. It is in there once.
 func (e *entry) add(a *attached) {
-	e.Signatures = append([]attached{*a}, e.Signatures[:min(len(e.Signatures), maxKept-1)]...)
+	raw, err := json.Marshal(a) // spaces in a bundle are not those that were found
+	others := slices.DeleteFunc(e.Signatures, func(b attached) bool {
+		kept, keptErr := json.Marshal(b)
+		return err == nil && keptErr == nil && bytes.Equal(raw, kept)
+	})
+	e.Signatures = append([]attached{*a}, others[:min(len(others), maxKept-1)]...)
 }
 
 // recordName has no part of the reference in it: what is a name for a registry
@@ -227,10 +233,14 @@ func (i *Images) keep(ref snapshot.ImageRef, e entry) error {
 	if err != nil {
 		return err
 	}
+	i.mu.Lock()
+	defer i.mu.Unlock()
 	return i.write(recordName(ref), raw)
 }
 
 func (i *Images) forget(ref snapshot.ImageRef) error {
+	i.mu.Lock()
+	defer i.mu.Unlock()
 	err := os.Remove(filepath.Join(i.dir, recordName(ref)))
 	if errors.Is(err, fs.ErrNotExist) {
 		return nil
@@ -240,6 +250,8 @@ func (i *Images) forget(ref snapshot.ImageRef) error {
 
 // allRecords returns all records; what is none is removed.
 func (i *Images) allRecords() ([]entry, error) {
+	i.mu.Lock() // else one that is being written would be none
+	defer i.mu.Unlock()
 	files, err := filepath.Glob(filepath.Join(i.dir, records, "*"))
 	if err != nil {
 		return nil, err

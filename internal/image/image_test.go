@@ -757,6 +757,48 @@ func TestAwayAtTheFirstLook(t *testing.T) {
 	}
 }
 
+// A record that is being written is not taken for what a crash has left.
+func TestRetainBesideEnsure(t *testing.T) {
+	w := newWorld(t)
+	_, ref := w.push("net/runtime", "a")
+	over := make(chan any)
+	go func() {
+		defer close(over)
+		for n := range 200 {
+			if err := w.img.keep(ref, entry{Image: ref, Manifest: ref.Digest(), Foreign: n%2 == 0}); err != nil {
+				t.Error(err)
+				return
+			}
+		}
+	}()
+	for {
+		select {
+		case <-over:
+			return
+		default:
+			w.must(w.img.Retain(t.Context(), ref))
+		}
+	}
+}
+
+// What is found again and again is kept once: it is not to push out what other
+// networks trust.
+func TestSameSignatureIsKeptOnce(t *testing.T) {
+	w := newWorld(t)
+	k, pub := newKey(t)
+	d, ref := w.push("net/runtime", "a")
+	w.must(w.reg.Sign(t.Context(), d, k))
+	w.pod.loses = true
+	for range 3 {
+		if err := ensure(t, w.img, ref, pub); !errors.Is(err, ErrPull) {
+			t.Fatal(err)
+		}
+	}
+	if e, _ := w.img.record(ref); len(e.Signatures) != 1 {
+		t.Errorf("%d signatures are kept", len(e.Signatures))
+	}
+}
+
 // TestHostileRegistry answers with what no honest registry sends.
 func TestHostileRegistry(t *testing.T) {
 	_, pub := newKey(t)
