@@ -390,7 +390,7 @@ func (m *membership) jobs(limit int) ([]control.Job, error) {
 		jobs = append(jobs, control.Job{ID: j.ID.String(), Network: m.net.Name, State: "running", Model: j.Model})
 	}
 	errFull := errors.New("enough")
-	err = m.store.Outbox(0, func(_ uint64, r *wire.Result) error {
+	unread, err := m.store.Outbox(0, func(_ uint64, r *wire.Result) error {
 		if len(jobs) >= limit {
 			return errFull
 		}
@@ -399,6 +399,9 @@ func (m *membership) jobs(limit int) ([]control.Job, error) {
 	})
 	if err != nil && !errors.Is(err, errFull) {
 		return nil, fmt.Errorf("read the outbox: %w", err)
+	}
+	for _, u := range unread[:min(len(unread), limit-len(jobs))] {
+		jobs = append(jobs, control.Job{ID: u.Job.String(), Network: m.net.Name, State: "unreadable"})
 	}
 	for _, id := range m.kept.IDs() {
 		if len(jobs) >= limit {

@@ -80,10 +80,11 @@ func (m *membership) connected() (is bool) {
 	return is
 }
 
-// inReceipts are the records that results name which the network has not got.
+// inReceipts are the records that results name which the network has not got. What a
+// result that cannot be read has named is of no use to it any more.
 func (m *membership) inReceipts() (map[digest.Digest]bool, error) {
 	named := map[digest.Digest]bool{}
-	err := m.store.Outbox(0, func(_ uint64, r *wire.Result) error {
+	_, err := m.store.Outbox(0, func(_ uint64, r *wire.Result) error {
 		if r.Receipt != nil {
 			s := r.Receipt.Receipt()
 			named[s.Measured.SandboxDigest] = true

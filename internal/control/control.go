@@ -229,7 +229,7 @@ type Model struct {
 type Job struct {
 	ID      string    `json:"id"`
 	Network string    `json:"network"`
-	State   string    `json:"state"` // running, unacknowledged, or kept for a replay
+	State   string    `json:"state"` // running, unacknowledged, unreadable (a result that the disk does not give back), or kept for a replay
 	Model   string    `json:"model,omitempty"`
 	Code    wire.Code `json:"code,omitempty"` // why it failed
 }

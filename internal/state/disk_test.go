@@ -479,7 +479,7 @@ func (m *model) check(s *Store, crashed bool) {
 		}
 	}
 	results, last := 0, uint64(0)
-	if err := s.Outbox(0, func(n uint64, r *wire.Result) error {
+	if _, err := s.Outbox(0, func(n uint64, r *wire.Result) error {
 		if n <= last {
 			m.t.Fatalf("number %d after %d", n, last)
 		}

@@ -621,27 +621,37 @@ func (s *Store) Unfinished() ([]*wire.Job, error) {
 	return jobs, nil
 }
 
+// Unread is a result that the disk does not give back as it was written. It stays
+// where it is until [Store.Expire] drops it.
+type Unread struct {
+	Job receipt.JobID
+	Err error
+}
+
 // Outbox calls f with the results whose number is above after, in the order of
 // finishing. Numbers rise and are never used twice. It holds one result at a
-// time; f may use the store and may take as long as it likes.
-func (s *Store) Outbox(after uint64, f func(seq uint64, r *wire.Result) error) error {
+// time; f may use the store and may take as long as it likes. Results that cannot be
+// read are passed over and returned, so that they hold back no others. The error is
+// f's, or that the store is closed.
+func (s *Store) Outbox(after uint64, f func(seq uint64, r *wire.Result) error) (unread []Unread, err error) {
 	for {
 		s.mu.Lock()
 		i, ok := s.outbox.after(after)
 		s.mu.Unlock()
 		if !ok {
-			return nil
+			return unread, nil
 		}
 		after = i.num
 		r, ok, err := s.Result(i.id)
-		if err != nil {
-			return err
-		}
-		if !ok {
-			continue // acknowledged
-		}
-		if err := f(i.num, r); err != nil {
-			return err
+		switch {
+		case errors.Is(err, errClosed):
+			return unread, err
+		case err != nil:
+			unread = append(unread, Unread{i.id, err})
+		case ok: // else it was acknowledged
+			if err := f(i.num, r); err != nil {
+				return unread, err
+			}
 		}
 	}
 }

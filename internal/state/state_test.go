@@ -238,7 +238,7 @@ func TestFinishTakesWhatIsReadBack(t *testing.T) {
 		want[j.ID] = r
 	}
 	s = reopen(t, s)
-	err := s.Outbox(0, func(_ uint64, got *wire.Result) error {
+	_, err := s.Outbox(0, func(_ uint64, got *wire.Result) error {
 		r := *want[got.Job]
 		delete(want, got.Job)
 		if r.Message = r.Message[:min(len(r.Message), MaxMessage)]; len(r.Response) == 0 {
@@ -307,7 +307,7 @@ func TestOutboxIsInTheOrderOfFinishing(t *testing.T) {
 	}
 	list := func(after uint64) (ids []receipt.JobID, last uint64) {
 		t.Helper()
-		if err := s.Outbox(after, func(seq uint64, r *wire.Result) error {
+		if _, err := s.Outbox(after, func(seq uint64, r *wire.Result) error {
 			if seq <= last {
 				t.Fatalf("number %d after %d", seq, last)
 			}
@@ -327,7 +327,7 @@ func TestOutboxIsInTheOrderOfFinishing(t *testing.T) {
 	}
 	// The store may be used while it is listed, and what has gone is not met.
 	got = nil
-	if err := s.Outbox(0, func(_ uint64, r *wire.Result) error {
+	if _, err := s.Outbox(0, func(_ uint64, r *wire.Result) error {
 		got = append(got, r.Job)
 		return s.Ack([]receipt.JobID{r.Job, want[slices.Index(want, r.Job)+1]})
 	}); err != nil || len(got) != 10 {
@@ -342,7 +342,7 @@ func TestOutboxIsInTheOrderOfFinishing(t *testing.T) {
 		t.Fatalf("Outbox(last) = %v, want the new one", got)
 	}
 	stop := errors.New("stop")
-	if err := s.Outbox(0, func(uint64, *wire.Result) error { return stop }); !errors.Is(err, stop) {
+	if _, err := s.Outbox(0, func(uint64, *wire.Result) error { return stop }); !errors.Is(err, stop) {
 		t.Fatalf("Outbox = %v, want the error of f", err)
 	}
 }

@@ -48,7 +48,7 @@ type (
 		Finish(r *wire.Result) error
 		Lookup(id receipt.JobID) (state.Known, error)
 		Unfinished() ([]*wire.Job, error)
-		Outbox(after uint64, f func(seq uint64, r *wire.Result) error) error
+		Outbox(after uint64, f func(seq uint64, r *wire.Result) error) ([]state.Unread, error)
 		Result(id receipt.JobID) (*wire.Result, bool, error)
 		Ack(ids []receipt.JobID) error
 		Expire(ttl time.Duration) (dropped int, err error)
@@ -125,7 +125,8 @@ type Worker struct {
 	heard     bool                   // something came from the network since the last housekeeping
 	changed   chan struct{}          // closed and replaced when active, busy or delivered change
 	tally     tally
-	replays   map[*replay]struct{} // that are under way
+	replays   map[*replay]struct{}   // that are under way
+	unread    map[receipt.JobID]bool // results that cannot be read, and the operator knows
 	tasks     sync.WaitGroup
 }
 
@@ -144,7 +145,7 @@ func New(cfg Config) *Worker {
 	if cfg.Slots == nil {
 		cfg.Slots = NewSlots()
 	}
-	return &Worker{cfg: cfg, fatal: make(chan error, 1), jobs: map[receipt.JobID]*job{}, replays: map[*replay]struct{}{}, changed: make(chan struct{})}
+	return &Worker{cfg: cfg, fatal: make(chan error, 1), jobs: map[receipt.JobID]*job{}, replays: map[*replay]struct{}{}, unread: map[receipt.JobID]bool{}, changed: make(chan struct{})}
 }
 
 // Why a job's context ended.
@@ -441,7 +442,7 @@ func (w *Worker) writeDown(k *job) *refusal {
 
 // seen refuses a job that is settled. Not as a duplicate, which would say that
 // its result may still come from here; if it may, answerKnown sends it instead.
-var seen = refusal{wire.CodeInternal, "this node has delivered its receipt for the job already, and signs one only"}
+var seen = refusal{wire.CodeInternal, "this node has signed its receipt for the job already, and signs one only"}
 
 // answerKnown sends the result of a job again, if there is one: then the network
 // has lost sight of it. Otherwise it refuses the job.
@@ -452,7 +453,7 @@ func (w *Worker) answerKnown(ctx context.Context, j *wire.Job, r refusal) {
 	case known == state.Done:
 		res, ok, err := w.cfg.Store.Result(j.ID)
 		if err != nil {
-			w.cfg.Log.Error("result not read", journal.StorageFailed.Attr(), "job", j.ID, "error", err)
+			w.tellUnread(j.ID, err)
 		}
 		if ok && !errors.Is(context.Cause(ctx), errStopping) {
 			w.send(res)
@@ -802,7 +803,7 @@ func (w *Worker) Connected() {
 	defer w.mu.Unlock()
 	w.early = w.base == nil
 	w.taskLocked(func(ctx context.Context) {
-		err := w.cfg.Store.Outbox(0, func(_ uint64, r *wire.Result) error {
+		unread, err := w.cfg.Store.Outbox(0, func(_ uint64, r *wire.Result) error {
 			if ctx.Err() != nil {
 				return ctx.Err()
 			}
@@ -811,7 +812,22 @@ func (w *Worker) Connected() {
 		if err != nil {
 			w.cfg.Log.Debug("outbox not sent to its end; the next session sends it again", "error", err)
 		}
+		for _, u := range unread {
+			w.tellUnread(u.Job, u.Err)
+		}
 	})
+}
+
+// tellUnread says, once, that a result is lost on the disk. What the disk has stays
+// there for whoever looks into it.
+func (w *Worker) tellUnread(id receipt.JobID, err error) {
+	w.mu.Lock()
+	told := w.unread[id]
+	w.unread[id] = true
+	w.mu.Unlock()
+	if !told {
+		w.cfg.Log.Error("a result cannot be read and is not sent", journal.ResultDamaged.Attr(), "job", id, "error", err)
+	}
 }
 
 // taskLocked runs f, which the network has asked for, beside the caller.

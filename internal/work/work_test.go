@@ -1097,6 +1097,59 @@ func TestAFailedJobArrivesAgain(t *testing.T) {
 	})
 }
 
+// A result that the disk spoils holds back no other one, and its operator learns of it.
+func TestAResultThatCannotBeRead(t *testing.T) {
+	bubble(t, func(t *testing.T) {
+		n := newNode(t, say(answer))
+		n.begin(n.active)
+		jobs := []*wire.Job{n.job(false), n.job(false), n.job(false)}
+		for _, j := range jobs {
+			n.worker.Job(j)
+			n.expect("accept", "result")
+		}
+		names, err := filepath.Glob(filepath.Join(n.path, "*"))
+		if err != nil {
+			t.Fatal(err)
+		}
+		spoilt := 0
+		for _, name := range names {
+			b, err := os.ReadFile(name)
+			if err != nil {
+				t.Fatal(err)
+			}
+			// The last record that begins with the job's id is its result.
+			if at := bytes.LastIndex(b, jobs[0].ID[:]); at >= 0 {
+				b[at+100] ^= 4
+				f, err := os.OpenFile(name, os.O_WRONLY, 0)
+				if err != nil {
+					t.Fatal(err)
+				}
+				if _, err := f.WriteAt(b[at+100:at+101], int64(at+100)); err != nil {
+					t.Fatal(err)
+				}
+				_ = f.Close()
+				spoilt++
+			}
+		}
+		if spoilt != 1 {
+			t.Fatalf("%d results are spoilt", spoilt)
+		}
+		for range 2 {
+			n.worker.Connected()
+			said := n.expect("result", "result")
+			n.answered(jobs[1], said[0], answer)
+			n.answered(jobs[2], said[1], answer)
+		}
+		n.worker.Job(jobs[0])
+		n.refused(wire.CodeInternal)
+		log := n.log.String()
+		if want := "level=ERROR msg=\"a result cannot be read and is not sent\""; strings.Count(log, want) != 1 || !strings.Contains(log, "job="+jobs[0].ID.String()) {
+			t.Errorf("want once %s:\n%s", want, log)
+		}
+		n.status(Status{Slots: 2, Outbox: 3})
+	})
+}
+
 func TestCancel(t *testing.T) {
 	bubble(t, func(t *testing.T) {
 		n := newNode(t, hang)
