@@ -53,10 +53,16 @@ func (r *receipts) begin() {
 	r.said, r.head = nil, nil
 }
 
-// heard takes the network's word. A later one counts for those before it.
+// heard takes the network's word. A later one counts for those before it, but for the
+// era, which only the first one of a session names.
 func (r *receipts) heard(a *wire.LeavesAck) {
 	r.mu.Lock()
 	defer r.mu.Unlock()
+	if a.Reset == nil && r.said != nil {
+		with := *a
+		with.Reset = r.said.Reset
+		a = &with
+	}
 	r.said = a
 	poke(r.look)
 }
@@ -82,6 +88,7 @@ type telling struct {
 	last    time.Time              // when head was made
 	heard   time.Time              // when the network was
 	signed  *receiptlog.Log        // that of the key's last head, if it is known; over all sessions
+	asked   uint64                 // size of the log when the key was last asked for a head; over all sessions
 }
 
 // deliver is the worker's way to the network.
@@ -128,13 +135,19 @@ func (m *membership) showMore(t *telling) (again time.Duration, err error) {
 	now, said := r.session, r.said
 	r.mu.Unlock()
 	if t.session != now {
-		*t = telling{session: now, last: t.last, signed: t.signed}
+		*t = telling{session: now, last: t.last, signed: t.signed, asked: t.asked}
 	}
 	snap := m.board.snapshot()
-	if snap == nil || t.refused {
+	if snap == nil {
 		return 0, nil
 	}
 	chain := snap.Config().Network.ChainID
+	if err := m.signInTime(t, chain); err != nil {
+		return 0, err
+	}
+	if t.refused {
+		return 0, nil
+	}
 	if said != nil {
 		if wait := headEvery - time.Since(t.heard); t.known && wait > 0 {
 			return wait, nil
@@ -194,7 +207,7 @@ func (m *membership) showMore(t *telling) (again time.Duration, err error) {
 		next = &wire.Leaves{From: at}
 	}
 	t.last = time.Now()
-	head, err := m.signHead(t, chain, is)
+	head, err := m.signHead(t, chain, t.era, is)
 	if errors.Is(err, signer.ErrBehind) || errors.Is(err, signer.ErrGrowth) {
 		if t.behind == 0 { // once in a session
 			m.log.Warn("no head of the receipt log", journal.ReceiptLogBehind.Attr(), "count", is.Size, "error", err)
@@ -210,11 +223,40 @@ func (m *membership) showMore(t *telling) (again time.Duration, err error) {
 	return 0, m.send(t, leaves)
 }
 
+// unsent is how many receipts may come before the key is asked for a head of them that
+// nobody is sent. From the leaves that the store keeps, the log could soon not be shown
+// to have grown from the key's last head, and the key would sign none any more.
+func unsent() uint64 { return uint64(state.DefaultBounds.Leaves) / 4 }
+
+// signInTime has the key sign a head in time where the network takes none for long.
+func (m *membership) signInTime(t *telling, chain uint64) error {
+	is := m.store.ReceiptLog()
+	if t.asked = min(t.asked, is.Size); is.Size < t.asked+unsent() {
+		return nil
+	}
+	last, known, err := m.key.LastHead(m.net.Name)
+	if err != nil {
+		return err
+	}
+	t.asked = max(t.asked, last.Size)
+	if is.Size < t.asked+unsent() {
+		return nil
+	}
+	t.asked = is.Size
+	if !known {
+		return nil // the first one grows from nothing
+	}
+	if _, err = m.signHead(t, chain, last.Era, is); errors.Is(err, signer.ErrBehind) || errors.Is(err, signer.ErrGrowth) {
+		return nil // said when the network is to have a head
+	}
+	return err
+}
+
 // signHead has the key sign a head of the log as it is. The key asks to be shown that
 // the log begins with that of its last head, which a kill may have taken from the agent,
 // but not the leaves: they were on disk before.
-func (m *membership) signHead(t *telling, chain uint64, is state.ReceiptLog) (*receiptlog.SignedHead, error) {
-	h := receiptlog.Head{Node: m.key.Address(), Network: m.net.Name, Era: t.era, Size: is.Size, Root: is.Root, Time: uint64(time.Now().UnixMilli())}
+func (m *membership) signHead(t *telling, chain, era uint64, is state.ReceiptLog) (*receiptlog.SignedHead, error) {
+	h := receiptlog.Head{Node: m.key.Address(), Network: m.net.Name, Era: era, Size: is.Size, Root: is.Root, Time: uint64(time.Now().UnixMilli())}
 	last, known, err := m.key.LastHead(m.net.Name)
 	if err != nil {
 		return nil, err
@@ -245,7 +287,7 @@ func (m *membership) signHead(t *telling, chain uint64, is state.ReceiptLog) (*r
 	t.signed = nil
 	head, err := m.key.Head(chain, h, g)
 	if err == nil {
-		t.signed = log
+		t.signed, t.asked = log, is.Size
 	}
 	return head, err
 }
@@ -371,7 +413,7 @@ func (m *membership) hearReset(t *telling, said *wire.LeavesAck, snap *snapshot.
 		return nil
 	}
 	t.era = r.Era
-	if is := m.store.ReceiptLog(); said.Head == nil && is.Acked > 0 {
+	if is := m.store.ReceiptLog(); said.Head == nil && said.Lost == nil && is.Acked > 0 {
 		m.log.Warn("receipt log begins anew", journal.ReceiptLogReset.Attr(), "count", is.Size, "reason", r.Reason)
 		return m.store.AckLeaves(0)
 	}

@@ -17,6 +17,7 @@ import (
 	"github.com/resultity/node/internal/receiptlog"
 	"github.com/resultity/node/internal/signer"
 	"github.com/resultity/node/internal/snapshot"
+	"github.com/resultity/node/internal/state"
 	"github.com/resultity/node/internal/wire"
 )
 
@@ -478,6 +479,73 @@ func TestReceiptLogBeginsAnew(t *testing.T) {
 		leaves = append(leaves, f.earn(t, s))
 		b.opens(f.party)
 		b.has(leaves...)
+	})
+}
+
+// The network's first word of a session names the era, also where the node hears it
+// together with a later one.
+func TestReceiptLogEraIsHeard(t *testing.T) {
+	logged(t, func(t *testing.T, start func(string) (*fixture, *snapshot.Snapshot, func()), dirs []string) {
+		a := newArchive(t, "testnet")
+		f, s, stop := start(dirs[0])
+		defer stop()
+		a.opens(f.party)
+		leaves := []evm.Hash{f.earn(t, s)}
+		a.hears(f.party, 30*time.Second)
+		b := newArchive(t, "testnet")
+		r := receiptlog.Reset{Node: nodeKey.Address(), Network: "testnet", Era: 1_000, First: a.head, Reason: "two disks were lost"}
+		var err error
+		if b.reset, err = r.Sign(31337, networkKey); err != nil {
+			t.Fatal(err)
+		}
+		leaves = append(leaves, f.earn(t, s))
+		a.hears(f.party, 100*time.Millisecond)
+		leaves = append(leaves, f.earn(t, s))
+		a.hears(f.party, 100*time.Millisecond) // the next head waits for a heartbeat's time
+		f.Closed(errBroken)
+		f.party.drop()
+		f.opened()
+		f.Message(b.say())
+		later := b.say()
+		later.Reset = nil
+		f.Message(later)
+		b.hears(f.party, 30*time.Second)
+		b.has(leaves...)
+	})
+}
+
+// A network that takes no head for so long that leaves are given up meanwhile gets
+// what is there: the key has signed heads in time.
+func TestReceiptLogOfALongSilence(t *testing.T) {
+	most := state.DefaultBounds.Leaves
+	state.DefaultBounds.Leaves = 64
+	defer func() { state.DefaultBounds.Leaves = most }()
+	logged(t, func(t *testing.T, start func(string) (*fixture, *snapshot.Snapshot, func()), dirs []string) {
+		a := newArchive(t, "testnet")
+		f, s, stop := start(dirs[0])
+		defer stop()
+		a.opens(f.party)
+		for range 3 {
+			f.earn(t, s)
+		}
+		a.hears(f.party, 30*time.Second)
+		a.deaf = true
+		var leaves []evm.Hash
+		for range 100 {
+			leaves = append(leaves, f.earn(t, s))
+			a.hears(f.party, 100*time.Millisecond)
+		}
+		f.Closed(errBroken)
+		for range 100 {
+			leaves = append(leaves, f.earn(t, s))
+			pass(100 * time.Millisecond)
+		}
+		a.deaf = false
+		a.opens(f.party)
+		a.has(leaves[len(leaves)-64:]...)
+		if n := f.book.count(journal.ReceiptLogBehind); n > 0 {
+			t.Errorf("the operator is bothered:\n%s", f.book)
+		}
 	})
 }
 
