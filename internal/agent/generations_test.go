@@ -339,8 +339,8 @@ func TestSlowStaging(t *testing.T) {
 	})
 }
 
-// Stagings come one after the other, also where Podman takes its time to give
-// one up: each sets the policy for images.
+// Stagings of one network come one after the other, also where Podman takes its time
+// to give one up.
 func TestOneStagingAtATime(t *testing.T) {
 	l := newLives(t)
 	one, next := l.two()
@@ -392,6 +392,21 @@ func TestCleaningIsCertain(t *testing.T) {
 		if image, _ := l.machine.Has(next); !image {
 			t.Error("the generation before has lost its image")
 		}
+	})
+}
+
+// A Podman that is long about removing an image holds up nobody but the removal.
+func TestCleaningIsBounded(t *testing.T) {
+	l := newLives(t)
+	one, next := l.two()
+	third := l.n.Publish(map[string]any{"runtime.image": deploytest.Image(3)})
+	l.live(t, one, func(f *fixture) {
+		l.machine.Fail(deploytest.RetainImages, &deploytest.Fault{Block: true})
+		f.publish(next)
+		pass(cleanPatience / 2)
+		f.publish(third)
+		pass(cleanPatience)
+		f.serves(third)
 	})
 }
 

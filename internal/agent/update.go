@@ -839,6 +839,10 @@ func (u *updater) failed(ctx context.Context, p *staged, trial bool, err error, 
 // lowDisk is so little free space, in bytes, that a start may fail for it.
 const lowDisk = 64 << 20
 
+// cleanPatience is how long the update loop waits for Podman to remove images. It may
+// be busy with something else of a staging.
+const cleanPatience = 30 * time.Second
+
 // clean removes the images and models that no generation needs that is kept,
 // where a switch has left some. What is being staged is needed. It tries again what
 // could not be removed.
@@ -873,7 +877,9 @@ func (u *updater) clean(ctx context.Context) {
 			return
 		}
 	}
-	if err := u.deployer.Clean(ctx, keep...); err != nil {
+	cctx, cancel := context.WithTimeout(ctx, cleanPatience)
+	defer cancel()
+	if err := u.deployer.Clean(cctx, keep...); err != nil {
 		u.log.Warn("unlisted images or models not removed", "error", err)
 		u.tidy.failedOn(rarely)
 		return
