@@ -272,9 +272,10 @@ func (u *updater) share(ctx context.Context, v *generation.View) {
 	}
 }
 
-// prepareToo stages what is not staged yet.
+// prepareToo stages what is not staged yet. It ends no staging: one of the same network
+// may be of what the operator goes back to.
 func (u *updater) prepareToo(ctx context.Context, v *generation.View, s *snapshot.Snapshot) {
-	if q := u.plans[s.Digest()]; q == nil || q.stale {
+	if q := u.plans[s.Digest()]; u.staging[u.memberOf(s)] == nil && (q == nil || q.stale) {
 		u.stage(ctx, v, s)
 	}
 }
