@@ -280,6 +280,15 @@ func (u *updater) prepareToo(ctx context.Context, v *generation.View, s *snapsho
 	}
 }
 
+// prepareAhead stages what would run if it could be had, while nothing does.
+func (u *updater) prepareAhead(ctx context.Context, v *generation.View) {
+	for _, m := range u.members {
+		if s := m.board.snapshot(); s != nil && m != u.led && u.standing[m].ahead && !m.leaving.Load() {
+			u.prepareToo(ctx, v, s)
+		}
+	}
+}
+
 // join lets a network's jobs to the runtime that another one has brought up.
 func (u *updater) join(ctx context.Context, v *generation.View, m *membership, s *snapshot.Snapshot) {
 	p, lead := u.plans[s.Digest()], u.plans[u.active.Snapshot().Digest()]

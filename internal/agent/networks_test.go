@@ -2,6 +2,7 @@ package agent
 
 import (
 	"errors"
+	"maps"
 	"strings"
 	"sync/atomic"
 	"testing"
@@ -16,6 +17,7 @@ import (
 	"github.com/resultity/node/internal/snapshot"
 	"github.com/resultity/node/internal/tuf"
 	"github.com/resultity/node/internal/wire"
+	"github.com/resultity/node/test/oci"
 )
 
 // duo is a node in two networks, of which a has the higher priority.
@@ -311,23 +313,28 @@ func TestPassedOver(t *testing.T) {
 	}
 }
 
+// stall has a network publish a configuration whose image is on its way until end is
+// called.
+func (w *duo) stall(p *party, image int, changes map[string]any) (s *snapshot.Snapshot, end func()) {
+	until := make(chan struct{})
+	all := map[string]any{"runtime.image": deploytest.Image(image)}
+	maps.Copy(all, changes)
+	ref, err := snapshot.ParseImageRef(deploytest.Image(image))
+	if err != nil {
+		w.t.Fatal(err)
+	}
+	w.machine.Fail(deploytest.ImageOf(ref), &deploytest.Fault{Block: true, Until: until})
+	return w.publish(p, all), func() { close(until) }
+}
+
 // What one network's configuration needs may be on its way for ever. Until then the
 // others have what they need, and after a while the machine.
 func TestStalledDownload(t *testing.T) {
-	stall := func(w *duo, image int) (s *snapshot.Snapshot, end func()) {
-		until := make(chan struct{})
-		ref, err := snapshot.ParseImageRef(deploytest.Image(image))
-		if err != nil {
-			w.t.Fatal(err)
-		}
-		w.machine.Fail(deploytest.ImageOf(ref), &deploytest.Fault{Block: true, Until: until})
-		return w.publish(w.a, map[string]any{"runtime.image": deploytest.Image(image)}), func() { close(until) }
-	}
 	t.Run("the other one gets the machine", func(t *testing.T) {
 		inTwo(t, map[string]any{"runtime.image": deploytest.Image(2)}, func(t *testing.T, w *duo, sa, sb *snapshot.Snapshot) {
-			_, end := stall(w, 3)
+			_, end := w.stall(w.a, 3, nil)
 			pass(fetchPatience / 2)
-			newest, end2 := stall(w, 4) // another one is waited for no longer
+			newest, end2 := w.stall(w.a, 4, nil) // another one is waited for no longer
 			pass(fetchPatience/2 - 10*time.Second)
 			w.is(w.a, active, sa)
 			w.is(w.b, standby, sb)
@@ -350,7 +357,7 @@ func TestStalledDownload(t *testing.T) {
 	})
 	t.Run("who shares the runtime is not held up", func(t *testing.T) {
 		inTwo(t, nil, func(t *testing.T, w *duo, sa, _ *snapshot.Snapshot) {
-			newest, end := stall(w, 3)
+			newest, end := w.stall(w.a, 3, nil)
 			pass(5 * time.Second)
 			sb := w.publish(w.b, map[string]any{"limits.tokens": 60})
 			pass(5 * time.Second)
@@ -361,6 +368,70 @@ func TestStalledDownload(t *testing.T) {
 			w.is(w.a, active, newest)
 			w.is(w.b, standby, sb)
 		})
+	})
+}
+
+// passOver has the second network get the machine, since the first one is away.
+func (w *duo) passOver(sb *snapshot.Snapshot) {
+	w.t.Helper()
+	w.a.Closed(errBroken)
+	pass(awayPatience + 10*time.Second)
+	w.is(w.b, active, sb)
+	w.a.Opened()
+}
+
+// The operator goes back to a network whose newest configuration is on its way: what
+// he asked for is staged, whatever else that network would have.
+func TestRollbackBesideADownload(t *testing.T) {
+	inTwo(t, map[string]any{"runtime.image": deploytest.Image(2)}, func(t *testing.T, w *duo, sa, sb *snapshot.Snapshot) {
+		w.passOver(sb)
+		newest, end := w.stall(w.a, 3, nil)
+		pass(backPatience + 5*time.Second)
+		if err := w.Rollback(t.Context(), 1); err != nil {
+			t.Fatal(err)
+		}
+		pass(5 * time.Second)
+		w.a.drop()
+		w.is(w.a, active, sa)
+		end()
+		if err := w.Forward(t.Context()); err != nil {
+			t.Fatal(err)
+		}
+		pass(time.Minute)
+		w.a.drop()
+		w.is(w.a, active, newest)
+	})
+}
+
+// What one network cannot have says nothing about whose turn it is among what should
+// run and what ran.
+func TestAnothersFailureEndsNoDownload(t *testing.T) {
+	k, err := oci.NewKey()
+	if err != nil {
+		t.Fatal(err)
+	}
+	pem, err := k.PublicPEM()
+	if err != nil {
+		t.Fatal(err)
+	}
+	inTwo(t, map[string]any{"runtime.image": deploytest.Image(2)}, func(t *testing.T, w *duo, _, sb *snapshot.Snapshot) {
+		w.passOver(sb)
+		first, endA := w.stall(w.a, 3, nil)
+		pass(fetchPatience + time.Minute) // it is gone on with beside what runs
+		_, endB := w.stall(w.b, 5, map[string]any{"image_trust.keys": []string{string(pem)}, "image_trust.revoked": sb.Config().ImageTrust.Keys})
+		pass(10 * time.Second)
+		w.b.drop()
+		w.is(w.b, stopped, nil) // what ran must not, and what should run is on its way
+		w.machine.Fail(deploytest.EnsureModel, &deploytest.Fault{Err: errBroken, Times: 1})
+		endA()
+		pass(time.Minute)
+		if n := strings.Count(strings.Join(w.machine.Calls(), "\n"), deploytest.Image(5)); n != 1 {
+			t.Errorf("what should run was begun %d times, want once\n%s", n, w.book)
+		}
+		// It is tried again, as long as nothing runs, too.
+		w.a.drop()
+		w.is(w.a, active, first)
+		endB()
 	})
 }
 

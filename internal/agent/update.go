@@ -70,6 +70,7 @@ type updater struct {
 	standing map[*membership]*standing
 	opened   map[int]*snapshot.Snapshot
 	plans    map[digest.Digest]*staged // of what is current and what should be, by configuration
+	want     digest.Digest             // what should be, as of the last look
 	led      *membership               // by whose configuration the loop went last
 	began    time.Time
 	review   time.Time                // when another network may have the say; zero for never
@@ -165,6 +166,7 @@ func (u *updater) reconcile(ctx context.Context) {
 	if want == nil {
 		return // nothing is known yet
 	}
+	u.want = want.Digest()
 	since := u.alarms()
 	unit, err := u.units.State(ctx, quadlet.ServiceName)
 	if err != nil {
@@ -222,6 +224,9 @@ func (u *updater) reconcile(ctx context.Context) {
 	}
 	if q := u.plans[missing.Digest()]; q == nil || q.stale {
 		u.stage(ctx, &v, missing)
+	}
+	if u.active == nil {
+		u.prepareAhead(ctx, &v)
 	}
 	p := u.plans[serve.Digest()]
 	switch {
@@ -588,7 +593,9 @@ func (u *updater) collect(ctx context.Context, r *result) {
 	}
 	v := u.gens.View()
 	isCurrent := v.Get(v.Current) != nil && v.Get(v.Current).Config == r.snap.Digest()
-	u.down = isCurrent && u.active == nil
+	if isCurrent || r.snap.Digest() == u.want { // another network's had no turn
+		u.down = isCurrent && u.active == nil
+	}
 	e, _ := errors.AsType[*deploy.Error](err)
 	var space *model.NoSpaceError
 	switch {
