@@ -291,6 +291,7 @@ func (c *logCopy) load(ctx context.Context) error {
 		return err
 	}
 	c.loaded, c.leftOut = true, r.LeftOut
+	c.broken, c.mended, c.gone = nil, nil, nil // they were of what was there before
 	c.settleDown(r)
 	return nil
 }
@@ -1118,11 +1119,16 @@ func (c *logCopy) broke(d *damagedTile) {
 		return
 	}
 	c.broken = append(c.broken, d)
-	if d.id.Level > 0 {
-		c.kick()
-		return
+	if len(c.broken) == 1 {
+		c.mendNext()
 	}
-	if len(c.broken) == 1 && c.next == nil && len(c.leaves) == 0 { // else the next word has it
+}
+
+// mendNext begins with the first of the damaged tiles.
+func (c *logCopy) mendNext() {
+	if c.broken[0].id.Level > 0 {
+		c.kick()
+	} else if c.next == nil && len(c.leaves) == 0 { // else the next word has it
 		c.tell()
 	}
 }
@@ -1187,6 +1193,9 @@ func (c *logCopy) settleTile(err error) {
 	}
 	d := c.broken[0]
 	c.broken, c.mended = c.broken[1:], nil
+	if len(c.broken) > 0 {
+		c.mendNext()
+	}
 	if err == nil {
 		c.log.Info("a damaged part of the receipt log of the node is mended", "level", d.id.Level, "tile", d.id.Index)
 		return

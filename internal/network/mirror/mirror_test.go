@@ -981,6 +981,45 @@ func TestDamagedCopy(t *testing.T) {
 			t.Error("leaves are taken that nobody has asked for")
 		}
 	})
+	t.Run("two full tiles", func(t *testing.T) {
+		p := newProver(t)
+		p.join()
+		p.grow(700)
+		p.sync()
+		for _, i := range []uint64{0, 1} {
+			p.disk.tiles[name(p.key.Address(), 0, i)].hashes[40] ^= 1
+			is(t, "a damaged tile", p.prove(int(256*i)), store.ErrDamaged)
+		}
+		for _, from := range []uint64{0, 256} { // one after the other, though nothing else happens
+			if a := p.last(); a.Again == nil || *a.Again != from {
+				t.Fatalf("told %+v", a)
+			}
+			if _, err := p.s.Leaves(&wire.Leaves{From: from, Leaves: p.all[from : from+256], Again: true}); err != nil {
+				t.Fatal(err)
+			}
+			p.m.wg.Wait()
+		}
+		p.mustProve(0, 256)
+	})
+	t.Run("a full tile, and then the copy", func(t *testing.T) {
+		p := newProver(t)
+		p.join()
+		p.grow(700)
+		p.sync()
+		p.s.Result(evm.Hash{1}, receipt.JobID{1}) // so that the copy is not forgotten with the session
+		p.disk.tiles[name(p.key.Address(), 0, 1)].hashes[40] ^= 1
+		is(t, "a damaged tile", p.prove(300), store.ErrDamaged)
+		p.disk.change(t, p.key.Address(), func(l *store.ReceiptLog) { l.Open[0][40] ^= 1 })
+		p.grow(10)
+		p.send(700, nil)
+		p.beat(p.sign(nil))
+		if p.over == "" {
+			t.Fatal("the session goes on")
+		}
+		if a, _ := p.join(); a.Size != 0 || a.Again != nil {
+			t.Fatalf("the node is told %+v, which no node takes", a)
+		}
+	})
 	t.Run("a full tile above", func(t *testing.T) {
 		p := newProver(t)
 		p.join()
