@@ -338,6 +338,27 @@ func TestHeadSinceAnother(t *testing.T) {
 	}
 }
 
+// Who has the agent for a while cannot have the key sign for an era behind all that a
+// network can begin.
+func TestEraAhead(t *testing.T) {
+	key, err := evm.NewKey()
+	if err != nil {
+		t.Fatal(err)
+	}
+	l := NewLocal(key, nil)
+	head := func(at time.Time) error {
+		_, err := l.Head(31337, receiptlog.Head{Node: key.Address(), Network: "testnet", Era: uint64(at.UnixMilli()), Size: 1}, Growth{})
+		return err
+	}
+	now := time.Now()
+	if err := head(now.AddDate(0, 0, 2)); !errors.Is(err, ErrMalformed) {
+		t.Errorf("an era of the day after tomorrow: %v", err)
+	}
+	if err := head(now); err != nil {
+		t.Errorf("an era that begins now: %v", err)
+	}
+}
+
 // Counts with all their bounds used have room in a slot.
 func TestCountsFit(t *testing.T) {
 	v := Counts{Node: node, Starts: 1<<64 - 1, Networks: map[string]uint64{}, Heads: map[string]Log{}}

@@ -136,6 +136,13 @@ type Growth struct {
 	Since *receiptlog.SignedHead `json:"since,omitempty"`
 }
 
+// eraAhead is how far an era may be ahead of this machine's clock; it is the time of its
+// beginning, by the network's clock, which may have been wrong. The key signs no head of
+// an earlier era behind it: whoever has taken the agent over could else keep it from
+// signing heads for ever, and not only until the network's operator has the log begin
+// anew a day later.
+const eraAhead = 24 * time.Hour
+
 // Head implements [Signer].
 func (l *Local) Head(chainID uint64, h receiptlog.Head, g Growth) (*receiptlog.SignedHead, error) {
 	if err := h.Bound(); err != nil {
@@ -143,6 +150,9 @@ func (l *Local) Head(chainID uint64, h receiptlog.Head, g Growth) (*receiptlog.S
 	}
 	if h.Size == 0 && h.Root != receiptlog.New().Root() {
 		return nil, fmt.Errorf("%w: an empty log with root %s", ErrMalformed, h.Root)
+	}
+	if last := uint64(time.Now().Add(eraAhead).UnixMilli()); h.Era > last {
+		return nil, fmt.Errorf("%w: an era of %d milliseconds, which has not begun; it is %d at most by this machine's clock", ErrMalformed, h.Era, last)
 	}
 	if err := l.own(h.Node); err != nil {
 		return nil, err

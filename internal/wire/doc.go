@@ -498,7 +498,8 @@
 // A node takes a word for another era that is about it and this network and by a
 // message key of its configuration; by another one, it shows no leaves in this session.
 // Its log stays what it is: it shows what it has of it as the log of the new era, of
-// which the network is not known to have anything.
+// which the network is not known to have anything. An era is named by the time at which the
+// network began it: a node's key signs for none that is more than a day ahead of its clock.
 //
 // A network that has lost leaves which the node has no longer (it keeps the last
 // 65536 at least) gets the rest with [Leaves.Edge], the compact range at From; the
