@@ -120,7 +120,6 @@ func (u *updater) lead(v *generation.View, cur *snapshot.Snapshot) *membership {
 	var lead, last *membership
 	for _, m := range u.members {
 		st := u.standing[m]
-		st.ahead, st.why = false, ""
 		if len(u.members) > 1 {
 			st.why = u.passOver(v, m, now)
 		}

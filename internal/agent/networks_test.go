@@ -403,6 +403,36 @@ func TestRollbackBesideADownload(t *testing.T) {
 	})
 }
 
+// What would lead is not fetched while the operator has gone back: nobody wants it.
+func TestPinnedFetchesNothing(t *testing.T) {
+	inTwo(t, map[string]any{"runtime.image": deploytest.Image(2)}, func(t *testing.T, w *duo, _, sb *snapshot.Snapshot) {
+		w.passOver(sb)
+		newest, end := w.stall(w.a, 3, nil)
+		pass(fetchPatience + time.Minute)
+		next := w.publish(w.b, map[string]any{"runtime.image": deploytest.Image(5)})
+		pass(5 * time.Second)
+		w.is(w.b, active, next)
+		if err := w.Rollback(t.Context(), 2); err != nil {
+			t.Fatal(err)
+		}
+		pass(5 * time.Second)
+		w.b.drop()
+		w.is(w.b, active, sb)
+		before := w.book.count(journal.GenerationStaged)
+		end()
+		pass(time.Minute)
+		if n := w.book.count(journal.GenerationStaged); n != before {
+			t.Errorf("%d more are staged\n%s", n-before, w.book)
+		}
+		if err := w.Forward(t.Context()); err != nil {
+			t.Fatal(err)
+		}
+		pass(time.Minute)
+		w.a.drop()
+		w.is(w.a, active, newest)
+	})
+}
+
 // What one network cannot have says nothing about whose turn it is among what should
 // run and what ran.
 func TestAnothersFailureEndsNoDownload(t *testing.T) {

@@ -313,6 +313,9 @@ func (u *updater) wanted(v *generation.View, cur *snapshot.Snapshot) *snapshot.S
 	for _, m := range u.members {
 		u.refreshed(m, cur)
 	}
+	for _, st := range u.standing {
+		st.ahead, st.why = false, "" // until [updater.lead] is asked, which it is not while the operator has gone back
+	}
 	u.unpin(v, cur)
 	pinned := 0
 	if !v.Aside.IsZero() {
