@@ -63,8 +63,8 @@ func (s *Store) PutJob(ctx context.Context, j *Job) error {
 	return nil
 }
 
-// publish stores data under a subject that has nothing yet, and returns its
-// number. It is js.Publish without package json for the usual reply, which took
+// publish stores data under a subject that has nothing yet, else [ErrExists], and
+// returns its number. It is js.Publish without package json for the usual reply, which took
 // as long as all else that happens here.
 func (d *db) publish(ctx context.Context, subject string, data []byte) (seq uint64, err error) {
 	m, err := d.conn.RequestMsgWithContext(ctx, &nats.Msg{Subject: subject, Data: data, Header: nats.Header{jetstream.ExpectedLastSubjSeqHeader: {"0"}}})
@@ -81,6 +81,10 @@ func (d *db) publish(ctx context.Context, subject string, data []byte) (seq uint
 	}
 	if err := json.Unmarshal(m.Data, &reply); err != nil || reply.Error == nil {
 		return 0, jetstream.ErrInvalidJSAck
+	}
+	switch reply.Error.ErrorCode {
+	case jetstream.JSErrCodeStreamWrongLastSequence, jetstream.JSErrCodeStreamWrongLastSequenceConstant:
+		return 0, ErrExists
 	}
 	return 0, reply.Error
 }
@@ -339,10 +343,6 @@ func (s *Store) PutResult(ctx context.Context, r *receipt.Signed, said digest.Di
 	defer end()
 	failpoint.Here("store.result.begin")
 	_, err = db.publish(ctx, "results."+id.String(), b)
-	var api *jetstream.APIError
-	if errors.As(err, &api) && (api.ErrorCode == jetstream.JSErrCodeStreamWrongLastSequence || api.ErrorCode == jetstream.JSErrCodeStreamWrongLastSequenceConstant) {
-		return fmt.Errorf("result of job %s: %w", id, ErrExists)
-	}
 	if err != nil {
 		return fmt.Errorf("store result of job %s: %w", id, db.failure(err))
 	}

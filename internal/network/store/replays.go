@@ -24,8 +24,8 @@ const (
 	leastRequest = 1 << 20  // bytes; a stream without a bound is one without end
 )
 
-// KeepRequest keeps the job of a result that is stored, where requests are kept.
-// The oldest go first.
+// KeepRequest keeps the job of a result that is stored, where requests are kept, and
+// once. The oldest go first.
 func (s *Store) KeepRequest(ctx context.Context, j *Job) error {
 	s.room.mu.Lock()
 	most := s.room.requests
@@ -46,7 +46,7 @@ func (s *Store) KeepRequest(ctx context.Context, j *Job) error {
 	}
 	defer end()
 	failpoint.Here("store.request.begin")
-	if _, err := db.publish(ctx, "requests."+j.ID.String(), b); err != nil {
+	if _, err := db.publish(ctx, "requests."+j.ID.String(), b); err != nil && !errors.Is(err, ErrExists) { // the service may have been killed since
 		return fmt.Errorf("keep the request of job %s: %w", j.ID, db.failure(err))
 	}
 	failpoint.Here("store.request.stored")
