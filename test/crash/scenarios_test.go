@@ -203,6 +203,9 @@ func refuse(ctx context.Context, w *world) error {
 		})
 	}
 	err := errors.Join(drain(ctx, w), drain(ctx, w))
+	for err != nil && ctx.Err() == nil && w.ctl(ctx, "", "resume") != nil { // it has died drained, and those who ask wait for it
+		pause(ctx, 100*time.Millisecond)
+	}
 	wg.Wait()
 	return err
 }
