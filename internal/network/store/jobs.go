@@ -52,7 +52,7 @@ func (s *Store) PutJob(ctx context.Context, j *Job) error {
 		if errors.As(err, &api) && strings.Contains(api.Description, "maximum bytes exceeded") {
 			return fmt.Errorf("write job %s down: %w", j.ID, ErrFull)
 		}
-		if api == nil { // it said nothing: the job may be there, or come to be
+		if api == nil && !errors.Is(err, ErrExists) { // it said nothing: the job may be there, or come to be
 			s.pending.doubt(j.ID)
 		}
 		return fmt.Errorf("write job %s down: %w", j.ID, db.failure(err))
