@@ -199,7 +199,7 @@ func (n *node) logUntil(what string) string {
 // before it.
 func (n *node) hear(what string) (message string, before []string) {
 	n.t.Helper()
-	timeout := time.After(30 * time.Second)
+	timeout := time.After(2 * time.Minute) // a busy kernel is slow to make namespaces
 	for {
 		select {
 		case m, ok := <-n.told:
