@@ -134,10 +134,12 @@ var Misdeeds = []Misdeed{
 	{Name: "a length and chunks", Want: append([]string{"engine_failed"}, badOutput...), do: says(ok + stream + "Content-Length: 3\r\nTransfer-Encoding: chunked\r\n\r\nGOOD")},
 	{Name: "an unknown coding", Want: engineFails, do: says(ok + stream + "Transfer-Encoding: chunked, hostile\r\n\r\nGOOD")},
 	{Name: "an answer behind the answer", Want: noHarm, do: func(c net.Conn, good string) {
+		var both strings.Builder // in one piece: what comes later is an answer to the next request, and no worse than any other bad one
 		for range 2 {
-			fmt.Fprintf(c, "%s%sContent-Length: %d\r\n\r\n%s", ok, stream, len(good), good)
+			fmt.Fprintf(&both, "%s%sContent-Length: %d\r\n\r\n%s", ok, stream, len(good), good)
 			good = strings.ReplaceAll(good, "0", "forged")
 		}
+		_, _ = io.WriteString(c, both.String())
 		time.Sleep(100 * time.Millisecond) // so that it could be taken for that of the next request
 	}},
 	{Name: "an upgrade", Want: engineFails, do: says("HTTP/1.1 101 Switching Protocols\r\nUpgrade: websocket\r\nConnection: Upgrade\r\n\r\nGOOD")},
