@@ -10,6 +10,7 @@ import (
 	"io/fs"
 	"os"
 	"path/filepath"
+	"syscall"
 
 	"github.com/minio/highwayhash"
 
@@ -41,7 +42,8 @@ func (s *Stream) MendMeta() (done string, err error) {
 		if bytes.Equal(meta, spare) {
 			return "", nil
 		}
-		return "", s.keep(copied, meta)
+		// On a full disk the next start makes the copy: nothing is wrong with the stream.
+		return "", ignore(s.keep(copied, meta), syscall.ENOSPC)
 	}
 	whole := func(b []byte) bool {
 		var v struct{ Name string }
