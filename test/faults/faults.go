@@ -559,10 +559,10 @@ func (w *World) saysFull(ctx context.Context) error {
 	return w.networkSays(ctx, store.ErrNoRoom)
 }
 
-// networkSays waits until this run of the network's service has logged an error: its
-// answers, and its start, may be faster than the journal.
+// networkSays waits until this run of the network's service, or its last one, has
+// logged an error: its answers, and its end, may be faster than the journal.
 func (w *World) networkSays(ctx context.Context, what error) error {
-	if err := w.onNet(ctx, fmt.Sprintf(`timeout 60 sh -c 'until journalctl -q _PID=$(systemctl show -P MainPID resultity-network) | grep -qF "%s"; do sleep 0.1; done'`, what)); err != nil {
+	if err := w.onNet(ctx, fmt.Sprintf(`timeout 60 sh -c 'until journalctl -q _SYSTEMD_INVOCATION_ID=$(systemctl show -P InvocationID resultity-network) | grep -qF "%s"; do sleep 0.1; done'`, what)); err != nil {
 		return fmt.Errorf("the log of the network says nothing of %q: %w", what, err)
 	}
 	return nil
