@@ -46,6 +46,9 @@ func (s *Server) Serve(ctx context.Context, ln *net.UnixListener) error {
 	for {
 		c, err := ln.AcceptUnix()
 		if ctx.Err() != nil {
+			if err == nil {
+				_ = c.Close() // taken in the moment of the end: who is on it is not to wait for an answer
+			}
 			return nil
 		}
 		if err != nil {

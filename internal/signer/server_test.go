@@ -478,6 +478,33 @@ func TestRestartUnderLoad(t *testing.T) {
 	}
 }
 
+// Who connects in the moment in which the signer ends is told so at once, and does
+// not wait on a connection that nobody serves.
+func TestEndsWhileAccepting(t *testing.T) {
+	s := newService(t)
+	for i := range 100 {
+		ln, err := net.ListenUnix("unixpacket", &net.UnixAddr{Name: s.socket(), Net: "unixpacket"})
+		if err != nil {
+			t.Fatal(err)
+		}
+		c, err := net.Dial("unixpacket", s.socket())
+		if err != nil {
+			t.Fatal(err)
+		}
+		ctx, cancel := context.WithCancel(context.Background())
+		cancel() // and the connection waits already
+		srv := &Server{Local: NewLocal(s.key, nil), Serves: s.uids, Log: slog.New(journal.Text(&s.log, slog.LevelInfo))}
+		if err := srv.Serve(ctx, ln); err != nil {
+			t.Fatal(err)
+		}
+		_ = c.SetReadDeadline(time.Now().Add(10 * time.Second))
+		if _, err := c.Read(make([]byte, 100)); errors.Is(err, os.ErrDeadlineExceeded) {
+			t.Fatalf("round %d: the connection stayed open behind the end", i)
+		}
+		_ = c.Close()
+	}
+}
+
 func TestAway(t *testing.T) {
 	s := newService(t)
 	if _, err := dial(s.socket(), 50*time.Millisecond); !errors.Is(err, ErrAway) {
