@@ -59,6 +59,7 @@ import (
 	"golang.org/x/sync/errgroup"
 
 	"github.com/resultity/node/internal/digest"
+	"github.com/resultity/node/internal/durable"
 	"github.com/resultity/node/internal/evm"
 	"github.com/resultity/node/internal/journal"
 	"github.com/resultity/node/internal/network/dispatch"
@@ -455,7 +456,7 @@ func (s *service) terms(ctx context.Context, snap *snapshot.Snapshot) (*dispatch
 
 // configOf reads the exact bytes of a configuration from the repository.
 func configOf(dir string, snap *snapshot.Snapshot) ([]byte, error) {
-	raw, err := os.ReadFile(filepath.Join(dir, "repository", "targets", snap.Digest().Hex()+"."+snapshot.Target))
+	raw, err := durable.ReadFile(filepath.Join(dir, "repository", "targets", snap.Digest().Hex()+"."+snapshot.Target), snapshot.MaxSize)
 	if err != nil {
 		return nil, err
 	}

@@ -112,7 +112,7 @@ func OpenKey(file string, pass Passphrase) (*Key, error) {
 	return parseKey(file, b, pass)
 }
 
-const maxKeyFile = 64 << 10
+const maxKeyFile = 64 << 10 // bytes
 
 func parseKey(file string, b *pem.Block, pass Passphrase) (*Key, error) {
 	der := b.Bytes

@@ -378,7 +378,7 @@ func (r *repository) begun() error {
 // load reads the settings, and the newest root if there is one.
 func (r *repository) load() error {
 	name := filepath.Join(r.dir, "publish.json")
-	b, err := os.ReadFile(name)
+	b, err := durable.ReadFile(name, maxFile)
 	if errors.Is(err, fs.ErrNotExist) {
 		return fmt.Errorf("%s holds no repository: run init first: %w", r.dir, err)
 	}
@@ -416,7 +416,13 @@ func (r *repository) sweep() {
 func (r *repository) path(name string) string    { return filepath.Join(r.dir, "repository", name) }
 func (r *repository) keyFile(role string) string { return filepath.Join(r.dir, "keys", role+".pem") }
 
-func (r *repository) read(name string) ([]byte, error) { return os.ReadFile(r.path(name)) }
+// maxFile bounds publish.json and each file of a repository, in bytes: none has more
+// than a configuration may have.
+const maxFile = snapshot.MaxSize
+
+func (r *repository) read(name string) ([]byte, error) {
+	return durable.ReadFile(r.path(name), maxFile)
+}
 
 func (r *repository) write(name string, b []byte) error {
 	failpoint.Here("publish.file.begin")

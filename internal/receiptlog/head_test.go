@@ -10,6 +10,37 @@ import (
 	"github.com/resultity/node/internal/evm"
 )
 
+// What no log can have is refused before a signature is looked at, and the last that it
+// can have is not.
+func TestHeadIsBounded(t *testing.T) {
+	key := newKey(t)
+	last := Head{Node: key.Address(), Network: strings.Repeat("n", 64), Size: MaxSize, Time: maxTime, Era: maxTime}
+	if err := last.Bound(); err != nil {
+		t.Error(err)
+	}
+	reset := Reset{Node: key.Address(), Network: "testnet", Era: maxTime, Reason: strings.Repeat("x", MaxReason)}
+	if _, err := reset.Sign(1, key); err != nil {
+		t.Error(err)
+	}
+	for name, refused := range map[string]func(Head, Reset) error{
+		"a size":            func(h Head, _ Reset) error { h.Size++; return h.Bound() },
+		"a time":            func(h Head, _ Reset) error { h.Time++; return h.Bound() },
+		"an era":            func(h Head, _ Reset) error { h.Era++; return h.Bound() },
+		"a network's name":  func(h Head, _ Reset) error { h.Network += "n"; return h.Bound() },
+		"an era of a reset": func(_ Head, r Reset) error { r.Era++; _, err := r.Sign(1, key); return err },
+		"a reason":          func(_ Head, r Reset) error { r.Reason += "x"; _, err := r.Sign(1, key); return err },
+	} {
+		err := refused(last, reset)
+		t.Logf("%s beyond its bound: expected: refused; got: %v", name, err)
+		if err == nil {
+			t.Errorf("%s beyond its bound is taken", name)
+		}
+	}
+	if _, err := ParseInclusion(make([]byte, MaxInclusion+1)); !errors.Is(err, ErrProof) || !strings.Contains(err.Error(), "at most") {
+		t.Errorf("an inclusion beyond its bound: %v", err)
+	}
+}
+
 // Whoever has no key may change an inclusion as he likes: it holds for no receipt
 // but the one that it was made for.
 func FuzzInclusion(f *testing.F) {
