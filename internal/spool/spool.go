@@ -39,8 +39,8 @@ const (
 	segmentSize = 1 << 20         // bytes
 	maxWaiting  = 1024            // records that wait for the disk
 	syncEvery   = 2 * time.Second // what is lost when the machine loses power
-	maxLine     = 16 << 10        // bytes
-	maxMark     = 4 << 10         // bytes of the file with the position
+	maxLine     = 9 + wire.MaxLogRecord
+	maxMark     = 4 << 10 // bytes of the file with the position
 )
 
 const markFile = "position.json"
@@ -125,8 +125,6 @@ func (s *Spool) readMark() error {
 	}
 	return s.writeMark(s.mark)
 }
-
-var errLarge = errors.New("too large")
 
 func (s *Spool) writeMark(m mark) error {
 	b, err := json.Marshal(m)
@@ -290,8 +288,8 @@ func (s *Spool) write(r *wire.LogRecord) error {
 		return err
 	}
 	line := encode(record)
-	if len(line) > maxLine {
-		return errLarge
+	if len(line) > maxLine { // the network would refuse all that goes with it
+		return nil
 	}
 	if s.file == nil || s.size+int64(len(line)) > segmentSize {
 		if err := s.rotate(r.Position); err != nil {

@@ -119,8 +119,9 @@ type Bounds struct {
 	Leaves int   // of the receipt log that are kept; a store is not opened with more than before
 }
 
-// DefaultBounds hold a day of small results, or a few of the largest.
-var DefaultBounds = Bounds{Jobs: 10_000, Bytes: 256 << 20, IDs: 65_536, Leaves: 65_536}
+// DefaultBounds hold a day of small results, or a few of the largest, and no more leaves
+// than may be sent before a head.
+var DefaultBounds = Bounds{Jobs: 10_000, Bytes: 256 << 20, IDs: 65_536, Leaves: wire.MaxPending}
 
 // MaxMessage bounds the text of a failed result in bytes. Finish cuts what is
 // longer, so that a failure always fits into the room kept for it.

@@ -205,8 +205,8 @@ func TestOutOfBounds(t *testing.T) {
 		switch m := m.(type) {
 		case *Heartbeat:
 			for _, change := range []func(*Heartbeat){
-				func(h *Heartbeat) { h.Models = make([]ModelState, 257) }, func(h *Heartbeat) { h.Hardware.GPUs = make([]string, 257) },
-				func(h *Heartbeat) { h.Slots = -1 }, func(h *Heartbeat) { h.Slots = 1<<16 + 1 }, func(h *Heartbeat) { h.Busy = -1 }, func(h *Heartbeat) { h.Busy = 1<<16 + 1 },
+				func(h *Heartbeat) { h.Models = make([]ModelState, maxListed+1) }, func(h *Heartbeat) { h.Hardware.GPUs = make([]string, maxListed+1) },
+				func(h *Heartbeat) { h.Slots = -1 }, func(h *Heartbeat) { h.Slots = maxSlots + 1 }, func(h *Heartbeat) { h.Busy = -1 }, func(h *Heartbeat) { h.Busy = maxSlots + 1 },
 				func(h *Heartbeat) { h.Class = &Class{Hardware: h.Class.Hardware} },
 				func(h *Heartbeat) { h.Class = &Class{Digest: h.Config} },
 				func(h *Heartbeat) {

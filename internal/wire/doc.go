@@ -209,8 +209,8 @@
 //	Bound       behind Welcome, and whenever the binding has changed
 //	Update      behind Welcome if Hello named another configuration, and when one is published
 //	Heartbeat   behind Welcome, then every heartbeat_s and at changes; at most 256 models
-//	            and 256 GPUs, slots and busy 0 to 65536, texts of at most 256 bytes; head
-//	            is that of the receipt log, class see below
+//	            and 256 GPUs, slots and busy 0 to 65536; head is that of the
+//	            receipt log, class see below
 //	Status      when a heartbeat, or its absence for window_s, has changed the answer
 //	Cancel      nobody waits for the job; the node stops and answers a Result, code cancelled
 //	Ack         for each Result, also for one of a job that the network does not know;

@@ -53,7 +53,7 @@ func (r *LogRecord) Seal() {
 const (
 	MaxLogBatch    = 256 << 10 // bytes, compressed
 	MaxLogInflated = 4 << 20   // bytes
-	maxLogRecord   = 8 << 10   // bytes of a record's JSON
+	MaxLogRecord   = 8 << 10   // bytes of a record's JSON and its line's end
 	maxLogMessage  = 200       // bytes
 )
 
@@ -211,7 +211,7 @@ func (b *LogBatch) Unpack(data []byte) ([]LogRecord, error) {
 	}
 	limited := &io.LimitedReader{R: zip, N: MaxLogInflated + 1}
 	lines := bufio.NewScanner(limited)
-	lines.Buffer(make([]byte, 0, 4096), maxLogRecord)
+	lines.Buffer(make([]byte, 0, 4096), MaxLogRecord)
 	var records []LogRecord
 	at := b.After
 	for lines.Scan() && limited.N > 0 {

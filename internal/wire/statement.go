@@ -39,7 +39,7 @@ func makeStatement(key signer, domain string, v any) (statement, error) {
 // with who it should be. The signature is looked at first.
 func (s *statement) open(domain string, v any) (evm.Address, error) {
 	if len(s.Body) == 0 || len(s.Body) > maxStatement {
-		return evm.Address{}, fmt.Errorf("%w: a statement of %d bytes", ErrMalformed, len(s.Body))
+		return evm.Address{}, fmt.Errorf("%w: a statement of %d bytes, at most %d", ErrMalformed, len(s.Body), maxStatement)
 	}
 	who, err := evm.Recover(evm.Keccak([]byte(domain), s.Body), s.Signature)
 	if err != nil {

@@ -163,7 +163,7 @@ func TestLogsHoldOnlyWhatMayLeave(t *testing.T) {
 		"control":        logRecord(1, map[string]string{"model": "\x1b[2J"}),
 		"job with error": logRecord(1, map[string]string{"job": "ab", "error": "secret"}),
 		"debug":          {Position: 1, Level: "DEBUG", Message: "x"},
-		"long message":   {Position: 1, Level: "INFO", Message: strings.Repeat("x", 201)},
+		"long message":   {Position: 1, Level: "INFO", Message: strings.Repeat("x", maxLogMessage+1)},
 		"event":          {Position: 1, Level: "INFO", Event: "Secret words", Message: "x"},
 		"behind":         logRecord(2, nil),
 	} {
@@ -174,6 +174,10 @@ func TestLogsHoldOnlyWhatMayLeave(t *testing.T) {
 		if !errors.Is(err, ErrLogs) {
 			t.Errorf("%s: %v", name, err)
 		}
+	}
+	longest, data := pack(t, 1<<16, LogRecord{Position: 1, Level: "INFO", Message: strings.Repeat("x", maxLogMessage)})
+	if _, err := longest.Unpack(data); err != nil {
+		t.Errorf("the longest message: %v", err)
 	}
 	b, data := pack(t, 1<<16, logRecord(1, nil), logRecord(2, nil))
 	b.Count = 1
@@ -246,31 +250,31 @@ func TestSizesAreBounded(t *testing.T) {
 		bound int
 		open  func(n int) error
 	}{
-		"order": {8 << 10, func(n int) error {
+		"order": {maxStatement, func(n int) error {
 			d := &Directive{ID: NewOrderID(), Kind: OrderDrain, Issued: 1, Expires: 2}
 			body := padded(d, n)
 			_, _, err := (&Order{d.ID, statement{body, signed(orderDomain, body)}}).Open()
 			return err
 		}},
-		"batch of logs": {8 << 10, func(n int) error {
+		"batch of logs": {maxStatement, func(n int) error {
 			data := []byte("x")
 			body := padded(&LogBatch{Spool: strings.Repeat("ab", 16), Last: 1, Count: 1, Digest: digest.Of(data)}, n)
 			_, _, err := (&Logs{statement{body, signed(logsDomain, body)}, data}).Open()
 			return err
 		}},
-		"registration": {64 << 10, func(n int) error {
+		"registration": {MaxRegistration, func(n int) error {
 			body := padded(&Registration{}, n-65)
 			sig := signed(registerDomain, body)
 			_, err := OpenRegistration(append(sig[:], body...), new(Registration))
 			return err
 		}},
-		"binding": {64 << 10, func(n int) error {
+		"binding": {MaxRegistration, func(n int) error {
 			body := padded(&BindRequest{}, n-65)
 			sig := signed(bindDomain, body)
 			_, err := OpenBinding(append(sig[:], body...), new(BindRequest))
 			return err
 		}},
-		"line of a log": {8 << 10, func(n int) error {
+		"line of a log": {MaxLogRecord, func(n int) error {
 			var buf bytes.Buffer
 			w := gzip.NewWriter(&buf)
 			_, _ = w.Write(append(padded(&LogRecord{Position: 1, Level: "INFO"}, n-1), '\n'))
@@ -279,9 +283,17 @@ func TestSizesAreBounded(t *testing.T) {
 			_, err := b.Unpack(buf.Bytes())
 			return err
 		}},
+		"order that is made": {maxStatement, func(n int) error {
+			_, err := makeStatement(key, orderDomain, strings.Repeat("x", n-2)) // in quotes
+			return err
+		}},
+		"list of models": {maxListed, func(n int) error { return (&Heartbeat{Models: make([]ModelState, n)}).check() }},
+		"list of GPUs":   {maxListed, func(n int) error { return (&Heartbeat{Hardware: Hardware{GPUs: make([]string, n)}}).check() }},
+		"slots":          {maxSlots, func(n int) error { return (&Heartbeat{Slots: n}).check() }},
+		"busy slots":     {maxSlots, func(n int) error { return (&Heartbeat{Busy: n}).check() }},
 	} {
 		enough, over := c.open(c.bound), c.open(c.bound+1)
-		t.Logf("%s of %d bytes: expected: refused; got: %v", name, c.bound+1, over)
+		t.Logf("%s of %d: expected: refused; got: %v", name, c.bound+1, over)
 		if enough != nil || over == nil {
 			t.Errorf("%s: with %d bytes %v, with one more %v", name, c.bound, enough, over)
 		}

@@ -26,6 +26,10 @@ const (
 	// sides set it as their read limit, so that a larger one is never held.
 	MaxFrame = 24 << 20
 
+	// MaxRegistration bounds the body of a registration or of a request about a
+	// binding, in bytes, signature included.
+	MaxRegistration = 64 << 10
+
 	sessionDomain  = "resultity.v1 session\n"
 	frameDomain    = "resultity.v1 frame\n"
 	tagDomain      = "resultity.v1 tag\n"
@@ -117,8 +121,8 @@ func sealBody(key signer, domain string, body any) ([]byte, error) {
 
 func openBody(b []byte, domain string, body any) (evm.Address, error) {
 	var sig evm.Signature
-	if len(b) <= len(sig) || len(b) > 64<<10 {
-		return evm.Address{}, fmt.Errorf("%w: a body of %d bytes", ErrMalformed, len(b))
+	if len(b) <= len(sig) || len(b) > MaxRegistration {
+		return evm.Address{}, fmt.Errorf("%w: a body of %d bytes, at most %d", ErrMalformed, len(b), MaxRegistration)
 	}
 	raw := b[copy(sig[:], b):]
 	who, err := evm.Recover(evm.Keccak([]byte(domain), raw), sig)

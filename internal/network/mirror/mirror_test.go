@@ -458,6 +458,9 @@ func TestHostileWords(t *testing.T) {
 	for i := range flood {
 		flood[i] = evm.Hash{1}
 	}
+	if maxUnsigned < wire.MaxPending {
+		t.Errorf("%d leaves may wait, and a node may send %d before a head", maxUnsigned, wire.MaxPending)
+	}
 	for i := range maxUnsigned / wire.MaxLeaves {
 		if _, err := p.leaves(15+i*wire.MaxLeaves, flood, nil); err != nil {
 			t.Fatal(err)

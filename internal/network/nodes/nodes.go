@@ -65,9 +65,8 @@ type desk interface {
 
 // Bounds of what somebody may take before the network knows who they are.
 const (
-	maxRegistration = 64 << 10         // bytes
-	maxHello        = 16 << 10         // bytes of the first frame
-	helloTimeout    = 10 * time.Second // from the upgrade to the first frame
+	maxHello     = 16 << 10         // bytes of the first frame
+	helloTimeout = 10 * time.Second // from the upgrade to the first frame
 )
 
 // Options bound the sessions. The zero value of a field stands for its default.
@@ -196,7 +195,7 @@ func (m *Manager) body(w http.ResponseWriter, r *http.Request) ([]byte, error) {
 	if !m.limits.asksOf.allow(Source(r.RemoteAddr)) || !m.limits.asks.Allow() { // who is over their own bound takes nothing of the others'
 		return nil, refuse(http.StatusTooManyRequests, "too many requests; try again later")
 	}
-	raw, err := io.ReadAll(http.MaxBytesReader(w, r.Body, maxRegistration))
+	raw, err := io.ReadAll(http.MaxBytesReader(w, r.Body, wire.MaxRegistration))
 	if err != nil {
 		return nil, refuse(http.StatusBadRequest, "read the request: %v", err)
 	}
