@@ -273,7 +273,7 @@ func serveAll(t *testing.T, s *nodetest.Session, results int) {
 
 func TestDeadline(t *testing.T) {
 	t.Parallel() // it waits more than it works
-	n := start(t, func(c *snapshot.Config) { c.Limits.Deadline = 1 })
+	n := start(t, func(c *snapshot.Config) { c.Limits.Deadline = 5 })
 	s := n.node().Ready(t)
 	plain, stream := n.ask(chat), n.ask(chatStream)
 	a, b := s.Take(), s.Take()

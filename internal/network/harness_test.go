@@ -46,7 +46,7 @@ func TestMain(m *testing.M) {
 		os.Exit(code) // package testing leaves one of its own
 	}
 	http.DefaultClient.CloseIdleConnections()
-	for end := time.Now().Add(10 * time.Second); code == 0; runtime.Gosched() {
+	for end := time.Now().Add(time.Minute); code == 0; runtime.Gosched() {
 		if runtime.NumGoroutine() <= before {
 			break
 		}

@@ -197,12 +197,11 @@ func TestKill(t *testing.T) {
 			})
 		}
 		last := round == 7
-		if !last {
-			time.AfterFunc(time.Duration(50+mrand.IntN(300))*time.Millisecond, k.kill)
-		} else {
+		if last {
 			stop()
 			clients.Wait()
 		}
+		more := 4 + mrand.IntN(8) // jobs of this round, after which it is killed at any moment
 		for _, j := range outbox {
 			if s.TrySend(v.Result(t, j, nodetest.Body(j, "x"), nil)) != nil {
 				break
@@ -215,6 +214,11 @@ func TestKill(t *testing.T) {
 			}
 			switch m := m.(type) {
 			case *wire.Job:
+				if !seen[m.ID] && !last {
+					if more--; more == 0 {
+						time.AfterFunc(mrand.N(150*time.Millisecond), k.kill)
+					}
+				}
 				seen[m.ID] = true
 				outbox[m.ID] = m
 				_ = s.TrySend(&wire.Accept{Job: m.ID}) // a failure shows in Receive
@@ -229,7 +233,9 @@ func TestKill(t *testing.T) {
 		}
 		stop()
 		clients.Wait()
-		if last {
+		if !last {
+			k.kill()
+		} else {
 			unwritten := 0
 			for id := range seen {
 				if r := n.get("/v1/receipts/" + id.String()); r.status != http.StatusOK {

@@ -33,7 +33,7 @@ func TestMain(m *testing.M) {
 	if f := flag.Lookup("test.fuzz"); f.Value.String() != "" {
 		os.Exit(code) // package testing leaves one of its own
 	}
-	for end := time.Now().Add(10 * time.Second); code == 0 && runtime.NumGoroutine() > before; runtime.Gosched() {
+	for end := time.Now().Add(time.Minute); code == 0 && runtime.NumGoroutine() > before; runtime.Gosched() {
 		if time.Now().After(end) {
 			buf := make([]byte, 1<<20)
 			_, _ = os.Stderr.Write(buf[:runtime.Stack(buf, true)])
