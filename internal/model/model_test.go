@@ -6,6 +6,7 @@ import (
 	"encoding/pem"
 	"errors"
 	"fmt"
+	"io"
 	"io/fs"
 	"log/slog"
 	"net/http"
@@ -19,6 +20,7 @@ import (
 	"sync/atomic"
 	"syscall"
 	"testing"
+	"testing/synctest"
 	"time"
 
 	"github.com/resultity/node/internal/digest"
@@ -248,6 +250,44 @@ func TestConcurrentEnsureFetchesOnce(t *testing.T) {
 		t.Errorf("left over: %v, %v", s.locks.held, s.busy)
 	}
 }
+
+// TestWaiterHelps: a file whose first source has gone silent comes from where another
+// one, whose model has the same file, may fetch it.
+func TestWaiterHelps(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		b := content(2 << 20)
+		arrived := make(chan struct{})
+		s := open(t, t.TempDir())
+		s.fetcher = fetch.New(roundTrip(func(r *http.Request) (*http.Response, error) {
+			if r.URL.Host == "silent.test" {
+				close(arrived)
+				<-r.Context().Done()
+				return nil, r.Context().Err()
+			}
+			return &http.Response{StatusCode: http.StatusOK, ContentLength: int64(len(b)), Request: r, Body: io.NopCloser(bytes.NewReader(b))}, nil
+		}), nil, s.log)
+		s.fetcher.Pace.Window = time.Hour
+		start := time.Now()
+		var wg sync.WaitGroup
+		ensure := func(source string) {
+			if _, err := s.Ensure(t.Context(), modelOf(fileOf("f", b, source)), nil); err != nil {
+				t.Errorf("%s: %v", source, err)
+			}
+			if took := time.Since(start); took > time.Minute {
+				t.Errorf("%s: took %v", source, took)
+			}
+		}
+		wg.Go(func() { ensure("https://silent.test/f") })
+		<-arrived
+		wg.Go(func() { ensure("https://good.test/f") })
+		wg.Wait()
+	})
+}
+
+type roundTrip func(*http.Request) (*http.Response, error)
+
+// RoundTrip implements [http.RoundTripper].
+func (f roundTrip) RoundTrip(r *http.Request) (*http.Response, error) { return f(r) }
 
 // TestWaiterTakesOver ends the call that fetches; the one that waits goes on.
 func TestWaiterTakesOver(t *testing.T) {

@@ -106,7 +106,7 @@ func (s *Store) Close() error { return s.root.Close() }
 // Ensure fetches and verifies what is missing of m and returns the directory
 // that holds its files under their paths, readable by everybody, to be mounted
 // read-only. What it brings has been looked into ([ErrRefused]). It does nothing that is done already, and of several calls for the
-// same file one fetches and the others wait.
+// same file one fetches, from all their sources, and the others wait.
 //
 // Progress, if not nil, is called in this goroutine with the bytes of m that
 // are on disk, as chunks arrive.
@@ -348,6 +348,7 @@ func (s *Store) use(m *snapshot.Model) func() {
 // ensureBlob makes f a verified blob.
 func (s *Store) ensureBlob(ctx context.Context, f *snapshot.File, report func(int64)) error {
 	name := path.Join(blobs, f.SHA256.Hex())
+	defer s.fetcher.Offer(f.SHA256, f.Sources)()
 	unlock, err := s.locks.lock(ctx, name)
 	if err != nil {
 		return err

@@ -6,7 +6,8 @@
 // That source is not asked again for the file, and the journal names it.
 //
 // Sources are asked in their order and beside each other, with [connections]
-// requests in all; one that is out of order is asked again later, ever less often,
+// requests in all, and as many more for each other one who waits for the file and has
+// further sources; one that is out of order is asked again later, ever less often,
 // as long as it brings nothing. Who has nothing left to ask for takes over half of
 // what another has not begun, and in the end also a chunk that another is slow with.
 package fetch
@@ -28,7 +29,7 @@ import (
 )
 
 const (
-	connections = 6               // requests at once, over all sources of a file
+	connections = 6               // requests at once for a file, over all sources of one who wants it
 	perSource   = 4               // and of one source
 	maxSpan     = 16              // chunks in one request
 	slow        = 5 * time.Second // for one chunk, until another source is asked for it, too
@@ -64,6 +65,10 @@ type Fetcher struct {
 	lan        *http.Client // http, too; nobody's proxy
 	neighbours []string     // base URLs
 	log        *slog.Logger
+
+	mu     sync.Mutex // guards what follows
+	offers []*File    // sources that those who wait for a file have for it
+	runs   []*run     // under way
 }
 
 // New returns a fetcher that reaches sources through rt; nil means Go's default.
@@ -98,7 +103,7 @@ func (x *Fetcher) Fetch(ctx context.Context, f *File, missing []int, put func(i 
 	}
 	ctx, cancel := context.WithCancel(ctx)
 	defer cancel()
-	r := &run{x: x, f: f, put: put, owner: make([]*worker, f.List.Len()), left: len(missing), changed: make(chan struct{})}
+	r := &run{x: x, f: f, put: put, most: connections, owner: make([]*worker, f.List.Len()), left: len(missing), changed: make(chan struct{})}
 	for i := range r.owner {
 		r.owner[i] = nobody
 	}
@@ -108,16 +113,57 @@ func (x *Fetcher) Fetch(ctx context.Context, f *File, missing []int, put func(i 
 	for _, n := range x.neighbours {
 		r.sources = append(r.sources, x.neighbour(n, f))
 	}
-	for _, s := range f.Sources {
-		r.sources = append(r.sources, x.source(s, f))
-	}
+	x.begin(r)
 	err := r.supervise(ctx, tell)
+	x.end(r)
 	cancel()
 	r.wg.Wait()
 	if err == nil {
 		r.account(ctx)
 	}
 	return err
+}
+
+// Offer says that somebody waits for a file and where that one would fetch it: who is
+// fetching it, or begins to, asks there as well, and is helped out of sources that
+// bring next to nothing. It holds until withdraw is called.
+func (x *Fetcher) Offer(file digest.Digest, sources []string) (withdraw func()) {
+	o := &File{SHA256: file, Sources: sources}
+	x.mu.Lock()
+	defer x.mu.Unlock()
+	x.offers = append(x.offers, o)
+	for _, r := range x.runs {
+		if r.f.SHA256 == file {
+			r.join(sources)
+		}
+	}
+	return func() {
+		x.mu.Lock()
+		defer x.mu.Unlock()
+		x.offers = slices.DeleteFunc(x.offers, func(p *File) bool { return p == o })
+	}
+}
+
+// begin has r ask its own sources and those that were offered.
+func (x *Fetcher) begin(r *run) {
+	x.mu.Lock()
+	defer x.mu.Unlock()
+	for _, s := range r.f.Sources {
+		r.sources = append(r.sources, x.source(s, r.f))
+	}
+	for _, o := range x.offers {
+		if o.SHA256 == r.f.SHA256 {
+			r.join(o.Sources)
+		}
+	}
+	x.runs = append(x.runs, r)
+}
+
+// end has nothing more join r.
+func (x *Fetcher) end(r *run) {
+	x.mu.Lock()
+	defer x.mu.Unlock()
+	x.runs = slices.DeleteFunc(x.runs, func(o *run) bool { return o == r })
 }
 
 // nobody is who owns what is here, or was never missing.
@@ -134,6 +180,8 @@ type run struct {
 	// than their own goroutine use.
 	mu      sync.Mutex
 	sources []*source
+	most    int           // requests at once
+	joined  bool          // there are sources that were not there before
 	owner   []*worker     // by chunk: who fetches it; nil if nobody does yet
 	low     int           // no chunk before it is nobody's to fetch
 	left    int           // chunks that are missing
@@ -153,27 +201,48 @@ type worker struct {
 	finished int       // chunks
 }
 
+// join adds another's sources, and connections for them: the ones that are there may
+// all be with sources that bring nothing.
+func (r *run) join(sources []string) {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	known := len(r.sources)
+	for _, address := range sources {
+		s := r.x.source(address, r.f)
+		if !slices.ContainsFunc(r.sources, func(o *source) bool { return o.name == s.name && o.url == s.url }) {
+			r.sources = append(r.sources, s)
+		}
+	}
+	if len(r.sources) > known {
+		r.most += connections
+		r.joined = true
+		r.change()
+	}
+}
+
 // supervise starts sources until enough are at work, and further ones when one
 // fails or is slow. It returns when all is here or nothing goes on.
 func (r *run) supervise(ctx context.Context, tell func(int)) error {
 	next, more := 0, true // one source more than is needed by number
 	tick := time.NewTicker(slow)
 	defer tick.Stop()
-	seen := 0 // failures
+	seen := 0        // failures
+	before := r.left // at the last tick
 	for {
 		r.mu.Lock()
 		failures := 0
 		for _, s := range r.sources {
 			failures += s.failures
 		}
-		more = more || failures > seen
-		seen = failures
-		for next < len(r.sources) && (more || len(r.workers) < min(connections, r.left)) && len(r.workers) < connections {
+		more = more || failures > seen || r.joined
+		seen, r.joined = failures, false
+		for next < len(r.sources) && (more || len(r.workers) < min(r.most, r.left)) && len(r.workers) < r.most {
 			r.start(ctx, r.sources[next])
 			next++
 			more = false
 		}
-		changed, left, going, local := r.changed, r.left, len(r.workers), r.local
+		changed, left, local := r.changed, r.left, r.local
+		none := len(r.workers) == 0 && next == len(r.sources)
 		r.mu.Unlock()
 		if tell != nil {
 			tell(left)
@@ -185,14 +254,16 @@ func (r *run) supervise(ctx context.Context, tell func(int)) error {
 			return nil
 		case ctx.Err() != nil:
 			return ctx.Err()
-		case going == 0 && next == len(r.sources):
+		case none:
 			return r.failed()
 		}
 		select {
 		case <-changed:
 		case <-tick.C:
 			r.mu.Lock()
-			more = slices.ContainsFunc(r.workers, func(w *worker) bool { return w.slow() })
+			// A source that knows no ranges has no chunk to be slow with.
+			more = r.left == before || slices.ContainsFunc(r.workers, func(w *worker) bool { return w.slow() })
+			before = r.left
 			r.mu.Unlock()
 		case <-ctx.Done():
 		}
@@ -203,7 +274,7 @@ func (r *run) supervise(ctx context.Context, tell func(int)) error {
 func (r *run) start(ctx context.Context, s *source) {
 	n := min(max(connections/len(r.sources), 1), perSource)
 	s.limit = n
-	for k := range min(n, r.left, connections-len(r.workers)) {
+	for k := range min(n, r.left, r.most-len(r.workers)) {
 		w := &worker{src: s, kept: -1}
 		r.workers = append(r.workers, w)
 		r.claim(w) // in the order of sources; else the goroutines' would count

@@ -3,13 +3,17 @@ package fetch
 import (
 	"bytes"
 	"errors"
+	"fmt"
 	"io"
 	"log/slog"
 	"net/http"
+	"sync"
 	"testing"
 	"testing/synctest"
 	"time"
 
+	"github.com/resultity/node/internal/chunk"
+	"github.com/resultity/node/internal/digest"
 	"github.com/resultity/node/internal/model/modeltest"
 )
 
@@ -150,4 +154,60 @@ func TestSlowSourceIsHelped(t *testing.T) {
 			t.Errorf("took %v", took)
 		}
 	})
+}
+
+// TestOfferHelps: who waits for a file that another is fetching from sources that bring
+// next to nothing, on all connections that there are, helps with its own.
+func TestOfferHelps(t *testing.T) {
+	for name, late := range map[string]bool{"offered before": false, "offered meanwhile": true} {
+		t.Run(name, func(t *testing.T) {
+			synctest.Test(t, func(t *testing.T) {
+				b := modeltest.Content(connections * chunk.Size)
+				var withdraw func()
+				defer func() { withdraw() }()
+				asked := 0
+				var x *Fetcher
+				offer := func() {
+					withdraw = x.Offer(digest.Of(b), []string{"https://fast.test/f", "https://0.slow.test/f"})
+				}
+				var mu sync.Mutex
+				x = open(roundTrip(func(r *http.Request) (*http.Response, error) {
+					resp := &http.Response{StatusCode: http.StatusOK, ContentLength: -1, Header: http.Header{}, Request: r, Body: io.NopCloser(bytes.NewReader(b))}
+					if r.URL.Host == "fast.test" {
+						return resp, nil
+					}
+					mu.Lock()
+					defer mu.Unlock()
+					if asked++; asked == connections && late {
+						offer()
+					}
+					resp.Body = &drip{r, b, 16 << 10, 10 * time.Second}
+					return resp, nil
+				}))
+				x.Offer(digest.Of([]byte("another file")), []string{"https://other.test/f"})
+				if !late {
+					offer()
+				}
+				var slowOnes []string
+				for i := range connections {
+					slowOnes = append(slowOnes, fmt.Sprintf("https://%d.slow.test/f", i))
+				}
+				start := time.Now()
+				if _, err := fetch(t.Context(), x, b, nil, slowOnes...); err != nil {
+					t.Fatal(err)
+				}
+				if took := time.Since(start); took > 10*slow {
+					t.Errorf("took %v", took)
+				}
+				if len(x.runs) != 0 {
+					t.Errorf("%d runs left", len(x.runs))
+				}
+				withdraw()
+				withdraw = func() {}
+				if len(x.offers) != 1 {
+					t.Errorf("%d offers left, want the one for another file", len(x.offers))
+				}
+			})
+		})
+	}
 }
