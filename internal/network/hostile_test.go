@@ -225,15 +225,15 @@ func TestHostileNode(t *testing.T) {
 					t.Log("expected: taken, and no harm done; got: so")
 					s.Drop() // the job is free for the other
 				case "bye":
-					code := s.Closed()
-					if code != websocket.CloseNormalClosure {
-						t.Errorf("closed with %d", code)
+					end := s.Ended()
+					if end.Code != websocket.CloseNormalClosure {
+						t.Errorf("closed with %v", end)
 					}
-					t.Logf("expected: session ended with 1000, the job goes elsewhere; got: %d", code)
+					t.Logf("expected: session ended with 1000, the job goes elsewhere; got: %v", end)
 				default:
-					code := s.Closed()
-					if code != websocket.ClosePolicyViolation {
-						t.Errorf("closed with %d", code)
+					end := s.Ended()
+					if end.Code != websocket.ClosePolicyViolation || end.Text == "" {
+						t.Errorf("closed with %v", end)
 					}
 					n.until("it is counted", func() bool { return n.metric(series) == before+1 })
 					mu.Lock()
@@ -241,7 +241,7 @@ func TestHostileNode(t *testing.T) {
 						t.Errorf("the log does not say once that it was refused for %s: %q", l.reason, said)
 					}
 					mu.Unlock()
-					t.Logf("expected: session ended with 1008, node-frame-refused with reason %s, the job goes elsewhere; got: %d", l.reason, code)
+					t.Logf("expected: session ended with 1008, node-frame-refused with reason %s, the job goes elsewhere; got: %v", l.reason, end)
 				}
 				honest.Finish(honest.Take(), "fine")
 				if r := n.answer(ch); r.status != http.StatusOK || !strings.Contains(string(r.body), "fine") {

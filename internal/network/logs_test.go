@@ -178,10 +178,10 @@ func TestLogsAreChecked(t *testing.T) {
 			s := n.node().Connect(t)
 			before := n.metric(`resultity_frames_refused_total{reason="logs"}`)
 			s.Send(forge(s.Node))
-			code := s.Closed()
-			t.Logf("expected: closed with %d; got: %d", websocket.ClosePolicyViolation, code)
-			if code != websocket.ClosePolicyViolation {
-				t.Errorf("closed with %d", code)
+			end := s.Ended()
+			t.Logf("expected: closed with %d; got: %v", websocket.ClosePolicyViolation, end)
+			if end.Code != websocket.ClosePolicyViolation {
+				t.Errorf("closed with %v", end)
 			}
 			n.until("the refusal is counted", func() bool {
 				return n.metric(`resultity_frames_refused_total{reason="logs"}`) == before+1

@@ -307,11 +307,11 @@ func TestFrameViolations(t *testing.T) {
 			series := `resultity_frames_refused_total{reason="` + tc.reason + `"}`
 			before := n.metric(series)
 			tc.send(s)
-			code := s.Closed()
-			if code != tc.code {
-				t.Errorf("closed with %d, want %d", code, tc.code)
+			end := s.Ended()
+			if end.Code != tc.code || end.Text == "" && tc.reason != "too_large" { // which the WebSocket library says by itself
+				t.Errorf("closed with %v, want %d and a reason", end, tc.code)
 			}
-			t.Logf("expected: close code %d for %s, the job goes elsewhere; got: %d", tc.code, tc.reason, code)
+			t.Logf("expected: close code %d for %s, the job goes elsewhere; got: %v", tc.code, tc.reason, end)
 			n.until("the refusal is counted", func() bool { return n.metric(series) == before+1 })
 			ch := n.ask(chat)
 			bystander.Finish(bystander.Take(), "fine")
@@ -365,17 +365,17 @@ func TestBeforeHello(t *testing.T) {
 	}
 	s := dial()
 	s.Send(v.Heartbeat())
-	code := s.Closed()
-	t.Logf("a heartbeat: expected: closed with %d; got: %d", websocket.ClosePolicyViolation, code)
-	if code != websocket.ClosePolicyViolation {
-		t.Errorf("heartbeat before hello: closed with %d", code)
+	end := s.Ended()
+	t.Logf("a heartbeat: expected: closed with %d; got: %v", websocket.ClosePolicyViolation, end)
+	if end.Code != websocket.ClosePolicyViolation {
+		t.Errorf("heartbeat before hello: closed with %v", end)
 	}
 	s = dial()
 	s.SendRaw(make([]byte, 20<<10))
-	code = s.Closed()
-	t.Logf("a large hello: expected: closed with %d; got: %d", websocket.CloseMessageTooBig, code)
-	if code != websocket.CloseMessageTooBig {
-		t.Errorf("large hello: closed with %d", code)
+	end = s.Ended()
+	t.Logf("a large hello: expected: closed with %d; got: %v", websocket.CloseMessageTooBig, end)
+	if end.Code != websocket.CloseMessageTooBig {
+		t.Errorf("large hello: closed with %v", end)
 	}
 	// Somebody who knows the address and not the key cannot throw the node out.
 	s = dial()
@@ -388,10 +388,10 @@ func TestBeforeHello(t *testing.T) {
 		t.Fatal(err)
 	}
 	s.SendRaw(frame)
-	code = s.Closed()
-	t.Logf("the hello of another key: expected: closed with %d; got: %d", websocket.ClosePolicyViolation, code)
-	if code != websocket.ClosePolicyViolation {
-		t.Errorf("hello of another key: closed with %d", code)
+	end = s.Ended()
+	t.Logf("the hello of another key: expected: closed with %d; got: %v", websocket.ClosePolicyViolation, end)
+	if end.Code != websocket.ClosePolicyViolation {
+		t.Errorf("hello of another key: closed with %v", end)
 	}
 	ch := n.ask(chat)
 	good.Finish(good.Take(), "fine")
@@ -417,10 +417,10 @@ func TestClonedKey(t *testing.T) {
 	good := hello(1 << 40) // above what the harness has used
 	nodetest.Expect[*wire.Welcome](good)
 	for _, count := range []uint64{0, 1, 1 << 40} {
-		code := hello(count).Closed()
-		t.Logf("count %d: expected: closed with %d; got: %d", count, wire.CloseCloned, code)
-		if code != wire.CloseCloned {
-			t.Errorf("hello %d: closed with %d", count, code)
+		end := hello(count).Ended()
+		t.Logf("count %d: expected: closed with %d; got: %v", count, wire.CloseCloned, end)
+		if end.Code != wire.CloseCloned {
+			t.Errorf("hello %d: closed with %v", count, end)
 		}
 	}
 	if got := n.metric(`resultity_frames_refused_total{reason="cloned"}`); got != 3 {
@@ -444,10 +444,10 @@ func TestClonedKey(t *testing.T) {
 	n.stop()
 	n.serve()
 	v.URL = n.url
-	code := hello(1 << 40).Closed()
-	t.Logf("after a restart: expected: closed with %d; got: %d", wire.CloseCloned, code)
-	if code != wire.CloseCloned {
-		t.Errorf("after a restart: closed with %d", code)
+	end := hello(1 << 40).Ended()
+	t.Logf("after a restart: expected: closed with %d; got: %v", wire.CloseCloned, end)
+	if end.Code != wire.CloseCloned {
+		t.Errorf("after a restart: closed with %v", end)
 	}
 	nodetest.Expect[*wire.Welcome](hello(1<<40 + 1))
 }
@@ -473,10 +473,10 @@ func TestStrangersDoNotKeepNodesOut(t *testing.T) {
 		}
 	}
 	s := v.Ready(t)
-	code := first.Closed()
-	t.Logf("the first of 100 strangers: expected: closed with %d; got: %d", websocket.CloseTryAgainLater, code)
-	if code != websocket.CloseTryAgainLater {
-		t.Errorf("the first stranger: closed with %d", code)
+	end := first.Ended()
+	t.Logf("the first of 100 strangers: expected: closed with %d; got: %v", websocket.CloseTryAgainLater, end)
+	if end.Code != websocket.CloseTryAgainLater {
+		t.Errorf("the first stranger: closed with %v", end)
 	}
 	ch := n.ask(chat)
 	s.Finish(s.Take(), "fine")

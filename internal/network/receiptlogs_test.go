@@ -328,10 +328,10 @@ func TestHostileLog(t *testing.T) {
 		t.Run(what, func(t *testing.T) {
 			l := newLogged(t, n)
 			say(l)
-			code := l.Closed()
-			t.Logf("expected: closed with 1008; got: %d", code)
-			if code != 1008 {
-				t.Errorf("closed with %d", code)
+			end := l.Ended()
+			t.Logf("expected: closed with 1008; got: %v", end)
+			if end.Code != 1008 {
+				t.Errorf("closed with %v", end)
 			}
 		})
 	}

@@ -406,10 +406,16 @@ func Expect[M wire.Message](s *Session) M {
 // Closed waits until the network has ended the session and returns the code.
 func (s *Session) Closed() int {
 	s.t.Helper()
+	return s.Ended().Code
+}
+
+// Ended is Closed, with the reason that the network has given.
+func (s *Session) Ended() *websocket.CloseError {
+	s.t.Helper()
 	for {
 		_, err := s.Receive()
 		if c := new(websocket.CloseError); errors.As(err, &c) {
-			return c.Code
+			return c
 		}
 		if err != nil {
 			s.t.Fatalf("session ended without a close frame: %v", err)
