@@ -576,7 +576,9 @@ func TestNoWelcome(t *testing.T) {
 	s := New(config(n), h)
 	s.patience.welcome = 20 * time.Millisecond
 	run(t, s)
-	if err := get(t, h.closed); !errors.Is(err, errNoWelcome) {
+	err := get(t, h.closed)
+	t.Logf("expected: %v; got: %v", errNoWelcome, err)
+	if !errors.Is(err, errNoWelcome) {
 		t.Errorf("Closed(%v), want errNoWelcome", err)
 	}
 }
