@@ -227,23 +227,23 @@ func (h *hostileTest) tell(ctx context.Context, t *testing.T, n *stack.Node, sig
 func (h *hostileTest) misdeeds(ctx context.Context, t *testing.T, n *stack.Node) {
 	bridge := h.peak(ctx, t, n, "pgrep -x resultity-bridg")
 	agent := h.peak(ctx, t, n, "systemctl --user show -P MainPID resultity-agent.service")
-	armed := "" // invocation
+	engine := "" // invocation that was told to misbehave
 	for i, m := range hostile.Misdeeds {
 		t.Run(strings.ReplaceAll(m.Name, " ", "_"), func(t *testing.T) {
 			began := time.Now()
-			engine, err := n.Property(ctx, stack.Runtime, "InvocationID")
-			if err == nil && engine != armed {
-				h.tell(ctx, t, n, "USR1")
-				armed = engine
-			}
-			if err != nil {
-				t.Fatal(err)
-			}
 			since := mark(ctx, t, n)
 			code, other, by := "", "", ""
 			for try := 0; by != h.address[n] && code == ""; try++ { // nodes take turns
-				if try == 6 {
+				if try == 20 {
 					t.Fatal("the node gets no jobs")
+				}
+				// The job before may have ended the engine behind its answer.
+				if err := n.WaitRoutable(ctx); err != nil {
+					t.Fatal(err)
+				}
+				if now := h.invocation(ctx, t, n); now != engine {
+					engine = now
+					h.tell(ctx, t, n, "USR1")
 				}
 				var text string
 				text, by, other = h.ask(ctx, t, m.Prompt(), hostileTokens, i%2 == 1)
@@ -251,6 +251,9 @@ func (h *hostileTest) misdeeds(ctx context.Context, t *testing.T, n *stack.Node)
 					t.Errorf("a client was sent %.200q", text)
 				}
 				code = h.failed(ctx, t, n, since)
+				if h.invocation(ctx, t, n) != engine && code == "" {
+					by = "" // an engine that had not been told to misbehave
+				}
 			}
 			// Whoever has been sent a piece already cannot be sent another answer.
 			if other != "" && !(other == "broken off" && i%2 == 1) {
@@ -325,6 +328,16 @@ func (h *hostileTest) failed(ctx context.Context, t *testing.T, n *stack.Node, s
 	}
 	code, _, _ := strings.Cut(string(out), "\n")
 	return code
+}
+
+// invocation names the start of a node's engine.
+func (h *hostileTest) invocation(ctx context.Context, t *testing.T, n *stack.Node) string {
+	t.Helper()
+	id, err := n.Property(ctx, stack.Runtime, "InvocationID")
+	if err != nil {
+		t.Fatal(err)
+	}
+	return id
 }
 
 // ended waits until a node has another engine.
