@@ -28,7 +28,10 @@ var ErrOtherKey = errors.New("the signer has another key than before; restart th
 
 // Client is a [Signer] whose key is in another process, resultity-signer. A
 // request that meets no answer is repeated over a new connection, until its
-// patience ends: the signer may be restarted at any time.
+// patience ends: the signer may be restarted at any time, and ends connections that
+// are idle. A statement may be signed twice thereby, with two sequences, but whoever
+// asked for it is given one: a reply ends its request, and one that comes too late is
+// on a connection that is closed already.
 type Client struct {
 	path     string
 	patience time.Duration
@@ -103,7 +106,7 @@ func (c *Client) ask(k kind, body func(b []byte) ([]byte, error)) ([]byte, error
 
 // retry calls try until it is answered, and returns what follows the code.
 func (c *Client) retry(try func() ([]byte, error)) ([]byte, error) {
-	wait := 5 * time.Millisecond
+	var wait time.Duration // at first none: the signer ends connections that are idle
 	for end := time.Now().Add(c.patience); ; {
 		b, err := try()
 		switch {
@@ -124,7 +127,7 @@ func (c *Client) retry(try func() ([]byte, error)) ([]byte, error) {
 			return nil, err
 		}
 		time.Sleep(wait)
-		wait = min(2*wait, 500*time.Millisecond)
+		wait = min(max(2*wait, 5*time.Millisecond), 500*time.Millisecond)
 	}
 }
 

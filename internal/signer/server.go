@@ -7,6 +7,7 @@ import (
 	"io"
 	"log/slog"
 	"net"
+	"os"
 	"sync"
 	"syscall"
 	"time"
@@ -19,9 +20,17 @@ import (
 // Bounds of what callers may take.
 const (
 	maxConns  = 16
-	perSecond = 5000            // requests, of all callers; more wait
-	burst     = 5000            // of them at once
+	perSecond = 5000 // requests, of all callers; more wait
+	burst     = 5000 // of them at once
+)
+
+// What a caller may take in time; tests are less patient.
+var (
 	writeTime = 5 * time.Second // for a caller to take its reply
+	// idleTime is between a reply and the next request. It is shorter than a client's
+	// patience: who comes while all places are held by silent ones still gets one. A
+	// [Client] whose connection has ended makes another.
+	idleTime = 10 * time.Second
 )
 
 // Server signs for callers on a socket.
@@ -80,9 +89,10 @@ func (s *Server) Serve(ctx context.Context, ln *net.UnixListener) error {
 			}
 			buf := make([]byte, maxRequest+1) // one more byte shows that there were more
 			for {
+				_ = c.SetReadDeadline(time.Now().Add(idleTime)) // only fails on a closed connection, which the read tells
 				n, err := c.Read(buf)
 				if err != nil {
-					if !errors.Is(err, io.EOF) && !errors.Is(err, net.ErrClosed) {
+					if !errors.Is(err, io.EOF) && !errors.Is(err, net.ErrClosed) && !errors.Is(err, os.ErrDeadlineExceeded) {
 						s.Log.Debug("connection of the agent ended", "error", err)
 					}
 					return

@@ -6,6 +6,7 @@ import (
 	"encoding/json"
 	"errors"
 	"fmt"
+	"io"
 	"log/slog"
 	"net"
 	"os"
@@ -13,6 +14,7 @@ import (
 	"reflect"
 	"strings"
 	"sync"
+	"syscall"
 	"testing"
 	"time"
 
@@ -438,6 +440,107 @@ func TestManyConnections(t *testing.T) {
 		_ = c.Close()
 	}
 	s.client() // gets a place once one is free
+}
+
+// within shortens a patience of the server's, until the test's service has ended.
+func within(t *testing.T, v *time.Duration, d time.Duration) {
+	old := *v
+	*v = d
+	t.Cleanup(func() { *v = old })
+}
+
+// Who holds all places and says nothing loses them, and within the patience of a client
+// that waits.
+func TestIdle(t *testing.T) {
+	if idleTime >= patience {
+		t.Errorf("a place is free after %v, and clients wait for %v only", idleTime, patience)
+	}
+	within(t, &idleTime, 50*time.Millisecond)
+	s := newService(t)
+	s.start()
+	var held []net.Conn
+	buf := make([]byte, maxReply)
+	for range maxConns {
+		c, err := net.Dial("unixpacket", s.socket())
+		if err != nil {
+			t.Fatal(err)
+		}
+		defer c.Close()
+		_ = c.SetDeadline(time.Now().Add(10 * time.Second))
+		if _, err := c.Read(buf); err != nil {
+			t.Fatal(err)
+		}
+		held = append(held, c)
+	}
+	c := s.client()
+	for _, h := range held {
+		_, err := h.Read(buf)
+		if !errors.Is(err, io.EOF) {
+			t.Fatalf("a silent connection ended with %v", err)
+		}
+	}
+	t.Logf("%d silent connections: expected: their end, and a place for the agent; got: %v, node %s", maxConns, io.EOF, c.Address())
+	// The agent's own is ended, too, and nothing that it asks is lost by that.
+	_ = c.conn.SetDeadline(time.Now().Add(10 * time.Second))
+	if _, err := c.conn.Read(buf); !errors.Is(err, io.EOF) {
+		t.Errorf("the agent's connection ended with %v", err)
+	}
+	if _, err := c.Receipt(1, s.receipt()); err != nil {
+		t.Error(err)
+	}
+}
+
+// A connection may end as idle in the very moment in which something is asked on it:
+// whoever asks gets one sequence all the same, and nobody else the same one.
+func TestIdleWhileAsking(t *testing.T) {
+	within(t, &idleTime, 300*time.Microsecond) // about what an exchange takes
+	s := newService(t)
+	s.start()
+	const clients, each = 4, 100
+	var mu sync.Mutex
+	seen := map[uint64]bool{}
+	var wg sync.WaitGroup
+	for range clients {
+		c := s.client()
+		c.patience = time.Minute // each try may end as idle on a machine that is busy
+		wg.Go(func() {
+			for range each {
+				signed, err := c.Receipt(1, s.receipt())
+				if err != nil {
+					t.Error(err)
+					return
+				}
+				mu.Lock()
+				seen[signed.Receipt().Sequence] = true
+				mu.Unlock()
+			}
+		})
+	}
+	wg.Wait()
+	t.Logf("expected: %d sequences; got: %d", clients*each, len(seen))
+	if len(seen) != clients*each {
+		t.Errorf("%d sequences, want %d", len(seen), clients*each)
+	}
+}
+
+// Who asks and does not read the replies is waited for, and not for ever.
+func TestDoesNotRead(t *testing.T) {
+	within(t, &writeTime, 50*time.Millisecond)
+	s := newService(t)
+	s.start()
+	c, err := net.Dial("unixpacket", s.socket())
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer c.Close()
+	_ = c.SetDeadline(time.Now().Add(10 * time.Second))
+	for err == nil {
+		_, err = c.Write([]byte{0xff})
+	}
+	t.Logf("expected: %v; got: %v", syscall.EPIPE, err)
+	if !errors.Is(err, syscall.EPIPE) && !errors.Is(err, syscall.ECONNRESET) {
+		t.Errorf("it ended with %v", err)
+	}
 }
 
 // A signer that is restarted loses nothing that somebody waits for, and never
