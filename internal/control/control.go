@@ -25,6 +25,7 @@ import (
 
 	"github.com/resultity/node/internal/binding"
 	"github.com/resultity/node/internal/digest"
+	"github.com/resultity/node/internal/durable"
 	"github.com/resultity/node/internal/evm"
 	"github.com/resultity/node/internal/gate"
 	"github.com/resultity/node/internal/wire"
@@ -362,6 +363,14 @@ func Listen(dir string) (net.Listener, error) {
 	return l, nil
 }
 
+// Bounds of what those take who ask.
+const (
+	maxConns = 64                      // connections; more wait in the kernel until one ends
+	maxHead  = 8 << 10                 // bytes of a request's head
+	askTime  = 10 * time.Second        // to ask, to read the answer, and between two requests
+	waitTime = askTime + 5*time.Second // a client waits for an answer; so it gets one also if all connections were held by silent ones
+)
+
 // goodbye is how long requests may take to end with Serve.
 const goodbye = time.Second
 
@@ -426,7 +435,7 @@ func Serve(ctx context.Context, l net.Listener, b Backend) error {
 	serveReplay(mux, b)
 	mux.HandleFunc("POST "+bindPath, func(w http.ResponseWriter, r *http.Request) {
 		// It asks the network. This fails on a closed connection only.
-		_ = http.NewResponseController(w).SetWriteDeadline(time.Now().Add(bindTimeout + 5*time.Second))
+		_ = http.NewResponseController(w).SetWriteDeadline(time.Now().Add(bindTimeout + askTime))
 		ctx, cancel := context.WithTimeout(r.Context(), bindTimeout)
 		defer cancel()
 		var q BindRequest
@@ -440,9 +449,18 @@ func Serve(ctx context.Context, l net.Listener, b Backend) error {
 		v, err := b.Bind(ctx, q)
 		reply(w, v, err)
 	})
+	place := make(chan struct{}, maxConns)
 	s := &http.Server{
-		Handler: noBody(mux), MaxHeaderBytes: 8 << 10,
-		ReadTimeout: 10 * time.Second, WriteTimeout: 10 * time.Second, IdleTimeout: time.Minute,
+		Handler: noBody(mux), MaxHeaderBytes: maxHead,
+		ReadTimeout: askTime, WriteTimeout: askTime, IdleTimeout: askTime,
+		ConnState: func(_ net.Conn, st http.ConnState) {
+			switch st {
+			case http.StateNew:
+				place <- struct{}{} // Serve accepts no other one meanwhile
+			case http.StateClosed:
+				<-place
+			}
+		},
 		ErrorLog: log.New(io.Discard, "", 0), // whoever speaks no HTTP here is told so
 	}
 	closed := make(chan struct{})
@@ -518,7 +536,7 @@ var (
 // NewClient returns a client of the agent whose socket is at path. It connects
 // at each call.
 func NewClient(path string) *Client {
-	return &Client{&http.Client{Timeout: 15 * time.Second, Transport: &http.Transport{
+	return &Client{&http.Client{Timeout: waitTime, Transport: &http.Transport{
 		DisableKeepAlives: true, // nothing to close
 		DialContext: func(ctx context.Context, _, _ string) (net.Conn, error) {
 			return new(net.Dialer).DialContext(ctx, "unix", path)
@@ -556,7 +574,7 @@ func (c *Client) Bind(ctx context.Context, q BindRequest) (Binding, error) {
 	if err != nil {
 		return v, err
 	}
-	patient := Client{&http.Client{Timeout: bindTimeout + 10*time.Second, Transport: c.http.Transport}}
+	patient := Client{&http.Client{Timeout: bindTimeout + 2*askTime, Transport: c.http.Transport}}
 	status, answer, err := patient.ask(ctx, http.MethodPost, strings.TrimPrefix(bindPath, "/v1/"), bytes.NewReader(raw))
 	if err != nil {
 		return v, err
@@ -605,14 +623,28 @@ func (c *Client) ask(ctx context.Context, method, what string, body io.Reader) (
 		return 0, nil, unanswered(err)
 	}
 	defer res.Body.Close() // read only: nothing to lose
-	raw, err = io.ReadAll(io.LimitReader(res.Body, 16<<20))
+	raw, err = readAnswer(res, maxAnswer)
 	return res.StatusCode, raw, err
+}
+
+// maxAnswer bounds an answer, in bytes. The longest have some thousand lists of
+// configurations and units.
+const maxAnswer = 16 << 20
+
+func readAnswer(res *http.Response, most int64) ([]byte, error) {
+	raw, err := durable.ReadAll(res.Body, most)
+	if errors.Is(err, durable.ErrLarge) {
+		return nil, fmt.Errorf("the agent's answer is %w; see that resultityctl and the agent are of one version", err)
+	}
+	return raw, err
 }
 
 // unanswered says why an agent did not answer.
 func unanswered(err error) error {
 	var dial *net.OpError
 	switch {
+	case os.IsTimeout(err):
+		return fmt.Errorf("the agent runs and does not answer; if others hold all of its %d connections, ss -xp shows who (%w)", maxConns, err)
 	case errors.Is(err, fs.ErrNotExist), errors.Is(err, syscall.ECONNREFUSED):
 		return fmt.Errorf("%w (%w)", ErrNotRunning, err)
 	case errors.As(err, &dial) && errors.Is(dial, fs.ErrPermission):

@@ -85,7 +85,13 @@ func (n *node) Doctor(ctx context.Context) (*Report, error) {
 	}
 	return &Report{Version: "1.2.3", Checks: []Check{{Name: "a", Result: Pass, Detail: "d"}}}, n.err
 }
-func (n *node) Bundle(context.Context) ([]byte, error) { return []byte("archive"), n.err }
+func (n *node) Bundle(context.Context) ([]byte, error) {
+	if n.enter != nil {
+		close(n.enter)
+		<-n.leave
+	}
+	return []byte("archive"), n.err
+}
 func (n *node) Drain() error                           { n.set(true); return nil }
 func (n *node) Resume() error                          { n.set(false); return nil }
 func (n *node) Restart(context.Context) error          { n.orders = append(n.orders, "restart"); return nil }
@@ -95,7 +101,11 @@ func (n *node) Damaged(_ context.Context, d digest.Digest) error {
 	n.orders = append(n.orders, "damaged "+d.Hex())
 	return nil
 }
-func (n *node) Bind(_ context.Context, q BindRequest) (Binding, error) {
+func (n *node) Bind(ctx context.Context, q BindRequest) (Binding, error) {
+	if n.enter != nil { // the network does not answer
+		<-ctx.Done()
+		return Binding{}, ctx.Err()
+	}
 	return Binding{Network: "testnet", Bound: wire.Bound{Account: q.Email}, Nonce: q.Nonce}, n.err
 }
 func (n *node) Generations() Generations {

@@ -4,9 +4,8 @@ import (
 	"context"
 	"encoding/json"
 	"errors"
-	"fmt"
-	"io"
 	"net/http"
+	"sync"
 	"time"
 
 	"github.com/resultity/node/internal/gate"
@@ -81,14 +80,15 @@ func NothingMeasured(why string) []Check {
 	return cs
 }
 
-// ErrBusy says that doctor runs already.
-var ErrBusy = errors.New("doctor runs already; wait until it is done")
+// ErrBusy says that doctor runs already, or that an archive is being made.
+var ErrBusy = errors.New("doctor runs already, or an archive is being made; wait until it is done")
 
 // doctorTime bounds doctor and the making of an archive, from outside. The agent
 // ends both earlier.
 const (
 	doctorTime = 2 * time.Minute
-	maxBundle  = 64 << 20 // bytes
+	maxReport  = 4 << 20  // bytes
+	maxBundle  = 32 << 20 // bytes; what is in one has 16 MiB
 )
 
 // patient gives a request that takes time more than the others have.
@@ -111,7 +111,13 @@ func serveDoctor(mux *http.ServeMux, b Backend) {
 		}
 		reply(w, report, err)
 	})
+	var archives sync.Mutex // one at a time bounds memory
 	mux.HandleFunc("POST /v1/bundle", func(w http.ResponseWriter, r *http.Request) {
+		if !archives.TryLock() {
+			http.Error(w, ErrBusy.Error(), http.StatusConflict)
+			return
+		}
+		defer archives.Unlock()
 		if err := patient(w); err != nil {
 			reply(w, nil, err)
 			return
@@ -129,7 +135,7 @@ func serveDoctor(mux *http.ServeMux, b Backend) {
 // Doctor has the agent look at its gates and probe; [ErrBusy] if it does
 // already.
 func (c *Client) Doctor(ctx context.Context) (*Report, error) {
-	raw, err := c.order(ctx, "doctor", 4<<20)
+	raw, err := c.order(ctx, "doctor", maxReport)
 	if err != nil {
 		return nil, err
 	}
@@ -157,7 +163,7 @@ func (c *Client) order(ctx context.Context, what string, most int64) ([]byte, er
 		return nil, unanswered(err)
 	}
 	defer res.Body.Close() // read only: nothing to lose
-	raw, err := io.ReadAll(io.LimitReader(res.Body, most+1))
+	raw, err := readAnswer(res, most)
 	switch {
 	case err != nil:
 		return nil, err
@@ -165,8 +171,6 @@ func (c *Client) order(ctx context.Context, what string, most int64) ([]byte, er
 		return nil, ErrBusy
 	case res.StatusCode != http.StatusOK:
 		return nil, refusal(res.StatusCode, raw)
-	case int64(len(raw)) > most:
-		return nil, fmt.Errorf("the agent's answer is larger than %d bytes", most)
 	}
 	return raw, nil
 }

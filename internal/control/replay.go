@@ -40,11 +40,13 @@ type Replay struct {
 	Is  string `json:"is_text,omitempty"`
 }
 
+// MaxReplayTime is how long a replay may take at most: no job may take longer.
+const MaxReplayTime = 24 * time.Hour
+
 const (
 	replayPath    = "/v1/replay"
 	replayTime    = 5 * time.Minute
-	maxReplayTime = 24 * time.Hour // no job may take longer
-	maxReplay     = 48 << 20       // bytes; two bodies of 16 MiB in base64, and a receipt
+	maxReplay     = 48 << 20 // bytes; two bodies of 16 MiB in base64, and a receipt
 	replayArrives = 30 * time.Second
 	replayBeyond  = 10 * time.Second
 )
@@ -54,7 +56,7 @@ func (q *ReplayRequest) Timeout() time.Duration {
 	if q.TimeoutS <= 0 {
 		return replayTime
 	}
-	return min(time.Duration(min(q.TimeoutS, 1<<20))*time.Second, maxReplayTime)
+	return min(time.Duration(min(q.TimeoutS, 1<<20))*time.Second, MaxReplayTime)
 }
 
 var errReplays = fmt.Errorf("%w: another replay runs; wait until it is done", ErrRefused)

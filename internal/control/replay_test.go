@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"math"
 	"net/http"
 	"strings"
 	"testing"
@@ -52,6 +53,15 @@ func TestReplay(t *testing.T) {
 	}
 	if _, err := c.Replay(t.Context(), ReplayRequest{Request: make([]byte, maxReplay)}); err == nil || !strings.Contains(err.Error(), "too large") {
 		t.Errorf("too large: %v", err)
+	}
+}
+
+func TestReplayTimeout(t *testing.T) {
+	most := int(MaxReplayTime / time.Second)
+	for asked, want := range map[int]time.Duration{-1: replayTime, 0: replayTime, 1: time.Second, most: MaxReplayTime, most + 1: MaxReplayTime, math.MaxInt: MaxReplayTime} {
+		if got := (&ReplayRequest{TimeoutS: asked}).Timeout(); got != want {
+			t.Errorf("%d seconds: %v, want %v", asked, got, want)
+		}
 	}
 }
 

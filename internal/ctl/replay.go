@@ -64,8 +64,8 @@ Exit status: 0 the same; 2 different; 3 not comparable; others as usual.`,
 	f.BoolVar(&q.Show, "show", false, "also print what both answers say where they differ: other people's words")
 	f.DurationVar(&timeout, "timeout", timeout, "how long it may take, with waiting for a slot")
 	cmd.RunE = func(cmd *cobra.Command, args []string) (err error) {
-		if timeout < time.Second || timeout > 24*time.Hour {
-			return fmt.Errorf("%w: --timeout %v: want 1s to 24h", errUsage, timeout)
+		if timeout < time.Second || timeout > control.MaxReplayTime {
+			return fmt.Errorf("%w: --timeout %v: want 1s to %v", errUsage, timeout, control.MaxReplayTime)
 		}
 		q.Network, q.TimeoutS = c.network, int(timeout/time.Second)
 		if len(args) == 1 {
