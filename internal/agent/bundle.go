@@ -46,7 +46,7 @@ func (a *Agent) Bundle(ctx context.Context) ([]byte, error) {
 				archive.Add("units/"+unit+".error", []byte("the service manager does not say\n"))
 				continue
 			}
-			archive.Units(unit, files)
+			archive.Units(unit, files, os.Getuid())
 		}
 	}
 	if raw, err := a.surroundings().PodmanInfo(ctx); err == nil {
@@ -94,9 +94,9 @@ func (a *Agent) secrets(files []string) ([][]byte, error) {
 		return nil, err
 	}
 	if dir := os.Getenv("CREDENTIALS_DIRECTORY"); dir != "" {
-		own = append(own, filepath.Join(dir, identity.CredentialName))
+		files = append(files, filepath.Join(dir, identity.CredentialName))
 	}
-	secrets, err := support.Secrets(append(files, own...))
+	secrets, err := support.Secrets(files, own)
 	if err != nil {
 		return nil, err
 	}

@@ -108,13 +108,13 @@ func (o *offline) archive(ctx context.Context, r *control.Report, version string
 		}
 		p := properties(raw)
 		files := strings.Fields(p["SourcePath"] + " " + p["FragmentPath"] + " " + p["DropInPaths"])
-		a.Units(unit, files)
+		a.Units(unit, files, o.UID)
 	}
 	own, err := filepath.Glob(filepath.Join(o.State, "identity/*"))
 	if err != nil {
 		return nil, err
 	}
-	secrets, err := support.Secrets(append(secretFiles, own...))
+	secrets, err := support.Secrets(secretFiles, own)
 	if err != nil {
 		return nil, err
 	}

@@ -25,8 +25,9 @@ import (
 	"regexp"
 	"slices"
 	"strings"
-	"syscall"
 	"time"
+
+	"golang.org/x/sys/unix"
 
 	"github.com/resultity/node/internal/config"
 	"github.com/resultity/node/internal/durable"
@@ -290,16 +291,17 @@ func PodmanInfo(raw []byte) any {
 // maxSecret bounds what is read of a file that holds a secret, in bytes.
 const maxSecret = 64 << 10
 
-// Secrets reads the files that hold the node's secrets. One that is not there has
-// none; one that cannot be read is an error, since then nothing could be looked
+// Secrets reads the files that hold the node's secrets: those that a configuration
+// names, which may be links, and the node's own, which are none. One that is not there
+// has none; one that cannot be read is an error, since then nothing could be looked
 // for.
-func Secrets(names []string) ([][]byte, error) {
+func Secrets(named, own []string) ([][]byte, error) {
 	var all [][]byte
-	for _, name := range names {
+	for i, name := range slices.Concat(named, own) {
 		if name == "" {
 			continue
 		}
-		raw, err := readAtMost(name, maxSecret)
+		raw, err := read(name, maxSecret, i < len(named), nil)
 		if errors.Is(err, fs.ErrNotExist) {
 			continue
 		}
@@ -324,23 +326,57 @@ func Secrets(names []string) ([][]byte, error) {
 	return all, nil
 }
 
-func readAtMost(name string, most int64) ([]byte, error) {
-	// The account's files are its own, and root reads them: none may hold that up.
-	f, err := os.OpenFile(name, os.O_RDONLY|syscall.O_NONBLOCK, 0)
+// read reads a regular file of at most so many bytes. Nothing else is even opened,
+// which may do something: root reads here what stands in the account's directories,
+// and a link there may lead to a device. Links are followed only if they may be.
+// who, if there is one, looks at the file that was found.
+func read(name string, most int64, links bool, who func(*unix.Stat_t) error) ([]byte, error) {
+	fail := func(err error) ([]byte, error) { return nil, &fs.PathError{Op: "read", Path: name, Err: err} }
+	flags := unix.O_PATH | unix.O_CLOEXEC
+	if !links {
+		flags |= unix.O_NOFOLLOW
+	}
+	fd, err := unix.Open(name, flags, 0)
 	if err != nil {
-		return nil, err
+		return fail(err)
+	}
+	found := os.NewFile(uintptr(fd), name)
+	defer found.Close() // a path alone
+	var st unix.Stat_t
+	if err := unix.Fstat(fd, &st); err != nil {
+		return fail(err)
+	}
+	if st.Mode&unix.S_IFMT != unix.S_IFREG {
+		return fail(durable.ErrNotFile)
+	}
+	if who != nil {
+		if err := who(&st); err != nil {
+			return fail(err)
+		}
+	}
+	f, err := os.Open(fmt.Sprintf("/proc/self/fd/%d", fd))
+	if err != nil {
+		return fail(err)
 	}
 	defer f.Close() // read only: nothing to lose
-	if st, err := f.Stat(); err != nil {
-		return nil, err
-	} else if !st.Mode().IsRegular() {
-		return nil, &fs.PathError{Op: "read", Path: name, Err: durable.ErrNotFile}
-	}
 	raw, err := durable.ReadAll(f, most)
 	if err != nil {
-		err = &fs.PathError{Op: "read", Path: name, Err: err}
+		return fail(err)
 	}
-	return raw, err
+	return raw, nil
+}
+
+// errNotShown says that a file is for others than the node's account.
+var errNotShown = errors.New("neither the account's nor for everybody to read")
+
+// readable refuses what an account could not read either.
+func readable(account int) func(*unix.Stat_t) error {
+	return func(st *unix.Stat_t) error {
+		if int(st.Uid) != account && st.Mode&0o004 == 0 {
+			return errNotShown
+		}
+		return nil
+	}
 }
 
 // Configs adds a configuration file and its drop-ins. It returns the files with
@@ -351,7 +387,7 @@ func (a *Archive) Configs(main string) (secretFiles []string) {
 		names = append(names, drop...)
 	}
 	for _, name := range names {
-		raw, err := readAtMost(name, MaxFile)
+		raw, err := read(name, MaxFile, true, nil)
 		if err != nil {
 			a.Add("config/"+filepath.Base(name)+".error", []byte(reason(err)+"\n"))
 			continue
@@ -371,10 +407,11 @@ func (a *Archive) Configs(main string) (secretFiles []string) {
 	return secretFiles
 }
 
-// Units adds unit files under the directory of a unit's name.
-func (a *Archive) Units(unit string, files []string) {
+// Units adds unit files, which the account's service manager has named, under the
+// directory of a unit's name: such as the account, of this uid, could read itself.
+func (a *Archive) Units(unit string, files []string, account int) {
 	for i, name := range files {
-		raw, err := readAtMost(name, MaxFile)
+		raw, err := read(name, MaxFile, true, readable(account))
 		if err != nil {
 			a.Add(fmt.Sprintf("units/%s/%d.error", unit, i), []byte(reason(err)+"\n"))
 			continue

@@ -7,10 +7,13 @@ import (
 	"errors"
 	"os"
 	"path/filepath"
+	"slices"
 	"strings"
 	"syscall"
 	"testing"
 	"time"
+
+	"github.com/resultity/node/internal/durable"
 )
 
 // A secret is found in each form, wherever it stands in something longer.
@@ -89,27 +92,68 @@ password = "p"
 	}
 }
 
+// What stands in place of a file is not followed, waited for or read beyond its bound.
 // A file with a secret that cannot be read ends it: nothing could be looked for.
-func TestSecretsMustBeReadable(t *testing.T) {
-	if _, err := Secrets([]string{t.TempDir()}); err == nil {
-		t.Error("a directory was read as a secret")
+func TestRead(t *testing.T) {
+	dir := t.TempDir()
+	at := func(name string) string { return filepath.Join(dir, name) }
+	must := func(err error) {
+		t.Helper()
+		if err != nil {
+			t.Fatal(err)
+		}
 	}
-	// One that nobody ever writes to.
-	pipe := filepath.Join(t.TempDir(), "pipe")
-	if err := syscall.Mkfifo(pipe, 0o600); err != nil {
-		t.Fatal(err)
+	must(os.WriteFile(at("key.json"), []byte(`{"crypto":{"ciphertext":"aabbccdd"}}`), 0o600))
+	must(os.WriteFile(at("full"), make([]byte, maxSecret), 0o600))
+	must(os.WriteFile(at("large"), make([]byte, maxSecret+1), 0o600))
+	must(os.Symlink(at("full"), at("link")))
+	must(os.Symlink(os.DevNull, at("device")))
+	must(syscall.Mkfifo(at("pipe"), 0o600)) // to which nobody ever writes
+	for _, c := range []struct {
+		name       string
+		named, own error
+	}{
+		{"full", nil, nil},
+		{"large", durable.ErrLarge, durable.ErrLarge},
+		{"link", nil, durable.ErrNotFile},
+		{"device", durable.ErrNotFile, durable.ErrNotFile},
+		{"pipe", durable.ErrNotFile, durable.ErrNotFile},
+		{".", durable.ErrNotFile, durable.ErrNotFile},
+		{"none", nil, nil},
+	} {
+		_, named := Secrets([]string{at(c.name)}, nil)
+		_, own := Secrets(nil, []string{at(c.name)})
+		t.Logf("%s in place of a secret: expected: %v, %v; got: %v, %v", c.name, c.named, c.own, named, own)
+		if !errors.Is(named, c.named) || !errors.Is(own, c.own) || (named == nil) != (c.named == nil) || own != nil && !strings.Contains(own.Error(), at(c.name)) {
+			t.Errorf("%s: %v and %v, want %v and %v", c.name, named, own, c.named, c.own)
+		}
 	}
-	if _, err := Secrets([]string{pipe}); err == nil {
-		t.Error("a pipe was read as a secret")
-	}
-	if s, err := Secrets([]string{"", filepath.Join(t.TempDir(), "none")}); err != nil || len(s) != 0 {
+	if s, err := Secrets([]string{"", at("none")}, []string{at("key.json")}); err != nil || len(s) != 3 || string(s[1]) != "aabbccdd" || string(s[2]) != "\xaa\xbb\xcc\xdd" {
 		t.Errorf("%q, %v", s, err)
 	}
-	name := filepath.Join(t.TempDir(), "key.json")
-	if err := os.WriteFile(name, []byte(`{"crypto":{"ciphertext":"aabbccdd"}}`), 0o600); err != nil {
-		t.Fatal(err)
+}
+
+// The account names unit files to root. It is shown none that it could not read.
+func TestUnitsOfTheAccount(t *testing.T) {
+	dir, me := t.TempDir(), os.Getuid()
+	at := func(name string) string { return filepath.Join(dir, name) }
+	for name, mode := range map[string]os.FileMode{"own.service": 0o600, "open.service": 0o644} {
+		if err := os.WriteFile(at(name), []byte("[Unit]\nDescription=it is "+name+"\n"), mode); err != nil {
+			t.Fatal(err)
+		}
+		if err := os.Symlink(at(name), at("link-to-"+name)); err != nil {
+			t.Fatal(err)
+		}
 	}
-	if s, err := Secrets([]string{name}); err != nil || len(s) != 3 || string(s[1]) != "aabbccdd" || string(s[2]) != "\xaa\xbb\xcc\xdd" {
-		t.Errorf("%q, %v", s, err)
+	for account, shown := range map[int]string{me: "own.service link-to-own.service open.service link-to-open.service", me + 1: "open.service link-to-open.service"} {
+		for _, name := range []string{"own.service", "link-to-own.service", "open.service", "link-to-open.service"} {
+			var a Archive
+			a.Units("u", []string{at(name)}, account)
+			got, want := strings.Contains(string(a.files[0].data), "it is"), slices.Contains(strings.Fields(shown), name)
+			t.Logf("%s for uid %+d: expected: shown %v; got: %v, %q", name, account-me, want, got, a.files[0].data)
+			if got != want || !want && string(a.files[0].data) != errNotShown.Error()+"\n" {
+				t.Errorf("%s for uid %d: %q", name, account, a.files[0].data)
+			}
+		}
 	}
 }
