@@ -13,7 +13,6 @@ import (
 	"encoding/json"
 	"errors"
 	"fmt"
-	"io"
 	"io/fs"
 	"net"
 	"net/http"
@@ -253,7 +252,7 @@ func (m *Machine) PodmanInfo(ctx context.Context) ([]byte, error) {
 		return nil, err
 	}
 	defer res.Body.Close() // read only: nothing to lose
-	raw, err := io.ReadAll(io.LimitReader(res.Body, maxFile))
+	raw, err := durable.ReadAll(res.Body, maxFile)
 	if err == nil && res.StatusCode != http.StatusOK {
 		err = fmt.Errorf("podman answers %s", res.Status)
 	}

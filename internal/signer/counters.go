@@ -146,10 +146,15 @@ func (c *Counters) load(node evm.Address) error {
 func (c *Counters) read() error {
 	raw := make([]byte, 2*slotSize+1)
 	n, _ := c.file.ReadAt(raw, 0) // a short read shows in its length
+	return c.parse(raw[:n])
+}
+
+func (c *Counters) parse(raw []byte) error {
+	n := len(raw)
 	if n != 2*slotSize {
 		return fmt.Errorf("%w: %d bytes, want %d; restore the file, or see resultityctl identity takeover", ErrCounters, n, 2*slotSize)
 	}
-	if bytes.Equal(raw[:n], make([]byte, n)) {
+	if bytes.Equal(raw, make([]byte, n)) {
 		return nil
 	}
 	for i := range 2 {
@@ -410,13 +415,12 @@ func (v Counts) Above(other Counts) Counts {
 // ReadCounts reads a file of counters that nobody uses. Counts that were not
 // written yet have no node.
 func ReadCounts(name string) (Counts, error) {
-	f, err := os.Open(name)
-	if err != nil {
+	raw, err := durable.ReadOwn(name, 2*slotSize+1)
+	if err != nil && !errors.Is(err, durable.ErrLarge) { // whose length says it, too
 		return Counts{}, err
 	}
-	defer f.Close() // read only: nothing to lose
-	c := &Counters{file: f, now: Counts{Networks: map[string]uint64{}}}
-	if err := c.read(); err != nil {
+	c := &Counters{now: Counts{Networks: map[string]uint64{}}}
+	if err := c.parse(raw); err != nil {
 		return Counts{}, fmt.Errorf("%s: %w", name, err)
 	}
 	return c.now, nil

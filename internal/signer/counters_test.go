@@ -4,14 +4,17 @@ import (
 	"encoding/binary"
 	"errors"
 	"hash/crc32"
+	"io/fs"
 	"math/rand/v2"
 	"os"
 	"path/filepath"
 	"reflect"
 	"strings"
+	"syscall"
 	"testing"
 	"time"
 
+	"github.com/resultity/node/internal/durable"
 	"github.com/resultity/node/internal/evm"
 	"github.com/resultity/node/internal/receiptlog"
 )
@@ -439,6 +442,27 @@ func TestCountersOnABadDisk(t *testing.T) {
 }
 
 // A slot that is taken is one that could have been written; anything else is none.
+// Root reads the counters that the agent's account has written: what it has put there
+// instead leads root nowhere, and holds nobody up.
+func TestReadCounts(t *testing.T) {
+	dir := t.TempDir()
+	at := func(name string) string { return filepath.Join(dir, name) }
+	c := openCounters(t, at("counters"))
+	if err := errors.Join(os.Symlink(at("counters"), at("link")), syscall.Mkfifo(at("pipe"), 0o600), os.WriteFile(at("large"), nil, 0o600), os.Truncate(at("large"), 1<<40)); err != nil {
+		t.Fatal(err)
+	}
+	if got, err := ReadCounts(at("counters")); err != nil || got.Node != node || got.Starts != c.Starts() {
+		t.Errorf("%+v, %v", got, err)
+	}
+	for name, want := range map[string]error{"link": durable.ErrNotFile, "pipe": durable.ErrNotFile, "large": ErrCounters, "none": fs.ErrNotExist} {
+		_, err := ReadCounts(at(name))
+		t.Logf("%s in place of the counters: expected: %v; got: %v", name, want, err)
+		if !errors.Is(err, want) {
+			t.Errorf("%s: %v, want %v", name, err, want)
+		}
+	}
+}
+
 func FuzzSlot(f *testing.F) {
 	f.Add(uint64(1), []byte(`{"start":3,"networks":{"testnet":7}}`))
 	f.Add(uint64(1<<63), []byte(`{"networks":null}`))

@@ -17,6 +17,7 @@ import (
 	"github.com/ethereum/go-ethereum/accounts/keystore"
 	"github.com/google/uuid"
 
+	"github.com/resultity/node/internal/durable"
 	"github.com/resultity/node/internal/evm"
 	"github.com/resultity/node/internal/identity"
 	"github.com/resultity/node/internal/signer"
@@ -173,6 +174,11 @@ func TestErase(t *testing.T) {
 		}
 		if cut != "" { // it was renamed, and no more
 			if err := os.Rename(filepath.Join(dir, cut), filepath.Join(dir, cut+".erased")); err != nil {
+				t.Fatal(err)
+			}
+		}
+		if cut == "passphrase" { // and made so large that overwriting it would take hours
+			if err := os.Truncate(filepath.Join(dir, cut+".erased"), 1<<40); err != nil {
 				t.Fatal(err)
 			}
 		}
@@ -433,5 +439,39 @@ func TestImportOfACostlyFile(t *testing.T) {
 	}
 	if _, err := c.key(t.Context()); !errors.Is(err, errNoKey) {
 		t.Errorf("a key is there: %v", err)
+	}
+}
+
+// A file that is named by mistake, or was put in place of another one, is not read to
+// its end.
+func TestLargeFiles(t *testing.T) {
+	c, _ := machine(t)
+	dir := t.TempDir()
+	at := func(name string, size int) string {
+		name = filepath.Join(dir, name)
+		if err := os.WriteFile(name, bytes.Repeat([]byte("x"), size), 0o600); err != nil {
+			t.Fatal(err)
+		}
+		return name
+	}
+	pass := at("pass", 12)
+	for name, x := range map[string]struct {
+		most int
+		read func(file string) error
+	}{
+		"passphrase": {maxBackup, func(f string) error { c.passphrase = f; _, err := c.secret(); return err }},
+		"backup":     {maxBackup, func(f string) error { c.passphrase = pass; return c.importKey(t.Context(), f) }},
+		"key":        {maxBackup, func(f string) error { return copyFile(f, f+".copy") }},
+		"accounts":   {maxCredential, func(f string) error { _, err := uidOf(f, "resultity"); return err }},
+	} {
+		file := at(name, x.most+1)
+		err := x.read(file)
+		t.Logf("%s of %d bytes: expected: %v; got: %v", name, x.most+1, durable.ErrLarge, err)
+		if !errors.Is(err, durable.ErrLarge) || !strings.Contains(err.Error(), file) {
+			t.Errorf("%s of %d bytes: %v", name, x.most+1, err)
+		}
+		if err := x.read(at(name, x.most)); errors.Is(err, durable.ErrLarge) {
+			t.Errorf("%s of %d bytes: %v", name, x.most, err)
+		}
 	}
 }

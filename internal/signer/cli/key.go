@@ -123,7 +123,7 @@ func (c *command) aside(node, before evm.Address) error {
 func suffix(node evm.Address) string { return strings.ToLower(node.Hex()) }
 
 func copyFile(from, to string) error {
-	raw, err := os.ReadFile(from)
+	raw, err := durable.ReadFile(from, maxBackup)
 	if err != nil {
 		return err
 	}
@@ -375,13 +375,15 @@ func (b backup) MarshalJSON() ([]byte, error) {
 	return json.MarshalIndent(m, "", "  ")
 }
 
+// maxBackup bounds a key's file, a passphrase's, and what is overwritten of one, in
+// bytes.
 const maxBackup = 64 << 10
 
 func (c *command) secret() (string, error) {
 	if c.passphrase == "" {
 		return "", fmt.Errorf("%w: --passphrase FILE is needed", errUsage)
 	}
-	raw, err := os.ReadFile(c.passphrase)
+	raw, err := durable.ReadFile(c.passphrase, maxBackup)
 	pass := strings.TrimRight(string(raw), "\r\n")
 	if err == nil && len(pass) < 12 {
 		err = fmt.Errorf("the passphrase in %s has %d characters, want at least 12: whoever finds the backup can try for ever", c.passphrase, len(pass))

@@ -10,6 +10,7 @@ import (
 	"strconv"
 	"strings"
 
+	"github.com/resultity/node/internal/durable"
 	"github.com/resultity/node/internal/evm"
 	"github.com/resultity/node/internal/journal"
 	"github.com/resultity/node/internal/signer"
@@ -23,6 +24,9 @@ const (
 	countersFile       = "counters"
 )
 
+// maxCredential bounds a credential, in bytes, as systemd does.
+const maxCredential = 1 << 20
+
 // serve signs on the socket that systemd has made.
 func (c *command) serve(ctx context.Context) error {
 	dir, state := c.env("CREDENTIALS_DIRECTORY"), c.env("STATE_DIRECTORY")
@@ -33,7 +37,7 @@ func (c *command) serve(ctx context.Context) error {
 	if err != nil {
 		return err
 	}
-	raw, err := os.ReadFile(filepath.Join(dir, keyCredential))
+	raw, err := durable.ReadFile(filepath.Join(dir, keyCredential), maxCredential)
 	if err != nil {
 		return fmt.Errorf("the key: %w; make one with resultity-signer init, migrate or import", err)
 	}
@@ -84,7 +88,7 @@ func (c *command) inherited() (*net.UnixListener, error) {
 
 // uidOf looks an account up in a file like /etc/passwd.
 func uidOf(file, name string) (uint32, error) {
-	raw, err := os.ReadFile(file)
+	raw, err := durable.ReadFile(file, maxCredential)
 	if err != nil {
 		return 0, err
 	}
