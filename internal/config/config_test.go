@@ -110,7 +110,7 @@ func TestErrorsNameFileAndKey(t *testing.T) {
 		{"serve at port 0", good, "[models]\nserve = \"10.0.0.2:0\"\n", "a.toml", "models.serve", "private network"},
 		{"serve drips", good, "[models]\nserve_rate = \"1023K\"\n", "a.toml", "models.serve_rate", "at least 1M"},
 		{"serve half", good, "[models]\nserve_rate = \"50%\"\n", "a.toml", "models.serve_rate", "bytes a second"},
-		{"too many neighbours", good, "[models]\nneighbours = [" + strings.Repeat("\"http://h\",", 9) + "]\n", "a.toml", "models.neighbours", "at most 8"},
+		{"too many neighbours", good, "[models]\nneighbours = [" + strings.Repeat("\"http://h\",", maxNeighbours+1) + "]\n", "a.toml", "models.neighbours", fmt.Sprintf("at most %d", maxNeighbours)},
 		{"device no list", good + "[runtime]\ndevices = \"nvidia.com/gpu=0\"\n", "", "agent.toml", "runtime.devices", "list of strings"},
 		{"device no string", good, "[runtime]\ndevices = [\"nvidia.com/gpu=0\", 1]\n", "a.toml", "runtime.devices", "list of strings"},
 		{"device no name", good, "[runtime]\ndevices = [\"/dev/kvm\"]\n", "a.toml", "runtime.devices", "want CDI devices"},
@@ -126,10 +126,10 @@ func TestErrorsNameFileAndKey(t *testing.T) {
 		{"equal addresses", strings.Replace(good, "n.example:8443/", "u.example", 1), second("u", "priority = 3\n"), "agent.toml", "network.t.url", "that of u"},
 		{"priority no number", good, second("u", "priority = \"3\"\n"), "a.toml", "network.u.priority", "whole number"},
 		{"priority no whole number", good, second("u", "priority = 1.5\n"), "a.toml", "network.u.priority", "whole number"},
-		{"priority too high", good, second("u", "priority = 1001\n"), "a.toml", "network.u.priority", "0 to 1000"},
-		{"too many kept", good + "[replay]\nkeep = 1001\n", "", "agent.toml", "replay.keep", "0 to 1000"},
+		{"priority too high", good, second("u", fmt.Sprintf("priority = %d\n", maxNumber+1)), "a.toml", "network.u.priority", fmt.Sprintf("0 to %d", maxNumber)},
+		{"too many kept", good + fmt.Sprintf("[replay]\nkeep = %d\n", maxNumber+1), "", "agent.toml", "replay.keep", fmt.Sprintf("0 to %d", maxNumber)},
 		{"priority below zero", good, second("u", "priority = -1\n"), "a.toml", "network.u.priority", "0 to 1000"},
-		{"too many", good, many(8), "agent.toml", "network", "9 networks, at most 8"},
+		{"too many", good, many(MaxNetworks), "agent.toml", "network", fmt.Sprintf("%d networks, at most %d", MaxNetworks+1, MaxNetworks)},
 		{"http", strings.Replace(good, "https", "http", 1), "", "agent.toml", "network.t.url", "want https://"},
 		{"password in url", strings.Replace(good, "//n", "//u:p@n", 1), "", "agent.toml", "network.t.url", "want https://"},
 		{"relative root", strings.Replace(good, `"/r.json"`, `"r.json"`, 1), "", "agent.toml", "network.t.root", "absolute path"},
@@ -155,7 +155,14 @@ func TestErrorsNameFileAndKey(t *testing.T) {
 	if _, err := Load(filepath.Join(t.TempDir(), "none.toml"), env); err == nil || !strings.Contains(err.Error(), "does not exist") {
 		t.Errorf("missing file: %v", err)
 	}
-	big := write(t, good+strings.Repeat("# x\n", maxFile/4))
+	most := good + many(MaxNetworks-1) + second("last", fmt.Sprintf("priority = %d\n", maxNumber))
+	most = strings.Replace(most, many(1), "", 1) // one in place of another
+	most += "[models]\nneighbours = [" + strings.Repeat("\"http://h\",", maxNeighbours) + "]\n"
+	most += strings.Repeat("#", maxFile-len(most))
+	if c, err := Load(write(t, most), env); err != nil || len(c.Networks) != MaxNetworks || c.Networks[0].Priority != maxNumber || len(c.Models.Neighbours) != maxNeighbours {
+		t.Errorf("all that there may be: %v", err)
+	}
+	big := write(t, most+"#")
 	if _, err := Load(big, env); !errors.Is(err, durable.ErrLarge) {
 		t.Errorf("huge file: %v", err)
 	}

@@ -92,11 +92,11 @@ func (n *node) Bundle(context.Context) ([]byte, error) {
 	}
 	return []byte("archive"), n.err
 }
-func (n *node) Drain() error                           { n.set(true); return nil }
-func (n *node) Resume() error                          { n.set(false); return nil }
-func (n *node) Restart(context.Context) error          { n.orders = append(n.orders, "restart"); return nil }
-func (n *node) Takeover() error                        { n.orders = append(n.orders, "takeover"); return nil }
-func (n *node) Scrubbed(context.Context) error         { n.orders = append(n.orders, "scrubbed"); return nil }
+func (n *node) Drain() error                   { n.set(true); return nil }
+func (n *node) Resume() error                  { n.set(false); return nil }
+func (n *node) Restart(context.Context) error  { n.orders = append(n.orders, "restart"); return nil }
+func (n *node) Takeover() error                { n.orders = append(n.orders, "takeover"); return nil }
+func (n *node) Scrubbed(context.Context) error { n.orders = append(n.orders, "scrubbed"); return nil }
 func (n *node) Damaged(_ context.Context, d digest.Digest) error {
 	n.orders = append(n.orders, "damaged "+d.Hex())
 	return nil

@@ -309,7 +309,9 @@ func TestDamage(t *testing.T) {
 		"link": func(f string) error {
 			return errors.Join(os.Rename(f, f+"x"), os.Symlink("/dev/zero", f))
 		},
-		"grown": func(f string) error { return os.Truncate(f, 1<<40) },
+		"grown": func(f string) error {
+			return os.Truncate(f, 1+map[string]int64{"state": maxIndex, "manifest": maxManif, "proof": maxProof, "unit": maxUnit}[filepath.Base(f)])
+		},
 	}
 	for _, i := range []int{0, 30, 80, 200, 900} {
 		harm[fmt.Sprintf("bit %d", i)] = func(f string) error {
@@ -400,6 +402,28 @@ func TestAbsurdState(t *testing.T) {
 	}
 }
 
+// The largest that is written can be read.
+func TestLargest(t *testing.T) {
+	x := index{Next: maxNumber}
+	for i := range maxRecords {
+		x.Records = append(x.Records, record{i + 1, Status{State: Failed, Step: "validate", Reason: strings.Repeat("<", maxReason)}})
+	}
+	ok(t, x.check())
+	raw, err := seal(&x)
+	ok(t, err)
+	if len(raw) > maxIndex {
+		t.Errorf("a state of %d bytes, at most %d are read", len(raw), maxIndex)
+	}
+	dir := t.TempDir()
+	s := reopen(t, dir)
+	c := content(1)
+	c.Unit = make([]byte, maxUnit)
+	n := run(t, s, c)
+	if _, unit, err := s.Load(n); err != nil || len(unit) != maxUnit {
+		t.Errorf("a unit of %d bytes, %v", len(unit), err)
+	}
+}
+
 // What cannot be written changes nothing.
 func TestFullDisk(t *testing.T) {
 	dir := t.TempDir()
@@ -418,8 +442,10 @@ func TestFullDisk(t *testing.T) {
 	if n := run(t, s, content(2)); n != 2 {
 		t.Errorf("the next is %d", n)
 	}
-	if _, err := s.Add(Content{Proof: make([]byte, maxProof+1)}); err == nil {
-		t.Error("a proof without bounds is taken")
+	for _, c := range []Content{{Proof: make([]byte, maxProof+1)}, {Proof: []byte("x"), Unit: make([]byte, maxUnit+1)}} {
+		if _, err := s.Add(c); err == nil || !strings.Contains(err.Error(), "too much") {
+			t.Errorf("a proof of %d bytes, a unit of %d: %v", len(c.Proof), len(c.Unit), err)
+		}
 	}
 	for _, name := range []string{"0", "-1", "01", "+1", "1x", "99999999999999999999", strconv.Itoa(maxNumber + 1)} {
 		if n, ok := number(name); ok {

@@ -67,7 +67,7 @@ func Class(root string, c Computes) (determinism.Hardware, error) {
 // Bounds of the kernel's files, in bytes.
 const (
 	maxCPUInfo = 64 << 20 // half of it is of 8192 CPUs; what is longer is no answer
-	maxSmall   = 4 << 10  // what is longer is cut
+	maxSmall   = 4 << 10  // of each other one
 )
 
 // maxKinds bounds the kinds of CPU in one machine: as many as are named in full.

@@ -9,6 +9,8 @@ import (
 	"slices"
 	"strings"
 	"testing"
+
+	"github.com/resultity/node/internal/durable"
 )
 
 func TestProfileOfThisMachine(t *testing.T) {
@@ -132,6 +134,17 @@ func TestOddFilesGiveNothing(t *testing.T) {
 		}
 		if got := memory(f); got != want {
 			t.Errorf("%q: %d, want %d", text, got, want)
+		}
+	}
+	for size, want := range map[int]int64{maxSmall: 7, maxSmall + 1: 0} {
+		if err := os.WriteFile(f, []byte("7"+strings.Repeat("\n", size-1)), 0o600); err != nil {
+			t.Fatal(err)
+		}
+		if got := number(f); got != want {
+			t.Errorf("a number in %d bytes: %d, want %d", size, got, want)
+		}
+		if text, err := small(f); errors.Is(err, durable.ErrLarge) != (size > maxSmall) || len(text) > maxSmall {
+			t.Errorf("%d bytes of %d: %v", len(text), size, err)
 		}
 	}
 	if err := os.WriteFile(f, []byte(`PRETTY_NAME="`+strings.Repeat("x", 1000)), 0o600); err != nil {

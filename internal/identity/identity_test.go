@@ -88,7 +88,10 @@ func TestRefused(t *testing.T) {
 		}},
 		{"lost passphrase", "is missing", func(t *testing.T, d string) error { return os.Remove(filepath.Join(d, passphraseFile)) }},
 		{"truncated key", "not a keystore file that", func(t *testing.T, d string) error { return os.Truncate(filepath.Join(d, keyFile), 10) }},
-		{"huge key", "more than", func(t *testing.T, d string) error { return os.Truncate(filepath.Join(d, keyFile), 1<<30) }},
+		{"huge key", "more than", func(t *testing.T, d string) error { return os.Truncate(filepath.Join(d, keyFile), maxFile+1) }},
+		{"huge passphrase", "more than", func(t *testing.T, d string) error {
+			return os.Truncate(filepath.Join(d, passphraseFile), maxFile+1)
+		}},
 		{"a directory instead", "not a regular file", func(t *testing.T, d string) error {
 			if err := os.Remove(filepath.Join(d, keyFile)); err != nil {
 				return err

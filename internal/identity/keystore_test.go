@@ -48,9 +48,9 @@ func TestKeystoreCost(t *testing.T) {
 		name, want string
 		change     func(file, crypto, kdf object)
 	}{
-		{"memory", "MiB", func(_, _, kdf object) { kdf["n"], kdf["r"] = 1<<22, 8 }},
-		{"memory by r", "MiB", func(_, _, kdf object) { kdf["n"], kdf["r"] = 1<<13, 1<<10 }},
-		{"time", "steps", func(_, _, kdf object) { kdf["n"], kdf["r"], kdf["p"] = 1<<18, 8, 1<<10 }},
+		{"memory", "MiB", func(_, _, kdf object) { kdf["n"], kdf["r"] = 2*maxMemory/(128*8), 8 }},
+		{"memory by r", "MiB", func(_, _, kdf object) { kdf["n"], kdf["r"] = 2*maxMemory/(128*1024), 1024 }},
+		{"time", "steps", func(_, _, kdf object) { kdf["n"], kdf["r"], kdf["p"] = maxMemory/(128*8), 8, maxSteps/(maxMemory/128)+1 }},
 		{"n beyond all", "kdfparams.n", kdf("n", 1<<40)},
 		{"n that overflows", "kdfparams.n", kdf("n", 1e300)},
 		{"n negative", "kdfparams.n", kdf("n", -2)},
@@ -61,7 +61,9 @@ func TestKeystoreCost(t *testing.T) {
 		{"short key", "kdfparams.dklen", kdf("dklen", 16)},
 		{"long key", "kdfparams.dklen", kdf("dklen", 1<<31)},
 		{"salt", "kdfparams.salt", kdf("salt", 7)},
-		{"PBKDF2 for hours", "kdfparams.c", func(_, crypto, kdf object) { crypto["kdf"], kdf["c"], kdf["prf"] = "pbkdf2", 1<<31, "hmac-sha256" }},
+		{"PBKDF2 for hours", "kdfparams.c", func(_, crypto, kdf object) {
+			crypto["kdf"], kdf["c"], kdf["prf"] = "pbkdf2", maxIterations+1, "hmac-sha256"
+		}},
 		{"PBKDF2 without a function", "kdfparams.prf", func(_, crypto, kdf object) { crypto["kdf"], kdf["c"] = "pbkdf2", 1 }},
 		{"another KDF", "want scrypt or pbkdf2", func(_, crypto, _ object) { crypto["kdf"] = "argon2" }},
 		{"vector", "iv", func(_, crypto, _ object) { crypto["cipherparams"] = object{"iv": "00"} }},
@@ -72,6 +74,16 @@ func TestKeystoreCost(t *testing.T) {
 		_, err := ParseKeystore(file(c.change), "secret")
 		if err == nil || !strings.Contains(err.Error(), c.want) || len(err.Error()) > 500 {
 			t.Errorf("%s: %v, want it to say %s", c.name, err, c.want)
+		}
+	}
+	// What is at the bounds is taken; to try it would cost that much.
+	for _, c := range []keystore.CryptoJSON{
+		{KDF: "scrypt", KDFParams: object{"n": float64(maxMemory / (128 * 8)), "r": 8.0, "p": float64(maxSteps / (maxMemory / 128))}},
+		{KDF: "pbkdf2", KDFParams: object{"c": float64(maxIterations), "prf": "hmac-sha256"}},
+	} {
+		c.CipherParams.IV, c.KDFParams["salt"], c.KDFParams["dklen"] = strings.Repeat("0", 32), "00", 32.0
+		if err := checkCost(&c); err != nil {
+			t.Errorf("%s at its bounds: %v", c.KDF, err)
 		}
 	}
 }

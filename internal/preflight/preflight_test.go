@@ -12,6 +12,7 @@ import (
 	"testing"
 	"time"
 
+	"github.com/resultity/node/internal/durable"
 	"github.com/resultity/node/internal/gate"
 )
 
@@ -103,6 +104,9 @@ func TestGates(t *testing.T) {
 		{name: "two ranges add up", podman: strings.Replace(info, "65536", "0", 1), edit: func(m *machine) {
 			m.write("etc/subuid", "resultity:1:32768\nnonsense\nresultity:x:1\n990:100000:32768\n")
 		}},
+		{name: "files of ids without end", podman: strings.Replace(info, "65536", "1000", 1), edit: func(m *machine) {
+			m.write("etc/subuid", strings.Repeat("#", maxFile)+"\nresultity:524288:65536\n")
+		}, gate: gate.SubIDs, state: gate.Unknown, detail: "more than"},
 		{name: "cgroup v1", edit: func(m *machine) { m.remove("sys/fs/cgroup") }, gate: gate.Cgroup, detail: "no cgroup v2"},
 		{name: "pids not delegated", edit: func(m *machine) { m.write(dir+"/cgroup.controllers", "cpu memory\n") }, gate: gate.Cgroup, detail: "not delegated to the account: pids", remedy: "Delegate="},
 		{name: "nothing to delegate", edit: func(m *machine) {
@@ -148,6 +152,16 @@ func TestGates(t *testing.T) {
 
 func says(kept bool, err error) func(context.Context) (bool, error) {
 	return func(context.Context) (bool, error) { return kept, err }
+}
+
+// A Podman that says too much is not half read.
+func TestPodmanInfoIsBounded(t *testing.T) {
+	for _, more := range []int{0, 1} {
+		raw, err := well(t, info+strings.Repeat(" ", maxFile-len(info)+more)).PodmanInfo(t.Context())
+		if errors.Is(err, durable.ErrLarge) != (more > 0) || err == nil && len(raw) != maxFile {
+			t.Errorf("%d bytes: %d and %v", maxFile+more, len(raw), err)
+		}
+	}
 }
 
 func TestNoPodman(t *testing.T) {

@@ -4,9 +4,11 @@ import (
 	"bytes"
 	"errors"
 	"flag"
+	"fmt"
 	"os"
 	"path/filepath"
 	"slices"
+	"strconv"
 	"strings"
 	"testing"
 
@@ -185,7 +187,7 @@ func TestRenderRefuses(t *testing.T) {
 		"path with quote":      {func(p *Params) { p.ModelDir = `/var/"lib` }, "model directory"},
 		"path with backslash":  {func(p *Params) { p.ModelDir = `/var/lib\` }, "model directory"},
 		"path with comma":      {func(p *Params) { p.ModelDir = `/var/lib,rw` }, "model directory"},
-		"long socket path":     {func(p *Params) { p.SocketDir = "/run/" + strings.Repeat("x", 93) }, "107"},
+		"long socket path":     {func(p *Params) { p.SocketDir = "/run/" + strings.Repeat("x", maxSocketPath+1-len("/run//"+SocketName)) }, strconv.Itoa(maxSocketPath)},
 		"model name":           {func(p *Params) { p.Config.Models[1].Name, p.Config.Runtime.Model = "a b", "a b" }, "model"},
 		"model file":           {func(p *Params) { p.Config.Models[1].Files[0].Path = "a\nb.gguf" }, "argument"},
 		"device":               {func(p *Params) { p.Config.Runtime.Devices = []string{"a\nb"} }, "device"},
@@ -204,6 +206,14 @@ func TestRenderRefuses(t *testing.T) {
 // remake makes a unit of changed text.
 func remake(text string) Unit {
 	return Unit{Name: FileName, Service: ServiceName, Text: []byte(text), Digest: digest.Of([]byte(text))}
+}
+
+func TestLongestSocketPath(t *testing.T) {
+	p := params(t, snapshot.LlamaCpp)
+	p.SocketDir = "/run/" + strings.Repeat("x", maxSocketPath-len("/run//"+SocketName))
+	if err := Check(render(t, p)); err != nil {
+		t.Error(err)
+	}
 }
 
 // Every line of the unit is there for a reason: without it, the unit is
@@ -232,6 +242,7 @@ func TestCheckMissesEveryLine(t *testing.T) {
 }
 
 func TestCheckRefusesChanges(t *testing.T) {
+	pids := fmt.Sprintf("PidsLimit=%d", pidsLimit)
 	text := string(render(t, params(t, snapshot.LlamaCpp)).Text)
 	for _, tt := range []struct{ old, new string }{
 		{"Network=none", "Network=host"},
@@ -247,8 +258,8 @@ func TestCheckRefusesChanges(t *testing.T) {
 		{"NoNewPrivileges=true", "NoNewPrivileges=false"},
 		{"User=1000:1000", "User=0:0"},
 		{"User=1000:1000", "User=1000:1000\nUserNS=keep-id"},
-		{"PidsLimit=4096", "PidsLimit=-1"},
-		{"PidsLimit=4096", "PidsLimit=4097"},
+		{pids, "PidsLimit=-1"},
+		{pids, fmt.Sprintf("PidsLimit=%d", pidsLimit+1)},
 		{"core=0:0", "core=-1:-1"},
 		{"--no-healthcheck", "--health-cmd=/bin/sh"},
 		{"KillMode=control-group", "KillMode=mixed"},

@@ -55,11 +55,14 @@ func TestNotify(t *testing.T) {
 			t.Errorf("got %q, want %q", got, tt.want)
 		}
 	}
-	if err := Status(strings.Repeat("é", 5000)); err != nil {
+	if err := Status("x" + strings.Repeat("é", maxStatus/2)); err != nil {
 		t.Error(err)
 	}
-	if got := told(); len(got) > 600 || !utf8.ValidString(got) {
+	if got := told(); len(got) > len("STATUS=")+maxStatus+len("…") || !strings.HasSuffix(got, "…") || !utf8.ValidString(got) {
 		t.Errorf("%d bytes: %q", len(got), got)
+	}
+	if err := Status(strings.Repeat("x", maxStatus)); err != nil || told() != "STATUS="+strings.Repeat("x", maxStatus) {
+		t.Errorf("the longest status: %v", err)
 	}
 }
 

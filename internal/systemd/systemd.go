@@ -86,18 +86,16 @@ func (c *Conn) conn(ctx context.Context) (*link, error) {
 	return c.link, nil
 }
 
-// busPatience is how long the bus may take to let us in.
-const busPatience = 10 * time.Second
+// busPatience is how long the bus may take to let us in; tests are less patient.
+var busPatience = 10 * time.Second
 
 var errSilent = errors.New("the bus does not answer")
 
 // dialBus opens a connection to the account's bus that lasts as long as ctx.
 // It never starts a bus: a sandboxed agent starts no programs.
-func dialBus(ctx context.Context) (*dbus.Conn, error) { return dialWithin(ctx, busPatience) }
-
-func dialWithin(ctx context.Context, patience time.Duration) (*dbus.Conn, error) {
+func dialBus(ctx context.Context) (*dbus.Conn, error) {
 	ctx, hangUp := context.WithCancel(ctx)
-	impatient := time.AfterFunc(patience, hangUp)
+	impatient := time.AfterFunc(busPatience, hangUp)
 	bus, err := dbus.SessionBusPrivateNoAutoStartup(dbus.WithContext(ctx))
 	if err == nil {
 		// The numeric user id; names need a database that may not be there.
@@ -105,7 +103,7 @@ func dialWithin(ctx context.Context, patience time.Duration) (*dbus.Conn, error)
 			err = bus.Hello()
 		}
 		if !impatient.Stop() {
-			err = fmt.Errorf("%w within %v", errSilent, patience)
+			err = fmt.Errorf("%w within %v", errSilent, busPatience)
 		}
 		context.AfterFunc(bus.Context(), hangUp) // or ctx would be remembered as long as its parent lasts
 		if err != nil {
