@@ -433,7 +433,7 @@ func TestEndOfTheAgent(t *testing.T) {
 func TestSilentRuntime(t *testing.T) {
 	n := NewNetwork(t)
 	s := n.Publish(nil)
-	for _, call := range []string{Record, Container, Info} {
+	for call, looks := range map[string]time.Duration{Record: 1, Container: 2, Info: 1} { // it is asked for twice whether it runs
 		m := New(t)
 		synctest.Test(t, func(t *testing.T) {
 			m.Fail(call, &Fault{Block: true})
@@ -441,11 +441,26 @@ func TestSilentRuntime(t *testing.T) {
 			if _, err := bring(t, m.Deployer(), s); !errors.Is(err, context.DeadlineExceeded) {
 				t.Errorf("%s: %v", call, err)
 			}
-			if took := time.Since(begin); took > time.Minute {
-				t.Errorf("%s: took %v", call, took)
+			if took, want := time.Since(begin), looks*deploy.LookTimeout; took < want || took > want+time.Second {
+				t.Errorf("%s: took %v, want %v", call, took, want)
 			}
 		})
 	}
+}
+
+// One that does not stop is left to systemd after a while.
+func TestDoesNotStop(t *testing.T) {
+	m, s := New(t), NewNetwork(t).Publish(nil)
+	synctest.Test(t, func(t *testing.T) {
+		m.Fail(Golden, &Fault{Err: errBroken})
+		m.Fail(Stop, &Fault{Block: true})
+		begin := time.Now()
+		_, err := bring(t, m.Deployer(), s)
+		took := time.Since(begin)
+		if !errors.Is(err, errBroken) || !errors.Is(err, context.DeadlineExceeded) || took < deploy.StopTimeout || took > deploy.StopTimeout+time.Second {
+			t.Errorf("%v after %v, want %v", err, took, deploy.StopTimeout)
+		}
+	})
 }
 
 func TestCurrent(t *testing.T) {
