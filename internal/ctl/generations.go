@@ -234,7 +234,10 @@ const maxUnitLines = 1000
 // diffLines lists the lines that only a has, with a minus, and those that only b
 // has, with a plus, in order.
 func diffLines(a, b []string) (out []string) {
-	a, b = a[:min(len(a), maxUnitLines)], b[:min(len(b), maxUnitLines)]
+	if max(len(a), len(b)) > maxUnitLines {
+		a, b = a[:min(len(a), maxUnitLines)], b[:min(len(b), maxUnitLines)]
+		defer func() { out = append(out, fmt.Sprintf("(the first %d lines are compared)", maxUnitLines)) }()
+	}
 	common := make([][]int, len(a)+1) // of a[i:] and b[j:]
 	for i := range common {
 		common[i] = make([]int, len(b)+1)

@@ -29,13 +29,36 @@ type offline struct {
 
 const agentUnit = "resultity-agent.service"
 
-// toolTimeout bounds each program that is asked.
-const toolTimeout = 5 * time.Second
+// toolTimeout bounds each program that is asked, and as long again those that it has
+// started itself; tests are less patient.
+var toolTimeout = 5 * time.Second
+
+// maxTool bounds what one says, in bytes. Some of it is the account's to say.
+const maxTool = 1 << 20
+
+var errTool = fmt.Errorf("it says more than %d bytes", maxTool)
+
+// said is what one says, up to the bound. It has no other methods of a buffer, by which
+// more would get in.
+type said struct{ b bytes.Buffer }
+
+func (s *said) Write(p []byte) (int, error) {
+	if s.b.Len()+len(p) > maxTool {
+		return 0, errTool
+	}
+	return s.b.Write(p)
+}
 
 func tool(ctx context.Context, name string, args ...string) ([]byte, error) {
 	ctx, cancel := context.WithTimeout(ctx, toolTimeout)
 	defer cancel()
-	return exec.CommandContext(ctx, name, args...).Output()
+	c := exec.CommandContext(ctx, name, args...)
+	var out said
+	c.Stdout, c.WaitDelay = &out, toolTimeout
+	if err := c.Run(); err != nil {
+		return nil, err
+	}
+	return out.b.Bytes(), nil
 }
 
 // offline finds the account whose node is meant: the caller's own where there is

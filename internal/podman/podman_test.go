@@ -314,6 +314,53 @@ func TestIncompleteAnswers(t *testing.T) {
 	}
 }
 
+// A command in a container may print what is of use, and not fill the memory of who has
+// asked.
+func TestExecOutput(t *testing.T) {
+	for _, c := range []struct {
+		stream byte
+		bytes  int
+		want   error
+	}{
+		{1, maxOutput, nil},
+		{1, maxOutput + 1, errOutput},
+		{2, maxOutput + 1, errOutput},
+		{1, 1 << 30, errOutput}, // as if without end
+	} {
+		var wrote int
+		gone := make(chan struct{})
+		start := func(w http.ResponseWriter, r *http.Request) {
+			defer close(gone)
+			conn, _, err := http.NewResponseController(w).Hijack()
+			if err != nil {
+				t.Error(err)
+				return
+			}
+			defer conn.Close()
+			_, err = io.WriteString(conn, "HTTP/1.1 101 Switching Protocols\r\nConnection: Upgrade\r\nUpgrade: tcp\r\n\r\n")
+			for err == nil && wrote < c.bytes {
+				n := min(8<<10, c.bytes-wrote)
+				_, err = conn.Write(append([]byte{c.stream, 0, 0, 0, 0, 0, byte(n >> 8), byte(n)}, make([]byte, n)...))
+				wrote += n
+			}
+		}
+		cl := service{
+			"POST /containers/c/exec": func(w http.ResponseWriter, _ *http.Request) {
+				w.WriteHeader(http.StatusCreated)
+				fmt.Fprint(w, `{"Id":"1"}`)
+			},
+			"GET /exec/1/json":   says(`{"ProcessConfig":{"tty":false}}`),
+			"POST /exec/1/start": start,
+		}.dial(t)
+		out, err := cl.Exec(t.Context(), "c", "env")
+		<-gone
+		t.Logf("%d bytes: expected: %v; got: %v", c.bytes, c.want, err)
+		if !errors.Is(err, c.want) || err == nil && len(out) != c.bytes || wrote > 32*maxOutput {
+			t.Errorf("%d bytes: %d and %v after %d, want %v", c.bytes, len(out), err, wrote, c.want)
+		}
+	}
+}
+
 func TestVersion(t *testing.T) {
 	for s, want := range map[string]Version{
 		"5.4.2": {5, 4, 2}, "5.8.6": {5, 8, 6}, "6.0.0-dev": {6, 0, 0}, "5.8.2-rc1": {5, 8, 2}, "5.8": {5, 8, 0}, "v5.4.2": {5, 4, 2},

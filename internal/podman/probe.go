@@ -30,14 +30,15 @@ const maxOutput = 64 << 10
 
 var errOutput = fmt.Errorf("it printed more than %d bytes", maxOutput)
 
-// output is what a command prints, up to the bound.
-type output struct{ bytes.Buffer }
+// output is what a command prints, up to the bound. It has no other methods of a buffer,
+// by which more would get in.
+type output struct{ b bytes.Buffer }
 
 func (o *output) Write(p []byte) (int, error) {
-	if o.Len()+len(p) > maxOutput {
+	if o.b.Len()+len(p) > maxOutput {
 		return 0, errOutput
 	}
-	return o.Buffer.Write(p)
+	return o.b.Write(p)
 }
 
 // Exec runs a command in a running container, as its user and in its sandbox,
@@ -71,10 +72,10 @@ func (c *Client) Exec(ctx context.Context, container string, command ...string) 
 		return nil, c.explain(what, err)
 	}
 	if state.ExitCode != 0 {
-		return nil, c.explain(what, fmt.Errorf("exit status %d: %.200q", state.ExitCode, said.String()))
+		return nil, c.explain(what, fmt.Errorf("exit status %d: %.200q", state.ExitCode, said.b.String()))
 	}
-	if out.Len() == 0 {
+	if out.b.Len() == 0 {
 		return nil, c.explain(what, errors.New("it printed nothing"))
 	}
-	return out.Bytes(), nil
+	return out.b.Bytes(), nil
 }
