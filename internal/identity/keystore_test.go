@@ -50,7 +50,9 @@ func TestKeystoreCost(t *testing.T) {
 	}{
 		{"memory", "MiB", func(_, _, kdf object) { kdf["n"], kdf["r"] = 2*maxMemory/(128*8), 8 }},
 		{"memory by r", "MiB", func(_, _, kdf object) { kdf["n"], kdf["r"] = 2*maxMemory/(128*1024), 1024 }},
-		{"time", "steps", func(_, _, kdf object) { kdf["n"], kdf["r"], kdf["p"] = maxMemory/(128*8), 8, maxSteps/(maxMemory/128)+1 }},
+		{"time", "steps", func(_, _, kdf object) {
+			kdf["n"], kdf["r"], kdf["p"] = maxMemory/(128*8), 8, maxSteps/(maxMemory/128)+1
+		}},
 		{"n beyond all", "kdfparams.n", kdf("n", 1<<40)},
 		{"n that overflows", "kdfparams.n", kdf("n", 1e300)},
 		{"n negative", "kdfparams.n", kdf("n", -2)},
