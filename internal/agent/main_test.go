@@ -155,9 +155,6 @@ func TestCannotStart(t *testing.T) {
 			}
 			t.Cleanup(func() { _ = s.Close() })
 		}, ExitFailed, "agent-failed", "another agent"},
-		"damaged": {func(_ *testing.T, i *installation) {
-			i.write(db+"/0000000000000001.log", strings.Repeat("x", 64<<10))
-		}, ExitConfig, "store-refused", "damaged"},
 		"of a newer agent": {func(_ *testing.T, i *installation) {
 			i.write(db+"/0000000000000001.log", string(newer)+strings.Repeat("\x00", 64<<10))
 		}, ExitConfig, "store-refused", "another version"},
@@ -216,6 +213,43 @@ func TestCannotStart(t *testing.T) {
 			}
 			if !bytes.Contains(raw, []byte(`"event":"`+c.event+`"`)) {
 				t.Errorf("not for the network: %s", raw)
+			}
+		})
+	}
+}
+
+// A damaged store keeps no node from starting: what is wrong is put right or set aside, said
+// once, and the next start finds nothing.
+func TestDamagedStore(t *testing.T) {
+	log := "state/networks/testnet/jobs/0000000000000001.log"
+	for name, c := range map[string]struct {
+		damage func(b []byte)
+		event  string
+	}{
+		"one byte":  {func(b []byte) { b[20] ^= 1 }, "store-mended"},
+		"no header": {func(b []byte) { clear(b[:8<<10]) }, "store-salvaged"},
+	} {
+		t.Run(name, func(t *testing.T) {
+			i := install(t)
+			run := func() string {
+				code, _, said := i.main(t.Context(), "run")
+				if code != ExitFailed || !strings.Contains(said, "service manager") {
+					t.Fatalf("exit code %d, and it says %s", code, said)
+				}
+				return said
+			}
+			run()
+			b, err := os.ReadFile(i.path(log))
+			if err != nil {
+				t.Fatal(err)
+			}
+			c.damage(b)
+			i.write(log, string(b))
+			if said := run(); strings.Count(said, "event="+c.event) != 1 {
+				t.Errorf("want %s once:\n%s", c.event, said)
+			}
+			if said := run(); strings.Contains(said, "event=store-") {
+				t.Errorf("it is said at the next start, too:\n%s", said)
 			}
 		})
 	}

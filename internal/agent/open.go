@@ -1,6 +1,7 @@
 package agent
 
 import (
+	"cmp"
 	"errors"
 	"fmt"
 	"net/http"
@@ -39,8 +40,37 @@ func (m *membership) openStore() (err error) {
 	m.closers = append(m.closers, m.store.Close)
 	m.openSpool(m.dir)
 	m.openKept()
+	m.tellSalvage()
 	return nil
 }
+
+// tellSalvage says what of the store was found damaged.
+func (m *membership) tellSalvage() {
+	found := m.store.Salvage()
+	if found == nil {
+		return
+	}
+	dir := filepath.Join(m.dir, "jobs")
+	if !found.Loss() {
+		m.log.Warn("damage in the job store was put right, and nothing is lost", journal.StoreMended.Attr(), "count", found.Mended, "dir", dir)
+		return
+	}
+	text := fmt.Sprintf("in %s: %d places mended, %d jobs or results lost that can be named, %d receipts lost from the log; kept as found: %s",
+		dir, found.Mended, len(found.Lost), found.Leaves, cmp.Or(strings.Join(found.Aside, ", "), "nothing"))
+	if !found.Blind.IsZero() {
+		text += "; other jobs may be lost, and those made before " + found.Blind.UTC().Format(time.RFC3339) + " are refused"
+	}
+	if found.Full != nil {
+		text += "; there was no room to put it right: free some and restart the agent: " + found.Full.Error()
+	}
+	m.log.Error("a part of the job store was lost", journal.StoreSalvaged.Attr(), "count", len(found.Lost), "reason", text)
+	for _, id := range found.Lost[:min(len(found.Lost), toldLost)] {
+		m.log.Error("this node will not answer a job, since the disk has lost it or its result", journal.ResultLost.Attr(), "job", id)
+	}
+}
+
+// toldLost is how many lost jobs have a record of their own.
+const toldLost = 64
 
 // open opens the rest: the memory of orders, and the way to the network.
 func (m *membership) open() (err error) {

@@ -48,7 +48,7 @@ func (s *Store) tidy() {
 func (s *Store) clean() (done bool, err error) {
 	s.cleaning = true
 	defer func() { s.cleaning = false }()
-	if len(s.segments) < 2 {
+	if len(s.segments) < 2 || s.unrepaired {
 		return false, nil
 	}
 	s.mu.Lock()
@@ -119,7 +119,7 @@ func (s *Store) evacuate(g *segment) ([]*change, error) {
 		}})
 	}
 	s.mu.Lock()
-	got, err := scan(b[:g.end], &g.head, func(k kind, at int64, body []byte) error {
+	got := scan(b[:g.end], g.Salt, g.frames(), func(k kind, at int64, body []byte) {
 		counts := func(prefix int, state Known) bool {
 			e := s.jobs[receipt.JobID(body)]
 			return e.state == state && e.seg == g.Number && (prefix == 0 || int64(e.at) == at+int64(prefix))
@@ -141,7 +141,6 @@ func (s *Store) evacuate(g *segment) ([]*change, error) {
 				add(k, keep)
 			}
 		}
-		return nil
 	})
 	s.evacuateLeaves(g, func(r *run, text []byte) {
 		bytes += recordHead + int64(len(text))
@@ -155,10 +154,7 @@ func (s *Store) evacuate(g *segment) ([]*change, error) {
 		}})
 	})
 	s.mu.Unlock()
-	switch {
-	case err != nil:
-		return nil, s.breakDown(err)
-	case got.end != g.end:
+	if got.end != g.end {
 		return nil, s.breakDown(fmt.Errorf("%w: %s at %d", ErrCorrupt, segmentName(g.Number), got.end))
 	}
 	cur := s.current()
@@ -205,6 +201,9 @@ func (s *Store) retire(n int) error {
 	//lint:ignore SA2001 to have waited is all
 	s.reading.Unlock()
 	for _, g := range old {
+		if g.f == nil {
+			continue
+		}
 		name := segmentName(g.Number)
 		if g.size == s.segmentSize && len(s.spares) < keep {
 			s.lastSpare++

@@ -402,7 +402,7 @@ func (s *Store) rotate(size int64) (err error) {
 	s.mu.Lock()
 	g.head = head{
 		Number: cur.Number + 1, Salt: newSalt(), Frame: s.nextFrame, Results: s.lastResult, Settled: s.lastSettled,
-		Forgotten: s.forgotten, Oldest: s.segments[0].Number, Acked: s.tree.acked, Registered: s.registered,
+		Forgotten: s.forgotten, Oldest: s.segments[0].Number, Acked: s.tree.acked, Blind: s.blind, Registered: s.registered,
 	}
 	s.mu.Unlock()
 	if err := startSegment(s.disk, next.name, g); full(err) {

@@ -44,6 +44,8 @@ type memoryFile struct {
 	now   []byte
 	safe  []byte
 	dirty map[int]bool // sectors
+
+	unread map[int64]bool // pages that cannot be read until they are written
 }
 
 var (
@@ -131,6 +133,11 @@ func (f *memoryFile) ReadAt(b []byte, at int64) (int, error) {
 	if at >= int64(len(f.now)) {
 		return 0, io.EOF
 	}
+	for p := at &^ (page - 1); p < at+int64(len(b)); p += page {
+		if f.unread[p] {
+			return 0, errIO
+		}
+	}
 	n := copy(b, f.now[at:])
 	if n < len(b) {
 		return n, io.ErrUnexpectedEOF
@@ -163,6 +170,7 @@ func (f *memoryFile) WriteAt(b []byte, at int64) (int, error) {
 		f.now = append(f.now, make([]byte, at+int64(len(b))-int64(len(f.now)))...)
 	}
 	copy(f.now[at:], b)
+	delete(f.unread, at)
 	for s := int(at) / sector; s*sector < int(at)+len(b); s++ {
 		f.dirty[s] = true
 	}
@@ -219,7 +227,7 @@ func (d *memory) after(cut bool) *memory {
 				b = b[:len(f.safe)]
 			}
 		}
-		g := &memoryFile{d: next, now: b, safe: bytes.Clone(b), dirty: map[int]bool{}}
+		g := &memoryFile{d: next, now: b, safe: bytes.Clone(b), dirty: map[int]bool{}, unread: maps.Clone(f.unread)}
 		if !cut { // what a kill leaves is not on the disk for that
 			g.safe, g.dirty = bytes.Clone(f.safe), maps.Clone(f.dirty)
 		}
@@ -237,11 +245,7 @@ const fewLeaves = 25
 // modelLoad opens a store for a model, whose results have no real receipts.
 func modelLoad(d disk, b Bounds) (*Store, error) {
 	b.Leaves = fewLeaves
-	s, err := load(d, b, now, small)
-	if err == nil {
-		s.leafOf = modelLeaf
-	}
-	return s, err
+	return loadWith(d, b, now, small, modelLeaf)
 }
 
 func modelLeaf(r *wire.Result) (evm.Hash, bool) {

@@ -4,9 +4,12 @@ import (
 	"crypto/rand"
 	"encoding/binary"
 	"encoding/json"
+	"errors"
 	"fmt"
 	"hash/crc32"
 	"slices"
+	"strconv"
+	"strings"
 
 	"github.com/resultity/node/internal/wire"
 )
@@ -14,7 +17,7 @@ import (
 // The log is a row of segments, files that have their size from the beginning.
 // A segment is
 //
-//	head     8 KiB of room: magic and version, each number below
+//	head     twice, in 4 KiB each: magic and version, each number below
 //	frames   one after another, each at a multiple of 8 bytes
 //
 // and a frame, which is what one commit writes,
@@ -26,18 +29,21 @@ import (
 //
 // A frame is written when the one before it has been synced. So a last frame
 // that a crash has torn, nobody was told of; and where a frame is wrong
-// and a later one is right, something that was synced is damaged. Files are
+// and a later one is right, something that was synced is damaged; see salvage.go.
+// In the place of what could not be mended is a frame of one record, [kindLost],
+// with the number of the last frame that was lost. Files are
 // used again: the number and the salt, which is random, tell what an earlier
 // use has left behind from frames, and no request can hold a forged one.
 const (
 	segmentSize = 2 << 20
 	maxSegment  = 1 << 30 // of one for a single large record
-	headRoom    = 8 << 10
+	headCopy    = 4 << 10
+	headRoom    = 2 * headCopy
 	frameHead   = 4 + 4 + 8
 	frameAlign  = 8
 
 	magic     = "resjobs\n"
-	version   = 3
+	version   = 4
 	headFixed = len(magic) + 4 + 4 + 4 + 4 // version, CRC of both, CRC and length of the rest
 )
 
@@ -52,28 +58,50 @@ type head struct {
 	Forgotten  uint64           `json:"forgotten"` // settlements up to this one are forgotten
 	Oldest     uint64           `json:"oldest"`    // segments before this one hold nothing that counts
 	Acked      uint64           `json:"acked"`     // of how many receipts the network has the log
+	Blind      int64            `json:"blind,omitempty"`
 	Registered *wire.Registered `json:"registered,omitempty"`
 }
 
+// encode makes the head with its second copy.
 func (h *head) encode() ([]byte, error) {
 	body, err := json.Marshal(h)
 	if err != nil {
 		return nil, err
 	}
-	if len(body) > headRoom-headFixed {
+	if len(body) > headCopy-headFixed {
 		return nil, fmt.Errorf("a segment's head of %d bytes", len(body))
 	}
 	b := binary.BigEndian.AppendUint32([]byte(magic), version)
 	b = binary.BigEndian.AppendUint32(b, crc32.Checksum(b, castagnoli))
 	rest := append(binary.BigEndian.AppendUint32(nil, uint32(len(body))), body...)
 	b = binary.BigEndian.AppendUint32(b, crc32.Checksum(rest, castagnoli))
-	return append(b, rest...), nil
+	b = append(b, rest...)
+	return append(append(b, make([]byte, headCopy-len(b))...), b...), nil
 }
 
-// decodeHead reads the head of a segment. Another version has a checksum of its
-// own, so that it can be told from damage.
-func decodeHead(b []byte) (h head, err error) {
-	if len(b) < headRoom || string(b[:len(magic)]) != magic {
+// decodeHead reads the head of segment n, from either copy. whole says that both are
+// right.
+func decodeHead(b []byte, n uint64) (h head, whole bool, err error) {
+	if len(b) < headRoom {
+		return h, false, fmt.Errorf("%w: %d bytes are no head", ErrCorrupt, len(b))
+	}
+	h, err = decodeCopy(b[:headCopy], n)
+	other, err2 := decodeCopy(b[headCopy:headRoom], n)
+	switch {
+	case err == nil:
+		return h, err2 == nil, nil
+	case err2 == nil:
+		return other, false, nil
+	case errors.Is(err2, ErrFormat):
+		return h, false, err2
+	}
+	return h, false, err
+}
+
+// decodeCopy reads a head. Another version has a checksum of its own, so that it can
+// be told from damage.
+func decodeCopy(b []byte, number uint64) (h head, err error) {
+	if string(b[:len(magic)]) != magic {
 		return h, fmt.Errorf("%w: it does not begin as a segment does", ErrCorrupt)
 	}
 	v := binary.BigEndian.Uint32(b[len(magic):])
@@ -84,13 +112,16 @@ func decodeHead(b []byte) (h head, err error) {
 	if v != version {
 		return h, fmt.Errorf("%w: it has format %d, this agent knows %d", ErrFormat, v, version)
 	}
-	rest := b[at+8 : headRoom]
+	rest := b[at+8:]
 	n := binary.BigEndian.Uint32(rest)
 	if uint64(n) > uint64(len(rest)-4) || crc32.Checksum(rest[:4+n], castagnoli) != binary.BigEndian.Uint32(b[at+4:]) {
 		return h, fmt.Errorf("%w: wrong checksum of the head", ErrCorrupt)
 	}
 	if err := json.Unmarshal(rest[4:4+n], &h); err != nil {
 		return h, fmt.Errorf("%w: the head: %w", ErrCorrupt, err)
+	}
+	if h.Number != number || h.Frame == 0 || h.Oldest > number {
+		return h, fmt.Errorf("%w: it says that it is segment %x, with frames from %d on and the log from %x on", ErrCorrupt, h.Number, h.Frame, h.Oldest)
 	}
 	return h, nil
 }
@@ -151,13 +182,23 @@ func laterFrame(b []byte, salt, number uint64) (at int, found bool) {
 // segment is an open segment.
 type segment struct {
 	head
-	f    file
+	f    file // nil while there is none, see salvage.go
 	size int64
 	end  int64 // of its last frame
 	live int64 // bytes of its records that count; guarded by Store.mu
+
+	whole bool   // both copies of the head were right
+	lost  uint64 // of one that takes the place of a lost one: number of the last frame of that
 }
 
 func segmentName(number uint64) string { return fmt.Sprintf("%016x.log", number) }
+
+// segmentNumber reads such a name.
+func segmentNumber(name string) (uint64, bool) {
+	hex, _ := strings.CutSuffix(name, ".log")
+	n, err := strconv.ParseUint(hex, 16, 64)
+	return n, err == nil && n > 0 && segmentName(n) == name
+}
 
 func spareName(n int) string { return fmt.Sprintf("%d.spare", n) }
 
@@ -192,30 +233,31 @@ func makeFile(d disk, name string, size int64) (_ file, err error) {
 	return f, d.sync()
 }
 
-// scanned is what a segment's bytes hold.
+// scanned is how far the frames of a segment were read.
 type scanned struct {
 	end  int64  // of the last good frame
 	last int64  // where that one begins, 0 for none
 	next uint64 // number of the frame after it
 }
 
-// scan reads the frames of a segment's bytes in order. It ends at the first one
-// that is not right.
-func scan(b []byte, h *head, f func(k kind, at int64, body []byte) error) (scanned, error) {
-	s := scanned{end: headRoom, next: h.Frame}
-	for s.end < int64(len(b)) {
-		payload, number, ok := readFrame(b[s.end:], h.Salt)
-		if !ok || number != s.next {
+// scan reads the frames of a segment's bytes in order, from where at is on. It ends at
+// the first one that is not right. f must not keep body.
+func scan(b []byte, salt uint64, at scanned, f func(k kind, at int64, body []byte)) scanned {
+	for at.end < int64(len(b)) {
+		payload, number, ok := readFrame(b[at.end:], salt)
+		lost := ok && len(payload) > 0 && kind(payload[0]) == kindLost
+		if !ok || number != at.next && !(lost && number > at.next) || !wellMade(payload) {
 			break
 		}
-		at := s.end + frameHead
-		if err := eachRecord(payload, func(k kind, off int, body []byte) error { return f(k, at+int64(off), body) }); err != nil {
-			return s, fmt.Errorf("%w: at %d: %w", ErrCorrupt, s.end, err)
-		}
-		s.last, s.end, s.next = s.end, min(aligned(at+int64(len(payload))), int64(len(b))), s.next+1
+		from := at.end + frameHead
+		_ = eachRecord(payload, func(k kind, off int, body []byte) error { f(k, from+int64(off), body); return nil }) // it is well made
+		at = scanned{end: min(aligned(from+int64(len(payload))), int64(len(b))), last: at.end, next: number + 1}
 	}
-	return s, nil
+	return at
 }
+
+// frames is where a segment's frames begin.
+func (h *head) frames() scanned { return scanned{end: headRoom, next: h.Frame} }
 
 // readAll returns the content of f, in buf if that is large enough.
 func readAll(f file, buf []byte) ([]byte, error) {

@@ -2,7 +2,6 @@ package state
 
 import (
 	"cmp"
-	"encoding/json"
 	"errors"
 	"fmt"
 	"io/fs"
@@ -15,6 +14,7 @@ import (
 	"time"
 
 	"github.com/resultity/node/internal/durable"
+	"github.com/resultity/node/internal/evm"
 	"github.com/resultity/node/internal/failpoint"
 	"github.com/resultity/node/internal/receipt"
 	"github.com/resultity/node/internal/wire"
@@ -24,8 +24,9 @@ import (
 const lockWait = time.Second
 
 // Open opens the store in the directory path, and makes it if there is none;
-// what is above it must exist. The whole log is read and checked. It fails with
-// [ErrLocked], [ErrCorrupt] or [ErrFormat], and leaves everything as it was.
+// what is above it must exist. The whole log is read and checked, and mended where it is
+// damaged: see [Store.Salvage]. It fails with [ErrLocked], [ErrCorrupt] or [ErrFormat], and
+// leaves everything as it was then.
 func Open(path string, b Bounds, now func() time.Time) (*Store, error) {
 	s, err := openAt(path, b, now)
 	if err != nil {
@@ -88,7 +89,11 @@ func lock(name string) (_ *os.File, err error) {
 }
 
 // load reads a log, or begins one.
-func load(d disk, b Bounds, now func() time.Time, segmentSize int64) (_ *Store, err error) {
+func load(d disk, b Bounds, now func() time.Time, segmentSize int64) (*Store, error) {
+	return loadWith(d, b, now, segmentSize, receiptLeaf)
+}
+
+func loadWith(d disk, b Bounds, now func() time.Time, segmentSize int64, leafOf func(*wire.Result) (evm.Hash, bool)) (_ *Store, err error) {
 	if b.Jobs == 0 {
 		b.Jobs = DefaultBounds.Jobs
 	}
@@ -101,7 +106,7 @@ func load(d disk, b Bounds, now func() time.Time, segmentSize int64) (_ *Store, 
 	if b.Leaves == 0 {
 		b.Leaves = DefaultBounds.Leaves
 	}
-	s := &Store{disk: d, bounds: b, now: now, segmentSize: segmentSize, jobs: map[receipt.JobID]entry{}, nextFrame: 1, tree: newTree(), leafOf: receiptLeaf}
+	s := &Store{disk: d, bounds: b, now: now, segmentSize: segmentSize, jobs: map[receipt.JobID]entry{}, nextFrame: 1, tree: newTree(), leafOf: leafOf}
 	defer func() {
 		if err != nil {
 			s.closeFiles()
@@ -111,20 +116,24 @@ func load(d disk, b Bounds, now func() time.Time, segmentSize int64) (_ *Store, 
 	if err != nil {
 		return nil, err
 	}
-	numbers, stale, spares := sort(names)
-	if len(numbers) == 0 {
-		err = s.begin(spares)
-	} else {
-		err = s.replay(numbers)
-	}
+	numbers, spares, aside, pending := sort(names)
+	r, err := s.replay(numbers, pending)
 	if err != nil {
 		return nil, err
 	}
-	// Everything is as it should be. From here on files change.
+	// From here on files change.
+	if err := s.setAside(r, aside); err != nil {
+		return nil, err
+	}
+	if len(s.segments) == 0 {
+		if err := s.begin(spares); err != nil {
+			return nil, err
+		}
+	}
 	if err := s.takeSpares(spares); err != nil {
 		return nil, err
 	}
-	for _, n := range stale {
+	for _, n := range r.stale {
 		_ = d.remove(segmentName(n)) // it is passed over as long as it is there
 	}
 	if len(numbers) > 0 {
@@ -136,31 +145,32 @@ func load(d disk, b Bounds, now func() time.Time, segmentSize int64) (_ *Store, 
 	if err := s.ensure(&noRoom{reserve: s.reserved()}); err != nil && !errors.Is(err, ErrFull) {
 		return nil, err
 	}
+	if err := s.repair(r); err != nil {
+		return nil, err
+	}
 	return s, nil
 }
 
-// sort finds the segments among the names of files: the last that are without a
-// gap. What is before a gap was given back.
-func sort(names []string) (numbers, stale []uint64, spares []int) {
+// sort finds segments, spares, what was set aside, and what is about to be, among the names
+// of files.
+func sort(names []string) (numbers []uint64, spares []int, aside, pending []string) {
 	for _, name := range names {
-		if hex, ok := strings.CutSuffix(name, ".log"); ok {
-			if n, err := strconv.ParseUint(hex, 16, 64); err == nil && segmentName(n) == name && n > 0 {
-				numbers = append(numbers, n)
-			}
+		if n, ok := segmentNumber(name); ok {
+			numbers = append(numbers, n)
 		} else if n, ok := strings.CutSuffix(name, ".spare"); ok {
 			if i, err := strconv.Atoi(n); err == nil && spareName(i) == name {
 				spares = append(spares, i)
 			}
+		} else if _, ok := asideTime(name); ok {
+			aside = append(aside, name)
+		} else if _, ok := asideTime(strings.TrimSuffix(name, pendingSuffix)); ok {
+			pending = append(pending, name)
 		}
 	}
 	slices.Sort(numbers)
 	slices.Sort(spares)
-	for i := len(numbers) - 1; i > 0; i-- {
-		if numbers[i-1]+1 != numbers[i] {
-			return numbers[i:], numbers[:i], spares
-		}
-	}
-	return numbers, nil, spares
+	slices.Sort(aside)
+	return numbers, spares, aside, pending
 }
 
 // begin makes the first segment of a new log.
@@ -174,7 +184,7 @@ func (s *Store) begin(spares []int) error {
 	if err != nil {
 		return fmt.Errorf("make %s: %w", name, err)
 	}
-	g := &segment{head: head{Number: 1, Salt: newSalt(), Frame: 1, Oldest: 1}, f: f, size: s.segmentSize, end: headRoom}
+	g := &segment{head: head{Number: 1, Salt: newSalt(), Frame: 1, Oldest: 1, Blind: s.blind}, f: f, size: s.segmentSize, end: headRoom}
 	s.segments = append(s.segments, g)
 	return startSegment(s.disk, name, g)
 }
@@ -200,114 +210,10 @@ func (s *Store) takeSpares(spares []int) error {
 	return nil
 }
 
-// replay reads the segments.
-func (s *Store) replay(numbers []uint64) error {
-	var oldest uint64
-	var results, settled []item
-	var tree treeReader
-	apply := func(g *segment) func(k kind, at int64, body []byte) error {
-		return func(k kind, at int64, body []byte) error {
-			text := func(prefix int) entry {
-				return entry{seg: g.Number, at: uint32(at) + uint32(prefix), size: uint32(len(body) - prefix)}
-			}
-			switch k {
-			case kindJob:
-				e := text(jobPrefix)
-				e.state = Running
-				s.jobs[receipt.JobID(body)] = e
-			case kindResult:
-				e := text(resultPrefix)
-				e.state, e.num, e.receipt = Done, fromNumber(body[idSize:]), body[resultPrefix-1] == 1
-				s.jobs[receipt.JobID(body)] = e
-				s.lastResult = max(s.lastResult, e.num)
-				results = append(results, item{receipt.JobID(body), e.num, textTime(body[resultPrefix:])})
-			case kindSettled:
-				for ; len(body) > 0; body = body[itemSize:] {
-					i := readItem(body)
-					s.jobs[i.id] = entry{state: Settled, num: i.num, seg: g.Number}
-					s.lastSettled = max(s.lastSettled, i.num)
-					settled = append(settled, i)
-				}
-			case kindDropped:
-				for ; len(body) > 0; body = body[idSize:] {
-					delete(s.jobs, receipt.JobID(body))
-				}
-			case kindLeaves, kindAdopted:
-				return tree.read(k, body, g.Number)
-			case kindAcked:
-				tree.acked = fromNumber(body)
-			case kindForget:
-				s.forgotten = max(s.forgotten, fromNumber(body))
-			case kindOldest:
-				oldest = max(oldest, fromNumber(body))
-			case kindRegistered:
-				r := new(wire.Registered)
-				if err := json.Unmarshal(body, r); err != nil {
-					return err
-				}
-				s.registered = r
-			}
-			return nil
-		}
-	}
-	var b []byte // for one after the other
-	for i, n := range numbers {
-		g, err := s.openSegment(n, &b)
-		if err != nil {
-			return fmt.Errorf("%s: %w", segmentName(n), err)
-		}
-		s.segments = append(s.segments, g)
-		switch {
-		case g.Number != n:
-			return fmt.Errorf("%w: %s says that it is segment %x", ErrCorrupt, segmentName(n), g.Number)
-		case i > 0 && g.Frame != s.nextFrame:
-			p := s.segments[i-1]
-			return fmt.Errorf("%w: %s is damaged at byte %d", ErrCorrupt, segmentName(p.Number), p.end)
-		}
-		s.lastResult, s.lastSettled = max(s.lastResult, g.Results), max(s.lastSettled, g.Settled)
-		s.forgotten, oldest = max(s.forgotten, g.Forgotten), max(oldest, g.Oldest)
-		s.registered, tree.acked = g.Registered, g.Acked
-		got, err := scan(b, &g.head, apply(g))
-		if err != nil {
-			return fmt.Errorf("%s: %w", segmentName(n), err)
-		}
-		g.end, s.nextFrame, s.lastFrame = got.end, got.next, got.last
-		if i < len(numbers)-1 {
-			continue
-		}
-		if at, found := laterFrame(b[g.end:], g.Salt, s.nextFrame); found {
-			return fmt.Errorf("%w: %s is damaged at byte %d, before a whole record at %d", ErrCorrupt, segmentName(n), g.end, g.end+int64(at))
-		}
-	}
-	first := s.segments[0].Number
-	if first > oldest {
-		return fmt.Errorf("%w: %s is missing", ErrCorrupt, segmentName(oldest))
-	}
-	if err := s.buildTree(&tree, oldest); err != nil {
-		return err
-	}
-	return s.index(results, settled, oldest)
-}
-
-// openSegment reads a segment and its head into b.
-func (s *Store) openSegment(n uint64, b *[]byte) (*segment, error) {
-	f, err := s.disk.open(segmentName(n))
-	if err != nil {
-		return nil, err
-	}
-	if *b, err = readAll(f, *b); err == nil {
-		g := &segment{f: f, size: int64(len(*b))}
-		if g.head, err = decodeHead(*b); err == nil {
-			return g, nil
-		}
-	}
-	_ = f.Close() // the error before says more
-	return nil, err
-}
-
 // index makes lists and counts of what was read. Nothing that counts is in a
-// segment before oldest; those are given back.
-func (s *Store) index(results, settled []item, oldest uint64) error {
+// segment before the oldest; those are given back.
+func (s *Store) index(r *replay) error {
+	oldest := r.oldest
 	keep := func(list []item, state Known) queue {
 		list = slices.DeleteFunc(list, func(i item) bool { e := s.jobs[i.id]; return e.state != state || e.num != i.num })
 		slices.SortFunc(list, func(a, b item) int { return cmp.Compare(a.num, b.num) })
@@ -316,9 +222,7 @@ func (s *Store) index(results, settled []item, oldest uint64) error {
 	}
 	for id, e := range s.jobs {
 		switch {
-		case e.seg < oldest && e.state != Settled:
-			return fmt.Errorf("%w: job %s is in %s, which was given back", ErrCorrupt, id, segmentName(e.seg))
-		case e.seg < oldest, e.state == Settled && e.num <= s.forgotten:
+		case e.seg > 0 && e.seg < oldest, e.state == Settled && e.num <= s.forgotten:
 			delete(s.jobs, id) // was forgotten
 			continue
 		}
@@ -334,7 +238,7 @@ func (s *Store) index(results, settled []item, oldest uint64) error {
 			s.count.Settled++
 		}
 	}
-	s.outbox, s.settled = keep(results, Done), keep(settled, Settled)
+	s.outbox, s.settled = keep(r.results, Done), keep(r.settled, Settled)
 	for s.count.Settled > s.bounds.IDs {
 		s.forgetFirst()
 	}

@@ -308,10 +308,15 @@ func (b *batch) moveLeaves(r *run) {
 	})
 }
 
-// treeReader makes the tree of what a start reads.
+// treeReader makes the tree of what a start reads. Where leaves are lost, those behind
+// them follow those before.
 type treeReader struct {
-	runs  []*readRun // by index
-	acked uint64
+	runs    []*readRun // by index
+	acked   uint64
+	changed bool   // it is not what the log says: some of the last run was damaged
+	cut     uint64 // then, index of the first leaf that was
+	shift   uint64 // then, how many leaves are lost
+	doubted bool   // then, whether a leaf may be a wrong one
 }
 
 type readRun struct {
@@ -319,25 +324,52 @@ type readRun struct {
 	leaves []evm.Hash
 }
 
-// read takes a record of leaves, or of an adopted log.
-func (t *treeReader) read(k kind, body []byte, seg uint64) error {
-	l, ok := decodeLeaves(body)
-	if !ok {
-		return fmt.Errorf("a record of leaves with %d bytes", len(body))
+func (r *readRun) append(all ...evm.Hash) {
+	r.leaves = append(r.leaves, all...)
+	r.n = len(r.leaves)
+}
+
+// last returns the run that leaves are appended to; where its beginning is lost, it
+// begins with the log.
+func (t *treeReader) last(seg uint64) *readRun {
+	if len(t.runs) == 0 {
+		t.runs = []*readRun{{run: run{seg: seg}}}
 	}
+	return t.runs[len(t.runs)-1]
+}
+
+// damage says that the log is damaged from an index on.
+func (t *treeReader) damage(at uint64) {
+	if !t.changed {
+		t.changed, t.cut = true, at
+	}
+}
+
+// add appends a leaf that was found in what is damaged.
+func (t *treeReader) add(leaf evm.Hash, seg uint64, doubted bool) {
+	r := t.last(seg)
+	t.damage(r.end())
+	t.doubted = t.doubted || doubted
+	r.append(leaf)
+}
+
+// read takes a record of leaves, or of an adopted log.
+func (t *treeReader) read(k kind, body []byte, seg uint64) {
+	l, _ := decodeLeaves(body) // it is well made
 	next := &readRun{run{l.first, len(l.leaves), seg, l.edge}, l.leaves}
 	if k == kindAdopted {
-		t.runs, t.acked = []*readRun{next}, l.first
-		return nil
+		*t = treeReader{runs: []*readRun{next}, acked: l.first}
+		return
 	}
 	if !l.begins {
-		if len(t.runs) == 0 || t.runs[len(t.runs)-1].seg != seg || t.runs[len(t.runs)-1].end() != l.first {
-			return fmt.Errorf("leaf %d follows none", l.first)
+		r := t.last(seg)
+		is := r.end() + t.shift
+		if r.seg != seg || is != l.first {
+			t.damage(r.end())
+			t.shift += max(is, l.first) - is
 		}
-		r := t.runs[len(t.runs)-1]
-		r.leaves = append(r.leaves, l.leaves...)
-		r.n = len(r.leaves)
-		return nil
+		r.append(l.leaves...)
+		return
 	}
 	at, _ := slices.BinarySearchFunc(t.runs, l.first, func(r *readRun, first uint64) int {
 		if r.end() < first || r.end() == first && r.n > 0 {
@@ -346,43 +378,55 @@ func (t *treeReader) read(k kind, body []byte, seg uint64) error {
 		return 1
 	})
 	switch {
-	case at == len(t.runs) || next.end() <= t.runs[at].first && next.n > 0:
+	case at == len(t.runs):
+		if len(t.runs) > 0 && (t.shift > 0 || t.runs[at-1].end() != l.first) {
+			t.whole() // it can be gone on from here
+		}
+		t.runs = append(t.runs, next)
+	case next.end() <= t.runs[at].first && next.n > 0:
 		t.runs = slices.Insert(t.runs, at, next)
-	case t.runs[at].end() != next.end() && t.runs[at].n > 0 || t.runs[at].first > next.first:
-		return fmt.Errorf("leaves %d to %d are there as %d to %d", next.first, next.end(), t.runs[at].first, t.runs[at].end())
-	default: // a copy, without what had been given up
-		t.runs[at] = next
+	default: // a copy, without what had been given up, or with what is damaged
+		behind := slices.DeleteFunc(slices.Clone(t.runs[at+1:]), func(r *readRun) bool { return r.first < next.end() })
+		if len(behind) == 0 && next.end() != t.runs[at].end() {
+			t.whole()
+		}
+		t.runs = append(append(t.runs[:at], next), behind...)
 	}
-	return nil
 }
+
+// whole says that the last run is as it was.
+func (t *treeReader) whole() { t.changed, t.shift, t.doubted = false, 0, false }
 
 // build makes the tree of the runs that are in segments from oldest on, and
 // whose leaves are there up to the end.
-func (s *Store) buildTree(t *treeReader, oldest uint64) error {
+func (s *Store) buildTree(t *treeReader, oldest uint64) {
 	runs := slices.DeleteFunc(t.runs, func(r *readRun) bool { return r.seg < oldest })
 	for i := len(runs) - 1; i > 0; i-- {
 		if runs[i-1].end() != runs[i].first {
-			runs = runs[i:] // what is before the gap had been given up
+			runs = runs[i:] // what is before the gap had been given up, or is lost
 			break
 		}
 	}
 	s.tree = newTree()
 	for i, r := range runs {
-		if i == 0 {
-			var err error
-			if s.tree.base, err = receiptlog.Resume(r.first, r.edge); err != nil {
-				return fmt.Errorf("%w: %w", ErrCorrupt, err)
+		if i == 0 || !slices.Equal(s.tree.log.Hashes(), r.edge) {
+			base, err := receiptlog.Resume(r.first, r.edge)
+			if err != nil {
+				continue // its edge has the right length: see decodeLeaves
 			}
-			s.tree.log = s.tree.base.Clone()
-		}
-		if !slices.Equal(s.tree.log.Hashes(), r.edge) {
-			return fmt.Errorf("%w: the receipt log is not the same before receipt %d", ErrCorrupt, r.first)
+			s.tree = tree{log: base.Clone(), base: base}
 		}
 		s.addRun(r.seg)
 		for _, leaf := range r.leaves {
 			s.addLeaf(leaf, r.seg)
 		}
 	}
-	s.tree.acked = min(t.acked, s.tree.log.Size())
-	return nil
+	acked := t.acked
+	if t.changed && acked > t.cut {
+		acked = max(t.cut, acked-min(acked, t.shift))
+		if t.doubted {
+			acked = t.cut
+		}
+	}
+	s.tree.acked = min(acked, s.tree.log.Size())
 }

@@ -15,14 +15,15 @@ import (
 
 // A job or a result lies in the log as
 //
-//	CRC-32C of what follows   4 bytes
+//	CRC-32 of what follows    4 bytes, by IEEE's polynomial
 //	time it was made          8 bytes, Unix milliseconds
 //	length of the header      4 bytes
 //	header                    JSON, without the bytes of the body; a result's as in a frame
 //	body                      request, response or a failure's message, as it is
 //
 // Numbers are big-endian. It has a checksum beside that of its frame, since it
-// is read again, alone, long after the log was checked.
+// is read again, alone, long after the log was checked; and by another polynomial, so
+// that a change by which the frame's would be right again is not right for both.
 const textPrefix = 4 + 8 + 4
 
 var castagnoli = crc32.MakeTable(crc32.Castagnoli)
@@ -40,7 +41,7 @@ func endText(now time.Time, b, body []byte) []byte {
 	binary.BigEndian.PutUint64(b[4:], uint64(now.UnixMilli()))
 	binary.BigEndian.PutUint32(b[12:], uint32(len(b)-textPrefix))
 	b = append(b, body...)
-	binary.BigEndian.PutUint32(b, crc32.Checksum(b[4:], castagnoli))
+	binary.BigEndian.PutUint32(b, crc32.ChecksumIEEE(b[4:]))
 	return b
 }
 
@@ -64,7 +65,7 @@ func headerError(err error) error { return fmt.Errorf("%w: a record's header: %w
 
 // sound reports whether b is as it was made.
 func sound(b []byte) bool {
-	return len(b) >= textPrefix && crc32.Checksum(b[4:], castagnoli) == binary.BigEndian.Uint32(b)
+	return len(b) >= textPrefix && crc32.ChecksumIEEE(b[4:]) == binary.BigEndian.Uint32(b)
 }
 
 func textTime(b []byte) int64 { return int64(binary.BigEndian.Uint64(b[4:])) }
@@ -161,6 +162,8 @@ const (
 	kindAdopted    kind = 'a' // likewise: the receipt log is that before them, and them
 	kindAcked      kind = 'k' // number u64: of how many receipts the network has the log
 	kindClosed     kind = 'c' // nothing: whatever is before it was synced
+	kindLost       kind = 'x' // anything: here was what could not be read any more
+	kindBlind      kind = 'b' // Unix milliseconds: what was known of jobs made up to then is not known any more
 )
 
 const (
@@ -227,12 +230,14 @@ func checkBody(k kind, body []byte) error {
 		ok = n > 0 && n%itemSize == 0
 	case kindDropped:
 		ok = n > 0 && n%idSize == 0
-	case kindForget, kindOldest, kindAcked:
+	case kindForget, kindOldest, kindAcked, kindBlind:
 		ok = n == 8
 	case kindLeaves, kindAdopted:
-		ok = n >= leavesHead
+		_, ok = decodeLeaves(body)
 	case kindRegistered:
-		ok = n > 0
+		ok = json.Unmarshal(body, new(wire.Registered)) == nil
+	case kindLost:
+		ok = true
 	case kindClosed:
 		ok = n == 0
 	}

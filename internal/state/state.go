@@ -43,12 +43,13 @@
 // A log in segments, one sync for all who commit at once; see log.go for its
 // form. In memory are some hundred bytes for each job and none of its text.
 // Open reads the whole log. What a crash has torn off at its end is what nobody
-// was told of; any other damage is [ErrCorrupt].
+// was told of; any other damage it puts right, or sets aside, and says what is
+// lost: see salvage.go and [Store.Salvage]. No damage needs a hand.
 //
-// One kind of damage looks like a crash: bits that a disk has flipped in the very
-// last commit before a kill or a power cut. Open then drops that commit. To tell
-// the two apart would take a second sync for each commit. A store that was closed
-// has a mark as its last commit, so that nothing is lost with it.
+// One kind of damage looks like a crash: what reaches to the end of the log, where
+// that was not closed, and is more than one byte. Open then drops that. To tell the two
+// apart would take a second sync for each commit. A store that was closed has a mark as
+// its last commit, so that nothing is lost with it.
 //
 // Apart from all this are the last jobs with their answers that an operator may
 // have kept to run them again, see [Kept].
@@ -82,7 +83,8 @@ var (
 	// ErrLocked says that another process has the store open.
 	ErrLocked = errors.New("another agent is running on this store; stop it first, or give each its own state directory")
 
-	// ErrCorrupt says that the files are not what this package has written.
+	// ErrCorrupt says that files, or records, are not what this package has written, in a way
+	// that no disk does by itself: they are of different times, or nothing is a directory.
 	ErrCorrupt = errors.New("job store is damaged; stop the agent and move its directory away: the agent begins a new one, and what had not been delivered to the network is lost")
 
 	// ErrFormat says that another version of this package has written the files.
@@ -105,10 +107,11 @@ type Known uint8
 
 // What can be known.
 const (
-	New     Known = iota + 1 // not known before; it is accepted now
-	Running                  // accepted, no result yet
-	Done                     // its result waits for the network's acknowledgement
-	Settled                  // its receipt was delivered, or has expired
+	New       Known = iota + 1 // not known before; it is accepted now
+	Running                    // accepted, no result yet
+	Done                       // its result waits for the network's acknowledgement
+	Settled                    // its receipt was delivered, or has expired
+	Forgotten                  // damage has taken what was known of jobs of its time
 )
 
 // Bounds limit what a store holds. Zero fields have the value of [DefaultBounds].
@@ -128,7 +131,7 @@ var DefaultBounds = Bounds{Jobs: 10_000, Bytes: 256 << 20, IDs: 65_536, Leaves: 
 const MaxMessage = 1024
 
 // maxRegistration bounds a registration, which is in the head of each segment.
-const maxRegistration = 4 << 10
+const maxRegistration = 3 << 10
 
 // ackDelay is how long an acknowledgement waits for a commit to go with.
 const ackDelay = 200 * time.Millisecond
@@ -169,6 +172,11 @@ type Store struct {
 	cleaning  bool
 
 	reading sync.RWMutex // held by readers of segments; before mu
+
+	// Set while the store is opened.
+	found      *Salvage
+	blind      int64 // Unix milliseconds: of jobs made up to then something may be lost
+	unrepaired bool  // what is lost is still in its place: nothing is given back
 }
 
 // entry is what is known of a job.
@@ -237,7 +245,9 @@ func (s *Store) closeFiles() {
 	s.reading.Lock()
 	defer s.reading.Unlock()
 	for _, g := range s.segments {
-		_ = g.f.Close()
+		if g.f != nil {
+			_ = g.f.Close()
+		}
 	}
 	for _, f := range s.spares {
 		_ = f.f.Close()
@@ -262,7 +272,8 @@ func (s *Store) weigh(e entry, sign int64) {
 
 // Accept writes a job down unless its id is known. With [New] the job is on
 // disk; with any other answer nothing has changed and the caller looks at what
-// is there. It fails with [ErrFull] when there is no room.
+// is there; what comes again of a time of which something was lost is [Forgotten]. It
+// fails with [ErrFull] when there is no room.
 func (s *Store) Accept(j *wire.Job) (Known, error) {
 	text, err := encodeJob(s.now(), j)
 	if err != nil {
@@ -272,6 +283,10 @@ func (s *Store) Accept(j *wire.Job) (Known, error) {
 	failpoint.Here("state.accept.begin")
 	err = s.commit(func(b *batch) error {
 		if known = b.lookup(j.ID).state; known != 0 {
+			return nil
+		}
+		if s.forgot(j) {
+			known = Forgotten
 			return nil
 		}
 		size := int64(len(text))

@@ -93,7 +93,7 @@ func stated(j *wire.Job, body []byte) *receipt.Receipt {
 func accept(t testing.TB, s *Store, j *wire.Job, want Known) {
 	t.Helper()
 	before, err := s.Lookup(j.ID)
-	if err != nil || before != want && (before != 0 || want != New) {
+	if err != nil || before != want && (before != 0 || want != New && want != Forgotten) {
 		t.Fatalf("Lookup = %v, %v before Accept, which is to say %v", before, err, want)
 	}
 	if got, err := s.Accept(j); err != nil || got != want {
@@ -540,17 +540,11 @@ func TestOpenRefuses(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	at := len(magic)
-	binary.BigEndian.PutUint32(b[at:], version+1)
-	if err := os.WriteFile(name, b, 0o600); err != nil {
-		t.Fatal(err)
+	for _, at := range []int{0, headCopy} {
+		at += len(magic)
+		binary.BigEndian.PutUint32(b[at:], version+1)
+		binary.BigEndian.PutUint32(b[at+4:], crc32.Checksum(b[at-len(magic):at+4], castagnoli))
 	}
-	_, err = Open(path, Bounds{}, now)
-	t.Logf("a flipped version: expected: %v; got: %v", ErrCorrupt, err)
-	if !errors.Is(err, ErrCorrupt) {
-		t.Errorf("a flipped version: %v, want ErrCorrupt", err)
-	}
-	binary.BigEndian.PutUint32(b[at+4:], crc32.Checksum(b[:at+4], castagnoli))
 	if err := os.WriteFile(name, b, 0o600); err != nil {
 		t.Fatal(err)
 	}

@@ -434,6 +434,8 @@ func (w *Worker) writeDown(k *job) *refusal {
 			w.die(err)
 		}
 		return &refusal{wire.CodeStorage, "this node cannot store the job"}
+	case known == state.Forgotten:
+		return &forgotten
 	case known != state.New:
 		return &seen
 	}
@@ -443,6 +445,10 @@ func (w *Worker) writeDown(k *job) *refusal {
 // seen refuses a job that is settled. Not as a duplicate, which would say that
 // its result may still come from here; if it may, answerKnown sends it instead.
 var seen = refusal{wire.CodeInternal, "this node has signed its receipt for the job already, and signs one only"}
+
+// forgotten refuses a job that may have been answered: the disk has lost what is known of
+// those of its time.
+var forgotten = refusal{wire.CodeInternal, "this node's disk has lost what it knew of jobs of that time, and it answers none twice"}
 
 // answerKnown sends the result of a job again, if there is one: then the network
 // has lost sight of it. Otherwise it refuses the job.

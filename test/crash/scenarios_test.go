@@ -69,6 +69,29 @@ func replaceStore(ctx context.Context, w *world) error {
 	return nil
 }
 
+// damageStore takes some bytes of a request out of the middle of the node's store.
+func damageStore(ctx context.Context, w *world) error {
+	if _, err := w.load.Ask(ctx, ask); err != nil {
+		return err
+	}
+	if err := w.node.UserCtl(ctx, "stop", w.node.Agent); err != nil {
+		return err
+	}
+	out, err := w.node.Output(ctx, "sh", "-ec", `cd "$0"/agent/networks/*/jobs
+		for f in *.log; do
+			at=$(grep -abo '"messages"' $f | head -n1 | cut -d: -f1)
+			[ -z "$at" ] || { printf damaged. | dd of=$f bs=1 seek=$at conv=notrunc; exit; }
+		done; echo no request is there; exit 1`, w.node.State)
+	if err != nil {
+		return fmt.Errorf("%w: %s", err, out)
+	}
+	if err := w.node.UserCtl(ctx, "start", "--no-block", w.node.Agent); err != nil {
+		return err
+	}
+	w.untilJobs(ctx)
+	return nil
+}
+
 func restartAgent(ctx context.Context, w *world) error {
 	if err := w.node.UserCtl(ctx, "restart", "--no-block", w.node.Agent); err != nil {
 		return err

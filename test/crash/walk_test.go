@@ -28,6 +28,7 @@ var scenarios = []struct {
 	{`identity\.|signer\.counters|session\.register|state\.(registration|dir)`, freshNode},
 	{`state\.spare`, freshLog},
 	{`state\.restore`, replaceStore},
+	{`state\.salvage`, damageStore},
 	{`session\.bind`, bind},
 	{`state\.(segment|clean|retire)`, largeJobs},
 	{`signer\.count\.|state\.(close|open)|session\.frame\.\w+ \*wire\.(Hello|Bye|Sandbox)$`, restartAgent},

@@ -13,6 +13,7 @@ var bare = map[string]string{
 	"model.Store.sync":                        "likewise",
 	"state.directory.rename":                  "likewise",
 	"state.directory.sync":                    "likewise",
+	"state.writeAside":                        "what it writes is evidence; the next start that finds the damage writes it again",
 	"state.makeFile":                          "a file without a name that counts; its callers give it one",
 	"network/nodes.session.writeFrame":        "say, which calls it, knows the message",
 	"network/nodes.session.write":             "pings, on which nothing rests",
