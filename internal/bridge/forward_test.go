@@ -93,21 +93,21 @@ func newSpanTo(t testing.TB, upstream net.Listener, e *testEngine, change func(*
 		os.RemoveAll(dir)
 		noneLeft(t)
 	})
-	return &span{forwarder: f, engine: e, path: path, client: &http.Client{Transport: transport, Timeout: time.Minute}}
+	return &span{forwarder: f, engine: e, path: path, client: &http.Client{Transport: transport, Timeout: patience}}
 }
 
 // noneLeft fails the test when goroutines of this package are left, other than
 // tests.
 func noneLeft(t testing.TB) {
 	t.Helper()
-	if left := straysAfter(10 * time.Second); left != "" {
+	if left := straysAfter(patience); left != "" {
 		t.Fatalf("goroutines left:\n%s", left)
 	}
 }
 
 // straysAfter gives goroutines that are on their way out the time to end.
-func straysAfter(patience time.Duration) string {
-	for deadline := time.Now().Add(patience); ; runtime.Gosched() {
+func straysAfter(d time.Duration) string {
+	for deadline := time.Now().Add(d); ; runtime.Gosched() {
 		left := strays()
 		if left == "" || time.Now().After(deadline) {
 			return left
@@ -178,7 +178,7 @@ func (s *span) status(t testing.TB) contract.Status {
 // until asks for the status until it is as wanted.
 func (s *span) until(t testing.TB, what string, ok func(contract.Status) bool) contract.Status {
 	t.Helper()
-	for deadline := time.Now().Add(10 * time.Second); ; {
+	for deadline := time.Now().Add(patience); ; {
 		st := s.status(t)
 		if ok(st) {
 			return st

@@ -41,6 +41,9 @@ const (
 	asHostile = "hostile" // an engine
 )
 
+// patience is for what must come. A busy kernel is slow to make namespaces.
+const patience = 2 * time.Minute
+
 // codeLeak is the exit code of a bridge that left goroutines behind.
 const codeLeak = 99
 
@@ -55,7 +58,7 @@ func TestMain(m *testing.M) {
 			code := Main(os.Args[2:], os.Stderr)
 			// The bridge ends at once when its engine does; a handler that is on its
 			// way out is no leak, one that stays is.
-			if left := straysAfter(10 * time.Second); left != "" {
+			if left := straysAfter(patience); left != "" {
 				fmt.Fprintf(os.Stderr, "goroutines left:\n%s\n", left)
 				code = codeLeak
 			}
@@ -174,7 +177,7 @@ func startIn(t testing.TB, dir, program string, args []string, flaws ...sealtest
 		return new(net.Dialer).DialContext(ctx, "unix", n.socket())
 	}}
 	t.Cleanup(transport.CloseIdleConnections)
-	n.client = &http.Client{Transport: transport, Timeout: time.Minute}
+	n.client = &http.Client{Transport: transport, Timeout: patience}
 	return n
 }
 
@@ -184,7 +187,7 @@ func (n *node) socket() string { return filepath.Join(n.box.Dir, "run", "engine.
 // pipe and can be behind the messages to systemd.
 func (n *node) logUntil(what string) string {
 	n.t.Helper()
-	for deadline := time.Now().Add(20 * time.Second); ; runtime.Gosched() {
+	for deadline := time.Now().Add(patience); ; runtime.Gosched() {
 		log := n.log()
 		if strings.Contains(log, what) {
 			return log
@@ -199,7 +202,7 @@ func (n *node) logUntil(what string) string {
 // before it.
 func (n *node) hear(what string) (message string, before []string) {
 	n.t.Helper()
-	timeout := time.After(2 * time.Minute) // a busy kernel is slow to make namespaces
+	timeout := time.After(patience)
 	for {
 		select {
 		case m, ok := <-n.told:
@@ -225,7 +228,7 @@ func lastLine(text string) string {
 // end waits for the bridge to end, which must be with a code.
 func (n *node) end(want int) {
 	n.t.Helper()
-	giveUp := time.AfterFunc(time.Minute, func() { n.box.Signal(syscall.SIGKILL) })
+	giveUp := time.AfterFunc(patience, func() { n.box.Signal(syscall.SIGKILL) })
 	defer giveUp.Stop()
 	if code := n.box.Wait(); code != want {
 		n.t.Fatalf("ended with %d, want %d; log:\n%s", code, want, n.log())
@@ -385,7 +388,7 @@ func TestBridgeLooksAgain(t *testing.T) {
 		t.Fatal(err)
 	}
 	t.Cleanup(func() { _ = foreign.Wait() }) // it was killed
-	for deadline := time.Now().Add(20 * time.Second); ; runtime.Gosched() {
+	for deadline := time.Now().Add(patience); ; runtime.Gosched() {
 		if pids, err := sealtest.Children(foreign.Process.Pid); err == nil && len(pids) == 1 {
 			break
 		}
@@ -412,7 +415,7 @@ func TestBridgeReapsOrphans(t *testing.T) {
 	if got := strings.Fields(n.ask("orphans 5")); len(got) != 10 {
 		t.Fatalf("orphans: %q", got) // five ids, each with its error
 	}
-	for deadline := time.Now().Add(20 * time.Second); ; runtime.Gosched() {
+	for deadline := time.Now().Add(patience); ; runtime.Gosched() {
 		pids, err := sealtest.Children(n.box.PID)
 		if err == nil && len(pids) == 1 {
 			break
@@ -576,7 +579,7 @@ func wantSilence(n *node, why string, revive func()) {
 		n.t.Errorf("says %q, want %q in it", hung, why)
 	}
 	var st contract.Status
-	for deadline := time.Now().Add(20 * time.Second); st.Withheld < 5; {
+	for deadline := time.Now().Add(patience); st.Withheld < 5; {
 		n.get(contract.StatusPath, &st)
 		if time.Now().After(deadline) {
 			n.t.Fatalf("status %+v", st)
@@ -684,7 +687,7 @@ func TestStopWaitsForRequests(t *testing.T) {
 // inFlight waits until that many requests are with the engine.
 func (n *node) inFlight(want int) {
 	n.t.Helper()
-	for deadline := time.Now().Add(20 * time.Second); ; {
+	for deadline := time.Now().Add(patience); ; {
 		var st contract.Status
 		n.get(contract.StatusPath, &st)
 		if st.InFlight == want {
@@ -699,7 +702,7 @@ func (n *node) inFlight(want int) {
 // refused waits until there is no new connection any more.
 func (n *node) refused() {
 	n.t.Helper()
-	for deadline := time.Now().Add(20 * time.Second); ; {
+	for deadline := time.Now().Add(patience); ; {
 		c, err := net.Dial("unix", n.socket())
 		if err != nil {
 			return
