@@ -62,7 +62,7 @@ func TestMain(m *testing.M) {
 
 func strays() string {
 	var left []string
-	for range 500 { // what is ending may take a moment
+	for range 6000 { // what is ending may take a moment, on a busy machine a minute
 		buf := make([]byte, 4<<20)
 		left = nil
 		for i, g := range strings.Split(string(buf[:gort.Stack(buf, true)]), "\n\n") {
@@ -77,6 +77,9 @@ func strays() string {
 	}
 	return strings.Join(left, "\n\n")
 }
+
+// patience is for what must come, also on a busy machine.
+const patience = 2 * time.Minute
 
 // logbook keeps what was logged.
 type logbook struct {
@@ -427,7 +430,7 @@ func TestRun(t *testing.T) {
 		t.Helper()
 		buf := make([]byte, 4096)
 		for {
-			if err := conn.SetReadDeadline(time.Now().Add(20 * time.Second)); err != nil {
+			if err := conn.SetReadDeadline(time.Now().Add(patience)); err != nil {
 				t.Fatal(err)
 			}
 			k, err := conn.Read(buf)
@@ -467,7 +470,7 @@ func TestRun(t *testing.T) {
 	}
 	first, second := quiet(), quiet()
 	f.board.mu.Unlock()
-	if second > 0 {
+	if first+second > 1 {
 		t.Errorf("%d and then %d messages from an agent that hangs", first, second)
 	}
 	expect("WATCHDOG=1")
@@ -533,7 +536,7 @@ func TestRun(t *testing.T) {
 // await waits for a message that is ok.
 func await[M wire.Message](t *testing.T, f *fixture, ok func(M) bool) {
 	t.Helper()
-	late := time.After(20 * time.Second)
+	late := time.After(patience)
 	for {
 		select {
 		case m := <-f.link.sent:

@@ -59,7 +59,7 @@ func (f *fixture) batch() (*wire.LogBatch, []wire.LogRecord) {
 				f.t.Fatal(err)
 			}
 			return b, records
-		case <-time.After(20 * time.Second):
+		case <-time.After(patience):
 			f.t.Fatal("no batch comes")
 		}
 	}

@@ -316,7 +316,7 @@ func TestShutdownEndsTheAgent(t *testing.T) {
 		if err != nil {
 			t.Error(err)
 		}
-	case <-time.After(20 * time.Second):
+	case <-time.After(patience):
 		t.Fatal("it does not end")
 	}
 	if err := f.Close(); err != nil {

@@ -368,7 +368,7 @@ func TestOutputFails(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	ctx, cancel := context.WithTimeout(t.Context(), 20*time.Second)
+	ctx, cancel := context.WithTimeout(t.Context(), 2*time.Minute)
 	done := make(chan error, 1)
 	go func() { done <- control.Serve(ctx, l, &node{}) }()
 	r, w, err := os.Pipe()

@@ -48,7 +48,7 @@ func TestMain(m *testing.M) {
 func leaks() int {
 	http.DefaultTransport.(*http.Transport).CloseIdleConnections()
 	var b bytes.Buffer
-	for range 100 {
+	for range 6000 { // they may be on their way out, on a busy machine for a minute
 		b.Reset()
 		if err := pprof.Lookup("goroutine").WriteTo(&b, 2); err != nil {
 			panic(err)
@@ -58,7 +58,7 @@ func leaks() int {
 		if !strings.Contains(others, "node/internal/model.") {
 			return 0
 		}
-		time.Sleep(10 * time.Millisecond) // they may be on their way out
+		time.Sleep(10 * time.Millisecond)
 	}
 	fmt.Fprintf(os.Stderr, "leaked goroutines:\n%s", b.String())
 	return 1

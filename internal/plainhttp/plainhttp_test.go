@@ -46,7 +46,7 @@ func (p *peer) say(text string) { _, _ = io.WriteString(p, text) }
 
 // ended waits until the client has closed the connection.
 func (p *peer) ended() {
-	_ = p.SetReadDeadline(time.Now().Add(10 * time.Second))
+	_ = p.SetReadDeadline(time.Now().Add(2 * time.Minute))
 	if _, err := p.r.ReadByte(); err == nil || errors.Is(err, os.ErrDeadlineExceeded) {
 		p.t.Errorf("the connection has not ended: %v", err)
 	}
@@ -456,7 +456,7 @@ func TestIdle(t *testing.T) {
 	if kept > client.MaxIdle {
 		t.Errorf("%d connections are kept, at most %d", kept, client.MaxIdle)
 	}
-	for end := time.Now().Add(10 * time.Second); open.Load() > 0; time.Sleep(time.Millisecond) {
+	for end := time.Now().Add(2 * time.Minute); open.Load() > 0; time.Sleep(time.Millisecond) {
 		if time.Now().After(end) {
 			t.Fatalf("%d connections are kept for ever", open.Load())
 		}

@@ -32,7 +32,7 @@ import (
 // TestMain fails when a connection of a client or a server stays behind.
 func TestMain(m *testing.M) {
 	code := m.Run()
-	for end := time.Now().Add(10 * time.Second); code == 0; goruntime.Gosched() {
+	for end := time.Now().Add(time.Minute); code == 0; goruntime.Gosched() {
 		buf := make([]byte, 1<<20)
 		buf = buf[:goruntime.Stack(buf, true)]
 		if !bytes.Contains(buf, []byte("net/http.")) {
@@ -453,7 +453,7 @@ func TestAfterTheEndMark(t *testing.T) {
 					_ = write(role + chunk("a") + end)
 					more(write, r.Context().Done())
 				})
-				ctx, cancel := context.WithTimeout(t.Context(), 10*time.Second)
+				ctx, cancel := context.WithTimeout(t.Context(), 2*time.Minute)
 				defer cancel()
 				res, err := c.Run(ctx, job(t, stream), func([]byte) error { return nil })
 				if err != nil || string(res.Body) != want(t, stream, role+chunk("a")+end) {

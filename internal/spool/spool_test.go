@@ -31,7 +31,7 @@ func open(t *testing.T, dir string) *Spool {
 // until waits for what the writer does beside.
 func until(t *testing.T, s *Spool, what string, ok func(Stats) bool) {
 	t.Helper()
-	for end := time.Now().Add(20 * time.Second); !ok(s.Stats()); {
+	for end := time.Now().Add(2 * time.Minute); !ok(s.Stats()); {
 		if time.Now().After(end) {
 			t.Fatalf("waited in vain for %s: %+v", what, s.Stats())
 		}

@@ -787,7 +787,7 @@ func TestAcknowledgementsAreWrittenByThemselves(t *testing.T) {
 	ack(t, s, j.ID)
 	select {
 	case <-written:
-	case <-time.After(10 * time.Second):
+	case <-time.After(2 * time.Minute):
 		t.Fatal("nothing was written")
 	}
 	if err := s.commit(func(*batch) error { return nil }); err != nil { // behind it

@@ -604,15 +604,22 @@ func TestAttacks(t *testing.T) {
 	// Each begins at the same time of its bubble, with a copy of one network: to make
 	// one takes as long as an attack.
 	dir := filepath.Join(t.TempDir(), "first")
-	synctest.Test(t, func(t *testing.T) { networkIn(t, dir) })
+	var old []byte // the timestamp of version 1
+	synctest.Test(t, func(t *testing.T) {
+		n := networkIn(t, dir)
+		old = n.file(t, "metadata/timestamp.json")
+		n.publish(t, 2)
+	})
 	for _, a := range attacks {
 		t.Run(a.name, func(t *testing.T) {
+			t.Parallel()
 			synctest.Test(t, func(t *testing.T) {
 				mine := filepath.Join(t.TempDir(), "network")
 				if err := os.CopyFS(mine, os.DirFS(dir)); err != nil {
 					t.Fatal(err)
 				}
 				n := networkOf(mine)
+				n.old = old
 				for _, key := range n.keyFiles("root-1", "root-2", "root-3", "targets", "snapshot", "timestamp") {
 					if err := os.Chmod(key, 0o600); err != nil {
 						t.Fatal(err)
@@ -625,8 +632,6 @@ func TestAttacks(t *testing.T) {
 }
 
 func (a *attack) run(t *testing.T, n *network) {
-	n.old = n.file(t, "metadata/timestamp.json")
-	n.publish(t, 2)
 	c := n.informed(t)
 	a.do(t, n, c)
 	before := stateOf(t, c)

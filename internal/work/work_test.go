@@ -58,7 +58,7 @@ func TestMain(m *testing.M) {
 
 func leaks() int {
 	var b bytes.Buffer
-	for range 500 { // what is ending may take a moment
+	for range 6000 { // what is ending may take a moment, on a busy machine a minute
 		b.Reset()
 		_ = pprof.Lookup("goroutine").WriteTo(&b, 2)
 		if !strings.Contains(b.String(), "internal/work.(") {

@@ -73,7 +73,7 @@ func serve(t *testing.T, files *store, change func(*Server)) (*Server, string) {
 func wait(t *testing.T, what string, f func() bool) {
 	t.Helper()
 	for began := time.Now(); !f(); time.Sleep(time.Millisecond) {
-		if time.Since(began) > 30*time.Second {
+		if time.Since(began) > 2*time.Minute {
 			t.Fatalf("waited for %s", what)
 		}
 	}

@@ -146,7 +146,7 @@ func (s *server) note(line string) {
 
 func (s *server) serve(c net.Conn) {
 	defer func() { c.Close() }()
-	_ = c.SetDeadline(time.Now().Add(20 * time.Second))
+	_ = c.SetDeadline(time.Now().Add(2 * time.Minute))
 	if s.silent {
 		_, _ = io.Copy(io.Discard, c) // until the other side has enough
 		return
