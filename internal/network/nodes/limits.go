@@ -42,6 +42,11 @@ const leavesRate, leavesBurst = 100, 2 * wire.MaxPending
 // session.
 const recordsRate, recordsBurst = 0.1, 256
 
+// What nobody asked for in one session, a second.
+const strayRate, strayBurst = 20, 200
+
+func newStray() *rate.Limiter { return rate.NewLimiter(strayRate, strayBurst) }
+
 // maxKeys bounds what limiters remember; it is twice as many, to be exact.
 const maxKeys = 8192
 

@@ -101,7 +101,7 @@ func newSession(m *Manager, node evm.Address, counted uint64, agreed *wire.Sessi
 	return &session{
 		m: m, node: node, counted: counted, agreed: agreed, source: Source(from), log: m.log.With("node", node, "from", from),
 		opener:  wire.NewOpener(func(a evm.Address) bool { return a == node }, agreed, wire.ToNetwork, window),
-		stray:   rate.NewLimiter(20, 200),
+		stray:   newStray(),
 		writing: make(chan struct{}, 1),
 		known:   map[digest.Digest]struct{}{},
 		stop:    make(chan struct{}), work: make(chan struct{}, 1),
