@@ -33,6 +33,7 @@ type disk struct {
 	mu    sync.Mutex
 	fail  error
 	reads int // one more than succeed before all fail; 0 for no end
+	hangs bool
 	puts  int
 	logs  map[evm.Address][]byte
 	ended map[string][]byte
@@ -49,9 +50,13 @@ func inEra(node evm.Address, era uint64, level int, index uint64) string {
 	return fmt.Sprint(node, era, level, index)
 }
 
-func (d *disk) ReceiptLog(_ context.Context, node evm.Address) (*store.ReceiptLog, error) {
+func (d *disk) ReceiptLog(ctx context.Context, node evm.Address) (*store.ReceiptLog, error) {
 	d.mu.Lock()
 	defer d.mu.Unlock()
+	if d.hangs {
+		<-ctx.Done()
+		return nil, ctx.Err()
+	}
 	if d.reads == 1 {
 		return nil, errors.New("no answer")
 	}
@@ -476,6 +481,56 @@ func TestHostileWords(t *testing.T) {
 	if len(p.m.copies) != 0 {
 		t.Error("its copy is kept in memory")
 	}
+}
+
+// A disk that does not answer is given up in time, and what it was to store is tried
+// again.
+func TestDiskHangs(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		p := newProver(t)
+		p.join()
+		p.grow(10)
+		p.sync()
+		p.grow(10)
+		p.send(10, nil)
+		h := p.sign(nil)
+		p.disk.hangs = true
+		begun := time.Now()
+		p.beat(h)
+		took := time.Since(begun)
+		t.Logf("expected: given up after %v; got: after %v", opTimeout, took)
+		if took != opTimeout || p.last().Size != 10 {
+			t.Errorf("it took %v, want %v; %d leaves are stored", took, opTimeout, p.last().Size)
+		}
+		p.disk.hangs = false
+		p.beat(h)
+		p.mustProve(0, 19)
+		p.s.Leave()
+	})
+}
+
+// So many damaged tiles of a node wait to be mended; more are found again when they are
+// asked for.
+func TestBrokenTilesAreBounded(t *testing.T) {
+	p := newProver(t)
+	p.join()
+	c := p.s.c
+	c.mu.Lock()
+	for i := range maxBroken + 2 {
+		c.broke(&damagedTile{id: receiptlog.NodeID{Index: uint64(i)}})
+		c.broke(&damagedTile{id: receiptlog.NodeID{Index: uint64(i)}}) // once more
+		if n := len(c.broken); n != min(i+1, maxBroken) {
+			t.Fatalf("%d wait after %d", n, i+1)
+		}
+	}
+	t.Logf("%d tiles: expected: %d wait; got: %d", maxBroken+2, maxBroken, len(c.broken))
+	c.settleTile(errors.New("gone"))
+	c.broke(&damagedTile{id: receiptlog.NodeID{Index: maxBroken}})
+	if n := len(c.broken); n != maxBroken || c.broken[n-1].id.Index != maxBroken {
+		t.Errorf("%d wait once one is settled", n)
+	}
+	c.mu.Unlock()
+	p.s.Leave()
 }
 
 // Others that have filled the room for leaves keep a node only from sending many, and
@@ -1170,20 +1225,20 @@ func TestUnlogged(t *testing.T) {
 		want("its leaf", State{})
 		p.s.Result(p.all[1], job)
 		want("a result behind its leaf", State{Waiting: 1})
-		beats(3)
+		beats(patience + 1)
 		want("found in the log", State{})
 		missing := evm.Hash{9}
 		p.s.Result(missing, job)
-		beats(1)
+		beats(patience)
 		want("soon", State{Waiting: 1})
-		beats(2)
-		want("after two heartbeats", State{Waiting: 1, Overdue: 1})
+		beats(1)
+		want("after its heartbeats", State{Waiting: 1, Overdue: 1})
 		p.s.Leave()
 		want("while it is away", State{Waiting: 1, Overdue: 1})
 		p.join()
 		want("when it is back", State{Waiting: 1})
-		beats(3)
-		want("two heartbeats later", State{Waiting: 1, Overdue: 1})
+		beats(patience + 1)
+		want("as many heartbeats later", State{Waiting: 1, Overdue: 1})
 		p.add(missing)
 		p.sync()
 		want("in the end", State{})
