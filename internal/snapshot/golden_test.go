@@ -119,7 +119,7 @@ func TestValidationsAreBounded(t *testing.T) {
 		ok       bool
 	}{
 		{10, 1, 1, true}, {10, 1, 2, false}, {10, 64, 3600, false}, {0, 36, 60, true}, {0, 37, 60, false},
-		{7 * day, 60, 60, true}, {7 * day, 1, 3600, true}, {7 * day, 2, 1801, false}, {36_000, 64, 56, true}, {600, 64, 1, false},
+		{7 * day, 60, maxValidation / 60, true}, {7 * day, 1, maxValidation, true}, {7 * day, 2, maxValidation/2 + 1, false}, {36_000, 64, 56, true}, {600, 64, 1, false},
 	} {
 		v := Validation{Interval: c.interval}
 		for i := range c.n {

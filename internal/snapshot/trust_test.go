@@ -3,6 +3,7 @@ package snapshot
 import (
 	"encoding/json"
 	"errors"
+	"slices"
 	"strings"
 	"testing"
 
@@ -59,6 +60,18 @@ func TestKeyless(t *testing.T) {
 		}
 		return string(raw)
 	}
+	// many returns the root with n of an entry.
+	many := func(field string, n int) string {
+		var doc map[string]any
+		if err := json.Unmarshal([]byte(text), &doc); err != nil {
+			t.Fatal(err)
+		}
+		entry := any(map[string]any{})
+		if l, _ := doc[field].([]any); len(l) > 0 {
+			entry = l[0]
+		}
+		return change(slices.Repeat([]any{entry}, n), field)
+	}
 	const email, issuer = "release@example.net", "https://accounts.example.net"
 	const ed25519 = "MCowBQYDK2VwAyEAGb9ECWmEzf6FQbrBZ9w7lshQhqowtrbLDFw4rXAxZuE="
 	for _, c := range []struct {
@@ -73,11 +86,18 @@ func TestKeyless(t *testing.T) {
 		{"a URI", Keyless{"https://example.net/w.yml@refs/heads/main", issuer, text}, "email is a URI", true},
 		{"no issuer", Keyless{email, "", text}, "issuer", false},
 		{"an issuer without TLS", Keyless{email, "http://accounts.example.net", text}, "issuer", false},
-		{"a long issuer", Keyless{email, issuer + "/" + strings.Repeat("a", 512), text}, "issuer", false},
+		{"the longest issuer", Keyless{email, issuer + strings.Repeat("/", maxIssuer-len(issuer)), text}, "", false},
+		{"a longer issuer", Keyless{email, issuer + strings.Repeat("/", maxIssuer+1-len(issuer)), text}, "bytes of issuer", false},
 		{"no root", Keyless{email, issuer, ""}, "trusted_root: want the text of", false},
 		{"half a root", Keyless{email, issuer, text[:len(text)/2]}, "trusted_root: want the text of", false},
 		{"a root with more fields", Keyless{email, issuer, change(1, "more")}, "trusted_root: want the text of", false},
-		{"a large root", Keyless{email, issuer, text + strings.Repeat(" ", 64<<10)}, "bytes, want at most 65536", false},
+		{"the largest root", Keyless{email, issuer, text + strings.Repeat(" ", maxTrustedRoot-len(text))}, "", false},
+		{"a larger root", Keyless{email, issuer, text + strings.Repeat(" ", maxTrustedRoot+1-len(text))}, "bytes, want at most 65536", false},
+		{"all authorities", Keyless{email, issuer, many("certificateAuthorities", maxAuthorities)}, "", false},
+		{"too many authorities", Keyless{email, issuer, many("certificateAuthorities", maxAuthorities+1)}, "number of certificateAuthorities", false},
+		{"too many logs", Keyless{email, issuer, many("tlogs", maxAuthorities+1)}, "number of tlogs", false},
+		{"too many logs of certificates", Keyless{email, issuer, many("ctlogs", maxAuthorities+1)}, "number of ctlogs", false},
+		{"too many timestamp authorities", Keyless{email, issuer, many("timestampAuthorities", maxAuthorities+1)}, "number of timestampAuthorities", false},
 		{"no authority", Keyless{email, issuer, change([]any{}, "certificateAuthorities")}, "number of certificateAuthorities", false},
 		{"an authority without certificates", Keyless{email, issuer, change([]any{}, "certificateAuthorities", 0, "certChain", "certificates")}, "number of certificates", false},
 		{"no certificate", Keyless{email, issuer, change("AAAA", "certificateAuthorities", 0, "certChain", "certificates", 0, "rawBytes")}, "certificateAuthorities[0]", false},
