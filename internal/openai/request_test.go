@@ -97,6 +97,25 @@ func TestParseRefuses(t *testing.T) {
 	schema := func(s string) string {
 		return with(`"response_format":{"type":"json_schema","json_schema":{"name":"n","schema":` + s + `}}`)
 	}
+	pattern := func(n int) string { return `{"pattern":"` + strings.Repeat("a", n-2) + `"}` } // with its quotes
+	sized := func(n int) string {
+		empty := `{"name":"n","schema":{"a":""}}`
+		return schema(`{"a":"` + strings.Repeat("a", n-len(empty)) + `"}`)
+	}
+	for _, body := range []string{
+		strings.Replace(with(`"n":1`), `"m"`, `"`+strings.Repeat("m", maxName)+`"`, 1),
+		with(`"stop":[` + entries(maxStops, `"%d"`) + `]`),
+		with(`"stop":"` + strings.Repeat("x", maxStop) + `"`),
+		with(`"logit_bias":{` + entries(maxBiases, `"%d":1`) + `}`),
+		with(`"metadata":{` + entries(maxMetadata, `"%d":"x"`) + `}`),
+		schema(fmt.Sprintf(`{"items":[{"maxLength":%d}]}`, maxRepeat)),
+		schema(pattern(maxName)),
+		sized(maxSchema),
+	} {
+		if _, err := Parse(wire.KindChat, []byte(body), limits); err != nil {
+			t.Errorf("%.100s: at the bound: %v", body, err)
+		}
+	}
 	for _, tt := range []struct{ code, param, body string }{
 		{"invalid_json", "", ``},
 		{"invalid_json", "", `{"model":"m"`},
@@ -117,7 +136,7 @@ func TestParseRefuses(t *testing.T) {
 		{"missing_required_parameter", "model", `{"model":null,` + hi + `}`},
 		{"invalid_type", "model", `{"model":1,` + hi + `}`},
 		{"invalid_value", "model", `{"model":"",` + hi + `}`},
-		{"invalid_value", "model", `{"model":"` + strings.Repeat("m", 257) + `",` + hi + `}`},
+		{"invalid_value", "model", `{"model":"` + strings.Repeat("m", maxName+1) + `",` + hi + `}`},
 		{"invalid_type", "stream", with(`"stream":1`)},
 		{"invalid_type", "stream_options", with(`"stream":true,"stream_options":[]`)},
 		{"invalid_value", "stream_options", with(`"stream_options":{}`)},
@@ -146,7 +165,7 @@ func TestParseRefuses(t *testing.T) {
 		{"invalid_type", "stop", with(`"stop":[1]`)},
 		{"invalid_value", "stop", with(`"stop":""`)},
 		{"invalid_value", "stop", with(`"stop":["` + strings.Repeat("x", maxStop+1) + `"]`)},
-		{"array_above_max_length", "stop", with(`"stop":["a","b","c","d","e"]`)},
+		{"array_above_max_length", "stop", with(`"stop":[` + entries(maxStops+1, `"%d"`) + `]`)},
 		{"invalid_type", "logit_bias", with(`"logit_bias":[]`)},
 		{"invalid_value", "logit_bias", with(`"logit_bias":{"x":1}`)},
 		{"invalid_value", "logit_bias", with(`"logit_bias":{"-1":1}`)},
@@ -154,7 +173,7 @@ func TestParseRefuses(t *testing.T) {
 		{"invalid_value", "logit_bias", with(`"logit_bias":{"1":"1"}`)},
 		{"invalid_value", "logit_bias", with(`"logit_bias":{` + entries(maxBiases+1, `"%d":1`) + `}`)},
 		{"invalid_type", "user", with(`"user":1`)},
-		{"invalid_value", "user", with(`"user":"` + strings.Repeat("u", 257) + `"`)},
+		{"invalid_value", "user", with(`"user":"` + strings.Repeat("u", maxName+1) + `"`)},
 		{"invalid_type", "metadata", with(`"metadata":[]`)},
 		{"invalid_type", "metadata", with(`"metadata":{"a":1}`)},
 		{"invalid_value", "metadata", with(`"metadata":{` + entries(maxMetadata+1, `"%d":"x"`) + `}`)},
@@ -184,12 +203,12 @@ func TestParseRefuses(t *testing.T) {
 		{"invalid_type", "response_format.json_schema.strict", with(`"response_format":{"type":"json_schema","json_schema":{"name":"n","schema":{},"strict":1}}`)},
 		{"invalid_type", "response_format.json_schema.description", with(`"response_format":{"type":"json_schema","json_schema":{"name":"n","schema":{},"description":1}}`)},
 		{"invalid_type", "response_format.json_schema.schema", schema(`true`)},
-		{"invalid_value", "response_format.json_schema.schema", schema(`{"items":[{"maxLength":1001}]}`)},
+		{"invalid_value", "response_format.json_schema.schema", schema(fmt.Sprintf(`{"items":[{"maxLength":%d}]}`, maxRepeat+1))},
 		{"invalid_value", "response_format.json_schema.schema", schema(`{"properties":{"a":{"minItems":1e9}}}`)},
 		{"invalid_value", "response_format.json_schema.schema", schema(`{"pattern":"a{1000}"}`)},
-		{"invalid_value", "response_format.json_schema.schema", schema(`{"pattern":"` + strings.Repeat("a", 257) + `"}`)},
+		{"invalid_value", "response_format.json_schema.schema", schema(pattern(maxName + 1))},
 		{"invalid_value", "response_format.json_schema.schema", schema(`{"$ref":"https://example.com/x"}`)},
-		{"invalid_value", "response_format.json_schema", schema(`{"a":"` + strings.Repeat("a", 65<<10) + `"}`)},
+		{"invalid_value", "response_format.json_schema", sized(maxSchema + 1)},
 		{"missing_required_parameter", "messages", `{"model":"m"}`},
 		{"missing_required_parameter", "messages", `{"model":"m","messages":null}`},
 		{"invalid_type", "messages", `{"model":"m","messages":"hi"}`},
