@@ -111,6 +111,10 @@ func TestCheck(t *testing.T) {
 		"safetensors without JSON":                     {[]File{file("m.safetensors", safe("[1]", 0))}, ErrMagic},
 		"safetensors with two objects":                 {[]File{file("m.safetensors", safe("{}{}", 0))}, ErrHeader},
 		"safetensors with a tensor twice":              {[]File{file("m.safetensors", safe(`{"a":{"dtype":"U8","shape":[1],"data_offsets":[0,1]},"a":{"dtype":"U8","shape":[1],"data_offsets":[0,1]}}`, 1))}, ErrHeader},
+		"safetensors with metadata that are no texts":  {[]File{file("m.safetensors", safe(`{"__metadata__":{"a":1}}`, 0))}, ErrHeader},
+		"safetensors with metadata that are a list":    {[]File{file("m.safetensors", safe(`{"__metadata__":["a"]}`, 0))}, ErrHeader},
+		"safetensors with metadata in metadata":        {[]File{file("m.safetensors", safe(`{"__metadata__":{"a":{}}}`, 0))}, ErrHeader},
+		"safetensors with metadata that are null":      {[]File{file("m.safetensors", safe(`{"__metadata__":null}`, 0))}, ErrHeader},
 		"safetensors with a hole":                      {[]File{file("m.safetensors", safe(`{"a":{"dtype":"U8","shape":[1],"data_offsets":[1,2]}}`, 2))}, ErrTensors},
 		"safetensors with something behind":            {[]File{file("m.safetensors", safe(twoTensors, 23))}, ErrTensors},
 		"safetensors cut":                              {[]File{file("m.safetensors", safe(twoTensors, 21))}, ErrTensors},
@@ -140,6 +144,61 @@ func TestCheck(t *testing.T) {
 			t.Logf("expected: %v; got: %v", c.want, err)
 			if !errors.Is(err, c.want) {
 				t.Errorf("error %v, want %v", err, c.want)
+			}
+		})
+	}
+}
+
+// Each bound is held before anything is read or kept for what is beyond it: most of
+// these files end right behind the number.
+func TestBounds(t *testing.T) {
+	gguf := func(parts ...any) File { return file("m.gguf", build(append([]any{magic, 3}, parts...)...)) }
+	key := func(parts ...any) File { return gguf(append([]any{u(0), u(1)}, parts...)...) }
+	sized := func(path string, n int) File { return File{path, int64(n), bytes.NewReader(nil)} }
+	nested := func(n int) File {
+		return file("config.json", []byte(strings.Repeat("[", n)+strings.Repeat("]", n)))
+	}
+	lists := func(n int) File {
+		parts := []any{"k"}
+		for range n {
+			parts = append(parts, 9) // a list of one
+			if len(parts) > 2 {
+				parts = append(parts, u(1))
+			}
+		}
+		return key(append(parts, 0, u(0))...)
+	}
+	for name, c := range map[string]struct {
+		bound int
+		want  string // beyond it
+		file  func(n int) File
+	}{
+		"JSON":                  {maxJSON, "bytes of JSON", func(n int) File { return sized("config.json", n) }},
+		"index":                 {maxIndex, "an index of", func(n int) File { return sized("model.safetensors.index.json", n) }},
+		"nested JSON":           {maxDepth + 1, "JSON deeper than", nested},
+		"GGUF values":           {maxPairs, "0 tensors and", func(n int) File { return gguf(u(0), u(uint64(n))) }},
+		"GGUF tensors":          {maxTensors, "tensors and 0 values", func(n int) File { return gguf(u(uint64(n)), u(0)) }},
+		"GGUF key":              {maxKey, "a name of", func(n int) File { return key(u(uint64(n))) }},
+		"GGUF name of a tensor": {maxName, "a name of", func(n int) File { return gguf(u(1), u(0), u(uint64(n))) }},
+		"GGUF text":             {maxString, "a text of", func(n int) File { return key("k", 8, u(uint64(n))) }},
+		"GGUF list":             {maxArray, "a list of", func(n int) File { return key("k", 9, 10, u(uint64(n))) }},
+		"GGUF nested lists":     {maxNested, "or too deep", lists},
+		"GGUF dimensions":       {maxDims, "dimensions", func(n int) File { return gguf(u(1), u(0), "t", n) }},
+		"safetensors header": {maxSafetensorsHeader, "a header of", func(n int) File {
+			return File{"m.safetensors", 1 << 40, bytes.NewReader(build(u(uint64(n))))}
+		}},
+		"safetensors shape": {maxShape, "a shape of", func(n int) File {
+			return file("m.safetensors", safe(`{"a":{"dtype":"U8","shape":[1`+strings.Repeat(",1", n-1)+`],"data_offsets":[0,1]}}`, 1))
+		}},
+	} {
+		t.Run(name, func(t *testing.T) {
+			if err := Check([]File{c.file(c.bound)}); err != nil && strings.Contains(err.Error(), c.want) {
+				t.Errorf("%d: %v", c.bound, err)
+			}
+			err := Check([]File{c.file(c.bound + 1)})
+			t.Logf("expected: %v: … %s; got: %v", ErrHeader, c.want, err)
+			if !errors.Is(err, ErrHeader) || !strings.Contains(err.Error(), c.want) {
+				t.Errorf("%d: %v", c.bound+1, err)
 			}
 		})
 	}

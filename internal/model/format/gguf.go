@@ -15,8 +15,9 @@ import (
 // of some 100,000 words.
 const (
 	maxPairs   = 1 << 16
-	maxKey     = 1 << 10 // all of them are kept
+	maxKey     = 1 << 10 // bytes; all of them are kept
 	maxTensors = 1 << 20
+	maxName    = 1 << 12 // bytes, of a tensor's
 	maxString  = 16 << 20
 	maxArray   = 1 << 26
 	maxNested  = 4
@@ -181,7 +182,7 @@ func checkGGUF(f File) error {
 	type extent struct{ begin, size uint64 }
 	var all []extent
 	for ; tensors > 0 && g.err == nil; tensors-- {
-		g.text(1 << 12)
+		g.text(maxName)
 		dims := g.u32()
 		if dims > maxDims {
 			g.fail(ErrHeader, "a tensor of %d dimensions", dims)

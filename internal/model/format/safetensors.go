@@ -1,16 +1,23 @@
 package format
 
 import (
+	"bytes"
 	"cmp"
 	"encoding/binary"
 	"encoding/json"
+	"errors"
 	"fmt"
 	"io"
 	"math/bits"
 	"slices"
 )
 
-const maxSafetensorsHeader = 100 << 20 // bytes; the format's own bound
+// Bounds of a safetensors header. Of each tensor a name and two numbers are kept, which
+// is less than the header has of it.
+const (
+	maxSafetensorsHeader = 100 << 20 // bytes; the format's own bound
+	maxShape             = 64        // dimensions; no library has more
+)
 
 // bitsOf are the sizes of the types of tensors.
 var bitsOf = map[string]uint64{
@@ -20,8 +27,18 @@ var bitsOf = map[string]uint64{
 
 type tensor struct {
 	Type    string    `json:"dtype"`
-	Shape   []uint64  `json:"shape"`
+	Shape   shape     `json:"shape"`
 	Offsets [2]uint64 `json:"data_offsets"`
+}
+
+type shape []uint64
+
+// UnmarshalJSON counts before anything is kept: a number of two bytes takes eight.
+func (s *shape) UnmarshalJSON(b []byte) error {
+	if n := bytes.Count(b, []byte(",")) + 1; n > maxShape {
+		return fmt.Errorf("a shape of %d dimensions, at most %d", n, maxShape)
+	}
+	return json.Unmarshal(b, (*[]uint64)(s))
 }
 
 // checkSafetensors checks that the tensors fill the file, from the end of the header
@@ -55,8 +72,7 @@ func checkSafetensors(f File) error {
 		}
 		seen[name] = true
 		if name == "__metadata__" {
-			var m map[string]string
-			if err := dec.Decode(&m); err != nil {
+			if err := skipMetadata(dec); err != nil {
 				return fmt.Errorf("%w: metadata: %w", ErrHeader, err)
 			}
 			continue
@@ -86,6 +102,23 @@ func checkSafetensors(f File) error {
 	}
 	if data := uint64(f.Size-8) - n; end != data {
 		return fmt.Errorf("%w: they end at %d, and there are %d bytes of them", ErrTensors, end, data)
+	}
+	return nil
+}
+
+// skipMetadata reads an object of texts, of which nothing is kept.
+func skipMetadata(dec *json.Decoder) error {
+	if t, err := dec.Token(); err != nil || t != json.Delim('{') {
+		return cmp.Or(err, errors.New("it is no object"))
+	}
+	for text := true; text; {
+		t, err := dec.Token() // a name and its value in turn, or the closing bracket
+		if err != nil {
+			return err
+		}
+		if _, text = t.(string); !text && t != json.Delim('}') {
+			return errors.New("it has something else than texts")
+		}
 	}
 	return nil
 }
