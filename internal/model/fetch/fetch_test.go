@@ -469,3 +469,33 @@ func TestDeliveredChunkIsNotTakenOver(t *testing.T) {
 		t.Errorf("a chunk that is here was given away; %d are left", r.left)
 	}
 }
+
+// TestSpanIsBounded: however much is missing, one request asks for no more, so that a
+// source that is slow holds no more back.
+func TestSpanIsBounded(t *testing.T) {
+	for missing, want := range map[int]int{2 * connections * (maxSpan - 1): maxSpan - 1, 2 * connections * maxSpan: maxSpan, 20 * connections * maxSpan: maxSpan} {
+		w := &worker{src: &source{ranges: true}, kept: -1}
+		r := &run{owner: make([]*worker, missing), left: missing, workers: []*worker{w}}
+		if !r.claim(w) || w.to-w.at != want {
+			t.Errorf("of %d chunks one request has %d, want %d", missing, w.to-w.at, want)
+		}
+	}
+}
+
+// TestRedirectsAreBounded: a source may send us on so often, and not once more.
+func TestRedirectsAreBounded(t *testing.T) {
+	b := modeltest.Content(100)
+	for _, n := range []int{maxRedirects, maxRedirects + 1} {
+		srv := modeltest.Serve(t, func(w http.ResponseWriter, r *http.Request) {
+			if left, err := strconv.Atoi(r.URL.Path[1:]); err == nil && left > 0 {
+				http.Redirect(w, r, fmt.Sprint("/", left-1), http.StatusFound)
+				return
+			}
+			(&modeltest.Good{B: b}).ServeHTTP(w, r)
+		})
+		_, err := fetch(t.Context(), open(modeltest.Transport(srv)), b, nil, fmt.Sprint(srv.URL, "/", n))
+		if want := map[bool]error{true: ErrRedirects}[n > maxRedirects]; !errors.Is(err, want) {
+			t.Errorf("%d times: %v, want %v", n, err, want)
+		}
+	}
+}

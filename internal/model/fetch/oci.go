@@ -63,6 +63,9 @@ func (x *Fetcher) inArtifact(ctx context.Context, ref string, f *File) (string, 
 	if err != nil {
 		return "", nil, err
 	}
+	if len(raw) > maxManifest {
+		return "", nil, permanentError{fmt.Errorf("%w: its manifest has more than %d bytes", ErrArtifact, maxManifest)}
+	}
 	if err := d.Digest().Check(raw); err != nil {
 		return "", nil, permanentError{fmt.Errorf("%w: its manifest: %w", ErrArtifact, err)}
 	}

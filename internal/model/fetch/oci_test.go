@@ -120,6 +120,24 @@ func TestArtifacts(t *testing.T) {
 			t.Errorf("error %v", err)
 		}
 	})
+	for _, more := range []int{0, 1} {
+		t.Run(fmt.Sprintf("the largest manifest and %d", more), func(t *testing.T) {
+			manifest := fmt.Appendf(nil, `{"layers":[{"digest":%q,"size":%d}]}`, digest.Of(b), len(b))
+			manifest = append(manifest, bytes.Repeat([]byte(" "), maxManifest+more-len(manifest))...)
+			srv := modeltest.Serve(t, func(w http.ResponseWriter, r *http.Request) {
+				if strings.Contains(r.URL.Path, "/manifests/") {
+					_, _ = w.Write(manifest)
+					return
+				}
+				(&modeltest.Good{B: b}).ServeHTTP(w, r)
+			})
+			source := "oci://" + strings.TrimPrefix(srv.URL, "https://") + "/x@" + digest.Of(manifest).String()
+			_, err := fetch(t.Context(), open(modeltest.Transport(srv)), b, nil, source)
+			if more == 0 && err != nil || more > 0 && (!errors.Is(err, ErrArtifact) || !strings.Contains(err.Error(), "its manifest has more than")) {
+				t.Errorf("error %v", err)
+			}
+		})
+	}
 	t.Run("blob is another one", func(t *testing.T) {
 		manifest := fmt.Appendf(nil, `{"layers":[{"digest":%q,"size":%d}]}`, digest.Of(b), len(b))
 		liar := modeltest.Serve(t, func(w http.ResponseWriter, r *http.Request) {

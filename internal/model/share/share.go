@@ -134,11 +134,7 @@ func (s *Server) Run(ctx context.Context, address string) error {
 func (s *Server) serve(ctx context.Context, l net.Listener) error {
 	ctx, stop := context.WithCancel(ctx)
 	defer stop()
-	srv := &http.Server{
-		Handler: s, BaseContext: func(net.Listener) context.Context { return ctx },
-		ReadHeaderTimeout: min(headPatience, s.patience), ReadTimeout: min(headPatience, s.patience), WriteTimeout: s.patience, IdleTimeout: idlePatience, MaxHeaderBytes: maxHead,
-		ErrorLog: log.New(io.Discard, "", 0), // what strangers send is not for the log
-	}
+	srv := s.server(ctx)
 	defer context.AfterFunc(ctx, func() { _ = srv.Close() })() // who was being answered asks elsewhere
 	err := srv.Serve(&bounded{l, s})
 	stop()
@@ -146,6 +142,15 @@ func (s *Server) serve(ctx context.Context, l net.Listener) error {
 		return nil
 	}
 	return err
+}
+
+// server is patient for so long, and lets go of everybody when ctx ends.
+func (s *Server) server(ctx context.Context) *http.Server {
+	return &http.Server{
+		Handler: s, BaseContext: func(net.Listener) context.Context { return ctx },
+		ReadHeaderTimeout: min(headPatience, s.patience), ReadTimeout: min(headPatience, s.patience), WriteTimeout: s.patience, IdleTimeout: idlePatience, MaxHeaderBytes: maxHead,
+		ErrorLog: log.New(io.Discard, "", 0), // what strangers send is not for the log
+	}
 }
 
 // bounded takes the connections that there is room for.

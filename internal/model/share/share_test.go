@@ -15,6 +15,7 @@ import (
 	"strings"
 	"sync"
 	"testing"
+	"testing/synctest"
 	"time"
 
 	"github.com/resultity/node/internal/chunk"
@@ -22,6 +23,7 @@ import (
 	"github.com/resultity/node/internal/journal"
 	"github.com/resultity/node/internal/model/fetch"
 	"github.com/resultity/node/internal/model/modeltest"
+	"github.com/resultity/node/test/pipes"
 )
 
 // store has files by their digests, of which some are listed.
@@ -177,6 +179,9 @@ func TestRefused(t *testing.T) {
 	if line := ask(t, address, get("/models/"+hex)); line != "HTTP/1.1 200 OK" {
 		t.Fatal(line)
 	}
+	if line := ask(t, address, "GET /models/"+hex+" HTTP/1.1\r\nHost: h\r\nX: "+strings.Repeat("x", maxHead)+"\r\n\r\n"); line != "HTTP/1.1 200 OK" {
+		t.Fatalf("a head of what is allowed: %s", line)
+	}
 	for _, c := range []struct{ request, want string }{
 		{get("/models/" + digest.Of(secret).Hex()), "404"},
 		{get("/models/" + gone.Hex()), "404"},
@@ -201,7 +206,7 @@ func TestRefused(t *testing.T) {
 		{"CONNECT h:1 HTTP/1.1\r\nHost: h:1\r\n\r\n", "405"},
 		{"GET /models/" + hex + " HTTP/1.1\r\nHost: h\r\nContent-Length: 1\r\n\r\nx", "400"},
 		{"GET /models/" + hex + " HTTP/1.1\r\nHost: h\r\nTransfer-Encoding: chunked\r\n\r\n0\r\n\r\n", "400"},
-		{"GET /models/" + hex + " HTTP/1.1\r\nHost: h\r\nX: " + strings.Repeat("x", 16<<10) + "\r\n\r\n", "431"},
+		{"GET /models/" + hex + " HTTP/1.1\r\nHost: h\r\nX: " + strings.Repeat("x", 2*maxHead) + "\r\n\r\n", "431"},
 		{"GET /models/" + hex + " HTTP/1.1\r\nHost: h\r\nRange: bytes=0-1\r\nRange: bytes=0-1\r\n\r\n", "416"},
 		{"\x16\x03\x01\x00\x05hello\r\n\r\n", "400"},
 	} {
@@ -211,7 +216,7 @@ func TestRefused(t *testing.T) {
 			t.Errorf("%.80q: %q, want %s", c.request, line, c.want)
 		}
 	}
-	if n := s.Counts(); n.Answers != 1 {
+	if n := s.Counts(); n.Answers != 2 {
 		t.Errorf("%d answers", n.Answers)
 	}
 }
@@ -238,6 +243,40 @@ func TestSlowReader(t *testing.T) {
 	t.Logf("expected: ended before %d bytes; got: ended after %d, %v", len(b), n, err)
 	if n >= int64(len(b)) {
 		t.Errorf("was given all of %d bytes, %v", n, err)
+	}
+}
+
+// Who does nothing keeps a place for as long as it is granted, and no longer. The clock
+// is the bubble's.
+func TestPatience(t *testing.T) {
+	b := modeltest.Content(2 * piece)
+	files := newStore(t, b)
+	get := "GET /models/" + digest.Of(b).Hex() + " HTTP/1.1\r\nHost: h\r\n\r\n"
+	for name, c := range map[string]struct {
+		says  string
+		reads bool
+		ends  time.Duration
+	}{
+		"says nothing":   {"", true, headPatience},
+		"half a request": {get[:20], true, headPatience},
+		"asks no more":   {get, true, idlePatience},
+		"takes nothing":  {get, false, patience},
+	} {
+		t.Run(name, func(t *testing.T) {
+			synctest.Test(t, func(t *testing.T) {
+				s := New(func(digest.Digest) bool { return true }, files.open, 1<<30, slog.New(slog.DiscardHandler))
+				srv := s.server(t.Context())
+				l, served := pipes.Listen(), make(chan error, 1)
+				go func() { served <- srv.Serve(l) }()
+				took, _ := l.Lasts(t, c.says, c.reads)
+				t.Logf("expected: ended after %v; got: after %v", c.ends, took)
+				if took < c.ends || took > c.ends+time.Second {
+					t.Errorf("it ended after %v, want %v", took, c.ends)
+				}
+				_ = srv.Close()
+				<-served
+			})
+		})
 	}
 }
 
