@@ -18,6 +18,7 @@ import (
 	"sync/atomic"
 	"syscall"
 	"testing"
+	"testing/synctest"
 	"time"
 
 	"github.com/resultity/node/internal/bridge/contract"
@@ -308,6 +309,10 @@ func TestBadEngine(t *testing.T) {
 		}
 		return ""
 	}
+	tooLong := func(n int) string {
+		const text = `{"error":{"type":"exceed_context_size_error","n_prompt_tokens":6010,"n_ctx":1024}`
+		return text + strings.Repeat(" ", n-len(text)-1) + "}"
+	}
 	bad := func(e error) string {
 		var x *openai.OutputError
 		if errors.As(e, &x) && engine(e) == "" {
@@ -329,7 +334,7 @@ func TestBadEngine(t *testing.T) {
 	}{
 		{"nothing", "", engine, "engine 0"},
 		{"no HTTP", "secret\r\n\r\n", engine, "engine 0"},
-		{"endless header", "HTTP/1.1 200 OK\r\nX: " + strings.Repeat("x", 1<<20), engine, "engine 0"},
+		{"endless header", "HTTP/1.1 200 OK\r\nX: " + strings.Repeat("x", 2*maxHeader), engine, "engine 0"},
 		{"half a header", "HTTP/1.1 200 OK\r\nContent-", engine, "engine 0"},
 		{"cut by length", ok + "Content-Length: 9999\r\n\r\n" + role + chunk("secret"), engine, "engine 0"},
 		{"cut in a chunk", ok + "Transfer-Encoding: chunked\r\n\r\nffff\r\n" + role, engine, "engine 0"},
@@ -346,6 +351,8 @@ func TestBadEngine(t *testing.T) {
 		{"413", status("413 Content Too Large", `{}`), refused, "refused_by_engine"},
 		{"too long for llama.cpp", status("400 Bad Request", `{"error":{"code":400,"message":"secret","type":"exceed_context_size_error","n_prompt_tokens":6010,"n_ctx":1024}}`), refused, "context_length_exceeded"},
 		{"too long for vLLM", status("400 Bad Request", `{"error":{"message":"This model's maximum context length is 10 tokens. secret","type":"BadRequestError"}}`), refused, "context_length_exceeded"},
+		{"too long for llama.cpp, in the largest error", status("400 Bad Request", tooLong(maxError)), refused, "context_length_exceeded"},
+		{"too long for llama.cpp, in a larger error", status("400 Bad Request", tooLong(maxError+1)), refused, "refused_by_engine"},
 		{"JSON in place of a stream", status("200 OK", `{"object":"chat.completion"}`), bad, "not_a_stream"},
 		{"ended early", sized(role + chunk("a")), bad, "no_done"},
 		{"empty", sized(""), bad, "no_done"},
@@ -602,6 +609,84 @@ func TestGoldenTimeout(t *testing.T) {
 	_, err := c.Golden(t.Context(), snapshot.Golden{Name: "slow", Prompt: "p", Answers: []string{"a"}, Tokens: 1, Timeout: 1}, "m")
 	if !errors.Is(err, context.DeadlineExceeded) || !strings.Contains(err.Error(), "no answer within 1s") {
 		t.Errorf("got %v", err)
+	}
+}
+
+// A head as large as allowed is read, and not one byte more.
+func TestHeadIsBounded(t *testing.T) {
+	head := func(n int) string {
+		const text = "HTTP/1.1 200 OK\r\nContent-Length: 0\r\nX: \r\n\r\n"
+		return strings.Replace(text, "X: ", "X: "+strings.Repeat("x", n-len(text)), 1)
+	}
+	for _, n := range []int{maxHeader, maxHeader + 1} {
+		c := raw(t, func(conn net.Conn) { _, _ = io.WriteString(conn, head(n)) })
+		err := c.Health(t.Context())
+		t.Logf("%d bytes: expected: read up to %d; got: %v", n, maxHeader, err)
+		if (err == nil) != (n <= maxHeader) {
+			t.Errorf("%d bytes: %v", n, err)
+		}
+	}
+}
+
+// tail is a stream whose end mark is followed by so many bytes, or without end.
+type tail struct {
+	begun bool
+	left  int // bytes; below 0 they never end
+	read  int
+	waits <-chan struct{} // in the place of bytes, if not nil
+	toEnd bool
+}
+
+func (r *tail) Read(p []byte) (int, error) {
+	switch {
+	case !r.begun:
+		r.begun = true
+		return copy(p, role+end), nil
+	case r.waits != nil:
+		<-r.waits
+		return 0, context.Canceled
+	case r.left == 0:
+		r.toEnd = true
+		return 0, io.EOF
+	}
+	n := copy(p[:min(len(p), 100)], strings.Repeat("\n", 100))
+	if r.left > 0 {
+		n = min(n, r.left)
+		r.left -= n
+	}
+	r.read += n
+	return n, nil
+}
+
+// What follows the end mark has little room and little time. The clock is the bubble's,
+// and stands still while bytes come.
+func TestTailIsBounded(t *testing.T) {
+	for name, c := range map[string]struct {
+		tail  *tail
+		toEnd bool // so that the connection can be used again
+		took  time.Duration
+	}{
+		"all that it may":    {&tail{left: maxTail}, true, 0},
+		"a byte more":        {&tail{left: maxTail + 1}, false, 0},
+		"without end":        {&tail{left: -1}, false, 0},
+		"nothing and no end": {&tail{waits: make(chan struct{})}, false, tailPatience},
+	} {
+		t.Run(name, func(t *testing.T) {
+			synctest.Test(t, func(t *testing.T) {
+				ctx, cut := context.WithCancel(t.Context())
+				defer cut()
+				if c.tail.waits != nil {
+					c.tail.waits = ctx.Done()
+				}
+				a := openai.NewAssembler(wire.KindChat, receipt.JobID{1}, "m", 5, false, false, 1<<20)
+				began := time.Now()
+				err := pump(ctx, cut, c.tail, a, 10, nil)
+				t.Logf("expected: the answer, after %v and about %d bytes more at most; got: %v after %v and %d", c.took, maxTail, err, time.Since(began), c.tail.read)
+				if err != nil || c.tail.toEnd != c.toEnd || c.tail.read > maxTail+100 || time.Since(began) != c.took {
+					t.Errorf("%v after %v: %+v", err, time.Since(began), c.tail)
+				}
+			})
+		})
 	}
 }
 
