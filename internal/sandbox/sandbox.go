@@ -178,7 +178,8 @@ func cgroup(dir string) (group string, err error) {
 	return group, err
 }
 
-// maxProc bounds what is read of one file of /proc, in bytes.
+// maxProc bounds one file of /proc, in bytes. A longer one is refused: what stands at
+// its end may be what matters.
 const maxProc = 1 << 20
 
 func lines(name string, f func(string) error) error {
@@ -187,11 +188,15 @@ func lines(name string, f func(string) error) error {
 		return err
 	}
 	defer file.Close() // read only: nothing to lose
-	s := bufio.NewScanner(io.LimitReader(file, maxProc))
+	rest := &io.LimitedReader{R: file, N: maxProc + 1}
+	s := bufio.NewScanner(rest)
 	for s.Scan() {
 		if err := f(s.Text()); err != nil {
 			return fmt.Errorf("%s: %w", name, err)
 		}
+	}
+	if rest.N <= 0 {
+		return fmt.Errorf("%s: more than %d bytes", name, maxProc)
 	}
 	return s.Err()
 }

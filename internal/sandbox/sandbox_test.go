@@ -152,6 +152,20 @@ func TestARouteIsRefused(t *testing.T) {
 	}
 }
 
+// A list that is too long is refused, and not cut: the route out could stand at its end.
+func TestLongListIsRefused(t *testing.T) {
+	line := "lo\t" + strings.Repeat("0", 1020) + "\n" // of 1 KiB
+	loops := strings.Repeat(line, maxProc/len(line)-1)
+	loops += "lo\t" + strings.Repeat("0", maxProc-len(route)-len(loops)-len("lo\t\n")) + "\n"
+	for more, want := range map[string]bool{"": true, "sit0\t00000000\t00000000\n": false} {
+		_, err := lookAt(t, map[string]string{"7/status": status, "7/net/dev": dev, "7/net/route": route + loops + more, "7/net/ipv6_route": route6, "7/cgroup": "0::/\n"})
+		t.Logf("%d bytes: expected: at most %d are taken; got: %v", len(route+loops+more), maxProc, err)
+		if (err == nil) != want {
+			t.Errorf("%d bytes: %v", len(route+loops+more), err)
+		}
+	}
+}
+
 func TestLookRefusesGarbage(t *testing.T) {
 	for _, s := range []string{"", "Uid:\tx\n", "Uid:\t1 1\n", "Seccomp:\tx\n"} {
 		o, err := look(t, s, dev)

@@ -71,10 +71,13 @@ const (
 	rlimitNproc = 6
 )
 
+// limits are what Bound lets through of each resource.
+var limits = map[int]uint64{syscall.RLIMIT_NOFILE: maxDescriptors, rlimitNproc: maxProcesses}
+
 // Bound lowers the limits of this process, and of what it executes, where they are
 // higher. The kernel counts the processes of a user; nobody else has the engine's id.
 func Bound() error {
-	for resource, most := range map[int]uint64{syscall.RLIMIT_NOFILE: maxDescriptors, rlimitNproc: maxProcesses} {
+	for resource, most := range limits {
 		var r syscall.Rlimit
 		if err := syscall.Getrlimit(resource, &r); err != nil {
 			return fmt.Errorf("limit %d: %w", resource, err)

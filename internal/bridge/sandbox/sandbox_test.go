@@ -3,10 +3,14 @@ package sandbox
 import (
 	"bytes"
 	"encoding/json"
+	"errors"
+	"fmt"
 	"os"
+	"os/exec"
 	"path/filepath"
 	"slices"
 	"strings"
+	"syscall"
 	"testing"
 
 	"github.com/resultity/node/internal/bridge/contract"
@@ -18,6 +22,8 @@ func TestMain(m *testing.M) {
 	switch {
 	case os.Getenv(childVar) != "":
 		confinedChild()
+	case os.Getenv(boundVar) != "":
+		boundChild()
 	case len(os.Args) == 3 && os.Args[1] == inspector:
 		inspect(os.Args[2])
 	case len(os.Args) == 2 && os.Args[1] == collector:
@@ -266,6 +272,92 @@ func TestJudgeRefuses(t *testing.T) {
 		t.Logf("%s: expected: %s; got: %.200q", tt.want, tt.want, Failed(s))
 		if got := failed(s); !slices.Equal(got, []string{tt.want}) {
 			t.Errorf("%q failed, want %s alone", got, tt.want)
+		}
+	}
+}
+
+// A container can hold any number of things; its record does not. What is left out
+// of a list has failed its check all the same.
+func TestRecordIsBounded(t *testing.T) {
+	for _, more := range []int{0, 1} {
+		f := golden(t, "testdata/podman-5.8.6.json")
+		f.Devices, f.Processes, f.Mounts = nil, nil, append(f.Mounts, mount{ID: 9999, Point: "/extra", Type: "ext4"})
+		for i := range contract.MaxDevices + more {
+			f.Devices = append(f.Devices, device{Path: "/dev/x", Major: 9, Minor: uint32(i)})
+		}
+		for i := range maxList + more {
+			f.Processes = append(f.Processes, fmt.Sprintf("process %d", i))
+			f.Writable[9999] = append(f.Writable[9999], fmt.Sprintf("/extra/%d", i))
+		}
+		s := judge(f, podmanOrder())
+		if got := failed(s); !slices.Equal(got, []string{"processes", "mounts", "devices"}) {
+			t.Errorf("failed: %q", got)
+		}
+		said := Failed(s)[0]
+		if m := s.Mounts[len(s.Mounts)-1]; len(s.Devices) != contract.MaxDevices || len(m.Writable) != maxList || strings.Count(said, "process ") != maxList || strings.Contains(said, "and 1 more") != (more == 1) {
+			t.Errorf("%d more: %d devices, %d writable, %q", more, len(s.Devices), len(m.Writable), said)
+		}
+	}
+}
+
+// So many files are looked at, and one more has the inspection fail.
+func TestWalkIsBounded(t *testing.T) {
+	dir := t.TempDir()
+	for i := range 9 {
+		if err := os.WriteFile(filepath.Join(dir, fmt.Sprint(i)), nil, 0o600); err != nil {
+			t.Fatal(err)
+		}
+	}
+	for before, want := range map[int]string{maxEntries - 10: "", maxEntries - 9: fmt.Sprintf("more than %d files in mounted directories", maxEntries)} {
+		e := &eye{entries: before}
+		e.walk(mount{Point: dir, ReadOnly: true}, nil, false)
+		got := strings.Join(e.Problems, "; ")
+		t.Logf("%d files: expected: %q; got: %q", before+10, want, got)
+		if !strings.HasSuffix(got, want) || (got == "") != (want == "") {
+			t.Errorf("%d files: %q, want %q", before+10, got, want)
+		}
+	}
+}
+
+// boundVar makes the test binary a child that tells what it may have.
+const boundVar = "TEST_BOUND_CHILD"
+
+func boundChild() {
+	if os.Getenv(boundVar) == "less" {
+		limits = map[int]uint64{syscall.RLIMIT_NOFILE: 150, rlimitNproc: 99}
+	}
+	if err := Bound(); err != nil {
+		fmt.Println(err)
+		os.Exit(1)
+	}
+	last := 0
+	for {
+		fd, err := syscall.Open(os.DevNull, syscall.O_RDONLY, 0)
+		if err != nil {
+			var processes syscall.Rlimit
+			failed := syscall.Getrlimit(rlimitNproc, &processes)
+			fmt.Printf("%d files, then %v; processes: %d %v", last+1, err, processes.Max, failed)
+			os.Exit(0)
+		}
+		last = fd
+	}
+}
+
+// The engine gets no more than this, and no more than the bridge itself has. An engine
+// that makes processes without end is package hostile's.
+func TestBoundLowers(t *testing.T) {
+	var files, processes syscall.Rlimit
+	if err := errors.Join(syscall.Getrlimit(syscall.RLIMIT_NOFILE, &files), syscall.Getrlimit(rlimitNproc, &processes)); err != nil {
+		t.Fatal(err)
+	}
+	for let, want := range map[string][2]uint64{"all": {min(files.Max, maxDescriptors), min(processes.Max, maxProcesses)}, "less": {150, 99}} {
+		cmd := exec.Command("/proc/self/exe")
+		cmd.Env = append(os.Environ(), boundVar+"="+let)
+		out, err := cmd.CombinedOutput()
+		said := fmt.Sprintf("%d files, then %v; processes: %d <nil>", want[0], syscall.EMFILE, want[1])
+		t.Logf("expected: %s; got: %s", said, out)
+		if err != nil || string(out) != said {
+			t.Errorf("%s: %s (%v), want %s", let, out, err, said)
 		}
 	}
 }
