@@ -38,8 +38,11 @@ func newClient(o contract.Options) *client {
 
 func (c *client) close() { c.engine.CloseIdleConnections() }
 
-// maxReply bounds what is read of an answer to the bridge itself.
-const maxReply = 1 << 20
+// Bounds of an answer to the bridge itself.
+const (
+	maxReply       = 1 << 20         // bytes that are read
+	healthPatience = 2 * time.Second // until the next question of whether it can work
+)
 
 // ask sends a request and returns the body of a 200.
 func (c *client) ask(ctx context.Context, method, url string, body []byte) ([]byte, error) {
@@ -68,7 +71,7 @@ func (c *client) ask(ctx context.Context, method, url string, body []byte) ([]by
 
 // healthy asks whether the engine says that it can work.
 func (c *client) healthy(ctx context.Context) error {
-	ctx, cancel := context.WithTimeout(ctx, 2*time.Second)
+	ctx, cancel := context.WithTimeout(ctx, healthPatience)
 	defer cancel()
 	_, err := c.ask(ctx, http.MethodGet, c.health, nil)
 	return err

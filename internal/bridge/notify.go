@@ -36,7 +36,8 @@ func (n notifier) send(assignments ...string) error {
 	return nil
 }
 
-const notifyPatience = 5 * time.Second
+// notifyPatience is for one message. Tests have less.
+var notifyPatience = 5 * time.Second
 
 // status is the assignment of a status line.
 func status(format string, args ...any) string {
