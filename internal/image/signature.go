@@ -230,7 +230,7 @@ func (i *Images) talk(ctx context.Context, ref snapshot.ImageRef) (at name.Diges
 	if err != nil {
 		return at, nil, nil, nil, err
 	}
-	ctx, cancel := context.WithTimeout(ctx, checkTimeout)
+	ctx, cancel := context.WithTimeoutCause(ctx, checkTimeout, errSlow)
 	ctx, stalled := context.WithCancelCause(ctx)
 	quiet := time.AfterFunc(i.stall, func() { stalled(errStalled) })
 	opts = []remote.Option{
@@ -240,8 +240,11 @@ func (i *Images) talk(ctx context.Context, ref snapshot.ImageRef) (at name.Diges
 		remote.WithUserAgent("resultity-node"),
 	}
 	explain = func(err error) error {
-		if errors.Is(context.Cause(ctx), errStalled) {
+		switch cause := context.Cause(ctx); {
+		case errors.Is(cause, errStalled):
 			return fmt.Errorf("%w for %v", errStalled, i.stall)
+		case errors.Is(cause, errSlow):
+			return fmt.Errorf("%w within %v", errSlow, checkTimeout)
 		}
 		return err
 	}
@@ -402,7 +405,10 @@ func readLayer(l v1.Layer, most int64) ([]byte, error) {
 	return b.Bytes(), nil
 }
 
-var errStalled = errors.New("the registry has said nothing")
+var (
+	errStalled = errors.New("the registry has said nothing")
+	errSlow    = errors.New("the registry has not said all that is asked about the image")
+)
 
 // careful keeps the registry client, which falls back to plain http with some
 // names, to TLS, and bounds what it reads.
