@@ -159,6 +159,7 @@ func TestCheckRefuses(t *testing.T) {
 		"future":            {resigned(func(s *Statement) { s.IssuedAt = now.Add(time.Hour).UnixMilli() }), "future"},
 		"before time began": {resigned(func(s *Statement) { s.IssuedAt = -1 }), "future"},
 		"expired":           {resigned(func(s *Statement) { s.ExpiresAt = now.UnixMilli() }), "expired"},
+		"for too long":      {resigned(func(s *Statement) { s.ExpiresAt = s.IssuedAt + MaxAge.Milliseconds() + 1 }), "more than"},
 		"for ever":          {resigned(func(s *Statement) { s.ExpiresAt = 1<<63 - 1 }), "more than"},
 		"nobody's":          {resigned(func(s *Statement) { s.Owner = evm.Address{} }), "no owner"},
 	} {
@@ -167,6 +168,9 @@ func TestCheckRefuses(t *testing.T) {
 		if !errors.Is(err, ErrInvalid) || !strings.Contains(err.Error(), c.says) {
 			t.Errorf("%s: %v, want %q", name, err, c.says)
 		}
+	}
+	if s := resigned(func(s *Statement) { s.ExpiresAt = s.IssuedAt + MaxAge.Milliseconds() }); s.CheckTerms(terms) != nil {
+		t.Errorf("as long as it may: %v", s.CheckTerms(terms))
 	}
 	// Every field counts.
 	for i, change := range []func(*Statement){
