@@ -27,6 +27,7 @@ var bare = map[string]string{
 	"network/store.Store.bound":               "deletes what is too much; the next record of the node has it done again",
 	"network/store.Store.mendAll":             "the mark that it removes only saves the next start a look",
 	"network/store.lost.remove":               "the operator is told behind it, and may say it again",
+	"network/store/blocks.Stream.MendMeta":    "sets aside what is damaged; the next start does it again",
 	"network/store/blocks.Stream.takeRescued": "mending that is cut off begins anew; tests of blocks stop it",
 	"network/store/blocks.Stream.unindex":     "likewise",
 	"network/store.tryWrite":                  "what it writes means nothing",

@@ -141,7 +141,7 @@ func TestEvidenceIsBounded(t *testing.T) {
 
 func one(t *testing.T, l *lost, id string, evidence []byte, kept bool) {
 	t.Helper()
-	if err := l.add(&Lost{ID: id, Subject: "jobs." + id}, evidence); err != nil {
+	if err := l.add(&Lost{ID: id, Subject: "jobs." + id}, evidence, nil); err != nil {
 		t.Fatal(err)
 	}
 	_, err := os.Stat(filepath.Join(l.dir, id+".bin"))

@@ -49,7 +49,8 @@ type Lost struct {
 	Block   uint32    `json:"block"`
 	Offset  int       `json:"offset"`
 	Size    int       `json:"size"`    // of what is damaged, in bytes
-	Seq     uint64    `json:"seq"`     // its number, as far as that is known
+	Seq     uint64    `json:"seq"`     // its number, or the first that it can have
+	Last    uint64    `json:"last"`    // the last that it can have; there may be others between
 	Subject string    `json:"subject"` // "" where it cannot be read
 	Means   string    `json:"means"`
 	Waits   bool      `json:"waits"` // nothing takes its place before the operator says so
@@ -114,16 +115,20 @@ func (l *lost) keep(r *Lost) {
 	}
 }
 
-// add makes the loss known, durably.
-func (l *lost) add(r *Lost, evidence []byte) error {
+// add makes the loss known, durably, with what was found and, if there is one, the last
+// whole record of the subject from before.
+func (l *lost) add(r *Lost, evidence, older []byte) error {
 	l.mu.Lock()
 	defer l.mu.Unlock()
 	if l.byID[r.ID] == nil {
-		if l.bytes+int64(len(evidence)) <= maxEvidence {
-			if err := blocks.Write(filepath.Join(l.dir, r.ID+".bin"), evidence); err != nil {
+		for ending, b := range map[string][]byte{".bin": evidence, ".older.bin": older} {
+			if l.bytes+int64(len(b)) > maxEvidence || len(b) == 0 && ending != ".bin" {
+				continue
+			}
+			if err := blocks.Write(filepath.Join(l.dir, r.ID+ending), b); err != nil {
 				return err
 			}
-			l.bytes += int64(len(evidence))
+			l.bytes += int64(len(b))
 		}
 		raw, err := json.Marshal(r)
 		if err != nil {
@@ -139,12 +144,16 @@ func (l *lost) add(r *Lost, evidence []byte) error {
 
 // remove forgets a loss.
 func (l *lost) remove(r *Lost) error {
-	name := filepath.Join(l.dir, r.ID)
-	if st, err := os.Stat(name + ".bin"); err == nil {
-		l.bytes -= st.Size()
+	for _, ending := range []string{".older.bin", ".bin", ".json"} {
+		name := filepath.Join(l.dir, r.ID+ending)
+		if st, err := os.Stat(name); err == nil && ending != ".json" {
+			l.bytes -= st.Size()
+		}
+		if err := ignored(os.Remove(name)); err != nil {
+			return err
+		}
 	}
-	err := errors.Join(ignored(os.Remove(name+".bin")), ignored(os.Remove(name+".json")), durable.SyncDir(l.dir))
-	if err != nil {
+	if err := durable.SyncDir(l.dir); err != nil {
 		return err
 	}
 	delete(l.byID, r.ID)
@@ -220,8 +229,9 @@ func (s *Store) Damaged() map[string]int64 {
 }
 
 // mend looks at the files of the streams that which says, before JetStream does,
-// and mends them. known has subjects by stream, see [blocks.Stream.Known].
-func (s *Store) mend(known map[string]map[string]uint64, which func(*kind, *blocks.Stream) bool) error {
+// and mends them. closed says that it was closed well, and known, by stream, what it
+// knew before it ended, see [blocks.Stream].
+func (s *Store) mend(closed bool, known map[string]*blocks.Memory, which func(*kind, *blocks.Stream) bool) error {
 	for i := range kinds {
 		k := &kinds[i]
 		f := s.files(k)
@@ -239,10 +249,13 @@ func (s *Store) mend(known map[string]map[string]uint64, which func(*kind, *bloc
 		if !which(k, f) {
 			continue
 		}
-		f.Known = known[k.stream]
-		_, err = f.Mend(maxTried, func(d blocks.Damage) error { return s.found(k, d) })
+		f.Closed, f.Known = closed, known[k.stream]
+		r, err := f.Mend(maxTried, func(d blocks.Damage) error { return s.found(k, d) })
 		if err != nil {
 			return fmt.Errorf("mend stream %s: %w", k.stream, err)
+		}
+		for _, block := range r.Unread {
+			s.log.Error("the disk of the store does not give all of a file; the file is kept under another name", "stream", k.stream, "file", fmt.Sprintf("%d.blk.unreadable", block))
 		}
 		s.lost.mu.Lock()
 		delete(s.lost.suspects, k.stream)
@@ -295,6 +308,13 @@ func (s *Store) copyOne(k *kind, keep int64) {
 	if !k.copied || s.suspected(k.stream) || s.room.check(keep, 2*f.Size()) != nil {
 		return
 	}
+	// A file that JetStream has cut off is whole: it must not take the place of its copy.
+	ctx, cancel := context.WithTimeout(context.Background(), opTimeout)
+	defer cancel()
+	if d := s.now.Load(); s.fewer(ctx, d, k.stream) {
+		s.suspect(d, k.stream, "it has fewer records than it had")
+		return
+	}
 	if err := f.Copy(); err != nil {
 		s.log.Warn("the second copy of a part of the store could not be made", "stream", k.stream, "error", err)
 	}
@@ -304,6 +324,8 @@ func (s *Store) copyOne(k *kind, keep int64) {
 // damage in them, and has cut a file off there without a word.
 func (s *Store) compare(ctx context.Context) {
 	d := s.now.Load()
+	ctx, cancel := context.WithTimeout(ctx, opTimeout) // for all: when it hangs it answers nothing
+	defer cancel()
 	for i := range kinds {
 		if k := &kinds[i]; !k.many && s.fewer(ctx, d, k.stream) {
 			s.suspect(d, k.stream, "it has fewer records than it had")
@@ -364,32 +386,36 @@ func (s *Store) mendAll() error {
 		return err
 	}
 	left := int64(openRead)
-	return s.mend(nil, func(k *kind, f *blocks.Stream) bool {
+	return s.mend(well, nil, func(k *kind, f *blocks.Stream) bool {
 		left -= f.Size()
 		return !well || left >= 0 || k.copied || !f.Settled()
 	})
 }
 
 // mendSome looks at the files of streams that something speaks against, and of those that
-// JetStream would read as a whole, before it is started anew. known has the subjects of
-// the former.
-func (s *Store) mendSome(known map[string]map[string]uint64) error {
-	return s.mend(known, func(k *kind, f *blocks.Stream) bool { return k.copied || s.suspected(k.stream) || !f.Settled() })
+// JetStream would read as a whole, before it is started anew. known is what it knew of the
+// former.
+func (s *Store) mendSome(known map[string]*blocks.Memory) error {
+	return s.mend(false, known, func(k *kind, f *blocks.Stream) bool { return k.copied || s.suspected(k.stream) || !f.Settled() })
 }
 
-// remembered asks JetStream, before it ends, for the subjects of the streams that something
+// remembered asks JetStream, before it ends, what it knows of the streams that something
 // speaks against.
-func (s *Store) remembered(ctx context.Context, d *db) map[string]map[string]uint64 {
+func (s *Store) remembered(ctx context.Context, d *db) map[string]*blocks.Memory {
 	ctx, cancel := context.WithTimeout(ctx, opTimeout)
 	defer cancel()
-	known := map[string]map[string]uint64{}
+	known := map[string]*blocks.Memory{}
 	for i := range kinds {
 		if name := kinds[i].stream; s.suspected(name) {
 			str, err := d.js.Stream(ctx, name)
 			if err == nil {
 				var info *jetstream.StreamInfo
 				if info, err = str.Info(ctx, jetstream.WithSubjectFilter(">")); err == nil {
-					known[name] = info.State.Subjects
+					m := &blocks.Memory{Last: info.State.LastSeq, Subjects: map[string]bool{}}
+					for subject := range info.State.Subjects {
+						m.Subjects[subject] = true
+					}
+					known[name] = m
 				}
 			}
 			if err != nil {
@@ -449,18 +475,18 @@ var (
 // found takes note of damage, before it is removed.
 func (s *Store) found(k *kind, d blocks.Damage) error {
 	s.lost.counts[d.Kind].Add(1)
-	log := s.log.With("stream", d.Stream, "subject", d.Subject, "seq", d.Seq, "block", d.Block, "offset", d.Offset, "bytes", len(d.Bytes))
+	log := s.log.With("stream", d.Stream, "subject", d.Subject, "seq", d.Seq, "last", d.Last, "block", d.Block, "offset", d.Offset, "bytes", len(d.Bytes))
 	switch d.Kind {
 	case blocks.Cut:
 		log.Info("the last write to the store was cut off, and nobody was told that it was done")
 	case blocks.Lost:
-		sum := sha256.Sum256(d.Bytes)
+		sum := sha256.Sum256(append([]byte(d.Subject), d.Bytes...))
 		r := &Lost{
 			ID:    fmt.Sprintf("%s-%d-%s", strings.ToLower(k.stream), d.Seq, hex.EncodeToString(sum[:4])),
 			Found: time.Now().UTC().Truncate(time.Second), Stream: d.Stream, Block: d.Block, Offset: d.Offset, Size: len(d.Bytes),
-			Seq: d.Seq, Subject: d.Subject, Means: k.means, Waits: k.closed && d.Subject != "",
+			Seq: d.Seq, Last: d.Last, Subject: d.Subject, Means: k.means, Waits: k.closed && d.Subject != "",
 		}
-		if err := s.lost.add(r, d.Bytes); err != nil {
+		if err := s.lost.add(r, d.Bytes, d.Older); err != nil {
 			return err
 		}
 		log.Error("a record of the store is damaged and lost; its disk or its memory fails", "id", r.ID, "means", k.means)

@@ -422,6 +422,43 @@ func TestLostRecordWithCopy(t *testing.T) {
 	}
 }
 
+// A sector takes whole records with it, of which not even the names are left. None of them is
+// taken for one that never was.
+func TestLostSector(t *testing.T) {
+	for _, killed := range []bool{false, true} {
+		w := newWorld(t)
+		w.s.Close()
+		if killed {
+			_ = os.Remove(filepath.Join(w.dir, closedName))
+		}
+		for _, stream := range []string{"KV_NODES", "KV_ACCOUNTS"} {
+			b, err := os.ReadFile(w.blk(t, stream))
+			if err != nil {
+				t.Fatal(err)
+			}
+			clear(b[:min(len(b), 4096)])
+			if err := os.WriteFile(w.blk(t, stream), b, 0o600); err != nil {
+				t.Fatal(err)
+			}
+		}
+		for range 2 {
+			w.open(t)
+			for n := range byte(3) {
+				if _, err := w.s.RegisterUnbound(t.Context(), Node{Address: evm.Address{n + 1}}, time.Now()); !errors.Is(err, ErrDamaged) {
+					t.Errorf("killed %v: node %d registers anew: %v", killed, n, err)
+				}
+				if _, err := w.s.EmailAccount(t.Context(), fmt.Sprintf("ann%d@example.org", n), time.Now()); !errors.Is(err, ErrDamaged) {
+					t.Errorf("killed %v: account %d: %v", killed, n, err)
+				}
+			}
+			if t.Failed() {
+				t.Fatal(w.log.String())
+			}
+			w.s.Close()
+		}
+	}
+}
+
 // The configuration of a stream, too, is as it was.
 func TestFlippedConfiguration(t *testing.T) {
 	w := newWorld(t)

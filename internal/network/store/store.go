@@ -241,7 +241,7 @@ func (d *db) close() bool {
 }
 
 // closeTimeout is for JetStream to end, with all that it still has to write down.
-const closeTimeout = 30 * time.Second
+var closeTimeout = 30 * time.Second // a test shortens it
 
 func (d *db) open(ctx context.Context, space int64) (err error) {
 	limits := DefaultLimits.within(space)
@@ -428,7 +428,7 @@ func (s *Store) SetResultTTL(ctx context.Context, ttl time.Duration) error {
 // Close closes the store and waits until its files are closed. [Store.Run] must
 // have returned.
 func (s *Store) Close() {
-	if d := s.now.Load(); d != nil {
+	if d := s.now.Load(); d != nil && !errors.Is(s.Accepting(), errStuck) { // that was waited for already
 		well := d.failed.Err() == nil
 		if d.close() && well {
 			s.closedWell()

@@ -42,23 +42,31 @@ type Stream struct {
 	Meta    string // directory with a copy of the stream's configuration
 	// Single says that of the messages of a subject only the last one counts.
 	Single bool
-	// Known has the subjects that JetStream knew of when it met damage, or nil. It may
-	// have cut a block off, and then they are all that is left of its messages.
-	Known map[string]uint64
+	// Known is what JetStream knew of when it met damage, or nil. It may have cut a
+	// block off, and then that is all that is left of its messages.
+	Known *Memory
+	// Closed says that it was closed well: no write of it was cut off.
+	Closed bool
 	// Fits says whether a message can be one of this stream; with nil for the
 	// message, whether a subject can.
 	Fits func(subject, message []byte) bool
 }
 
-// Damage is a part of a block that is not what was written.
+// Damage is a part of a block that is not what was written, or one that is gone.
 type Damage struct {
-	Stream  string
-	Block   uint32
-	Offset  int
-	Bytes   []byte // as they were found
-	Seq     uint64 // the message's number, or 0
-	Subject string // or "" where it cannot be read
-	Kind    Kind
+	Stream string
+	Block  uint32
+	Offset int
+	Bytes  []byte // as they were found
+	// Older is the last whole record of the subject from before one that is lost. It goes
+	// too: it must not be taken for the last one.
+	Older     []byte
+	Seq, Last uint64 // the numbers that its messages can have
+	Subject   string // or "" where it cannot be read
+	Kind      Kind
+
+	place, older place
+	sure         bool // Seq is the number of the message
 }
 
 // Kind is what became of damage.
@@ -68,7 +76,7 @@ const (
 	Lost       Kind = iota // the message is gone
 	Mended                 // it is what it was
 	Restored               // likewise, from a copy
-	Superseded             // it is gone, and a later one of its subject is there
+	Superseded             // it is gone, and was to be: it was deleted, or a later one of its subject is there
 	Cut                    // the last write did not come to its end
 )
 
@@ -79,13 +87,19 @@ func (k Kind) String() string {
 // Report is what [Stream.Mend] found.
 type Report struct {
 	Bytes  int64
-	Damage []Damage // without Bytes
+	Damage []Damage // without Bytes and Older
+	// Unread are the blocks of which the disk does not give all. Each is kept beside what
+	// is left of it, under a name with .unreadable behind.
+	Unread []uint32
 }
 
 func (s *Stream) msgs() string { return filepath.Join(s.Dir, "msgs") }
 
-func (s *Stream) file(block uint32) string {
-	return filepath.Join(s.msgs(), fmt.Sprintf("%d.blk", block))
+func (s *Stream) file(block uint32) string { return blockIn(s.msgs(), block) }
+
+// blockIn names a block in a directory.
+func blockIn(dir string, block uint32) string {
+	return filepath.Join(dir, fmt.Sprintf("%d.blk", block))
 }
 
 // blocksIn lists the numbers of the blocks in a directory.
@@ -99,7 +113,7 @@ func blocksIn(dir string) (list []uint32, err error) {
 		if !ok {
 			continue
 		}
-		if n, err := strconv.ParseUint(name, 10, 32); err == nil {
+		if n, err := strconv.ParseUint(name, 10, 32); err == nil && strconv.FormatUint(n, 10) == name {
 			list = append(list, uint32(n))
 		}
 	}
@@ -154,63 +168,54 @@ func (s *Stream) Settled() bool {
 type chunk struct {
 	from, to int
 	r        *record // nil for what cannot be read
-	kind     Kind
-	as       []byte // what it is written as; nil for what it is
+	kind     Kind    // of what cannot be read
+	as       []byte  // what it was before it was damaged; nil where it was not
 }
 
-// parse takes a block apart. clean says that there is nothing to be mended. Without
-// try nothing is, and what could be is lost.
-func (s *Stream) parse(b []byte, h *hasher, try, last bool) (list []chunk, clean bool) {
-	clean = true
-	budget := resyncShare * int64(len(b))
-	ends := map[int]int{}
-	at := func(i int) int { // where the record ends that begins at i, or 0
-		if end, ok := ends[i]; ok {
-			return end
-		}
-		end := 0
-		if n, ok := frame(b[i:]); ok {
-			if budget -= int64(n); budget >= 0 {
-				if r, is := h.read(b[i:i+n], s.Fits); is == good && (!r.live() || s.Fits(r.subject, nil)) {
-					end = i + n
-				}
-			}
-		}
-		ends[i] = end
-		return end
-	}
+// allWhole says that chunks are what was written.
+func allWhole(list []chunk) bool {
+	return !slices.ContainsFunc(list, func(c chunk) bool { return c.r == nil || c.as != nil })
+}
+
+// parse takes a block apart. before is the highest number of the blocks before it. Without
+// try nothing is mended, and what could be is lost. With torn its end may be that of
+// a write that was cut off.
+func (s *Stream) parse(b []byte, h *hasher, try bool, before uint64, torn bool) (list []chunk) {
+	f := &finder{s: s, h: h, b: b, budget: resyncShare * int64(len(b)), ends: map[int]int{}}
 	for i := 0; i < len(b); {
 		n, framed := frame(b[i:])
 		if framed {
 			if r, is := h.read(b[i:i+n], s.Fits); is != bad {
 				c := chunk{from: i, to: i + n, r: r}
 				if is == other {
-					c.kind, c.as, clean = Mended, h.encode(r), false
+					c.as = h.encode(r)
+				}
+				if r.seq&tombstoneBit == 0 {
+					before = max(before, r.number())
 				}
 				list = append(list, c)
 				i += n
 				continue
 			}
 		}
-		clean = false
 		c := chunk{from: i, kind: Lost}
-		if framed && (i+n == len(b) || at(i+n) > 0) {
+		if framed && (i+n == len(b) || f.end(i+n) > 0) {
 			c.to = i + n
 		} else {
-			c.to = resync(len(b), i, at)
+			c.to = f.resync(i+least, before)
 		}
 		if try {
 			if r := h.mend(b[i:c.to], s.Fits); r != nil {
-				c.r, c.kind, c.as = r, Mended, h.encode(r)
+				c.r, c.as = r, h.encode(r)
 			}
 		}
-		if c.r == nil && last && c.to == len(b) && !framed && cut(b[i:]) {
+		if c.r == nil && torn && c.to == len(b) && !framed && cut(b[i:]) {
 			c.kind = Cut
 		}
 		list = append(list, c)
 		i = c.to
 	}
-	return list, clean
+	return list
 }
 
 // cut says that b is the beginning of a record, or what a file system shows of
@@ -223,44 +228,92 @@ func cut(b []byte) bool {
 	return n > len(b) && n <= most || !slices.ContainsFunc(b, func(x byte) bool { return x != 0 })
 }
 
-// resyncShare bounds what is hashed in search of the next record, in sizes of the block.
+// finder finds where records go on behind one of which it is not known how long it is.
+type finder struct {
+	s      *Stream
+	h      *hasher
+	b      []byte
+	budget int64       // bytes that may still be hashed for nothing
+	ends   map[int]int // of what was hashed: where the record ends, or 0
+}
+
+// resyncShare bounds what is hashed for nothing, in sizes of the block.
 const resyncShare = 64
 
-// resync finds where the records of n bytes go on behind the one at i, of which it is
-// not known how long it is. A message may hold what looks like records; but these do
-// not go on to the end, as those behind it do.
-func resync(n, i int, at func(int) int) int {
-	first, seen := n, map[int]bool{}
-	for j := i + least; j <= n-least; j++ {
-		if seen[j] || at(j) == 0 {
-			continue
-		}
-		end := j
-		for end < n {
-			seen[end] = true
-			next := at(end)
-			if next == 0 {
-				break
-			}
-			end = next
-		}
-		if end == n {
-			return j
-		}
-		first = min(first, j)
+// end returns where the whole record ends that begins at i, or 0.
+func (f *finder) end(i int) int {
+	n, ok := frame(f.b[i:])
+	if !ok {
+		return 0
 	}
-	return first
+	end, ok := f.ends[i]
+	if ok {
+		return end
+	}
+	b := f.b[i : i+n]
+	slen := int(binary.LittleEndian.Uint16(b[20:]))
+	if r := (record{seq: binary.LittleEndian.Uint64(b[4:])}); r.live() != (slen > 0) || r.live() && !f.s.Fits(b[headSize:headSize+slen], nil) || f.budget < 0 {
+		return 0
+	}
+	if _, is := f.h.read(b, f.s.Fits); is == good {
+		end = i + n
+	} else {
+		f.budget -= int64(n)
+	}
+	f.ends[i] = end
+	return end
+}
+
+// chain is whole records, one behind the other.
+type chain struct{ from, to int }
+
+// next returns the first chain from i on; there is none at the end.
+func (f *finder) next(i int) chain {
+	for ; i <= len(f.b)-least; i++ {
+		if to := f.end(i); to > 0 {
+			c := chain{i, to}
+			for to > 0 {
+				c.to, to = to, f.end(to)
+			}
+			return c
+		}
+	}
+	return chain{len(f.b), len(f.b)}
+}
+
+// numbers are the lowest and the highest one of the messages of a chain.
+func (f *finder) numbers(c chain) (low, high uint64) {
+	low = math.MaxUint64
+	for i := c.from; i < c.to; i = f.ends[i] {
+		if r := (record{seq: binary.LittleEndian.Uint64(f.b[i+4:])}); r.seq&tombstoneBit == 0 {
+			low, high = min(low, r.number()), max(high, r.number())
+		}
+	}
+	return low, high
+}
+
+// resync returns where records go on, from i on. The damaged message may hold what looks like
+// records; but their numbers are not between those of the records around it.
+func (f *finder) resync(i int, before uint64) int {
+	for c := f.next(i); c.from < len(f.b); {
+		after := f.next(c.to)
+		low, high := f.numbers(c)
+		if next, _ := f.numbers(after); low > before && high < next || high == 0 {
+			return c.from
+		}
+		c = after
+	}
+	return f.next(i).from
 }
 
 // Verify reads one block and says whether it is what was written. It may be written
 // to meanwhile.
 func (s *Stream) Verify(block uint32, last bool) (n int64, ok bool, err error) {
-	b, err := os.ReadFile(s.file(block))
+	b, _, err := readBlock(s.file(block))
 	if err != nil {
 		return 0, errors.Is(err, fs.ErrNotExist), ignore(err, fs.ErrNotExist)
 	}
-	budget := int64(math.MaxInt64)
-	h := newHasher(s.Name, block, &budget)
+	h := newHasher(s.Name, block, nil)
 	for i := 0; i < len(b); {
 		n, framed := frame(b[i:])
 		if framed {
@@ -280,17 +333,16 @@ func (s *Stream) Copy() error {
 	if err != nil {
 		return err
 	}
-	budget := int64(math.MaxInt64)
-	for i, block := range list {
-		b, err := os.ReadFile(s.file(block))
+	for _, block := range list {
+		b, _, err := readBlock(s.file(block))
 		if err != nil {
 			return ignore(err, fs.ErrNotExist)
 		}
-		name := filepath.Join(s.Spare, fmt.Sprintf("%d.blk", block))
+		name := blockIn(s.Spare, block)
 		if old, err := os.ReadFile(name); err == nil && bytes.Equal(old, b) {
 			continue
 		}
-		if _, clean := s.parse(b, newHasher(s.Name, block, &budget), false, i == len(list)-1); !clean {
+		if !allWhole(s.parse(b, newHasher(s.Name, block, nil), false, 0, false)) {
 			continue
 		}
 		if err := s.keep(name, b); err != nil {
@@ -300,7 +352,7 @@ func (s *Stream) Copy() error {
 	spare, err := blocksIn(s.Spare)
 	for _, block := range spare {
 		if !slices.Contains(list, block) { // all of it is superseded
-			err = errors.Join(err, os.Remove(filepath.Join(s.Spare, fmt.Sprintf("%d.blk", block))))
+			err = errors.Join(err, os.Remove(blockIn(s.Spare, block)))
 		}
 	}
 	return err
@@ -311,4 +363,11 @@ func ignore(err, what error) error {
 		return nil
 	}
 	return err
+}
+
+// union is what is in one of two sorted lists.
+func union(a, b []uint32) []uint32 {
+	list := slices.Concat(a, b)
+	slices.Sort(list)
+	return slices.Compact(list)
 }

@@ -2,12 +2,18 @@ package blocks
 
 import (
 	"bytes"
+	"crypto/sha256"
+	"encoding/binary"
 	"errors"
 	"fmt"
+	"io/fs"
 	"os"
 	"path/filepath"
 	"strings"
+	"syscall"
 	"testing"
+
+	"github.com/minio/highwayhash"
 )
 
 func fits(subject, message []byte) bool {
@@ -82,7 +88,7 @@ func TestEveryByte(t *testing.T) {
 func TestEveryRecord(t *testing.T) {
 	s, b := stream(t, 5)
 	budget := int64(1 << 30)
-	chunks, _ := s.parse(b, newHasher("S", 1, &budget), true, true)
+	chunks := s.parse(b, newHasher("S", 1, &budget), true, 0, true)
 	for i, c := range chunks {
 		for _, place := range [][2]int{{0, 2}, {4, 12}, {30, 34}, {c.to - c.from - 4, c.to - c.from}, {0, c.to - c.from}} {
 			d := bytes.Clone(b)
@@ -99,7 +105,8 @@ func TestEveryRecord(t *testing.T) {
 			if err != nil {
 				t.Fatal(err)
 			}
-			left, clean := s.parse(got, newHasher("S", 1, &budget), false, true)
+			left := s.parse(got, newHasher("S", 1, &budget), false, 0, false)
+			clean := allWhole(left)
 			live := 0
 			for _, c := range left {
 				if c.r.live() {
@@ -190,7 +197,7 @@ func TestRecordInARecord(t *testing.T) {
 func TestRescued(t *testing.T) {
 	s, b := stream(t, 4)
 	budget := int64(1 << 30)
-	chunks, _ := s.parse(b, newHasher("S", 1, &budget), false, true)
+	chunks := s.parse(b, newHasher("S", 1, &budget), false, 0, true)
 	c := bytes.Clone(b)
 	c[chunks[1].from] ^= 0x10
 	write(t, s, c)
@@ -210,11 +217,58 @@ func TestRescued(t *testing.T) {
 	}
 }
 
+// failing is a disk that does not give one of its sectors.
+type failing struct {
+	*bytes.Reader
+	bad int64
+}
+
+func (f failing) ReadAt(b []byte, at int64) (int, error) {
+	if at < f.bad+sector && f.bad < at+int64(len(b)) {
+		return 0, &fs.PathError{Op: "read", Path: "1.blk", Err: syscall.EIO}
+	}
+	return f.Reader.ReadAt(b, at)
+}
+
+// A sector that cannot be read costs itself only.
+func TestUnreadable(t *testing.T) {
+	b := bytes.Repeat([]byte("0123456789"), 2000)
+	got, unread, err := readParts(failing{bytes.NewReader(b), 2 * sector}, int64(len(b)))
+	if err != nil || !unread {
+		t.Fatal(unread, err)
+	}
+	clear(b[2*sector : 3*sector])
+	if !bytes.Equal(got, b) {
+		t.Error("something else is gone")
+	}
+}
+
+// What is no file in the place of a block is refused, by name, and holds nothing up.
+func TestNoFile(t *testing.T) {
+	for _, make := range []func(name string) error{
+		func(name string) error { return syscall.Mkfifo(name, 0o600) },
+		func(name string) error { return os.Mkdir(name, 0o700) },
+		func(name string) error { return os.Symlink("/dev/zero", name) },
+		func(name string) error { return errors.Join(os.WriteFile(name, nil, 0o600), os.Truncate(name, 1<<40)) },
+	} {
+		s, _ := stream(t, 2)
+		if err := make(s.file(2)); err != nil {
+			t.Fatal(err)
+		}
+		if _, err := s.Mend(1<<20, func(Damage) error { return nil }); err == nil || !strings.Contains(err.Error(), s.file(2)) {
+			t.Errorf("%v", err)
+		}
+	}
+}
+
 func FuzzMend(f *testing.F) {
 	_, b := stream(f, 3)
 	f.Add(b)
 	f.Add(b[:len(b)-5])
 	f.Add(bytes.Repeat([]byte{0}, 100))
+	h := newHasher("S", 1, nil)
+	f.Add(append(h.encode(&record{seq: 9 | tombstoneBit, time: 5}), b...))
+	f.Add(append(h.encode(&record{seq: 9 | erasedBit, message: []byte("random")}), b[1:]...))
 	f.Fuzz(func(t *testing.T, b []byte) {
 		if len(b) > 1<<14 {
 			return
@@ -227,8 +281,49 @@ func FuzzMend(f *testing.F) {
 		if r := mend(t, s); len(r.Damage) != 0 {
 			t.Errorf("there is damage after mending: %+v", r.Damage)
 		}
-		if _, ok := whole(b, "S"); ok {
-			t.Log("a whole file")
+	})
+}
+
+// Whatever is written over a part of a block: the records beside it stay as they are.
+func FuzzDamage(f *testing.F) {
+	f.Add(uint16(100), []byte("\x00\x00\x00\x00\x00\x00\x00\x00"), uint16(400), []byte("x"))
+	f.Add(uint16(3), bytes.Repeat([]byte{0xff}, 200), uint16(0), []byte(nil))
+	_, b := stream(f, 20)
+	clean := (&Stream{Name: "S", Fits: fits}).parse(b, newHasher("S", 1, nil), false, 0, false)
+	f.Fuzz(func(t *testing.T, at uint16, over []byte, at2 uint16, over2 []byte) {
+		s, _ := stream(t, 0)
+		c := bytes.Clone(b)
+		i, j := int(at)%len(b), int(at2)%len(b)
+		n, m := copy(c[i:], over), copy(c[j:], over2)
+		write(t, s, c)
+		if _, err := s.Mend(1<<20, func(Damage) error { return nil }); err != nil {
+			t.Fatal(err)
+		}
+		got, err := os.ReadFile(s.file(1))
+		if err != nil {
+			t.Fatal(err)
+		}
+		for _, r := range clean {
+			if (r.to <= i || i+n <= r.from) && (r.to <= j || j+m <= r.from) && !bytes.Contains(got, b[r.from:r.to]) {
+				t.Errorf("the record at %d is gone", r.from)
+			}
+		}
+		if r := mend(t, s); len(r.Damage) != 0 {
+			t.Errorf("there is damage after mending: %+v", r.Damage)
+		}
+	})
+}
+
+// What is in the place of an index is read within its bounds.
+func FuzzIndex(f *testing.F) {
+	key := sha256.Sum256([]byte("S"))
+	sealed := func(b []byte) []byte {
+		return binary.LittleEndian.AppendUint64(bytes.Clone(b), highwayhash.Sum64(b, key[:]))
+	}
+	f.Add([]byte{indexMagic, indexVersion, 1, 2, 3, 4, 5, 6, 1, 6, 'j', 'o', 'b', '.', '0', '1', 1, 1, 1, 1, 1, 2, 3, 4, 5, 6, 0, 0, 0, 1, 0, 0, 0, 0, 0, 0, 0, 0})
+	f.Fuzz(func(t *testing.T, b []byte) {
+		if m := readIndex(sealed(b), "S"); m != nil && len(m.Subjects)+len(m.blocks) > len(b) {
+			t.Errorf("%d subjects, %d blocks of %d bytes", len(m.Subjects), len(m.blocks), len(b))
 		}
 	})
 }

@@ -5,6 +5,7 @@ import (
 	"encoding/binary"
 
 	"github.com/minio/highwayhash"
+	"github.com/nats-io/nats-server/v2/server/avl"
 )
 
 const (
@@ -14,6 +15,13 @@ const (
 	indexMagic   = 11
 	indexVersion = 4
 )
+
+// Memory is what JetStream remembers of a stream.
+type Memory struct {
+	Last     uint64          // the highest number that it has given
+	Subjects map[string]bool // those that have messages
+	blocks   []uint32
+}
 
 // whole says that a file with its HighwayHash behind it is what was written, and
 // returns it without. name is that of the stream.
@@ -33,4 +41,58 @@ func indexed(b []byte, name string) (sum [sumSize]byte, ok bool) {
 		return sum, false
 	}
 	return [sumSize]byte(b[len(b)-sumSize:]), true
+}
+
+// readIndex returns what an index says, or nil if it is not whole.
+func readIndex(b []byte, name string) *Memory {
+	if _, ok := indexed(b, name); !ok {
+		return nil
+	}
+	b = b[2 : len(b)-sumSize]
+	ok := true
+	next := func() uint64 {
+		v, n := binary.Uvarint(b)
+		if n <= 0 {
+			ok = false
+			return 0
+		}
+		b = b[n:]
+		return v
+	}
+	skip := func(fields int) {
+		for range fields {
+			next()
+		}
+	}
+	m := &Memory{Subjects: map[string]bool{}}
+	skip(4) // messages, bytes, first number, its time
+	m.Last = next()
+	skip(1) // its time
+	for n := next(); ok && n > 0; n-- {
+		size := next()
+		if size > uint64(len(b)) {
+			return nil
+		}
+		m.Subjects[string(b[:size])] = true
+		b = b[size:]
+		skip(3) // messages, first block, last block
+	}
+	for n := next(); ok && n > 0; n-- {
+		block := next()
+		skip(5) // bytes, first number, its time, last number, its time
+		deleted := next()
+		skip(2) // messages with a lifetime, and with a schedule
+		if deleted > 0 {
+			_, size, err := avl.Decode(b)
+			if err != nil {
+				return nil
+			}
+			b = b[size:]
+		}
+		m.blocks = append(m.blocks, uint32(block))
+	}
+	if !ok {
+		return nil
+	}
+	return m
 }

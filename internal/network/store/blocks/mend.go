@@ -2,14 +2,18 @@ package blocks
 
 import (
 	"bytes"
+	"cmp"
 	"encoding/binary"
 	"errors"
 	"fmt"
 	"io/fs"
-	"math"
+	"maps"
 	"os"
 	"path/filepath"
+	"slices"
 	"strings"
+
+	"github.com/nats-io/nats-server/v2/server/avl"
 
 	"github.com/resultity/node/internal/durable"
 )
@@ -19,219 +23,302 @@ import (
 // it is removed; an error of found ends it. It may be cut off at any moment, and
 // called again.
 //
-// budget bounds, in bytes that are hashed, how much is tried to find out what a
-// damaged record was.
+// budget bounds, in bytes that are hashed, how much is tried to find out what
+// damaged records were.
 func (s *Stream) Mend(budget int64, found func(Damage) error) (r Report, err error) {
 	if err := errors.Join(s.tidy(), s.takeRescued(&budget)); err != nil {
 		return r, err
 	}
-	list, err := s.Blocks()
-	if err != nil || len(list) == 0 {
-		return r, err
-	}
-	newest := map[string]uint64{}        // by subject
-	fixed := map[uint32]map[int][]byte{} // of damaged blocks, what is as it was again, by its place
-	floors := make([]uint64, len(list))  // the highest number before each block
-	var lost []Damage
-	var highest uint64
-	for i, block := range list {
-		b, err := os.ReadFile(s.file(block))
-		if err != nil {
-			return r, err
-		}
-		r.Bytes += int64(len(b))
-		h := newHasher(s.Name, block, &budget)
-		chunks, clean := s.parse(b, h, true, i == len(list)-1)
-		if !clean {
-			fixed[block] = map[int][]byte{}
-		}
-		floors[i] = highest
-		for j, c := range chunks {
-			if c.r != nil && (s.Single || s.Known != nil) && c.r.live() {
-				newest[string(c.r.subject)] = c.r.number()
-			}
-			if c.r != nil {
-				highest = max(highest, c.r.number())
-			}
-			if c.as != nil {
-				fixed[block][c.from] = c.as
-			}
-			if c.as != nil || c.r == nil {
-				d := s.damage(block, b, chunks, j, floors[i])
-				highest = max(highest, d.Seq)
-				lost = append(lost, d)
-			}
-		}
-	}
-	spare, err := s.missing(newest, &budget)
+	memory, err := s.memory()
 	if err != nil {
 		return r, err
 	}
-	for subject := range s.Known {
-		_, back := spare[subject]
-		if _, here := newest[subject]; !here && !back && !named(lost, subject) {
-			lost = append(lost, Damage{Stream: s.Name, Block: list[len(list)-1], Subject: subject, Seq: highest + 1})
-		}
+	a, err := s.look(memory, &budget)
+	if err != nil {
+		return r, err
 	}
-	if len(lost) == 0 && len(spare) == 0 {
+	r.Bytes, r.Unread = a.bytes, a.unread
+	copies, err := s.judge(a, memory, &budget)
+	if err != nil {
+		return r, err
+	}
+	if len(a.damage) == 0 {
 		if s.Known != nil { // what JetStream has written down may come of damage that it has cut off
 			err = s.unindex()
 		}
 		return r, err
 	}
-	for i := range lost {
-		d := &lost[i]
-		back := spare[d.Subject]
-		switch {
-		case d.Kind != Lost || d.Subject == "":
-		case newest[d.Subject] > d.Seq:
-			d.Kind = Superseded
-		case back != nil && back.number() >= d.Seq:
-			d.Kind = Restored
-		default:
-			delete(spare, d.Subject) // it is older
+	at := s.reader()
+	for _, d := range a.damage {
+		if d.Bytes, err = at(d.place); err == nil {
+			d.Older, err = at(d.older)
 		}
-	}
-	for _, d := range lost {
-		if err := found(d); err != nil {
+		if err == nil {
+			err = found(d)
+		}
+		if err != nil {
 			return r, err
 		}
-		d.Bytes = nil
+		d.Bytes, d.Older = nil, nil
 		r.Damage = append(r.Damage, d)
-	}
-	for subject, back := range spare {
-		if !named(lost, subject) { // the file was cut off there
-			d := Damage{Stream: s.Name, Block: list[len(list)-1], Seq: back.number(), Subject: subject, Kind: Restored}
-			if err := found(d); err != nil {
-				return r, err
-			}
-			r.Damage = append(r.Damage, d)
-		}
 	}
 	// From here on JetStream must read the blocks itself. What it has written down of
 	// them it may have got from a damaged record.
 	if err := s.unindex(); err != nil {
 		return r, err
 	}
-	gone := map[string]uint64{} // older messages of these subjects must not come back
-	for _, d := range lost {
-		if d.Kind == Lost && s.Single && d.Subject != "" {
-			gone[d.Subject] = d.Seq
+	return r, s.rewrite(a, copies, &budget)
+}
+
+// place is where bytes are in a stream.
+type place struct {
+	block    uint32
+	from, to int
+}
+
+// reader returns what reads the bytes of places; there are none at the zero one.
+func (s *Stream) reader() func(place) ([]byte, error) {
+	var b []byte
+	var block uint32
+	return func(p place) (_ []byte, err error) {
+		if p.to == 0 {
+			return nil, nil
 		}
+		if b == nil || block != p.block {
+			if b, _, err = readBlock(s.file(p.block)); err != nil {
+				return nil, err
+			}
+			block = p.block
+		}
+		if p.to > len(b) {
+			return nil, fmt.Errorf("block %d of stream %s has become shorter", p.block, s.Name)
+		}
+		return b[p.from:p.to], nil
 	}
-	for i, block := range list {
-		last := i == len(list)-1
-		if fixed[block] == nil && len(gone) == 0 && !(last && len(spare) > 0) {
+}
+
+// account is what there is in the blocks of a stream.
+type account struct {
+	list   []uint32
+	bytes  int64
+	unread []uint32 // blocks of which the disk does not give all
+	damage []Damage
+	// fixes has, by block, the bytes with which its records are what they were, by offset.
+	fixes map[uint32]map[int]byte
+	// newest is the last message of a subject, in streams of which only that one counts.
+	newest  map[string]message
+	before  map[uint32]uint64 // the highest number of the blocks before a block
+	highest uint64            // number, that of a lost record not included
+	last    uint64            // number that must not be given again
+	time    int64             // of the newest message
+	deleted avl.SequenceSet   // numbers of messages that were deleted, as far as that matters
+}
+
+// message is one that is in the blocks.
+type message struct {
+	seq uint64
+	place
+}
+
+// look reads all blocks.
+func (s *Stream) look(memory *Memory, budget *int64) (*account, error) {
+	list, err := s.Blocks()
+	if err != nil {
+		return nil, err
+	}
+	a := &account{list: list, fixes: map[uint32]map[int]byte{}, newest: map[string]message{}, before: map[uint32]uint64{}}
+	known := list
+	if n := len(memory.blocks); s.Closed && n > 0 && (s.Settled() || len(list) == 0 || slices.Max(list) < memory.blocks[n-1]) { // or it is older
+		known = union(list, memory.blocks)
+	}
+	var open []*Damage // lost records behind which no whole one has been seen
+	settle := func(after uint64) {
+		before := a.highest
+		for _, d := range open {
+			d.sure = d.Seq > before && d.Seq < min(after, before+1<<16)
+			if !d.sure {
+				d.Seq = before + 1
+				d.sure = len(open) == 1 && after == before+2
+			}
+			d.Last = max(d.Seq, after-1)
+			before = d.Seq
+		}
+		open = nil
+	}
+	var damage []*Damage
+	for _, block := range known {
+		if !slices.Contains(list, block) {
+			d := &Damage{Stream: s.Name, Block: block}
+			damage, open = append(damage, d), append(open, d)
 			continue
 		}
-		b, err := os.ReadFile(s.file(block))
+		b, unread, err := readBlock(s.file(block))
 		if err != nil {
-			return r, err
+			return nil, err
 		}
-		h := newHasher(s.Name, block, &budget)
-		chunks, _ := s.parse(b, h, false, last)
-		for j, c := range chunks {
-			if as := fixed[block][c.from]; as != nil {
-				chunks[j].as = as
-				chunks[j].r, _ = h.read(as, s.Fits)
+		if unread {
+			a.unread = append(a.unread, block)
+		}
+		a.bytes += int64(len(b))
+		a.before[block] = a.highest
+		h := newHasher(s.Name, block, budget)
+		for _, c := range s.parse(b, h, true, a.highest, block == list[len(list)-1] && !s.Closed) {
+			at := place{block, c.from, c.to}
+			if c.as != nil {
+				if a.fixes[block] == nil {
+					a.fixes[block] = map[int]byte{}
+				}
+				for i, x := range c.as {
+					if b[c.from+i] != x {
+						a.fixes[block][c.from+i] = x
+					}
+				}
+				damage = append(damage, &Damage{Stream: s.Name, Block: block, Offset: c.from, Seq: c.r.number(), Last: c.r.number(),
+					Subject: string(c.r.subject), Kind: Mended, place: at})
+			}
+			if c.r == nil {
+				d := &Damage{Stream: s.Name, Block: block, Offset: c.from, Subject: s.subjectIn(b[c.from:c.to]), Kind: c.kind, place: at}
+				if c.to-c.from >= headSize {
+					d.Seq = (&record{seq: binary.LittleEndian.Uint64(b[c.from+4:])}).number()
+				}
+				damage, open = append(damage, d), append(open, d)
+				continue
+			}
+			n := c.r.number()
+			a.last = max(a.last, n)
+			if c.r.seq&tombstoneBit != 0 {
+				if s.Single || len(damage) > 0 {
+					a.deleted.Insert(n)
+				}
+				continue
+			}
+			if n > a.highest {
+				settle(n)
+				a.highest = n
+			}
+			if c.r.live() {
+				a.time = max(a.time, c.r.time)
+				if s.Single {
+					a.newest[string(c.r.subject)] = message{n, at}
+				}
 			}
 		}
-		out := s.rewrite(b, chunks, h, gone, floors[i])
-		if last {
-			for _, back := range spare {
-				highest++
-				back.seq = highest
-				out = append(out, h.encode(back)...)
+	}
+	if len(open) == 0 && a.last < memory.Last { // the file was cut off, or it is gone
+		d := &Damage{Stream: s.Name, Seq: a.last + 1}
+		damage, open = append(damage, d), append(open, d)
+	}
+	settle(max(a.highest+1, a.last, memory.Last) + 1)
+	for _, d := range damage {
+		if d.Kind == Cut && d.Seq <= memory.Last {
+			d.Kind = Lost
+		}
+		if d.Kind == Lost {
+			a.last = max(a.last, d.Seq)
+		}
+		a.damage = append(a.damage, *d)
+	}
+	a.last = max(a.last, memory.Last)
+	return a, nil
+}
+
+// subjectIn is the subject in the bytes of a damaged record, or "".
+func (s *Stream) subjectIn(b []byte) string {
+	if len(b) <= least {
+		return ""
+	}
+	data := b[headSize:]
+	slen := int(binary.LittleEndian.Uint16(b[20:]))
+	if slen > len(data) || !s.Fits(data[:slen], nil) {
+		slen = max(0, fitting(data, func(subject, _ []byte) bool { return s.Fits(subject, nil) }))
+	}
+	return string(data[:slen])
+}
+
+// judge says what became of each damage, and returns the copies that are to be put back, in
+// the order of their numbers.
+func (s *Stream) judge(a *account, memory *Memory, budget *int64) ([]*record, error) {
+	copies, err := s.copies(a, budget)
+	if err != nil {
+		return nil, err
+	}
+	told := map[string]bool{}
+	for i := range a.damage {
+		d := &a.damage[i]
+		here, back := a.newest[d.Subject], copies[d.Subject]
+		switch {
+		case d.Kind != Lost:
+		case d.sure && a.deleted.Exists(d.Seq):
+			d.Kind = Superseded
+		case d.Subject == "" || !s.Single:
+		case here.seq > d.Seq:
+			d.Kind = Superseded
+		case back != nil && back.number() >= d.Seq:
+			d.Kind = Restored
+			told[d.Subject] = true
+		default:
+			d.older = here.place
+			told[d.Subject] = true
+			delete(copies, d.Subject) // it is older
+		}
+	}
+	wide := a.wide()
+	if s.Single && (wide != nil || s.Known != nil) {
+		for _, subject := range slices.Sorted(maps.Keys(memory.Subjects)) {
+			if _, here := a.newest[subject]; here || copies[subject] != nil || told[subject] {
+				continue
+			}
+			d := Damage{Stream: s.Name, Subject: subject, Seq: a.last, Last: a.last}
+			if wide != nil {
+				if wide.Subject == "" && wide.place == (place{}) {
+					wide.Subject = subject
+					continue
+				}
+				d.Block, d.Seq, d.Last = wide.Block, wide.Seq, wide.Last
+			}
+			a.damage = append(a.damage, d)
+			wide = a.wide() // it may have moved
+		}
+	}
+	list := slices.SortedFunc(maps.Values(copies), func(x, y *record) int { return cmp.Compare(x.number(), y.number()) })
+	for _, back := range list {
+		if subject := string(back.subject); !told[subject] {
+			a.damage = append(a.damage, Damage{Stream: s.Name, Seq: back.number(), Last: back.number(), Subject: subject, Kind: Restored})
+		}
+	}
+	for i := range a.damage { // of what has no name, all may be back
+		d := &a.damage[i]
+		if d.Kind == Lost && d.Subject == "" {
+			n := uint64(0)
+			for _, back := range list {
+				if d.covers(back.number()) {
+					n++
+				}
+			}
+			if n > d.Last-d.Seq {
+				d.Kind = Restored
 			}
 		}
-		if bytes.Equal(out, b) {
-			continue
-		}
-		if err := Write(s.file(block), out); err != nil {
-			return r, err
-		}
 	}
-	return r, nil
+	return list, nil
 }
 
-// damage describes a chunk.
-func (s *Stream) damage(block uint32, b []byte, chunks []chunk, i int, floor uint64) Damage {
-	c := chunks[i]
-	d := Damage{Stream: s.Name, Block: block, Offset: c.from, Bytes: b[c.from:c.to], Kind: c.kind}
-	if c.r != nil {
-		d.Seq, d.Subject = c.r.number(), string(c.r.subject)
-		return d
-	}
-	d.Seq = number(chunks, i, d.Bytes, floor)
-	if len(d.Bytes) > least {
-		data := d.Bytes[headSize:]
-		slen := int(d.Bytes[20]) | int(d.Bytes[21])<<8
-		alone := func(subject, _ []byte) bool { return s.Fits(subject, nil) }
-		if slen > len(data) || !s.Fits(data[:slen], nil) {
-			slen = max(0, fitting(data, alone))
+// covers says whether the message of a number may have been in what is lost.
+func (d *Damage) covers(n uint64) bool { return d.Kind == Lost && d.Seq <= n && n <= d.Last }
+
+// wide returns the first loss that may be one of more messages than it names, or nil.
+func (a *account) wide() *Damage {
+	for i := range a.damage {
+		if d := &a.damage[i]; d.Kind == Lost && (d.Subject == "" || d.Seq < d.Last) {
+			return d
 		}
-		d.Subject = string(data[:slen])
 	}
-	return d
+	return nil
 }
 
-// number is the number that the message of a chunk has, or where that is not known the
-// lowest that it can have. floor is the highest one of the blocks before.
-func number(chunks []chunk, i int, b []byte, floor uint64) uint64 {
-	before, after := floor, uint64(math.MaxUint64)
-	for _, c := range chunks[:i] {
-		if c.r != nil && c.r.seq&tombstoneBit == 0 {
-			before = max(before, c.r.number())
-		}
-	}
-	for _, c := range chunks[i+1:] {
-		if c.r != nil && c.r.seq&tombstoneBit == 0 && c.r.number() > before {
-			after = c.r.number()
-			break
-		}
-	}
-	if len(b) >= headSize {
-		r := record{seq: binary.LittleEndian.Uint64(b[4:])}
-		if n := r.number(); n > before && n < min(after, before+1<<16) {
-			return n
-		}
-	}
-	return before + 1
-}
-
-// rewrite returns the block as it is to be. Older messages of the subjects in gone are
-// left out.
-func (s *Stream) rewrite(b []byte, chunks []chunk, h *hasher, gone map[string]uint64, floor uint64) []byte {
-	out := make([]byte, 0, len(b))
-	var last, highest uint64
-	for i, c := range chunks {
-		if c.r == nil {
-			if c.kind != Cut {
-				highest = max(highest, number(chunks, i, b[c.from:c.to], floor))
-			}
-			continue
-		}
-		highest = max(highest, c.r.number())
-		if seq, ok := gone[string(c.r.subject)]; ok && c.r.live() && c.r.number() < seq {
-			continue
-		}
-		last = max(last, c.r.number())
-		if c.as != nil {
-			out = append(out, c.as...)
-		} else {
-			out = append(out, b[c.from:c.to]...)
-		}
-	}
-	if highest > last { // numbers are not given again
-		out = append(out, h.encode(&record{seq: highest | erasedBit})...)
-	}
-	return out
-}
-
-// missing reads the spare blocks, and returns the messages that are in none of the
-// stream's own, and no later ones of their subjects.
-func (s *Stream) missing(newest map[string]uint64, budget *int64) (map[string]*record, error) {
-	if s.Spare == "" || !s.Single {
+// copies returns the copies of messages that were in what is lost, by subject.
+func (s *Stream) copies(a *account, budget *int64) (map[string]*record, error) {
+	if s.Spare == "" {
 		return nil, nil
 	}
 	list, err := blocksIn(s.Spare)
@@ -240,16 +327,19 @@ func (s *Stream) missing(newest map[string]uint64, budget *int64) (map[string]*r
 	}
 	back := map[string]*record{}
 	for _, block := range list {
-		b, err := os.ReadFile(filepath.Join(s.Spare, fmt.Sprintf("%d.blk", block)))
+		b, _, err := readBlock(blockIn(s.Spare, block))
 		if err != nil {
 			return nil, err
 		}
-		chunks, _ := s.parse(b, newHasher(s.Name, block, budget), false, true)
-		for _, c := range chunks {
+		for _, c := range s.parse(b, newHasher(s.Name, block, budget), false, 0, false) {
 			if c.r == nil || !c.r.live() || !s.Fits(c.r.subject, nil) {
 				continue
 			}
-			if seq, ok := newest[string(c.r.subject)]; !ok || seq < c.r.number() {
+			n, lost := c.r.number(), false
+			for i := range a.damage {
+				lost = lost || a.damage[i].covers(n)
+			}
+			if (lost || n > a.last) && a.newest[string(c.r.subject)].seq < n && !a.deleted.Exists(n) {
 				back[string(c.r.subject)] = c.r
 			}
 		}
@@ -257,14 +347,88 @@ func (s *Stream) missing(newest map[string]uint64, budget *int64) (map[string]*r
 	return back, nil
 }
 
-// named says whether the loss of a message of a subject is among those.
-func named(lost []Damage, subject string) bool {
-	for _, d := range lost {
-		if d.Subject == subject && (d.Kind == Lost || d.Kind == Restored) {
-			return true
+// rewrite writes the blocks that are to be others than they are.
+func (s *Stream) rewrite(a *account, copies []*record, budget *int64) error {
+	gone := map[string]uint64{} // older messages of these subjects must not come back
+	lost := map[uint32]bool{}
+	for _, d := range a.damage {
+		if d.Kind == Lost && s.Single && d.Subject != "" {
+			gone[d.Subject] = d.Seq
+		}
+		lost[d.Block] = true
+	}
+	if len(a.list) == 0 {
+		a.list = []uint32{max(1, a.damage[0].Block)}
+	}
+	for i, block := range a.list {
+		last := i == len(a.list)-1
+		if !last && !lost[block] && len(gone) == 0 {
+			continue
+		}
+		was, unread, err := readBlock(s.file(block))
+		if ignore(err, fs.ErrNotExist) != nil {
+			return err
+		}
+		b := bytes.Clone(was)
+		for at, x := range a.fixes[block] {
+			b[at] = x
+		}
+		h := newHasher(s.Name, block, budget)
+		out := make([]byte, 0, len(b))
+		for _, c := range s.parse(b, h, false, a.before[block], false) {
+			if c.r == nil || c.r.live() && c.r.number() < gone[string(c.r.subject)] {
+				continue
+			}
+			out = append(out, b[c.from:c.to]...)
+		}
+		if last {
+			out = append(out, s.end(a, copies, h)...)
+		}
+		if bytes.Equal(out, was) {
+			continue
+		}
+		if unread { // the disk may give it another time
+			if err := os.Link(s.file(block), s.file(block)+".unreadable"); ignore(err, fs.ErrExist) != nil {
+				return err
+			}
+		}
+		if err := s.keep(s.file(block), out); err != nil {
+			return err
 		}
 	}
-	return false
+	return nil
+}
+
+// end is what comes behind the last record: the copies, with numbers that were not given yet,
+// or what keeps the number of a lost message from being given again. JetStream takes
+// a block for expired by its last record, so none is older than the one before.
+func (s *Stream) end(a *account, copies []*record, h *hasher) (b []byte) {
+	if len(copies) == 0 && a.last > a.highest {
+		return h.encode(&record{seq: a.last | erasedBit, time: a.time})
+	}
+	n := a.last
+	for _, back := range copies {
+		n = max(n+1, back.number())
+		a.time = max(a.time, back.time)
+		b = append(b, h.encode(&record{n, a.time, back.subject, back.header, back.message})...)
+	}
+	return b
+}
+
+// memory is what JetStream remembers: what it said, and what it has written down.
+func (s *Stream) memory() (*Memory, error) {
+	m := &Memory{}
+	raw, err := durable.ReadOwn(filepath.Join(s.msgs(), indexName), largest)
+	if ignore(err, fs.ErrNotExist) != nil && !errors.Is(err, durable.ErrLarge) && !unreadable(err) {
+		return nil, err
+	}
+	if wrote := readIndex(raw, s.Name); wrote != nil {
+		m = wrote
+	}
+	if s.Known != nil {
+		m.Last, m.Subjects = max(m.Last, s.Known.Last), s.Known.Subjects
+	}
+	return m, nil
 }
 
 // unindex has JetStream read the blocks.
@@ -272,15 +436,15 @@ func (s *Stream) unindex() error {
 	if err := os.Remove(filepath.Join(s.msgs(), indexName)); ignore(err, fs.ErrNotExist) != nil {
 		return err
 	}
-	return durable.SyncDir(s.msgs())
+	return ignore(durable.SyncDir(s.msgs()), fs.ErrNotExist)
 }
 
-// tidy removes what an interrupted rewriting has left.
+// tidy removes what an interrupted rewriting has left, of ours and of JetStream's.
 func (s *Stream) tidy() error {
 	entries, err := os.ReadDir(s.msgs())
 	err = ignore(err, fs.ErrNotExist)
 	for _, e := range entries {
-		if strings.Contains(e.Name(), ".blk.tmp") {
+		if strings.Contains(e.Name(), ".blk.tmp") || strings.HasSuffix(e.Name(), ".new") {
 			err = errors.Join(err, os.Remove(filepath.Join(s.msgs(), e.Name())))
 		}
 	}

@@ -6,7 +6,6 @@ import (
 	"encoding/hex"
 	"encoding/json"
 	"errors"
-	"fmt"
 	"io/fs"
 	"os"
 	"path/filepath"
@@ -20,7 +19,8 @@ import (
 
 // MendMeta looks at what JetStream has written down of the stream's configuration, and
 // mends it: without it the stream is not there. While it is whole, a copy is kept of
-// it. It says what was done, if anything was.
+// it. What cannot be mended is set aside: whoever makes the stream then has all of its
+// messages. It says what was done, if anything was.
 func (s *Stream) MendMeta() (done string, err error) {
 	name, sumName, copied := filepath.Join(s.Dir, "meta.inf"), filepath.Join(s.Dir, "meta.sum"), filepath.Join(s.Meta, "meta.inf")
 	meta, err1 := os.ReadFile(name)
@@ -60,7 +60,8 @@ func (s *Stream) MendMeta() (done string, err error) {
 		} else if err3 == nil && whole(spare) {
 			meta, done = spare, "restored from an older copy"
 		} else {
-			return "", fmt.Errorf("what JetStream has written down of the stream in %s is damaged, and there is no copy of it", name)
+			aside := os.Rename(name, name+".damaged")
+			return "made anew", errors.Join(ignore(aside, fs.ErrNotExist), durable.SyncDir(s.Dir))
 		}
 	}
 	return done, errors.Join(Write(name, meta), Write(sumName, of(meta)), s.keep(copied, meta))

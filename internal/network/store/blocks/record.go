@@ -229,6 +229,9 @@ func (h *hasher) mend(b []byte, fits func(subject, message []byte) bool) *record
 	if wrong == 1 {
 		return try(append(bytes.Clone(b[:len(b)-sumSize]), own[:]...))
 	}
+	// Half of what is left, so that something is left for others.
+	budget := *h.budget / 2
+	defer func(was int64) { *h.budget -= was - budget }(budget)
 	// One bit, which is what happens most, and then any byte.
 	for _, bits := range []bool{true, false} {
 		for i := range text {
@@ -237,7 +240,7 @@ func (h *hasher) mend(b []byte, fits func(subject, message []byte) bool) *record
 				if x&(x-1) == 0 != bits {
 					continue
 				}
-				if *h.budget -= int64(len(text)) + 64; *h.budget < 0 {
+				if budget -= int64(len(text)) + 64; budget < 0 {
 					return nil
 				}
 				text[i] = was ^ byte(x)

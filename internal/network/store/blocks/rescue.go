@@ -3,10 +3,8 @@ package blocks
 import (
 	"bytes"
 	"errors"
-	"fmt"
 	"io/fs"
 	"os"
-	"path/filepath"
 
 	"github.com/resultity/node/internal/durable"
 )
@@ -14,11 +12,11 @@ import (
 // Rescue copies a block that JetStream is about to cut off. The first copy stays
 // until [Stream.Mend].
 func (s *Stream) Rescue(block uint32) error {
-	name := filepath.Join(s.Rescued, fmt.Sprintf("%d.blk", block))
+	name := blockIn(s.Rescued, block)
 	if _, err := os.Stat(name); err == nil {
 		return nil
 	}
-	b, err := os.ReadFile(s.file(block))
+	b, _, err := readBlock(s.file(block))
 	if err != nil {
 		return err
 	}
@@ -36,12 +34,12 @@ func (s *Stream) takeRescued(budget *int64) error {
 		return err
 	}
 	for _, block := range list {
-		name := filepath.Join(s.Rescued, fmt.Sprintf("%d.blk", block))
-		was, err := os.ReadFile(name)
+		name := blockIn(s.Rescued, block)
+		was, _, err := readBlock(name)
 		if err != nil {
 			return err
 		}
-		is, err := os.ReadFile(s.file(block))
+		is, _, err := readBlock(s.file(block))
 		if ignore(err, fs.ErrNotExist) != nil {
 			return err
 		}
@@ -62,27 +60,27 @@ func (s *Stream) takeRescued(budget *int64) error {
 
 // join returns a block as it was, with what is new of it behind.
 func (s *Stream) join(block uint32, was, is []byte, budget *int64) []byte {
-	same := 0
-	for same < min(len(was), len(is)) && was[same] == is[same] {
-		same++
-	}
 	h := newHasher(s.Name, block, budget)
-	old, _ := s.parse(was, h, false, true)
+	had := map[[sumSize]byte]bool{} // checksums
 	var highest uint64
-	for _, c := range old {
+	for _, c := range s.parse(was, h, false, 0, false) {
 		if c.r != nil {
+			had[[sumSize]byte(was[c.to-sumSize:c.to])] = true
 			highest = max(highest, c.r.number())
 		}
 	}
 	out := bytes.Clone(was)
-	now, _ := s.parse(is, h, false, true)
-	for _, c := range now {
-		if c.r == nil || c.to <= same {
+	moved := map[uint64]uint64{}
+	for _, c := range s.parse(is, h, false, 0, false) {
+		if c.r == nil || had[[sumSize]byte(is[c.to-sumSize:c.to])] {
 			continue
 		}
-		if c.r.live() {
-			highest++
-			c.r.seq = highest
+		switch n := c.r.number(); {
+		case c.r.live():
+			c.r.seq = max(n, highest+1)
+			moved[n], highest = c.r.seq, c.r.seq
+		case moved[n] > 0:
+			c.r.seq += moved[n] - n
 		}
 		out = append(out, h.encode(c.r)...)
 	}
