@@ -552,8 +552,8 @@ func await[M wire.Message](t *testing.T, f *fixture, ok func(M) bool) {
 func job(s *snapshot.Snapshot) *wire.Job {
 	return &wire.Job{
 		ID: receipt.NewJobID(), Model: s.Config().Runtime.Model, Kind: wire.KindChat, Config: s.Digest(),
-		Request:  []byte(`{"model":"tiny-chat","messages":[{"role":"user","content":"hi"}]}`),
-		Deadline: time.Now().Add(time.Minute).UnixMilli(),
+		Request: []byte(`{"model":"tiny-chat","messages":[{"role":"user","content":"hi"}]}`),
+		Created: time.Now().Unix(), Deadline: time.Now().Add(time.Minute).UnixMilli(),
 	}
 }
 

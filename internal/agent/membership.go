@@ -348,7 +348,7 @@ func (m *membership) status() control.Network {
 	w := m.worker.Status()
 	n := control.Network{
 		Name: m.net.Name, Priority: m.net.Priority, Runtime: m.board.runtimeState(),
-		Slots: w.Slots, Busy: w.Busy, Taken: w.Taken, Outbox: w.Outbox, Draining: w.Draining, Drains: m.drains(w), Orders: m.lastOrders(), Logs: m.logs(), ReceiptLog: m.receiptLog(), Sandbox: m.recorded(),
+		Slots: w.Slots, Busy: w.Busy, Taken: w.Taken, Outbox: w.Outbox, Draining: w.Draining, Drains: m.drains(w), Orders: m.lastOrders(), Logs: m.logs(), ReceiptLog: m.receiptLog(), Damage: m.damage(), Sandbox: m.recorded(),
 	}
 	if p := m.orderBook.Penalty(); p != nil {
 		n.Penalty = &control.Penalty{Reason: p.Reason, Until: time.UnixMilli(p.Until).UTC()}

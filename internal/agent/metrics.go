@@ -7,6 +7,7 @@ import (
 	"github.com/prometheus/client_golang/prometheus"
 	"github.com/prometheus/client_golang/prometheus/promhttp"
 
+	"github.com/resultity/node/internal/control"
 	"github.com/resultity/node/internal/gate"
 )
 
@@ -19,6 +20,7 @@ var (
 	metricOutbox     = prometheus.NewDesc("resultity_results_unacknowledged", "Results that a network has not acknowledged.", []string{"network"}, nil)
 	metricLog        = prometheus.NewDesc("resultity_receipt_log_size", "Receipts in the log of a network.", []string{"network"}, nil)
 	metricLogAcked   = prometheus.NewDesc("resultity_receipt_log_acknowledged", "Receipts of the log that the network has; what is missing for long can be proven to nobody.", []string{"network"}, nil)
+	metricDamage     = prometheus.NewDesc("resultity_store_damage", "What the agent's start has found damaged in the job store: places that were mended, jobs and receipts that are lost. Above 0, look at the disk.", []string{"network", "outcome"}, nil)
 	metricRuntime    = prometheus.NewDesc("resultity_runtime_state", "1 for the state that the runtime is in as a network is told.", []string{"network", "state"}, nil)
 	metricRestarts   = prometheus.NewDesc("resultity_runtime_restarts", "Restarts of the runtime by systemd since it was started.", nil, nil)
 	metricCurrent    = prometheus.NewDesc("resultity_generation_current", "Number of the current generation, 0 for none.", nil, nil)
@@ -38,7 +40,7 @@ type collector struct{ *Agent }
 
 // Describe implements [prometheus.Collector].
 func (c collector) Describe(out chan<- *prometheus.Desc) {
-	for _, d := range []*prometheus.Desc{metricInfo, metricGate, metricSlots, metricBusy, metricOutbox, metricLog, metricLogAcked, metricRuntime, metricRestarts, metricCurrent, metricGeneration, metricPhase, metricGivenBytes, metricGiven, metricGivenNot, metricNeighbours, metricChecks, metricChecked, metricPassed} {
+	for _, d := range []*prometheus.Desc{metricInfo, metricGate, metricSlots, metricBusy, metricOutbox, metricLog, metricLogAcked, metricDamage, metricRuntime, metricRestarts, metricCurrent, metricGeneration, metricPhase, metricGivenBytes, metricGiven, metricGivenNot, metricNeighbours, metricChecks, metricChecked, metricPassed} {
 		out <- d
 	}
 }
@@ -66,6 +68,13 @@ func (c collector) Collect(out chan<- prometheus.Metric) {
 			gauge(metricLog, float64(l.Size), n.Name)
 			gauge(metricLogAcked, float64(l.Acked), n.Name)
 		}
+		d := n.Damage
+		if d == nil {
+			d = new(control.Damage)
+		}
+		gauge(metricDamage, float64(d.Mended), n.Name, "mended")
+		gauge(metricDamage, float64(len(d.Lost)), n.Name, "jobs lost")
+		gauge(metricDamage, float64(d.Receipts), n.Name, "receipts lost")
 		gauge(metricRuntime, 1, n.Name, n.Runtime.State)
 	}
 	for _, m := range c.members {

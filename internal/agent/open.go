@@ -11,6 +11,7 @@ import (
 	"strings"
 	"time"
 
+	"github.com/resultity/node/internal/control"
 	"github.com/resultity/node/internal/evm"
 	"github.com/resultity/node/internal/failpoint"
 	"github.com/resultity/node/internal/journal"
@@ -67,6 +68,29 @@ func (m *membership) tellSalvage() {
 	for _, id := range found.Lost[:min(len(found.Lost), toldLost)] {
 		m.log.Error("this node will not answer a job, since the disk has lost it or its result", journal.ResultLost.Attr(), "job", id)
 	}
+}
+
+// damage is what status shows of it.
+func (m *membership) damage() *control.Damage {
+	found := m.store.Salvage()
+	if found == nil {
+		return nil
+	}
+	d := &control.Damage{Mended: found.Mended, Receipts: found.Leaves}
+	for _, id := range found.Lost {
+		d.Lost = append(d.Lost, id.String())
+	}
+	for _, name := range found.Aside {
+		d.Kept = append(d.Kept, filepath.Join(m.dir, "jobs", name))
+	}
+	if !found.Blind.IsZero() {
+		at := found.Blind.UTC()
+		d.Before = &at
+	}
+	if found.Full != nil {
+		d.Unsolved = found.Full.Error()
+	}
+	return d
 }
 
 // toldLost is how many lost jobs have a record of their own.

@@ -1,8 +1,11 @@
 package agent
 
 import (
+	"bytes"
 	"net/http"
 	"net/http/httptest"
+	"os"
+	"path/filepath"
 	"slices"
 	"strings"
 	"testing"
@@ -286,6 +289,70 @@ func TestReceiptLogOfAReplacedDisk(t *testing.T) {
 			t.Errorf("%d leaves\n%s", a.got, f.book)
 		}
 	})
+}
+
+// A disk that has damaged the log beyond mending costs it nothing that the network has, and
+// of the rest what is damaged; the network hears of no contradiction.
+func TestReceiptLogOfADamagedDisk(t *testing.T) {
+	for name, gone := range map[string]int{"known to the network": 1, "known to nobody else": 3} {
+		t.Run(name, func(t *testing.T) {
+			logged(t, func(t *testing.T, start func(string) (*fixture, *snapshot.Snapshot, func()), dirs []string) {
+				a := newArchive(t, "testnet")
+				f, s, stop := start(dirs[0])
+				a.opens(f.party)
+				leaves := []evm.Hash{f.earn(t, s), f.earn(t, s), f.earn(t, s)}
+				a.hears(f.party, 30*time.Second)
+				f.Closed(errBroken)
+				leaves = append(leaves, f.earn(t, s), f.earn(t, s))
+				stop()
+				logs, err := filepath.Glob(filepath.Join(f.party.dir, "jobs/*.log"))
+				if err != nil || len(logs) != 1 {
+					t.Fatal(logs, err)
+				}
+				raw, err := os.ReadFile(logs[0])
+				if err != nil {
+					t.Fatal(err)
+				}
+				at := bytes.Index(raw, leaves[gone][:])
+				clear(raw[at : at+100])
+				if err := os.WriteFile(logs[0], raw, 0o600); err != nil {
+					t.Fatal(err)
+				}
+
+				f, _, stop = start(dirs[0])
+				defer func() { stop() }()
+				if is := f.store.ReceiptLog(); is.Size != 4 {
+					t.Errorf("the log has %d receipts, want those that are left", is.Size)
+				}
+				if d := f.status().Damage; d == nil || d.Receipts != 1 || d.Before == nil || len(d.Kept) != 1 {
+					t.Errorf("status %+v", d)
+				}
+				w := httptest.NewRecorder()
+				f.Metrics().ServeHTTP(w, httptest.NewRequest(http.MethodGet, "/metrics", nil))
+				if want := `resultity_store_damage{network="testnet",outcome="receipts lost"} 1`; !strings.Contains(w.Body.String(), want) {
+					t.Errorf("metrics without %s", want)
+				}
+				if gone >= 3 {
+					leaves = slices.Delete(leaves, gone, gone+1)
+				}
+				a.opens(f.party) // for so long that jobs are new ones
+				a.has(leaves...)
+				leaves = append(leaves, f.earn(t, s))
+				a.hears(f.party, 30*time.Second)
+				a.has(leaves...)
+				if n := f.book.count(journal.ReceiptLogRefused) + f.book.count(journal.ReceiptLogBehind); n > 0 {
+					t.Errorf("the operator is bothered:\n%s", f.book)
+				}
+				stop()
+				f, _, stop = start(dirs[0])
+				a.opens(f.party)
+				a.has(leaves...)
+				if d := f.status().Damage; d != nil {
+					t.Errorf("after the next start: %+v", d)
+				}
+			})
+		})
+	}
 }
 
 // A network that has lost its copy gets what there is.

@@ -75,6 +75,7 @@ type Network struct {
 	Penalty    *Penalty          `json:"penalty,omitempty"` // the network's, in force
 
 	ReceiptLog *ReceiptLog `json:"receiptLog,omitempty"` // absent before the first receipt
+	Damage     *Damage     `json:"damage,omitempty"`     // of the job store, where the agent's start has found any
 
 	Orders  []Order    `json:"orders,omitempty"` // the network's last ones, oldest first
 	Done    int        `json:"done"`
@@ -103,6 +104,16 @@ type ReceiptLog struct {
 	Size  uint64 `json:"size"`  // receipts
 	Root  string `json:"root"`  // of the tree; 0x and 64 hexadecimal digits
 	Acked uint64 `json:"acked"` // of how many the network has it
+}
+
+// Damage says what the agent's start has found damaged in the job store.
+type Damage struct {
+	Mended   int        `json:"mended"`             // places that are right again
+	Lost     []string   `json:"lost,omitempty"`     // jobs of which something is lost, as far as they can be named
+	Before   *time.Time `json:"before,omitempty"`   // other jobs that were made before may be lost, too
+	Receipts uint64     `json:"receipts"`           // that the receipt log has lost
+	Kept     []string   `json:"kept,omitempty"`     // files with what was found
+	Unsolved string     `json:"unsolved,omitempty"` // why it could not be put right on the disk
 }
 
 // Sandbox says what is on record of the runtime's sandbox.

@@ -122,6 +122,18 @@ func showNetwork(w *tabwriter.Writer, n *control.Network, several bool) {
 	if l := n.ReceiptLog; l != nil {
 		fmt.Fprintf(w, "receipts\t%d in the log, of which the network has %d; root %s\n", l.Size, l.Acked, l.Root)
 	}
+	if d := n.Damage; d != nil {
+		fmt.Fprintf(w, "store\tdamaged when the agent started: %d places mended, %d jobs lost, %d receipts lost; look at this machine's disk\n", d.Mended, len(d.Lost), d.Receipts)
+		if d.Before != nil {
+			fmt.Fprintf(w, "\tother jobs made before %s may be lost, too\n", d.Before.Format(time.RFC3339))
+		}
+		for _, name := range d.Kept {
+			fmt.Fprintf(w, "\tkept as it was found: %s\n", line(name))
+		}
+		if d.Unsolved != "" {
+			fmt.Fprintf(w, "\tnot put right yet; make room and restart the agent: %s\n", line(d.Unsolved))
+		}
+	}
 	if l := n.Logs; l.Upload == "on" {
 		fmt.Fprintf(w, "log\tuploaded up to record %d; %d wait, %d were dropped\n", l.Uploaded, l.Waiting, l.Dropped)
 		if l.Error != "" {

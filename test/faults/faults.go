@@ -222,6 +222,8 @@ var Faults = []*Fault{
 	{Name: "node's generations read-only", Before: ownDisks("generations"), Do: readOnly("generations"), After: sharedDisk("generations"), Slow: true},
 	{Name: "node's job store read-only when its agent starts", Agent: true, Before: ownDisks("jobs"), Do: readOnlyAtStart("jobs"), After: sharedDisk("jobs")},
 	{Name: "node's log spool read-only when its agent starts", Agent: true, Before: ownDisks("spool"), Do: readOnlyAtStart("spool"), After: sharedDisk("spool"), Slow: true},
+	{Name: "a byte of the node's live job store changes, and its agent is killed", Agent: true, Do: damagedStore("messages", "#", "store-mended")},
+	{Name: "bytes of a result in the node's live job store change, and its agent is killed", Agent: true, Do: damagedStore("choices", "damaged.", "store-salvaged")},
 	{Name: "network service killed", Network: true, Do: func(ctx context.Context, w *World) error {
 		_, err := w.Net.Output(ctx, "systemctl", "kill", "--signal=KILL", "resultity-network.service")
 		return err
@@ -409,6 +411,45 @@ func noGrowth(ctx context.Context, w *World) error {
 		return fmt.Errorf("%w: %s", err, out)
 	}
 	return w.startedAnew(ctx, w.A.Agent, before) // with the next job
+}
+
+// damagedStore writes something else where the newest record with a word in A's job store
+// has that, and kills the agent. What its next life finds has to be said by an event.
+func damagedStore(word, with, event string) func(context.Context, *World) error {
+	return func(ctx context.Context, w *World) error {
+		before, err := w.A.Property(ctx, w.A.Agent, "InvocationID")
+		if err != nil {
+			return err
+		}
+		since := time.Now()
+		if err := w.sh(ctx, `cd "$1"/networks/*/jobs
+			for f in $(ls -r *.log); do
+				at=$(grep -abo '`+word+`' $f | tail -n1 | cut -d: -f1)
+				[ -n "$at" ] || continue
+				printf '`+with+`' | dd of=$f bs=1 seek=$at conv=notrunc
+				exit
+			done
+			echo 'no record has `+word+`'; ls -l; exit 1`); err != nil {
+			return err
+		}
+		if err := w.A.UserCtl(ctx, "kill", "--signal=KILL", w.A.Agent); err != nil {
+			return err
+		}
+		if err := w.startedAnew(ctx, w.A.Agent, before); err != nil {
+			return err
+		}
+		ctx, cancel := context.WithTimeout(ctx, patience)
+		defer cancel()
+		for {
+			out, err := w.A.Output(ctx, "journalctl", "--no-pager", "-q", "--since", fmt.Sprintf("@%d", since.Unix()), "RESULTITY_EVENT="+event)
+			if err == nil && len(bytes.TrimSpace(out)) > 0 {
+				return nil
+			}
+			if pause(ctx, 100*time.Millisecond) != nil {
+				return fmt.Errorf("the journal has no %s (%v)", event, err)
+			}
+		}
+	}
 }
 
 // ownDisks gives stores of A's agent a file system each, which can be made
