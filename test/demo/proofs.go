@@ -34,7 +34,7 @@ func (d *demo) refused(ctx context.Context, n *stack.Node, e *journal.Event, bad
 	if err := d.s.Publish(ctx, func(c *snapshot.Config) { good = *c; bad(c) }); err != nil {
 		return "", err
 	}
-	waiting, cancel := context.WithTimeout(ctx, time.Minute)
+	waiting, cancel := context.WithTimeout(ctx, 3*time.Minute)
 	defer cancel()
 	said, err := n.WaitEvent(waiting, at, e)
 	if err == nil {

@@ -61,7 +61,7 @@ var code = regexp.MustCompile(`(?m)^([0-9]{8})\r?$`)
 // mailed waits for the code in the mail that was delivered.
 func mailed(t *testing.T) string {
 	t.Helper()
-	ctx, cancel := context.WithTimeout(t.Context(), time.Minute)
+	ctx, cancel := context.WithTimeout(t.Context(), 3*time.Minute)
 	defer cancel()
 	for {
 		out, err := s.Net.Output(ctx, "sh", "-c", "cat /home/ann/Maildir/new/* 2>/dev/null || true")

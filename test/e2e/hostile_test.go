@@ -36,7 +36,7 @@ const hostileTokens = 8
 // clients have their answers from the other node; and when the good engine is back,
 // all is as before.
 func TestHostileEngine(t *testing.T) {
-	ctx, cancel := context.WithTimeout(t.Context(), 4*time.Minute)
+	ctx, cancel := context.WithTimeout(t.Context(), 10*time.Minute)
 	defer cancel()
 	h := deployHostile(ctx, t)
 	eachNode(t, func(t *testing.T, n *stack.Node) { h.attempts(ctx, t, n) })
@@ -74,7 +74,7 @@ func deployHostile(ctx context.Context, t *testing.T) *hostileTest {
 		t.Fatal(err)
 	}
 	t.Cleanup(func() {
-		ctx, cancel := context.WithTimeout(context.WithoutCancel(t.Context()), time.Minute)
+		ctx, cancel := context.WithTimeout(context.WithoutCancel(t.Context()), 3*time.Minute)
 		defer cancel()
 		if err := s.Publish(ctx, func(c *snapshot.Config) {
 			c.Runtime, c.Limits, c.Validation = before.Runtime, before.Limits, before.Validation
@@ -83,7 +83,7 @@ func deployHostile(ctx context.Context, t *testing.T) *hostileTest {
 		}
 		active(ctx, t, s.Image)
 	})
-	up, cancel := context.WithTimeout(ctx, time.Minute)
+	up, cancel := context.WithTimeout(ctx, 3*time.Minute)
 	defer cancel()
 	active(up, t, ref)
 	h := &hostileTest{address: map[*stack.Node]string{}}

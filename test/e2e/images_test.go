@@ -68,7 +68,7 @@ func asAccount(ctx context.Context, t *testing.T, n *stack.Node, script string) 
 // An index of several platforms is what the configuration names, what the node
 // reports and what its receipts state; what runs is the image for this machine.
 func TestIndexOfPlatforms(t *testing.T) {
-	ctx, cancel := context.WithTimeout(t.Context(), time.Minute)
+	ctx, cancel := context.WithTimeout(t.Context(), 3*time.Minute)
 	defer cancel()
 	check := func(err error) {
 		t.Helper()
@@ -106,7 +106,7 @@ func TestIndexOfPlatforms(t *testing.T) {
 // runtime starts, and the image is fetched again.
 func TestImageAltered(t *testing.T) {
 	eachNode(t, func(t *testing.T, n *stack.Node) {
-		ctx, cancel := context.WithTimeout(t.Context(), time.Minute)
+		ctx, cancel := context.WithTimeout(t.Context(), 3*time.Minute)
 		defer cancel()
 		since := mark(ctx, t, n)
 		asAccount(ctx, t, n, "systemctl --user stop resultity-agent.service "+stack.Runtime+`
@@ -127,7 +127,7 @@ func TestImageAltered(t *testing.T) {
 // When the network takes back the key that has signed what runs, every node stops
 // it, and nothing brings it back but the trust, or somebody else's signature.
 func TestKeyRevoked(t *testing.T) {
-	ctx, cancel := context.WithTimeout(t.Context(), time.Minute)
+	ctx, cancel := context.WithTimeout(t.Context(), 3*time.Minute)
 	defer cancel()
 	k, err := oci.NewKey()
 	if err != nil {
@@ -153,7 +153,7 @@ func TestKeyRevoked(t *testing.T) {
 		t.Fatal(err)
 	}
 	defer func() { // the other tests sign with the key of before
-		ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), time.Minute)
+		ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), 3*time.Minute)
 		defer cancel()
 		if err := s.Publish(ctx, func(c *snapshot.Config) { c.ImageTrust = before }); err != nil {
 			t.Fatal(err)

@@ -38,7 +38,7 @@ func askProven(t *testing.T) *proven {
 	ask := chat.Request{Prompt: model.Prompts()[0].User, Tokens: 8}
 	a, err := s.Ask(t.Context(), ask)
 	var refused *chat.Refusal
-	for end := time.Now().Add(time.Minute); errors.As(err, &refused) && refused.Status == http.StatusServiceUnavailable && time.Now().Before(end); {
+	for end := time.Now().Add(3 * time.Minute); errors.As(err, &refused) && refused.Status == http.StatusServiceUnavailable && time.Now().Before(end); {
 		time.Sleep(200 * time.Millisecond) // the node has to come back to a network that was restarted
 		a, err = s.Ask(t.Context(), ask)
 	}
@@ -53,7 +53,7 @@ func askProven(t *testing.T) *proven {
 // prove fetches the proof, as soon as there is one.
 func (v *proven) prove(t *testing.T) {
 	t.Helper()
-	ctx, cancel := context.WithTimeout(t.Context(), time.Minute)
+	ctx, cancel := context.WithTimeout(t.Context(), 3*time.Minute)
 	defer cancel()
 	for begun := time.Now(); ; {
 		res, raw, err := s.Do(ctx, http.MethodGet, "/v1/receipts/"+v.id+"/proof", nil)
@@ -104,7 +104,7 @@ func alone(t *testing.T, n *stack.Node) {
 			t.Fatal(err)
 		}
 		t.Cleanup(func() {
-			ctx, cancel := context.WithTimeout(context.WithoutCancel(t.Context()), time.Minute)
+			ctx, cancel := context.WithTimeout(context.WithoutCancel(t.Context()), 3*time.Minute)
 			defer cancel()
 			if _, err := other.Ctl(ctx, "resume"); err != nil {
 				t.Error(err)

@@ -86,7 +86,7 @@ func TestSandboxRecord(t *testing.T) {
 		t.Fatal(err)
 	}
 	defer func() {
-		ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), time.Minute)
+		ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), 3*time.Minute)
 		defer cancel()
 		if out, err := n.Output(ctx, "rm", drop); err != nil {
 			t.Errorf("%v: %s", err, out)

@@ -51,7 +51,7 @@ func TestDriftIsFound(t *testing.T) {
 }
 
 func drift(t *testing.T, n *stack.Node, file, text, want string) {
-	ctx, cancel := context.WithTimeout(t.Context(), time.Minute)
+	ctx, cancel := context.WithTimeout(t.Context(), 3*time.Minute)
 	defer cancel()
 	as := func(ctx context.Context, script string) {
 		t.Helper()
@@ -62,7 +62,7 @@ func drift(t *testing.T, n *stack.Node, file, text, want string) {
 	since := mark(ctx, t, n)
 	as(ctx, "mkdir -p $(dirname "+file+") && printf '%s' '"+strings.ReplaceAll(text, "'", "")+"' > "+file+" && systemctl --user daemon-reload && systemctl --user restart --no-block "+stack.Runtime)
 	defer func() {
-		ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), time.Minute)
+		ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), 3*time.Minute)
 		defer cancel()
 		as(ctx, "rm "+file+" && systemctl --user daemon-reload && systemctl --user reset-failed "+stack.Runtime+"; systemctl --user restart resultity-agent.service")
 		if err := n.WaitStatus(ctx, "jobs after the drift", func(st *control.Status) bool { return st.Closed() == nil }); err != nil {

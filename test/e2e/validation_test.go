@@ -22,7 +22,7 @@ import (
 // Nodes of one class are validated on schedule and give the same answers. One whose
 // engine goes wrong without a job is taken out of service by that, and heals.
 func TestScheduledValidation(t *testing.T) {
-	ctx, cancel := context.WithTimeout(t.Context(), 4*time.Minute)
+	ctx, cancel := context.WithTimeout(t.Context(), 10*time.Minute)
 	defer cancel()
 	file := filepath.Join(t.TempDir(), "engine")
 	if err := stack.BuildProgram(ctx, file, "./test/faults/engine"); err != nil {

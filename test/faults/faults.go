@@ -523,7 +523,7 @@ func readOnlyAtStart(name string) func(context.Context, *World) error {
 		); err != nil {
 			return err
 		}
-		saying, cancel := context.WithTimeout(ctx, time.Minute)
+		saying, cancel := context.WithTimeout(ctx, patience)
 		defer cancel()
 		return errors.Join(
 			w.A.WaitWords(saying, since, syscall.EROFS.Error()),

@@ -164,7 +164,7 @@ Exec=stay
 // follow runs a command until it prints the line.
 func follow(t *testing.T, h *Host, line string, args ...string) {
 	t.Helper()
-	ctx, cancel := context.WithTimeout(t.Context(), 20*time.Second)
+	ctx, cancel := context.WithTimeout(t.Context(), 2*time.Minute)
 	defer cancel()
 	r, w := io.Pipe()
 	done := make(chan error, 1)
@@ -342,7 +342,7 @@ func TestCut(t *testing.T) {
 			}
 		case err := <-talk:
 			t.Fatalf("connection ended: %v", err)
-		case <-time.After(30 * time.Second):
+		case <-time.After(2 * time.Minute):
 			t.Fatalf("no answer, want %q", want)
 		}
 	}
@@ -565,7 +565,7 @@ func TestExec(t *testing.T) {
 		if err := <-done; err == nil {
 			t.Error("no error from a cancelled command")
 		}
-		ctx, cancel = context.WithTimeout(t.Context(), 10*time.Second)
+		ctx, cancel = context.WithTimeout(t.Context(), 2*time.Minute)
 		defer cancel()
 		if err := (cgroupOf(h.dir) + "/exec").waitEmpty(ctx); err != nil {
 			t.Errorf("a child has survived: %v", err)

@@ -140,7 +140,7 @@ func TestImageKilledBuild(t *testing.T) {
 	_ = cmd.Wait()
 	path, _ = fakeBuilder(t, "")
 	t.Setenv("PATH", path)
-	ctx, cancel := context.WithTimeout(t.Context(), 20*time.Second)
+	ctx, cancel := context.WithTimeout(t.Context(), 2*time.Minute)
 	defer cancel()
 	dir, err := (Image{}).ensure(ctx, t.Output()) // gets the lock only when the other builder is gone
 	if err != nil {

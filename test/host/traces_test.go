@@ -196,7 +196,7 @@ func (tr traces) none(t *testing.T) {
 	// moment, and ours among them; a thread of another process may use a
 	// recycled number. A leak lasts.
 	var held []string
-	for range 50 {
+	for range 1500 {
 		if held = tr.held(t); len(held) == 0 {
 			return
 		}

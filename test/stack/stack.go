@@ -415,7 +415,7 @@ func (s *Stack) NetworkJournal(ctx context.Context) []byte {
 
 // waitFor asks url until it answers at all.
 func (s *Stack) waitFor(ctx context.Context, url string) error {
-	ctx, cancel := context.WithTimeout(ctx, 30*time.Second)
+	ctx, cancel := context.WithTimeout(ctx, 2*time.Minute)
 	defer cancel()
 	for {
 		req, err := http.NewRequestWithContext(ctx, http.MethodGet, url, nil)
