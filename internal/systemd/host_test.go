@@ -34,9 +34,9 @@ func TestMain(m *testing.M) {
 	case "":
 		os.Exit(m.Run())
 	case "agent":
-		err = within(time.Minute, asAgent)
+		err = within(5*time.Minute, asAgent)
 	case "sandboxed agent":
-		err = within(time.Minute, asSandboxedAgent)
+		err = within(5*time.Minute, asSandboxedAgent)
 	case "service":
 		err = asService(os.Args[1])
 	}
