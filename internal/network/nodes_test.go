@@ -104,8 +104,8 @@ func TestRegistration(t *testing.T) {
 		"good":          {nil, http.StatusOK},
 		"wrong signer":  {func(_ *nodetest.Node, _ *wire.Registration) *evm.Key { return other }, http.StatusUnauthorized},
 		"other network": {func(v *nodetest.Node, r *wire.Registration) *evm.Key { r.Network = "x"; return v.Key }, http.StatusConflict},
-		"old":           {func(v *nodetest.Node, r *wire.Registration) *evm.Key { r.Time -= 61_000; return v.Key }, http.StatusBadRequest},
-		"early":         {func(v *nodetest.Node, r *wire.Registration) *evm.Key { r.Time += 61_000; return v.Key }, http.StatusBadRequest},
+		"old":           {func(v *nodetest.Node, r *wire.Registration) *evm.Key { r.Time -= 600_000; return v.Key }, http.StatusBadRequest},
+		"early":         {func(v *nodetest.Node, r *wire.Registration) *evm.Key { r.Time += 600_000; return v.Key }, http.StatusBadRequest},
 		"unknown token": {func(v *nodetest.Node, r *wire.Registration) *evm.Key { r.Token += "x"; return v.Key }, http.StatusForbidden},
 		"no token":      {func(v *nodetest.Node, r *wire.Registration) *evm.Key { r.Token = ""; return v.Key }, http.StatusForbidden},
 		"long token": {func(v *nodetest.Node, r *wire.Registration) *evm.Key {
@@ -283,8 +283,8 @@ func TestFrameViolations(t *testing.T) {
 			frame[len(frame)-10] ^= 1
 			s.SendRaw(frame)
 		}, "tag", websocket.ClosePolicyViolation},
-		"slow clock": {func(s *nodetest.Session) { s.SendRaw(sealed(later(s, -61*time.Second), ping)) }, "clock", websocket.ClosePolicyViolation},
-		"fast clock": {func(s *nodetest.Session) { s.SendRaw(sealed(later(s, 61*time.Second), ping)) }, "clock", websocket.ClosePolicyViolation},
+		"slow clock": {func(s *nodetest.Session) { s.SendRaw(sealed(later(s, -10*time.Minute), ping)) }, "clock", websocket.ClosePolicyViolation},
+		"fast clock": {func(s *nodetest.Session) { s.SendRaw(sealed(later(s, 10*time.Minute), ping)) }, "clock", websocket.ClosePolicyViolation},
 		"too short":  {func(s *nodetest.Session) { s.SendRaw(make([]byte, 32)) }, "tag", websocket.ClosePolicyViolation},
 		"text": {func(s *nodetest.Session) {
 			if err := s.Conn.WriteMessage(websocket.TextMessage, sealed(later(s, 0), ping)); err != nil {
