@@ -369,7 +369,7 @@ func (u *updater) takePart(ctx context.Context, m *membership, p *deploy.Plan) (
 func (u *updater) undecided(m *membership, why error, d time.Duration) {
 	st := u.standing[m]
 	if st.open != why.Error() {
-		m.log.Info("the network's part in the runtime is not validated yet", journal.NotValidated.Attr(), "reason", why)
+		m.log.Info("the network's part in the runtime is not validated yet", journal.NotValidated.Attr(), "code", reasonCode(why), "reason", why)
 	}
 	if d > 0 {
 		st.again = backoff{at: time.Now().Add(d)}

@@ -579,7 +579,7 @@ func TestWrongBesideTheOthersJobs(t *testing.T) {
 		poke(w.b.recheck)
 		pass(quietPatience + time.Second)
 		w.is(w.b, active, sb)
-		if w.book.count(journal.ValidationDoubted) != 1 || w.book.count(journal.NotValidated) != 1 || bad() != 0 {
+		if w.book.count(journal.ValidationDoubted) != 1 || w.book.count(journal.NotValidated) != 1 || strings.Count(w.book.String(), " code=undecided ") != 2 || bad() != 0 {
 			t.Errorf("%+v\n%s", w.b.board.validationCounts(), w.book)
 		}
 		// A new configuration waits, and says for what.
@@ -631,7 +631,7 @@ func TestValidationsStarveNobody(t *testing.T) {
 			w.b.drop()
 		}
 		w.is(w.b, standby, nil)
-		if n := deploytest.Count(w.machine.Calls(), deploytest.Golden); n != 0 || w.book.count(journal.NotValidated) == 0 {
+		if n := deploytest.Count(w.machine.Calls(), deploytest.Golden); n != 0 || w.book.count(journal.NotValidated) == 0 || strings.Count(w.book.String(), " code=too_soon ") < 2 {
 			t.Errorf("%d golden requests\n%s", n, w.book)
 		}
 		w.is(w.a, active, sa)

@@ -74,7 +74,7 @@ func (m *membership) orders(ctx context.Context) error {
 				select {
 				case slots <- struct{}{}:
 				default:
-					m.conclude(e, fmt.Errorf("%d other orders are being carried out", maxLong))
+					m.conclude(e, errOrders)
 					continue
 				}
 				long.Go(func() {
@@ -155,7 +155,7 @@ func (m *membership) conclude(e order.Entry, err error) {
 		return
 	}
 	if err != nil {
-		m.log.Error("order failed", journal.OrderFailed.Attr(), "order", e.ID, "kind", e.Kind, "error", err)
+		m.log.Error("order failed", journal.OrderFailed.Attr(), "order", e.ID, "kind", e.Kind, "code", reasonCode(err), "error", err)
 	} else {
 		m.log.Info("order done", journal.OrderDone.Attr(), "order", e.ID, "kind", e.Kind)
 	}
@@ -163,6 +163,40 @@ func (m *membership) conclude(e order.Entry, err error) {
 	m.on.changed()
 	poke(m.beat)
 	m.answer(e.Done())
+}
+
+var errOrders = fmt.Errorf("%d other orders are being carried out", maxLong)
+
+// reasonCodes are the reasons for which an order is not carried out, or a validation has
+// decided nothing, in the words of the journal's catalog.
+var reasonCodes = []struct {
+	is   error
+	code string
+}{
+	{errOrders, "busy"},
+	{errCrowded, "busy"},
+	{errUndecided, "undecided"},
+	{errTooSoon, "too_soon"},
+	{errReplaced, "replaced"},
+	{errUnread, "storage"},
+	{errNothing, "no_runtime"},
+	{errOthers, "others"},
+	{errLeaving, "leaving"},
+	{errUploadOff, "logs_off"},
+}
+
+// reasonCode names a reason: a word of that list, the step of a deployment that has
+// failed, or "failed".
+func reasonCode(err error) string {
+	for _, r := range reasonCodes {
+		if errors.Is(err, r.is) {
+			return r.code
+		}
+	}
+	if step := stepOf(err); step != "" {
+		return string(step)
+	}
+	return "failed"
 }
 
 // hold tells the worker whether the network lets it take jobs. Who shuts down

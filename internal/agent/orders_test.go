@@ -66,6 +66,14 @@ func (f *fixture) mustObey(kind wire.OrderKind) {
 	}
 }
 
+// failedFor checks that the journal says in one word why an order has failed.
+func (f *fixture) failedFor(code string) {
+	f.t.Helper()
+	if !strings.Contains(f.book.String(), "event=order-failed") || !strings.Contains(f.book.String(), " code="+code+" ") {
+		f.t.Errorf("no order has failed for %s:\n%s", code, f.book)
+	}
+}
+
 // serving is a bubble with an agent that serves.
 func serving(t *testing.T, test func(t *testing.T, f *fixture)) {
 	t.Helper()
@@ -202,6 +210,7 @@ func TestOrderRestart(t *testing.T) {
 		if d := f.obey(f.order(networkKey, wire.OrderRestart)); d == nil || d.Outcome != wire.OutcomeFailed || !strings.Contains(d.Message, "broken") {
 			t.Errorf("%+v", d)
 		}
+		f.failedFor("validation")
 		f.serves(nil)
 	})
 }
@@ -230,6 +239,7 @@ func TestOrderRevalidate(t *testing.T) {
 		if d := f.obey(f.order(networkKey, wire.OrderRevalidate)); d == nil || d.Outcome != wire.OutcomeFailed {
 			t.Errorf("with nothing active: %+v", d)
 		}
+		f.failedFor("no_runtime")
 		f.machine.Fail(deploytest.Golden, nil)
 		pass(10 * time.Minute)
 		f.serves(s)
@@ -251,6 +261,7 @@ func TestOrderRevalidate(t *testing.T) {
 		if d := f.obey(f.order(networkKey, wire.OrderRevalidate)); d == nil || d.Outcome != wire.OutcomeFailed || !strings.Contains(d.Message, syscall.EIO.Error()) {
 			t.Errorf("%+v", d)
 		}
+		f.failedFor("storage")
 		f.serves(s)
 		if _, again := f.machine.Now(); again != now {
 			t.Error("the runtime was started again")

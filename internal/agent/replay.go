@@ -80,71 +80,102 @@ type past struct {
 }
 
 // Replay implements [control.Backend].
-func (a *Agent) Replay(ctx context.Context, q control.ReplayRequest) (control.Replay, error) {
+func (a *Agent) Replay(ctx context.Context, q control.ReplayRequest) (v control.Replay, err error) {
+	m, p, err := a.past(&q)
+	if err == nil {
+		v, err = m.replay(ctx, p, q.Show)
+	}
+	if err != nil {
+		log := a.log
+		if m != nil {
+			log = m.log
+		}
+		if p != nil {
+			log = log.With("job", p.job.ID)
+		}
+		sayNotReplayed(log, err)
+	}
+	return v, err
+}
+
+// NotReplayed implements [control.Backend].
+func (a *Agent) NotReplayed(r *control.ReplayRefusal) { sayNotReplayed(a.log, r) }
+
+// sayNotReplayed logs by its code why a request was not run again. The error may have
+// words of whoever made what was handed over.
+func sayNotReplayed(log *slog.Logger, err error) {
+	code := control.ReplayEngine // which alone fails with errors of its own
+	if r, ok := errors.AsType[*control.ReplayRefusal](err); ok {
+		code = r.Code
+	}
+	log.Warn("request not run again", journal.ReplayRefused.Attr(), "code", code)
+}
+
+// past finds what is to be run again, and the network in which. With an error, p is
+// there where the job's id is known.
+func (a *Agent) past(q *control.ReplayRequest) (m *membership, p *past, err error) {
 	members := slices.DeleteFunc(slices.Clone(a.members), func(m *membership) bool { return q.Network != "" && q.Network != m.net.Name })
 	if len(members) == 0 {
-		return control.Replay{}, fmt.Errorf("%w: this node is not in network %.80q", control.ErrRefused, q.Network)
+		return nil, nil, control.RefuseReplay(control.ReplayNetwork, "this node is not in network %.80q", q.Network)
 	}
 	if q.Job != "" {
-		m, p, err := recollect(members, q.Job)
+		id, err := receipt.ParseJobID(q.Job)
 		if err != nil {
-			return control.Replay{}, err
+			return nil, nil, control.RefuseReplay(control.ReplayMalformed, "%w", err)
 		}
-		return m.replay(ctx, p, q.Show)
+		return recollect(members, id)
 	}
-	p, err := handedOver(&q)
-	if err != nil {
-		return control.Replay{}, fmt.Errorf("%w: %w", control.ErrRefused, err)
+	if p, err = handedOver(q); err != nil {
+		return nil, p, err
 	}
 	for _, m := range members {
 		if now := m.worker.Active(); now != nil && now.Snapshot.Config().Network.ChainID == p.chain {
-			return m.replay(ctx, p, q.Show)
+			return m, p, nil
 		}
 	}
-	return control.Replay{}, fmt.Errorf("%w: the receipt is of chain %d, and no network of that chain has a runtime here now; resultityctl status says why", control.ErrRefused, p.chain)
+	return nil, p, control.RefuseReplay(control.ReplayChain, "the receipt is of chain %d, and no network of that chain has a runtime here now; resultityctl status says why", p.chain)
 }
 
 // recollect finds a job that is kept.
-func recollect(members []*membership, job string) (*membership, *past, error) {
-	id, err := receipt.ParseJobID(job)
-	if err != nil {
-		return nil, nil, fmt.Errorf("%w: %w", control.ErrRefused, err)
-	}
+func recollect(members []*membership, id receipt.JobID) (*membership, *past, error) {
+	unknown := &past{job: &wire.Job{ID: id}}
 	for _, m := range members {
 		j, r, err := m.kept.Get(id)
 		switch {
-		case errors.Is(err, state.ErrNotKept):
+		case errors.Is(err, state.ErrNotKept) && !errors.Is(err, state.ErrKeptDamaged):
 			if known, err := m.store.Lookup(id); err == nil && known == state.Running {
-				return nil, nil, fmt.Errorf("%w: job %s is still running", control.ErrRefused, id)
+				return m, unknown, control.RefuseReplay(control.ReplayRunning, "job %s is still running", id)
 			}
 			continue
 		case err != nil:
-			return nil, nil, err
+			return m, unknown, &control.ReplayRefusal{Code: control.ReplayStorage, Err: err}
 		}
 		return m, &past{job: j, seeded: true, response: r.Response, receipt: r.Receipt.Receipt(), chain: r.Receipt.ChainID()}, nil
 	}
-	return nil, nil, fmt.Errorf("%w: job %s is not kept: a node forgets a request once it has answered it, but for the last ones where replay.keep of agent.toml is not 0 (it is %d); who has the request, the response and the receipt can give all three as files", control.ErrRefused, id, members[0].keepN)
+	return nil, unknown, control.RefuseReplay(control.ReplayNotKept, "job %s is not kept: a node forgets a request once it has answered it, but for the last ones where replay.keep of agent.toml is not 0 (it is %d); who has the request, the response and the receipt can give all three as files", id, members[0].keepN)
 }
 
-// handedOver checks that a request, a response and a receipt belong together.
+// handedOver checks that a request, a response and a receipt belong together. With an
+// error, it returns what has a receipt all the same.
 func handedOver(q *control.ReplayRequest) (*past, error) {
 	signed, err := receipt.Verify(q.Receipt)
 	if err != nil {
-		return nil, fmt.Errorf("the receipt: %w", err)
+		return nil, control.RefuseReplay(control.ReplayReceipt, "the receipt: %w", err)
 	}
 	r := signed.Receipt()
+	p := &past{job: &wire.Job{ID: r.Job, Request: q.Request, Created: int64(r.Claimed.StartedAt / 1000)}, response: q.Response, receipt: r, chain: signed.ChainID()}
 	switch {
 	case digest.Of(q.Request) != r.Measured.RequestHash:
-		return nil, errors.New("the request is not the one that the receipt is about: its SHA-256 is another one; it has to be the body of the HTTP request, byte for byte")
+		return p, control.RefuseReplay(control.ReplayRequested, "the request is not the one that the receipt is about: its SHA-256 is another one; it has to be the body of the HTTP request, byte for byte")
 	case digest.Of(q.Response) != r.Measured.ResponseHash:
-		return nil, errors.New("the response is not the one that the receipt is about: its SHA-256 is another one; it has to be the body of the HTTP response, byte for byte")
+		return p, control.RefuseReplay(control.ReplayResponse, "the response is not the one that the receipt is about: its SHA-256 is another one; it has to be the body of the HTTP response, byte for byte")
 	}
 	was, err := openai.ReadAnswer(q.Response)
 	if err != nil {
-		return nil, fmt.Errorf("the response: %w", err)
+		return p, control.RefuseReplay(control.ReplayResponse, "the response: %w", err)
 	}
-	j := &wire.Job{ID: r.Job, Kind: was.Kind, Model: was.Model, Request: q.Request, Created: int64(r.Claimed.StartedAt / 1000)}
-	return &past{job: j, response: q.Response, receipt: r, chain: signed.ChainID()}, nil
+	p.job.Kind, p.job.Model = was.Kind, was.Model
+	return p, nil
 }
 
 // replay runs a request again and compares the answers.
@@ -152,11 +183,11 @@ func (m *membership) replay(ctx context.Context, p *past, show bool) (control.Re
 	v := control.Replay{Job: p.job.ID.String(), Network: m.net.Name, Model: p.job.Model}
 	now := m.worker.Active()
 	if now == nil {
-		return v, fmt.Errorf("%w: %w; resultityctl status says why", control.ErrRefused, work.ErrNoRuntime)
+		return v, errNotServing
 	}
-	req, was, why := toCompare(now, p)
-	if why != "" {
-		v.Comparison = openai.Incomparable("%s", why)
+	req, was, no := toCompare(now, p)
+	if no != nil {
+		v.Comparison = *no
 		m.sayReplayed(&v, now)
 		return v, nil
 	}
@@ -164,10 +195,12 @@ func (m *membership) replay(ctx context.Context, p *past, show bool) (control.Re
 	res, err := m.worker.Replay(ctx, now, p.job, req)
 	v.TookMS = time.Since(begin).Milliseconds()
 	switch {
+	case errors.Is(context.Cause(ctx), context.Canceled): // nobody reads this
+		return v, &control.ReplayRefusal{Code: control.ReplayCancelled, Err: context.Cause(ctx)}
 	case ctx.Err() != nil:
 		return v, context.Cause(ctx)
 	case errors.Is(err, work.ErrNoRuntime):
-		return v, fmt.Errorf("%w: %w; resultityctl status says why", control.ErrRefused, err)
+		return v, errNotServing
 	case err != nil:
 		return v, err
 	}
@@ -185,31 +218,36 @@ func (m *membership) replay(ctx context.Context, p *past, show bool) (control.Re
 	return v, nil
 }
 
+var errNotServing = control.RefuseReplay(control.ReplayNoRuntime, "%w; resultityctl status says why", work.ErrNoRuntime)
+
 // toCompare reads what is to be compared, and says why it cannot be.
-func toCompare(now *work.Active, p *past) (req *openai.Request, was *openai.Answer, why string) {
+func toCompare(now *work.Active, p *past) (*openai.Request, *openai.Answer, *openai.Comparison) {
 	c := now.Snapshot.Config()
+	no := func(cause openai.Cause, format string, args ...any) (*openai.Request, *openai.Answer, *openai.Comparison) {
+		return nil, nil, new(openai.Incomparable(cause, format, args...))
+	}
 	switch r := &p.receipt; {
 	case p.job.Model != c.Runtime.Model:
-		return nil, nil, fmt.Sprintf("it is by model %.80q, and this node serves %.80q now", p.job.Model, c.Runtime.Model)
+		return no(openai.OtherModel, "it is by model %.80q, and this node serves %.80q now", p.job.Model, c.Runtime.Model)
 	case r.Measured.ModelDigest != now.Model:
-		return nil, nil, fmt.Sprintf("the model's files were others then: %s, now %s", r.Measured.ModelDigest, now.Model)
+		return no(openai.OtherModel, "the model's files were others then: %s, now %s", r.Measured.ModelDigest, now.Model)
 	case r.Measured.ImageDigest != now.Image:
-		return nil, nil, fmt.Sprintf("the engine's image was another one then: %s, now %s", r.Measured.ImageDigest, now.Image)
+		return no(openai.OtherImage, "the engine's image was another one then: %s, now %s", r.Measured.ImageDigest, now.Image)
 	case now.Class.IsZero():
-		return nil, nil, "it is not known what this machine computes on, so that it is in no class"
+		return no(openai.NoClass, "it is not known what this machine computes on, so that it is in no class")
 	case r.Claimed.ClassDigest != now.Class:
-		return nil, nil, fmt.Sprintf("it is of class %s, and this node is in class %s now: other hardware or engine settings may rightly answer otherwise", r.Claimed.ClassDigest.Short(), now.Class.Short())
+		return no(openai.OtherClass, "it is of class %s, and this node is in class %s now: other hardware or engine settings may rightly answer otherwise", r.Claimed.ClassDigest.Short(), now.Class.Short())
 	}
 	was, err := openai.ReadAnswer(p.response)
 	if err != nil {
-		return nil, nil, "the response is " + err.Error()
+		return no(openai.NoAnswer, "the response is %v", err)
 	}
 	// What is paid for is what the receipt says.
 	was.Usage = &openai.Usage{PromptTokens: p.receipt.Claimed.PromptTokens, CompletionTokens: p.receipt.Claimed.CompletionTokens}
 	l := &c.Limits
-	req, err = openai.Parse(p.job.Kind, p.job.Request, openai.Limits{RequestBytes: l.RequestBytes, Tokens: l.Tokens, Messages: l.Messages})
+	req, err := openai.Parse(p.job.Kind, p.job.Request, openai.Limits{RequestBytes: l.RequestBytes, Tokens: l.Tokens, Messages: l.Messages})
 	if err != nil { // it was taken once
-		return nil, nil, "the request is not within the limits of the configuration that is active now"
+		return no(openai.OverLimits, "the request is not within the limits of the configuration that is active now")
 	}
 	return req, was, req.Incomparable(was, openai.Conditions{Seed: p.seeded, Limits: p.receipt.Measured.ConfigDigest == now.Snapshot.Digest(), Tokens: l.Tokens})
 }
@@ -221,5 +259,9 @@ func (m *membership) sayReplayed(v *control.Replay, now *work.Active) {
 	if v.Verdict == openai.Different {
 		level = slog.LevelWarn
 	}
-	m.log.Log(context.Background(), level, "job run again", journal.JobReplayed.Attr(), "job", v.Job, "model", now.Snapshot.Config().Runtime.Model, "outcome", v.Verdict, "took", time.Duration(v.TookMS)*time.Millisecond)
+	attrs := []any{journal.JobReplayed.Attr(), "job", v.Job, "model", now.Snapshot.Config().Runtime.Model, "outcome", v.Verdict, "took", time.Duration(v.TookMS) * time.Millisecond}
+	if v.Cause != "" {
+		attrs = append(attrs, "code", v.Cause)
+	}
+	m.log.Log(context.Background(), level, "job run again", attrs...)
 }

@@ -39,6 +39,17 @@ func written(j runtime.Job, text string) (runtime.Result, error) {
 	return runtime.Result{Body: body, Usage: usage}, err
 }
 
+// said checks that the journal has the reason for which the last replay came to
+// nothing, in a word that the catalog explains.
+func (f *fixture) said(t *testing.T, code control.ReplayCode, job string) {
+	t.Helper()
+	lines := strings.Split(strings.TrimSpace(f.book.String()), "\n")
+	line := lines[len(lines)-1]
+	if !strings.Contains(line, "event=replay-refused") || !strings.HasSuffix(line, "code="+string(code)) || strings.Contains(line, "job="+job) != (job != "") {
+		t.Errorf("%s: the journal says %s", code, line)
+	}
+}
+
 // keeping has a party keep jobs for replay.
 func (p *party) keeping(n int) {
 	p.keepN = n
@@ -161,20 +172,35 @@ func TestReplayOfFiles(t *testing.T) {
 		if v, err := f.again(t, whole, newAnswer); err != nil || v.Verdict != openai.Different {
 			t.Errorf("%+v, %v", v, err)
 		}
-		for name, change := range map[string]func(q *control.ReplayRequest){
-			"another request":  func(q *control.ReplayRequest) { q.Request = append([]byte(" "), q.Request...) },
-			"another response": func(q *control.ReplayRequest) { q.Response = append([]byte(" "), q.Response...) },
-			"a changed receipt": func(q *control.ReplayRequest) {
+		for _, c := range []struct {
+			name, job string
+			code      control.ReplayCode
+			change    func(q *control.ReplayRequest)
+		}{
+			{"another request", j.ID.String(), control.ReplayRequested, func(q *control.ReplayRequest) { q.Request = append([]byte(" "), q.Request...) }},
+			{"another response", j.ID.String(), control.ReplayResponse, func(q *control.ReplayRequest) { q.Response = append([]byte(" "), q.Response...) }},
+			{"a changed receipt", "", control.ReplayReceipt, func(q *control.ReplayRequest) {
 				q.Receipt = []byte(strings.Replace(string(q.Receipt), `"completionTokens":"2"`, `"completionTokens":"3"`, 1))
-			},
-			"nothing":         func(q *control.ReplayRequest) { *q = control.ReplayRequest{} },
-			"another network": func(q *control.ReplayRequest) { q.Network = "mainnet" },
+			}},
+			{"nothing", "", control.ReplayReceipt, func(q *control.ReplayRequest) { *q = control.ReplayRequest{} }},
+			{"another network", "", control.ReplayNetwork, func(q *control.ReplayRequest) { q.Network = "mainnet" }},
+			{"another chain", j.ID.String(), control.ReplayChain, func(q *control.ReplayRequest) {
+				rc := r.Receipt.Receipt()
+				other, err := rc.Sign(r.Receipt.ChainID()+1, nodeKey)
+				if err != nil {
+					t.Fatal(err)
+				}
+				if q.Receipt, err = json.Marshal(other); err != nil {
+					t.Fatal(err)
+				}
+			}},
 		} {
 			q := whole
-			change(&q)
+			c.change(&q)
 			if v, err := f.again(t, q, oldAnswer); !errors.Is(err, control.ErrRefused) {
-				t.Errorf("%s: %+v, %v", name, v, err)
+				t.Errorf("%s: %+v, %v", c.name, v, err)
 			}
+			f.said(t, c.code, c.job)
 		}
 		// A receipt that a liar has signed over what is no answer.
 		rc := r.Receipt.Receipt()
@@ -191,6 +217,7 @@ func TestReplayOfFiles(t *testing.T) {
 		if v, err := f.again(t, q, oldAnswer); !errors.Is(err, control.ErrRefused) || strings.Contains(err.Error(), "SECRET") {
 			t.Errorf("%+v, %v", v, err)
 		}
+		f.said(t, control.ReplayResponse, j.ID.String())
 	})
 }
 
@@ -203,14 +230,17 @@ func TestReplayNotComparable(t *testing.T) {
 		if err != nil {
 			t.Fatal(err)
 		}
-		incomparable := func(q control.ReplayRequest, why string) {
+		incomparable := func(q control.ReplayRequest, why string, cause openai.Cause) {
 			t.Helper()
 			v, err := f.again(t, q, newAnswer)
-			if err != nil || v.Verdict != openai.NotComparable || !strings.Contains(v.Reason, why) {
+			if err != nil || v.Verdict != openai.NotComparable || v.Cause != cause || !strings.Contains(v.Reason, why) {
 				t.Errorf("%+v, %v, want one that names %s", v, err, why)
 			}
+			if !strings.HasSuffix(f.book.String(), " code="+string(cause)+"\n") || !strings.Contains(journal.JobReplayed.Text, " "+string(cause)+" (") {
+				t.Errorf("not said, or not explained: %s", cause)
+			}
 		}
-		incomparable(control.ReplayRequest{Request: j.Request, Response: r.Response, Receipt: signed}, "seed")
+		incomparable(control.ReplayRequest{Request: j.Request, Response: r.Response, Receipt: signed}, "seed", openai.NoSeed)
 		// The model that an answer names may be any words, with a receipt by anybody.
 		words := strings.Replace(string(r.Response), `"model":"`+j.Model+`"`, `"model":"SECRET words"`, 1)
 		rc := r.Receipt.Receipt()
@@ -223,15 +253,15 @@ func TestReplayNotComparable(t *testing.T) {
 		if err != nil {
 			t.Fatal(err)
 		}
-		incomparable(control.ReplayRequest{Request: j.Request, Response: []byte(words), Receipt: raw}, "SECRET words")
+		incomparable(control.ReplayRequest{Request: j.Request, Response: []byte(words), Receipt: raw}, "SECRET words", openai.OtherModel)
 		kept := control.ReplayRequest{Job: j.ID.String()}
 		if v, err := f.again(t, kept, oldAnswer); err != nil || v.Verdict != openai.Same { // its seed is known here
 			t.Errorf("%+v, %v", v, err)
 		}
-		for what, change := range map[string]func(r *receipt.Receipt){
-			"class": func(r *receipt.Receipt) { r.Claimed.ClassDigest = digest.Of([]byte("other")) },
-			"image": func(r *receipt.Receipt) { r.Measured.ImageDigest = digest.Of([]byte("other")) },
-			"model": func(r *receipt.Receipt) { r.Measured.ModelDigest = digest.Of([]byte("other")) },
+		for what, change := range map[openai.Cause]func(r *receipt.Receipt){
+			openai.OtherClass: func(r *receipt.Receipt) { r.Claimed.ClassDigest = digest.Of([]byte("other")) },
+			openai.OtherImage: func(r *receipt.Receipt) { r.Measured.ImageDigest = digest.Of([]byte("other")) },
+			openai.OtherModel: func(r *receipt.Receipt) { r.Measured.ModelDigest = digest.Of([]byte("other")) },
 		} {
 			other := r.Receipt.Receipt()
 			change(&other)
@@ -243,15 +273,22 @@ func TestReplayNotComparable(t *testing.T) {
 			if err != nil {
 				t.Fatal(err)
 			}
-			incomparable(control.ReplayRequest{Request: j.Request, Response: r.Response, Receipt: raw}, what)
+			incomparable(control.ReplayRequest{Request: j.Request, Response: r.Response, Receipt: raw}, string(what), what)
 		}
 	})
 }
 
 func TestReplayRefused(t *testing.T) {
 	replaying(t, func(t *testing.T, f *fixture, n *deploytest.Network, s *snapshot.Snapshot) {
-		refused := func(q control.ReplayRequest, why string) {
+		refused := func(q control.ReplayRequest, why string, code control.ReplayCode) {
 			t.Helper()
+			defer func() {
+				job := q.Job
+				if code == control.ReplayMalformed {
+					job = ""
+				}
+				f.said(t, code, job)
+			}()
 			if v, err := f.again(t, q, oldAnswer); !errors.Is(err, control.ErrRefused) || !strings.Contains(err.Error(), why) {
 				t.Errorf("%+v, %v, want one that says %s", v, err, why)
 			}
@@ -262,32 +299,85 @@ func TestReplayRefused(t *testing.T) {
 			f.done(t, j)
 			jobs = append(jobs, j)
 		}
-		refused(control.ReplayRequest{Job: jobs[0].ID.String()}, "replay.keep") // two are kept
-		refused(control.ReplayRequest{Job: "x"}, "32 lower-case")
+		refused(control.ReplayRequest{Job: jobs[0].ID.String()}, "replay.keep", control.ReplayNotKept) // two are kept
+		refused(control.ReplayRequest{Job: "SECRET"}, "32 lower-case", control.ReplayMalformed)
 		running := job(s)
 		f.Message(running)
 		<-f.engine.asked
 		if _, err := f.Replay(t.Context(), control.ReplayRequest{Job: running.ID.String()}); !errors.Is(err, control.ErrRefused) || !strings.Contains(err.Error(), "still running") {
 			t.Errorf("%v", err)
 		}
+		f.said(t, control.ReplayRunning, running.ID.String())
 		f.engine.answer <- struct{}{}
 		synctest.Wait()
 		// Nobody waits for ever.
-		ctx, cancel := context.WithTimeoutCause(t.Context(), time.Second, control.ErrRefused)
+		last := jobs[2].ID.String()
+		ctx, cancel := context.WithTimeoutCause(t.Context(), time.Second, control.RefuseReplay(control.ReplayTimeout, "time is up"))
 		defer cancel()
-		if _, err := f.Replay(ctx, control.ReplayRequest{Job: jobs[2].ID.String()}); !errors.Is(err, control.ErrRefused) {
+		if _, err := f.Replay(ctx, control.ReplayRequest{Job: last}); !errors.Is(err, control.ErrRefused) {
 			t.Errorf("%v", err)
 		}
+		f.said(t, control.ReplayTimeout, last)
 		<-f.engine.asked
+		ctx, hangUp := context.WithCancel(t.Context())
+		go func() {
+			<-f.engine.asked
+			hangUp()
+		}()
+		if _, err := f.Replay(ctx, control.ReplayRequest{Job: last}); !errors.Is(err, context.Canceled) {
+			t.Errorf("%v", err)
+		}
+		f.said(t, control.ReplayCancelled, last)
+		f.engine.mu.Lock()
+		f.engine.fails = errors.New("SECRET")
+		f.engine.mu.Unlock()
+		if v, err := f.again(t, control.ReplayRequest{Job: last}, oldAnswer); err == nil || errors.Is(err, control.ErrRefused) {
+			t.Errorf("%+v, %v", v, err)
+		}
+		f.said(t, control.ReplayEngine, last)
+		f.engine.mu.Lock()
+		f.engine.fails = nil
+		f.engine.mu.Unlock()
+		// What was kept is not what it was.
+		files, err := filepath.Glob(filepath.Join(f.party.dir, keptDir, "*"+running.ID.String()+"*"))
+		if err != nil || len(files) != 1 {
+			t.Fatal(files, err)
+		}
+		if err := os.WriteFile(files[0], []byte("SECRET"), 0o600); err != nil {
+			t.Fatal(err)
+		}
+		if v, err := f.again(t, control.ReplayRequest{Job: running.ID.String()}, oldAnswer); err == nil || errors.Is(err, control.ErrRefused) {
+			t.Errorf("%+v, %v", v, err)
+		}
+		f.said(t, control.ReplayStorage, running.ID.String())
+		// The control socket has reasons of its own.
+		for _, code := range []control.ReplayCode{control.ReplayBusy, control.ReplayMalformed} {
+			f.NotReplayed(control.RefuseReplay(code, "SECRET"))
+			f.said(t, code, "")
+		}
 		f.door.shut(f.worker)
-		refused(control.ReplayRequest{Job: jobs[2].ID.String()}, "no runtime is active")
+		refused(control.ReplayRequest{Job: last}, "no runtime is active", control.ReplayNoRuntime)
 		// Set back to none, nothing is left.
 		f.party.keeping(0)
-		refused(control.ReplayRequest{Job: jobs[2].ID.String()}, "(it is 0)")
+		refused(control.ReplayRequest{Job: last}, "(it is 0)", control.ReplayNotKept)
 		if _, err := os.Lstat(filepath.Join(f.party.dir, "replay")); !errors.Is(err, fs.ErrNotExist) {
 			t.Errorf("it is there: %v", err)
 		}
 	})
+}
+
+// Each reason has its words in the catalog.
+func TestReplayCodesAreExplained(t *testing.T) {
+	for _, code := range control.ReplayCodes {
+		if !strings.Contains(journal.ReplayRefused.Text, " "+string(code)+" (") {
+			t.Errorf("the catalog does not explain %s", code)
+		}
+	}
+	for _, r := range reasonCodes {
+		if !strings.Contains(journal.OrderFailed.Text, " "+r.code+" (") {
+			t.Errorf("the catalog does not explain %s", r.code)
+		}
+	}
 }
 
 // A network that the node has left keeps nothing on its disk.

@@ -69,10 +69,12 @@ func (a *Agent) revalidate(ctx context.Context, m *membership, dep *deploy.Deplo
 	case ctx.Err() != nil:
 		return ctx.Err()
 	case damage != nil && !errors.Is(damage, digest.ErrMismatch) && !errors.Is(damage, model.ErrIncomplete) && !errors.Is(damage, image.ErrAltered):
-		return fmt.Errorf("the files could not be read, and nothing is known to be wrong with them: the node goes on: %w", damage)
+		return fmt.Errorf("%w: %w", errUnread, damage)
 	}
 	return a.validateAgain(ctx, m, dep, damage, byOrder)
 }
+
+var errUnread = errors.New("the files could not be read, and nothing is known to be wrong with them: the node goes on")
 
 var errReplaced = errors.New("the runtime was replaced meanwhile, and validated with that")
 

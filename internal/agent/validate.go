@@ -129,7 +129,7 @@ func (m *membership) onSchedule(ctx context.Context, dep *deploy.Deployment) {
 	case err == nil:
 		m.log.Info("validated on schedule", journal.Validated.Attr(), "version", dep.Snapshot().Version())
 	case errors.Is(err, errReplaced), errors.Is(err, errCrowded), errors.Is(err, errUndecided):
-		m.log.Info("not validated on schedule", journal.NotValidated.Attr(), "reason", err)
+		m.log.Info("not validated on schedule", journal.NotValidated.Attr(), "code", reasonCode(err), "reason", err)
 	default: // the update loop has said why
 	}
 }

@@ -341,8 +341,10 @@ type Backend interface {
 	Bundle(ctx context.Context) ([]byte, error)
 	Bind(context.Context, BindRequest) (Binding, error)
 	// Replay runs a request again and compares the answers. It ends with ctx, and is
-	// [ErrRefused] where there is nothing to run, or nothing to run it with.
+	// [ErrRefused] where there is nothing to run, or nothing to run it with. NotReplayed
+	// hears of those that do not get as far as that.
 	Replay(context.Context, ReplayRequest) (Replay, error)
+	NotReplayed(*ReplayRefusal)
 	// Takeover has the key's counts go on where no other holder of the key is; see
 	// package signer.
 	Takeover() error

@@ -54,6 +54,8 @@ type node struct {
 	orders   []string
 	enter    chan struct{} // if there is one, Jobs says that it runs, and waits
 	leave    chan struct{}
+	refused  chan ReplayCode // what NotReplayed is told
+	cause    error           // that ended a Replay
 }
 
 func (n *node) Status() Status {

@@ -59,15 +59,59 @@ func (q *ReplayRequest) Timeout() time.Duration {
 	return min(time.Duration(min(q.TimeoutS, 1<<20))*time.Second, MaxReplayTime)
 }
 
-var errReplays = fmt.Errorf("%w: another replay runs; wait until it is done", ErrRefused)
+// ReplayCode says why a request was not run again, in one of a few words: what was
+// wrong with it may not stand in a log that leaves the machine.
+type ReplayCode string
+
+// The codes. Each is explained in the journal's catalog, at journal.ReplayRefused.
+const (
+	ReplayBusy      ReplayCode = "busy"       // another one runs
+	ReplayMalformed ReplayCode = "malformed"  // what was asked cannot be read
+	ReplayNetwork   ReplayCode = "network"    // the node is not in that network
+	ReplayNotKept   ReplayCode = "not_kept"   // the job's request is not on the disk
+	ReplayRunning   ReplayCode = "running"    // the job has not ended
+	ReplayReceipt   ReplayCode = "receipt"    // what was handed over is no receipt
+	ReplayRequested ReplayCode = "request"    // it is not the one of the receipt
+	ReplayResponse  ReplayCode = "response"   // it is not the one of the receipt, or no answer
+	ReplayChain     ReplayCode = "chain"      // no network of the receipt's chain has a runtime
+	ReplayNoRuntime ReplayCode = "no_runtime" // nothing serves, or no longer
+	ReplayTimeout   ReplayCode = "timeout"    // it took too long
+	ReplayCancelled ReplayCode = "cancelled"  // who has asked has gone, or the agent ends
+	ReplayStorage   ReplayCode = "storage"    // what is kept cannot be read
+	ReplayEngine    ReplayCode = "engine"     // it has failed
+)
+
+// ReplayCodes lists them.
+var ReplayCodes = []ReplayCode{
+	ReplayBusy, ReplayMalformed, ReplayNetwork, ReplayNotKept, ReplayRunning, ReplayReceipt, ReplayRequested,
+	ReplayResponse, ReplayChain, ReplayNoRuntime, ReplayTimeout, ReplayCancelled, ReplayStorage, ReplayEngine,
+}
+
+// A ReplayRefusal says why a request was not run again, to the log and to who has asked.
+type ReplayRefusal struct {
+	Code ReplayCode
+	Err  error
+}
+
+func (r *ReplayRefusal) Error() string { return r.Err.Error() }
+func (r *ReplayRefusal) Unwrap() error { return r.Err }
+
+// RefuseReplay makes a refusal that wraps [ErrRefused].
+func RefuseReplay(code ReplayCode, format string, args ...any) *ReplayRefusal {
+	return &ReplayRefusal{code, fmt.Errorf("%w: %w", ErrRefused, fmt.Errorf(format, args...))}
+}
 
 // serveReplay adds the replay to mux: one at a time, which bounds memory, too.
 // Whoever hangs up ends it.
 func serveReplay(mux *http.ServeMux, b Backend) {
 	var running sync.Mutex
+	refuse := func(w http.ResponseWriter, r *ReplayRefusal) {
+		b.NotReplayed(r)
+		reply(w, nil, r)
+	}
 	mux.HandleFunc("POST "+replayPath, func(w http.ResponseWriter, r *http.Request) {
 		if !running.TryLock() {
-			reply(w, nil, errReplays)
+			refuse(w, RefuseReplay(ReplayBusy, "another replay runs; wait until it is done"))
 			return
 		}
 		defer running.Unlock()
@@ -78,13 +122,13 @@ func serveReplay(mux *http.ServeMux, b Backend) {
 		dec := json.NewDecoder(http.MaxBytesReader(w, r.Body, maxReplay))
 		dec.DisallowUnknownFields()
 		if err := dec.Decode(&q); err != nil {
-			reply(w, nil, fmt.Errorf("%w: %w", ErrRefused, err))
+			refuse(w, RefuseReplay(ReplayMalformed, "%w", err))
 			return
 		}
 		// They fail on a closed connection only, and then so does the answer.
 		_ = c.SetReadDeadline(time.Time{})
 		_ = c.SetWriteDeadline(time.Now().Add(q.Timeout() + replayBeyond))
-		ctx, cancel := context.WithTimeoutCause(r.Context(), q.Timeout(), fmt.Errorf("%w: it was not done within %v: a replay waits until no job wants its slot; try again later, or with a longer --timeout", ErrRefused, q.Timeout()))
+		ctx, cancel := context.WithTimeoutCause(r.Context(), q.Timeout(), RefuseReplay(ReplayTimeout, "it was not done within %v: a replay waits until no job wants its slot; try again later, or with a longer --timeout", q.Timeout()))
 		defer cancel()
 		v, err := b.Replay(ctx, q)
 		reply(w, v, err)

@@ -18,8 +18,11 @@ func (n *node) Replay(ctx context.Context, q ReplayRequest) (Replay, error) {
 	if n.enter != nil {
 		close(n.enter)
 		<-ctx.Done()
+		n.mu.Lock()
+		defer n.mu.Unlock()
+		n.cause = context.Cause(ctx)
 		close(n.leave)
-		return Replay{}, context.Cause(ctx)
+		return Replay{}, n.cause
 	}
 	v := Replay{Job: q.Job, Network: q.Network, Model: string(q.Request) + string(q.Response) + string(q.Receipt), TookMS: q.Timeout().Milliseconds()}
 	v.Comparison = openai.Comparison{Verdict: openai.Different, Difference: &openai.Difference{Part: openai.PartText, Offset: 3}}
@@ -29,8 +32,11 @@ func (n *node) Replay(ctx context.Context, q ReplayRequest) (Replay, error) {
 	return v, n.err
 }
 
+// NotReplayed passes on what it is told.
+func (n *node) NotReplayed(r *ReplayRefusal) { n.refused <- r.Code }
+
 func TestReplay(t *testing.T) {
-	n := &node{}
+	n := &node{refused: make(chan ReplayCode, 16)}
 	path, _ := serve(t, n)
 	c := NewClient(path)
 	got, err := c.Replay(t.Context(), ReplayRequest{Job: "aa", Network: "testnet", TimeoutS: 7})
@@ -50,6 +56,9 @@ func TestReplay(t *testing.T) {
 		if status, raw, err := c.ask(t.Context(), http.MethodPost, "replay", strings.NewReader(body)); err == nil && status != http.StatusConflict {
 			t.Errorf("%s: %d %s", name, status, raw)
 		}
+		if got := <-n.refused; got != ReplayMalformed {
+			t.Errorf("%s: the agent hears of %s", name, got)
+		}
 	}
 	if _, err := c.Replay(t.Context(), ReplayRequest{Request: make([]byte, maxReplay)}); err == nil || !strings.Contains(err.Error(), "too large") {
 		t.Errorf("too large: %v", err)
@@ -67,7 +76,7 @@ func TestReplayTimeout(t *testing.T) {
 
 // There is one at a time, it ends in time, and with whoever asked for it.
 func TestReplayEnds(t *testing.T) {
-	n := &node{enter: make(chan struct{}), leave: make(chan struct{})}
+	n := &node{enter: make(chan struct{}), leave: make(chan struct{}), refused: make(chan ReplayCode, 1000)}
 	path, _ := serve(t, n)
 	c := NewClient(path)
 	ctx, cancel := context.WithCancel(t.Context())
@@ -79,6 +88,9 @@ func TestReplayEnds(t *testing.T) {
 	<-n.enter
 	if _, err := c.Replay(t.Context(), ReplayRequest{Job: "bb"}); !errors.Is(err, ErrRefused) {
 		t.Errorf("a second one: %v", err)
+	}
+	if got := <-n.refused; got != ReplayBusy {
+		t.Errorf("the agent hears of %s", got)
 	}
 	cancel()
 	if err := <-done; !errors.Is(err, context.Canceled) {
@@ -94,6 +106,11 @@ func TestReplayEnds(t *testing.T) {
 		}
 		if !errors.Is(err, ErrRefused) || !strings.Contains(err.Error(), "within 1s") {
 			t.Errorf("%v", err)
+		}
+		n.mu.Lock()
+		defer n.mu.Unlock()
+		if r, ok := errors.AsType[*ReplayRefusal](n.cause); !ok || r.Code != ReplayTimeout {
+			t.Errorf("it was ended with %v", n.cause)
 		}
 		break
 	}

@@ -393,6 +393,8 @@ func TestOutputFails(t *testing.T) {
 }
 
 // Replay does what the job's name says.
+func (n *node) NotReplayed(*control.ReplayRefusal) {}
+
 func (n *node) Replay(_ context.Context, q control.ReplayRequest) (control.Replay, error) {
 	v := control.Replay{Job: q.Job, Network: "testnet", Model: "tiny", PromptTokens: 7, CompletionTokens: 3}
 	switch v.Verdict = openai.Same; q.Job {
@@ -404,7 +406,7 @@ func (n *node) Replay(_ context.Context, q control.ReplayRequest) (control.Repla
 			v.Was, v.Is = "secret\n\x1b[31mwords", "secret"
 		}
 	case "incomparable":
-		v.Comparison = openai.Incomparable("it is by\nmodel \x1b[2J%q", "large")
+		v.Comparison = openai.Incomparable(openai.OtherModel, "it is by\nmodel \x1b[2J%q", "large")
 	case "gone":
 		return v, fmt.Errorf("%w: job gone is not kept", control.ErrRefused)
 	}

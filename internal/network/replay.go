@@ -43,6 +43,14 @@ type Finding struct {
 	Receipt *receipt.Signed `json:"receipt,omitempty"` // which shows it
 }
 
+// reason is what it says in one word of the journal's catalog.
+func (f *Finding) reason() openai.Cause {
+	if f.Receipt != nil {
+		return openai.OtherClass
+	}
+	return openai.Unanswered
+}
+
 // maxAsked is how many nodes are asked, one after the other, for an answer that can be
 // compared.
 const maxAsked = 3
@@ -60,7 +68,7 @@ const maxReplayQuery = 32 << 20
 func (s *service) replay(ctx context.Context, id receipt.JobID, q ReplayQuery) (*Replay, error) {
 	first, err := s.store.Result(ctx, id)
 	if errors.Is(err, store.ErrNotFound) {
-		return nil, fmt.Errorf("job %s has no result here: it is not finished, has failed, or its result is older than this network keeps them", id)
+		return nil, refuseReplay(noResult, "job %s has no result here: it is not finished, has failed, or its result is older than this network keeps them", id)
 	}
 	if err != nil {
 		return nil, err
@@ -71,7 +79,7 @@ func (s *service) replay(ctx context.Context, id receipt.JobID, q ReplayQuery) (
 	}
 	was, err := claimed(first)
 	if err != nil {
-		v.Comparison = openai.Incomparable("the first response is %v", err)
+		v.Comparison = openai.Incomparable(openai.NoAnswer, "the first response is %v", err)
 		return s.replayed(v), nil
 	}
 	r, err := s.requestOf(ctx, first, q.Request)
@@ -84,8 +92,8 @@ func (s *service) replay(ctx context.Context, id receipt.JobID, q ReplayQuery) (
 	} else if !errors.Is(err, store.ErrNotFound) {
 		return nil, err
 	}
-	if why := s.incomparable(r, first.Receipt, was); why != "" {
-		v.Comparison = openai.Incomparable("%s", why)
+	if why := s.incomparable(r, first.Receipt, was); why != nil {
+		v.Comparison = *why
 		return s.replayed(v), nil
 	}
 	if err := s.askAgain(ctx, v, r, was); err != nil {
@@ -108,7 +116,7 @@ func (s *service) askAgain(ctx context.Context, v *Replay, r *dispatch.Replay, w
 		t, to, err := s.dispatch.SubmitReplay(*r)
 		if err != nil {
 			if failed == nil {
-				failed = err
+				failed = refuseReplay(noNode, "%w", err)
 			}
 			break
 		}
@@ -120,7 +128,7 @@ func (s *service) askAgain(ctx context.Context, v *Replay, r *dispatch.Replay, w
 			if !ok {
 				return err
 			}
-			failed = fmt.Errorf("node %s did not answer: %w (%s)", to.Node, err, f.Outcome)
+			failed = refuseReplay(unanswered, "node %s did not answer: %w (%s)", to.Node, err, f.Outcome)
 			v.Findings = append(v.Findings, Finding{Node: to.Node, Text: fmt.Sprintf("did not answer as job %s (%s)", t.ID(), f.Outcome)})
 			continue
 		}
@@ -132,7 +140,7 @@ func (s *service) askAgain(ctx context.Context, v *Replay, r *dispatch.Replay, w
 		v.SameAccount = to.Node != r.First && r.Account != "" && to.Account == r.Account
 		if signed := second.Receipt.Receipt().Claimed.ClassDigest; signed != v.Class {
 			v.find(second.Receipt, v.Class)
-			v.Comparison = openai.Incomparable("node %s has answered in another class than it said before, %s", to.Node, signed)
+			v.Comparison = openai.Incomparable(openai.OtherClass, "node %s has answered in another class than it said before, %s", to.Node, signed)
 			continue
 		}
 		v.Comparison = compare(was, second)
@@ -141,7 +149,7 @@ func (s *service) askAgain(ctx context.Context, v *Replay, r *dispatch.Replay, w
 	switch {
 	case v.Second != nil: // which cannot be compared
 	case len(v.Findings) > 0 && v.Findings[0].Receipt != nil: // the first node's word is on record, whoever answers
-		v.Comparison = openai.Incomparable("%v", failed)
+		v.Comparison = openai.Incomparable(openai.Unanswered, "%v", failed)
 	default:
 		return failed
 	}
@@ -194,30 +202,33 @@ func (s *service) requestOf(ctx context.Context, first *store.Result, given []by
 	case !errors.Is(err, store.ErrNotFound):
 		return nil, err
 	case given == nil:
-		return nil, fmt.Errorf("the request of job %s is not kept: keep_requests_bytes of network.toml is %d; with --request FILE the client's can be given out", rc.Job, s.cfg.KeepRequestsBytes)
+		return nil, refuseReplay(notKept, "the request of job %s is not kept: keep_requests_bytes of network.toml is %d; with --request FILE the client's can be given out", rc.Job, s.cfg.KeepRequestsBytes)
 	}
 	if given != nil && !bytes.Equal(given, r.Request) || digest.Of(r.Request) != rc.Measured.RequestHash {
-		return nil, fmt.Errorf("this is not the request of job %s: its SHA-256 is not the one in the receipt, %s; it has to be the body of the HTTP request, byte for byte", rc.Job, rc.Measured.RequestHash)
+		return nil, refuseReplay(otherRequest, "this is not the request of job %s: its SHA-256 is not the one in the receipt, %s; it has to be the body of the HTTP request, byte for byte", rc.Job, rc.Measured.RequestHash)
 	}
 	return r, nil
 }
 
 // incomparable completes r, or says why another answer than the first could be
 // right.
-func (s *service) incomparable(r *dispatch.Replay, first *receipt.Signed, was *openai.Answer) string {
+func (s *service) incomparable(r *dispatch.Replay, first *receipt.Signed, was *openai.Answer) *openai.Comparison {
 	t, rc := s.dispatch.Terms(), first.Receipt()
 	c := t.Config
+	no := func(cause openai.Cause, format string, args ...any) *openai.Comparison {
+		return new(openai.Incomparable(cause, format, args...))
+	}
 	switch {
 	case r.Class.IsZero() || r.Class == receipt.Unknown:
-		return "the first node could not say in which class it was"
+		return no(openai.NoClass, "the first node could not say in which class it was")
 	case was.Model != c.Runtime.Model || rc.Measured.ModelDigest != t.Model:
-		return fmt.Sprintf("the first answer is by model %.80q of %s, and the network serves %q of %s now", was.Model, rc.Measured.ModelDigest, c.Runtime.Model, t.Model)
+		return no(openai.OtherModel, "the first answer is by model %.80q of %s, and the network serves %q of %s now", was.Model, rc.Measured.ModelDigest, c.Runtime.Model, t.Model)
 	case rc.Measured.ImageDigest != c.Runtime.Image.Digest():
-		return fmt.Sprintf("the image of the runtime was %s then, and is %s now", rc.Measured.ImageDigest, c.Runtime.Image.Digest())
+		return no(openai.OtherImage, "the image of the runtime was %s then, and is %s now", rc.Measured.ImageDigest, c.Runtime.Image.Digest())
 	}
 	req, err := openai.Parse(was.Kind, r.Request, openai.Limits{RequestBytes: c.Limits.RequestBytes, Tokens: c.Limits.Tokens, Messages: c.Limits.Messages})
 	if err != nil {
-		return "the request is not within the limits of the configuration that is published now"
+		return no(openai.OverLimits, "the request is not within the limits of the configuration that is published now")
 	}
 	r.Kind, r.Model, r.Stream = req.Kind, req.Model, req.Stream
 	return req.Incomparable(was, openai.Conditions{Seed: r.Seed != nil, Limits: rc.Measured.ConfigDigest == t.Digest, Tokens: c.Limits.Tokens})
@@ -232,6 +243,38 @@ func compare(was *openai.Answer, second *store.Result) openai.Comparison {
 	return openai.Compare(was, is)
 }
 
+// Why a job is not given out again, in the words of the journal's catalog.
+const (
+	malformed    = "malformed"
+	noResult     = "no_result"
+	notKept      = "not_kept"
+	otherRequest = "request"
+	noNode       = "no_node"
+	unanswered   = "unanswered"
+	failedReplay = "failed" // the store, as a rule; or who has asked has gone
+)
+
+// replayRefusal is an error with one of these words.
+type replayRefusal struct {
+	reason string
+	error
+}
+
+func (r *replayRefusal) Unwrap() error { return r.error }
+
+func refuseReplay(reason, format string, args ...any) error {
+	return &replayRefusal{reason, fmt.Errorf(format, args...)}
+}
+
+// notReplayed logs why a job was not given out again.
+func (s *service) notReplayed(id receipt.JobID, err error) {
+	reason := failedReplay
+	if r, ok := errors.AsType[*replayRefusal](err); ok {
+		reason = r.reason
+	}
+	s.log.Warn("job not given out again", journal.NetworkReplayRefused.Attr(), "job", id, "reason", reason, "error", err)
+}
+
 // replayed says what came of it.
 func (s *service) replayed(v *Replay) *Replay {
 	s.metrics.Replays.WithLabelValues(string(v.Verdict)).Inc()
@@ -240,11 +283,11 @@ func (s *service) replayed(v *Replay) *Replay {
 		if f.Receipt != nil {
 			event = journal.NodeClassContradicted
 		}
-		s.log.Warn("finding of a replay", event.Attr(), "job", v.Job, "node", f.Node, "finding", f.Text)
+		s.log.Warn("finding of a replay", event.Attr(), "job", v.Job, "node", f.Node, "reason", f.reason(), "finding", f.Text)
 	}
 	attrs := []any{"job", v.Job, "verdict", v.Verdict, "class", v.Class, "first", v.First.Receipt().Node, "same_account", v.SameAccount}
 	if v.Second == nil {
-		s.log.Info("job cannot be compared", append(attrs, journal.ReplayUndecided.Attr(), "why", v.Reason)...)
+		s.log.Info("job cannot be compared", append(attrs, journal.ReplayUndecided.Attr(), "reason", v.Cause, "why", v.Reason)...)
 		return v
 	}
 	attrs = append(attrs, "second", v.Second.Receipt().Node, "replay", v.Replay)
@@ -254,7 +297,7 @@ func (s *service) replayed(v *Replay) *Replay {
 	case openai.Different:
 		s.log.Warn("two nodes give different answers", append(attrs, journal.AnswersDiffer.Attr(), "difference", v.Difference, "why", v.Reason)...)
 	default:
-		s.log.Warn("two answers cannot be compared", append(attrs, journal.ReplayUndecided.Attr(), "why", v.Reason)...)
+		s.log.Warn("two answers cannot be compared", append(attrs, journal.ReplayUndecided.Attr(), "reason", v.Cause, "why", v.Reason)...)
 	}
 	return v
 }
@@ -268,8 +311,13 @@ func (s *service) adminReplays(mux *http.ServeMux, handle func(string, func(*htt
 		if err == nil {
 			err = decode(http.MaxBytesReader(w, r.Body, maxReplayQuery), &q)
 		}
-		if err == nil {
+		if err != nil {
+			err = refuseReplay(malformed, "%w", err)
+		} else {
 			reply.Replay, err = s.replay(r.Context(), id, q)
+		}
+		if err != nil {
+			s.notReplayed(id, err)
 		}
 		answer(w, reply, err)
 	})

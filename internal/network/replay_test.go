@@ -4,6 +4,7 @@ import (
 	"encoding/json"
 	"os"
 	"path/filepath"
+	"regexp"
 	"strings"
 	"testing"
 
@@ -36,6 +37,20 @@ func keeping(t *testing.T, bytes int64) *testNetwork {
 	n.tweak = func(c *network.Config) { c.KeepRequestsBytes = bytes }
 	n.serve()
 	return n
+}
+
+// said checks that the log of a network that has ended has an event for each of these
+// reasons, and that the catalog explains them.
+func (n *testNetwork) said(e *journal.Event, reasons ...string) {
+	n.t.Helper()
+	for _, r := range reasons {
+		if !regexp.MustCompile("event=" + e.Name + "\\b.* reason=" + r + "\\b").MatchString(n.logs.w.String()) {
+			n.t.Errorf("the log does not have %s for %s", e.Name, r)
+		}
+		if !regexp.MustCompile(" " + r + "( \\(|\\.)").MatchString(e.Text) {
+			n.t.Errorf("the catalog does not explain %s", r)
+		}
+	}
 }
 
 type ran struct {
@@ -262,6 +277,12 @@ func TestReplayIsNobodysJob(t *testing.T) {
 	if r := <-done; r.code != 1 || !strings.Contains(r.out, "did not answer") {
 		t.Errorf("%+v", r)
 	}
+	if r := <-n.replay(j.ID.String(), "--node", second.Node.Key.Address().Hex()); r.code != 1 || !strings.Contains(r.out, "is not connected") {
+		t.Errorf("%+v", r)
+	}
+	first.Drop()
+	n.stop()
+	n.said(journal.NetworkReplayRefused, "not_kept", "unanswered", "no_node")
 }
 
 // Without requests on disk the client's own serves, if it is the right one.
@@ -330,6 +351,8 @@ func TestReplayWithTheClientsRequest(t *testing.T) {
 	if r := <-n.replay(id); r.code != 78 || !strings.Contains(r.out, "start it") {
 		t.Errorf("%+v", r)
 	}
+	n.said(journal.NetworkReplayRefused, "not_kept", "request", "no_result")
+	n.said(journal.ReplayUndecided, "seed", "class")
 }
 
 // Requests go when the operator wants none kept any more.

@@ -34,13 +34,32 @@ const (
 // texts.
 type Comparison struct {
 	Verdict    Verdict     `json:"verdict"`
-	Reason     string      `json:"reason,omitempty"`     // why they cannot be compared, for people
+	Cause      Cause       `json:"cause,omitempty"`      // why they cannot be compared
+	Reason     string      `json:"reason,omitempty"`     // the same for people
 	Difference *Difference `json:"difference,omitempty"` // the first one
 }
 
+// Cause is why answers cannot be compared. It is one of a few words, so that it may
+// stand where text may not.
+type Cause string
+
+// The causes.
+const (
+	NoAnswer   Cause = "no_answer"  // one of them is not a whole answer
+	OtherModel Cause = "model"      // by name, or its files are others
+	OtherImage Cause = "image"      // of the engine
+	OtherClass Cause = "class"      // hardware, or settings of the engine
+	NoClass    Cause = "no_class"   // it is not known what one was computed on
+	OverLimits Cause = "limits"     // the request is over the limits of now
+	OtherAPI   Cause = "api"        // or another model than the request asks for
+	NoSeed     Cause = "seed"       // nobody knows with which one its tokens were drawn
+	Tokens     Cause = "tokens"     // the limit on them may have been another one
+	Unanswered Cause = "unanswered" // nobody has given a second answer
+)
+
 // Incomparable is the outcome of a comparison that cannot be made.
-func Incomparable(format string, args ...any) Comparison {
-	return Comparison{Verdict: NotComparable, Reason: fmt.Sprintf(format, args...)}
+func Incomparable(cause Cause, format string, args ...any) Comparison {
+	return Comparison{Verdict: NotComparable, Cause: cause, Reason: fmt.Sprintf(format, args...)}
 }
 
 // Part is a part of an answer.
@@ -338,28 +357,28 @@ type Conditions struct {
 }
 
 // Incomparable says why a request that is asked again may rightly have another
-// answer than it had, or returns "".
-func (r *Request) Incomparable(was *Answer, c Conditions) string {
+// answer than it had, or returns nil.
+func (r *Request) Incomparable(was *Answer, c Conditions) *Comparison {
 	switch bounded := r.MaxTokens > 0 || r.Kind == wire.KindCompletion; {
 	case was.Kind != r.Kind || was.Model != r.Model:
-		return "the answer is of another API, or by another model, than the request asks for"
+		return new(Incomparable(OtherAPI, "the answer is of another API, or by another model, than the request asks for"))
 	case r.Sampled() && !r.Seeded && !c.Seed:
-		return "its tokens were drawn at random (the temperature is not 0), with a seed that nobody knows any more"
+		return new(Incomparable(NoSeed, "its tokens were drawn at random (the temperature is not 0), with a seed that nobody knows any more"))
 	case was.Usage != nil && was.Usage.CompletionTokens > uint64(r.Bound(c.Tokens)):
-		return fmt.Sprintf("the answer has %d tokens, and now it may have %d", was.Usage.CompletionTokens, r.Bound(c.Tokens))
+		return new(Incomparable(Tokens, "the answer has %d tokens, and now it may have %d", was.Usage.CompletionTokens, r.Bound(c.Tokens)))
 	case !bounded && !c.Limits && slices.ContainsFunc(was.choices, func(c choice) bool { return c.finish == "length" }):
-		return "the answer ended at a limit on tokens, which may have been another one then"
+		return new(Incomparable(Tokens, "the answer ended at a limit on tokens, which may have been another one then"))
 	}
-	return ""
+	return nil
 }
 
 // Compare compares two answers to one request.
 func Compare(was, is *Answer) Comparison {
 	switch {
 	case was.Kind != is.Kind:
-		return Incomparable("one is an answer of %s, the other one of %s", was.Kind, is.Kind)
+		return Incomparable(OtherAPI, "one is an answer of %s, the other one of %s", was.Kind, is.Kind)
 	case was.Model != is.Model:
-		return Incomparable("they are by different models, %.80q and %.80q", was.Model, is.Model)
+		return Incomparable(OtherModel, "they are by different models, %.80q and %.80q", was.Model, is.Model)
 	}
 	if d := firstDifference(was, is); d != nil {
 		return Comparison{Verdict: Different, Difference: d}

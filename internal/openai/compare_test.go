@@ -222,16 +222,16 @@ func TestIncomparable(t *testing.T) {
 		name, params, finish string
 		tokens               int
 		c                    Conditions
-		want                 string
+		want                 Cause
 	}{
 		{"greedy", greedy, "stop", 3, Conditions{Tokens: 10}, ""},
-		{"sampled", open, "stop", 3, Conditions{Limits: true, Tokens: 10}, "random"},
-		{"by default", "", "stop", 3, Conditions{Limits: true, Tokens: 10}, "random"},
+		{"sampled", open, "stop", 3, Conditions{Limits: true, Tokens: 10}, NoSeed},
+		{"by default", "", "stop", 3, Conditions{Limits: true, Tokens: 10}, NoSeed},
 		{"sampled with the client's seed", seeded, "stop", 3, Conditions{Tokens: 10}, ""},
 		{"sampled with the network's", open, "stop", 3, Conditions{Seed: true, Tokens: 10}, ""},
-		{"longer than it may be", greedy, "stop", 11, Conditions{Tokens: 10}, "now it may have 10"},
+		{"longer than it may be", greedy, "stop", 11, Conditions{Tokens: 10}, Tokens},
 		{"as long", greedy, "stop", 10, Conditions{Tokens: 10}, ""},
-		{"cut short", greedy, "length", 3, Conditions{Tokens: 10}, "limit on tokens"},
+		{"cut short", greedy, "length", 3, Conditions{Tokens: 10}, Tokens},
 		{"cut short by the same limit", greedy, "length", 3, Conditions{Limits: true, Tokens: 10}, ""},
 		{"cut short by its own limit", greedy + `,"max_tokens":3`, "length", 3, Conditions{Tokens: 10}, ""},
 	} {
@@ -240,11 +240,11 @@ func TestIncomparable(t *testing.T) {
 			t.Fatal(err)
 		}
 		was := readAnswer(t, body(t, wire.KindChat, job, 1, false, false, c.finish, [2]int{7, c.tokens}, "x"))
-		if why := r.Incomparable(was, c.c); (why == "") != (c.want == "") || !strings.Contains(why, c.want) {
-			t.Errorf("%s: %q, want %q", c.name, why, c.want)
+		if why := r.Incomparable(was, c.c); (why == nil) != (c.want == "") || why != nil && (why.Verdict != NotComparable || why.Cause != c.want || why.Reason == "") {
+			t.Errorf("%s: %+v, want %q", c.name, why, c.want)
 		}
 		was.Model = "large"
-		if why := r.Incomparable(was, c.c); why == "" {
+		if why := r.Incomparable(was, c.c); why == nil || why.Cause != OtherAPI {
 			t.Errorf("%s: another model is compared", c.name)
 		}
 	}

@@ -39,6 +39,9 @@ const (
 // ErrNotKept says that a job is not among those that are kept.
 var ErrNotKept = errors.New("job is not kept")
 
+// ErrKeptDamaged says, beside [ErrNotKept], that it was.
+var ErrKeptDamaged = errors.New("its file was damaged")
+
 // Kept are the last jobs of a node with their results. Safe for concurrent use.
 type Kept struct {
 	dir   string
@@ -186,7 +189,7 @@ func (k *Kept) Get(id receipt.JobID) (*wire.Job, *wire.Result, error) {
 	}
 	j, r, err := decodeKept(text)
 	if err != nil || j.ID != id || r.Job != id {
-		return nil, nil, errors.Join(fmt.Errorf("job %s: %w: its file was damaged, and is removed; look at this machine's disk", id, ErrNotKept), k.remove(i))
+		return nil, nil, errors.Join(fmt.Errorf("job %s: %w any more: %w, and is removed; look at this machine's disk", id, ErrNotKept, ErrKeptDamaged), k.remove(i))
 	}
 	return j, r, nil
 }
