@@ -146,6 +146,57 @@ func TestNoNodeAtAll(t *testing.T) {
 	}
 }
 
+// A client whose job all nodes have refused is told so in time. One whose job a node
+// has accepted waits for it, though the node refuses it afterwards.
+func TestNoNodeTakesIt(t *testing.T) {
+	t.Parallel()
+	n := setUp(t, nil)
+	n.tweak = func(c *network.Config) { c.NodeWait = time.Second }
+	n.serve()
+	s := n.node().Ready(t)
+	refuse := func(j *wire.Job, code wire.Code) { s.Send(&wire.Refuse{Job: j.ID, Code: code}) }
+	drain := func(on bool) {
+		h := s.Node.Heartbeat()
+		h.Draining = on
+		s.Send(h)
+	}
+	ch := n.ask(chat)
+	refuse(nodetest.Expect[*wire.Job](s), wire.CodeDraining)
+	drain(true)
+	if r := n.answer(ch); r.status != 503 || r.code() != "no_node" || r.header.Get("Retry-After") == "" {
+		t.Errorf("%d %s", r.status, r.body)
+	}
+	// By a node that says all the while that it takes jobs.
+	drain(false)
+	n.until("it gets jobs", func() bool { return n.metric(`resultity_nodes{state="routable"}`) == 1 })
+	ch = n.ask(chat)
+	for range 5 {
+		refuse(nodetest.Expect[*wire.Job](s), wire.CodeNotReady)
+		drain(false)
+	}
+	if r := n.answer(ch); r.status != 503 || r.code() != "unavailable" || r.header.Get("Retry-After") == "" {
+		t.Errorf("%d %s", r.status, r.body)
+	}
+	// By one that has accepted it.
+	ch = n.ask(chat)
+	j := s.Take()
+	refuse(j, wire.CodeDraining)
+	drain(true)
+	n.until("it gets none", func() bool { return n.metric(`resultity_nodes{state="routable"}`) == 0 })
+	if r := n.answer(n.ask(chat)); r.status != 503 || r.code() != "no_node" {
+		t.Errorf("%d %s", r.status, r.body)
+	}
+	select {
+	case r := <-ch:
+		t.Fatalf("%d %s", r.status, r.body)
+	default:
+	}
+	s.Finish(j, "hello")
+	if r := n.answer(ch); r.status != 200 || !strings.Contains(string(r.body), "hello") {
+		t.Errorf("%d %s", r.status, r.body)
+	}
+}
+
 func TestQueueFull(t *testing.T) {
 	n := setUp(t, func(c *snapshot.Config) { c.Runtime.Settings.Slots = 1 })
 	n.tweak = func(c *network.Config) { c.MaxQueued = 1 }

@@ -621,11 +621,11 @@ func (d *Dispatcher) arm(j *job) {
 	j.timer.set(time.Until(at), func() { d.wake(j) })
 }
 
-// mayGiveUp reports whether a job is one for which no node was there from the
-// beginning. A job that a node has had waits for its deadline: the node may
-// come back with the result.
+// mayGiveUp reports whether no node is there for a job and surely none has it: none
+// was given it, or each that was has refused it. A job that a node may have waits for
+// its deadline: the node may come back with the result.
 func (d *Dispatcher) mayGiveUp(j *job) bool {
-	return d.routable == 0 && j.attached && j.attempts == 0
+	return d.routable == 0 && j.attached && !j.taken && len(j.runners) == 0
 }
 
 // wake does what is due for a job.

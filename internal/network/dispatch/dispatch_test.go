@@ -1111,6 +1111,135 @@ func TestNoNode(t *testing.T) {
 	})
 }
 
+// A job that every node refused which was given it is given up like one that was never
+// given out; one that a node may have is not, whatever that says.
+func TestNoNodeAfterRefusals(t *testing.T) {
+	refuse := func(p *peer, j *wire.Job) {
+		p.member.Refused(&wire.Refuse{Job: j.ID, Code: wire.CodeDraining})
+	}
+	drain := func(p *peer) { p.beat(func(h *wire.Heartbeat) { h.Draining = true }) }
+	give := func(t *testing.T, opt Options, test func(t *testing.T, f *fixture, a *peer, ticket *Ticket, j *wire.Job)) {
+		run(t, opt, nil, func(t *testing.T, f *fixture) {
+			a := f.join(nil)
+			ticket := f.submit(false)
+			test(t, f, a, ticket, must[*wire.Job](a))
+		})
+	}
+	// unsure checks that a job waits for its deadline, and for the node.
+	unsure := func(t *testing.T, f *fixture, a *peer, ticket *Ticket, j *wire.Job) {
+		drain(a)
+		f.sleep(40 * time.Second)
+		f.waiting(ticket)
+		a.deliver(j, "hello")
+		f.answered(ticket, "hello")
+		a.acked(j)
+		f.empty(1)
+	}
+	t.Run("refused", func(t *testing.T) {
+		give(t, Options{}, func(t *testing.T, f *fixture, a *peer, ticket *Ticket, j *wire.Job) {
+			refuse(a, j)
+			drain(a)
+			f.sleep(4999 * time.Millisecond)
+			f.waiting(ticket)
+			f.sleep(time.Millisecond)
+			f.failed(ticket, NoNode)
+			f.empty(0)
+		})
+	})
+	t.Run("refused for ever", func(t *testing.T) { // by one whose heartbeats say that it takes jobs
+		give(t, Options{Attempts: 3}, func(t *testing.T, f *fixture, a *peer, ticket *Ticket, j *wire.Job) {
+			for range 2 {
+				refuse(a, j)
+				f.sleep(time.Second, a)
+				must[*wire.Job](a)
+			}
+			refuse(a, j)
+			if got := f.failed(ticket, Failed); got.Code != wire.CodeDraining {
+				t.Errorf("%+v", got)
+			}
+			f.empty(0)
+		})
+	})
+	t.Run("refused after everybody has gone", func(t *testing.T) {
+		give(t, Options{}, func(t *testing.T, f *fixture, a *peer, ticket *Ticket, j *wire.Job) {
+			drain(a)
+			f.sleep(2 * time.Second)
+			refuse(a, j)
+			f.sleep(2999 * time.Millisecond)
+			f.waiting(ticket)
+			f.sleep(time.Millisecond)
+			f.failed(ticket, NoNode)
+			f.empty(0)
+		})
+	})
+	t.Run("by one, and another has it", func(t *testing.T) {
+		give(t, Options{}, func(t *testing.T, f *fixture, a *peer, ticket *Ticket, j *wire.Job) {
+			b := f.join(nil)
+			refuse(a, j)
+			must[*wire.Job](b)
+			drain(a)
+			b.member.Leave(false)
+			f.sleep(10 * time.Second)
+			f.waiting(ticket) // it may have written it down
+			b = f.join(b.node)
+			if must[*wire.Job](b).ID != j.ID {
+				t.Fatal("another job")
+			}
+			refuse(b, j) // it says that it has not, and an agent that is starting says so, too
+			unsure(t, f, b, ticket, j)
+		})
+	})
+	t.Run("by both", func(t *testing.T) {
+		give(t, Options{}, func(t *testing.T, f *fixture, a *peer, ticket *Ticket, j *wire.Job) {
+			b := f.join(nil)
+			refuse(a, j)
+			refuse(b, must[*wire.Job](b))
+			drain(a)
+			drain(b)
+			f.sleep(5 * time.Second)
+			f.failed(ticket, NoNode)
+			f.empty(0)
+		})
+	})
+	t.Run("late", func(t *testing.T) { // it was slow to say so, and nobody else was there
+		give(t, Options{}, func(t *testing.T, f *fixture, a *peer, ticket *Ticket, j *wire.Job) {
+			time.Sleep(3500 * time.Millisecond)
+			refuse(a, j)
+			drain(a)
+			f.sleep(5 * time.Second)
+			f.failed(ticket, NoNode)
+			f.empty(0)
+		})
+	})
+	t.Run("never answered", func(t *testing.T) {
+		give(t, Options{}, func(t *testing.T, f *fixture, a *peer, ticket *Ticket, j *wire.Job) {
+			time.Sleep(3500 * time.Millisecond)
+			unsure(t, f, a, ticket, j)
+		})
+	})
+	for what, has := range map[string]wire.Message{"accepted": &wire.Accept{}, "a duplicate": &wire.Refuse{Code: wire.CodeDuplicate}, "failed": &wire.Result{Code: wire.CodeEngine}} {
+		t.Run(what, func(t *testing.T) {
+			give(t, Options{}, func(t *testing.T, f *fixture, a *peer, ticket *Ticket, j *wire.Job) {
+				switch m := has.(type) {
+				case *wire.Accept:
+					a.member.Accepted(j.ID)
+				case *wire.Refuse:
+					m.Job = j.ID
+					a.member.Refused(m)
+				case *wire.Result:
+					m.Job = j.ID
+					if _, err := a.member.Result(m); err != nil {
+						t.Fatal(err)
+					}
+					a.acked(j)
+				}
+				refuse(a, j)
+				unsure(t, f, a, ticket, j)
+			})
+		})
+	}
+}
+
 func TestQueueBounds(t *testing.T) {
 	run(t, Options{MaxQueued: 2, MaxBytes: 100, Share: 100}, nil, func(t *testing.T, f *fixture) {
 		f.submit(false)

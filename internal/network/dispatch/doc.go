@@ -53,6 +53,11 @@
 // first node is not told to stop: whoever delivers first is taken, and then the
 // rest are told. A job ends at its deadline whatever happens.
 //
+// A client whose job surely no node has, since each that was given it has refused it,
+// is told that there is none once no node has been routable for [Options.NoNodeWait],
+// as if the job had never been given out. A node that has accepted a job, or may have
+// and was cut off, is not believed when it refuses it: the job waits for its deadline.
+//
 // A node that says that no node could do a job is not believed alone, since the
 // request was checked before: it takes a second one that says the same, or that
 // there is no second one. The client reads our words for it, not the node's.

@@ -75,6 +75,7 @@ type job struct {
 
 	// ———
 	attached  bool // a client waits
+	taken     bool // a node has said that it has it, or may have it though it says otherwise
 	attempts  int
 	notBefore time.Time     // for a node that had it
 	lane      *lane         // of its client
@@ -197,6 +198,7 @@ func (r *runner) due(d *Dispatcher) (time.Time, Reason) {
 // accept notes that a node has a job. Only its first word is progress: it could
 // repeat itself for ever.
 func (r *runner) accept(d *Dispatcher) {
+	r.job.taken = true
 	if r.accepted {
 		return
 	}

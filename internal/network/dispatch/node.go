@@ -228,6 +228,9 @@ func (m *Member) Refused(msg *wire.Refuse) (known bool) {
 		d.pump()
 		return true
 	}
+	if r.adopted > 0 { // it may have written the job down when that was sent first
+		r.job.taken = true
+	}
 	switch msg.Code {
 	case wire.CodeDuplicate: // it has the job, which is all we want
 		r.accept(d)
@@ -351,11 +354,13 @@ func (m *Member) Result(res *wire.Result) (known bool, err error) {
 	case res.Code != "":
 		m.ack("failed", res.Job)
 		if r := m.runner(res.Job); r != nil && j.result == nil {
+			j.taken = true
 			d.unable(r, NodeFailed, res.Code)
 		}
 		d.mu.Unlock()
 		return true, nil
 	}
+	j.taken = true // also where the result does not hold
 	c := claim{job: &j.spec.Job, hash: j.hash, node: m.node.addr, now: time.Now()}
 	if res.Receipt != nil {
 		named := res.Receipt.Receipt().Measured.ConfigDigest
