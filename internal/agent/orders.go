@@ -38,7 +38,7 @@ func (m *membership) post(msg wire.Message) {
 	select {
 	case m.inbox <- msg:
 	default:
-		m.log.Warn("more orders than can be written down", journal.OrderRefused.Attr(), "type", msg.Type())
+		m.log.Warn("more orders than can be written down", journal.OrderRefused.Attr(), "code", "flood", "type", msg.Type())
 	}
 }
 
@@ -104,7 +104,7 @@ func (m *membership) begin(o *wire.Order) (order.Entry, func(context.Context) er
 	var refused *order.Refusal
 	switch {
 	case errors.As(err, &refused):
-		m.log.Warn("order refused", journal.OrderRefused.Attr(), "order", o.ID, "reason", refused.Reason)
+		m.log.Warn("order refused", journal.OrderRefused.Attr(), "order", o.ID, "code", refused.Code, "reason", refused.Reason)
 		m.answer(&wire.OrderDone{ID: o.ID, Outcome: wire.OutcomeRefused, Message: wire.Cut(refused.Reason, wire.MaxOrderMessage)})
 		return e, nil
 	case err != nil:

@@ -14,6 +14,7 @@ import (
 	"github.com/resultity/node/internal/evm"
 	"github.com/resultity/node/internal/gate"
 	"github.com/resultity/node/internal/journal"
+	"github.com/resultity/node/internal/order"
 	"github.com/resultity/node/internal/wire"
 )
 
@@ -180,6 +181,16 @@ func TestOrdersRefused(t *testing.T) {
 		for len(f.link.sent) > 0 {
 			<-f.link.sent
 		}
+		for _, code := range []string{"signer", "kind", "flood"} {
+			if !strings.Contains(f.book.String(), "event=order-refused order=") || !strings.Contains(f.book.String(), " code="+code+" ") {
+				t.Errorf("the journal does not say %s", code)
+			}
+		}
+		for _, code := range append(order.Codes, "flood") {
+			if !strings.Contains(journal.OrderRefused.Text, " "+code+" (") {
+				t.Errorf("the catalog does not explain %s", code)
+			}
+		}
 		f.mustObey(wire.OrderDrain)
 	})
 }
@@ -212,6 +223,23 @@ func TestOrderRestart(t *testing.T) {
 		}
 		f.failedFor("validation")
 		f.serves(nil)
+
+		// They are bounded, so that nobody can keep the node from working by them.
+		f.machine.Fail(deploytest.Golden, nil)
+		f.mustObey(wire.OrderRestart)
+		f.serves(f.board.snapshot())
+		_, before = f.machine.Now()
+		d = f.obey(f.order(networkKey, wire.OrderRestart))
+		if _, now := f.machine.Now(); d == nil || d.Outcome != wire.OutcomeRefused || !strings.Contains(d.Message, "3 restarts within") || now != before {
+			t.Errorf("%+v, %d starts", d, now-before)
+		}
+		if f.book.count(journal.OrderRefused) != 1 || !strings.Contains(f.book.String(), " code=restarts ") {
+			t.Errorf("not journalled:\n%s", f.book)
+		}
+		f.serves(f.board.snapshot())
+		pass(time.Hour)
+		f.party.drop()
+		f.mustObey(wire.OrderRestart)
 	})
 }
 

@@ -33,15 +33,41 @@ const (
 	untold     = 7 * 24 * time.Hour // after its expiry, an outcome that nobody asks for is forgotten
 )
 
+// MaxRestarts is how many restarts of the runtime a network may order within
+// [RestartsPer]. Each costs minutes without jobs, those of other networks included:
+// whoever holds a message key could keep a node from working by nothing else.
+const (
+	MaxRestarts = 3
+	RestartsPer = time.Hour
+)
+
 // ErrCorrupt says that the file does not hold what this package writes.
 var ErrCorrupt = errors.New("the memory of the network's orders is damaged; move the file away: a drain by the network is then forgotten, and the network may repeat orders that have not expired")
 
-// A Refusal says why an order is not begun.
-type Refusal struct{ Reason string }
+// A Refusal says why an order is not begun. Code is one of [Codes].
+type Refusal struct{ Code, Reason string }
 
 func (r *Refusal) Error() string { return r.Reason }
 
-func refuse(format string, args ...any) error { return &Refusal{fmt.Sprintf(format, args...)} }
+func refuse(code, format string, args ...any) error {
+	return &Refusal{code, fmt.Sprintf(format, args...)}
+}
+
+// Why an order is refused, in the words of the journal's catalog.
+const (
+	byStranger  = "signer"
+	malformed   = "malformed"
+	elsewhere   = "addressee"
+	expired     = "expired"
+	unknownKind = "kind"
+	endless     = "penalty"
+	overtaken   = "overtaken"
+	tooMany     = "full"
+	tooOften    = "restarts"
+)
+
+// Codes lists them.
+var Codes = []string{byStranger, malformed, elsewhere, expired, unknownKind, endless, overtaken, tooMany, tooOften}
 
 // Begun is the outcome of an order that is being carried out.
 const Begun wire.Outcome = "begun"
@@ -66,10 +92,11 @@ func (e *Entry) Done() *wire.OrderDone {
 
 // memory is the content of the file.
 type memory struct {
-	Entries []Entry `json:"orders"`  // in the order of their beginning
-	Drain   *Entry  `json:"drain"`   // the network's, in force
-	Turned  int64   `json:"turned"`  // when the last drain or resume was issued, Unix milliseconds
-	Penalty *Entry  `json:"penalty"` // the last one
+	Entries  []Entry `json:"orders"`   // in the order of their beginning
+	Drain    *Entry  `json:"drain"`    // the network's, in force
+	Turned   int64   `json:"turned"`   // when the last drain or resume was issued, Unix milliseconds
+	Penalty  *Entry  `json:"penalty"`  // the last one
+	Restarts []int64 `json:"restarts"` // when the last ones were begun, Unix milliseconds of this node's clock
 }
 
 // Book is the memory of one node in one network. Safe for concurrent use; calls
@@ -99,7 +126,7 @@ func Open(path, network string, node evm.Address, now func() time.Time) (*Book, 
 	}
 	d := json.NewDecoder(bytes.NewReader(raw))
 	d.DisallowUnknownFields()
-	if err := d.Decode(&b.m); err != nil || len(b.m.Entries) > maxEntries {
+	if err := d.Decode(&b.m); err != nil || len(b.m.Entries) > maxEntries || len(b.m.Restarts) > MaxRestarts {
 		return nil, fmt.Errorf("%s: %w (%v)", path, ErrCorrupt, err)
 	}
 	cut := false
@@ -140,11 +167,11 @@ func (b *Book) Begin(o *wire.Order, trusted func(evm.Address) bool) (e Entry, kn
 	now := b.now()
 	switch {
 	case !trusted(who):
-		return e, false, refuse("it is not signed by a message key of the network's configuration")
+		return e, false, refuse(byStranger, "it is not signed by a message key of the network's configuration")
 	case err != nil:
-		return e, false, refuse("it is malformed")
+		return e, false, refuse(malformed, "it is malformed")
 	case d.Network != b.network || d.Node != b.node:
-		return e, false, refuse("it is for node %s of network %.64q", d.Node, wire.Printable(d.Network))
+		return e, false, refuse(elsewhere, "it is for node %s of network %.64q", d.Node, wire.Printable(d.Network))
 	}
 	b.mu.Lock()
 	defer b.mu.Unlock()
@@ -154,13 +181,13 @@ func (b *Book) Begin(o *wire.Order, trusted func(evm.Address) bool) (e Entry, kn
 	turn := d.Kind == wire.OrderDrain || d.Kind == wire.OrderResume
 	switch {
 	case now.UnixMilli() >= d.Expires:
-		return e, false, refuse("it expired at %s by this node's clock", time.UnixMilli(d.Expires).UTC().Format(time.RFC3339))
+		return e, false, refuse(expired, "it expired at %s by this node's clock", time.UnixMilli(d.Expires).UTC().Format(time.RFC3339))
 	case !slices.Contains(wire.OrderKinds, d.Kind):
-		return e, false, refuse("this agent does not know orders of kind %.40q", wire.Printable(string(d.Kind)))
+		return e, false, refuse(unknownKind, "this agent does not know orders of kind %.40q", wire.Printable(string(d.Kind)))
 	case d.Kind == wire.OrderPenalty && d.Until <= d.Issued:
-		return e, false, refuse("a penalty has to end after it was issued")
+		return e, false, refuse(endless, "a penalty has to end after it was issued")
 	case turn && d.Issued < b.m.Turned:
-		return e, false, refuse("a later order to drain or to resume has been carried out already")
+		return e, false, refuse(overtaken, "a later order to drain or to resume has been carried out already")
 	}
 	m := b.m
 	m.Entries = slices.DeleteFunc(slices.Clone(m.Entries), func(e Entry) bool {
@@ -168,7 +195,16 @@ func (b *Book) Begin(o *wire.Order, trusted func(evm.Address) bool) (e Entry, kn
 		return e.Outcome != Begun && (late > grace && e.Told || late > untold)
 	})
 	if len(m.Entries) >= maxEntries {
-		return e, false, refuse("the node remembers %d orders that have not expired, and takes no more", maxEntries)
+		return e, false, refuse(tooMany, "the node remembers %d orders that have not expired, and takes no more", maxEntries)
+	}
+	if d.Kind == wire.OrderRestart {
+		// A time that is ahead is of a clock that was set back since.
+		m.Restarts = slices.DeleteFunc(slices.Clone(m.Restarts), func(at int64) bool { return now.Sub(time.UnixMilli(at)).Abs() >= RestartsPer })
+		if len(m.Restarts) >= MaxRestarts {
+			next := time.UnixMilli(slices.Min(m.Restarts)).Add(RestartsPer)
+			return e, false, refuse(tooOften, "the network has ordered %d restarts within %v, and may order the next at %s", MaxRestarts, RestartsPer, next.UTC().Format(time.RFC3339))
+		}
+		m.Restarts = append(m.Restarts, now.UnixMilli())
 	}
 	e = Entry{ID: d.ID, Kind: d.Kind, Reason: d.Reason, Until: d.Until, Issued: d.Issued, Expires: d.Expires, Outcome: Begun}
 	m.Entries = append(m.Entries, e)

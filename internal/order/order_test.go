@@ -94,25 +94,25 @@ func TestRefusals(t *testing.T) {
 	torn := w.order(w.key, w.directive(wire.OrderDrain))
 	torn.Body = torn.Body[:len(torn.Body)-1]
 	for name, c := range map[string]struct {
-		order *wire.Order
-		want  string
+		order      *wire.Order
+		code, want string
 	}{
-		"forged":            {w.order(stranger, w.directive(wire.OrderDrain)), "not signed by a message key"},
-		"by the node":       {w.order(w.node, w.directive(wire.OrderDrain)), "not signed by a message key"},
-		"cut short":         {torn, "not signed by a message key"},
-		"another node's":    {change(func(d *wire.Directive) { d.Node = stranger.Address() }), "it is for node"},
-		"another network's": {change(func(d *wire.Directive) { d.Network = "mainnet" }), "it is for node"},
-		"expired":           {change(func(d *wire.Directive) { d.Issued -= 7200_000; d.Expires = w.now.UnixMilli() }), "expired"},
-		"for ever":          {change(func(d *wire.Directive) { d.Expires = d.Issued + 8*24*3600_000 }), "malformed"},
-		"unknown kind":      {change(func(d *wire.Directive) { d.Kind = "dance" }), `"dance"`},
-		"endless penalty":   {change(func(d *wire.Directive) { d.Kind, d.Until = wire.OrderPenalty, d.Issued }), "has to end"},
-		"overtaken":         {change(func(d *wire.Directive) { d.Kind = wire.OrderResume; d.Issued -= 2 }), "later order"},
+		"forged":            {w.order(stranger, w.directive(wire.OrderDrain)), byStranger, "not signed by a message key"},
+		"by the node":       {w.order(w.node, w.directive(wire.OrderDrain)), byStranger, "not signed by a message key"},
+		"cut short":         {torn, byStranger, "not signed by a message key"},
+		"another node's":    {change(func(d *wire.Directive) { d.Node = stranger.Address() }), elsewhere, "it is for node"},
+		"another network's": {change(func(d *wire.Directive) { d.Network = "mainnet" }), elsewhere, "it is for node"},
+		"expired":           {change(func(d *wire.Directive) { d.Issued -= 7200_000; d.Expires = w.now.UnixMilli() }), expired, "expired"},
+		"for ever":          {change(func(d *wire.Directive) { d.Expires = d.Issued + 8*24*3600_000 }), malformed, "malformed"},
+		"unknown kind":      {change(func(d *wire.Directive) { d.Kind = "dance" }), unknownKind, `"dance"`},
+		"endless penalty":   {change(func(d *wire.Directive) { d.Kind, d.Until = wire.OrderPenalty, d.Issued }), endless, "has to end"},
+		"overtaken":         {change(func(d *wire.Directive) { d.Kind = wire.OrderResume; d.Issued -= 2 }), overtaken, "later order"},
 	} {
 		_, known, err := b.Begin(c.order, w.trusted)
 		t.Logf("%s: expected: %s; got: %v", name, c.want, err)
 		var r *Refusal
-		if known || !errors.As(err, &r) || !strings.Contains(r.Reason, c.want) {
-			t.Errorf("%s: known %v, %v, want a refusal with %q", name, known, err, c.want)
+		if known || !errors.As(err, &r) || r.Code != c.code || !strings.Contains(r.Reason, c.want) {
+			t.Errorf("%s: known %v, %v, want a refusal for %s with %q", name, known, err, c.code, c.want)
 		}
 	}
 	if after, err := os.ReadFile(w.path); err != nil || string(after) != string(before) {
@@ -189,7 +189,7 @@ func TestFlood(t *testing.T) {
 	}
 	_, _, err := b.Begin(w.order(w.key, w.directive(wire.OrderDrain)), w.trusted)
 	t.Logf("one more than %d: expected: a refusal; got: %v", maxEntries, err)
-	if !errors.As(err, new(*Refusal)) {
+	if r := new(Refusal); !errors.As(err, &r) || r.Code != tooMany {
 		t.Fatalf("one too many: %v", err)
 	}
 	if st, err := os.Stat(w.path); err != nil || st.Size() > maxFile {
@@ -197,6 +197,50 @@ func TestFlood(t *testing.T) {
 	}
 	w.now = w.now.Add(untold + 2*time.Hour)
 	w.carryOut(b, w.directive(wire.OrderDrain))
+}
+
+// Who holds a message key cannot keep a node from working by restarts, whatever the
+// orders say of their times, and over restarts of the agent.
+func TestRestartsAreBounded(t *testing.T) {
+	w := newWorld(t)
+	b := w.open()
+	brief := func() wire.Directive { // is forgotten soon
+		d := w.directive(wire.OrderRestart)
+		d.Expires = d.Issued + 1000
+		return d
+	}
+	refused := func() {
+		t.Helper()
+		d := brief()
+		_, known, err := b.Begin(w.order(w.key, d), w.trusted)
+		if r := new(Refusal); known || !errors.As(err, &r) || r.Code != tooOften || !strings.Contains(r.Reason, "the next at 2027-01-15T09:00:00Z") {
+			t.Errorf("%v", err)
+		}
+	}
+	for range MaxRestarts {
+		d := brief()
+		w.carryOut(b, d)
+		if err := b.Told(d.ID); err != nil {
+			t.Fatal(err)
+		}
+		w.now = w.now.Add(time.Minute)
+	}
+	refused()
+	w.carryOut(b, w.directive(wire.OrderPenalty)) // others go on
+	w.now = w.now.Add(30 * time.Minute)
+	w.carryOut(b, w.directive(wire.OrderPenalty)) // forgets what is over
+	if b = w.open(); len(b.Last(9)) != 2 {
+		t.Fatalf("%+v", b.Last(9))
+	}
+	refused()
+	at := w.now
+	w.now = w.now.Add(-time.Hour) // the clock is set back, and right again
+	refused()
+	w.now = at.Add(27 * time.Minute)
+	w.carryOut(b, brief())
+	w.now = at.Add(-24 * time.Hour) // it was a day ahead, and keeps nobody waiting for that
+	b = w.open()
+	w.carryOut(b, brief())
 }
 
 func TestDamagedMemory(t *testing.T) {

@@ -301,8 +301,9 @@
 // for another node or network, malformed, past its expiry (by its own clock), of
 // a kind that it does not know, or one too many to remember, with an [OrderDone]
 // whose outcome is refused; none of these ends the session. It refuses a drain or
-// resume that was issued before the last one that it has carried out. Expiry is at
-// most 7 days after issue.
+// resume that was issued before the last one that it has carried out, and a restart
+// where it has begun three within the hour before, by its own clock: each takes the
+// machine from its work for minutes. Expiry is at most 7 days after issue.
 //
 //	network                                   node
 //	  writes it down (synced)
