@@ -316,8 +316,9 @@ type NodeInfo struct {
 // NodeLog is what is known of the receipt log of a node.
 type NodeLog struct {
 	store.LogSummary
-	Waiting int `json:"waiting"` // receipts that the service has and that are not known to be in the log
-	Overdue int `json:"overdue"` // of these, those that should be
+	Damaged string `json:"damaged,omitempty"` // why what is stored of it cannot be read
+	Waiting int    `json:"waiting"`           // receipts that the service has and that are not known to be in the log
+	Overdue int    `json:"overdue"`           // of these, those that should be
 }
 
 // Account is an owner of nodes.
@@ -381,13 +382,15 @@ func (a storeAdmin) Nodes(ctx context.Context) ([]NodeInfo, error) {
 	if err != nil {
 		return nil, err
 	}
-	logs, err := a.store.ReceiptLogs(ctx)
+	logs, damaged, err := a.store.ReceiptLogs(ctx)
 	list := make([]NodeInfo, 0, len(nodes))
 	for _, n := range nodes {
 		n.History = nil
 		v := info(n)
 		if l, ok := logs[n.Address]; ok {
 			v.Log = &NodeLog{LogSummary: l}
+		} else if err := damaged[n.Address]; err != nil {
+			v.Log = &NodeLog{Damaged: err.Error()}
 		}
 		list = append(list, v)
 	}
@@ -403,7 +406,9 @@ func (a storeAdmin) Node(ctx context.Context, addr evm.Address) (NodeInfo, error
 	switch l, err := a.store.ReceiptLog(ctx, addr); {
 	case err == nil:
 		v.Log = &NodeLog{LogSummary: l.LogSummary}
-	case !errors.Is(err, store.ErrNotFound) && !errors.Is(err, store.ErrDamaged):
+	case errors.Is(err, store.ErrDamaged):
+		v.Log = &NodeLog{Damaged: err.Error()}
+	case !errors.Is(err, store.ErrNotFound):
 		return v, err
 	}
 	return v, nil

@@ -4,10 +4,12 @@ import (
 	"encoding/json"
 	"fmt"
 	"net/http"
+	"os"
 	"path/filepath"
 	"slices"
 	"strings"
 	"testing"
+	"time"
 
 	"github.com/resultity/node/internal/evm"
 	"github.com/resultity/node/internal/network"
@@ -364,6 +366,38 @@ func TestAlteredLog(t *testing.T) {
 	l.log, l.wait = receiptlog.New(), []evm.Hash{receiptlog.Leaf(signed.Hash())}
 	l.show()
 	n.proven(id, signed)
+}
+
+// Nodes are listed also where what is stored of the log of one of them is lost.
+func TestNodesWithALostLog(t *testing.T) {
+	n := start(t, nil)
+	whole, broken := newLogged(t, n), n.node().Key.Address()
+	whole.job()
+	whole.show()
+	n.stop()
+	raw, err := json.Marshal(store.Lost{ID: "x", Found: time.Now(), Subject: "$KV.RECEIPTLOGS." + strings.TrimPrefix(strings.ToLower(broken.Hex()), "0x")})
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := os.WriteFile(filepath.Join(n.dir, "store", "damaged", "x.json"), raw, 0o600); err != nil {
+		t.Fatal(err)
+	}
+	code, out := n.run("nodes", "list", "--json")
+	var list []network.NodeInfo
+	if err := json.Unmarshal([]byte(out), &list); code != 0 || err != nil || len(list) != 2 {
+		t.Fatalf("%d, %v: %s", code, err, out)
+	}
+	for _, i := range list {
+		if i.Address == broken && !strings.Contains(i.Log.Damaged, "kept as x") || i.Address != broken && (i.Log.Size() != 1 || i.Log.Damaged != "") {
+			t.Errorf("%+v", i.Log)
+		}
+	}
+	if code, out := n.run("nodes", "list"); code != 0 || strings.Count(out, "damaged") != 1 {
+		t.Errorf("%d: %s", code, out)
+	}
+	if code, out := n.run("nodes", "show", broken.Hex()); code != 0 || !strings.Contains(out, "kept as x") {
+		t.Errorf("%d: %s", code, out)
+	}
 }
 
 // alter changes what a stopped network has of a node's log.

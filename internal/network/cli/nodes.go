@@ -226,7 +226,10 @@ func logState(l *network.NodeLog) string {
 	if l == nil {
 		return ""
 	}
-	if l.Conflict != nil {
+	switch {
+	case l.Damaged != "":
+		return "damaged"
+	case l.Conflict != nil:
 		return "contradicts itself"
 	}
 	s := strconv.FormatUint(l.Size(), 10)
@@ -250,6 +253,10 @@ func logState(l *network.NodeLog) string {
 // showLog says all that is known of a receipt log.
 func showLog(w io.Writer, l *network.NodeLog) {
 	if l == nil {
+		return
+	}
+	if l.Damaged != "" {
+		fmt.Fprintf(w, "receipt log\tdamaged: %s\n", l.Damaged)
 		return
 	}
 	fmt.Fprintf(w, "receipt log\t%d receipts", l.Size())

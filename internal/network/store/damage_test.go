@@ -127,7 +127,10 @@ func (w *world) all(t *testing.T) (problems []error) {
 	count("orders", len(orders), err)
 	mails, err := s.Mails(ctx)
 	count("mails", len(mails), err)
-	logs, err := s.ReceiptLogs(ctx)
+	logs, damaged, err := s.ReceiptLogs(ctx)
+	for _, err := range damaged {
+		bad(err)
+	}
 	count("receipt logs", len(logs), err)
 	jobs, err := s.Jobs(ctx, func(seq uint64, err error) { bad(err) })
 	jobs = slices.DeleteFunc(jobs, func(j *Job) bool { return !slices.Contains(w.jobs, j.ID) }) // write makes more

@@ -205,25 +205,45 @@ func (s *Store) receiptLog(ctx context.Context, node evm.Address, key string) (*
 	return l, nil
 }
 
-// ReceiptLogs returns how far each log is known, by node.
-func (s *Store) ReceiptLogs(ctx context.Context) (map[evm.Address]LogSummary, error) {
+// ReceiptLogs returns how far each log is known, by node. Of those in damaged nothing
+// is known, for the [ErrDamaged] that is there.
+func (s *Store) ReceiptLogs(ctx context.Context) (logs map[evm.Address]LogSummary, damaged map[evm.Address]error, err error) {
 	db := s.now.Load()
-	m, err := all[LogSummary](ctx, s, db, db.receiptlogs)
+	m, bad, err := readable[LogSummary](ctx, s, db, db.receiptlogs)
 	if err != nil {
-		return nil, err
+		return nil, nil, err
 	}
-	logs := make(map[evm.Address]LogSummary, len(m))
+	for _, r := range s.Lost() {
+		key, ok := strings.CutPrefix(r.Subject, subjectOf(db.receiptlogs, ""))
+		if _, there := m[key]; ok && !there {
+			bad[key] = s.lost.check(r.Subject)
+		}
+	}
+	logs, damaged = make(map[evm.Address]LogSummary, len(m)), map[evm.Address]error{}
 	for key, l := range m {
-		if strings.Contains(key, ".") {
-			continue // of an era that has ended
+		if a, ok := s.logOf(key); ok {
+			logs[a] = l
 		}
-		a, err := evm.ParseAddress("0x" + key)
-		if err != nil {
-			return nil, fmt.Errorf("receipt log under the name %.80q", key)
-		}
-		logs[a] = l
 	}
-	return logs, nil
+	for key, err := range bad {
+		if a, ok := s.logOf(key); ok && err != nil {
+			damaged[a] = err
+		}
+	}
+	return logs, damaged, nil
+}
+
+// logOf returns the node whose log is under a key; false for one of an era that has
+// ended, and for what nobody has put there.
+func (s *Store) logOf(key string) (evm.Address, bool) {
+	if strings.Contains(key, ".") {
+		return evm.Address{}, false
+	}
+	a, err := evm.ParseAddress("0x" + key)
+	if err != nil {
+		s.log.Warn("the store has a receipt log under a name that is no node's", "subject", key)
+	}
+	return a, err == nil
 }
 
 // putHeader says when a tile was put that had to be put again, in Unix milliseconds.

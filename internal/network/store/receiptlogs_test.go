@@ -3,6 +3,7 @@ package store
 import (
 	"bytes"
 	"errors"
+	"strings"
 	"testing"
 	"time"
 
@@ -49,7 +50,7 @@ func TestReceiptLogs(t *testing.T) {
 	if err != nil || *got.Head != *head || got.Size() != head.Size || len(got.Open) != 2 || !bytes.Equal(got.Open[1], l.Open[1]) || got.Edge[0] != l.Edge[0] {
 		t.Fatalf("after a restart: %+v, %v", got, err)
 	}
-	all, err := s.ReceiptLogs(ctx)
+	all, _, err := s.ReceiptLogs(ctx)
 	if err != nil || len(all) != 1 || *all[node].Head != *head {
 		t.Fatalf("all: %v, %v", all, err)
 	}
@@ -82,7 +83,7 @@ func TestReceiptLogs(t *testing.T) {
 	if got, err := s.EndedReceiptLog(ctx, node, 0); err != nil || *got.Head != *head {
 		t.Errorf("the log before: %+v, %v", got, err)
 	}
-	all, err = s.ReceiptLogs(ctx)
+	all, _, err = s.ReceiptLogs(ctx)
 	if is := all[node]; err != nil || len(all) != 1 || is.Era() != 7 || is.Head != nil || is.Resets[0].Operator != "ann" {
 		t.Errorf("all: %v, %v", all, err)
 	}
@@ -105,6 +106,32 @@ func TestReceiptLogs(t *testing.T) {
 	}
 	if _, err := s.ReceiptLog(ctx, node); !errors.Is(err, ErrDamaged) {
 		t.Errorf("a record that cannot be read: %v", err)
+	}
+	// It hides no other one.
+	other := evm.Address{9}
+	if err := s.PutReceiptLog(ctx, other, &ReceiptLog{}, nil); err != nil {
+		t.Fatal(err)
+	}
+	if _, err := s.now.Load().receiptlogs.Put(ctx, "words", []byte(`{}`)); err != nil {
+		t.Fatal(err)
+	}
+	all, damaged, err := s.ReceiptLogs(ctx)
+	if _, ok := all[other]; err != nil || !ok || len(all) != 1 || len(damaged) != 1 || !errors.Is(damaged[node], ErrDamaged) || !strings.Contains(damaged[node].Error(), nodeKey(node)) {
+		t.Errorf("beside a record that cannot be read: %v, %v, %v", all, damaged, err)
+	}
+	if err := s.PutReceiptLog(ctx, node, anew, nil); err != nil {
+		t.Fatal(err)
+	}
+	if all, damaged, err := s.ReceiptLogs(ctx); err != nil || len(all) != 2 || len(damaged) != 0 {
+		t.Errorf("when it was written again: %v, %v, %v", all, damaged, err)
+	}
+	// Nor does one that the disk has lost, which is named, too.
+	third := evm.Address{8}
+	if err := s.lost.add(&Lost{ID: "x", Subject: subjectOf(s.now.Load().receiptlogs, nodeKey(third)), Found: time.Now()}, nil, nil); err != nil {
+		t.Fatal(err)
+	}
+	if all, damaged, err := s.ReceiptLogs(ctx); err != nil || len(all) != 2 || len(damaged) != 1 || !errors.Is(damaged[third], ErrDamaged) || !strings.Contains(damaged[third].Error(), "kept as x") {
+		t.Errorf("beside one that is lost: %v, %v, %v", all, damaged, err)
 	}
 	s.room.mu.Lock()
 	s.room.keep = 1 << 62

@@ -371,28 +371,43 @@ func get[T any](ctx context.Context, s *Store, db *db, kv jetstream.KeyValue, ke
 
 // all reads a bucket once. A record that changes meanwhile is there as it was or as it is.
 func all[T any](ctx context.Context, s *Store, db *db, kv jetstream.KeyValue) (map[string]T, error) {
-	stream, err := db.js.Stream(ctx, "KV_"+kv.Bucket())
+	m, damaged, err := readable[T](ctx, s, db, kv)
+	for _, bad := range damaged {
+		err = errors.Join(err, bad)
+	}
 	if err != nil {
 		return nil, err
 	}
-	every, m := subjectOf(kv, ">"), map[string]T{}
+	return m, nil
+}
+
+// readable is all, and the records that cannot be read are apart: each is [ErrDamaged].
+func readable[T any](ctx context.Context, s *Store, db *db, kv jetstream.KeyValue) (m map[string]T, damaged map[string]error, err error) {
+	stream, err := db.js.Stream(ctx, "KV_"+kv.Bucket())
+	if err != nil {
+		return nil, nil, err
+	}
+	m, damaged = map[string]T{}, map[string]error{}
+	every := subjectOf(kv, ">")
 	for seq := uint64(1); ; seq++ {
 		r, err := stream.GetMsg(ctx, seq, jetstream.WithGetMsgSubject(every)) // the first from seq on
 		if errors.Is(err, jetstream.ErrMsgNotFound) {
-			return m, s.end(ctx, db, stream, every, seq)
+			return m, damaged, s.end(ctx, db, stream, every, seq)
 		}
 		if err != nil {
-			return nil, fmt.Errorf("%s: %w", kv.Bucket(), err)
+			return nil, nil, fmt.Errorf("%s: %w", kv.Bucket(), err)
 		}
 		seq = r.Sequence
 		key := strings.TrimPrefix(r.Subject, subjectOf(kv, ""))
+		delete(m, key)
+		delete(damaged, key)
 		if r.Header.Get(operation) != "" { // it was deleted
-			delete(m, key)
 			continue
 		}
 		var v T
 		if err := json.Unmarshal(r.Data, &v); err != nil {
-			return nil, fmt.Errorf("%s %s: %w", kv.Bucket(), key, err)
+			damaged[key] = fmt.Errorf("%s %s: %w: %w", kv.Bucket(), key, ErrDamaged, err)
+			continue
 		}
 		m[key] = v
 	}
