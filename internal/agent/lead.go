@@ -288,8 +288,34 @@ func (u *updater) prepareAhead(ctx context.Context, v *generation.View) {
 	}
 }
 
-// join lets a network's jobs to the runtime that another one has brought up.
+// joining is a validation under way of a network's part in what runs.
+type joining struct {
+	m      *membership
+	plan   *staged
+	cancel context.CancelFunc
+	over   bool // it is not wanted any more
+
+	// what has come of it
+	dep   *deploy.Deployment
+	print digest.Digest
+	err   error
+}
+
+// end has a validation end; its result comes all the same.
+func (j *joining) end() {
+	j.over = true
+	j.cancel()
+}
+
+// join begins to let a network's jobs to the runtime that another one has brought up:
+// it has the network's own golden requests put to it, beside the update loop.
 func (u *updater) join(ctx context.Context, v *generation.View, m *membership, s *snapshot.Snapshot) {
+	if j := u.joining[m]; j != nil {
+		if j.plan.plan.Snapshot().Digest() != s.Digest() {
+			j.end()
+		}
+		return
+	}
 	p, lead := u.plans[s.Digest()], u.plans[u.active.Snapshot().Digest()]
 	if p == nil || p.stale || lead == nil {
 		if !m.board.runs() {
@@ -302,15 +328,43 @@ func (u *updater) join(ctx context.Context, v *generation.View, m *membership, s
 		u.wait(m)
 		return
 	}
-	st := u.standing[m]
 	if d := m.mustRest(); d > 0 {
 		u.undecided(m, fmt.Errorf("%w; the next is in %v", errTooSoon, d.Round(time.Second)+time.Second), d)
 		return
 	}
-	dep, print, err := u.takePart(ctx, m, p.plan)
-	if err == nil {
-		err = u.attest(ctx, m, dep)
+	if !m.board.runs() {
+		u.wait(m)
 	}
+	jctx, cancel := context.WithCancel(ctx)
+	j := &joining{m: m, plan: p, cancel: cancel}
+	u.joining[m] = j
+	deployer, on := u.deployer, u.active
+	u.wg.Go(func() {
+		defer cancel()
+		j.dep, j.print, j.err = u.validatePart(jctx, m, deployer, on, p.plan)
+		select {
+		case u.joined <- j:
+		case <-ctx.Done():
+		}
+	})
+}
+
+// collectPart takes up what a validation has come to, unless what it was of is not what
+// should be any more.
+func (u *updater) collectPart(ctx context.Context, j *joining) {
+	m, s := j.m, j.plan.plan.Snapshot()
+	delete(u.joining, m)
+	newest := m.board.snapshot()
+	if j.over || m.leaving.Load() || newest == nil || newest.Digest() != s.Digest() || u.plans[s.Digest()] != j.plan || j.plan.stale {
+		return
+	}
+	err := j.err
+	if err == nil {
+		err = u.attest(ctx, m, j.dep)
+	} else if errors.Is(u.stillCurrent(ctx, u.active, err), errReplaced) {
+		return // the engine has ended under it, and the next look sees that
+	}
+	st := u.standing[m]
 	switch {
 	case ctx.Err() != nil:
 		return
@@ -325,15 +379,15 @@ func (u *updater) join(ctx context.Context, v *generation.View, m *membership, s
 		return
 	}
 	st.again, st.open = backoff{}, ""
-	m.validated(byInstallation, dep, print, nil)
-	u.admit(m, dep, active)
+	m.validated(byInstallation, j.dep, j.print, nil)
+	u.admit(m, j.dep, active)
 	m.log.Info("the network takes part in the runtime", journal.RuntimeShared.Attr(), "version", s.Version(), "with", u.owner().net.Name)
 }
 
-// takePart validates a network's plan on the runtime that is up, in one slot of it,
+// validatePart validates a network's plan on the runtime that is up, in one slot of it,
 // and once more in all of them if answers are wrong while others have one, too. The
-// fingerprint is zero unless the engine did nothing else.
-func (u *updater) takePart(ctx context.Context, m *membership, p *deploy.Plan) (*deploy.Deployment, digest.Digest, error) {
+// fingerprint is zero unless the engine did nothing else. It runs beside the update loop.
+func (a *Agent) validatePart(ctx context.Context, m *membership, d deployer, on *deploy.Deployment, p *deploy.Plan) (*deploy.Deployment, digest.Digest, error) {
 	slots := p.Snapshot().Config().Runtime.Settings.Slots
 	ask := func(hold func(context.Context, int) (func(), error), own int) (dep *deploy.Deployment, alone bool, err error) {
 		hctx, cancel := context.WithTimeout(ctx, slotPatience)
@@ -344,14 +398,14 @@ func (u *updater) takePart(ctx context.Context, m *membership, p *deploy.Plan) (
 		}
 		defer release()
 		defer m.use()()
-		still := u.slots.Alone(own)
-		dep, err = u.deployer.Share(ctx, u.active, p)
+		still := a.slots.Alone(own)
+		dep, err = d.Share(ctx, on, p)
 		return dep, still(), err
 	}
-	dep, alone, err := ask(u.slots.Hold, 1)
+	dep, alone, err := ask(a.slots.Hold, 1)
 	if stepOf(err) == deploy.StepValidate && !alone && ctx.Err() == nil {
 		m.log.Warn("a golden answer is wrong, beside jobs; it is asked for again alone", journal.ValidationDoubted.Attr(), "error", err)
-		if dep, alone, err = ask(u.slots.HoldAll, slots); errors.Is(err, errCrowded) {
+		if dep, alone, err = ask(a.slots.HoldAll, slots); errors.Is(err, errCrowded) {
 			err = errUndecided
 		}
 	}
@@ -383,6 +437,7 @@ func (u *updater) undecided(m *membership, why error, d time.Duration) {
 // dismiss ends a network's part in the runtime, or keeps it from having one, for what
 // its own validation has found.
 func (u *updater) dismiss(m *membership, s *snapshot.Snapshot, err error) {
+	u.endJoining(m)
 	st := u.standing[m]
 	u.wait(m)
 	u.report(s, err)
@@ -390,14 +445,22 @@ func (u *updater) dismiss(m *membership, s *snapshot.Snapshot, err error) {
 	st.again.failedOn(rarely)
 }
 
-// slotPatience is how long the update loop, which does nothing else meanwhile, waits
-// for a slot of a busy engine.
+// endJoining ends the validation of a network's part that is under way.
+func (u *updater) endJoining(m *membership) {
+	if j := u.joining[m]; j != nil {
+		j.end()
+	}
+}
+
+// slotPatience is how long a slot of a busy engine is waited for, by the update loop
+// also, which does nothing else meanwhile.
 const slotPatience = 5 * time.Second
 
 // expel ends a network's part in the runtime whose jobs fail one after the other
 // there. The engine is judged by the jobs of the network that leads: another one
 // cannot take it from that.
 func (u *updater) expel(m *membership, s *snapshot.Snapshot) {
+	u.endJoining(m)
 	why := m.door.doubted()
 	m.log.Warn("the engine is suspect and gets no more jobs of this network", journal.RuntimeSuspect.Attr(), "reason", why)
 	u.admit(m, nil, standby)

@@ -615,6 +615,65 @@ func TestWrongBesideTheOthersJobs(t *testing.T) {
 	})
 }
 
+// Golden requests of one network that take their time hold up nothing of the other's,
+// and what they find out is of no use when the runtime is another one by then.
+func TestSlowValidationHoldsUpNobody(t *testing.T) {
+	inTwo(t, nil, func(t *testing.T, w *duo, sa, sb *snapshot.Snapshot) {
+		var asked atomic.Int32
+		slow := func() {
+			asked.Store(0)
+			w.machine.Fail(deploytest.Golden, &deploytest.Fault{Block: true, When: func(*deploytest.Locked) bool { return asked.Add(1) == 1 }})
+		}
+		slow()
+		newer := w.publish(w.b, map[string]any{"limits.tokens": 50})
+		pass(time.Second)
+		if asked.Load() != 1 {
+			t.Fatalf("%d golden requests", asked.Load())
+		}
+		w.is(w.b, active, sb) // on its old one
+		w.is(w.a, active, sa)
+		sb = newer
+		// The network that leads can have its runtime restarted, and another one run.
+		_, starts := w.machine.Now()
+		if d := w.orderOf(w.a, wire.OrderRestart); d == nil || d.Outcome != wire.OutcomeOK {
+			t.Fatalf("%+v\n%s", d, w.book)
+		}
+		pass(time.Second)
+		if _, now := w.machine.Now(); now != starts+1 {
+			t.Errorf("%d starts after %d", now, starts)
+		}
+		w.is(w.a, active, sa)
+		w.is(w.b, active, sb) // it was asked anew on what runs now
+		if n := w.b.board.validationCounts()[byInstallation]; n.bad != 0 {
+			t.Errorf("what was cut short is held against it: %+v", n)
+		}
+		slow()
+		sb = w.publish(w.b, map[string]any{"limits.tokens": 51})
+		pass(time.Second)
+		sa = w.publish(w.a, map[string]any{"limits.tokens": 52})
+		pass(5 * time.Second)
+		w.a.drop()
+		w.b.drop()
+		w.is(w.a, active, sa)
+		w.is(w.b, active, sb)
+		// A newer configuration of its own takes the place of the one that is slow.
+		slow()
+		w.publish(w.b, map[string]any{"limits.tokens": 53})
+		pass(time.Second)
+		sb = w.publish(w.b, map[string]any{"limits.tokens": 54})
+		pass(5 * time.Second)
+		w.b.drop()
+		w.is(w.b, active, sb)
+		// Nor does it keep the agent from ending.
+		slow()
+		w.publish(w.b, map[string]any{"limits.tokens": 55})
+		pass(time.Second)
+		if asked.Load() != 1 {
+			t.Errorf("%d golden requests", asked.Load())
+		}
+	})
+}
+
 // A network that uses up its part of the machine's time for validations waits, and the
 // other one's jobs go on.
 func TestValidationsStarveNobody(t *testing.T) {

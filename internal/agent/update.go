@@ -78,7 +78,9 @@ type updater struct {
 	opening  sync.Mutex               // guards first; held while the deployer is opened
 	first    deployer                 // what deployer will be, for the stagings
 	results  chan *result
-	wg       sync.WaitGroup // staging
+	joining  map[*membership]*joining // under way until the result is here; one of each network
+	joined   chan *joining
+	wg       sync.WaitGroup // staging and joining
 	tried    string         // start of the unit at the last attempt to use it
 	down     bool           // what is current did not come up, or could not be staged, at the last attempt
 
@@ -109,13 +111,16 @@ type staged struct {
 // updates compares what should be with what is, and moves one step at a time.
 //
 // It is the sole owner of the deployment. What may take hours, staging, has a
-// goroutine beside it, so that a runtime that ended never waits for a download.
+// goroutine beside it, so that a runtime that ended never waits for a download. So has
+// the validation of a network that is to share the runtime: how long its golden
+// requests take holds up nobody else.
 // A failed deployment itself changes the unit, so that such a change alone is no
 // reason to try again before the time.
 func (a *Agent) updates(ctx context.Context) error {
 	u := &updater{
 		Agent: a, standing: map[*membership]*standing{}, opened: map[int]*snapshot.Snapshot{},
 		plans: map[digest.Digest]*staged{}, staging: map[*membership]*staging{}, results: make(chan *result),
+		joining: map[*membership]*joining{}, joined: make(chan *joining),
 	}
 	defer u.setActive(nil, stopped)
 	defer u.wg.Wait()
@@ -135,6 +140,8 @@ func (a *Agent) updates(ctx context.Context) error {
 		case <-a.look:
 		case r := <-u.results:
 			u.collect(ctx, r)
+		case j := <-u.joined:
+			u.collectPart(ctx, j)
 		case t := <-a.tasks:
 			t.done <- t.do(ctx, u)
 		case <-timer.C:
@@ -901,6 +908,9 @@ func (u *updater) clean(ctx context.Context) {
 // network has a part in it then.
 func (u *updater) setActive(d *deploy.Deployment, phase string) {
 	old := u.engine
+	for _, j := range u.joining { // they were of what has run
+		j.end()
+	}
 	u.active, u.engine = d, nil
 	if d != nil {
 		u.engine = u.openEngine(d.Socket())
