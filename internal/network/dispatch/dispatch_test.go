@@ -181,7 +181,7 @@ func run(t *testing.T, opt Options, change func(*snapshot.Config), f func(*testi
 	t.Helper()
 	synctest.Test(t, func(t *testing.T) {
 		c := nodetest.Config(t, evm.Address{1})
-		c.Network.Heartbeat, c.Network.Window, c.Limits.Deadline, c.Runtime.Settings.Slots = 5, 10, 60, 2
+		c.Network.Heartbeat, c.Network.Window, c.Network.ClockWindow, c.Limits.Deadline, c.Runtime.Settings.Slots = 5, 10, 5, 60, 2
 		if change != nil {
 			change(c)
 		}
