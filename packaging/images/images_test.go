@@ -6,6 +6,8 @@ import (
 	"context"
 	"encoding/hex"
 	"errors"
+	"fmt"
+	"io"
 	"io/fs"
 	"log/slog"
 	"maps"
@@ -484,16 +486,25 @@ func TestSetup(t *testing.T) {
 	}
 }
 
-// TestBounds feeds a package that unpacks to more than is allowed.
+// TestBounds feeds a package, and a layer, that unpack to more than is allowed. Nothing
+// is kept for it.
 func TestBounds(t *testing.T) {
-	var b bytes.Buffer
-	w := tar.NewWriter(&b)
-	if err := w.WriteHeader(&tar.Header{Name: "./big", Typeflag: tar.TypeReg, Size: 11}); err != nil {
-		t.Fatal(err)
-	}
-	left := int64(10)
-	if _, err := readTar(&b, "big", &left); err == nil || !strings.Contains(err.Error(), "more than") {
-		t.Errorf("error %v, want that it is too much", err)
+	for name, read := range map[string]func(io.Reader) error{
+		"package": func(r io.Reader) error {
+			left := int64(maxPackages)
+			_, err := readTar(r, "big", &left)
+			return err
+		},
+		"layer": func(r io.Reader) error { _, err := readLayer(r, t.Errorf); return err },
+	} {
+		var b bytes.Buffer
+		w := tar.NewWriter(&b)
+		if err := w.WriteHeader(&tar.Header{Name: "big", Typeflag: tar.TypeReg, Size: maxPackages + 1, Format: tar.FormatUSTAR}); err != nil {
+			t.Fatal(err)
+		}
+		if err := read(&b); err == nil || !strings.Contains(err.Error(), "more than") {
+			t.Errorf("%s: %v, want that it is too much", name, err)
+		}
 	}
 }
 
@@ -766,7 +777,15 @@ func TestWalk(t *testing.T) {
 			t.Errorf("%s leads to %s, error %v, want %s", p, got, err, want)
 		}
 	}
-	for _, p := range []string{"/none", "/a/b/file/x", "/x", "relative", ""} {
+	// As many links as there may be, and one more.
+	for i := range maxLinks {
+		tr[fmt.Sprintf("/l%d", i+1)] = link(fmt.Sprintf("l%d", i))
+	}
+	tr["/l0"], tr["/more"] = &entry{}, link(fmt.Sprintf("l%d", maxLinks))
+	if got, err := tr.walk(fmt.Sprintf("/l%d", maxLinks), nil); err != nil || got != "/l0" {
+		t.Errorf("%d links lead to %s, %v", maxLinks, got, err)
+	}
+	for _, p := range []string{"/none", "/a/b/file/x", "/x", "/more", "relative", ""} {
 		if got, err := tr.walk(p, nil); err == nil {
 			t.Errorf("%q leads to %s, want an error", p, got)
 		}

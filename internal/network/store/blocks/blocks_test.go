@@ -327,3 +327,24 @@ func FuzzIndex(f *testing.F) {
 		}
 	})
 }
+
+// A record of the largest size is read, and one byte more is none: what a damaged length
+// says is not believed.
+func TestRecordIsBounded(t *testing.T) {
+	budget := int64(1)
+	h := newHasher("S", 1, &budget)
+	r := &record{seq: 1, subject: []byte("job.01"), message: bytes.Repeat([]byte("{"), most+1-least-len("job.01"))}
+	over := h.encode(r)
+	r.message = r.message[1:]
+	full := h.encode(r)
+	if len(full) != most || len(over) != most+1 {
+		t.Fatalf("they have %d and %d bytes", len(full), len(over))
+	}
+	for b, want := range map[*[]byte]bool{&full: true, &over: false} {
+		_, framed := frame(*b)
+		_, is := h.read(*b, fits)
+		if framed != want || (is == good) != want || cut((*b)[:100]) != want {
+			t.Errorf("%d bytes: a frame %v, read %v, the beginning of one %v", len(*b), framed, is, cut((*b)[:100]))
+		}
+	}
+}
