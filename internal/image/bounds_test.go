@@ -8,6 +8,8 @@ import (
 	"fmt"
 	"io"
 	"net/http"
+	"os"
+	"path/filepath"
 	goruntime "runtime"
 	"slices"
 	"strings"
@@ -27,16 +29,16 @@ import (
 	"github.com/resultity/node/internal/snapshot"
 )
 
-// beside pushes an artifact of layers with so many bytes each, and returns its
-// manifest's descriptor.
-func (w *world) beside(at name.Reference, subject *v1.Descriptor, kind types.MediaType, layers, size int) v1.Descriptor {
+// beside pushes an artifact of layers with so many bytes each, and so many in the text
+// of its signature, and returns its manifest's descriptor.
+func (w *world) beside(at name.Reference, subject *v1.Descriptor, kind types.MediaType, layers, size, text int) v1.Descriptor {
 	w.t.Helper()
 	img := mutate.MediaType(v1.Image(empty.Image), types.OCIManifestSchema1)
 	for range layers {
 		var err error
 		img, err = mutate.Append(img, mutate.Addendum{
 			Layer:       static.NewLayer(bytes.Repeat([]byte(" "), size), kind),
-			Annotations: map[string]string{"dev.cosignproject.cosign/signature": "AAAA"},
+			Annotations: map[string]string{"dev.cosignproject.cosign/signature": strings.Repeat("A", text)},
 		})
 		w.must(err)
 	}
@@ -57,28 +59,22 @@ func (w *world) beside(at name.Reference, subject *v1.Descriptor, kind types.Med
 // Whoever may write to a registry may put anything beside an image, as much of it as
 // he likes. So much is read, and what is beyond it is not looked at.
 func TestWhatLiesBesideIsBounded(t *testing.T) {
-	for _, c := range []struct {
-		what               string
-		n, size, found     int
-		beyond, sizeBeyond int
-	}{
-		{"signatures", maxSignatures, 1, maxSignatures, 1, 0},
-		{"bytes of a payload", 1, maxPayload, 1, 0, 1},
+	for what, c := range map[string][2]struct{ n, size, text, found int }{ // at the bound, and beyond it
+		"signatures":           {{maxSignatures, 1, 4, maxSignatures}, {maxSignatures + 1, 1, 4, maxSignatures}},
+		"bytes of a payload":   {{1, maxPayload, 4, 1}, {1, maxPayload + 1, 4, 0}},
+		"bytes of a signature": {{1, 1, maxPayload, 1}, {1, 1, maxPayload + 1, 0}},
 	} {
 		w := newWorld(t)
-		d, _ := w.push("net/runtime", c.what)
+		d, _ := w.push("net/runtime", what)
 		tag := d.Context().Tag(strings.Replace(d.DigestStr(), ":", "-", 1) + ".sig")
-		found := func(n, size int) int {
-			w.beside(tag, nil, "application/vnd.dev.cosign.simplesigning.v1+json", n, size)
+		for _, s := range c {
+			w.beside(tag, nil, "application/vnd.dev.cosign.simplesigning.v1+json", s.n, s.size, s.text)
 			all, err := classics(d, w.reg.Options(t.Context()))
 			w.must(err)
-			return len(all)
-		}
-		at, over := found(c.n, c.size), found(c.n+c.beyond, c.size+c.sizeBeyond)
-		want := c.found - c.sizeBeyond
-		t.Logf("%s: expected: %d, and one beyond the bound %d; got: %d and %d", c.what, c.found, want, at, over)
-		if at != c.found || over != want {
-			t.Errorf("%s: %d at the bound, %d beyond it", c.what, at, over)
+			t.Logf("%s: expected: %d of %+v are taken; got: %d", what, s.found, s, len(all))
+			if len(all) != s.found {
+				t.Errorf("%s: %d of %+v are taken", what, len(all), s)
+			}
 		}
 	}
 	w := newWorld(t)
@@ -89,7 +85,7 @@ func TestWhatLiesBesideIsBounded(t *testing.T) {
 	for _, c := range []struct{ n, size, asked, found int }{
 		{1, maxBundle, 1, 1}, {1, maxBundle + 1, 1, 0}, {maxSignatures, 1, maxSignatures, maxSignatures}, {maxSignatures + 1, 1, maxSignatures, maxSignatures},
 	} {
-		one := w.beside(nil, subject, kind, 1, c.size)
+		one := w.beside(nil, subject, kind, 1, c.size, 4)
 		index, err := json.Marshal(v1.IndexManifest{SchemaVersion: 2, MediaType: types.OCIImageIndex, Manifests: slices.Repeat([]v1.Descriptor{one}, c.n)})
 		w.must(err)
 		asked := 0
@@ -220,5 +216,30 @@ func TestRegistryIsLeftInTime(t *testing.T) {
 				t.Errorf("%s: %v after %v", what, err, time.Since(began))
 			}
 		})
+	}
+}
+
+// A record that is longer than any is none: the image is looked for again.
+func TestRecordIsBounded(t *testing.T) {
+	w := newWorld(t)
+	k, pub := newKey(t)
+	d, ref := w.push("net/runtime", "a")
+	w.must(w.reg.Sign(t.Context(), d, k))
+	w.must(ensure(t, w.img, ref, pub))
+	file := filepath.Join(w.dir, recordName(ref))
+	raw, err := os.ReadFile(file)
+	w.must(err)
+	for more, want := range []bool{true, false} {
+		w.must(os.WriteFile(file, append(raw, bytes.Repeat([]byte(" "), maxRecord+more-len(raw))...), 0o600))
+		if _, known := w.img.record(ref); known != want {
+			t.Errorf("one of %d bytes is known: %v", maxRecord+more, known)
+		}
+	}
+	all, err := w.img.allRecords()
+	if err != nil || len(all) != 0 {
+		t.Errorf("%d records are left, %v", len(all), err)
+	}
+	if err := ensure(t, w.img, ref, pub); err != nil {
+		t.Error(err)
 	}
 }

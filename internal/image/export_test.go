@@ -9,6 +9,9 @@ import (
 // ErrPolicy of the stand-in for Podman.
 var ErrStandIn = errPolicy
 
+// MaxPayload bounds each text beside a signature.
+const MaxPayload = maxPayload
+
 // StandIn is Podman without its storage, for tests from outside.
 type StandIn = standIn
 

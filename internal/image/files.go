@@ -118,8 +118,8 @@ func (i *Images) CheckPolicy() (written bool, err error) {
 	if i.policy == nil {
 		return false, nil
 	}
-	now, err := os.ReadFile(filepath.Join(i.dir, policyFile))
-	if err == nil && !bytes.Equal(now, i.policy) {
+	now, err := durable.ReadOwn(filepath.Join(i.dir, policyFile), int64(len(i.policy)))
+	if errors.Is(err, durable.ErrLarge) || err == nil && !bytes.Equal(now, i.policy) {
 		err = ErrPolicy
 	}
 	return true, err
@@ -153,7 +153,7 @@ func (i *Images) trustRegistries(hosts map[string]bool) error {
 // write replaces a file, unless it has this content.
 func (i *Images) write(file string, data []byte) error {
 	file = filepath.Join(i.dir, file)
-	if old, err := os.ReadFile(file); err == nil && bytes.Equal(old, data) {
+	if old, err := durable.ReadOwn(file, int64(len(data))); err == nil && bytes.Equal(old, data) {
 		return nil
 	}
 	if err := os.MkdirAll(filepath.Dir(file), 0o700); err != nil {
@@ -176,6 +176,9 @@ type entry struct {
 // maxKept bounds the signatures that are kept of an image: one for each network
 // that a node may be in.
 const maxKept = 8
+
+// maxRecord bounds what is kept of an image, in bytes: each signature with its texts.
+const maxRecord = maxKept * 2 * maxBundle
 
 // judge is [trust.judge] of all signatures: one that is trusted is enough. Without
 // one the error is about each.
@@ -217,7 +220,7 @@ func (i *Images) record(ref snapshot.ImageRef) (entry, bool) {
 }
 
 func readEntry(file string) (entry, error) {
-	raw, err := os.ReadFile(file)
+	raw, err := durable.ReadOwn(file, maxRecord)
 	if err != nil {
 		return entry{}, err
 	}

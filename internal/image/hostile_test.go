@@ -89,6 +89,13 @@ func TestHostileSignatures(t *testing.T) {
 		}, "keyless", wrongKey},
 		{"promise-is-null", "refused, and the agent lives", func(m *maker) name.Digest { return m.resign(keyless(m), annotate(promise, `null`)) }, "keyless", wrongKey},
 		{"promise-is-empty", "refused", func(m *maker) name.Digest { return m.resign(keyless(m), annotate(promise, `{}`)) }, "keyless", wrongKey},
+		{"promise-is-huge", "refused: it is not read", func(m *maker) name.Digest {
+			return m.resign(keyless(m), func(l []any) []any {
+				notes := l[0].(map[string]any)["annotations"].(map[string]any)
+				notes[promise] = notes[promise].(string) + strings.Repeat(" ", image.MaxPayload)
+				return l
+			})
+		}, "keyless", wrongKey},
 		{"promise-of-another-signature", "refused", func(m *maker) name.Digest {
 			var other string
 			m.resign(keyless(m), func(l []any) []any {

@@ -36,7 +36,7 @@ import (
 // anything beside an image.
 const (
 	maxSignatures = 100
-	maxPayload    = 64 << 10 // a classic signature's
+	maxPayload    = 64 << 10 // a classic signature's, and each text beside it
 	maxBundle     = 1 << 20
 	maxAnswer     = 4 << 20  // bytes of one answer, as a manifest may have
 	maxTalk       = 64 << 20 // bytes of all answers in one check
@@ -312,7 +312,7 @@ func classics(at name.Digest, opts []remote.Option) ([]*attached, error) {
 	var errs []error
 	for _, s := range all[:min(len(all), maxSignatures)] {
 		b64, err := s.Base64Signature()
-		if err != nil || b64 == "" {
+		if err != nil || b64 == "" || len(b64) > maxPayload {
 			continue // something else in the same place
 		}
 		// Not Payload, which would unpack without bound.
@@ -335,7 +335,8 @@ func withCertificate(a *attached, s oci.Signature) *attached {
 		return a
 	}
 	var promise seen
-	if cert := notes[static.CertificateAnnotationKey]; len(cert) <= maxPayload && json.Unmarshal([]byte(notes[static.BundleAnnotationKey]), &promise) == nil {
+	cert, told := notes[static.CertificateAnnotationKey], notes[static.BundleAnnotationKey]
+	if len(cert) <= maxPayload && len(told) <= maxPayload && json.Unmarshal([]byte(told), &promise) == nil {
 		if der, ok := certificate(cert); ok { // one alone: Podman refuses more
 			a.Certificate, a.Seen = string(pem.EncodeToMemory(&pem.Block{Type: "CERTIFICATE", Bytes: der})), &promise
 		}
