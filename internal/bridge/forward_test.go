@@ -468,7 +468,7 @@ func TestEngineThatMisbehavesIsNoAnswer(t *testing.T) {
 }
 
 func TestEngineThatIsGoneIsBadGateway(t *testing.T) {
-	l, err := net.Listen("tcp", "127.0.0.1:0")
+	l, err := net.Listen("tcp", "127.11.77.4:0") // where no other test takes the port afterwards
 	if err != nil {
 		t.Fatal(err)
 	}

@@ -21,11 +21,11 @@ func TestProbe(t *testing.T) {
 		t.Fatal(err)
 	}
 	defer l.Close()
-	gone, err := net.Listen("tcp", "127.0.0.1:0")
+	gone, err := net.Listen("tcp", "127.11.77.4:0")
 	if err != nil {
 		t.Fatal(err)
 	}
-	_ = gone.Close() // so that nobody listens there
+	_ = gone.Close() // so that nobody listens there, nor will another test
 	var out, said bytes.Buffer
 	targets := []string{"tcp " + l.Addr().String(), "tcp " + gone.Addr().String(), "unix " + filepath.Join(t.TempDir(), "none"), "nonsense"}
 	defer func(d time.Duration) { probeTimeout = d }(probeTimeout)
