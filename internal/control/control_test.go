@@ -54,7 +54,7 @@ type node struct {
 	orders   []string
 	enter    chan struct{} // if there is one, Jobs says that it runs, and waits
 	leave    chan struct{}
-	refused  chan ReplayCode // what NotReplayed is told
+	refused  chan ReplayCode // what NotReplayed is told, if there is one
 	cause    error           // that ended a Replay
 }
 
