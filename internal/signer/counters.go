@@ -55,11 +55,15 @@ const (
 // forgets no head: whoever has the agent can ask for one.
 //
 // The file has two slots of fixed size that are written in turn, so that a torn
-// write leaves the other one, and that a full disk is no reason not to write.
+// write leaves the other one, and that a full disk is no reason not to write. A slot
+// that is not whole may have been the newest, and what it counted may have been signed:
+// if one byte of it was changed, that is found again by its checksum; if not, the counts
+// go on behind those that it may have had.
 type Counters struct {
 	mu       sync.Mutex // guards what follows, and the writes to file
 	file     *os.File   // nil for counters that end with the process
 	turn     uint64     // of the last write
+	mended   []byte     // slot of that turn, if it was not whole as it was read
 	now      Counts
 	receipts map[uint64]uint32 // of this start, by chain
 	allowed  map[string]uint64 // networks and their chains; nil for what was first asked for
@@ -120,7 +124,12 @@ func OpenCounters(name string, node evm.Address) (*Counters, error) {
 	}
 	next := c.now.clone()
 	next.Starts++
-	if err := c.write(next); err != nil {
+	// Before the other slot is written, this one has to be right.
+	err = c.put(c.turn, c.mended)
+	if err == nil {
+		err = c.write(next)
+	}
+	if err != nil {
 		_ = f.Close() // the error says more
 		return nil, err
 	}
@@ -157,10 +166,25 @@ func (c *Counters) parse(raw []byte) error {
 	if bytes.Equal(raw, make([]byte, n)) {
 		return nil
 	}
-	for i := range 2 {
-		turn, v, ok := parseSlot(raw[i*slotSize : (i+1)*slotSize])
+	slots := [2][]byte{raw[:slotSize], raw[slotSize:n]}
+	whole := 0
+	for _, b := range slots {
+		turn, v, ok := parseSlot(b)
+		if ok {
+			whole++
+		}
 		if ok && turn > c.turn {
 			c.turn, c.now = turn, v
+		}
+	}
+	if newest := c.turn + 1; whole == 1 && newest > 2 { // the first write leaves a slot empty
+		b := slots[newest%2]
+		switch turn, v := mendSlot(b, newest); turn {
+		case newest:
+			c.turn, c.now, c.mended = turn, v, b
+		case newest - 2: // it was the older one
+		default:
+			c.now = c.now.behind()
 		}
 	}
 	if c.turn == 0 {
@@ -189,6 +213,34 @@ func parseSlot(b []byte) (turn uint64, v Counts, ok bool) {
 	return turn, v, err == nil
 }
 
+// mendSlot finds the one byte whose change makes b the slot of a turn again, or of the one
+// that was there before. It returns 0 for neither.
+func mendSlot(b []byte, newest uint64) (uint64, Counts) {
+	for i, was := range b {
+		for x := 1; x < 256; x++ {
+			b[i] = was ^ byte(x)
+			if turn, v, ok := parseSlot(b); ok && (turn == newest || turn == newest-2) {
+				return turn, v
+			}
+		}
+		b[i] = was
+		if i >= slotHeader && len(bytes.TrimRight(b[i:], "\x00")) == 0 {
+			break // nothing follows
+		}
+	}
+	return 0, Counts{}
+}
+
+// behind returns counts that are behind those of one more write.
+func (v Counts) behind() Counts {
+	v = v.clone()
+	v.Starts++
+	for name := range v.Networks {
+		v.Networks[name]++
+	}
+	return v
+}
+
 func formatSlot(turn uint64, v Counts) ([]byte, error) {
 	body, err := json.Marshal(&v)
 	if err != nil {
@@ -215,16 +267,28 @@ func (c *Counters) write(next Counts) error {
 			return err
 		}
 		failpoint.Here("signer.count.begin")
-		if _, err := c.file.WriteAt(b, int64(turn%2)*slotSize); err != nil {
-			return fmt.Errorf("write down the key's counters: %w", err)
-		}
-		if err := c.file.Sync(); err != nil {
-			return fmt.Errorf("write down the key's counters: %w", err)
+		if err := c.put(turn, b); err != nil {
+			return err
 		}
 		failpoint.Here("signer.count.synced")
 		c.turn = turn
 	}
 	c.now = next
+	return nil
+}
+
+// put writes the slot of a turn, if there is one to write.
+func (c *Counters) put(turn uint64, slot []byte) error {
+	if slot == nil {
+		return nil
+	}
+	_, err := c.file.WriteAt(slot, int64(turn%2)*slotSize)
+	if err == nil {
+		err = c.file.Sync()
+	}
+	if err != nil {
+		return fmt.Errorf("write down the key's counters: %w", err)
+	}
 	return nil
 }
 

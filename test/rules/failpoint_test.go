@@ -31,6 +31,7 @@ var bare = map[string]string{
 	"network/store/blocks.Stream.takeRescued": "mending that is cut off begins anew; tests of blocks stop it",
 	"network/store/blocks.Stream.unindex":     "likewise",
 	"network/store.tryWrite":                  "what it writes means nothing",
+	"signer.Counters.put":                     "write, which calls it, has them; what the start writes with it was there before",
 	"spool.Spool.run":                         "a record of the log may be lost, and is counted then",
 	"spool.Spool.Close":                       "likewise",
 }
