@@ -26,10 +26,16 @@ const (
 // openBook opens the memory of the network's orders.
 func (m *membership) openBook(path string) (err error) {
 	m.orderBook, err = order.Open(path, m.net.Name, m.key.Address(), failpoint.Now)
-	if errors.Is(err, order.ErrCorrupt) {
-		return &finalError{journal.StoreRefused, err}
+	if err != nil {
+		return err
 	}
-	return err
+	switch m.orderBook.Damage() {
+	case order.Mended:
+		m.log.Warn("a copy of the memory of orders was damaged and is made anew", journal.StoreMended.Attr(), "count", 1, "dir", m.dir)
+	case order.Lost:
+		m.log.Error("the memory of the network's orders was lost", journal.OrdersLost.Attr(), "dir", m.dir)
+	}
+	return nil
 }
 
 // post hands a message to the loop of orders. One that finds no room is as good

@@ -5,6 +5,9 @@
 // too, and its outcome is told until the network has it. What is remembered is
 // bounded: by number, and by time, since an order that has expired is refused
 // whether it is remembered or not.
+//
+// The memory is on disk twice, each with its digest, so that damage to one takes
+// nothing. Where both are damaged it begins anew, and refuses what was issued before.
 package order
 
 import (
@@ -15,10 +18,13 @@ import (
 	"io/fs"
 	"os"
 	"path/filepath"
+	"reflect"
 	"slices"
 	"sync"
+	"syscall"
 	"time"
 
+	"github.com/resultity/node/internal/digest"
 	"github.com/resultity/node/internal/durable"
 	"github.com/resultity/node/internal/evm"
 	"github.com/resultity/node/internal/failpoint"
@@ -41,8 +47,21 @@ const (
 	RestartsPer = time.Hour
 )
 
-// ErrCorrupt says that the file does not hold what this package writes.
-var ErrCorrupt = errors.New("the memory of the network's orders is damaged; move the file away: a drain by the network is then forgotten, and the network may repeat orders that have not expired")
+// Damage says what the start has found of the memory.
+type Damage int
+
+// What was found.
+const (
+	Whole  Damage = iota
+	Mended        // one of the two copies was damaged
+	Lost          // both were: what was there is beside them, and orders of before are refused
+)
+
+// copySuffix ends the name of the second copy, and lostSuffix that of what was lost.
+const (
+	copySuffix = ".copy"
+	lostSuffix = ".damaged"
+)
 
 // A Refusal says why an order is not begun. Code is one of [Codes].
 type Refusal struct{ Code, Reason string }
@@ -62,12 +81,13 @@ const (
 	unknownKind = "kind"
 	endless     = "penalty"
 	overtaken   = "overtaken"
+	forgotten   = "forgotten"
 	tooMany     = "full"
 	tooOften    = "restarts"
 )
 
 // Codes lists them.
-var Codes = []string{byStranger, malformed, elsewhere, expired, unknownKind, endless, overtaken, tooMany, tooOften}
+var Codes = []string{byStranger, malformed, elsewhere, expired, unknownKind, endless, overtaken, forgotten, tooMany, tooOften}
 
 // Begun is the outcome of an order that is being carried out.
 const Begun wire.Outcome = "begun"
@@ -97,6 +117,7 @@ type memory struct {
 	Turned   int64   `json:"turned"`   // when the last drain or resume was issued, Unix milliseconds
 	Penalty  *Entry  `json:"penalty"`  // the last one
 	Restarts []int64 `json:"restarts"` // when the last ones were begun, Unix milliseconds of this node's clock
+	Lost     int64   `json:"lost"`     // when the memory of before was lost, Unix milliseconds; 0 for never
 }
 
 // Book is the memory of one node in one network. Safe for concurrent use; calls
@@ -106,6 +127,7 @@ type Book struct {
 	node    evm.Address
 	network string
 	now     func() time.Time
+	damage  Damage
 
 	mu sync.Mutex // guards what follows, also while it is written
 	m  memory
@@ -115,38 +137,79 @@ type Book struct {
 // the last agent ended have failed.
 func Open(path, network string, node evm.Address, now func() time.Time) (*Book, error) {
 	b := &Book{path: path, node: node, network: network, now: now}
-	raw, err := durable.ReadOwn(path, maxFile)
+	stale := false // the second copy
+	m, err := read(path)
+	none := errors.Is(err, fs.ErrNotExist)
+	if err != nil && (none || errors.Is(err, errDamaged)) {
+		b.damage = Mended
+		m, err = read(path + copySuffix)
+	} else if err == nil {
+		second, err2 := read(path + copySuffix)
+		if errors.Is(err2, errDamaged) {
+			b.damage = Mended
+		}
+		stale = err2 != nil || !reflect.DeepEqual(second, m) // a kill came before it was written
+	}
 	switch {
-	case errors.Is(err, fs.ErrNotExist):
+	case errors.Is(err, fs.ErrNotExist) && none:
+		b.damage = Whole // there was none
 		return b, nil
-	case errors.Is(err, durable.ErrLarge):
-		return nil, fmt.Errorf("%w: %w", ErrCorrupt, err)
+	case errors.Is(err, errDamaged), errors.Is(err, fs.ErrNotExist):
+		b.damage = Lost
+		if err := os.Rename(path, path+lostSuffix); err != nil && !errors.Is(err, fs.ErrNotExist) {
+			return nil, err
+		}
+		return b, b.write(memory{Lost: now().UnixMilli(), Turned: now().UnixMilli()})
 	case err != nil:
 		return nil, err
 	}
-	d := json.NewDecoder(bytes.NewReader(raw))
-	d.DisallowUnknownFields()
-	if err := d.Decode(&b.m); err != nil || len(b.m.Entries) > maxEntries || len(b.m.Restarts) > MaxRestarts {
-		return nil, fmt.Errorf("%s: %w (%v)", path, ErrCorrupt, err)
-	}
+	b.m = *m
 	cut := false
 	for i := range b.m.Entries {
 		if e := &b.m.Entries[i]; e.Outcome == Begun {
 			e.Outcome, e.Message, cut = wire.OutcomeFailed, "the agent ended before it was done", true
 		}
 	}
-	if cut {
+	if cut || stale || b.damage == Mended {
 		return b, b.write(b.m)
 	}
 	return b, nil
 }
 
+// Damage says what Open has found.
+func (b *Book) Damage() Damage { return b.damage }
+
+var errDamaged = errors.New("it is not what was written")
+
+// read reads a copy.
+func read(name string) (*memory, error) {
+	raw, err := durable.ReadOwn(name, maxFile)
+	if errors.Is(err, durable.ErrLarge) || errors.Is(err, durable.ErrNotFile) || errors.Is(err, syscall.EIO) {
+		return nil, fmt.Errorf("%w: %w", errDamaged, err)
+	}
+	if err != nil {
+		return nil, err
+	}
+	sum, text, _ := bytes.Cut(raw, []byte("\n"))
+	if string(sum) != digest.Of(text).Hex() {
+		return nil, errDamaged
+	}
+	m := new(memory)
+	d := json.NewDecoder(bytes.NewReader(text))
+	d.DisallowUnknownFields()
+	if err := d.Decode(m); err != nil || len(m.Entries) > maxEntries || len(m.Restarts) > MaxRestarts {
+		return nil, fmt.Errorf("%w: %v", errDamaged, err)
+	}
+	return m, nil
+}
+
 // write makes m the memory. On an error the old one stays.
 func (b *Book) write(m memory) error {
-	raw, err := json.Marshal(m)
+	text, err := json.Marshal(m)
 	if err != nil {
 		return err
 	}
+	raw := append([]byte(digest.Of(text).Hex()+"\n"), text...)
 	if err := os.MkdirAll(filepath.Dir(b.path), 0o700); err != nil {
 		return err
 	}
@@ -155,6 +218,9 @@ func (b *Book) write(m memory) error {
 		return fmt.Errorf("the node cannot write the order down: %w", err)
 	}
 	failpoint.Here("order.write.written")
+	if err := durable.WriteFile(b.path+copySuffix, raw, 0o600); err != nil {
+		return fmt.Errorf("the node cannot write the order down twice: %w", err)
+	}
 	b.m = m
 	return nil
 }
@@ -180,6 +246,8 @@ func (b *Book) Begin(o *wire.Order, trusted func(evm.Address) bool) (e Entry, kn
 	}
 	turn := d.Kind == wire.OrderDrain || d.Kind == wire.OrderResume
 	switch {
+	case d.Issued <= b.m.Lost:
+		return e, false, refuse(forgotten, "it was issued before this node's disk lost its memory of orders, and may have been carried out; if it is still wanted, order it again")
 	case now.UnixMilli() >= d.Expires:
 		return e, false, refuse(expired, "it expired at %s by this node's clock", time.UnixMilli(d.Expires).UTC().Format(time.RFC3339))
 	case !slices.Contains(wire.OrderKinds, d.Kind):

@@ -1,13 +1,17 @@
 package order
 
 import (
+	"bytes"
 	"errors"
+	"fmt"
 	"os"
 	"path/filepath"
+	"slices"
 	"strings"
 	"testing"
 	"time"
 
+	"github.com/resultity/node/internal/digest"
 	"github.com/resultity/node/internal/evm"
 	"github.com/resultity/node/internal/wire"
 )
@@ -243,22 +247,67 @@ func TestRestartsAreBounded(t *testing.T) {
 	w.carryOut(b, brief())
 }
 
+// Damage to one copy takes nothing; to both, the memory begins anew, and what may have
+// been carried out before is not done again.
 func TestDamagedMemory(t *testing.T) {
 	w := newWorld(t)
-	w.carryOut(w.open(), w.directive(wire.OrderDrain))
+	old := w.directive(wire.OrderDrain)
+	w.carryOut(w.open(), old)
 	good, err := os.ReadFile(w.path)
 	if err != nil {
 		t.Fatal(err)
 	}
-	for name, raw := range map[string][]byte{"empty": {}, "torn": good[:len(good)/2], "huge": make([]byte, maxFile+1), "other": []byte(`{"orders":[],"more":1}`)} {
-		if err := os.WriteFile(w.path, raw, 0o600); err != nil {
+	damages := map[string][]byte{"empty": {}, "torn": good[:len(good)/2], "huge": make([]byte, maxFile+1), "missing": nil}
+	for at := 0; at < len(good); at += 7 {
+		b := slices.Clone(good)
+		b[at] ^= 1 << (at % 8)
+		damages[fmt.Sprint("byte ", at)] = b
+	}
+	write := func(name string, raw []byte) {
+		t.Helper()
+		err := os.WriteFile(name, raw, 0o600)
+		if raw == nil {
+			err = os.Remove(name)
+		}
+		if err != nil {
 			t.Fatal(err)
 		}
-		_, err := Open(w.path, "testnet", w.node.Address(), time.Now)
-		t.Logf("%s: expected: %v; got: %v", name, ErrCorrupt, err)
-		if !errors.Is(err, ErrCorrupt) {
-			t.Errorf("%s: %v", name, err)
+	}
+	for what, raw := range damages {
+		for _, name := range []string{w.path, w.path + copySuffix} {
+			write(name, raw)
+			b := w.open()
+			if want := raw != nil || name == w.path; (b.Damage() == Mended) != want || b.Drain() == nil {
+				t.Fatalf("%s of %s: damage %d, drain %v", what, name, b.Damage(), b.Drain())
+			}
+			if b = w.open(); b.Damage() != Whole || b.Drain() == nil {
+				t.Fatalf("%s of %s: damage %d at the next start", what, name, b.Damage())
+			}
 		}
+		if raw == nil || len(what) > 5 && !strings.HasSuffix(what, "0") {
+			continue // none at all is a new memory; and some are enough
+		}
+		write(w.path, raw)
+		write(w.path+copySuffix, raw)
+		b := w.open()
+		if b.Damage() != Lost || b.Drain() != nil {
+			t.Fatalf("%s: damage %d, drain %v", what, b.Damage(), b.Drain())
+		}
+		if kept, err := os.ReadFile(w.path + lostSuffix); err != nil || !bytes.Equal(kept, raw) {
+			t.Fatalf("%s: what was there is not kept: %v", what, err)
+		}
+		for range 2 {
+			var refused *Refusal
+			if _, _, err := b.Begin(w.order(w.key, old), w.trusted); !errors.As(err, &refused) || !strings.Contains(refused.Reason, "order it again") {
+				t.Fatalf("%s: an order of before: %v", what, err)
+			}
+			b = w.open()
+		}
+		if b.Damage() != Whole {
+			t.Fatalf("%s: damage %d at the next start", what, b.Damage())
+		}
+		write(w.path, good)
+		write(w.path+copySuffix, good)
 	}
 }
 
@@ -287,12 +336,14 @@ func FuzzOpen(f *testing.F) {
 	if err != nil {
 		f.Fatal(err)
 	}
+	_, raw, _ = bytes.Cut(raw, []byte("\n"))
 	f.Add(raw)
 	f.Add([]byte(`{"orders":null}`))
 	f.Add([]byte(`{"orders":[{}],"turned":-1} {`))
 	next := w.order(w.key, w.directive(wire.OrderRestart))
 	f.Fuzz(func(t *testing.T, raw []byte) {
 		path := filepath.Join(t.TempDir(), "orders.json")
+		raw = append([]byte(digest.Of(raw).Hex()+"\n"), raw...)
 		if err := os.WriteFile(path, raw, 0o600); err != nil {
 			t.Fatal(err)
 		}
@@ -301,10 +352,7 @@ func FuzzOpen(f *testing.F) {
 		}
 		b, err := open()
 		if err != nil {
-			if !errors.Is(err, ErrCorrupt) {
-				t.Fatal(err)
-			}
-			return
+			t.Fatal(err)
 		}
 		for _, e := range b.Last(maxEntries) {
 			if e.Outcome == Begun {

@@ -11,6 +11,7 @@ import (
 var bare = map[string]string{
 	"durable.SyncDir":                         "its callers know what they sync for",
 	"model.Store.sync":                        "likewise",
+	"order.Open":                              "it moves away what is damaged twice; the next start finds that, or writes behind it",
 	"state.directory.rename":                  "likewise",
 	"state.directory.sync":                    "likewise",
 	"state.writeAside":                        "what it writes is evidence; the next start that finds the damage writes it again",
