@@ -262,7 +262,9 @@ func readBody(w http.ResponseWriter, r *http.Request, limit int64) ([]byte, erro
 		buf.Grow(int(n) + bytes.MinRead)
 	}
 	_, err := buf.ReadFrom(http.MaxBytesReader(w, r.Body, limit))
-	_ = rc.SetReadDeadline(time.Time{}) // from here on a read only watches for the client's leaving
+	if err == nil { // else the server reads on before it answers, and would wait for ever
+		_ = rc.SetReadDeadline(time.Time{}) // from here on a read only watches for the client's leaving
+	}
 	var tooLarge *http.MaxBytesError
 	switch {
 	case errors.As(err, &tooLarge):
