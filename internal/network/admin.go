@@ -114,7 +114,7 @@ func (s *service) adminHandler() http.Handler {
 	mux := http.NewServeMux()
 	handle := func(pattern string, f func(r *http.Request) (adminReply, error)) {
 		mux.HandleFunc(pattern, func(w http.ResponseWriter, r *http.Request) {
-			r.Body = http.MaxBytesReader(w, r.Body, 64<<10)
+			r.Body = http.MaxBytesReader(w, r.Body, maxCommand)
 			reply, err := f(r)
 			answer(w, reply, err)
 		})
@@ -221,10 +221,18 @@ func (s *service) live(nodes []NodeInfo) {
 	}
 }
 
+// maxCommand bounds what a command sends, in bytes; the longest waits for an order to
+// each of a hundred thousand nodes.
+const maxCommand = 4 << 20
+
 func decode(r io.Reader, v any) error {
 	d := json.NewDecoder(r)
 	d.DisallowUnknownFields()
-	return d.Decode(v)
+	err := d.Decode(v)
+	if large, ok := errors.AsType[*http.MaxBytesError](err); ok {
+		return fmt.Errorf("the command has more than %d bytes; give it less at once", large.Limit)
+	}
+	return err
 }
 
 // Reload makes the service of dir take over what is published, if one runs.
@@ -328,11 +336,10 @@ type Account struct {
 	Nodes []evm.Address `json:"nodes"`
 }
 
-// A service that starts has its store before its socket.
-const (
-	adminWait  = 30 * time.Second
-	adminRetry = 50 * time.Millisecond
-)
+// A service that starts has its store before its socket. Tests have less patience.
+var adminWait = 30 * time.Second
+
+const adminRetry = 50 * time.Millisecond
 
 // OpenAdmin reaches the running service of dir, or opens its store when none
 // runs. It waits for one that starts, or for another command.
@@ -476,11 +483,19 @@ func (a storeAdmin) Accounts(ctx context.Context) ([]Account, error) {
 
 func (a storeAdmin) Close() { a.store.Close() }
 
-// maxAdminReply bounds what the service may answer, in bytes.
-const maxAdminReply = 256 << 20
+// maxAdminReply bounds what the service may answer, in bytes. Tests have less memory.
+var maxAdminReply int64 = 256 << 20
 
 // adminClient asks the running service.
 type adminClient struct{ http http.Client }
+
+// turnedAway says what is behind a connection that the service has closed at once.
+func turnedAway(err error) error {
+	if errors.Is(err, io.EOF) || errors.Is(err, syscall.ECONNRESET) || errors.Is(err, syscall.EPIPE) {
+		return fmt.Errorf("admin socket: the service has ended the connection: it has stopped, or %d other commands are there (some may wait, as order --wait does); try again, or end one of them: %w", maxCommands, err)
+	}
+	return err
+}
 
 func (c *adminClient) call(ctx context.Context, method, path string, body any) (adminReply, error) {
 	var reply adminReply
@@ -494,10 +509,14 @@ func (c *adminClient) call(ctx context.Context, method, path string, body any) (
 	}
 	res, err := c.http.Do(req)
 	if err != nil {
-		return reply, err
+		return reply, turnedAway(err)
 	}
 	defer res.Body.Close() // what was read counts
-	if err := json.NewDecoder(io.LimitReader(res.Body, maxAdminReply)).Decode(&reply); err != nil {
+	err = json.NewDecoder(http.MaxBytesReader(nil, res.Body, maxAdminReply)).Decode(&reply)
+	if large, ok := errors.AsType[*http.MaxBytesError](err); ok {
+		return reply, fmt.Errorf("admin socket: the answer has more than %d bytes; ask for less at once, such as for one node", large.Limit)
+	}
+	if err != nil {
 		return reply, fmt.Errorf("admin socket: %s: %w", res.Status, err)
 	}
 	if reply.Error != "" { // beside what was done

@@ -100,7 +100,7 @@ func (c *adminClient) Logs(ctx context.Context, q LogQuery, f func(LogLine) erro
 	patient.Timeout = 0 // as long as lines come
 	res, err := patient.Do(req)
 	if err != nil {
-		return err
+		return turnedAway(err)
 	}
 	defer res.Body.Close() // what was read counts
 	if res.StatusCode != http.StatusOK {

@@ -165,6 +165,7 @@ func Run(ctx context.Context, cfg Config, log *slog.Logger) (err error) {
 		return err
 	}
 	defer admin.Close() // likewise
+	admin = newCrowd(admin, maxCommands, nil, s.metrics.Crowded, log)
 	err = s.serve(ctx, listener, watched, admin)
 	if stuck := context.Cause(ctx); err == nil && errors.Is(stuck, store.ErrFailed) {
 		return stuck // and is started anew
@@ -172,8 +173,12 @@ func Run(ctx context.Context, cfg Config, log *slog.Logger) (err error) {
 	return err
 }
 
-// maxWatchers bounds the connections for metrics.
-const maxWatchers = 64
+// Bounds of connections: for metrics, and of the operator's commands. A command that
+// waits keeps its own.
+const (
+	maxWatchers = 64
+	maxCommands = 64
+)
 
 // listen sorts what can go wrong with an address: one that is in use may be free a
 // moment later.
@@ -260,7 +265,7 @@ func (s *service) begin(ctx context.Context, snap *snapshot.Snapshot) error {
 // serve ends the listeners; watched, for metrics, may be nil.
 func (s *service) serve(ctx context.Context, listener, watched, admin net.Listener) error {
 	server := s.server(s.handler())
-	adminServer := &http.Server{Handler: s.adminHandler(), ReadHeaderTimeout: 10 * time.Second}
+	adminServer := &http.Server{Handler: s.adminHandler(), ReadHeaderTimeout: 10 * time.Second, IdleTimeout: 2 * time.Minute}
 
 	// Sessions outlive ctx by the time that requests are given to end.
 	sessions, endSessions := context.WithCancel(context.WithoutCancel(ctx))

@@ -6,10 +6,12 @@ import (
 	"path/filepath"
 	"regexp"
 	"strings"
+	"sync"
 	"testing"
 
 	"github.com/resultity/node/internal/determinism"
 	"github.com/resultity/node/internal/digest"
+	"github.com/resultity/node/internal/evm"
 	"github.com/resultity/node/internal/journal"
 	"github.com/resultity/node/internal/network"
 	"github.com/resultity/node/internal/network/nodetest"
@@ -231,9 +233,37 @@ func TestReplayWithHostileNodes(t *testing.T) {
 	if code, out := n.run("jobs", "replays"); code != 0 || strings.Count(out, "signed for class") != 6 || !strings.Contains(out, "both of one account") {
 		t.Errorf("%d: %s", code, out)
 	}
+	// Of more than may be asked, so many are.
+	for len(hostile) <= network.MaxAsked {
+		hostile = append(hostile, n.ready("a"))
+	}
+	var ends sync.WaitGroup
+	asked := make(chan evm.Address, len(hostile))
+	done = n.replay(id)
+	for _, h := range hostile {
+		ends.Go(func() {
+			for {
+				m, err := h.Receive()
+				if err != nil {
+					return
+				}
+				if j, ok := m.(*wire.Job); ok {
+					asked <- h.Node.Key.Address()
+					h.Send(&wire.Accept{Job: j.ID})
+					h.Send(h.Node.Result(t, j, nodetest.Body(j, "secret lie"), another))
+				}
+			}
+		})
+	}
+	r := <-done
+	t.Logf("%d hostile nodes: expected: %d are asked; got: %d", len(hostile), network.MaxAsked, len(asked))
+	if r.code != 3 || strings.Count(r.out, "finding") != network.MaxAsked || len(asked) != network.MaxAsked {
+		t.Errorf("%d of %d were asked: %+v", len(asked), len(hostile), r)
+	}
 	for _, s := range append(hostile, honest) {
 		s.Drop()
 	}
+	ends.Wait()
 	n.stop()
 	for _, e := range []*journal.Event{journal.NodeClassContradicted, journal.ReplayUndecided, journal.AnswersDiffer} {
 		if !strings.Contains(n.logs.w.String(), "event="+e.Name) {

@@ -168,12 +168,16 @@ func (d *Desk) Done(ctx context.Context, node evm.Address, a *wire.OrderDone) (e
 // Wait returns once each of the orders has been answered or has expired, or with
 // ctx.
 func (d *Desk) Wait(ctx context.Context, ids []wire.OrderID) {
+	wanted := make(map[wire.OrderID]bool, len(ids)) // of each node of a network there may be one
+	for _, id := range ids {
+		wanted[id] = true
+	}
 	for {
 		d.mu.Lock()
 		changed, next := d.changed, time.Time{}
 		for node := range d.pending {
 			for _, o := range d.livingLocked(node, time.Now()) {
-				if end := time.UnixMilli(o.Directive.Expires); slices.Contains(ids, o.Directive.ID) && (next.IsZero() || end.Before(next)) {
+				if end := time.UnixMilli(o.Directive.Expires); wanted[o.Directive.ID] && (next.IsZero() || end.Before(next)) {
 					next = end
 				}
 			}
