@@ -783,7 +783,7 @@ func (c *logCopy) storeConflict() (err error) {
 }
 
 // ErrWhole says that there is nothing wrong with a log that is to begin anew.
-var ErrWhole = errors.New("nothing is wrong with the receipt log as far as the network knows; --force has it begin anew all the same")
+var ErrWhole = errors.New("nothing is wrong with the receipt log as far as the network knows; where its store was set back (a backup) and the node says receipt-log-behind, --force has it begin anew all the same")
 
 // Reset has the log of a node begin anew, in another era: its next heads go on from
 // none. Without force it fails with [ErrWhole] for a log that neither contradicts itself

@@ -9,8 +9,11 @@
 // are read here before JetStream gets to see them.
 //
 // The rule it keeps: what can be read is kept, byte for byte; what cannot is handed
-// out before it is removed. A record of which one byte was changed is as a rule
-// found again, by trying: its checksum of 64 bits tells.
+// out before it is removed, and stays until all else that follows from its loss is on
+// disk. A record of which one byte was changed is as a rule found again, by
+// trying: its checksum of 64 bits tells. What is not there at all is known by what
+// JetStream remembers, see [Memory]: messages by their numbers, and in streams of which
+// only the last message of a subject counts by their names.
 //
 // The format is that of the nats-server of go.mod, and the tests are about files
 // that it has written.
@@ -50,6 +53,8 @@ type Stream struct {
 	// Fits says whether a message can be one of this stream; with nil for the
 	// message, whether a subject can.
 	Fits func(subject, message []byte) bool
+
+	kept func() error // called behind each write, by tests
 }
 
 // Damage is a part of a block that is not what was written, or one that is gone.
@@ -199,7 +204,7 @@ func (s *Stream) parse(b []byte, h *hasher, try bool, before uint64, torn bool) 
 			}
 		}
 		c := chunk{from: i, kind: Lost}
-		if framed && (i+n == len(b) || f.end(i+n) > 0) {
+		if framed && (i+n == len(b) || f.end(i+n) > 0 || f.head(i) > 0 && f.head(i+n) > 0) {
 			c.to = i + n
 		} else {
 			c.to = f.resync(i+least, before)
@@ -240,22 +245,32 @@ type finder struct {
 // resyncShare bounds what is hashed for nothing, in sizes of the block.
 const resyncShare = 64
 
-// end returns where the whole record ends that begins at i, or 0.
-func (f *finder) end(i int) int {
+// head returns how long the record is that begins at i by its lengths and its subject, or 0.
+func (f *finder) head(i int) int {
 	n, ok := frame(f.b[i:])
 	if !ok {
 		return 0
 	}
-	end, ok := f.ends[i]
-	if ok {
-		return end
-	}
 	b := f.b[i : i+n]
 	slen := int(binary.LittleEndian.Uint16(b[20:]))
-	if r := (record{seq: binary.LittleEndian.Uint64(b[4:])}); r.live() != (slen > 0) || r.live() && !f.s.Fits(b[headSize:headSize+slen], nil) || f.budget < 0 {
+	r := record{seq: binary.LittleEndian.Uint64(b[4:])}
+	if r.live() != (slen > 0) || r.live() && !f.s.Fits(b[headSize:headSize+slen], nil) {
 		return 0
 	}
-	if _, is := f.h.read(b, f.s.Fits); is == good {
+	return n
+}
+
+// end returns where the whole record ends that begins at i, or 0.
+func (f *finder) end(i int) int {
+	n := f.head(i)
+	if n == 0 {
+		return 0
+	}
+	end, ok := f.ends[i]
+	if ok || f.budget < 0 {
+		return end
+	}
+	if _, is := f.h.read(f.b[i:i+n], f.s.Fits); is == good {
 		end = i + n
 	} else {
 		f.budget -= int64(n)
@@ -363,11 +378,4 @@ func ignore(err, what error) error {
 		return nil
 	}
 	return err
-}
-
-// union is what is in one of two sorted lists.
-func union(a, b []uint32) []uint32 {
-	list := slices.Concat(a, b)
-	slices.Sort(list)
-	return slices.Compact(list)
 }

@@ -3,6 +3,7 @@ package blocks
 import (
 	"crypto/sha256"
 	"encoding/binary"
+	"slices"
 
 	"github.com/minio/highwayhash"
 	"github.com/nats-io/nats-server/v2/server/avl"
@@ -20,7 +21,22 @@ const (
 type Memory struct {
 	Last     uint64          // the highest number that it has given
 	Subjects map[string]bool // those that have messages
-	blocks   []uint32
+	blocks   []span
+	written  uint64 // the highest number when it was written down; the blocks are of then
+}
+
+// span is which messages JetStream had in a block.
+type span struct {
+	block       uint32
+	first, last uint64
+	deleted     *avl.SequenceSet // between them; nil for none
+}
+
+// has says whether there was a message of a number, as far as is known.
+func (m *Memory) has(n uint64) bool {
+	return n > m.written || slices.ContainsFunc(m.blocks, func(b span) bool {
+		return b.first <= n && n <= b.last && (b.deleted == nil || !b.deleted.Exists(n))
+	})
 }
 
 // whole says that a file with its HighwayHash behind it is what was written, and
@@ -67,6 +83,7 @@ func readIndex(b []byte, name string) *Memory {
 	m := &Memory{Subjects: map[string]bool{}}
 	skip(4) // messages, bytes, first number, its time
 	m.Last = next()
+	m.written = m.Last
 	skip(1) // its time
 	for n := next(); ok && n > 0; n-- {
 		size := next()
@@ -78,18 +95,22 @@ func readIndex(b []byte, name string) *Memory {
 		skip(3) // messages, first block, last block
 	}
 	for n := next(); ok && n > 0; n-- {
-		block := next()
-		skip(5) // bytes, first number, its time, last number, its time
+		x := span{block: uint32(next())}
+		skip(1) // bytes
+		x.first = next()
+		skip(1) // its time
+		x.last = next()
+		skip(1) // its time
 		deleted := next()
 		skip(2) // messages with a lifetime, and with a schedule
 		if deleted > 0 {
-			_, size, err := avl.Decode(b)
+			set, size, err := avl.Decode(b)
 			if err != nil {
 				return nil
 			}
-			b = b[size:]
+			x.deleted, b = set, b[size:]
 		}
-		m.blocks = append(m.blocks, uint32(block))
+		m.blocks = append(m.blocks, x)
 	}
 	if !ok {
 		return nil

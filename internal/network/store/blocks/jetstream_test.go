@@ -311,6 +311,37 @@ func TestSector(t *testing.T) {
 	}
 }
 
+// The message before one that is lost is not taken for the last one of its subject, and kept
+// elsewhere.
+func TestOlderThanLost(t *testing.T) {
+	j := newJet(t, jetstream.StreamConfig{MaxMsgsPerSubject: 1})
+	j.Single, j.Closed = true, true
+	for i, m := range []string{"01 old", "02", "03", "01 new", "04"} {
+		j.put(t, "job."+m[:2], fmt.Sprintf(`{"m":"%s","i":%d}`, m, i))
+	}
+	j.stop()
+	b, err := os.ReadFile(j.file(1))
+	if err != nil {
+		t.Fatal(err)
+	}
+	chunks := j.parse(b, newHasher("S", 1, nil), false, 0, false)
+	clear(b[chunks[2].from+4 : chunks[3].to-1])
+	if err := os.WriteFile(j.file(1), b, 0o600); err != nil {
+		t.Fatal(err)
+	}
+	older := map[string]string{}
+	if _, err := j.Mend(1<<24, func(d Damage) error { older[d.Kind.String()+" "+d.Subject] = string(d.Older); return nil }); err != nil {
+		t.Fatal(err)
+	}
+	if _, ok := older["lost job.03"]; !ok || !strings.Contains(older["lost job.01"], "01 old") {
+		t.Errorf("%q", older)
+	}
+	j.start(t)
+	if got := j.has(t); len(got) != 2 || got["job.01"] != "" {
+		t.Errorf("%v", got)
+	}
+}
+
 // What was deleted does not come back from a copy.
 func TestCopyOfWhatIsGone(t *testing.T) {
 	j := newJet(t, jetstream.StreamConfig{MaxMsgsPerSubject: 1})
@@ -403,13 +434,69 @@ func TestLostConfiguration(t *testing.T) {
 	}
 }
 
+// Mending that is cut off behind any write comes to what it would have come to.
+func TestCutOffBetweenWrites(t *testing.T) {
+	killed := errors.New("killed")
+	for n := 0; ; n++ {
+		j := newJet(t, jetstream.StreamConfig{MaxMsgsPerSubject: 1, MaxBytes: 120_000})
+		j.Single, j.Spare = true, filepath.Join(j.dir, "spare")
+		long := `{"a":"` + strings.Repeat("x", 9000) + `"}`
+		j.put(t, "job.00", `{"old":1}`)
+		j.put(t, "job.50", `{"old":1}`)
+		for i := range 9 {
+			j.put(t, fmt.Sprintf("job.%02d", i+1), long)
+		}
+		j.put(t, "job.50", `{"copied":1}`)
+		if err := j.Copy(); err != nil {
+			t.Fatal(err)
+		}
+		last := j.put(t, "job.00", `{"new":1}`)
+		j.stop()
+		list, err := j.Blocks()
+		if err != nil || len(list) < 3 {
+			t.Fatalf("%v %v", list, err)
+		}
+		// JetStream has them by no mark, but by what comes behind.
+		j.spoil(t, last, last-1, 5)
+		told := map[string]bool{}
+		writes := 0
+		j.kept = func() error {
+			if writes++; writes > n {
+				return killed
+			}
+			return nil
+		}
+		_, err = j.Mend(1<<20, func(d Damage) error { told[d.Kind.String()+" "+d.Subject] = true; return nil })
+		if err != nil && !errors.Is(err, killed) {
+			t.Fatal(err)
+		}
+		j.kept = nil
+		done := err == nil
+		if _, err := j.Mend(1<<20, func(d Damage) error { told[d.Kind.String()+" "+d.Subject] = true; return nil }); err != nil {
+			t.Fatal(err)
+		}
+		j.start(t)
+		got := j.has(t)
+		if !told["lost job.00"] || got["job.00"] != "" || got["job.50"] != `{"copied":1}` || len(got) != 10 {
+			t.Errorf("behind write %d: %v, %d messages, %.20q, %.20q", n, told, len(got), got["job.00"], got["job.50"])
+		}
+		if m := j.put(t, "job.60", "{}"); m <= last {
+			t.Errorf("behind write %d: number %d is given again", n, m)
+		}
+		j.stop()
+		if done {
+			break
+		}
+	}
+}
+
 // Whatever JetStream does to a stream, nothing is found where nothing is wrong, and all that was
 // there is there.
 func TestNothingWrong(t *testing.T) {
 	for _, cfg := range []jetstream.StreamConfig{
-		{MaxMsgsPerSubject: 1, MaxBytes: 128 << 10},
+		{MaxMsgsPerSubject: 1, MaxBytes: 120_000},
 		{MaxMsgsPerSubject: 1},
-		{MaxBytes: 128 << 10},
+		{MaxBytes: 120_000},
 		{MaxAge: 300 * time.Millisecond, MaxBytes: 1 << 20},
 	} {
 		r := rand.New(rand.NewPCG(1, 2))
@@ -477,4 +564,40 @@ func TestNothingWrong(t *testing.T) {
 			}
 		}
 	}
+}
+
+// How long mending takes that finds nothing, and JetStream to read the same blocks.
+func BenchmarkRead(b *testing.B) {
+	j := newJet(b, jetstream.StreamConfig{})
+	message := "{" + strings.Repeat("x", 16<<10)
+	for range 64 << 20 / len(message) {
+		j.put(b, "job.01", message)
+	}
+	j.stop()
+	list, err := j.Blocks()
+	if err != nil {
+		b.Fatal(err)
+	}
+	j.Closed = true
+	size := j.Size()
+	b.Run(fmt.Sprintf("mend %d blocks", len(list)), func(b *testing.B) {
+		b.SetBytes(size)
+		b.ReportAllocs()
+		for b.Loop() {
+			if r := mend(b, j.Stream); r.Bytes != size || len(r.Damage) > 0 {
+				b.Fatalf("%+v", r)
+			}
+		}
+	})
+	b.Run("JetStream", func(b *testing.B) {
+		b.SetBytes(size)
+		b.ReportAllocs()
+		for b.Loop() {
+			if err := j.unindex(); err != nil {
+				b.Fatal(err)
+			}
+			j.start(b)
+			j.stop()
+		}
+	})
 }

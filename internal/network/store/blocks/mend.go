@@ -127,9 +127,13 @@ func (s *Stream) look(memory *Memory, budget *int64) (*account, error) {
 		return nil, err
 	}
 	a := &account{list: list, fixes: map[uint32]map[int]byte{}, newest: map[string]message{}, before: map[uint32]uint64{}}
-	known := list
-	if n := len(memory.blocks); s.Closed && n > 0 && (s.Settled() || len(list) == 0 || slices.Max(list) < memory.blocks[n-1]) { // or it is older
-		known = union(list, memory.blocks)
+	known := slices.Clone(list)
+	if n := len(memory.blocks); s.Closed && n > 0 && (s.Settled() || len(list) == 0 || slices.Max(list) < memory.blocks[n-1].block) { // or it is older
+		for _, b := range memory.blocks {
+			known = append(known, b.block)
+		}
+		slices.Sort(known)
+		known = slices.Compact(known)
 	}
 	var open []*Damage // lost records behind which no whole one has been seen
 	settle := func(after uint64) {
@@ -204,6 +208,9 @@ func (s *Stream) look(memory *Memory, budget *int64) (*account, error) {
 			}
 		}
 	}
+	if memory.Last > a.last+1<<20 { // a damaged number
+		memory.Last = a.last
+	}
 	if len(open) == 0 && a.last < memory.Last { // the file was cut off, or it is gone
 		d := &Damage{Stream: s.Name, Seq: a.last + 1}
 		damage, open = append(damage, d), append(open, d)
@@ -265,16 +272,17 @@ func (s *Stream) judge(a *account, memory *Memory, budget *int64) ([]*record, er
 	wide := a.wide()
 	if s.Single && (wide != nil || s.Known != nil) {
 		for _, subject := range slices.Sorted(maps.Keys(memory.Subjects)) {
-			if _, here := a.newest[subject]; here || copies[subject] != nil || told[subject] {
+			here, ok := a.newest[subject]
+			if ok && memory.has(here.seq) || copies[subject] != nil || told[subject] {
 				continue
 			}
-			d := Damage{Stream: s.Name, Subject: subject, Seq: a.last, Last: a.last}
+			d := Damage{Stream: s.Name, Subject: subject, Seq: a.last, Last: a.last, older: here.place}
 			if wide != nil {
 				if wide.Subject == "" && wide.place == (place{}) {
-					wide.Subject = subject
+					wide.Subject, wide.Seq, wide.older = subject, max(wide.Seq, here.seq+1), here.place
 					continue
 				}
-				d.Block, d.Seq, d.Last = wide.Block, wide.Seq, wide.Last
+				d.Block, d.Seq, d.Last = wide.Block, max(wide.Seq, here.seq+1), wide.Last
 			}
 			a.damage = append(a.damage, d)
 			wide = a.wide() // it may have moved
@@ -347,56 +355,78 @@ func (s *Stream) copies(a *account, budget *int64) (map[string]*record, error) {
 	return back, nil
 }
 
-// rewrite writes the blocks that are to be others than they are.
+// rewrite writes the blocks that are to be others than they are. What is lost is there until all
+// the rest is done, so that mending that is cut off finds it again.
 func (s *Stream) rewrite(a *account, copies []*record, budget *int64) error {
 	gone := map[string]uint64{} // older messages of these subjects must not come back
-	lost := map[uint32]bool{}
+	damaged := map[uint32]bool{}
 	for _, d := range a.damage {
 		if d.Kind == Lost && s.Single && d.Subject != "" {
 			gone[d.Subject] = d.Seq
 		}
-		lost[d.Block] = true
+		if d.place.to > 0 {
+			damaged[d.Block] = true
+		}
 	}
 	if len(a.list) == 0 {
 		a.list = []uint32{max(1, a.damage[0].Block)}
 	}
-	for i, block := range a.list {
-		last := i == len(a.list)-1
-		if !last && !lost[block] && len(gone) == 0 {
+	end := a.list[len(a.list)-1]
+	for _, block := range a.list {
+		if len(gone) == 0 && block != end {
 			continue
 		}
-		was, unread, err := readBlock(s.file(block))
-		if ignore(err, fs.ErrNotExist) != nil {
+		if err := s.replace(a, block, budget, func(b []byte, chunks []chunk, h *hasher) (out []byte) {
+			for _, c := range chunks {
+				if c.r == nil || !c.r.live() || c.r.number() >= gone[string(c.r.subject)] {
+					out = append(out, b[c.from:c.to]...)
+				}
+			}
+			if block == end {
+				out = append(out, s.end(a, copies, h)...)
+			}
+			return out
+		}); err != nil {
 			return err
 		}
-		b := bytes.Clone(was)
-		for at, x := range a.fixes[block] {
-			b[at] = x
-		}
-		h := newHasher(s.Name, block, budget)
-		out := make([]byte, 0, len(b))
-		for _, c := range s.parse(b, h, false, a.before[block], false) {
-			if c.r == nil || c.r.live() && c.r.number() < gone[string(c.r.subject)] {
-				continue
+	}
+	for block := range damaged {
+		if err := s.replace(a, block, budget, func(b []byte, chunks []chunk, _ *hasher) (out []byte) {
+			for _, c := range chunks {
+				if c.r != nil {
+					out = append(out, b[c.from:c.to]...)
+				}
 			}
-			out = append(out, b[c.from:c.to]...)
-		}
-		if last {
-			out = append(out, s.end(a, copies, h)...)
-		}
-		if bytes.Equal(out, was) {
-			continue
-		}
-		if unread { // the disk may give it another time
-			if err := os.Link(s.file(block), s.file(block)+".unreadable"); ignore(err, fs.ErrExist) != nil {
-				return err
-			}
-		}
-		if err := s.keep(s.file(block), out); err != nil {
+			return out
+		}); err != nil {
 			return err
 		}
 	}
 	return nil
+}
+
+// replace writes a block that is made of the chunks of what there is.
+func (s *Stream) replace(a *account, block uint32, budget *int64, with func([]byte, []chunk, *hasher) []byte) error {
+	was, unread, err := readBlock(s.file(block))
+	if ignore(err, fs.ErrNotExist) != nil {
+		return err
+	}
+	b := bytes.Clone(was)
+	for at, x := range a.fixes[block] {
+		b[at] = x
+	}
+	delete(a.fixes, block)
+	h := newHasher(s.Name, block, budget)
+	out := with(b, s.parse(b, h, false, a.before[block], false), h)
+	if bytes.Equal(out, was) && err == nil {
+		return nil
+	}
+	if unread { // the disk may give it another time
+		if err := os.Link(s.file(block), s.file(block)+".unreadable"); ignore(err, fs.ErrExist) != nil {
+			return err
+		}
+	}
+	return s.keep(s.file(block), out)
 }
 
 // end is what comes behind the last record: the copies, with numbers that were not given yet,
@@ -424,6 +454,9 @@ func (s *Stream) memory() (*Memory, error) {
 	}
 	if wrote := readIndex(raw, s.Name); wrote != nil {
 		m = wrote
+	}
+	if !s.Closed { // it may have written down what it took damage for
+		m.blocks, m.written = nil, 0
 	}
 	if s.Known != nil {
 		m.Last, m.Subjects = max(m.Last, s.Known.Last), s.Known.Subjects

@@ -72,7 +72,10 @@ func (s *Stream) keep(name string, b []byte) error {
 	if err := os.MkdirAll(filepath.Dir(name), 0o700); err != nil {
 		return err
 	}
-	return Write(name, b)
+	if err := Write(name, b); err != nil || s.kept == nil {
+		return err
+	}
+	return s.kept()
 }
 
 // Write makes b durable under a name: what is under names here is whole at any moment.
