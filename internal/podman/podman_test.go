@@ -204,7 +204,7 @@ func TestHang(t *testing.T) {
 func TestStalledPull(t *testing.T) {
 	ref := refTo(t, "registry.test/a", "a")
 	over := make(chan struct{})
-	defer close(over)
+	t.Cleanup(func() { close(over) })
 	pull := func(w http.ResponseWriter, r *http.Request) {
 		for words := range 90 {
 			if words < 45 { // for longer than it may stand still
