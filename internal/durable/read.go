@@ -56,6 +56,32 @@ func ReadOwn(name string, most int64) ([]byte, error) {
 	return readAll(f, name, most)
 }
 
+// ErrShared says that others may read or write what is a secret.
+var ErrShared = errors.New("others may use it; if nobody has, chmod 600 it, else replace what it holds")
+
+// ReadSecret reads a file of at most so many bytes that nobody but its owner may read or
+// write. An operator names it, and it may be a link; what counts is the file that is
+// opened, so that it cannot be exchanged between a look and the reading.
+func ReadSecret(name string, most int64) ([]byte, error) {
+	f, err := os.OpenFile(name, os.O_RDONLY|syscall.O_NONBLOCK, 0)
+	if err != nil {
+		return nil, err
+	}
+	st, err := f.Stat()
+	switch {
+	case err != nil:
+	case !st.Mode().IsRegular():
+		err = &fs.PathError{Op: "read", Path: name, Err: ErrNotFile}
+	case st.Mode().Perm()&0o077 != 0:
+		err = &fs.PathError{Op: "read", Path: name, Err: fmt.Errorf("it must be a file of mode 0600, and has %04o: %w", st.Mode().Perm(), ErrShared)}
+	}
+	if err != nil {
+		_ = f.Close() // read only: nothing to lose
+		return nil, err
+	}
+	return readAll(f, name, most)
+}
+
 func readAll(f *os.File, name string, most int64) ([]byte, error) {
 	defer f.Close() // read only: nothing to lose
 	raw, err := ReadAll(f, most)

@@ -52,6 +52,16 @@ func TestRead(t *testing.T) {
 			t.Errorf("ReadFile(%s) = %q, %v; want %v", c.name, raw, err, c.named)
 		}
 	}
+	must(os.WriteFile(at("shared"), []byte("12345678"), 0o640))
+	must(os.Symlink(at("shared"), at("link-to-shared")))
+	for name, want := range map[string]error{
+		"full": nil, "link": nil, "large": ErrLarge, "shared": ErrShared, "link-to-shared": ErrShared, "missing": fs.ErrNotExist, "dir": ErrNotFile, "pipe": ErrNotFile,
+	} {
+		raw, err := ReadSecret(at(name), 8)
+		if !errors.Is(err, want) || err == nil && string(raw) != "12345678" || err != nil && !strings.Contains(err.Error(), at(name)) {
+			t.Errorf("ReadSecret(%s) = %q, %v; want %v", name, raw, err, want)
+		}
+	}
 	if raw, err := ReadAll(strings.NewReader("123"), 2); string(raw) != "12" || !errors.Is(err, ErrLarge) {
 		t.Errorf("%q, %v", raw, err)
 	}

@@ -171,17 +171,12 @@ func makeMessageKey(dir string) (*evm.Key, error) {
 	return readMessageKey(dir)
 }
 
+const maxMessageKey = 1 << 10 // bytes; it has 64 digits
+
 // readMessageKey refuses a key that others could read. Errors never quote it.
 func readMessageKey(dir string) (*evm.Key, error) {
 	name := messageKeyFile(dir)
-	st, err := os.Lstat(name)
-	if err != nil {
-		return nil, fmt.Errorf("%w: message key: %w", ErrConfig, err)
-	}
-	if !st.Mode().IsRegular() || st.Mode().Perm()&0o077 != 0 {
-		return nil, fmt.Errorf("%w: message key %s has mode %v; it must be a file of mode 0600: others may have read it, so make a new one if you do not know who", ErrConfig, name, st.Mode())
-	}
-	raw, err := os.ReadFile(name)
+	raw, err := durable.ReadSecret(name, maxMessageKey)
 	if err != nil {
 		return nil, fmt.Errorf("%w: message key: %w", ErrConfig, err)
 	}

@@ -104,7 +104,7 @@ func resetLogCommand() *cobra.Command {
 		"that for good, and old proofs stay valid; each proof of the new log shows when it\n" +
 		"began, and the reason. A log can begin anew 16 times."
 	cmd.Flags().StringVar(&reason, "reason", "", "one line that says why, which everybody sees who gets a proof of the new log")
-	cmd.Flags().BoolVar(&force, "force", false, "also where the network sees nothing wrong: its copy or the node was set back to an older state")
+	cmd.Flags().BoolVar(&force, "force", false, "also where the network sees nothing wrong: the node's disk was lost before the network had its last receipts (its journal says receipt-log-behind), or its copy or the node was set back to an older state")
 	_ = cmd.MarkFlagRequired("reason") // fails for a flag that is not there
 	return cmd
 }

@@ -26,6 +26,8 @@ import (
 	"regexp"
 	"strings"
 	"time"
+
+	"github.com/resultity/node/internal/durable"
 )
 
 // ErrAddress says that a text is no address that mail is sent to.
@@ -112,7 +114,7 @@ func NewSender(c Config) (*Sender, error) {
 		s.auth = smtp.PlainAuth("", user, password, host)
 	}
 	if c.CA != "" {
-		pem, err := os.ReadFile(c.CA)
+		pem, err := durable.ReadFile(c.CA, maxCA)
 		if err != nil {
 			return nil, fmt.Errorf("smtp_ca: %w", err)
 		}
@@ -127,15 +129,14 @@ func NewSender(c Config) (*Sender, error) {
 	return s, nil
 }
 
+// Bounds of what the operator names, in bytes.
+const (
+	maxLogin = 4 << 10
+	maxCA    = 1 << 20
+)
+
 func readLogin(name string) (user, password string, err error) {
-	st, err := os.Stat(name)
-	if err != nil {
-		return "", "", err
-	}
-	if !st.Mode().IsRegular() || st.Mode().Perm()&0o077 != 0 || st.Size() > 4<<10 {
-		return "", "", fmt.Errorf("%s must be a small file of mode 0600", name)
-	}
-	raw, err := os.ReadFile(name)
+	raw, err := durable.ReadSecret(name, maxLogin)
 	if err != nil {
 		return "", "", err
 	}

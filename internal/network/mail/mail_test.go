@@ -78,6 +78,8 @@ func TestConfig(t *testing.T) {
 		"one line":        {func(c *Config) { c.Login = file("one", "user", 0o600) }, "smtp_login"},
 		"three lines":     {func(c *Config) { c.Login = file("three", "user\npass\nmore\n", 0o600) }, "smtp_login"},
 		"for everybody":   {func(c *Config) { c.Login = file("open", "user\npass\n", 0o644) }, "smtp_login"},
+		"a long login":    {func(c *Config) { c.Login = file("long", "user\n"+strings.Repeat("p", maxLogin), 0o600) }, "smtp_login"},
+		"a long ca":       {func(c *Config) { c.CA = file("ca", strings.Repeat("\n", maxCA+1), 0o600) }, "smtp_ca"},
 		"no authority":    {func(c *Config) { c.CA = login }, "smtp_ca"},
 		"missing ca":      {func(c *Config) { c.CA = dir + "/none" }, "smtp_ca"},
 	} {
