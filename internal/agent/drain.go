@@ -18,10 +18,12 @@ import (
 // that a restart, an upgrade or a reboot does not take it back.
 func (a *Agent) drainFile() string { return filepath.Join(a.cfg.Paths.State, "drained") }
 
+const maxDrain = 100 // bytes; it holds a time
+
 // recallDrain obeys what the operator said to an earlier process. A file that
 // cannot be read is a drain too: the operator's word counts more than its time.
 func (a *Agent) recallDrain() {
-	raw, err := os.ReadFile(a.drainFile())
+	raw, err := durable.ReadOwn(a.drainFile(), maxDrain)
 	if errors.Is(err, fs.ErrNotExist) {
 		return
 	}

@@ -24,6 +24,7 @@ import (
 	"github.com/resultity/node/internal/deploy"
 	"github.com/resultity/node/internal/determinism"
 	"github.com/resultity/node/internal/digest"
+	"github.com/resultity/node/internal/durable"
 	"github.com/resultity/node/internal/generation"
 	"github.com/resultity/node/internal/hardware"
 	"github.com/resultity/node/internal/identity"
@@ -427,8 +428,11 @@ func sourcesClient(networks []config.Network) (_ *http.Client, ca []byte, err er
 	return client(tls.VersionTLS12, all), ca, nil
 }
 
+// maxNamed bounds a file of authorities, and a network's first root, in bytes.
+const maxNamed = 1 << 20
+
 func addCA(pool *x509.CertPool, n *config.Network) (raw []byte, err error) {
-	if raw, err = os.ReadFile(n.CA); err != nil {
+	if raw, err = durable.ReadFile(n.CA, maxNamed); err != nil {
 		return nil, fmt.Errorf("network.%s.ca: %w", n.Name, err)
 	}
 	if !pool.AppendCertsFromPEM(raw) {

@@ -12,6 +12,7 @@ import (
 	"time"
 
 	"github.com/resultity/node/internal/control"
+	"github.com/resultity/node/internal/durable"
 	"github.com/resultity/node/internal/evm"
 	"github.com/resultity/node/internal/failpoint"
 	"github.com/resultity/node/internal/journal"
@@ -111,7 +112,7 @@ func (m *membership) open() (err error) {
 	if err := m.openBook(filepath.Join(m.dir, "orders.json")); err != nil {
 		return err
 	}
-	root, err := os.ReadFile(m.net.Root)
+	root, err := durable.ReadFile(m.net.Root, maxNamed)
 	if err != nil {
 		return &finalError{journal.ConfigInvalid, fmt.Errorf("network.%s.root: %w; get the network's first root.json from its operator", m.net.Name, err)}
 	}

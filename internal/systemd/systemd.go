@@ -262,6 +262,18 @@ func get[T any](p map[string]any, name string) T {
 	return v
 }
 
+// holds reports whether a file is there and holds text, of which it reads no more.
+func holds(file string, text []byte) (bool, error) {
+	raw, err := durable.ReadOwn(file, int64(len(text)))
+	switch {
+	case err == nil:
+		return bytes.Equal(raw, text), nil
+	case errors.Is(err, fs.ErrNotExist), errors.Is(err, durable.ErrLarge), errors.Is(err, durable.ErrNotFile):
+		return false, nil
+	}
+	return false, err
+}
+
 // Install makes the Quadlet file name in dir hold text and has the manager read
 // it. It reports whether that changed anything; then the service is down.
 //
@@ -272,11 +284,10 @@ func get[T any](p map[string]any, name string) T {
 func (c *Conn) Install(ctx context.Context, dir, name string, text []byte) (changed bool, err error) {
 	file := filepath.Join(dir, name)
 	service := serviceOf(name)
-	old, err := os.ReadFile(file)
-	if err != nil && !errors.Is(err, fs.ErrNotExist) {
+	same, err := holds(file, text)
+	if err != nil {
 		return false, err
 	}
-	same := err == nil && bytes.Equal(old, text)
 	s, err := c.State(ctx, service)
 	if err != nil {
 		return false, err

@@ -3,6 +3,7 @@ package systemd
 import (
 	"errors"
 	"net"
+	"os"
 	"path/filepath"
 	"reflect"
 	"strings"
@@ -50,6 +51,28 @@ func TestDialWithoutBus(t *testing.T) {
 	t.Setenv("DBUS_SESSION_BUS_ADDRESS", "unix:path="+filepath.Join(t.TempDir(), "none"))
 	if _, err := Dial(t.Context()); err == nil || !strings.Contains(err.Error(), "enable-linger") {
 		t.Errorf("got %v", err)
+	}
+}
+
+// What is not the file that was written is written anew, whatever it is.
+func TestHolds(t *testing.T) {
+	dir := t.TempDir()
+	at := func(name string) string { return filepath.Join(dir, name) }
+	for name, text := range map[string]string{"same": "[Unit]\n", "other": "[Unix]\n", "shorter": "[Unit]", "longer": "[Unit]\nx"} {
+		if err := os.WriteFile(at(name), []byte(text), 0o600); err != nil {
+			t.Fatal(err)
+		}
+	}
+	if err := errors.Join(os.Symlink(at("same"), at("link")), os.Mkdir(at("dir"), 0o700)); err != nil {
+		t.Fatal(err)
+	}
+	for _, name := range []string{"same", "other", "shorter", "longer", "link", "dir", "none"} {
+		if got, err := holds(at(name), []byte("[Unit]\n")); got != (name == "same") || err != nil {
+			t.Errorf("%s: %v, %v", name, got, err)
+		}
+	}
+	if _, err := holds(at("same/x"), nil); err == nil {
+		t.Error("what cannot be looked at is as good as absent")
 	}
 }
 
