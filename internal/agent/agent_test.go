@@ -111,6 +111,7 @@ type tufs struct {
 	err   error              // what it answers in its place
 	last  *snapshot.Snapshot // what is kept
 	bad   error              // of what is kept
+	hangs bool               // the network does not answer
 	asked []time.Time
 }
 
@@ -130,6 +131,11 @@ func (f *tufs) Refresh(ctx context.Context) (*snapshot.Snapshot, error) {
 	f.mu.Lock()
 	defer f.mu.Unlock()
 	f.asked = append(f.asked, time.Now())
+	if f.hangs {
+		f.mu.Unlock()
+		<-ctx.Done()
+		f.mu.Lock()
+	}
 	switch {
 	case ctx.Err() != nil:
 		return nil, ctx.Err()

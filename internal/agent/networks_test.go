@@ -767,6 +767,25 @@ func TestFirstStartWithoutTheFirst(t *testing.T) {
 	})
 }
 
+// One that does not even refuse is waited for, and not for ever.
+func TestFirstStartBesideASilentOne(t *testing.T) {
+	dir, m, na, nb := t.TempDir(), deploytest.New(t), deploytest.NewNetwork(t), deploytest.NewNetwork(t)
+	synctest.Test(t, func(t *testing.T) {
+		w := &duo{na: na, nb: nb}
+		w.fixture = buildIn(t, dir, m, mainnet, testnet)
+		w.a, w.b = w.parties[0], w.parties[1]
+		sb := w.publish(w.b, nil)
+		w.a.tuf.hangs = true
+		defer w.run()()
+		pass(firstPatience - time.Second)
+		if state := w.b.heartbeat().Runtime.State; state == active {
+			t.Error("the first network was not waited for")
+		}
+		pass(6 * time.Second)
+		w.is(w.b, active, sb)
+	})
+}
+
 // A network whose part cannot be opened is left out, and said to be.
 func TestOneNetworkCannotBeJoined(t *testing.T) {
 	i := install(t)

@@ -11,6 +11,7 @@ import (
 	"strings"
 	"time"
 
+	"github.com/resultity/node/internal/config"
 	"github.com/resultity/node/internal/control"
 	"github.com/resultity/node/internal/durable"
 	"github.com/resultity/node/internal/evm"
@@ -97,6 +98,15 @@ func (m *membership) damage() *control.Damage {
 // toldLost is how many lost jobs have a record of their own.
 const toldLost = 64
 
+// readRoot reads a network's first root.
+func readRoot(n *config.Network) ([]byte, error) {
+	root, err := durable.ReadFile(n.Root, maxNamed)
+	if err != nil {
+		return nil, &finalError{journal.ConfigInvalid, fmt.Errorf("network.%s.root: %w; get the network's first root.json from its operator", n.Name, err)}
+	}
+	return root, nil
+}
+
 // open opens the rest: the memory of orders, and the way to the network.
 func (m *membership) open() (err error) {
 	m.key = m.on.signer()
@@ -112,9 +122,9 @@ func (m *membership) open() (err error) {
 	if err := m.openBook(filepath.Join(m.dir, "orders.json")); err != nil {
 		return err
 	}
-	root, err := durable.ReadFile(m.net.Root, maxNamed)
+	root, err := readRoot(&m.net)
 	if err != nil {
-		return &finalError{journal.ConfigInvalid, fmt.Errorf("network.%s.root: %w; get the network's first root.json from its operator", m.net.Name, err)}
+		return err
 	}
 	if m.snaps, err = tuf.New(tuf.Config{Dir: filepath.Join(m.dir, "tuf"), URL: m.net.URL + "/tuf", Root: root, Client: m.http, Now: failpoint.Now}); err != nil {
 		return &finalError{journal.ConfigInvalid, fmt.Errorf("network.%s.root: %w", m.net.Name, err)}

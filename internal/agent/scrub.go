@@ -3,6 +3,7 @@ package agent
 import (
 	"context"
 	"errors"
+	"fmt"
 	"io/fs"
 	"log/slog"
 	"path/filepath"
@@ -117,7 +118,7 @@ func (a *Agent) Damaged(_ context.Context, file digest.Digest) error {
 	case a.scrubbed <- file:
 		return nil
 	default:
-		return control.ErrBusy
+		return fmt.Errorf("%w: %d damaged files wait to be looked at; the next scrub finds this one", control.ErrRefused, maxScrubbed)
 	}
 }
 

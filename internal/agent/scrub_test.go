@@ -69,7 +69,7 @@ func TestDamageIsMended(t *testing.T) {
 			t.Errorf("not mended: %+v", f.Models())
 		}
 		f.scrubbed = make(chan digest.Digest) // nobody looks
-		if err := f.Damaged(t.Context(), file); !errors.Is(err, control.ErrBusy) {
+		if err := f.Damaged(t.Context(), file); !errors.Is(err, control.ErrRefused) {
 			t.Errorf("error %v", err)
 		}
 	})

@@ -327,7 +327,7 @@ type Backend interface {
 	// up for a while. It returns when that is ordered.
 	Restart(ctx context.Context) error
 	// Damaged says that a file of a model, by its SHA-256, is damaged on disk. It
-	// returns when that is noted, or fails with [ErrBusy]; the agent looks for
+	// returns when that is noted, or fails with [ErrRefused]; the agent looks for
 	// itself. A note does not outlive the agent, and need not: the damage does, and
 	// the next scrub finds it.
 	Damaged(ctx context.Context, file digest.Digest) error
