@@ -145,12 +145,14 @@ func TestLongOrdersAreBounded(t *testing.T) {
 		f.Message(job(f.board.snapshot())) // for the end of which a restart waits
 		synctest.Wait()
 		<-f.engine.asked
+		kind := wire.OrderRestart
 		for i := range maxLong {
-			if d := f.obey(f.order(networkKey, wire.OrderRestart)); d != nil {
+			if d := f.obey(f.order(networkKey, kind)); d != nil {
 				t.Fatalf("order %d: %+v", i, d)
 			}
+			kind = wire.OrderRevalidate // which waits for the restart
 		}
-		d := f.obey(f.order(networkKey, wire.OrderRestart))
+		d := f.obey(f.order(networkKey, kind))
 		if d == nil || d.Outcome != wire.OutcomeFailed || !strings.Contains(d.Message, fmt.Sprintf("%d other orders", maxLong)) {
 			t.Errorf("one more: %+v", d)
 		} else {
@@ -158,7 +160,7 @@ func TestLongOrdersAreBounded(t *testing.T) {
 		}
 		f.engine.answer <- struct{}{}
 		pass(time.Minute)
-		f.mustObey(wire.OrderRestart)
+		f.mustObey(wire.OrderRevalidate)
 	})
 }
 
