@@ -30,11 +30,7 @@ import (
 //   - What a crash has left half-written is a prompt, too: it goes at the next start.
 //   - What is on the disk is counted, also where it could not be made durable.
 
-// MaxKept bounds how many jobs are kept, and maxKeptBytes the bytes of their files.
-const (
-	MaxKept      = 1000
-	maxKeptBytes = 256 << 20
-)
+const maxKeptBytes = 256 << 20 // of all files, however few jobs that are
 
 // ErrNotKept says that a job is not among those that are kept.
 var ErrNotKept = errors.New("job is not kept")

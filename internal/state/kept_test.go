@@ -119,6 +119,9 @@ func TestKeptGoesWithTheSetting(t *testing.T) {
 
 func TestKeptIsBoundedInBytes(t *testing.T) {
 	k := openKept(t, filepath.Join(t.TempDir(), "replay"), 100)
+	if k.bytes != maxKeptBytes {
+		t.Errorf("%d bytes may be kept", k.bytes)
+	}
 	k.bytes = 10_000
 	for range 20 {
 		keep(t, k, 1000)
