@@ -80,7 +80,7 @@ const maxMessage = 30 << 20
 
 // opTimeout bounds one operation of the store. It is far above what a healthy
 // disk needs; beyond it the caller is better told.
-const opTimeout = 10 * time.Second
+var opTimeout = 10 * time.Second // tests are less patient
 
 // Store is an open store. All methods are safe for concurrent use.
 type Store struct {
