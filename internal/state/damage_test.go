@@ -11,6 +11,7 @@ import (
 	"strings"
 	"syscall"
 	"testing"
+	"time"
 
 	"github.com/resultity/node/internal/wire"
 )
@@ -563,4 +564,19 @@ func FuzzOpen(f *testing.F) {
 			}
 		}
 	})
+}
+
+// A request whose bytes look like the heads of frames does not keep a start busy.
+func TestForgedHeads(t *testing.T) {
+	b := make([]byte, 16<<20)
+	for at := 0; at < len(b); at += 8 {
+		copy(b[at:], number(1<<17)) // a number that may follow, and a length
+	}
+	start := time.Now()
+	if at, found := laterFrame(b, newSalt(), 1); found {
+		t.Errorf("a frame at %d", at)
+	}
+	if took := time.Since(start); took > 10*time.Second {
+		t.Errorf("it took %v to look for frames", took)
+	}
 }

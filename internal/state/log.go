@@ -24,7 +24,7 @@ import (
 //
 //	CRC-32C    4 bytes, of the segment's salt and all that follows
 //	length     4 bytes, of the records
-//	number     8 bytes; it rises by one from frame to frame through all segments
+//	number     8 bytes, xor the salt; it rises by one from frame to frame through all segments
 //	records    kind, length, body; see [kind]
 //
 // A frame is written when the one before it has been synced. So a last frame
@@ -33,7 +33,8 @@ import (
 // In the place of what could not be mended is a frame of one record, [kindLost],
 // with the number of the last frame that was lost. Files are
 // used again: the number and the salt, which is random, tell what an earlier
-// use has left behind from frames, and no request can hold a forged one.
+// use has left behind from frames, and no request can hold a forged one, nor what looks
+// like one up to its checksum: a start that looks for frames would take hours over them.
 const (
 	segmentSize = 2 << 20
 	maxSegment  = 1 << 30 // of one for a single large record
@@ -43,7 +44,7 @@ const (
 	frameAlign  = 8
 
 	magic     = "resjobs\n"
-	version   = 4
+	version   = 5
 	headFixed = len(magic) + 4 + 4 + 4 + 4 // version, CRC of both, CRC and length of the rest
 )
 
@@ -142,9 +143,16 @@ func frameSum(salt uint64, b []byte) uint32 {
 // sealFrame fills the head of b, a frame whose records are in place, and pads it.
 func sealFrame(b []byte, salt, number uint64) []byte {
 	binary.BigEndian.PutUint32(b[4:], uint32(len(b)-frameHead))
-	binary.BigEndian.PutUint64(b[8:], number)
+	putFrameNumber(b, salt, number)
 	binary.BigEndian.PutUint32(b, frameSum(salt, b[4:]))
 	return append(b, make([]byte, aligned(len(b))-len(b))...)
+}
+
+// frameNumber is the number of the frame that b begins with, if it is one.
+func frameNumber(b []byte, salt uint64) uint64 { return binary.BigEndian.Uint64(b[8:]) ^ salt }
+
+func putFrameNumber(b []byte, salt, number uint64) {
+	binary.BigEndian.PutUint64(b[8:], number^salt)
 }
 
 func aligned[T int | int64](n T) T { return (n + frameAlign - 1) &^ (frameAlign - 1) }
@@ -162,14 +170,14 @@ func readFrame(b []byte, salt uint64) (payload []byte, number uint64, ok bool) {
 	if frameSum(salt, b[4:end]) != binary.BigEndian.Uint32(b) {
 		return nil, 0, false
 	}
-	return b[frameHead:end:end], binary.BigEndian.Uint64(b[8:]), true
+	return b[frameHead:end:end], frameNumber(b, salt), true
 }
 
 // laterFrame finds a frame in b that was written after the one of this number.
 func laterFrame(b []byte, salt, number uint64) (at int, found bool) {
 	most := number + uint64(len(b)/frameHead) + 1
 	for at := 0; at+frameHead <= len(b); at += frameAlign {
-		if n := binary.BigEndian.Uint64(b[at+8:]); n <= number || n > most {
+		if n := frameNumber(b[at:], salt); n <= number || n > most {
 			continue
 		}
 		if _, _, ok := readFrame(b[at:], salt); ok {

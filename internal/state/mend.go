@@ -44,12 +44,12 @@ func mendFrame(b []byte, salt, want uint64) int {
 		b[at] ^= by
 		return 0
 	}
-	if was := binary.BigEndian.Uint64(b[8:]); was != want {
-		binary.BigEndian.PutUint64(b[8:], want)
+	if was := frameNumber(b, salt); was != want {
+		putFrameNumber(b, salt, want)
 		if n := try(0, 0); n > 0 {
 			return n
 		}
-		binary.BigEndian.PutUint64(b[8:], was)
+		putFrameNumber(b, salt, was)
 		return 0
 	}
 	if n := int64(binary.BigEndian.Uint32(b[4:])); n <= int64(len(b)-frameHead) {

@@ -293,7 +293,7 @@ func (r *replay) read(g *segment, b []byte, behind uint64) error {
 		rest := b[at.end:]
 		if n, found := laterFrame(rest[min(frameAlign, len(rest)):], g.Salt, at.next); found {
 			rest = rest[:frameAlign+n]
-			lost.last = fromNumber(b[at.end+int64(len(rest))+8:]) - 1
+			lost.last = frameNumber(b[at.end+int64(len(rest)):], g.Salt) - 1
 		} else if behind > at.next {
 			lost.last, lost.tail = behind-1, true
 		} else {
