@@ -150,8 +150,9 @@ func Open(path, network string, node evm.Address, now func() time.Time) (*Book, 
 		}
 		stale = err2 != nil || !reflect.DeepEqual(second, m) // a kill came before it was written
 	}
+	_, aside := os.Lstat(path + lostSuffix)
 	switch {
-	case errors.Is(err, fs.ErrNotExist) && none:
+	case errors.Is(err, fs.ErrNotExist) && none && errors.Is(aside, fs.ErrNotExist): // else a start ended behind the renaming below
 		b.damage = Whole // there was none
 		return b, nil
 	case errors.Is(err, errDamaged), errors.Is(err, fs.ErrNotExist):
@@ -203,7 +204,8 @@ func read(name string) (*memory, error) {
 	return m, nil
 }
 
-// write makes m the memory. On an error the old one stays.
+// write makes m the memory. On an error the old one stays, until the next start, which may
+// find the new one.
 func (b *Book) write(m memory) error {
 	text, err := json.Marshal(m)
 	if err != nil {

@@ -311,6 +311,25 @@ func TestDamagedMemory(t *testing.T) {
 	}
 }
 
+// A kill while the memory is begun anew does not make it one that never had an order.
+func TestLossIsNotForgotten(t *testing.T) {
+	w := newWorld(t)
+	old := w.directive(wire.OrderDrain)
+	w.carryOut(w.open(), old)
+	// There was no second copy, and the first, damaged, has been moved away.
+	if err := errors.Join(os.Remove(w.path+copySuffix), os.Rename(w.path, w.path+lostSuffix)); err != nil {
+		t.Fatal(err)
+	}
+	b := w.open()
+	_, _, err := b.Begin(w.order(w.key, old), w.trusted)
+	if r := new(Refusal); b.Damage() != Lost || !errors.As(err, &r) || r.Code != forgotten {
+		t.Errorf("damage %d; an order of before: %v", b.Damage(), err)
+	}
+	if b = w.open(); b.Damage() != Whole {
+		t.Errorf("damage %d at the next start", b.Damage())
+	}
+}
+
 // What cannot be written down is not begun.
 func TestFullDisk(t *testing.T) {
 	w := newWorld(t)
