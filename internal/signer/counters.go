@@ -177,14 +177,13 @@ func (c *Counters) parse(raw []byte) error {
 			c.turn, c.now = turn, v
 		}
 	}
-	if newest := c.turn + 1; whole == 1 && newest > 2 { // the first write leaves a slot empty
-		b := slots[newest%2]
+	newest := c.turn + 1
+	if b := slots[newest%2]; whole == 1 && (newest > 2 || !bytes.Equal(b, make([]byte, slotSize))) { // the first write leaves a slot empty
 		switch turn, v := mendSlot(b, newest); turn {
-		case newest:
+		case 0:
+			c.now = c.now.Takeover() // which may be what was written
+		case newest: // else it was the older one
 			c.turn, c.now, c.mended = turn, v, b
-		case newest - 2: // it was the older one
-		default:
-			c.now = c.now.behind()
 		}
 	}
 	if c.turn == 0 {
@@ -229,16 +228,6 @@ func mendSlot(b []byte, newest uint64) (uint64, Counts) {
 		}
 	}
 	return 0, Counts{}
-}
-
-// behind returns counts that are behind those of one more write.
-func (v Counts) behind() Counts {
-	v = v.clone()
-	v.Starts++
-	for name := range v.Networks {
-		v.Networks[name]++
-	}
-	return v
 }
 
 func formatSlot(turn uint64, v Counts) ([]byte, error) {
