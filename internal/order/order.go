@@ -37,6 +37,7 @@ const (
 	maxFile    = 1 << 20            // bytes
 	grace      = 10 * time.Minute   // a clock may have been set back by as much
 	untold     = 7 * 24 * time.Hour // after its expiry, an outcome that nobody asks for is forgotten
+	behind     = 10 * time.Second   // by how much this clock may be behind the network's, both set by the same time
 )
 
 // MaxRestarts is how many restarts of the runtime a network may order within
@@ -117,7 +118,7 @@ type memory struct {
 	Turned   int64   `json:"turned"`   // when the last drain or resume was issued, Unix milliseconds
 	Penalty  *Entry  `json:"penalty"`  // the last one
 	Restarts []int64 `json:"restarts"` // when the last ones were begun, Unix milliseconds of this node's clock
-	Lost     int64   `json:"lost"`     // when the memory of before was lost, Unix milliseconds; 0 for never
+	Lost     int64   `json:"lost"`     // what was issued up to then may have been in a memory that was lost, Unix milliseconds
 }
 
 // Book is the memory of one node in one network. Safe for concurrent use; calls
@@ -160,7 +161,7 @@ func Open(path, network string, node evm.Address, now func() time.Time) (*Book, 
 		if err := os.Rename(path, path+lostSuffix); err != nil && !errors.Is(err, fs.ErrNotExist) {
 			return nil, err
 		}
-		return b, b.write(memory{Lost: now().UnixMilli(), Turned: now().UnixMilli()})
+		return b, b.write(memory{Lost: now().Add(behind).UnixMilli()})
 	case err != nil:
 		return nil, err
 	}
@@ -246,6 +247,9 @@ func (b *Book) Begin(o *wire.Order, trusted func(evm.Address) bool) (e Entry, kn
 	if i := b.find(d.ID); i >= 0 {
 		return b.m.Entries[i], true, nil
 	}
+	// A clock that was ahead when the memory was lost would have the node refuse orders
+	// until that time. It is right now that a network gives one.
+	b.m.Lost = min(b.m.Lost, now.Add(behind).UnixMilli())
 	turn := d.Kind == wire.OrderDrain || d.Kind == wire.OrderResume
 	switch {
 	case d.Issued <= b.m.Lost:

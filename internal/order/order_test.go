@@ -391,3 +391,32 @@ func FuzzOpen(f *testing.F) {
 		}
 	})
 }
+
+// A clock that was ahead when the memory was lost keeps no order out for longer than
+// until it is right; and one that is a little behind lets none in that was issued before.
+func TestLostByAWrongClock(t *testing.T) {
+	for what, off := range map[string]time.Duration{"ahead": 10 * 365 * 24 * time.Hour, "behind": -5 * time.Second} {
+		w := newWorld(t)
+		old := w.directive(wire.OrderDrain)
+		w.carryOut(w.open(), old)
+		for _, name := range []string{w.path, w.path + copySuffix} {
+			if err := os.WriteFile(name, []byte("x"), 0o600); err != nil {
+				t.Fatal(err)
+			}
+		}
+		right := w.now
+		w.now = right.Add(off)
+		b := w.open()
+		if b.Damage() != Lost {
+			t.Fatalf("%s: damage %d", what, b.Damage())
+		}
+		w.now = right.Add(time.Second)
+		if _, _, err := b.Begin(w.order(w.key, old), w.trusted); !errors.As(err, new(*Refusal)) {
+			t.Errorf("%s: an order of before: %v", what, err)
+		}
+		w.now = right.Add(2 * behind)
+		w.carryOut(b, w.directive(wire.OrderDrain))
+		w.now = w.now.Add(time.Second)
+		w.carryOut(w.open(), w.directive(wire.OrderResume))
+	}
+}
