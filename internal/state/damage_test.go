@@ -580,3 +580,70 @@ func TestForgedHeads(t *testing.T) {
 		t.Errorf("it took %v to look for frames", took)
 	}
 }
+
+// A clock that was wrong when something was found lost keeps no job out for longer than
+// until it is right, and lets none in that was made before.
+func TestBlindByAWrongClock(t *testing.T) {
+	for what, off := range map[string]time.Duration{"ahead": 10 * 365 * 24 * time.Hour, "behind": -10 * 365 * 24 * time.Hour} {
+		d, _ := several(t, true, 4)
+		d = image(d.files())
+		delete(d.names, logs(d.files())[1])
+		d.settle()
+		clock := now().Add(off)
+		load := func() *Store {
+			t.Helper()
+			s, err := loadWith(d, Bounds{}, func() time.Time { return clock }, small, modelLeaf)
+			if err != nil {
+				t.Fatal(err)
+			}
+			return s
+		}
+		s := load()
+		if s.Salvage() == nil || s.Salvage().Blind.IsZero() {
+			t.Fatalf("%s: %+v", what, s.Salvage())
+		}
+		clock = now()
+		old, fresh := newJob(10), newJob(10)
+		old.Created, fresh.Created = clock.Unix(), clock.Add(time.Minute).Unix()
+		for round := range 3 {
+			accept(t, s, old, Forgotten)
+			if round == 0 {
+				accept(t, s, fresh, New)
+			} else {
+				accept(t, s, fresh, Running)
+			}
+			if err := s.Close(); err != nil {
+				t.Fatal(err)
+			}
+			clock = clock.Add(time.Minute)
+			s = load()
+		}
+		next := newJob(10) // made in the minutes since: no start is another loss
+		next.Created = fresh.Created
+		accept(t, s, next, New)
+		abandon(s)
+	}
+}
+
+// A name that cannot be changed on a full disk is no reason not to start.
+func TestNoRoomForAName(t *testing.T) {
+	d, m := several(t, true, 4)
+	d = image(d.files())
+	names := logs(d.files())
+	last := d.names[names[len(names)-1]].now
+	last[0]++
+	last[headCopy]++
+	d.settle()
+	d.fail = func(_ int, op string) error {
+		if op == "rename" && d.names[names[len(names)-1]] != nil {
+			return errNoSpace
+		}
+		return nil
+	}
+	s, err := modelLoad(d, Bounds{})
+	if err != nil {
+		t.Fatal(err)
+	}
+	m.damaged(s)
+	abandon(s)
+}

@@ -80,6 +80,7 @@ type replay struct {
 
 	results, settled []item
 	again            []item // of settled, those that are nowhere any more
+	latest           int64  // time of a record, Unix milliseconds
 	tree             treeReader
 	oldest           uint64
 	raised           bool // the oldest is not what the log says
@@ -151,7 +152,7 @@ func (s *Store) replay(numbers []uint64, pending []string) (*replay, error) {
 		}
 		s.lastResult, s.lastSettled = max(s.lastResult, g.Results), max(s.lastSettled, g.Settled)
 		s.forgotten, r.oldest = max(s.forgotten, g.Forgotten), max(r.oldest, g.Oldest)
-		s.blind = max(s.blind, g.Blind)
+		s.blind = g.Blind
 		s.registered, r.tree.acked = g.Registered, g.Acked
 		behind := uint64(0)
 		if i+1 < len(s.segments) && s.segments[i+1].f != nil {
@@ -325,18 +326,20 @@ func (r *replay) apply(g *segment, k kind, at int64, body []byte) {
 		e := text(jobPrefix)
 		e.state = Running
 		s.jobs[receipt.JobID(body)] = e
+		r.latest = max(r.latest, textTime(body[jobPrefix:]))
 	case kindResult:
 		e := text(resultPrefix)
 		e.state, e.num, e.receipt = Done, fromNumber(body[idSize:]), body[resultPrefix-1] == 1
 		s.jobs[receipt.JobID(body)] = e
 		s.lastResult = max(s.lastResult, e.num)
-		r.results = append(r.results, item{receipt.JobID(body), e.num, textTime(body[resultPrefix:])})
+		i := item{receipt.JobID(body), e.num, textTime(body[resultPrefix:])}
+		r.results, r.latest = append(r.results, i), max(r.latest, i.time)
 	case kindSettled:
 		for ; len(body) > 0; body = body[itemSize:] {
 			i := readItem(body)
 			s.jobs[i.id] = entry{state: Settled, num: i.num, seg: g.Number}
 			s.lastSettled = max(s.lastSettled, i.num)
-			r.settled = append(r.settled, i)
+			r.settled, r.latest = append(r.settled, i), max(r.latest, i.time)
 		}
 	case kindDropped:
 		for ; len(body) > 0; body = body[idSize:] {
@@ -351,7 +354,7 @@ func (r *replay) apply(g *segment, k kind, at int64, body []byte) {
 	case kindOldest:
 		r.oldest = max(r.oldest, fromNumber(body))
 	case kindBlind:
-		s.blind = max(s.blind, int64(fromNumber(body)))
+		s.blind = int64(fromNumber(body))
 	case kindRegistered:
 		is := new(wire.Registered)
 		_ = json.Unmarshal(body, is) // it is well made
@@ -457,6 +460,8 @@ func (r *replay) recover(lost *region, frame uint64) {
 			}
 		case kindRegistered:
 			r.apply(lost.g, c.k, 0, c.body)
+		case kindBlind: // until when is not known any more
+			r.unsure = true
 		}
 	}
 }
@@ -551,8 +556,9 @@ func (r *replay) doubt() {
 		}
 	}
 	if len(r.blind) > 0 || r.unsure {
-		r.found.Blind = now
-		s.blind = max(s.blind, now.Add(blindFor).UnixMilli())
+		// A clock without a battery begins anew.
+		r.found.Blind = later(now, time.UnixMilli(r.latest))
+		s.blind = max(s.blind, r.found.Blind.Add(blindFor).UnixMilli())
 	}
 }
 
@@ -578,9 +584,12 @@ func (s *Store) setAside(r *replay, aside []string) error {
 		to := name
 		if n > s.lastSegment() { // else it is seen that it is missing
 			to += pendingSuffix
+		}
+		e := s.disk.rename(segmentName(n), to)
+		if e == nil && to != name {
 			r.pending = append(r.pending, to)
 		}
-		done(name, s.disk.rename(segmentName(n), to))
+		done(name, e)
 	}
 	for _, lost := range r.regions {
 		name := asideName(now, lost.g.Number, lost.at)
@@ -817,6 +826,22 @@ func (s *Store) repair(r *replay) error {
 	return nil
 }
 
+func later(a, b time.Time) time.Time {
+	if a.After(b) {
+		return a
+	}
+	return b
+}
+
 // forgot reports whether a job that is not known may have been known when something of the
-// log was lost that cannot be named.
-func (s *Store) forgot(j *wire.Job) bool { return j.Created*1000 <= s.blind }
+// log was lost that cannot be named. That was before now: a clock that was ahead then would
+// have the node refuse jobs until that time, and is right now that a job comes. The caller
+// holds mu.
+func (s *Store) forgot(j *wire.Job) bool {
+	if most := s.now().Add(blindFor).UnixMilli(); s.blind > most {
+		s.blind = most
+		s.acks = append(s.acks, verdict{kindBlind, item{num: uint64(most)}})
+		s.writeLater()
+	}
+	return j.Created*1000 <= s.blind
+}

@@ -191,7 +191,7 @@ type entry struct {
 
 // verdict is a record about acknowledgements.
 type verdict struct {
-	kind kind // settled, dropped, forget
+	kind kind // settled, dropped, forget, acked, blind
 	item
 }
 
@@ -536,7 +536,7 @@ func (b *batch) putAcks() error {
 				body = appendItem(body, a.item)
 			case kindDropped:
 				body = append(body, a.id[:]...)
-			case kindForget, kindAcked: // the last one is for all
+			case kindForget, kindAcked, kindBlind: // the last one is for all
 				body = number(a.num)
 			}
 			n++
