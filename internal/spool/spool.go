@@ -188,7 +188,8 @@ func (s *Spool) readSegments() (err error) {
 }
 
 // scan passes the whole records of a segment to f, with the offset at which each
-// ends, until f returns false or a record is not whole. Positions rise.
+// ends, until f returns false. Positions rise. What is no whole record is passed over:
+// a damaged one takes none with it that is behind it.
 func (s *Spool) scan(first uint64, f func(n uint64, line []byte, end int64) bool) error {
 	file, err := os.Open(s.path(first))
 	if err != nil {
@@ -197,21 +198,26 @@ func (s *Spool) scan(first uint64, f func(n uint64, line []byte, end int64) bool
 	defer file.Close() // read only: nothing to lose
 	r := bufio.NewReaderSize(io.LimitReader(file, 2*segmentSize), maxLine)
 	last, end := uint64(0), int64(0)
+	within := false // a line that is longer than any of ours
 	for {
 		raw, err := r.ReadSlice('\n')
-		if err != nil { // the end, or a line that none of ours has
+		end += int64(len(raw))
+		long := errors.Is(err, bufio.ErrBufferFull)
+		if err != nil && !long {
 			return nil
 		}
-		end += int64(len(raw))
+		if within, long = long, within || long; long {
+			continue
+		}
 		line, ok := decode(raw)
 		if !ok {
-			return nil
+			continue
 		}
 		var head struct {
 			Position uint64 `json:"n"`
 		}
 		if json.Unmarshal(line, &head) != nil || head.Position <= last || head.Position < first || head.Position >= 1<<53 {
-			return nil
+			continue
 		}
 		last = head.Position
 		if !f(last, line, end) {

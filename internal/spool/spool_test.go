@@ -348,6 +348,52 @@ func TestDamage(t *testing.T) {
 	}
 }
 
+// Damage takes the record that it is in, and none behind it.
+func TestDamageWithin(t *testing.T) {
+	for name, c := range map[string]struct {
+		damage func(lines [][]byte)
+		lost   int
+	}{
+		"a bit":           {func(lines [][]byte) { lines[3][20] ^= 1 }, 1},
+		"of a checksum":   {func(lines [][]byte) { lines[3][0] ^= 1 }, 1},
+		"the end of line": {func(lines [][]byte) { lines[3][len(lines[3])-1] ^= 1 }, 2},
+		"zeros":           {func(lines [][]byte) { clear(lines[3]); clear(lines[4]) }, 3},
+		"a long line":     {func(lines [][]byte) { lines[3] = append(bytes.Repeat([]byte("x"), 3*maxLine), lines[3]...) }, 1},
+		"the first":       {func(lines [][]byte) { lines[0][20] ^= 1 }, 1},
+		"another's place": {func(lines [][]byte) { lines[3] = lines[2] }, 1},
+	} {
+		t.Run(name, func(t *testing.T) {
+			dir := t.TempDir()
+			s := open(t, dir)
+			for i := range 10 {
+				slog.New(s.Handler(slog.LevelInfo)).Info("x", "count", i)
+			}
+			if err := s.Close(); err != nil {
+				t.Fatal(err)
+			}
+			raw, err := os.ReadFile(s.path(1))
+			if err != nil {
+				t.Fatal(err)
+			}
+			var lines [][]byte
+			for line := range bytes.Lines(raw) {
+				lines = append(lines, bytes.Clone(line))
+			}
+			c.damage(lines)
+			if err := os.WriteFile(s.path(1), bytes.Join(lines, nil), 0o600); err != nil {
+				t.Fatal(err)
+			}
+			s = open(t, dir)
+			if last := s.Stats().Last; last != 10 {
+				t.Errorf("the last is %d", last)
+			}
+			if _, records := next(t, s, 64<<10); len(records) != 10-c.lost {
+				t.Errorf("%d records are there, want %d", len(records), 10-c.lost)
+			}
+		})
+	}
+}
+
 // A disk that takes nothing holds up nobody, and costs only what it did not take.
 func TestFullDisk(t *testing.T) {
 	s := open(t, t.TempDir())
