@@ -3,12 +3,16 @@ package book
 import (
 	"errors"
 	"fmt"
+	"io/fs"
 	"os"
 	"path/filepath"
+	"slices"
+	"syscall"
 	"testing"
 
 	"github.com/resultity/node/internal/bridge/contract"
 	"github.com/resultity/node/internal/digest"
+	"github.com/resultity/node/internal/durable"
 	"github.com/resultity/node/internal/evm"
 	"github.com/resultity/node/internal/sandbox/record"
 )
@@ -152,5 +156,35 @@ func TestOthers(t *testing.T) {
 	}
 	if entries, err := os.ReadDir(dir); err != nil || len(entries) != 1 {
 		t.Errorf("%v (%v), want one file", entries, err)
+	}
+}
+
+// A record that cannot be read now is not removed: a receipt may name it.
+func TestUnreadable(t *testing.T) {
+	key, dir := newKey(t), t.TempDir()
+	b := open(t, dir, key)
+	put(t, b, made(t, key, 1))
+	put(t, b, made(t, key, 2))
+	defer func() { readFile = durable.ReadOwn }()
+	bad := filepath.Join(dir, name(b.Newest().Digest()))
+	for _, failed := range []error{syscall.EIO, syscall.EMFILE, syscall.EACCES} {
+		readFile = func(path string, most int64) ([]byte, error) {
+			if path == bad {
+				return nil, &fs.PathError{Op: "read", Path: path, Err: failed}
+			}
+			return durable.ReadOwn(path, most)
+		}
+		b, err := Open(dir, "testnet", key.Address())
+		if failed == syscall.EIO {
+			if err != nil || !slices.Equal(times(b), []int64{1}) {
+				t.Errorf("%v: %v", failed, err)
+			}
+		} else if !errors.Is(err, failed) {
+			t.Errorf("%v: %v", failed, err)
+		}
+		readFile = durable.ReadOwn
+		if got := times(open(t, dir, key)); !slices.Equal(got, []int64{1, 2}) {
+			t.Errorf("after %v: %v", failed, got)
+		}
 	}
 }
