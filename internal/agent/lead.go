@@ -253,6 +253,9 @@ func (u *updater) mayShare(s *snapshot.Snapshot) bool {
 func (u *updater) share(ctx context.Context, v *generation.View) {
 	for _, m := range u.members {
 		s := m.board.snapshot()
+		if j := u.joining[m]; j != nil && (s == nil || m.leaving.Load() || s.Digest() != j.plan.plan.Snapshot().Digest()) {
+			j.end() // and gives the slot back: it is of what should not be any more
+		}
 		switch st := u.standing[m]; {
 		case s == nil || m.leaving.Load() || ctx.Err() != nil:
 		case m == u.owner():
@@ -310,10 +313,7 @@ func (j *joining) end() {
 // join begins to let a network's jobs to the runtime that another one has brought up:
 // it has the network's own golden requests put to it, beside the update loop.
 func (u *updater) join(ctx context.Context, v *generation.View, m *membership, s *snapshot.Snapshot) {
-	if j := u.joining[m]; j != nil {
-		if j.plan.plan.Snapshot().Digest() != s.Digest() {
-			j.end()
-		}
+	if u.joining[m] != nil {
 		return
 	}
 	p, lead := u.plans[s.Digest()], u.plans[u.active.Snapshot().Digest()]

@@ -1,6 +1,7 @@
 package agent
 
 import (
+	"context"
 	"errors"
 	"maps"
 	"strings"
@@ -664,10 +665,24 @@ func TestSlowValidationHoldsUpNobody(t *testing.T) {
 		pass(5 * time.Second)
 		w.b.drop()
 		w.is(w.b, active, sb)
-		// Nor does it keep the agent from ending.
+		// So does one that asks for another runtime, and the slot is free at once.
 		slow()
 		w.publish(w.b, map[string]any{"limits.tokens": 55})
 		pass(time.Second)
+		w.publish(w.b, map[string]any{"runtime.image": deploytest.Image(5)})
+		pass(time.Second)
+		ctx, cancel := context.WithTimeout(t.Context(), time.Second)
+		release, err := w.slots.HoldAll(ctx, 1)
+		if cancel(); err != nil {
+			t.Fatalf("a validation that nobody wants goes on: %v", err)
+		}
+		release()
+		w.b.drop()
+		w.is(w.b, standby, nil)
+		// Nor does it keep the agent from ending.
+		slow()
+		w.publish(w.b, map[string]any{"limits.tokens": 56, "runtime.image": sa.Config().Runtime.Image.String()})
+		pass(5 * time.Second)
 		if asked.Load() != 1 {
 			t.Errorf("%d golden requests", asked.Load())
 		}
