@@ -329,8 +329,8 @@ func Secrets(named, own []string) ([][]byte, error) {
 // read reads a regular file of at most so many bytes. Nothing else is even opened,
 // which may do something: root reads here what stands in the account's directories,
 // and a link there may lead to a device. Links are followed only if they may be.
-// who, if there is one, looks at the file that was found.
-func read(name string, most int64, links bool, who func(*unix.Stat_t) error) ([]byte, error) {
+// who, if there is one, looks at the file that was found, and where that is.
+func read(name string, most int64, links bool, who func(at string, st *unix.Stat_t) error) ([]byte, error) {
 	fail := func(err error) ([]byte, error) { return nil, &fs.PathError{Op: "read", Path: name, Err: err} }
 	flags := unix.O_PATH | unix.O_CLOEXEC
 	if !links {
@@ -349,12 +349,17 @@ func read(name string, most int64, links bool, who func(*unix.Stat_t) error) ([]
 	if st.Mode&unix.S_IFMT != unix.S_IFREG {
 		return fail(durable.ErrNotFile)
 	}
+	self := fmt.Sprintf("/proc/self/fd/%d", fd)
 	if who != nil {
-		if err := who(&st); err != nil {
+		at, err := os.Readlink(self)
+		if err == nil {
+			err = who(at, &st)
+		}
+		if err != nil {
 			return fail(err)
 		}
 	}
-	f, err := os.Open(fmt.Sprintf("/proc/self/fd/%d", fd))
+	f, err := os.Open(self)
 	if err != nil {
 		return fail(err)
 	}
@@ -369,11 +374,22 @@ func read(name string, most int64, links bool, who func(*unix.Stat_t) error) ([]
 // errNotShown says that a file is for others than the node's account.
 var errNotShown = errors.New("neither the account's nor for everybody to read")
 
-// readable refuses what an account could not read either.
-func readable(account int) func(*unix.Stat_t) error {
-	return func(st *unix.Stat_t) error {
+// readable refuses what an account could not read either: a file that is for others, or
+// one that is for everybody in a directory that is for others.
+func readable(account int) func(string, *unix.Stat_t) error {
+	return func(at string, st *unix.Stat_t) error {
 		if int(st.Uid) != account && st.Mode&0o004 == 0 {
 			return errNotShown
+		}
+		for at != "/" {
+			at = filepath.Dir(at)
+			var dir unix.Stat_t
+			if err := unix.Stat(at, &dir); err != nil {
+				return err
+			}
+			if int(dir.Uid) != account && dir.Mode&0o001 == 0 {
+				return errNotShown
+			}
 		}
 		return nil
 	}

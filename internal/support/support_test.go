@@ -136,17 +136,20 @@ func TestRead(t *testing.T) {
 // The account names unit files to root. It is shown none that it could not read.
 func TestUnitsOfTheAccount(t *testing.T) {
 	dir, me := t.TempDir(), os.Getuid()
+	if err := errors.Join(os.Chmod(filepath.Dir(dir), 0o755), os.Mkdir(filepath.Join(dir, "closed"), 0o700)); err != nil { // the former is the test's alone, too
+		t.Fatal(err)
+	}
 	at := func(name string) string { return filepath.Join(dir, name) }
-	for name, mode := range map[string]os.FileMode{"own.service": 0o600, "open.service": 0o644} {
+	for name, mode := range map[string]os.FileMode{"own.service": 0o600, "open.service": 0o644, "closed/open.service": 0o644} {
 		if err := os.WriteFile(at(name), []byte("[Unit]\nDescription=it is "+name+"\n"), mode); err != nil {
 			t.Fatal(err)
 		}
-		if err := os.Symlink(at(name), at("link-to-"+name)); err != nil {
+		if err := os.Symlink(at(name), at("link-to-"+strings.ReplaceAll(name, "/", "-"))); err != nil {
 			t.Fatal(err)
 		}
 	}
-	for account, shown := range map[int]string{me: "own.service link-to-own.service open.service link-to-open.service", me + 1: "open.service link-to-open.service"} {
-		for _, name := range []string{"own.service", "link-to-own.service", "open.service", "link-to-open.service"} {
+	for account, shown := range map[int]string{me: "own.service link-to-own.service open.service link-to-open.service closed/open.service link-to-closed-open.service", me + 1: "open.service link-to-open.service"} {
+		for _, name := range []string{"own.service", "link-to-own.service", "open.service", "link-to-open.service", "closed/open.service", "link-to-closed-open.service"} {
 			var a Archive
 			a.Units("u", []string{at(name)}, account)
 			got, want := strings.Contains(string(a.files[0].data), "it is"), slices.Contains(strings.Fields(shown), name)
