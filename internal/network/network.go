@@ -147,7 +147,7 @@ func Run(ctx context.Context, cfg Config, log *slog.Logger) (err error) {
 		return err
 	}
 	front, _ := parseProxies(cfg.TrustedProxies) // has been checked
-	listener = newCrowd(listener, cfg.MaxConnections, front, s.metrics.Crowded, log)
+	listener = newCrowd(listener, cfg.MaxConnections, front, s.metrics.Crowded, log.With("of", "clients and nodes"))
 	if tlsConfig != nil {
 		listener = tls.NewListener(listener, tlsConfig)
 	}
@@ -158,14 +158,14 @@ func Run(ctx context.Context, cfg Config, log *slog.Logger) (err error) {
 			return err
 		}
 		defer watched.Close() // likewise
-		watched = newCrowd(watched, maxWatchers, nil, s.metrics.Crowded, log)
+		watched = newCrowd(watched, maxWatchers, nil, s.metrics.Crowded, log.With("of", "metrics"))
 	}
 	admin, err := s.listenAdmin()
 	if err != nil {
 		return err
 	}
 	defer admin.Close() // likewise
-	admin = newCrowd(admin, maxCommands, nil, s.metrics.Crowded, log)
+	admin = newCrowd(admin, maxCommands, nil, s.metrics.Crowded, log.With("of", "commands"))
 	err = s.serve(ctx, listener, watched, admin)
 	if stuck := context.Cause(ctx); err == nil && errors.Is(stuck, store.ErrFailed) {
 		return stuck // and is started anew
