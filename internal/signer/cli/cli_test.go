@@ -12,6 +12,7 @@ import (
 	"slices"
 	"strings"
 	"sync"
+	"syscall"
 	"testing"
 
 	"github.com/ethereum/go-ethereum/accounts/keystore"
@@ -191,6 +192,42 @@ func TestErase(t *testing.T) {
 	}
 	if err := erase(filepath.Join(t.TempDir(), "none")); err != nil {
 		t.Errorf("nothing there: %v", err)
+	}
+}
+
+// The account that has the directory does not get root to overwrite other files, or to
+// wait.
+func TestEraseTouchesNothingElse(t *testing.T) {
+	for name, lay := range map[string]func(dir, other string) error{
+		"a link to a directory": func(dir, other string) error { return os.Symlink(filepath.Dir(other), dir) },
+		"a link": func(dir, other string) error {
+			return errors.Join(os.Mkdir(dir, 0o700), os.Symlink(other, filepath.Join(dir, "key.json")))
+		},
+		"a hard link": func(dir, other string) error {
+			return errors.Join(os.Mkdir(dir, 0o700), os.Link(other, filepath.Join(dir, "key.json")))
+		},
+		"a pipe": func(dir, _ string) error {
+			return errors.Join(os.Mkdir(dir, 0o700), syscall.Mkfifo(filepath.Join(dir, "key.json"), 0o600))
+		},
+	} {
+		t.Run(name, func(t *testing.T) {
+			other := filepath.Join(t.TempDir(), "key.json")
+			if err := os.WriteFile(other, []byte("root's"), 0o600); err != nil {
+				t.Fatal(err)
+			}
+			dir := filepath.Join(t.TempDir(), "id")
+			if err := lay(dir, other); err != nil {
+				t.Fatal(err)
+			}
+			err := erase(dir)
+			t.Logf("expected: an error, and the file of others as it was; got: %v", err)
+			if err == nil {
+				t.Error("it was erased")
+			}
+			if b, err := os.ReadFile(other); err != nil || string(b) != "root's" {
+				t.Errorf("%q, %v", b, err)
+			}
+		})
 	}
 }
 

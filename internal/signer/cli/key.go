@@ -272,34 +272,58 @@ func (c *command) migrate(ctx context.Context) (err error) {
 
 // erase takes the key, its passphrase and its counters out of the agent's reach,
 // then overwrites and removes them. What a disk or a file system keeps of old
-// blocks is beyond it.
+// blocks is beyond it. The directory is the account's, which gets root to touch nothing
+// outside of the one that it is in.
 func erase(dir string) error {
-	for _, name := range []string{"key.json", "passphrase", countersFile} {
-		name = filepath.Join(dir, name)
-		gone := name + ".erased"
-		if err := os.Rename(name, gone); err != nil && !errors.Is(err, fs.ErrNotExist) {
-			return err
-		}
-		f, err := os.OpenFile(gone, os.O_WRONLY|syscall.O_NOFOLLOW, 0)
-		if errors.Is(err, fs.ErrNotExist) {
-			continue
-		}
-		if err != nil {
-			return err
-		}
-		st, err := f.Stat()
-		if err == nil {
-			_, err = f.WriteAt(make([]byte, min(st.Size(), maxBackup)), 0)
-		}
-		if err := errors.Join(err, f.Sync(), f.Close(), os.Remove(gone)); err != nil {
-			return err
-		}
-	}
-	err := durable.SyncDir(dir)
+	parent, err := os.OpenRoot(filepath.Dir(dir))
 	if errors.Is(err, fs.ErrNotExist) {
 		return nil
 	}
-	return err
+	if err != nil {
+		return err
+	}
+	defer parent.Close() // what was done through it is synced
+	root, err := parent.OpenRoot(filepath.Base(dir))
+	if errors.Is(err, fs.ErrNotExist) {
+		return nil
+	}
+	if err != nil {
+		return fmt.Errorf("erase %s: %w", dir, err)
+	}
+	defer root.Close() // likewise
+	for _, name := range []string{"key.json", "passphrase", countersFile} {
+		if err := eraseFile(root, name); err != nil {
+			return fmt.Errorf("erase %s: %w", filepath.Join(dir, name), err)
+		}
+	}
+	d, err := root.Open(".")
+	if err != nil {
+		return err
+	}
+	return errors.Join(d.Sync(), d.Close())
+}
+
+func eraseFile(root *os.Root, name string) error {
+	gone := name + ".erased"
+	if err := root.Rename(name, gone); err != nil && !errors.Is(err, fs.ErrNotExist) {
+		return err
+	}
+	f, err := root.OpenFile(gone, os.O_WRONLY|syscall.O_NOFOLLOW|syscall.O_NONBLOCK, 0)
+	if errors.Is(err, fs.ErrNotExist) {
+		return nil
+	}
+	if err != nil {
+		return err
+	}
+	st, err := f.Stat()
+	if err == nil && (!st.Mode().IsRegular() || st.Sys().(*syscall.Stat_t).Nlink != 1) {
+		err = errors.New("it is no file of its own, and stays as it is; see who has put it there")
+	}
+	if err != nil {
+		return errors.Join(err, f.Close())
+	}
+	_, err = f.WriteAt(make([]byte, min(st.Size(), maxBackup)), 0)
+	return errors.Join(err, f.Sync(), f.Close(), root.Remove(gone))
 }
 
 // owned says how an identity directory of an account is opened by root.
