@@ -117,7 +117,7 @@ func TestAsideIsBounded(t *testing.T) {
 // As many jobs as are lost are refused; so many of them are named.
 func TestNamesOfLostJobsAreBounded(t *testing.T) {
 	d := newMemory(1)
-	s, err := loadWith(d, Bounds{Jobs: maxNamed + 10}, now, 64<<20, modelLeaf)
+	s, err := loadWith(d, Bounds{Jobs: maxNamed + 10}, now, 4<<20, modelLeaf)
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -136,7 +136,7 @@ func TestNamesOfLostJobsAreBounded(t *testing.T) {
 	d = image(d.files())
 	clear(d.names[segmentName(1)].now[damaged : damaged+frameAlign])
 	d.settle()
-	if s, err = loadWith(d, Bounds{Jobs: maxNamed + 10}, now, 64<<20, modelLeaf); err != nil {
+	if s, err = loadWith(d, Bounds{Jobs: maxNamed + 10}, now, 4<<20, modelLeaf); err != nil {
 		t.Fatal(err)
 	}
 	defer abandon(s)

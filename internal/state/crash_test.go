@@ -94,7 +94,7 @@ func TestKill(t *testing.T) {
 	path := newPath(t)
 	last := map[receipt.JobID]string{}
 	var log ReceiptLog // of the round before
-	for round := range 25 {
+	for round := range 15 {
 		killedChild(t, path, 5+rand.IntN(60), last)
 		s := open(t, path) // checks the whole file
 		unfinished := map[receipt.JobID]bool{}

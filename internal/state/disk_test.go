@@ -538,6 +538,9 @@ func TestStopAnywhere(t *testing.T) {
 	for _, cut := range []bool{false, true} {
 		stops := 0
 		for n := 1; ; n++ {
+			if !cut && n%2 == 0 {
+				continue // what a kill leaves is also one of what a power cut may leave
+			}
 			seed := uint64(n % 7)
 			d := newMemory(uint64(n))
 			d.fail = func(i int, _ string) error {
@@ -585,7 +588,7 @@ func TestStopAnywhere(t *testing.T) {
 
 // Any operations, and openings between them, give what the model says.
 func TestModel(t *testing.T) {
-	for seed := range uint64(16) {
+	for seed := range uint64(10) {
 		d := newMemory(seed)
 		m := newModel(t, seed)
 		bounds := Bounds{}
@@ -673,7 +676,7 @@ func TestFullAnywhere(t *testing.T) {
 // A small disk: whatever was accepted can be ended, and acknowledgements make
 // room again without any from outside.
 func TestSmallDisk(t *testing.T) {
-	for seed := range uint64(30) {
+	for seed := range uint64(15) {
 		d := newMemory(seed)
 		d.limit = 10 * small
 		s, err := load(d, Bounds{}, now, small)
