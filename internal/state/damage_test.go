@@ -660,3 +660,37 @@ func TestNoRoomForAName(t *testing.T) {
 	m.damaged(s)
 	abandon(s)
 }
+
+// A page at the end of the log that the disk does not give back is no crash: of what was in
+// it nothing is answered twice.
+func TestUnreadableEnd(t *testing.T) {
+	for _, off := range []int64{0, page} { // with the head of the last frame, or with the rest
+		d := newMemory(1)
+		s, err := modelLoad(d, Bounds{})
+		if err != nil {
+			t.Fatal(err)
+		}
+		first, last := newJob(10), newJob(3*page)
+		accept(t, s, first, New)
+		at := s.current().end
+		accept(t, s, last, New)
+		abandon(s)
+		d = image(d.files())
+		d.names[segmentName(1)].unread = map[int64]bool{at&^(page-1) + off: true}
+		d.settle()
+		for round := range 2 {
+			if s, err = modelLoad(d, Bounds{}); err != nil {
+				t.Fatal(err)
+			}
+			if found := s.Salvage(); (found != nil && !found.Blind.IsZero()) != (round == 0) {
+				t.Fatalf("page %d, start %d: %+v", off/page, round, found)
+			}
+			accept(t, s, last, Forgotten)
+			if off > 0 {
+				accept(t, s, first, Settled)
+			}
+			abandon(s)
+			d = d.after(true)
+		}
+	}
+}

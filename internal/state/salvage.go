@@ -161,6 +161,9 @@ func (s *Store) replay(numbers []uint64, pending []string) (*replay, error) {
 		if err := r.read(g, b, behind); err != nil {
 			return nil, err
 		}
+		if behind == 0 && slices.ContainsFunc(unread, func(at int64) bool { return g.hides(at, b, s.nextFrame) }) {
+			r.blind = append(r.blind, position{g.Number, g.end}) // no crash does that
+		}
 		r.found.Mended += len(unread)
 		for _, at := range unread { // a disk gives a sector that is written another place
 			r.rewrite(g, at, b[at:min(at+page, int64(len(b)))])
@@ -259,6 +262,19 @@ func readSegment(f file, n int64, buf []byte) (b []byte, unread []int64, err err
 		return nil, nil, err
 	}
 	return b, unread, nil
+}
+
+// hides reports whether there may have been a frame of a number behind the last that was
+// read of b, with a part in the page at a place, which the disk does not give back.
+func (g *segment) hides(at int64, b []byte, number uint64) bool {
+	switch {
+	case at+page <= g.end || g.end+frameHead > int64(len(b)):
+		return false
+	case at < g.end+frameHead:
+		return true
+	}
+	n := int64(binary.BigEndian.Uint32(b[g.end+4:]))
+	return frameNumber(b[g.end:], g.Salt) == number && at < g.end+frameHead+n
 }
 
 func (r *replay) rewrite(g *segment, at int64, b []byte) {
