@@ -205,30 +205,33 @@ func TestStalledPull(t *testing.T) {
 	ref := refTo(t, "registry.test/a", "a")
 	over := make(chan struct{})
 	t.Cleanup(func() { close(over) })
-	pull := func(w http.ResponseWriter, r *http.Request) {
-		for words := range 90 {
-			if words < 45 { // for longer than it may stand still
-				fmt.Fprint(w, `{"stream":"Copying blob\n"}`)
+	pull := func(silent int) http.HandlerFunc {
+		return func(w http.ResponseWriter, r *http.Request) {
+			for words := range 45 + silent {
+				if words < 45 { // for longer than it may stand still
+					fmt.Fprint(w, `{"stream":"Copying blob\n"}`)
+				}
+				w.(http.Flusher).Flush()
+				select {
+				case <-r.Context().Done():
+					return
+				case <-over:
+					return
+				case <-time.After(50 * time.Millisecond): // the pace of what is pulled
+				}
 			}
-			w.(http.Flusher).Flush()
-			select {
-			case <-r.Context().Done():
-				return
-			case <-over:
-				return
-			case <-time.After(50 * time.Millisecond): // the pace of what is pulled
-			}
+			fmt.Fprint(w, `{"images":["1"],"id":"1"}`)
 		}
-		fmt.Fprint(w, `{"images":["1"],"id":"1"}`)
 	}
 	image := says(fmt.Sprintf(`{"Id":"1","RepoDigests":[%q]}`, ref))
 	for name, c := range map[string]struct {
 		writes int64 // bytes between two looks
+		silent int   // words that do not come in the end
 		want   error
-	}{"quiet": {0, ErrStalled}, "a log is written": {1000, ErrStalled}, "writing": {pullFloor, nil}} {
+	}{"quiet": {0, 2400, ErrStalled}, "a log is written": {1000, 2400, ErrStalled}, "writing": {pullFloor, 80, nil}} {
 		t.Run(name, func(t *testing.T) {
 			t.Parallel() // it waits more than it works
-			client := service{"POST /images/pull": pull, "GET /images/" + ref.String() + "/json": image}.dial(t)
+			client := service{"POST /images/pull": pull(c.silent), "GET /images/" + ref.String() + "/json": image}.dial(t)
 			left := atomic.Int64{}
 			left.Store(1 << 40)
 			client.stall = 2 * time.Second // that a busy machine does not stand still for
