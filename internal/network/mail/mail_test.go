@@ -302,7 +302,10 @@ func (k *kept) PutMail(_ context.Context, m store.Mail) error {
 
 func (k *kept) Mails(context.Context) (map[string]store.Mail, error) { return k.mails, nil }
 
-func (k *kept) DeleteMail(_ context.Context, id string) error {
+func (k *kept) DeleteMail(ctx context.Context, id string) error {
+	if err := ctx.Err(); err != nil {
+		return err
+	}
 	k.mu.Lock()
 	defer k.mu.Unlock()
 	delete(k.mails, id)
@@ -403,6 +406,29 @@ func TestOutbox(t *testing.T) {
 }
 
 // A server that takes its time holds up no more than its own share.
+// A message that the server has taken while the service ends is not sent again.
+func TestSentAtTheEnd(t *testing.T) {
+	k := &kept{mails: map[string]store.Mail{}}
+	ctx, cancel := context.WithCancel(t.Context())
+	send := func(context.Context, store.Mail) error {
+		cancel()
+		return nil
+	}
+	o, err := NewOutbox(ctx, k, send, func(string) {}, slog.New(slog.DiscardHandler))
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := o.Put(ctx, store.Mail{ID: "x", Expires: time.Now().Add(time.Hour).UnixMilli()}); err != nil {
+		t.Fatal(err)
+	}
+	if err := o.Run(ctx); err != nil {
+		t.Error(err)
+	}
+	if len(k.mails) != 0 {
+		t.Errorf("%d are kept", len(k.mails))
+	}
+}
+
 func TestOutboxIsBounded(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		var mu sync.Mutex

@@ -23,8 +23,9 @@ type keeper interface {
 var delays = []time.Duration{2 * time.Second, 10 * time.Second, 30 * time.Second, time.Minute}
 
 const (
-	senders    = 4    // messages on their way at once
-	maxWaiting = 1000 // messages
+	senders    = 4               // messages on their way at once
+	maxWaiting = 1000            // messages
+	lastWords  = 5 * time.Second // for noting that a message was sent, also when the service ends
 )
 
 // ErrFull says that too many messages wait for a mail server.
@@ -147,10 +148,10 @@ func (o *Outbox) try(ctx context.Context, l *letter) {
 	var err error
 	if time.Now().UnixMilli() < l.Expires {
 		switch err = o.send(ctx, l.Mail); {
-		case ctx.Err() != nil: // cut short by the end of the service, or sent just before it
-			return
-		case err == nil:
+		case err == nil: // also where the service ends meanwhile
 			outcome = "sent"
+		case ctx.Err() != nil: // cut short by that
+			return
 		case errors.Is(err, ErrRejected):
 			outcome = "rejected"
 		default:
@@ -174,7 +175,9 @@ func (o *Outbox) try(ctx context.Context, l *letter) {
 		log.Error("mail given up", "reason", outcome, "error", err)
 	}
 	// If this fails it is sent once more after a restart, with the same code.
-	if err := o.keeper.DeleteMail(ctx, l.ID); err != nil {
+	last, cancel := context.WithTimeout(context.WithoutCancel(ctx), lastWords)
+	defer cancel()
+	if err := o.keeper.DeleteMail(last, l.ID); err != nil {
 		o.log.Warn("sent mail stays in the store for now", "mail", l.ID, "error", err)
 	}
 	o.mu.Lock()
