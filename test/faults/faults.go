@@ -413,42 +413,55 @@ func noGrowth(ctx context.Context, w *World) error {
 	return w.startedAnew(ctx, w.A.Agent, before) // with the next job
 }
 
-// damagedStore writes something else where the newest record with a word in A's job store
+// damagedStore writes something else where a late record with a word in A's job store
 // has that, and kills the agent. What its next life finds has to be said by an event.
+//
+// The very last record is none: what is damaged at the end is taken for cut off by the
+// kill. And the file may have been in use before, so that what looks late is of that
+// use, and nothing to the store; then the first one that is found is the store's.
 func damagedStore(word, with, event string) func(context.Context, *World) error {
 	return func(ctx context.Context, w *World) error {
-		before, err := w.A.Property(ctx, w.A.Agent, "InvocationID")
-		if err != nil {
-			return err
-		}
-		since := time.Now()
-		if err := w.sh(ctx, `cd "$1"/networks/*/jobs
-			for f in $(ls -r *.log); do
-				at=$(grep -abo '`+word+`' $f | tail -n1 | cut -d: -f1)
-				[ -n "$at" ] || continue
-				printf '`+with+`' | dd of=$f bs=1 seek=$at conv=notrunc
-				exit
-			done
-			echo 'no record has `+word+`'; ls -l; exit 1`); err != nil {
-			return err
-		}
-		if err := w.A.UserCtl(ctx, "kill", "--signal=KILL", w.A.Agent); err != nil {
-			return err
-		}
-		if err := w.startedAnew(ctx, w.A.Agent, before); err != nil {
-			return err
-		}
 		ctx, cancel := context.WithTimeout(ctx, patience)
 		defer cancel()
-		for {
-			out, err := w.A.Output(ctx, "journalctl", "--no-pager", "-q", "--since", fmt.Sprintf("@%d", since.Unix()), "RESULTITY_EVENT="+event)
-			if err == nil && len(bytes.TrimSpace(out)) > 0 {
+		since := time.Now()
+		for _, choice := range []string{"tail -n 20 | head -n 1", "head -n 1"} {
+			before, err := w.A.Property(ctx, w.A.Agent, "InvocationID")
+			if err != nil {
+				return err
+			}
+			if err := w.sh(ctx, `cd "$1"/networks/*/jobs
+				for f in $(ls -r *.log); do
+					at=$(grep -abo '`+word+`' $f | `+choice+` | cut -d: -f1)
+					[ -n "$at" ] || continue
+					printf '`+with+`' | dd of=$f bs=1 seek=$at conv=notrunc
+					exit
+				done
+				echo 'no record has `+word+`'; ls -l; exit 1`); err != nil {
+				return err
+			}
+			if err := w.A.UserCtl(ctx, "kill", "--signal=KILL", w.A.Agent); err != nil {
+				return err
+			}
+			if err := w.startedAnew(ctx, w.A.Agent, before); err != nil {
+				return err
+			}
+			for state := ""; state != "active"; { // it has its store then
+				if state, err = w.A.Property(ctx, w.A.Agent, "ActiveState"); err != nil {
+					return err
+				}
+				if err := pause(ctx, 50*time.Millisecond); err != nil {
+					return err
+				}
+			}
+			out, err := w.A.Output(ctx, "sh", "-c", fmt.Sprintf("journalctl --sync; journalctl --no-pager -q --since @%d RESULTITY_EVENT=%s", since.Unix(), event))
+			if err != nil {
+				return fmt.Errorf("journalctl: %w: %s", err, out)
+			}
+			if len(bytes.TrimSpace(out)) > 0 {
 				return nil
 			}
-			if pause(ctx, 100*time.Millisecond) != nil {
-				return fmt.Errorf("the journal has no %s (%v)", event, err)
-			}
 		}
+		return fmt.Errorf("the journal has no %s", event)
 	}
 }
 
