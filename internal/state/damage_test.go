@@ -230,7 +230,7 @@ func TestDamage(t *testing.T) {
 				m.damaged(s)
 				abandon(s)
 			}
-			t.Logf("%d jobs and results lost, %d kept", lost, kept)
+			t.Logf("expected: the rest is kept, and nothing answered twice; got: %d jobs and results lost, %d kept", lost, kept)
 			if kept == 0 {
 				t.Error("nothing was kept")
 			}

@@ -1058,6 +1058,7 @@ func TestDamagedCopy(t *testing.T) {
 			p.m.wg.Wait()
 		}
 		p.mustProve(0, 256)
+		t.Log("expected: asked for again, and proven; got: both proven")
 	})
 	t.Run("a full tile, and then the copy", func(t *testing.T) {
 		p := newProver(t)
@@ -1077,6 +1078,7 @@ func TestDamagedCopy(t *testing.T) {
 		if a, _ := p.join(); a.Size != 0 || a.Again != nil {
 			t.Fatalf("the node is told %+v, which no node takes", a)
 		}
+		t.Logf("expected: the session ends, and the copy begins anew; got: %s", p.over)
 	})
 	t.Run("a full tile above", func(t *testing.T) {
 		p := newProver(t)
@@ -1103,6 +1105,7 @@ func TestDamagedCopy(t *testing.T) {
 		}
 		p.m.wg.Wait()
 		is(t, "what cannot be made again", p.prove(3), store.ErrDamaged)
+		t.Logf("expected: made again from the ones below, unless those are damaged, too; got: made again, and then %v", p.prove(3))
 	})
 	t.Run("a gap", func(t *testing.T) {
 		p := newProver(t)
