@@ -9,6 +9,7 @@ import (
 	"io/fs"
 	"os"
 	"path/filepath"
+	"slices"
 	"strings"
 	"syscall"
 	"testing"
@@ -303,7 +304,18 @@ func FuzzDamage(f *testing.F) {
 		if err != nil {
 			t.Fatal(err)
 		}
+		// Nobody looks for records within one, whose text may look like them: one that
+		// says that it ends where a later one does has those between go with it, and says
+		// their numbers.
+		within := 0
 		for _, r := range clean {
+			if r.from < within {
+				continue
+			}
+			says := r.from + int(binary.LittleEndian.Uint32(c[r.from:])&^headerBit)
+			if slices.ContainsFunc(clean, func(o chunk) bool { return o.to == says }) {
+				within = says
+			}
 			if (r.to <= i || i+n <= r.from) && (r.to <= j || j+m <= r.from) && !bytes.Contains(got, b[r.from:r.to]) {
 				t.Errorf("the record at %d is gone", r.from)
 			}
