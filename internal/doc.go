@@ -70,6 +70,12 @@
 // Each instant at which that could go wrong has a fail point (see failpoint), and
 // test/crash kills the programs there.
 //
+// A disk that changes what was written stops neither side. The node's job store
+// (state), the memory of orders and the key's counters, and the network's store
+// (internal/network/store/blocks) mend what a checksum tells them, set the rest
+// aside, and name what is lost. Where it cannot be told whether something was
+// answered, it counts as answered: another node does it, and none twice.
+//
 // # Generations
 //
 // Each configuration that the node is brought to is a numbered generation on
